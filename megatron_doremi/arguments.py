@@ -1,0 +1,128 @@
+"""The command line: flags made from the dataclasses of config.py, read with every fault said at once.
+
+Megatron-LM's spelling throughout. Values are read here and not by argparse, because argparse leaves at the
+first thing that it does not like.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import math
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_doremi.config import SECTIONS, Config, find_faults
+from megatron_doremi.errors import Fault, raise_if_any
+
+_TITLES = {
+    "data": "phase and data",
+    "model": "model",
+    "parallel": "parallel layout",
+    "doremi": "DoReMi",
+    "optimizer": "optimiser",
+    "run": "run",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that hands its complaint back in place of leaving."""
+
+    complaint: str = ""
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise argparse.ArgumentError(None, message)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of pretrain_doremi.py; values stay text until `parse_config` reads them."""
+    parser = _Parser(
+        prog="pretrain_doremi.py",
+        description="Pretrain GPTs on a mixture of domains whose weights are learned by DoReMi.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    for section, cls in SECTIONS.items():
+        group = parser.add_argument_group(_TITLES[section])
+        for entry in dataclasses.fields(cls):
+            _add_flag(group, entry)
+    return parser
+
+
+def _add_flag(group: argparse._ArgumentGroup, entry: dataclasses.Field[Any]) -> None:
+    name = "--" + entry.name.replace("_", "-")
+    text = entry.metadata["help"].replace("%", "%%")
+    if entry.type == "bool":
+        group.add_argument(name, action="store_true", help=text)
+        return
+    choices = entry.metadata["choices"]
+    metavar = "{" + ",".join(map(str, choices)) + "}" if choices else entry.name.rsplit("_", 1)[-1].upper()
+    default = f" (default: {entry.default})" if entry.default not in ("", 0) else ""
+    group.add_argument(name, metavar=metavar, help=text + default)
+
+
+def parse_config(argv: Sequence[str], world_size: int) -> Config:
+    """Reads and checks the command line.
+
+    Args:
+        argv: the arguments without the program's name.
+        world_size: number of processes of the run.
+
+    Raises:
+        ConfigError: with every fault of the command line.
+    """
+    parser = build_parser()
+    try:
+        known, unknown = parser.parse_known_args(list(argv))
+    except argparse.ArgumentError as error:
+        raise_if_any([Fault("command line", str(error), "each flag with its value", "see --help")])
+        raise AssertionError from error
+    faults = _unknown_faults(unknown)
+    sections = {}
+    for section, cls in SECTIONS.items():
+        values = {}
+        for entry in dataclasses.fields(cls):
+            if hasattr(known, entry.name):
+                value, fault = _read(entry, getattr(known, entry.name))
+                values[entry.name] = value
+                faults += fault
+        sections[section] = cls(**values)
+    config = Config(**sections)
+    raise_if_any(faults + find_faults(config, world_size))
+    return config
+
+
+def _unknown_faults(unknown: Sequence[str]) -> list[Fault]:
+    flags = ["--" + e.name.replace("_", "-") for cls in SECTIONS.values() for e in dataclasses.fields(cls)]
+    faults = []
+    for word in unknown:
+        near = difflib.get_close_matches(word.split("=")[0], flags, n=1)
+        remedy = f"did you mean {near[0]}?" if near else "see --help for all flags"
+        rule = "a flag of this version" if word.startswith("-") else "each value follows its flag"
+        faults.append(Fault("command line", word, rule, remedy))
+    return faults
+
+
+def _read(entry: dataclasses.Field[Any], text: Any) -> tuple[Any, list[Fault]]:
+    """The value of a flag, or its default and a fault."""
+    flag = "--" + entry.name.replace("_", "-")
+    if entry.type == "bool":
+        return text, []
+    value: Any = text
+    try:
+        if entry.type == "int":
+            value = int(text)
+        elif entry.type == "float":
+            value = float(text)
+            if not math.isfinite(value):
+                raise ValueError
+    except ValueError:
+        kind = "a whole number" if entry.type == "int" else "a finite number"
+        return entry.default, [Fault(flag, text, kind, f"give {flag} {kind}")]
+    choices = entry.metadata["choices"]
+    if choices and value not in choices:
+        listed = ", ".join(map(str, choices))
+        return entry.default, [Fault(flag, text, f"one of {listed}", f"give {flag} one of these")]
+    return value, []

@@ -1,0 +1,428 @@
+"""Every setting of a run, once: frozen dataclasses from which the flags, the help and config.json follow.
+
+A field's name is its flag (`num_layers` is `--num-layers`), its type says how the text is read, its metadata
+holds the help and the choices. What follows from several settings is a function below the dataclasses, and
+`find_faults` checks all that can be checked before a model is built.
+
+Units stand in the help texts: tokens, windows (= samples, sequences of --seq-length tokens), iterations
+(= steps of the optimiser, one global batch each), nats.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_doremi.errors import Fault
+
+# Shapes of Xie et al. 2023, Table 8: layers, heads, head width, hidden width, feed-forward width. The names
+# of the small sizes count a 256k-token embedding.
+PAPER_SHAPES: dict[str, tuple[int, int, int, int, int]] = {
+    "70m": (3, 4, 64, 256, 1024),
+    "150m": (6, 8, 64, 512, 2048),
+    "280m": (12, 12, 64, 768, 3072),
+    "510m": (12, 16, 64, 1024, 8192),
+    "760m": (12, 20, 64, 1280, 8192),
+    "1b": (16, 32, 64, 2048, 8192),
+    "8b": (32, 32, 128, 4096, 24576),
+}
+
+REFERENCE, PROXY, MAIN, EVALUATE = "reference", "proxy", "main", "evaluate"
+PHASES = (REFERENCE, PROXY, MAIN, EVALUATE)
+
+
+def setting(default: Any, help: str, choices: tuple[Any, ...] = ()) -> Any:
+    """A dataclass field that is also a flag."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read, and how much of it goes into a step."""
+
+    phase: str = setting(
+        "",
+        "what to run: the reference model, the proxy that learns the domain weights, the main model, or an evaluation",
+        PHASES,
+    )
+    domains: str = setting("", "manifest of the domains (domains.json, or Megatron-LM's 'weight prefix ...' file)")
+    domain_weights: str = setting(
+        "",
+        "how windows are sampled: uniform, natural (by token count) or a weights file "
+        "(default: uniform for a proxy, else natural)",
+    )
+    allow_tokenizer_mismatch: bool = setting(False, "accept domain weights learned with another tokenizer")
+    seq_length: int = setting(1024, "length S of a window in tokens (next-token targets)")
+    micro_batch_size: int = setting(1, "windows in one forward pass of one data-parallel rank")
+    global_batch_size: int = setting(0, "windows in one step over all ranks (default: one micro-batch a rank)")
+    train_iters: int = setting(0, "steps of the whole training run")
+    eval_iters: int = setting(
+        100, "an evaluation reads at most this many global batches of held-out windows a domain; 0: all"
+    )
+    eval_interval: int = setting(0, "steps between two evaluations; 0: only at the end of training")
+    seed: int = setting(1234, "seed of the initial weights and of the order of windows")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of the transformer as the user gives it; `gpt_config` resolves it."""
+
+    model_size: str = setting("", "one of the paper's shapes, in place of the five sizes below", tuple(PAPER_SHAPES))
+    num_layers: int = setting(0, "transformer blocks")
+    hidden_size: int = setting(0, "width of the residual stream")
+    ffn_hidden_size: int = setting(0, "width of the feed-forward layer (default: 4 x hidden size)")
+    num_attention_heads: int = setting(0, "query heads")
+    num_query_groups: int = setting(0, "key-value heads, shared by groups of query heads (default: one a query head)")
+    kv_channels: int = setting(0, "width of a head (default: hidden size / heads)")
+    normalization: str = setting("RMSNorm", "normalisation before attention, feed-forward and output",
+                                 ("RMSNorm", "LayerNorm"))
+    norm_epsilon: float = setting(1e-5, "added to the variance in a normalisation")
+    swiglu: bool = setting(False, "gated SiLU feed-forward in place of GELU")
+    position_embedding_type: str = setting("rope", "how positions are told", ("rope", "learned_absolute"))
+    rotary_base: float = setting(10000.0, "base of the rotary frequencies")
+    untie_embeddings_and_output_weights: bool = setting(False, "give the output layer weights of its own")
+    disable_bias_linear: bool = setting(False, "no bias in linear layers")
+    make_vocab_size_divisible_by: int = setting(
+        128, "pad the embedding table to a multiple of this; padding never enters a softmax"
+    )
+    init_method_std: float = setting(0.02, "standard deviation of the initial weights")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the model and the batch are spread over ranks; data parallel size follows from the world size."""
+
+    tensor_model_parallel_size: int = setting(1, "ranks that share each layer")
+    pipeline_model_parallel_size: int = setting(1, "pipeline stages")
+    sequence_parallel: bool = setting(False, "split norms and residual stream over the tensor group by position")
+    zero_stage: int = setting(
+        0, "DeepSpeed ZeRO stage: 1 shards the optimiser state over the data group", (0, 1, 2, 3)
+    )
+
+
+@dataclass(frozen=True)
+class DoReMiConfig:
+    """Group DRO over domains (Xie et al. 2023, Algorithm 1)."""
+
+    reference_load: str = setting("", "folder of the reference run (its --save folder)")
+    reference_losses: str = setting("online", "where the reference's token losses come from", ("online",))
+    doremi_step_size: float = setting(1.0, "step size eta of the domain weights")
+    doremi_smoothing: float = setting(1e-3, "smoothing c: each weight keeps at least c / k")
+    doremi_update: str = setting(
+        "alternating", "weights of this batch before its gradient (Algorithm 1)", ("alternating",)
+    )
+    doremi_weighting: str = setting("reweight", "the weights act on the loss, sampling stays", ("reweight",))
+    doremi_objective: str = setting("excess", "what raises a domain's weight", ("excess",))
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and the learning rate."""
+
+    lr: float = setting(1e-3, "peak learning rate")
+    min_lr: float = setting(1e-4, "learning rate at the end of the decay")
+    lr_decay_style: str = setting(
+        "exponential", "shape of the decay", ("constant", "linear", "cosine", "exponential", "WSD")
+    )
+    lr_warmup_fraction: float = setting(0.06, "part of the run in which the rate rises linearly")
+    lr_warmup_iters: int = setting(0, "the same in iterations; overrules the fraction")
+    lr_wsd_decay_fraction: float = setting(0.1, "WSD: part of the run, at its end, in which the rate falls")
+    weight_decay: float = setting(0.01, "decoupled weight decay of matrices (biases and norms have none)")
+    adam_beta1: float = setting(0.9, "decay of the first moment")
+    adam_beta2: float = setting(0.95, "decay of the second moment")
+    adam_eps: float = setting(1e-8, "added to the root of the second moment")
+    clip_grad: float = setting(1.0, "largest global norm of the gradient; 0: never clipped")
+    bf16: bool = setting(False, "bfloat16 weights and activations, float32 master weights and gradients")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where results go and when."""
+
+    save: str = setting("", "folder of the results: config, metrics, checkpoints, domain weights")
+    load: str = setting("", "go on from this folder's newest complete checkpoint, or start where it has none")
+    save_interval: int = setting(0, "steps between two checkpoints; 0: only at the end")
+    keep_checkpoints: int = setting(0, "keep this many of the newest checkpoints; 0: all")
+    exit_interval: int = setting(0, "save and leave with exit code 0 when this iteration divides by it; 0: never")
+    log_interval: int = setting(10, "steps between two lines on the console (a proxy's metrics.jsonl has each step)")
+    tensorboard_dir: str = setting("", "folder of the TensorBoard events (default: SAVE/tensorboard)")
+    dry_run: bool = setting(False, "print the resolved configuration and the sizes a rank gets, then leave")
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a run."""
+
+    data: DataConfig
+    model: ModelConfig
+    parallel: ParallelConfig
+    doremi: DoReMiConfig
+    optimizer: OptimizerConfig
+    run: RunConfig
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings by group, as config.json holds them."""
+        return dataclasses.asdict(self)
+
+
+SECTIONS: dict[str, type] = {
+    "data": DataConfig,
+    "model": ModelConfig,
+    "parallel": ParallelConfig,
+    "doremi": DoReMiConfig,
+    "optimizer": OptimizerConfig,
+    "run": RunConfig,
+}
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """A transformer with every size resolved: all that its forward pass and its parameters depend on."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    normalization: str
+    norm_epsilon: float
+    swiglu: bool
+    position_embedding_type: str
+    rotary_base: float
+    tied_embeddings: bool
+    bias_linear: bool
+    vocab_size: int
+    make_vocab_size_divisible_by: int
+    max_positions: int
+    init_method_std: float
+
+    def padded_vocab_size(self, tensor_size: int) -> int:
+        """Rows of the embedding table on `tensor_size` ranks together; rows past `vocab_size` stay unused."""
+        multiple = math.lcm(self.make_vocab_size_divisible_by, tensor_size)
+        return -(-self.vocab_size // multiple) * multiple
+
+
+def gpt_config(model: ModelConfig, seq_length: int, vocab_size: int) -> GPTConfig:
+    """Resolves the shape of the transformer. The settings must have passed `find_faults`."""
+    layers, heads, channels, hidden, ffn = PAPER_SHAPES.get(
+        model.model_size,
+        (model.num_layers, model.num_attention_heads, model.kv_channels, model.hidden_size, model.ffn_hidden_size),
+    )
+    return GPTConfig(
+        num_layers=layers,
+        hidden_size=hidden,
+        ffn_hidden_size=ffn or 4 * hidden,
+        num_attention_heads=heads,
+        num_query_groups=model.num_query_groups or heads,
+        kv_channels=channels or hidden // heads,
+        normalization=model.normalization,
+        norm_epsilon=model.norm_epsilon,
+        swiglu=model.swiglu,
+        position_embedding_type=model.position_embedding_type,
+        rotary_base=model.rotary_base,
+        tied_embeddings=not model.untie_embeddings_and_output_weights,
+        bias_linear=not model.disable_bias_linear,
+        vocab_size=vocab_size,
+        make_vocab_size_divisible_by=model.make_vocab_size_divisible_by,
+        max_positions=seq_length,
+        init_method_std=model.init_method_std,
+    )
+
+
+def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
+    """Replicas of the model on `world_size` ranks."""
+    return world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
+
+
+def global_batch_size(config: Config, world_size: int) -> int:
+    """Windows in one step: as given, or one micro-batch a data-parallel rank."""
+    default = config.data.micro_batch_size * data_parallel_size(config.parallel, world_size)
+    return config.data.global_batch_size or default
+
+
+def micro_batches_per_step(config: Config, world_size: int) -> int:
+    """Forward passes of one rank in one step."""
+    per_pass = config.data.micro_batch_size * data_parallel_size(config.parallel, world_size)
+    return global_batch_size(config, world_size) // per_pass
+
+
+def domain_weights_setting(data: DataConfig) -> str:
+    """The sampling that --domain-weights asks for: a proxy samples uniformly (Algorithm 1) unless told."""
+    return data.domain_weights or ("uniform" if data.phase == PROXY else "natural")
+
+
+def find_faults(config: Config, world_size: int) -> list[Fault]:
+    """Everything that is wrong with the settings by themselves, before any file is opened."""
+    return [
+        *_required(config),
+        *_ranges(config),
+        *_model_faults(config.model, config.parallel),
+        *_layout_faults(config, world_size),
+    ]
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _required(config: Config) -> list[Fault]:
+    data, run, faults = config.data, config.run, []
+
+    def need(name: str, value: object, why: str) -> None:
+        if not value:
+            faults.append(Fault(_flag(name), "not given", why, f"give {_flag(name)}"))
+
+    need("phase", data.phase, f"one of {', '.join(PHASES)}")
+    need("domains", data.domains, "a manifest of the domains")
+    if data.phase == EVALUATE:
+        need("load", run.load, "an evaluation reads the weights of a finished run")
+    elif data.phase:
+        need("train_iters", data.train_iters, "training needs a number of steps")
+        need("save", run.save or run.dry_run, "training needs a folder for its results")
+    if data.phase == PROXY:
+        need("reference_load", config.doremi.reference_load, "a proxy is trained against a reference's losses")
+    if run.load and run.save and data.phase != EVALUATE and Path(run.load).resolve() != Path(run.save).resolve():
+        faults.append(
+            Fault("--load", run.load, f"a run goes on in its own folder, --save {run.save}",
+                  "give the same folder to --load and --save")
+        )
+    return faults
+
+
+def _ranges(config: Config) -> list[Fault]:
+    faults: list[Fault] = []
+    data, optim, doremi, run = config.data, config.optimizer, config.doremi, config.run
+
+    def check(holds: bool, name: str, value: object, rule: str) -> None:
+        if not holds:
+            faults.append(Fault(_flag(name), str(value), rule, f"give {_flag(name)} a value in that range"))
+
+    for name in ("seq_length", "micro_batch_size"):
+        check(getattr(data, name) > 0, name, getattr(data, name), "at least 1")
+    for name in ("global_batch_size", "train_iters", "eval_iters", "eval_interval", "seed"):
+        check(getattr(data, name) >= 0, name, getattr(data, name), "not negative")
+    for name in ("save_interval", "keep_checkpoints", "exit_interval"):
+        check(getattr(run, name) >= 0, name, getattr(run, name), "not negative")
+    check(run.log_interval > 0, "log_interval", run.log_interval, "at least 1")
+    check(optim.lr > 0, "lr", optim.lr, "above 0")
+    check(0 <= optim.min_lr <= optim.lr, "min_lr", optim.min_lr, f"between 0 and --lr {optim.lr}")
+    if optim.lr_decay_style == "exponential":
+        check(optim.min_lr > 0, "min_lr", optim.min_lr, "above 0 where the decay is exponential")
+    for name in ("lr_warmup_fraction", "lr_wsd_decay_fraction"):
+        check(0 <= getattr(optim, name) <= 1, name, getattr(optim, name), "between 0 and 1")
+    for name in ("weight_decay", "clip_grad", "lr_warmup_iters"):
+        check(getattr(optim, name) >= 0, name, getattr(optim, name), "not negative")
+    for name in ("adam_beta1", "adam_beta2"):
+        check(0 <= getattr(optim, name) < 1, name, getattr(optim, name), "at least 0, below 1")
+    check(optim.adam_eps > 0, "adam_eps", optim.adam_eps, "above 0")
+    check(doremi.doremi_step_size >= 0, "doremi_step_size", doremi.doremi_step_size, "not negative")
+    check(0 <= doremi.doremi_smoothing < 1, "doremi_smoothing", doremi.doremi_smoothing, "at least 0, below 1")
+    return faults
+
+
+def _model_faults(model: ModelConfig, parallel: ParallelConfig) -> list[Fault]:
+    sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels")
+    faults: list[Fault] = []
+    for name in (*sizes, "num_query_groups"):
+        if getattr(model, name) < 0:
+            faults.append(Fault(_flag(name), str(getattr(model, name)), "not negative", "give a positive size"))
+    for name in ("make_vocab_size_divisible_by", "norm_epsilon", "rotary_base", "init_method_std"):
+        if getattr(model, name) <= 0:
+            faults.append(Fault(_flag(name), str(getattr(model, name)), "above 0", "give a positive value"))
+    given = [name for name in sizes if getattr(model, name)]
+    needed = ("num_layers", "hidden_size", "num_attention_heads")
+    if model.model_size and given:
+        faults.append(
+            Fault("--model-size", model.model_size, "stands in place of " + ", ".join(map(_flag, given)),
+                  "give either --model-size or the sizes")
+        )
+    missing = [name for name in needed if not getattr(model, name)]
+    if not model.model_size and missing:
+        faults.append(
+            Fault(", ".join(map(_flag, missing)), "not given", "a model needs layers, width and heads",
+                  f"give them, or --model-size {{{','.join(PAPER_SHAPES)}}}")
+        )
+    if faults:
+        return faults
+    return _shape_faults(gpt_config(model, seq_length=1, vocab_size=1), model, parallel)
+
+
+def _shape_faults(gpt: GPTConfig, model: ModelConfig, parallel: ParallelConfig) -> list[Fault]:
+    faults: list[Fault] = []
+    tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+
+    def divides(name: str, value: int, by_name: str, by: int) -> None:
+        if by > 0 and value % by:
+            faults.append(
+                Fault(_flag(name), str(value), f"must be a multiple of {_flag(by_name)} {by}", "change one of the two")
+            )
+
+    if not model.model_size and not model.kv_channels:
+        divides("hidden_size", gpt.hidden_size, "num_attention_heads", gpt.num_attention_heads)
+    divides("num_attention_heads", gpt.num_attention_heads, "num_query_groups", gpt.num_query_groups)
+    divides("num_query_groups", gpt.num_query_groups, "tensor_model_parallel_size", tensor)
+    divides("ffn_hidden_size", gpt.ffn_hidden_size, "tensor_model_parallel_size", tensor)
+    if gpt.position_embedding_type == "rope" and gpt.kv_channels % 2:
+        faults.append(
+            Fault("--kv-channels", str(gpt.kv_channels), "rope turns pairs of channels: an even width",
+                  "give an even --kv-channels, or --position-embedding-type learned_absolute")
+        )
+    if stages > gpt.num_layers:
+        faults.append(
+            Fault("--pipeline-model-parallel-size", str(stages), f"at most --num-layers {gpt.num_layers}",
+                  "give fewer stages or more layers")
+        )
+    return faults
+
+
+def _layout_faults(config: Config, world_size: int) -> list[Fault]:
+    data, parallel = config.data, config.parallel
+    tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    faults = [
+        Fault(_flag(name), str(getattr(parallel, name)), "at least 1", "give a positive size")
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+        if getattr(parallel, name) < 1
+    ]
+    if faults:
+        return faults
+    if world_size % (tensor * stages):
+        faults.append(
+            Fault("world size", str(world_size),
+                  f"a multiple of tensor x pipeline parallel = {tensor} x {stages} = {tensor * stages}",
+                  "start another number of processes, or change the two sizes")
+        )
+    elif data.global_batch_size > 0 and data.micro_batch_size > 0:
+        replicas = data_parallel_size(parallel, world_size)
+        if data.global_batch_size % (data.micro_batch_size * replicas):
+            faults.append(
+                Fault("--global-batch-size", str(data.global_batch_size),
+                      f"a multiple of --micro-batch-size x data parallel = {data.micro_batch_size} x {replicas}",
+                      "change one of the two sizes or the number of processes")
+            )
+    if parallel.sequence_parallel and data.seq_length % tensor:
+        faults.append(
+            Fault("--seq-length", str(data.seq_length),
+                  f"with --sequence-parallel a multiple of --tensor-model-parallel-size {tensor}",
+                  "change one of the two")
+        )
+    if parallel.zero_stage >= 2 and stages > 1:
+        faults.append(
+            Fault("--zero-stage", str(parallel.zero_stage),
+                  "DeepSpeed's pipeline works with ZeRO 0 and 1 only (2 and 3 shard what its stages accumulate)",
+                  "give --zero-stage 1, or --pipeline-model-parallel-size 1")
+        )
+    elif parallel.zero_stage >= 2:
+        faults.append(
+            Fault("--zero-stage", str(parallel.zero_stage), "this version trains with ZeRO 0 and 1",
+                  "give --zero-stage 1")
+        )
+    if config.optimizer.bf16 and parallel.zero_stage == 0:
+        faults.append(
+            Fault("--bf16", "with --zero-stage 0", "DeepSpeed would accumulate gradients in bfloat16",
+                  "give --zero-stage 1, which accumulates in float32 (on one replica it shards nothing)")
+        )
+    return faults

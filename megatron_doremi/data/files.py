@@ -1,0 +1,59 @@
+"""Writing files so that nothing half-written ever stands under a final name."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from megatron_doremi.errors import ConfigError, Fault
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Writes a text file under a temporary name, makes it durable and renames it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json_object(path: Path, what: str) -> dict[str, Any]:
+    """Reads a file that holds one JSON object.
+
+    Args:
+        what: how messages call the file, such as "--domains data/domains.json".
+
+    Raises:
+        ConfigError: the file cannot be read, is no JSON, no object, or names a key twice (of which json keeps
+            the last without a word: a domain's weight would be lost).
+    """
+
+    def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        twins = {key for key in keys if keys.count(key) > 1}
+        if twins:
+            raise ValueError(f"the key {sorted(twins)[0]!r} stands there twice")
+        return dict(pairs)
+
+    try:
+        entry = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=no_twins)
+        if not isinstance(entry, dict):
+            raise ValueError(f"a JSON {type(entry).__name__}")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(Fault(what, str(error), "a readable file that holds one JSON object", "give such a file")) from error
+    return entry

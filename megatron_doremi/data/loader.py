@@ -1,0 +1,120 @@
+"""A rank's micro-batches: the blend's global batches, sliced, read from the indexed data one step ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megatron_doremi.data.blend import Blend, BlendState, GlobalBatch
+from megatron_doremi.data.indexed_dataset import IndexedDataset
+from megatron_doremi.errors import Fault
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Windows for one forward pass of one rank.
+
+    Attributes:
+        tokens: [batch, seq] inputs, int64.
+        targets: [batch, seq] the token after each input, int64.
+        domains: [batch] number of each window's domain, int64; -1 marks padding that counts for nothing.
+    """
+
+    tokens: Tensor
+    targets: Tensor
+    domains: Tensor
+
+    def as_pipe_batch(self) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """(inputs, labels), the form of DeepSpeed's pipeline."""
+        return self.tokens, (self.targets, self.domains)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a rank reads for one step: its micro-batches, and the state of the blend after the step."""
+
+    micro_batches: tuple[MicroBatch, ...]
+    state_after: BlendState
+
+
+def window_count(num_tokens: int, seq_length: int) -> int:
+    """Windows of seq_length + 1 tokens at stride seq_length that a stream of tokens holds."""
+    return max(0, (num_tokens - 1) // seq_length)
+
+
+def too_short(name: str, prefix: object, num_tokens: int, seq_length: int) -> Fault | None:
+    """The fault of a domain that does not fill one window, empty ones included."""
+    if window_count(num_tokens, seq_length) > 0:
+        return None
+    what = "is empty" if num_tokens == 0 else f"has {num_tokens} tokens"
+    return Fault(
+        f"domain {name!r} ({prefix})",
+        what,
+        f"a window takes --seq-length + 1 = {seq_length + 1} tokens",
+        "give the domain more text, leave it out of the manifest, or lower --seq-length",
+    )
+
+
+def rank_slice(batch: GlobalBatch, micro_batch_size: int, data_rank: int, data_size: int) -> list[GlobalBatch]:
+    """The parts of a global batch that one data-parallel rank passes forward, in order.
+
+    Micro-batch m of rank r takes the windows from (m * data_size + r) * micro_batch_size on, so that any
+    layout passes the same windows in the same step.
+    """
+    stride = micro_batch_size * data_size
+    parts = []
+    for first in range(data_rank * micro_batch_size, len(batch.domains), stride):
+        part = slice(first, first + micro_batch_size)
+        parts.append(GlobalBatch(batch.domains[part], batch.windows[part]))
+    return parts
+
+
+def read_windows(datasets: Sequence[IndexedDataset | None], part: GlobalBatch, seq_length: int) -> MicroBatch:
+    """Reads windows; a window whose domain is -1 becomes padding."""
+    rows = np.zeros((len(part.domains), seq_length + 1), dtype=np.int64)
+    for row, domain, window in zip(rows, part.domains, part.windows, strict=True):
+        if domain >= 0:
+            dataset = datasets[domain]
+            assert dataset is not None, "a window of a domain without data"
+            row[:] = dataset.tokens(int(window) * seq_length, seq_length + 1)
+    tokens = torch.from_numpy(rows)
+    return MicroBatch(
+        tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.from_numpy(part.domains.astype(np.int64))
+    )
+
+
+def steps(
+    blend: Blend,
+    datasets: Sequence[IndexedDataset],
+    weights: Callable[[], NDArray[np.float64]],
+    state: BlendState,
+    seq_length: int,
+    micro_batch_size: int,
+    data_rank: int,
+    data_size: int,
+    reads: bool,
+) -> Iterator[Step]:
+    """Endless steps from `state` on; the next is read in the background while the caller works on one.
+
+    Args:
+        weights: gives the sampling weights [k] of the step that is about to be read.
+        reads: False on ranks that need no text (stages in the middle of a pipeline).
+    """
+
+    def read(state: BlendState) -> Step:
+        batch, after = blend.next_batch(state, weights())
+        parts = rank_slice(batch, micro_batch_size, data_rank, data_size) if reads else []
+        return Step(tuple(read_windows(datasets, part, seq_length) for part in parts), after)
+
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as pool:
+        coming = pool.submit(read, state)
+        while True:
+            step = coming.result()
+            coming = pool.submit(read, step.state_after)
+            yield step

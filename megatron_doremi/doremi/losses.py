@@ -1,0 +1,68 @@
+"""From token losses to per-domain sums, and from domain weights to the proxy's objective.
+
+What travels between ranks are sums and counts, never means: [3, k] float64 with the rows below. The proxy
+descends J = sum_i alpha_i * (sum of l over domain i) / (targets of domain i), alpha a constant, nothing
+clipped, absent domains contributing nothing (Xie et al. 2023, Algorithm 1, line 9).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+EXCESS, LOSS, TARGETS = 0, 1, 2
+
+
+def domain_sums(token_loss: Tensor, domains: Tensor, num_domains: int, reference: Tensor | None = None) -> Tensor:
+    """Sums of one micro-batch by domain.
+
+    Args:
+        token_loss: [batch, seq] losses l in nats.
+        domains: [batch] number of each window's domain; -1 counts for nothing.
+        num_domains: k.
+        reference: [batch, seq] the reference's losses r; without them the first row is 0.
+
+    Returns:
+        [3, k] float64: sum of max(l - r, 0), sum of l, number of targets.
+    """
+    loss = token_loss.detach().double()
+    excess = torch.zeros_like(loss) if reference is None else (loss - reference.double()).clamp(min=0.0)
+    rows = torch.stack((excess.sum(dim=1), loss.sum(dim=1), torch.full_like(loss[:, 0], loss.shape[1])))
+    # A product with the membership matrix, because scattered adds on a GPU run in an order of their own.
+    members = domains.unsqueeze(1) == torch.arange(num_domains, device=domains.device)
+    return rows @ members.double()
+
+
+def domain_coefficients(weights: Tensor, targets: Tensor, accumulation: int) -> Tensor:
+    """What a token's loss of each domain is multiplied by.
+
+    The engine divides gradients by the micro-batches of a rank and by the replicas; `accumulation`, their
+    product, takes both back.
+
+    Args:
+        weights: [k] alpha_t, float64.
+        targets: [k] targets of each domain in the global batch.
+        accumulation: micro-batches of a rank times data-parallel ranks.
+
+    Returns:
+        [k] accumulation * alpha_i / targets_i; 0 for absent domains.
+    """
+    return torch.where(targets > 0, accumulation * weights / targets.clamp(min=1.0), 0.0)
+
+
+def weighted_loss(token_loss: Tensor, domains: Tensor, coefficients: Tensor) -> Tensor:
+    """The micro-batch's part of the objective: sum over tokens of coefficient * loss.
+
+    Args:
+        token_loss: [batch, seq] losses with their graph.
+        domains: [batch] number of each window's domain.
+        coefficients: [k] from `domain_coefficients`.
+    """
+    per_window = coefficients[domains].to(token_loss.dtype)
+    return (token_loss.sum(dim=1) * per_window).sum()
+
+
+def objective(weights: Tensor, sums: Tensor) -> Tensor:
+    """J of a global batch from its [3, k] sums: sum_i alpha_i * mean loss of domain i, over domains present."""
+    means = sums[LOSS] / sums[TARGETS].clamp(min=1.0)
+    return (weights * means).sum()

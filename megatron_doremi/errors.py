@@ -1,0 +1,79 @@
+"""Faults of the user's input, collected and said in one message.
+
+A fault is *what, the value given, the rule, the remedy*. Checks append faults to a list and raise once,
+so that a user of a 512-GPU job hears of everything that is wrong at the first start and not of one thing
+a start. Programs turn a ConfigError into exit code 2 without a traceback (`run_or_exit`); an `assert` in
+this code base is always about our own mistakes.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+EXIT_USER_ERROR = 2
+EXIT_STOPPED_AFTER_SAVING = 3
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that is wrong with the input.
+
+    Attributes:
+        what: the flag, file or entry at fault, spelled as the user spells it.
+        value: what was given (already formatted), or "" where there is nothing to show.
+        rule: what would have been right.
+        remedy: what to do.
+    """
+
+    what: str
+    value: str
+    rule: str
+    remedy: str
+
+    def __str__(self) -> str:
+        given = f": {self.value}" if self.value else ""
+        return f"{self.what}{given}\n      rule:   {self.rule}\n      remedy: {self.remedy}"
+
+
+class ConfigError(Exception):
+    """The user's input is wrong. Carries every fault that was found."""
+
+    def __init__(self, faults: Fault | Sequence[Fault]):
+        self.faults: tuple[Fault, ...] = (faults,) if isinstance(faults, Fault) else tuple(faults)
+        assert self.faults, "a ConfigError needs at least one fault"
+        super().__init__(self._message())
+
+    def _message(self) -> str:
+        count = len(self.faults)
+        head = "1 fault in the input:" if count == 1 else f"{count} faults in the input:"
+        return "\n".join([head, *(f"  [{n}] {fault}" for n, fault in enumerate(self.faults, 1))])
+
+
+def raise_if_any(faults: Sequence[Fault]) -> None:
+    """Raises one ConfigError that holds all `faults`; returns if there are none."""
+    if faults:
+        raise ConfigError(faults)
+
+
+def run_or_exit(main: Callable[[], int | None]) -> None:
+    """Runs `main` as a program: exits with its result, or with 2 and one clear message on a ConfigError.
+
+    Under a launcher every rank finds the same fault. Rank 0 says it; the others wait a moment before they
+    leave, because a launcher ends the whole job when its first process ends.
+    """
+    try:
+        code = main()
+    except ConfigError as error:
+        if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(2.0)
+        code = EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        code = 130
+    sys.exit(code or 0)

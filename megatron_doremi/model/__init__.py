@@ -1,0 +1,1 @@
+"""The GPT and its form as DeepSpeed pipeline layers."""

@@ -1,0 +1,56 @@
+"""Forward passes without gradients through all pipeline stages: for the frozen reference and for evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_doremi.data.loader import MicroBatch
+from megatron_doremi.model.pipeline import GPTPipeline
+from megatron_doremi.parallel.topology import Topology
+
+
+@torch.no_grad()
+def forward_only(
+    module: GPTPipeline, micro_batches: Sequence[MicroBatch], count: int, shape: tuple[int, int], topology: Topology
+) -> list[Tensor]:
+    """Passes micro-batches through the pipeline in evaluation mode.
+
+    Each stage works on micro-batch m + 1 while the next works on m. All ranks of a replica call it together.
+
+    Args:
+        module: this rank's stage.
+        micro_batches: the micro-batches; read on the first and the last stage only.
+        count: how many there are (stages in the middle are not given them).
+        shape: (batch, seq) of a micro-batch.
+        topology: this rank's place.
+
+    Returns:
+        On the last stage one [batch, seq] tensor of token losses in nats a micro-batch; elsewhere nothing.
+    """
+    was_training = module.training
+    module.eval()
+    parameter = next(module.parameters())
+    losses: list[Tensor] = []
+    sending: list[tuple[dist.Work, Tensor]] = []
+    for number in range(count):
+        if topology.is_first_stage:
+            x = micro_batches[number].tokens.to(parameter.device)
+        else:
+            x = torch.empty(module.activation_shape(*shape), dtype=parameter.dtype, device=parameter.device)
+            dist.recv(x, topology.neighbour(-1))
+        x = module(x)
+        if topology.is_last_stage:
+            losses.append(module.token_losses(x, (micro_batches[number].targets.to(parameter.device),)))
+        else:
+            x = x.contiguous()
+            work = dist.isend(x, topology.neighbour(1))
+            assert work is not None
+            sending.append((work, x))
+    for work, _ in sending:
+        work.wait()
+    module.train(was_training)
+    return losses

@@ -1,0 +1,92 @@
+"""The transformer block: attention and feed-forward, each behind a norm, each added to the residual stream.
+
+Shapes: b batch, s seq, h hidden, n query heads, g key-value heads, d head width, t ranks of the tensor group.
+Between blocks activations are [b, s, h], or [b, s / t, h] with sequence parallel. The block knows how it is
+cut (`TensorParallel`) and nothing of ranks, stages or engines.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_doremi.config import GPTConfig
+from megatron_doremi.parallel.layers import (
+    ColumnParallelLinear,
+    Norm,
+    RowParallelLinear,
+    TensorParallel,
+    rotate,
+)
+
+
+def residual_std(gpt: GPTConfig) -> float:
+    """Standard deviation of projections onto the residual stream (Radford et al. 2019, section 2.3)."""
+    return gpt.init_method_std / math.sqrt(2.0 * gpt.num_layers)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped queries; heads are cut over the tensor group by key-value group.
+
+    The fused projection holds, for each key-value group, its query heads, its key and its value, so that a
+    cut by rows hands whole groups to a rank.
+    """
+
+    def __init__(self, gpt: GPTConfig, tp: TensorParallel):
+        super().__init__()
+        self.groups = gpt.num_query_groups // tp.size
+        self.queries_per_group = gpt.num_attention_heads // gpt.num_query_groups
+        self.width = gpt.kv_channels
+        self.rotary_base = gpt.rotary_base if gpt.position_embedding_type == "rope" else None
+        fused = (gpt.num_attention_heads + 2 * gpt.num_query_groups) * gpt.kv_channels
+        heads = gpt.num_attention_heads * gpt.kv_channels
+        self.qkv = ColumnParallelLinear(gpt.hidden_size, fused, gpt.bias_linear, gpt.init_method_std, tp)
+        self.proj = RowParallelLinear(heads, gpt.hidden_size, gpt.bias_linear, residual_std(gpt), tp)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(x)
+        b, s, _ = qkv.shape
+        qkv = qkv.view(b, s, self.groups, self.queries_per_group + 2, self.width)
+        q, k, v = qkv.split([self.queries_per_group, 1, 1], dim=3)
+        q = q.reshape(b, s, self.groups * self.queries_per_group, self.width).transpose(1, 2)
+        k, v = (part.reshape(b, s, self.groups, self.width).transpose(1, 2) for part in (k, v))
+        if self.rotary_base is not None:
+            q, k = rotate(q, self.rotary_base), rotate(k, self.rotary_base)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.queries_per_group > 1)
+        return self.proj(out.transpose(1, 2).reshape(b, s, -1))
+
+
+class MLP(nn.Module):
+    """Feed-forward layer: GELU, or SwiGLU with gate and up projection fused."""
+
+    def __init__(self, gpt: GPTConfig, tp: TensorParallel):
+        super().__init__()
+        self.swiglu = gpt.swiglu
+        blocks = 2 if gpt.swiglu else 1
+        inner, std = gpt.ffn_hidden_size, gpt.init_method_std
+        self.fc1 = ColumnParallelLinear(gpt.hidden_size, blocks * inner, gpt.bias_linear, std, tp, blocks)
+        self.fc2 = RowParallelLinear(inner, gpt.hidden_size, gpt.bias_linear, residual_std(gpt), tp)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc1(x)
+        if self.swiglu:
+            gate, up = x.chunk(2, dim=-1)
+            return self.fc2(F.silu(gate) * up)
+        return self.fc2(F.gelu(x))
+
+
+class Block(nn.Module):
+    """One transformer block, normalised before each part: [b, s, h] -> [b, s, h]."""
+
+    def __init__(self, gpt: GPTConfig, tp: TensorParallel):
+        super().__init__()
+        self.attention_norm = Norm(gpt.hidden_size, gpt.normalization, gpt.norm_epsilon, tp)
+        self.attention = Attention(gpt, tp)
+        self.mlp_norm = Norm(gpt.hidden_size, gpt.normalization, gpt.norm_epsilon, tp)
+        self.mlp = MLP(gpt, tp)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.attention_norm(x))
+        return x + self.mlp(self.mlp_norm(x))

@@ -1,0 +1,146 @@
+"""The GPT as a DeepSpeed pipeline: its layers in order, the stage split, and the token loss at its end.
+
+The same module serves training (inside an engine), the frozen reference and evaluation. Layers carry the
+names that parameters have in checkpoints ("layers.3.attention.qkv.weight"), whatever the stage split.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator
+
+import torch
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.topology import ProcessTopology
+from torch import Tensor, nn
+
+from megatron_doremi.config import GPTConfig
+from megatron_doremi.model.gpt import Block
+from megatron_doremi.parallel.cross_entropy import token_losses
+from megatron_doremi.parallel.layers import LearnedPositions, Norm, TensorParallel, VocabParallelEmbedding
+from megatron_doremi.parallel.parameters import initialise
+from megatron_doremi.parallel.topology import Topology, stage_bounds
+
+TIED_KEY = "embedding"
+
+
+class OutputLayer(VocabParallelEmbedding):
+    """An output layer of its own. Its product with the hidden states is part of the loss; see `token_losses`."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+
+def _pass_hidden(embedding: nn.Module, hidden: Tensor) -> Tensor:
+    """The tied output layer: its product is part of the loss, like that of `OutputLayer`."""
+    return hidden
+
+
+def layer_names(gpt: GPTConfig) -> list[str]:
+    """Names of the pipeline's layers, in order. A tied output layer is named like the embedding it is."""
+    positions = ["positions"] if gpt.position_embedding_type == "learned_absolute" else []
+    blocks = [f"layers.{i}" for i in range(gpt.num_layers)]
+    return ["embedding", *positions, *blocks, "final_norm", "embedding" if gpt.tied_embeddings else "output"]
+
+
+class GPTPipeline(PipelineModule):
+    """This rank's stage of the GPT, with start values that depend on `seed` and names alone."""
+
+    def __init__(self, gpt: GPTConfig, topology: Topology, tp: TensorParallel, seed: int):
+        self.gpt, self.tp = gpt, tp
+        self.names = layer_names(gpt)
+        axes = ProcessTopology(
+            axes=["pipe", "data", "model"], dims=[topology.pipe_size, topology.data_size, topology.tensor_size]
+        )
+        # DeepSpeed prints its topology and stage tables; ours are in config.json and the dry run.
+        with contextlib.redirect_stdout(io.StringIO()):
+            super().__init__(
+                layers=_layer_specs(gpt, tp), topology=axes, loss_fn=self.token_losses, partition_method="uniform"
+            )
+        self._start(seed)
+        mark_for_gradient_norm(self, topology)
+
+    def _partition_layers(self, method: str = "uniform") -> None:
+        """DeepSpeed's hook that decides which layers this stage holds; ours is `stage_bounds`."""
+        first = self.names.index("layers.0")
+        after = len(self.names) - first - self.gpt.num_layers
+        self.parts = stage_bounds(self.gpt.num_layers, self.num_stages, first, after)
+        self._set_bounds(start=self.parts[self.stage_id], stop=self.parts[self.stage_id + 1])
+
+    @torch.no_grad()
+    def _synchronize_tied_weights(self) -> None:
+        """DeepSpeed's hook; without no_grad the broadcast would become part of the graph."""
+        super()._synchronize_tied_weights()
+
+    def _start(self, seed: int) -> None:
+        for name, layer in self.named_layers():
+            initialise(layer, name, seed, self.tp.group)
+
+    def named_layers(self) -> Iterator[tuple[str, nn.Module]]:
+        """This stage's layers that hold parameters, by name; a tied layer once."""
+        seen: set[str] = set()
+        for index in range(self._local_start, self._local_stop):
+            name = self.names[index]
+            if name in seen:
+                continue
+            seen.add(name)
+            tied = name == "embedding" and TIED_KEY in self.tied_modules
+            yield name, self.tied_modules[TIED_KEY] if tied else getattr(self, str(index))
+
+    def model_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """This stage's parameters by their names in the whole model."""
+        for prefix, layer in self.named_layers():
+            for name, parameter in layer.named_parameters():
+                yield f"{prefix}.{name}", parameter
+
+    def activation_shape(self, micro_batch_size: int, seq_length: int) -> tuple[int, int, int]:
+        """Shape of what this stage hands to the next."""
+        positions = seq_length // self.tp.size if self.tp.sequence_parallel else seq_length
+        return micro_batch_size, positions, self.gpt.hidden_size
+
+    def token_losses(self, hidden: Tensor, labels: tuple[Tensor, ...]) -> Tensor:
+        """Token losses on the last stage.
+
+        Args:
+            hidden: what the last layer returns.
+            labels: (targets [batch, seq], ...); the rest is not read here.
+
+        Returns:
+            [batch, seq] losses in nats, float32, the same on every rank of the tensor group.
+        """
+        rows = self.tied_modules[TIED_KEY] if self.gpt.tied_embeddings else getattr(self, str(len(self.names) - 1))
+        hidden = self.tp.enter(hidden)
+        return token_losses(hidden, rows.weight, labels[0], self.gpt.vocab_size, self.tp.group)
+
+
+def _layer_specs(gpt: GPTConfig, tp: TensorParallel) -> list[LayerSpec]:
+    padded = gpt.padded_vocab_size(tp.size)
+    embedding = (gpt.vocab_size, padded, gpt.hidden_size, gpt.init_method_std, tp)
+    specs: list[LayerSpec] = []
+    if gpt.tied_embeddings:
+        specs.append(TiedLayerSpec(TIED_KEY, VocabParallelEmbedding, *embedding))
+    else:
+        specs.append(LayerSpec(VocabParallelEmbedding, *embedding))
+    if gpt.position_embedding_type == "learned_absolute":
+        specs.append(LayerSpec(LearnedPositions, gpt.max_positions, gpt.hidden_size, gpt.init_method_std, tp))
+    specs += [LayerSpec(Block, gpt, tp) for _ in range(gpt.num_layers)]
+    specs.append(LayerSpec(Norm, gpt.hidden_size, gpt.normalization, gpt.norm_epsilon, tp))
+    if gpt.tied_embeddings:
+        specs.append(TiedLayerSpec(TIED_KEY, VocabParallelEmbedding, *embedding, forward_fn=_pass_hidden))
+    else:
+        specs.append(LayerSpec(OutputLayer, *embedding))
+    return specs
+
+
+def mark_for_gradient_norm(module: GPTPipeline, topology: Topology) -> None:
+    """Tells DeepSpeed which parameters this rank counts in the global gradient norm: each of the model once.
+
+    Its optimisers count a parameter on the first tensor rank, or where `model_parallel` is set, and leave out
+    tied copies (`ds_pipe_replicated`, set by PipelineModule).
+    """
+    for _, parameter in module.model_parameters():
+        replicated = parameter.spec.dim is None  # type: ignore[attr-defined]
+        copy = getattr(parameter, "ds_pipe_replicated", False)
+        parameter.model_parallel = not copy and (not replicated or topology.tensor_rank == 0)  # type: ignore[attr-defined]
+

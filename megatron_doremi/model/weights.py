@@ -1,0 +1,101 @@
+"""Model weights on disk without a layout: any tensor, pipeline and data parallel size reads what any other wrote.
+
+Each (stage, tensor rank) of one replica writes the parts that it holds into a safetensors file, under the
+parameters' names in the whole model; the header says how a parameter was cut. Readers join the parts of what
+they need and cut again. No pickle: a file from elsewhere is data.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_doremi.errors import ConfigError, Fault
+from megatron_doremi.model.pipeline import GPTPipeline
+from megatron_doremi.parallel.parameters import ParameterSpec, shard, spec_of, unshard
+from megatron_doremi.parallel.topology import Topology
+
+_CUT = "cut"
+
+
+def save_weights(module: GPTPipeline, folder: Path, topology: Topology) -> None:
+    """Writes this rank's part of the model; ranks of other replicas than the first write nothing.
+
+    Args:
+        folder: an existing folder.
+    """
+    if topology.data_rank:
+        return
+    tensors: dict[str, Tensor] = {}
+    cuts: dict[str, dict[str, object]] = {}
+    for name, parameter in module.model_parameters():
+        spec = spec_of(parameter)
+        copy = getattr(parameter, "ds_pipe_replicated", False)
+        if copy or (spec.dim is None and topology.tensor_rank):
+            continue
+        tensors[name] = parameter.detach().to("cpu", copy=True).contiguous()
+        cuts[name] = {**asdict(spec), "size": topology.tensor_size}
+    name = f"model-pipe{topology.pipe_rank:03d}-tensor{topology.tensor_rank:03d}.safetensors"
+    save_file(tensors, folder / name, metadata={_CUT: json.dumps(cuts)})
+
+
+class WeightsFolder:
+    """The weights that `save_weights` left in a folder, of whatever layout."""
+
+    def __init__(self, folder: Path):
+        """Reads the headers. Raises ConfigError where the folder does not hold whole parameters."""
+        self.folder = folder
+        self._parts: dict[str, list[Path]] = defaultdict(list)
+        self._specs: dict[str, ParameterSpec] = {}
+        self._sizes: dict[str, int] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            self._read_header(path)
+        if not self._parts:
+            raise self._error("no weights", "files model-*.safetensors")
+        for name, parts in self._parts.items():
+            if len(parts) != (1 if self._specs[name].dim is None else self._sizes[name]):
+                raise self._error(f"{len(parts)} of {self._sizes[name]} parts of {name}", "every rank's file")
+
+    def _error(self, value: str, rule: str) -> ConfigError:
+        return ConfigError(
+            Fault(f"weights in {self.folder}", value, rule, "take another checkpoint, or copy the folder again")
+        )
+
+    def _read_header(self, path: Path) -> None:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name, cut in json.loads(file.metadata()[_CUT]).items():
+                    self._sizes[name] = int(cut.pop("size"))
+                    self._specs[name] = ParameterSpec(**{**cut, "shape": tuple(cut["shape"])})
+                    self._parts[name].append(path)
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise self._error(f"{path.name}: {error}", "a safetensors file of this program") from error
+
+    def names(self) -> set[str]:
+        """Names of the parameters in the folder."""
+        return set(self._parts)
+
+    def whole(self, name: str) -> Tensor:
+        """A parameter of the whole model, without padding."""
+        parts = []
+        for path in self._parts[name]:
+            with safe_open(path, framework="pt") as file:
+                parts.append(file.get_tensor(name))
+        return unshard(parts, self._specs[name])
+
+    @torch.no_grad()
+    def load_into(self, module: GPTPipeline, topology: Topology) -> None:
+        """Fills this rank's parameters. Raises ConfigError where names or shapes differ."""
+        for name, parameter in module.model_parameters():
+            spec = spec_of(parameter)
+            if name not in self._parts or self._specs[name].shape != spec.shape:
+                found = f"shape {self._specs[name].shape}" if name in self._parts else "missing"
+                raise self._error(f"{name}: {found}", f"shape {spec.shape}")
+            parameter.copy_(shard(self.whole(name), spec, topology.tensor_size, topology.tensor_rank))

@@ -1,0 +1,1 @@
+"""Rank arithmetic, collectives with gradients, tensor parallel layers."""

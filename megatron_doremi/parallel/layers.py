@@ -1,0 +1,138 @@
+"""Layers cut over the tensor group: linear by column and by row, embedding by vocabulary.
+
+With sequence parallel the activations between these layers are cut by position, [batch, seq / t, hidden];
+without it every rank holds them whole. A parameter that every rank holds but that sees only the rank's own
+positions has its gradient summed over the group by `replicated`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_doremi.parallel.collectives import (
+    copy_to_tensor,
+    gather_sequence,
+    reduce_from_tensor,
+    reduce_scatter_sequence,
+)
+from megatron_doremi.parallel.groups import TensorGroup
+from megatron_doremi.parallel.parameters import ParameterSpec, make_parameter
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """How layers are cut: the group, and whether the residual stream is cut by position."""
+
+    group: TensorGroup = TensorGroup()
+    sequence_parallel: bool = False
+
+    @property
+    def size(self) -> int:
+        return self.group.size
+
+    def enter(self, x: Tensor) -> Tensor:
+        """From the residual stream to a layer cut by column: [batch, seq, hidden] on every rank."""
+        return gather_sequence(x, self.group) if self.sequence_parallel else copy_to_tensor(x, self.group)
+
+    def leave(self, x: Tensor) -> Tensor:
+        """From the parts of a sum, [batch, seq, hidden], to the residual stream."""
+        return reduce_scatter_sequence(x, self.group) if self.sequence_parallel else reduce_from_tensor(x, self.group)
+
+    def replicated(self, parameter: Tensor) -> Tensor:
+        """A parameter that every rank holds, for use on the residual stream."""
+        return copy_to_tensor(parameter, self.group) if self.sequence_parallel else parameter
+
+
+class ColumnParallelLinear(nn.Module):
+    """Linear layer whose output features are cut: [batch, seq, in] -> [batch, seq, out / t]."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool, std: float, tp: TensorParallel, blocks: int = 1):
+        super().__init__()
+        self.tp = tp
+        self.weight = make_parameter(ParameterSpec((outputs, inputs), dim=0, blocks=blocks, std=std), tp.group)
+        self.bias = make_parameter(ParameterSpec((outputs,), dim=0, blocks=blocks), tp.group) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.tp.enter(x), self.weight, self.bias)
+
+
+class RowParallelLinear(nn.Module):
+    """Linear layer whose input features are cut: [batch, seq, in / t] -> the residual stream."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool, std: float, tp: TensorParallel):
+        super().__init__()
+        self.tp = tp
+        self.weight = make_parameter(ParameterSpec((outputs, inputs), dim=1, std=std), tp.group)
+        self.bias = make_parameter(ParameterSpec((outputs,)), tp.group) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.tp.leave(F.linear(x, self.weight))
+        return x if self.bias is None else x + self.tp.replicated(self.bias)
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Token embedding whose rows are cut: ids [batch, seq] -> the residual stream.
+
+    The table is padded to `padded` rows; ids of the padding never occur.
+    """
+
+    def __init__(self, vocab_size: int, padded: int, hidden: int, std: float, tp: TensorParallel):
+        super().__init__()
+        self.tp = tp
+        spec = ParameterSpec((vocab_size, hidden), dim=0, padded=padded, std=std)
+        self.weight = make_parameter(spec, tp.group)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if self.tp.size == 1:
+            return F.embedding(ids, self.weight)
+        local = ids - self.tp.group.rank * self.weight.shape[0]
+        outside = (local < 0) | (local >= self.weight.shape[0])
+        rows = F.embedding(local.masked_fill(outside, 0), self.weight)
+        return self.tp.leave(rows.masked_fill(outside.unsqueeze(-1), 0.0))
+
+
+class Norm(nn.Module):
+    """RMSNorm or LayerNorm over the hidden dimension, computed in float32."""
+
+    def __init__(self, hidden: int, kind: str, epsilon: float, tp: TensorParallel):
+        super().__init__()
+        self.kind, self.epsilon, self.tp = kind, epsilon, tp
+        self.weight = make_parameter(ParameterSpec((hidden,), constant=1.0), tp.group)
+        self.bias = make_parameter(ParameterSpec((hidden,)), tp.group) if kind == "LayerNorm" else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.tp.replicated(self.weight).float()
+        if self.bias is None:
+            return F.rms_norm(x.float(), weight.shape, weight, self.epsilon).to(x.dtype)
+        bias = self.tp.replicated(self.bias).float()
+        return F.layer_norm(x.float(), weight.shape, weight, bias, self.epsilon).to(x.dtype)
+
+
+class LearnedPositions(nn.Module):
+    """Adds a learned vector for each position to the residual stream."""
+
+    def __init__(self, positions: int, hidden: int, std: float, tp: TensorParallel):
+        super().__init__()
+        self.tp = tp
+        self.weight = make_parameter(ParameterSpec((positions, hidden), std=std), tp.group)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.tp.group.rank * x.shape[1] if self.tp.sequence_parallel else 0
+        return x + self.tp.replicated(self.weight)[first : first + x.shape[1]]
+
+
+def rotate(x: Tensor, base: float) -> Tensor:
+    """Rotary position embedding (Su et al. 2021), halves paired: [batch, heads, seq, width] -> the same.
+
+    Angles are computed in float32 (positions to 10^6 keep 7 digits in their frequencies).
+    """
+    seq, width = x.shape[-2:]
+    rates = base ** (-torch.arange(0, width, 2, device=x.device, dtype=torch.float32) / width)
+    angles = torch.outer(torch.arange(seq, device=x.device, dtype=torch.float32), rates)
+    cos, sin = angles.cos(), angles.sin()
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

@@ -1,0 +1,105 @@
+"""Parameters that know how they are cut over the tensor group and how they start.
+
+A parameter's spec is its layout-free description. From it follow the start values (a function of seed and
+name alone, so that every layout starts from the same model), the part that a rank holds, and the way back
+from the parts to the whole for checkpoints that any layout can read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megatron_doremi.parallel.groups import TensorGroup
+
+
+@dataclass(frozen=True)
+class ParameterSpec:
+    """A parameter of the whole model.
+
+    Attributes:
+        shape: shape of the whole parameter.
+        dim: dimension cut over the tensor group, or None where every rank holds all of it.
+        blocks: the cut dimension is this many equal blocks, each cut by itself (2 for a fused gate and up
+            projection, so that each rank gets its part of both).
+        padded: length of the cut dimension with padding; the padding is zero and not part of the model.
+        std: standard deviation of the start values; 0 for constants.
+        constant: start value where std is 0.
+    """
+
+    shape: tuple[int, ...]
+    dim: int | None = None
+    blocks: int = 1
+    padded: int = 0
+    std: float = 0.0
+    constant: float = 0.0
+
+    @property
+    def cut_length(self) -> int:
+        """Length of the cut dimension, with padding."""
+        assert self.dim is not None
+        return self.padded or self.shape[self.dim]
+
+    def local_shape(self, size: int) -> tuple[int, ...]:
+        """Shape of one rank's part."""
+        if self.dim is None:
+            return self.shape
+        assert self.cut_length % (size * self.blocks) == 0, (self, size)
+        shape = list(self.shape)
+        shape[self.dim] = self.cut_length // size
+        return tuple(shape)
+
+
+def make_parameter(spec: ParameterSpec, tensor: TensorGroup) -> nn.Parameter:
+    """An uninitialised parameter that holds this rank's part of `spec`."""
+    parameter = nn.Parameter(torch.empty(spec.local_shape(tensor.size)))
+    parameter.spec = spec  # type: ignore[attr-defined]
+    return parameter
+
+
+def spec_of(parameter: Tensor) -> ParameterSpec:
+    """The spec that `make_parameter` attached."""
+    return parameter.spec  # type: ignore[attr-defined]
+
+
+def shard(whole: Tensor, spec: ParameterSpec, size: int, rank: int) -> Tensor:
+    """The part of `whole` (shape spec.shape) that rank `rank` of `size` holds."""
+    if spec.dim is None:
+        return whole
+    padding = spec.cut_length - spec.shape[spec.dim]
+    if padding:
+        shape = list(spec.shape)
+        shape[spec.dim] = padding
+        whole = torch.cat([whole, whole.new_zeros(shape)], dim=spec.dim)
+    parts = [block.chunk(size, dim=spec.dim)[rank] for block in whole.chunk(spec.blocks, dim=spec.dim)]
+    return torch.cat(parts, dim=spec.dim) if len(parts) > 1 else parts[0]
+
+
+def unshard(parts: Sequence[Tensor], spec: ParameterSpec) -> Tensor:
+    """The whole parameter from the parts of all ranks, in order; padding is dropped."""
+    if spec.dim is None:
+        return parts[0]
+    cut = [part.chunk(spec.blocks, dim=spec.dim) for part in parts]
+    blocks = [torch.cat([part[block] for part in cut], dim=spec.dim) for block in range(spec.blocks)]
+    return torch.cat(blocks, dim=spec.dim).narrow(spec.dim, 0, spec.shape[spec.dim])
+
+
+def start_values(spec: ParameterSpec, name: str, seed: int) -> Tensor:
+    """The whole parameter at the start of training, float32: a function of seed and name alone."""
+    if spec.std == 0.0:
+        return torch.full(spec.shape, spec.constant)
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.empty(spec.shape).normal_(0.0, spec.std, generator=generator)
+
+
+@torch.no_grad()
+def initialise(module: nn.Module, prefix: str, seed: int, tensor: TensorGroup) -> None:
+    """Fills the parameters of a layer, whose name in the model is `prefix`, with this rank's start values."""
+    for name, parameter in module.named_parameters():
+        spec = spec_of(parameter)
+        parameter.copy_(shard(start_values(spec, f"{prefix}.{name}", seed), spec, tensor.size, tensor.rank))

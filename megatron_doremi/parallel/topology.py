@@ -1,0 +1,89 @@
+"""Which rank does what: arithmetic over (pipe, data, tensor) coordinates, without any process group.
+
+Tensor is the fastest axis, then data, then pipe: ranks of a tensor group are neighbours, as in Megatron-LM.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The layout of a run and one rank's place in it.
+
+    Attributes:
+        pipe_size, data_size, tensor_size: pipeline stages, model replicas, ranks that share a layer.
+        rank: this process among all of them.
+    """
+
+    pipe_size: int = 1
+    data_size: int = 1
+    tensor_size: int = 1
+    rank: int = 0
+
+    def __post_init__(self) -> None:
+        assert min(self.pipe_size, self.data_size, self.tensor_size) >= 1, self
+        assert 0 <= self.rank < self.world_size, self
+
+    @property
+    def world_size(self) -> int:
+        return self.pipe_size * self.data_size * self.tensor_size
+
+    @property
+    def tensor_rank(self) -> int:
+        return self.rank % self.tensor_size
+
+    @property
+    def data_rank(self) -> int:
+        return self.rank // self.tensor_size % self.data_size
+
+    @property
+    def pipe_rank(self) -> int:
+        return self.rank // (self.tensor_size * self.data_size)
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pipe_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipe_rank == self.pipe_size - 1
+
+    def rank_at(self, pipe: int, data: int, tensor: int) -> int:
+        """The rank at these coordinates."""
+        return (pipe * self.data_size + data) * self.tensor_size + tensor
+
+    def neighbour(self, stages: int) -> int:
+        """The rank `stages` further down the pipe (negative: up), at the same data and tensor coordinates."""
+        return self.rank_at(self.pipe_rank + stages, self.data_rank, self.tensor_rank)
+
+    def model_ranks(self) -> list[int]:
+        """The ranks that hold this rank's replica of the model, in order."""
+        return [
+            self.rank_at(pipe, self.data_rank, tensor)
+            for pipe in range(self.pipe_size)
+            for tensor in range(self.tensor_size)
+        ]
+
+    def loss_rank(self) -> int:
+        """The one rank of this replica that speaks for its losses: last stage, first of the tensor group."""
+        return self.rank_at(self.pipe_size - 1, self.data_rank, 0)
+
+
+def stage_bounds(num_blocks: int, pipe_size: int, before: int, after: int) -> list[int]:
+    """Splits the layers [`before` layers, blocks, `after` layers] into `pipe_size` consecutive stages.
+
+    Blocks are spread evenly; the layers before them go to the first stage and those after them to the last,
+    so where the blocks do not divide, stages in the middle take the rest.
+
+    Returns:
+        pipe_size + 1 bounds: stage s holds the layers bounds[s] to bounds[s + 1] - 1.
+    """
+    assert 1 <= pipe_size <= num_blocks
+    share, rest = divmod(num_blocks, pipe_size)
+    first_extra = (pipe_size - rest) // 2
+    bounds = [0]
+    for stage in range(pipe_size):
+        bounds.append(bounds[-1] + share + (first_extra <= stage < first_extra + rest))
+    return [0, *(before + bound for bound in bounds[1:-1]), before + num_blocks + after]

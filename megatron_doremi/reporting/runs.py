@@ -1,0 +1,364 @@
+"""Reads what a run left on disk, as data: metrics.jsonl, config.json, domain_weights.json, the manifest.
+
+Nothing here imports torch: a report can be made on a laptop from folders copied off a cluster, without the
+checkpoints and without the training data. Metrics are kept by column, since a proxy writes a line a step and
+200,000 lines as dictionaries would fill a laptop's memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_doremi.errors import ConfigError, Fault, raise_if_any
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+T = TypeVar("T")
+
+SCALARS = ("loss", "lr", "grad_norm", "dro_loss", "consumed_tokens", "tokens_per_second")
+PHASES = ("reference", "score", "proxy", "main", "evaluate")
+
+
+@dataclass(frozen=True)
+class Series:
+    """One quantity per domain over the training lines.
+
+    Attributes:
+        names: domains, in the order they first appear in the file.
+        values: [lines, domains]; NaN where a line lacks the domain.
+    """
+
+    names: tuple[str, ...]
+    values: Floats
+
+    def ordered(self, names: Sequence[str]) -> Floats:
+        """Returns [lines, len(names)] in the order of `names`; NaN for a domain that is not here."""
+        position = {name: column for column, name in enumerate(self.names)}
+        missing = np.full(self.values.shape[0], np.nan)
+        columns = [self.values[:, position[name]] if name in position else missing for name in names]
+        return np.stack(columns, axis=1) if columns else np.empty((self.values.shape[0], 0))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation on held-out text; losses in nats a token.
+
+    Attributes:
+        iteration: training step after which it was made.
+        losses: held-out loss by domain.
+        token_mean: mean over all held-out tokens, None where the line has none.
+    """
+
+    iteration: int
+    losses: dict[str, float]
+    token_mean: float | None
+
+    @property
+    def uniform_mean(self) -> float:
+        """Mean over domains, each counting alike, in nats a token."""
+        return sum(self.losses.values()) / len(self.losses)
+
+    @property
+    def worst(self) -> tuple[str, float]:
+        """The domain with the highest loss, and that loss in nats a token."""
+        name = max(self.losses, key=lambda each: self.losses[each])
+        return name, self.losses[name]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A --save folder, read.
+
+    Attributes:
+        path: the folder, as the user gave it.
+        phase: reference, score, proxy, main, evaluate, or "unknown" where config.json does not say.
+        config: config.json.
+        iterations: [lines] training step of each training line, ascending.
+        scalars: [lines] by name, NaN where absent: see SCALARS.
+        loss: training loss by domain in nats a token.
+        excess: clipped excess over the reference by domain (lambda_t) in nats a token; a proxy's only.
+        weights: domain weights (alpha_t); a proxy's only.
+        evaluations: ascending by iteration.
+        recorded_weights: the weights of domain_weights.json, None where there is no such file.
+        weights_provenance: its provenance entry.
+    """
+
+    path: Path
+    phase: str
+    config: dict[str, Any]
+    iterations: Integers
+    scalars: dict[str, Floats]
+    loss: Series
+    excess: Series
+    weights: Series
+    evaluations: tuple[Evaluation, ...]
+    recorded_weights: dict[str, float] | None
+    weights_provenance: dict[str, Any]
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the training lines carry domain weights, as a proxy's do."""
+        return bool(np.isfinite(self.weights.values).any())
+
+    def domain_names(self) -> tuple[str, ...]:
+        """Every domain that any line names; the most complete source decides the order."""
+        evaluated = self.evaluations[-1].losses if self.evaluations else {}
+        return tuple(dict.fromkeys([*self.weights.names, *evaluated, *self.loss.names]))
+
+
+@dataclass(frozen=True)
+class DomainTokens:
+    """A domain of the manifest: its name and its training tokens."""
+
+    name: str
+    tokens: int
+
+
+class _Columns:
+    """Rows of {name: number}, kept by column; NaN where a row has no finite number for a name."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.columns: dict[str, array[float]] = {}
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        numbers = {name: float("nan") if value is None else float(value) for name, value in row.items()}
+        numbers = {name: each if math.isfinite(each) else float("nan") for name, each in numbers.items()}
+        for name, number in numbers.items():
+            if name not in self.columns:
+                self.columns[name] = array("d", [float("nan")]) * self.rows
+            self.columns[name].append(number)
+        self.rows += 1
+        for column in self.columns.values():
+            if len(column) < self.rows:
+                column.append(float("nan"))
+
+    def series(self, keep: Integers) -> Series:
+        values = [np.frombuffer(column, dtype=np.float64)[keep] for column in self.columns.values()]
+        stacked = np.stack(values, axis=1) if values else np.empty((len(keep), 0))
+        return Series(tuple(self.columns), stacked)
+
+
+@dataclass(frozen=True)
+class _Metrics:
+    """metrics.jsonl by column; fields as in Run."""
+
+    iterations: Integers
+    scalars: dict[str, Floats]
+    loss: Series
+    excess: Series
+    weights: Series
+    evaluations: tuple[Evaluation, ...]
+
+
+def read_all(readers: Iterable[Callable[[], T]]) -> list[T]:
+    """Calls every reader and raises one ConfigError with the faults of all of them."""
+    results: list[T] = []
+    faults: list[Fault] = []
+    for reader in readers:
+        try:
+            results.append(reader())
+        except ConfigError as error:
+            faults.extend(error.faults)
+    raise_if_any(faults)
+    return results
+
+
+def read_run(path: Path, what: str = "RUN") -> Run:
+    """Reads a --save folder.
+
+    Args:
+        path: the folder.
+        what: how the user named it on the command line, for messages.
+    """
+    if not path.is_dir():
+        remedy = "give the --save folder of a run of pretrain_doremi.py"
+        raise ConfigError(Fault(what, str(path), "must be an existing folder", remedy))
+    config = _read_json_object(path / "config.json", "give the folder that the run got as --save")
+    metrics = _read_metrics(path / "metrics.jsonl")
+    weights_file = path / "domain_weights.json"
+    recorded, provenance = (None, {}) if not weights_file.is_file() else _read_weights(weights_file)
+    return Run(
+        path,
+        find_phase(config),
+        config,
+        metrics.iterations,
+        metrics.scalars,
+        metrics.loss,
+        metrics.excess,
+        metrics.weights,
+        metrics.evaluations,
+        recorded,
+        provenance,
+    )
+
+
+def read_manifest_tokens(path: Path) -> tuple[DomainTokens, ...]:
+    """Reads names and training tokens from a manifest.
+
+    The dataset files are not looked for, so a report can be made where only the manifest has been copied.
+    """
+    document = _read_json_object(path, "give the domains.json that tools/preprocess_data.py wrote")
+    remedy = "write the manifest again with tools/preprocess_data.py"
+    try:
+        domains = tuple(DomainTokens(str(each["name"]), int(each["tokens"])) for each in document["domains"])
+    except (KeyError, TypeError, ValueError) as error:
+        rule = '"domains" must be a list of entries with "name" and "tokens"'
+        raise ConfigError(Fault(str(path), repr(error), rule, remedy)) from error
+    names = [each.name for each in domains]
+    if not domains or len(set(names)) != len(names) or min(each.tokens for each in domains) < 1:
+        rule = "needs at least one domain, no name twice, at least one token in each"
+        raise ConfigError(Fault(str(path), ", ".join(names), rule, remedy))
+    return domains
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Turns nested objects into {"a.b": value}; lists stay values."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def find_phase(config: Mapping[str, Any]) -> str:
+    """Returns the phase that config.json records, at the top or in a group; "unknown" without one."""
+    flat = flatten(config)
+    for key in sorted(flat, key=lambda each: each.count(".")):
+        if key.rsplit(".", 1)[-1] == "phase" and flat[key] in PHASES:
+            return str(flat[key])
+    return "unknown"
+
+
+def find_number(config: Mapping[str, Any], leaf: str) -> float | None:
+    """Returns the first number whose key, without its groups, is `leaf` or ends in "_`leaf`"."""
+    for key, value in flatten(config).items():
+        name = key.rsplit(".", 1)[-1]
+        if (name == leaf or name.endswith(f"_{leaf}")) and isinstance(value, int | float):
+            return float(value)
+    return None
+
+
+def _read_text(path: Path, remedy: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise ConfigError(
+            Fault(str(path), error.strerror or "", "must be a readable file", remedy)
+        ) from error
+
+
+def _read_json_object(path: Path, remedy: str) -> dict[str, Any]:
+    text = _read_text(path, remedy)
+    try:
+        document = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(Fault(str(path), str(error), "must be JSON", remedy)) from error
+    if not isinstance(document, dict):
+        raise ConfigError(Fault(str(path), type(document).__name__, "must be a JSON object", remedy))
+    return document
+
+
+def _read_weights(path: Path) -> tuple[dict[str, float], dict[str, Any]]:
+    remedy = "remove the file: the report then takes the mean of the weights in metrics.jsonl"
+    document = _read_json_object(path, remedy)
+    try:
+        weights = {str(name): float(value) for name, value in document["weights"].items()}
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        rule = 'needs "weights": {NAME: number}'
+        raise ConfigError(Fault(str(path), repr(error), rule, remedy)) from error
+    provenance = document.get("provenance")
+    return weights, provenance if isinstance(provenance, dict) else {}
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields (line number, object); a last line that does not parse is torn (a killed run) and left out."""
+    torn: tuple[int, str] | None = None
+    try:
+        file = path.open(encoding="utf-8", errors="replace")
+    except OSError as error:
+        remedy = "give the --save folder of a run that has reached its first log interval"
+        raise ConfigError(
+            Fault(str(path), error.strerror or "", "must be a readable file", remedy)
+        ) from error
+    with file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            if torn is not None:
+                raise ConfigError(_bad_line(path, *torn))
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                torn = (number, str(error))
+                continue
+            if not isinstance(row, dict):
+                torn = (number, f"a JSON {type(row).__name__}")
+                continue
+            yield number, row
+
+
+def _bad_line(path: Path, number: int, problem: str) -> Fault:
+    rule = "every line but the last must be a metrics line: one JSON object with numbers"
+    return Fault(f"{path}, line {number}", problem, rule, "remove the line")
+
+
+def _read_metrics(path: Path) -> _Metrics:
+    scalars, loss, excess, weights = _Columns(), _Columns(), _Columns(), _Columns()
+    iterations: array[int] = array("q")
+    evaluations: dict[int, Evaluation] = {}
+    for number, row in _json_lines(path):
+        try:
+            iteration = int(row["iteration"])
+            if row.get("eval"):
+                evaluations[iteration] = _evaluation(iteration, row)
+            if "loss" in row:
+                scalars.append({name: row.get(name) for name in SCALARS})
+                loss.append(row.get("domain_loss") or {})
+                excess.append(row.get("domain_excess") or {})
+                weights.append(row.get("domain_weights") or {})
+                iterations.append(iteration)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ConfigError(_bad_line(path, number, repr(error))) from error
+    if not iterations and not evaluations:
+        remedy = "wait for the run's first log interval, or give another run"
+        raise ConfigError(Fault(str(path), "", "needs at least one training or evaluation line", remedy))
+    steps = np.array(iterations, dtype=np.int64)
+    keep = _last_of_each(steps)
+    columns = scalars.series(keep)
+    return _Metrics(
+        steps[keep],
+        {name: columns.values[:, index] for index, name in enumerate(columns.names)},
+        loss.series(keep),
+        excess.series(keep),
+        weights.series(keep),
+        tuple(evaluations[iteration] for iteration in sorted(evaluations)),
+    )
+
+
+def _evaluation(iteration: int, row: Mapping[str, Any]) -> Evaluation:
+    losses = {str(name): float(value) for name, value in row["eval"].items() if value is not None}
+    if not losses:
+        raise ValueError("an evaluation without a loss")
+    token_mean = row.get("eval_token_mean")
+    return Evaluation(iteration, losses, None if token_mean is None else float(token_mean))
+
+
+def _last_of_each(iterations: Integers) -> Integers:
+    """Returns the positions of each iteration's last line, ascending by iteration.
+
+    A run does not repeat an iteration, but a folder that was restored by hand can; the later line counts.
+    """
+    _, from_the_end = np.unique(iterations[::-1], return_index=True)
+    return (len(iterations) - 1 - from_the_end).astype(np.int64)

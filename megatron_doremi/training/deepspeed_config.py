@@ -1,0 +1,28 @@
+"""The only place that builds DeepSpeed's configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_doremi.config import Config, global_batch_size, micro_batches_per_step
+
+
+def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's dictionary for a run on `world_size` ranks."""
+    result: dict[str, Any] = {
+        "train_batch_size": global_batch_size(config, world_size),
+        "train_micro_batch_size_per_gpu": config.data.micro_batch_size,
+        "gradient_accumulation_steps": micro_batches_per_step(config, world_size),
+        # Our loop logs; DeepSpeed's own report would cost a synchronisation.
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+        "zero_optimization": {"stage": config.parallel.zero_stage},
+        "gradient_clipping": config.optimizer.clip_grad if config.parallel.zero_stage else 0.0,
+        # Reentrant checkpointing cuts a first stage, whose inputs are integers, off the graph. "Partitioned"
+        # sends assume that tensor ranks hold the same activations, which with sequence parallel they do not.
+        "pipeline": {"use_reentrant": False, "pipe_partitioned": False, "grad_partitioned": False},
+    }
+    if config.optimizer.bf16:
+        result["bf16"] = {"enabled": True}
+        result["data_types"] = {"grad_accum_dtype": "fp32"}
+    return result

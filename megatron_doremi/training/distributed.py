@@ -1,0 +1,35 @@
+"""Joining the other processes of a run."""
+
+from __future__ import annotations
+
+import os
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from megatron_doremi.training.launch import Launch
+
+
+def join(launch: Launch) -> torch.device:
+    """Joins the process group and returns this process's device."""
+    # DeepSpeed reads these, whoever started us.
+    os.environ["LOCAL_RANK"] = str(launch.local_rank)
+    os.environ["RANK"] = str(launch.rank)
+    os.environ["WORLD_SIZE"] = str(launch.world_size)
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", launch.local_rank)
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if launch.rendezvous:
+        dist.init_process_group(
+            backend, init_method=launch.rendezvous, rank=launch.rank, world_size=launch.world_size
+        )
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    # DeepSpeed wraps the group that is there. Its all-reduce through shared memory would be compiled at the
+    # first start on a machine; gloo serves.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=backend, dist_init_required=False)
+    return device

@@ -1,0 +1,221 @@
+"""Training, a page long: read a global batch, take a step, write it down, save, evaluate."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_doremi import __version__
+from megatron_doremi.config import Config, GPTConfig, global_batch_size, micro_batches_per_step
+from megatron_doremi.data.blend import Blend, BlendState
+from megatron_doremi.data.loader import Step, steps, window_count
+from megatron_doremi.data.manifest import save_weights
+from megatron_doremi.doremi.domain_weights import DomainWeights
+from megatron_doremi.doremi.engine import ProxyEngine, TrainingEngine
+from megatron_doremi.doremi.reference import OnlineReference
+from megatron_doremi.parallel.groups import ProcessGroups
+from megatron_doremi.parallel.topology import Topology
+from megatron_doremi.training.checkpoint import (
+    check_state,
+    load_engine,
+    newest_checkpoint,
+    read_state,
+    save_checkpoint,
+)
+from megatron_doremi.training.evaluate import evaluate
+from megatron_doremi.training.metrics import (
+    RunLog,
+    domain_entries,
+    evaluation_entries,
+    flops_per_token,
+    gpu_metrics,
+    proxy_entries,
+)
+from megatron_doremi.training.optimizer import learning_rate
+from megatron_doremi.training.setup import RunData, held_out
+
+
+class Trainer:
+    """A training run: the engine, the blend and the log, and what goes into a checkpoint."""
+
+    def __init__(
+        self,
+        config: Config,
+        gpt: GPTConfig,
+        data: RunData,
+        engine: TrainingEngine,
+        reference: OnlineReference | None,
+        topology: Topology,
+        groups: ProcessGroups,
+    ):
+        self.config, self.gpt, self.data = config, gpt, data
+        self.engine, self.reference, self.topology, self.groups = engine, reference, topology, groups
+        self.save_dir = Path(config.run.save)
+        self.batch_size = global_batch_size(config, topology.world_size)
+        self.micro_batches = micro_batches_per_step(config, topology.world_size)
+        counts = tuple(window_count(dataset.num_tokens, config.data.seq_length) for dataset in data.train)
+        self.blend = Blend(data.names, counts, self.batch_size, config.data.seed)
+        self.blend_state = BlendState.start(len(data.names))
+        self.iteration = 0
+
+    def train(self) -> None:
+        """Trains to the last iteration, or to the exit interval."""
+        config, total = self.config, self.config.data.train_iters
+        self._resume()
+        tensorboard = Path(config.run.tensorboard_dir or self.save_dir / "tensorboard")
+        log = RunLog(self.topology.rank == 0, self.save_dir, tensorboard, self.iteration, total, config.data.phase)
+        saved, last, began = self.iteration, self.iteration, time.perf_counter()
+        for step in self._steps():
+            if self.iteration >= total:
+                break
+            lr = learning_rate(self.iteration + 1, config.optimizer, total)
+            self._take_step(step, lr)
+            entry = None
+            on_console = self.iteration % config.run.log_interval == 0 or self.iteration == total
+            if on_console or isinstance(self.engine, ProxyEngine):
+                entry = self._entry(lr)
+                entry |= self._rates((time.perf_counter() - began) / (self.iteration - last))
+                last, began = self.iteration, time.perf_counter()
+            log.step(entry)
+            if on_console and entry is not None:
+                log.line(entry)
+            if self._due(config.data.eval_interval) or self.iteration == total:
+                self._evaluate(log)
+            leave = self._due(config.run.exit_interval)
+            if self._due(config.run.save_interval) or leave or self.iteration == total:
+                self._save()
+                saved = self.iteration
+            if leave:
+                break
+        if saved != self.iteration:
+            self._save()
+        log.close()
+
+    def _due(self, interval: int) -> bool:
+        return interval > 0 and self.iteration % interval == 0
+
+    def _steps(self) -> Any:
+        data, weights = self.config.data, self.data.weights
+        reads = self.topology.is_first_stage or self.topology.is_last_stage
+
+        def sampling() -> NDArray[np.float64]:
+            return weights
+
+        return steps(
+            self.blend,
+            self.data.train,
+            sampling,
+            self.blend_state,
+            data.seq_length,
+            data.micro_batch_size,
+            self.topology.data_rank,
+            self.topology.data_size,
+            reads,
+        )
+
+    def _take_step(self, step: Step, lr: float) -> None:
+        self.engine.set_learning_rate(lr)
+        if isinstance(self.engine, ProxyEngine):
+            assert self.reference is not None
+            losses = self.reference.token_losses(step.micro_batches, self.micro_batches)
+            self.engine.train_proxy_step(step.micro_batches, losses)
+        else:
+            self.engine.train_step(step.micro_batches)
+        self.blend_state = step.state_after
+        self.iteration += 1
+
+    def _entry(self, lr: float) -> dict[str, Any]:
+        """The line of the step just taken; a collective call."""
+        samples, names = self.iteration * self.batch_size, self.data.names
+        sums = self.engine.step_sums().tolist()
+        entry: dict[str, Any] = {
+            "iteration": self.iteration,
+            "consumed_samples": samples,
+            "consumed_tokens": samples * self.config.data.seq_length,
+            **domain_entries(sums, names),
+            "lr": lr,
+            "grad_norm": self.engine.grad_norm(),
+        }
+        if isinstance(self.engine, ProxyEngine):
+            dro = self.engine.dro
+            entry |= proxy_entries(sums, dro.excess.tolist(), dro.weights.tolist(), names)
+        return entry
+
+    def _rates(self, seconds: float) -> dict[str, float]:
+        tokens = self.batch_size * self.config.data.seq_length
+        flops = tokens * flops_per_token(self.gpt, self.config.data.seq_length)
+        return {
+            "elapsed_ms": seconds * 1e3,
+            "tokens_per_second": tokens / seconds,
+            **gpu_metrics(flops, seconds, self.topology.world_size),
+        }
+
+    def _evaluate(self, log: RunLog) -> None:
+        datasets = held_out(self.data)
+        if not datasets:
+            return
+        data = self.config.data
+        sums = evaluate(
+            self.engine.module,
+            datasets,
+            (data.micro_batch_size, data.seq_length),
+            data.eval_iters * self.batch_size,
+            self.topology,
+            self.groups,
+            self.engine.device,
+        )
+        log.evaluation({"iteration": self.iteration, **evaluation_entries(sums.tolist(), self.data.names)})
+
+    def _trained_on(self) -> dict[str, Any]:
+        """What a run has to share with the checkpoint that it goes on from."""
+        data = self.config.data
+        return {
+            "phase": data.phase,
+            "gpt": asdict(self.gpt),
+            "data_fingerprint": self.data.manifest.fingerprint(),
+            "seq_length": data.seq_length,
+            "global_batch_size": self.batch_size,
+            "seed": data.seed,
+        }
+
+    def _save(self) -> None:
+        state: dict[str, Any] = {**self._trained_on(), "consumed_samples": self.iteration * self.batch_size}
+        state["blend"] = self.blend_state.to_dict(self.data.names)
+        if isinstance(self.engine, ProxyEngine):
+            state["doremi"] = self.engine.dro.to_dict(self.data.names)
+        keep = self.config.run.keep_checkpoints
+        save_checkpoint(self.engine, self.save_dir, self.iteration, self.topology, state, keep)
+        if isinstance(self.engine, ProxyEngine) and self.topology.rank == 0:
+            self._write_domain_weights(self.engine.dro)
+
+    def _write_domain_weights(self, dro: DomainWeights) -> None:
+        doremi = self.config.doremi
+        provenance = {
+            "method": f"doremi, {doremi.doremi_update}, {doremi.doremi_objective}, {doremi.doremi_weighting}",
+            "steps": dro.steps,
+            "step_size": doremi.doremi_step_size,
+            "smoothing": doremi.doremi_smoothing,
+            "seed": self.config.data.seed,
+            "reference": doremi.reference_load,
+            "code_version": __version__,
+        }
+        weights = dict(zip(self.data.names, dro.mean().tolist(), strict=True))
+        save_weights(self.save_dir / "domain_weights.json", weights, self.data.tokenizer_sha256, provenance)
+
+    def _resume(self) -> None:
+        """Goes on from --load's newest complete checkpoint, where there is one."""
+        checkpoint = newest_checkpoint(Path(self.config.run.load)) if self.config.run.load else None
+        if checkpoint is None:
+            return
+        state = read_state(checkpoint)
+        check_state(state, checkpoint, self.topology, self.config.parallel.zero_stage, self._trained_on())
+        load_engine(self.engine, checkpoint)
+        self.iteration = int(state["iteration"])
+        self.blend_state = BlendState.from_dict(state["blend"], self.data.names)
+        if isinstance(self.engine, ProxyEngine):
+            self.engine.dro = DomainWeights.from_dict(state["doremi"], self.data.names, self.engine.device)

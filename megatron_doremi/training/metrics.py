@@ -1,0 +1,181 @@
+"""What a run writes down of itself: metrics.jsonl, TensorBoard events, a progress bar. Rank 0 only."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from megatron_doremi.config import GPTConfig
+from megatron_doremi.data.files import atomic_write_text
+from megatron_doremi.doremi.losses import LOSS, TARGETS
+
+# Dense bfloat16 peak of a GPU in TFLOP/s, from the vendors' data sheets, by a part of its name.
+_PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "GH200": 989.0, "B200": 2250.0, "A100": 312.0, "L40S": 362.0, "V100": 125.0}
+
+
+def flops_per_token(gpt: GPTConfig, seq_length: int) -> float:
+    """Floating point operations of a training step for each token: forward and twice that backward.
+
+    Matrix products only, causal attention counted at its half (Chowdhery et al. 2022, appendix B).
+    """
+    heads = gpt.num_attention_heads * gpt.kv_channels
+    qkv = gpt.hidden_size * (gpt.num_attention_heads + 2 * gpt.num_query_groups) * gpt.kv_channels
+    mlp = (3 if gpt.swiglu else 2) * gpt.hidden_size * gpt.ffn_hidden_size
+    weights = gpt.num_layers * (qkv + heads * gpt.hidden_size + mlp) + gpt.vocab_size * gpt.hidden_size
+    attention = gpt.num_layers * 2 * heads * seq_length / 2
+    return 6.0 * (weights + attention)
+
+
+def gpu_metrics(flops: float, seconds: float, world_size: int) -> dict[str, float]:
+    """Use of the GPUs in a step of `flops` operations; nothing where there is none.
+
+    `mfu` only for GPUs whose peak is known.
+    """
+    if not torch.cuda.is_available():
+        return {}
+    tflops = flops / seconds / world_size / 1e12
+    name = torch.cuda.get_device_name()
+    peaks = [peak for part, peak in _PEAK_TFLOPS.items() if part in name]
+    result = {"tflops_per_gpu": tflops, "memory_gib": torch.cuda.max_memory_allocated() / 2**30}
+    return {**result, **({"mfu": tflops / peaks[0]} if peaks else {})}
+
+
+def domain_entries(sums: Sequence[Sequence[float]], names: Sequence[str]) -> dict[str, Any]:
+    """loss, domain_loss and domain_tokens of a global batch from its [3, k] sums; absent domains have no loss."""
+    loss, targets = sums[LOSS], sums[TARGETS]
+    return {
+        "loss": sum(loss) / sum(targets),
+        "domain_loss": {n: s / t for n, s, t in zip(names, loss, targets, strict=True) if t},
+        "domain_tokens": {n: int(t) for n, t in zip(names, targets, strict=True)},
+    }
+
+
+def evaluation_entries(sums: Sequence[Sequence[float]], names: Sequence[str]) -> dict[str, Any]:
+    """eval, eval_uniform_mean, eval_worst and eval_token_mean from [3, k] sums over held-out windows."""
+    means = {n: s / t for n, s, t in zip(names, sums[LOSS], sums[TARGETS], strict=True) if t}
+    return {
+        "eval": means,
+        "eval_uniform_mean": sum(means.values()) / len(means),
+        "eval_worst": max(means.values()),
+        "eval_token_mean": sum(sums[LOSS]) / sum(sums[TARGETS]),
+    }
+
+
+def proxy_entries(sums: Sequence[Sequence[float]], excess: Sequence[float], weights: Sequence[float],
+                  names: Sequence[str]) -> dict[str, Any]:
+    """What a proxy adds to a line: lambda_t, alpha_t and the objective under alpha_t."""
+    means = [s / t if t else 0.0 for s, t in zip(sums[LOSS], sums[TARGETS], strict=True)]
+    return {
+        "domain_excess": dict(zip(names, excess, strict=True)),
+        "domain_weights": dict(zip(names, weights, strict=True)),
+        "dro_loss": sum(w * m for w, m in zip(weights, means, strict=True)),
+    }
+
+
+class MetricsFile:
+    """metrics.jsonl: a line an entry, flushed at once, never a repeated iteration."""
+
+    def __init__(self, path: Path, last_iteration: int):
+        """Opens the file for the iterations after `last_iteration`; lines of later ones, which a run wrote
+        after its last checkpoint, and a torn last line are dropped."""
+        kept = []
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    if json.loads(line)["iteration"] <= last_iteration:
+                        kept.append(line)
+                except (ValueError, KeyError, TypeError):
+                    continue
+        atomic_write_text(path, "".join(line + "\n" for line in kept))
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, entry: dict[str, Any]) -> None:
+        """Appends a line; floats in full precision (Python's shortest text that reads back the same)."""
+        self._file.write(json.dumps(entry) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Makes the file durable and closes it."""
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+class RunLog:
+    """Metrics, events and progress of a training run on rank 0; does nothing on other ranks."""
+
+    def __init__(self, is_rank_0: bool, save: Path, tensorboard: Path, iteration: int, train_iters: int, what: str):
+        self.active = is_rank_0
+        if not self.active:
+            return
+        self._metrics = MetricsFile(save / "metrics.jsonl", iteration)
+        self._events = SummaryWriter(str(tensorboard), purge_step=iteration + 1 if iteration else None)
+        # On a terminal the bar moves; in a log file it is a line every few seconds.
+        interval = 0.2 if sys.stderr.isatty() else 10.0
+        self._bar = tqdm(
+            total=train_iters, initial=iteration, desc=what, unit="step", mininterval=interval, dynamic_ncols=True
+        )
+
+    def step(self, entry: dict[str, Any] | None) -> None:
+        """One step is done; `entry` is its line, where it has one."""
+        if not self.active:
+            return
+        if entry is not None:
+            self._metrics.write(entry)
+            self._write_events(entry)
+            rate = entry["tokens_per_second"]
+            self._bar.set_postfix_str(f"loss {entry['loss']:.4f}, {rate:,.0f} tokens/s", refresh=False)
+        self._bar.update(1)
+
+    def line(self, entry: dict[str, Any]) -> None:
+        """A line on the console above the bar, for a step at the log interval."""
+        if not self.active:
+            return
+        rate, left = entry["tokens_per_second"], self._time_left()
+        text = f"iteration {entry['iteration']:>7,}/{self._bar.total:,} | loss {entry['loss']:.4f} | lr {entry['lr']:.3e}"
+        text += f" | grad norm {entry['grad_norm']:.3f} | {rate:,.0f} tokens/s | {left} left"
+        if "domain_weights" in entry:
+            name, weight = max(entry["domain_weights"].items(), key=lambda item: item[1])
+            text += f" | largest weight {name} {weight:.3f}"
+        self._bar.write(text)
+
+    def evaluation(self, entry: dict[str, Any]) -> None:
+        """Writes an evaluation line and says its summary."""
+        if not self.active:
+            return
+        self._metrics.write(entry)
+        self._write_events(entry)
+        self._bar.write(
+            f"iteration {entry['iteration']:>7,} | held-out: uniform mean {entry['eval_uniform_mean']:.4f}, "
+            f"worst {entry['eval_worst']:.4f}, token mean {entry['eval_token_mean']:.4f} nats a token"
+        )
+
+    def close(self) -> None:
+        """Closes the files."""
+        if self.active:
+            self._bar.close()
+            self._events.close()
+            self._metrics.close()
+
+    def _time_left(self) -> str:
+        rate = self._bar.format_dict["rate"]
+        done, total = self._bar.n, self._bar.total
+        elapsed = self._bar.format_dict["elapsed"]
+        rate = rate or (done - self._bar.initial) / max(elapsed, 1e-9)
+        return tqdm.format_interval((total - done) / rate) if rate else "unknown time"
+
+    def _write_events(self, entry: dict[str, Any]) -> None:
+        step = entry["iteration"]
+        for key, value in entry.items():
+            if isinstance(value, dict):
+                for name, number in value.items():
+                    self._events.add_scalar(f"{key}/{name}", number, step)
+            elif key != "iteration":
+                self._events.add_scalar(key, value, step)

@@ -1,0 +1,191 @@
+"""Building a run: data, model, engine and reference from a checked configuration."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.utils import logger as deepspeed_logger
+from numpy.typing import NDArray
+
+from megatron_doremi import __version__
+from megatron_doremi.config import (
+    PROXY,
+    Config,
+    GPTConfig,
+    domain_weights_setting,
+    global_batch_size,
+    gpt_config,
+)
+from megatron_doremi.data.files import atomic_write_text
+from megatron_doremi.data.indexed_dataset import IndexedDataset
+from megatron_doremi.data.loader import too_short
+from megatron_doremi.data.manifest import Manifest, load_manifest, resolve_weights
+from megatron_doremi.doremi.engine import ProxyEngine, TrainingEngine
+from megatron_doremi.doremi.reference import OnlineReference, ReferenceRun, check_reference, read_run_config
+from megatron_doremi.errors import ConfigError, Fault, raise_if_any
+from megatron_doremi.model.pipeline import GPTPipeline
+from megatron_doremi.parallel.groups import ProcessGroups
+from megatron_doremi.parallel.layers import TensorParallel
+from megatron_doremi.parallel.topology import Topology
+from megatron_doremi.training.checkpoint import newest_checkpoint, read_state
+from megatron_doremi.training.deepspeed_config import deepspeed_config
+from megatron_doremi.training.optimizer import make_optimizer
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The data of a run, opened and checked.
+
+    Attributes:
+        train: [k] streams to train on; empty for an evaluation.
+        valid: [k] held-out streams, None where a domain has none.
+        weights: [k] sampling weights, sum 1.
+    """
+
+    manifest: Manifest
+    train: tuple[IndexedDataset, ...]
+    valid: tuple[IndexedDataset | None, ...]
+    weights: NDArray[np.float64]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.manifest.names)
+
+    @property
+    def vocab_size(self) -> int:
+        assert self.manifest.tokenizer is not None
+        return int(self.manifest.tokenizer.vocab_size)
+
+    @property
+    def tokenizer_sha256(self) -> str:
+        assert self.manifest.tokenizer is not None
+        return str(self.manifest.tokenizer.sha256)
+
+
+def open_data(config: Config, training: bool) -> RunData:
+    """Opens what the run reads. Raises ConfigError with every fault of every file."""
+    manifest = load_manifest(Path(config.data.domains))
+    faults: list[Fault] = []
+    if manifest.tokenizer is None:
+        faults.append(
+            Fault(f"--domains {config.data.domains}", "no tokenizer", "the manifest names the tokenizer of its ids",
+                  "use the domains.json that tools/preprocess_data.py writes")
+        )
+    train, valid = [], []
+    seq_length = config.data.seq_length
+    for domain in manifest.domains:
+        if training:
+            train.append(_open(domain.name, domain.train, seq_length, faults))
+        valid.append(None if domain.valid is None else _open(domain.name, domain.valid, seq_length, faults))
+    try:
+        setting, mismatch = domain_weights_setting(config.data), config.data.allow_tokenizer_mismatch
+        weights = resolve_weights(setting, manifest, mismatch)
+    except ConfigError as error:
+        faults += error.faults
+    if not training and not any(domain.valid for domain in manifest.domains):
+        faults.append(
+            Fault(f"--domains {config.data.domains}", "no held-out text", "an evaluation reads the valid split",
+                  "run tools/preprocess_data.py with --split valid")
+        )
+    raise_if_any(faults)
+    return RunData(manifest, tuple(d for d in train if d is not None), tuple(valid), weights)
+
+
+def _open(name: str, prefix: Path, seq_length: int, faults: list[Fault]) -> IndexedDataset | None:
+    try:
+        dataset = IndexedDataset(prefix)
+    except ConfigError as error:
+        faults += error.faults
+        return None
+    short = too_short(name, prefix, dataset.num_tokens, seq_length)
+    if short is not None:
+        faults.append(short)
+    return dataset
+
+
+def read_reference(config: Config, data: RunData) -> ReferenceRun:
+    """Finds and checks the reference of a proxy."""
+    folder = Path(config.doremi.reference_load)
+    flag = "--reference-load"
+    gpt = check_reference(read_run_config(folder, flag), flag, folder, data.manifest, config.data.seq_length)
+    checkpoint = newest_checkpoint(folder)
+    if checkpoint is None:
+        raise ConfigError(
+            Fault(f"--reference-load {folder}", "no complete checkpoint", "a reference that was trained to its end",
+                  "run --phase reference first")
+        )
+    return ReferenceRun(gpt, checkpoint / "weights", int(read_state(checkpoint)["iteration"]))
+
+
+def make_engine(
+    config: Config, gpt: GPTConfig, num_domains: int, topology: Topology, groups: ProcessGroups
+) -> TrainingEngine:
+    """Builds this rank's stage of the model and the DeepSpeed engine that trains it."""
+    deepspeed_logger.setLevel(logging.WARNING)
+    tp = TensorParallel(groups.tensor, config.parallel.sequence_parallel)
+    module = GPTPipeline(gpt, topology, tp, config.data.seed)
+    entry = deepspeed_config(config, topology.world_size)
+    arguments: dict[str, Any] = {
+        "topology": topology,
+        "groups": groups,
+        "num_domains": num_domains,
+        "clip_grad": config.optimizer.clip_grad,
+        "args": None,
+        "model": module,
+        "optimizer": make_optimizer(module.model_parameters(), config.optimizer),
+        "mpu": module.mpu(),
+        "dist_init_required": False,
+        "config": entry,
+        "config_class": DeepSpeedConfig(entry, module.mpu()),
+    }
+    if config.data.phase == PROXY:
+        doremi = config.doremi
+        return ProxyEngine(step_size=doremi.doremi_step_size, smoothing=doremi.doremi_smoothing, **arguments)
+    return TrainingEngine(**arguments)
+
+
+def make_reference(
+    config: Config, run: ReferenceRun, topology: Topology, groups: ProcessGroups, device: torch.device
+) -> OnlineReference:
+    """Builds the frozen reference on the proxy's layout and in the proxy's precision."""
+    tp = TensorParallel(groups.tensor, config.parallel.sequence_parallel)
+    dtype = torch.bfloat16 if config.optimizer.bf16 else torch.float32
+    shape = (config.data.micro_batch_size, config.data.seq_length)
+    return OnlineReference(run, topology, tp, dtype, shape)
+
+
+def write_run_config(config: Config, gpt: GPTConfig, data: RunData, topology: Topology) -> None:
+    """Writes SAVE/config.json: every resolved value of the run."""
+    save = Path(config.run.save)
+    save.mkdir(parents=True, exist_ok=True)
+    entry = {
+        "program": f"megatron-doremi {__version__}",
+        "phase": config.data.phase,
+        "gpt": asdict(gpt),
+        "domains": list(data.names),
+        "sampling_weights": dict(zip(data.names, data.weights.tolist(), strict=True)),
+        "tokenizer_sha256": data.tokenizer_sha256,
+        "data_fingerprint": data.manifest.fingerprint(),
+        "global_batch_size": global_batch_size(config, topology.world_size),
+        "topology": {k: v for k, v in asdict(topology).items() if k != "rank"},
+        "settings": config.to_dict(),
+    }
+    atomic_write_text(save / "config.json", json.dumps(entry, indent=2) + "\n")
+
+
+def resolve_gpt(config: Config, data: RunData) -> GPTConfig:
+    """The shape of this run's model."""
+    return gpt_config(config.model, config.data.seq_length, data.vocab_size)
+
+
+def held_out(data: RunData) -> Sequence[IndexedDataset | None]:
+    """The held-out streams, or an empty list where no domain has any."""
+    return data.valid if any(dataset is not None for dataset in data.valid) else ()

@@ -1,0 +1,88 @@
+"""Trains and evaluates GPTs on domains whose mixture DoReMi learns. Phases: reference, proxy, main, evaluate.
+
+    torchrun --nproc-per-node 2 pretrain_doremi.py --phase proxy --domains data/domains.json ...
+
+Also started by srun (one task a rank), deepspeed, or plain python for one process. `--help` lists the flags.
+Exit codes: 0 done; 2 the input is wrong, said in one message; any other: a fault of ours or of the machine.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+
+from megatron_doremi.arguments import parse_config
+from megatron_doremi.config import EVALUATE, PROXY, Config, data_parallel_size
+from megatron_doremi.errors import run_or_exit
+from megatron_doremi.parallel.topology import Topology
+from megatron_doremi.training.launch import Launch, read_launch
+
+# What DeepSpeed notes about itself is not about this program's input.
+os.environ.setdefault("DS_ACCELERATOR_QUIET", "1")
+os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+
+
+def main() -> int:
+    """Reads the flags, joins the other ranks and runs the phase."""
+    launch = read_launch(os.environ)
+    config = parse_config(sys.argv[1:], launch.world_size)
+    topology = Topology(
+        pipe_size=config.parallel.pipeline_model_parallel_size,
+        data_size=data_parallel_size(config.parallel, launch.world_size),
+        tensor_size=config.parallel.tensor_model_parallel_size,
+        rank=launch.rank,
+    )
+    if config.run.dry_run:
+        dry_run(config, topology)
+    else:
+        run(config, topology, launch)
+    return 0
+
+
+def run(config: Config, topology: Topology, launch: Launch) -> None:
+    """Runs the phase: files are checked on every rank before any model is built."""
+    # Imported here, after the flags: torch and DeepSpeed take seconds, and a wrong flag should be said at once.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    import torch.distributed as dist
+
+    from megatron_doremi.parallel.groups import make_groups
+    from megatron_doremi.training import setup
+    from megatron_doremi.training.distributed import join
+    from megatron_doremi.training.loop import Trainer
+    from megatron_doremi.training.standalone import evaluate_run
+
+    phase = config.data.phase
+    data = setup.open_data(config, training=phase != EVALUATE)
+    reference_run = setup.read_reference(config, data) if phase == PROXY else None
+    gpt = setup.resolve_gpt(config, data)
+    device = join(launch)
+    groups = make_groups(topology)
+    if phase == EVALUATE:
+        evaluate_run(config, data, topology, groups, device)
+    else:
+        if topology.rank == 0:
+            setup.write_run_config(config, gpt, data, topology)
+        engine = setup.make_engine(config, gpt, len(data.names), topology, groups)
+        reference = None
+        if reference_run is not None:
+            reference = setup.make_reference(config, reference_run, topology, groups, device)
+        Trainer(config, gpt, data, engine, reference, topology, groups).train()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def dry_run(config: Config, topology: Topology) -> None:
+    """Prints the resolved configuration and what a rank gets; touches no other process."""
+    from megatron_doremi.training import setup
+    from megatron_doremi.training.sizes import describe_run
+
+    data = setup.open_data(config, training=config.data.phase != EVALUATE)
+    if config.data.phase == PROXY:
+        setup.read_reference(config, data)
+    if topology.rank == 0:
+        print(describe_run(config, setup.resolve_gpt(config, data), topology))
+
+
+if __name__ == "__main__":
+    run_or_exit(main)

@@ -1,0 +1,74 @@
+"""A GPT in plain PyTorch that shares nothing with ours but the weights, by their names. The oracle of the tests."""
+
+from __future__ import annotations
+
+import torch
+
+
+def norm(x, w, name, kind, eps=1e-5):
+    if kind == "RMSNorm":
+        return x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps) * w[f"{name}.weight"]
+    mean = x.mean(-1, keepdim=True)
+    variance = ((x - mean) ** 2).mean(-1, keepdim=True)
+    return (x - mean) / torch.sqrt(variance + eps) * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+
+def linear(x, w, name):
+    y = x @ w[f"{name}.weight"].T
+    return y + w[f"{name}.bias"] if f"{name}.bias" in w else y
+
+
+def rope(x, base):
+    """x: [seq, width]; channel i turns with channel i + width / 2."""
+    seq, width = x.shape
+    out = torch.empty_like(x)
+    for i in range(width // 2):
+        angle = torch.arange(seq, dtype=x.dtype) * base ** (-2 * i / width)
+        a, b = x[:, i], x[:, i + width // 2]
+        out[:, i] = a * torch.cos(angle) - b * torch.sin(angle)
+        out[:, i + width // 2] = b * torch.cos(angle) + a * torch.sin(angle)
+    return out
+
+
+def attention(x, w, name, gpt):
+    """x: [seq, hidden], one window; heads in a loop, scores written out."""
+    seq, width, groups = x.shape[0], gpt.kv_channels, gpt.num_query_groups
+    per_group = gpt.num_attention_heads // groups
+    qkv = linear(x, w, f"{name}.qkv").view(seq, groups, per_group + 2, width)
+    mask = torch.triu(torch.full((seq, seq), float("-inf"), dtype=x.dtype), diagonal=1)
+    outputs = []
+    for group in range(groups):
+        key, value = qkv[:, group, per_group], qkv[:, group, per_group + 1]
+        if gpt.position_embedding_type == "rope":
+            key = rope(key, gpt.rotary_base)
+        for head in range(per_group):
+            query = qkv[:, group, head]
+            if gpt.position_embedding_type == "rope":
+                query = rope(query, gpt.rotary_base)
+            outputs.append(torch.softmax(query @ key.T / width**0.5 + mask, dim=-1) @ value)
+    return linear(torch.cat(outputs, dim=-1), w, f"{name}.proj")
+
+
+def mlp(x, w, name, gpt):
+    x = linear(x, w, f"{name}.fc1")
+    if gpt.swiglu:
+        gate, up = x[:, : gpt.ffn_hidden_size], x[:, gpt.ffn_hidden_size :]
+        return linear(gate * torch.sigmoid(gate) * up, w, f"{name}.fc2")
+    return linear(0.5 * x * (1 + torch.erf(x / 2**0.5)), w, f"{name}.fc2")
+
+
+def token_losses(w, gpt, tokens, targets):
+    """[batch, seq] next-token losses in nats under the weights `w` of the whole model."""
+    losses = []
+    for window, target in zip(tokens, targets, strict=True):
+        x = w["embedding.weight"][window]
+        if gpt.position_embedding_type == "learned_absolute":
+            x = x + w["positions.weight"][: len(window)]
+        for i in range(gpt.num_layers):
+            p = f"layers.{i}"
+            x = x + attention(norm(x, w, f"{p}.attention_norm", gpt.normalization), w, f"{p}.attention", gpt)
+            x = x + mlp(norm(x, w, f"{p}.mlp_norm", gpt.normalization), w, f"{p}.mlp", gpt)
+        x = norm(x, w, "final_norm", gpt.normalization)
+        logits = x @ w["embedding.weight" if gpt.tied_embeddings else "output.weight"].T
+        losses.append(-torch.log_softmax(logits, dim=-1)[torch.arange(len(target)), target])
+    return torch.stack(losses)

@@ -1,0 +1,52 @@
+"""Rank arithmetic and the stage split, for hundreds of ranks without a process.
+
+Run alone: python -m pytest tests/parallel/test_topology.py
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_doremi.parallel.topology import Topology, stage_bounds
+
+
+def test_coordinates_of_512_ranks():
+    seen = set()
+    for rank in range(512):
+        t = Topology(pipe_size=4, data_size=16, tensor_size=8, rank=rank)
+        assert t.rank_at(t.pipe_rank, t.data_rank, t.tensor_rank) == rank
+        seen.add((t.pipe_rank, t.data_rank, t.tensor_rank))
+    assert len(seen) == 512
+
+
+def test_neighbours_and_model_ranks():
+    t = Topology(pipe_size=2, data_size=2, tensor_size=2, rank=3)
+    assert (t.pipe_rank, t.data_rank, t.tensor_rank) == (0, 1, 1)
+    assert t.neighbour(1) == 7
+    assert t.model_ranks() == [2, 3, 6, 7]
+    assert t.loss_rank() == 6
+
+
+def test_agrees_with_deepspeed():
+    from deepspeed.runtime.pipe.topology import ProcessTopology
+
+    theirs = ProcessTopology(axes=["pipe", "data", "model"], dims=[3, 4, 2])
+    for rank in range(24):
+        ours = Topology(3, 4, 2, rank)
+        place = theirs.get_coord(rank)
+        assert (place.pipe, place.data, place.model) == (ours.pipe_rank, ours.data_rank, ours.tensor_rank)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "stages", "bounds"),
+    [
+        (4, 1, [0, 7]),
+        (4, 2, [0, 3, 7]),
+        (4, 4, [0, 2, 3, 4, 7]),
+        (5, 2, [0, 4, 8]),
+        (5, 3, [0, 3, 5, 8]),
+        (6, 4, [0, 2, 4, 6, 9]),
+    ],
+)
+def test_stage_bounds(blocks, stages, bounds):
+    assert stage_bounds(blocks, stages, before=1, after=2) == bounds

@@ -1,0 +1,102 @@
+"""Runs functions on several ranks: real processes over gloo, forked from a server that has imported torch.
+
+Importing torch and DeepSpeed takes seconds; the server does it once for the whole test session. Ranks meet at
+a file, so that no test hunts for a port, and a test that hangs is ended and fails.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["torch", "deepspeed", "pretrain_doremi", "megatron_doremi.training.loop"])
+
+
+def on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 240.0) -> list[Any]:
+    """Calls function(launch, *arguments) on every rank and returns their results in the order of ranks.
+
+    Raises:
+        AssertionError: a rank failed (with its traceback) or did not end within `timeout` seconds.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        pipes, processes = [], []
+        for rank in range(world_size):
+            ours, theirs = _CONTEXT.Pipe()
+            url = f"file://{folder}/store" if world_size > 1 else ""
+            process = _CONTEXT.Process(target=_rank, args=(rank, world_size, url, theirs, function, arguments))
+            process.start()
+            theirs.close()
+            pipes.append(ours)
+            processes.append(process)
+        try:
+            return [_result(rank, pipe, timeout) for rank, pipe in enumerate(pipes)]
+        finally:
+            deadline = time.monotonic() + 10.0
+            for process in processes:
+                process.join(max(0.0, deadline - time.monotonic()))
+                if process.is_alive():
+                    process.kill()
+
+
+def _result(rank: int, pipe: Connection, timeout: float) -> Any:
+    if not pipe.poll(timeout):
+        raise AssertionError(f"rank {rank} did not end within {timeout} s")
+    try:
+        kind, value = pickle.loads(pipe.recv_bytes())
+    except EOFError:
+        raise AssertionError(f"rank {rank} died") from None
+    assert kind == "result", f"rank {rank} failed:\n{value}"
+    return value
+
+
+def _rank(
+    rank: int, world_size: int, url: str, pipe: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    import torch
+
+    from megatron_doremi.training.launch import Launch
+
+    torch.set_num_threads(1)
+    try:
+        outcome = ("result", function(Launch(rank, world_size, rank, url), *arguments))
+    except BaseException:
+        outcome = ("error", traceback.format_exc())
+    # Plain bytes: multiprocessing would share tensors' memory with a process that is about to end.
+    pipe.send_bytes(pickle.dumps(outcome))
+    pipe.close()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def program(launch: Any, argv: list[str]) -> None:
+    """The body of pretrain_doremi.py on one rank, in a process that has imported everything."""
+    import pretrain_doremi
+    from megatron_doremi.arguments import parse_config
+    from megatron_doremi.config import data_parallel_size
+    from megatron_doremi.parallel.topology import Topology
+
+    config = parse_config(argv, launch.world_size)
+    topology = Topology(
+        pipe_size=config.parallel.pipeline_model_parallel_size,
+        data_size=data_parallel_size(config.parallel, launch.world_size),
+        tensor_size=config.parallel.tensor_model_parallel_size,
+        rank=launch.rank,
+    )
+    pretrain_doremi.run(config, topology, launch)
+
+
+def run_program(world_size: int, argv: list[str], timeout: float = 240.0) -> None:
+    """Runs pretrain_doremi.py with these arguments on `world_size` ranks."""
+    on_ranks(world_size, program, argv, timeout=timeout)

@@ -1,0 +1,124 @@
+"""Makes a report on runs: a table on the console, and plots, report.html and results.json in a folder.
+
+  python tools/report.py RUN... [--output-dir DIR]
+  python tools/report.py --proxy DIR --main DIR --baseline DIR [--reference DIR] --domains domains.json \\
+      --output-dir DIR
+
+The first form reports on any runs; the second sets a main model on DoReMi's weights beside a baseline.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_doremi.errors import ConfigError, Fault, raise_if_any, run_or_exit
+from megatron_doremi.reporting.assemble import Report, comparison_report, runs_report
+from megatron_doremi.reporting.comparison import compare
+from megatron_doremi.reporting.runs import Run, read_all, read_manifest_tokens, read_run
+
+NEEDED = ("proxy", "main", "baseline", "domains", "output_dir")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Reads the runs, prints the table and writes the report; returns the exit code."""
+    options = parse(arguments)
+    if options.runs:
+        report = runs_report(read_all([partial(read_run, path) for path in options.runs]))
+        folder = options.output_dir or options.runs[0] / "report"
+    else:
+        report = _comparison(options)
+        folder = options.output_dir
+    print(report.console)
+    write_report(report, folder)
+    print(f"\nwritten: {folder / 'report.html'}, results.json and {len(report.images)} PNG files beside it")
+    return 0
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parses the command line; raises a ConfigError for flags that do not go together."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS
+    )
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="--save folders of runs")
+    for name in ("proxy", "main", "baseline", "reference"):
+        parser.add_argument(f"--{name}", type=Path, metavar="DIR", help=f"--save folder of the {name} run")
+    parser.add_argument(
+        "--domains", type=Path, metavar="FILE", help="the manifest domains.json of these runs"
+    )
+    parser.add_argument("--output-dir", type=Path, metavar="DIR", help="default for RUN...: RUN/report")
+    options = parser.parse_args(arguments)
+    raise_if_any(_faults(options))
+    return options
+
+
+def write_report(report: Report, folder: Path) -> None:
+    """Writes the PNGs, report.html and results.json into `folder`, each whole or not at all."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for image in report.images:
+            _write(folder / image.name, image.png)
+        _write(folder / "report.html", report.html.encode("utf-8", errors="replace"))
+        results = json.dumps(report.results, indent=2, allow_nan=False) + "\n"
+        _write(folder / "results.json", results.encode())
+    except OSError as error:
+        remedy = "give another --output-dir, or make room or rights there"
+        value = f"{error.filename}: {error.strerror}"
+        raise ConfigError(Fault("--output-dir", value, "must be a writable folder", remedy)) from error
+
+
+def _comparison(options: argparse.Namespace) -> Report:
+    given = [
+        name for name in ("proxy", "main", "baseline", "reference") if getattr(options, name) is not None
+    ]
+    readers: list[Callable[[], Run]] = [
+        partial(read_run, getattr(options, name), f"--{name}") for name in given
+    ]
+    faults: list[Fault] = []
+    try:
+        runs = dict(zip(given, read_all(readers), strict=True))
+    except ConfigError as error:
+        faults.extend(error.faults)
+    try:
+        manifest = read_manifest_tokens(options.domains)
+    except ConfigError as error:
+        faults.extend(error.faults)
+    raise_if_any(faults)
+    return comparison_report(compare(manifest, runs["proxy"], runs["main"], runs["baseline"]), runs)
+
+
+def _faults(options: argparse.Namespace) -> list[Fault]:
+    compared = [name for name in (*NEEDED[:4], "reference") if getattr(options, name) is not None]
+    if options.runs and compared:
+        value = ", ".join(f"--{name}" for name in compared)
+        remedy = "leave out one of the two"
+        return [Fault("RUN", f"{len(options.runs)} given beside {value}", "RUN... or these flags", remedy)]
+    if options.runs:
+        return []
+    if not compared:
+        remedy = "give one or more run folders; --help shows both forms"
+        return [Fault("RUN", "", "needs at least one run, or --proxy, --main, --baseline", remedy)]
+    missing = [name for name in NEEDED if getattr(options, name) is None]
+    return [
+        Fault(f"--{name.replace('_', '-')}", "", "needed for a comparison", "give it") for name in missing
+    ]
+
+
+def _write(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    run_or_exit(main)
