@@ -19,7 +19,6 @@ from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.training.launch import Launch, read_launch
 
 # What DeepSpeed notes about itself is not about this program's input.
-os.environ.setdefault("DS_ACCELERATOR_QUIET", "1")
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
 
 
@@ -44,7 +43,11 @@ def run(config: Config, topology: Topology, launch: Launch) -> None:
     """Runs the phase: files are checked on every rank before any model is built."""
     # Imported here, after the flags: torch and DeepSpeed take seconds, and a wrong flag should be said at once.
     warnings.filterwarnings("ignore", category=FutureWarning)
+    import torch
     import torch.distributed as dist
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
     from megatron_doremi.parallel.groups import make_groups
     from megatron_doremi.training import setup

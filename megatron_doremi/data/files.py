@@ -13,11 +13,16 @@ from megatron_doremi.errors import ConfigError, Fault
 
 
 def atomic_write_text(path: Path, text: str) -> None:
-    """Writes a text file under a temporary name, makes it durable and renames it."""
+    """Writes a text file as UTF-8; see `atomic_write_bytes`."""
+    atomic_write_bytes(path, text.encode("utf-8"))
+
+
+def atomic_write_bytes(path: Path, data: bytes) -> None:
+    """Writes a file under a temporary name, makes it durable and renames it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

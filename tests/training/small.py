@@ -1,0 +1,66 @@
+"""A small data set with real differences between its domains, and runs of the program on it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ranks import run_program
+
+from megatron_doremi.data.indexed_dataset import IndexedDatasetWriter, dtype_for
+from megatron_doremi.data.manifest import Domain, Manifest, TokenizerInfo, save_manifest
+
+VOCAB = 61
+MODEL = (
+    "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --num-query-groups 2 --ffn-hidden-size 64 --swiglu "
+    "--disable-bias-linear --make-vocab-size-divisible-by 16 --seq-length 16 --micro-batch-size 2 "
+    "--global-batch-size 8 --lr 5e-3 --min-lr 1e-3 --seed 11"
+).split()
+
+
+def write_data(folder: Path, num_domains: int = 3, tokens: int = 4000) -> Path:
+    """Streams that repeat with a period of their own, with noise; returns the manifest's path.
+
+    Domain i follows a cycle of 5 + 3 i ids and leaves it now and then, more often for higher i.
+    """
+    generator = np.random.default_rng(3)
+    domains = []
+    for number in range(num_domains):
+        prefixes, cycle = {}, generator.permutation(VOCAB)[: 5 + 3 * number]
+        for split, count in (("train", tokens * (1 + number % 3)), ("valid", 600)):
+            ids = np.resize(cycle, count)
+            noisy = generator.random(count) < min(0.9, 0.05 + 0.25 * number)
+            ids[noisy] = generator.integers(0, VOCAB, noisy.sum())
+            prefix = folder / f"domain{number}_{split}"
+            with IndexedDatasetWriter(prefix, dtype_for(VOCAB)) as writer:
+                for part in np.array_split(ids, 7):
+                    writer.add_document(part)
+            prefixes[split] = prefix
+        size = tokens * (1 + number % 3)
+        domains.append(Domain(f"domain {number}", prefixes["train"], prefixes["valid"], size, 7, size))
+    (folder / "tokenizer.model").write_text("none: ids were drawn")
+    tokenizer = TokenizerInfo("SentencePieceTokenizer", folder / "tokenizer.model", "0" * 64, VOCAB, 0)
+    save_manifest(Manifest(tuple(domains), tokenizer, folder / "domains.json"))
+    return folder / "domains.json"
+
+
+def train(
+    world: int, phase: str, data: Path, save: Path, iters: int, *extra: str, model: list[str] | None = None
+) -> list[dict[str, Any]]:
+    """Runs a phase on `world` ranks and returns its metrics."""
+    argv = ["--phase", phase, "--domains", str(data), "--save", str(save), "--train-iters", str(iters)]
+    run_program(world, [*argv, *(MODEL if model is None else model), *extra])
+    return metrics(save)
+
+
+def metrics(save: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
+
+
+def training_lines(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Training lines without what a clock decides."""
+    clock = ("elapsed_ms", "tokens_per_second")
+    return [{k: v for k, v in line.items() if k not in clock} for line in lines if "loss" in line]

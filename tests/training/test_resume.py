@@ -1,0 +1,98 @@
+"""A run that stopped and went on writes what an undisturbed run writes, to the last digit.
+
+Run alone: python -m pytest tests/training/test_resume.py
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from ranks import run_program
+from training.small import MODEL, metrics, train, training_lines, write_data
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data"), tokens=1500)
+
+
+@pytest.fixture(scope="module")
+def reference(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reference")
+    train(1, "reference", data, folder, 12)
+    return ["--reference-load", str(folder)]
+
+
+LAYOUTS = {
+    "single": (1, []),
+    "PP2": (2, ["--pipeline-model-parallel-size", "2"]),
+    "TP2": (2, ["--tensor-model-parallel-size", "2"]),
+    "DP2 ZeRO1": (2, ["--zero-stage", "1"]),
+    "PP2 bf16": (2, ["--pipeline-model-parallel-size", "2", "--bf16", "--zero-stage", "1"]),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_proxy_stopped_after_ten_of_twenty_steps(layout, reference, data, tmp_path):
+    world, flags = LAYOUTS[layout]
+    flags = [*flags, *reference, "--log-interval", "1", "--eval-interval", "5"]
+    whole = train(world, "proxy", data, tmp_path / "whole", 20, *flags)
+    broken = tmp_path / "broken"
+    again = [*flags, "--load", str(broken)]
+    first = train(world, "proxy", data, broken, 20, *again, "--exit-interval", "10")
+    assert training_lines(first) == training_lines(whole)[:10]
+    # What a run wrote after its last checkpoint before it died is not repeated.
+    with (broken / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"iteration": 11, "loss": 0.0}) + "\n" + '{"iteration": 12, "lo')
+    second = train(world, "proxy", data, broken, 20, *again)
+    assert training_lines(second) == training_lines(whole)
+    assert [line for line in second if "eval" in line] == [line for line in whole if "eval" in line]
+    weights = [json.loads((tmp_path / run / "domain_weights.json").read_text()) for run in ("whole", "broken")]
+    assert weights[0]["weights"] == weights[1]["weights"]
+
+
+def test_main_run_with_log_interval_and_kept_checkpoints(data, tmp_path):
+    flags = ["--domain-weights", "natural", "--log-interval", "4", "--save-interval", "3", "--keep-checkpoints", "2"]
+    whole = train(1, "main", data, tmp_path / "whole", 12, *flags)
+    broken = tmp_path / "broken"
+    again = [*flags, "--load", str(broken)]
+    train(1, "main", data, broken, 12, *again, "--exit-interval", "6")
+    assert training_lines(train(1, "main", data, broken, 12, *again)) == training_lines(whole)
+    assert [line["iteration"] for line in training_lines(whole)] == [4, 8, 12]
+    assert sorted(p.name for p in (broken / "checkpoints").iterdir()) == ["iter_0000009", "iter_0000012", "latest"]
+    # Started once more it finds itself done and changes nothing.
+    before = (broken / "metrics.jsonl").read_text()
+    train(1, "main", data, broken, 12, *again)
+    assert (broken / "metrics.jsonl").read_text() == before
+
+
+def test_a_torn_checkpoint_is_passed_over(data, tmp_path):
+    """A pointer that names nothing and a folder that was never finished do not matter."""
+    save = tmp_path / "run"
+    flags = ["--load", str(save), "--save-interval", "4"]
+    train(1, "main", data, save, 8, *flags)
+    (save / "checkpoints" / "latest").write_text("iter_0000099\n")
+    (save / "checkpoints" / ".writing-iter_0000012").mkdir()
+    (save / "checkpoints" / "iter_0000012").mkdir()
+    lines = training_lines(train(1, "main", data, save, 12, *flags, "--log-interval", "1"))
+    assert [line["iteration"] for line in lines][-4:] == [9, 10, 11, 12]
+
+
+def test_weights_of_any_layout_evaluate_the_same(data, tmp_path):
+    save = tmp_path / "run"
+    train(2, "main", data, save, 6, "--tensor-model-parallel-size", "2")
+    trained = [line for line in metrics(save) if "eval" in line][-1]
+    for name, world, flags in (
+        ("single", 1, []),
+        ("PP2", 2, ["--pipeline-model-parallel-size", "2"]),
+        ("DP2", 2, ["--micro-batch-size", "1"]),
+    ):
+        out = tmp_path / name
+        argv = ["--phase", "evaluate", "--domains", str(data), "--load", str(save), "--save", str(out)]
+        run_program(world, [*argv, *MODEL, *flags])
+        line = metrics(out)[-1]
+        assert line["iteration"] == 6
+        assert line["eval"] == pytest.approx(trained["eval"], rel=1e-5)
+        assert line["eval_worst"] == max(line["eval"].values())
+        assert line["eval_uniform_mean"] == pytest.approx(sum(line["eval"].values()) / 3)
