@@ -14,8 +14,9 @@ import typing
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_doremi.config import SECTIONS, Config, find_faults
+from megatron_doremi.config import SECTIONS, Config
 from megatron_doremi.errors import Fault, raise_if_any
+from megatron_doremi.validation import find_faults
 
 _TITLES = {
     "data": "phase and data",
@@ -29,8 +30,6 @@ _TITLES = {
 
 class _Parser(argparse.ArgumentParser):
     """A parser that hands its complaint back in place of leaving."""
-
-    complaint: str = ""
 
     def error(self, message: str) -> typing.NoReturn:
         raise argparse.ArgumentError(None, message)
@@ -97,11 +96,15 @@ def parse_config(argv: Sequence[str], world_size: int) -> Config:
 def _unknown_faults(unknown: Sequence[str]) -> list[Fault]:
     flags = ["--" + e.name.replace("_", "-") for cls in SECTIONS.values() for e in dataclasses.fields(cls)]
     faults = []
+    previous = ""
     for word in unknown:
-        near = difflib.get_close_matches(word.split("=")[0], flags, n=1)
-        remedy = f"did you mean {near[0]}?" if near else "see --help for all flags"
-        rule = "a flag of this version" if word.startswith("-") else "each value follows its flag"
-        faults.append(Fault("command line", word, rule, remedy))
+        # The value of an unknown flag goes with it.
+        if word.startswith("-") or not previous.startswith("-"):
+            near = difflib.get_close_matches(word.split("=")[0], flags, n=1)
+            remedy = f"did you mean {near[0]}?" if near else "see --help for all flags"
+            rule = "a flag of this version" if word.startswith("-") else "each value follows its flag"
+            faults.append(Fault("command line", word, rule, remedy))
+        previous = word
     return faults
 
 

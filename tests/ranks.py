@@ -62,7 +62,12 @@ def _result(rank: int, pipe: Connection, timeout: float) -> Any:
 
 
 def _rank(
-    rank: int, world_size: int, url: str, pipe: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]
+    rank: int,
+    world_size: int,
+    url: str,
+    pipe: Connection,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
 ) -> None:
     import torch
 

@@ -36,8 +36,12 @@ def package_folder(name: str) -> Path:
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
         raise ConfigError(
-            Fault("Python environment", f"no package {name}", "requirements.txt installed",
-                  "pip install -r requirements.txt")
+            Fault(
+                "Python environment",
+                f"no package {name}",
+                "requirements.txt installed",
+                "pip install -r requirements.txt",
+            )
         )
     return Path(next(iter(spec.submodule_search_locations)))
 
@@ -66,7 +70,16 @@ def docstrings_of(paths: Iterable[Path]) -> Iterator[str]:
 def natural_domains(seed: int) -> dict[str, Iterator[str]]:
     """The natural domains and their texts, read as they are asked for."""
     library = Path(sysconfig.get_paths()["stdlib"])
-    left_out = {"site-packages", "dist-packages", "test", "tests", "testing", "idlelib", "lib2to3", "pydoc_data"}
+    left_out = {
+        "site-packages",
+        "dist-packages",
+        "test",
+        "tests",
+        "testing",
+        "idlelib",
+        "lib2to3",
+        "pydoc_data",
+    }
 
     def files(folders: Iterable[Path], *suffixes: str) -> list[Path]:
         """Files with one of the suffixes, in an order that depends on seed and names alone."""
@@ -95,7 +108,8 @@ def natural_domains(seed: int) -> dict[str, Iterator[str]]:
 def documents_of(texts: Iterator[str]) -> Iterator[str]:
     """Texts cut to documents, at line ends."""
     for text in texts:
-        lines, size = [], 0
+        lines: list[str] = []
+        size = 0
         for line in text.splitlines(keepends=True):
             if size + len(line) > _LARGEST_DOCUMENT and lines:
                 yield "".join(lines)
@@ -153,8 +167,12 @@ def gather_all(domain_bytes: int, seed: int) -> dict[str, list[str]]:
         size = sum(len(document.encode("utf-8", "replace")) for document in corpus[name])
         if size < min(domain_bytes, _SMALLEST_DOMAIN):
             faults.append(
-                Fault(f"domain {name!r}", f"{size:,} bytes on this machine", f"at least {_SMALLEST_DOMAIN:,}",
-                      "give the quickstart your own text: bash examples/quickstart.sh TRAIN VALID")
+                Fault(
+                    f"domain {name!r}",
+                    f"{size:,} bytes on this machine",
+                    f"at least {_SMALLEST_DOMAIN:,}",
+                    "give the quickstart your own text: bash examples/quickstart.sh TRAIN VALID",
+                )
             )
     raise_if_any(faults)
     corpus[NOISE], corpus[BOILERPLATE] = noise(domain_bytes, seed), boilerplate(domain_bytes, seed)

@@ -29,7 +29,14 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from megatron_doremi.data.indexed_dataset import IndexedDatasetWriter, dtype_for
-from megatron_doremi.data.jsonl import BadLine, Line, bad_lines_error, check_inputs, parse_document, read_lines
+from megatron_doremi.data.jsonl import (
+    BadLine,
+    Line,
+    bad_lines_error,
+    check_inputs,
+    parse_document,
+    read_lines,
+)
 from megatron_doremi.data.manifest import Domain, Manifest, TokenizerInfo, load_manifest, save_manifest
 from megatron_doremi.data.tokenizer import SENTENCEPIECE, SentencePieceTokenizer, load_tokenizer
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any, run_or_exit
@@ -200,8 +207,12 @@ def manifest_after(args: argparse.Namespace, outputs: Outputs, tokenizer: Tokeni
     unknown = sorted(set(outputs.by_name) - set(manifest.names))
     if unknown:
         raise ConfigError(
-            Fault("--input", "domains " + ", ".join(map(repr, unknown)), "held-out text of the train split's domains: "
-                  + ", ".join(map(repr, manifest.names)), "add these domains to the train split, or leave them out")
+            Fault(
+                "--input",
+                "domains " + ", ".join(map(repr, unknown)),
+                "held-out text of the train split's domains: " + ", ".join(map(repr, manifest.names)),
+                "add these domains to the train split, or leave them out",
+            )
         )
     domains = [
         replace(domain, valid=outputs.by_name[domain.name].prefix) if domain.name in outputs.by_name else domain
@@ -223,9 +234,12 @@ def check(args: argparse.Namespace, tokenizer: SentencePieceTokenizer, path: Pat
         else:
             if known is None or known.sha256 != tokenizer.sha256:
                 faults.append(
-                    Fault("--tokenizer-model", f"{args.tokenizer_model} ({tokenizer.sha256[:12]})",
-                          f"the tokenizer of {path} ({known.sha256[:12] if known else 'none'})",
-                          "give that one, or make the train split again")
+                    Fault(
+                        "--tokenizer-model",
+                        f"{args.tokenizer_model} ({tokenizer.sha256[:12]})",
+                        f"the tokenizer of {path} ({known.sha256[:12] if known else 'none'})",
+                        "give that one, or make the train split again",
+                    )
                 )
     raise_if_any(faults)
 

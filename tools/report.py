@@ -50,9 +50,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="--save folders of runs")
     for name in ("proxy", "main", "baseline", "reference"):
         parser.add_argument(f"--{name}", type=Path, metavar="DIR", help=f"--save folder of the {name} run")
-    parser.add_argument(
-        "--domains", type=Path, metavar="FILE", help="the manifest domains.json of these runs"
-    )
+    parser.add_argument("--domains", type=Path, metavar="FILE", help="the manifest domains.json of these runs")
     parser.add_argument("--output-dir", type=Path, metavar="DIR", help="default for RUN...: RUN/report")
     options = parser.parse_args(arguments)
     raise_if_any(_faults(options))
@@ -75,12 +73,8 @@ def write_report(report: Report, folder: Path) -> None:
 
 
 def _comparison(options: argparse.Namespace) -> Report:
-    given = [
-        name for name in ("proxy", "main", "baseline", "reference") if getattr(options, name) is not None
-    ]
-    readers: list[Callable[[], Run]] = [
-        partial(read_run, getattr(options, name), f"--{name}") for name in given
-    ]
+    given = [name for name in ("proxy", "main", "baseline", "reference") if getattr(options, name) is not None]
+    readers: list[Callable[[], Run]] = [partial(read_run, getattr(options, name), f"--{name}") for name in given]
     faults: list[Fault] = []
     try:
         runs = dict(zip(given, read_all(readers), strict=True))
@@ -106,9 +100,7 @@ def _faults(options: argparse.Namespace) -> list[Fault]:
         remedy = "give one or more run folders; --help shows both forms"
         return [Fault("RUN", "", "needs at least one run, or --proxy, --main, --baseline", remedy)]
     missing = [name for name in NEEDED if getattr(options, name) is None]
-    return [
-        Fault(f"--{name.replace('_', '-')}", "", "needed for a comparison", "give it") for name in missing
-    ]
+    return [Fault(f"--{name.replace('_', '-')}", "", "needed for a comparison", "give it") for name in missing]
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -129,8 +129,12 @@ def train(args: argparse.Namespace, samples: dict[str, Sample]) -> bytes:
         )
     except RuntimeError as error:
         raise ConfigError(
-            Fault("--vocab-size", f"{args.vocab_size}: {error}", "a vocabulary that the sample fills (at least 260)",
-                  "give another --vocab-size or more text")
+            Fault(
+                "--vocab-size",
+                f"{args.vocab_size}: {error}",
+                "a vocabulary that the sample fills (at least 260)",
+                "give another --vocab-size or more text",
+            )
         ) from error
     return model.getvalue()
 
@@ -145,8 +149,10 @@ def main() -> int:
     samples = sample_documents(args)
     if not samples:
         raise ConfigError(Fault("--input", "no documents", "text to train on", "give files that hold documents"))
-    print(f"training a {args.model_type} tokenizer of {args.vocab_size:,} pieces on "
-          f"{sum(min(s.size, s.most_bytes) for s in samples.values()) / 1e6:.1f} MB of {len(samples)} domains")
+    print(
+        f"training a {args.model_type} tokenizer of {args.vocab_size:,} pieces on "
+        f"{sum(min(s.size, s.most_bytes) for s in samples.values()) / 1e6:.1f} MB of {len(samples)} domains"
+    )
     args.output.parent.mkdir(parents=True, exist_ok=True)
     atomic_write_bytes(args.output, train(args, samples))
     print(f"wrote {args.output}")

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from megatron_doremi.data.permutation import key_of, permute
 
-
 # Below this, a part of a window is rounding.
 _TOLERANCE = 1e-9
 # Batches that the tie-break looks ahead.

@@ -60,5 +60,7 @@ def read_json_object(path: Path, what: str) -> dict[str, Any]:
         if not isinstance(entry, dict):
             raise ValueError(f"a JSON {type(entry).__name__}")
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(Fault(what, str(error), "a readable file that holds one JSON object", "give such a file")) from error
+        raise ConfigError(
+            Fault(what, str(error), "a readable file that holds one JSON object", "give such a file")
+        ) from error
     return entry

@@ -66,7 +66,9 @@ class IndexedDataset:
             self._ids = np.memmap(self._bin, dtype=self.dtype, mode="r")
 
     def _error(self, path: Path, value: str, rule: str) -> ConfigError:
-        return ConfigError(Fault(str(path), value, rule, "copy the pair again, or make it with tools/preprocess_data.py"))
+        return ConfigError(
+            Fault(str(path), value, rule, "copy the pair again, or make it with tools/preprocess_data.py")
+        )
 
     def _read_index(self) -> None:
         size = self._idx.stat().st_size
@@ -110,7 +112,7 @@ class IndexedDataset:
 
     def tokens(self, start: int, count: int) -> NDArray[np.int64]:
         """`count` tokens of the stream from token `start` on, int64."""
-        assert 0 <= start and start + count <= self.num_tokens, (self.prefix, start, count, self.num_tokens)
+        assert 0 <= start <= start + count <= self.num_tokens, (self.prefix, start, count, self.num_tokens)
         return self._ids[start : start + count].astype(np.int64)
 
     def document(self, number: int) -> NDArray[np.int64]:

@@ -47,8 +47,12 @@ def check_inputs(paths: list[Path]) -> list[Fault]:
             faults.append(Fault("--input", str(path), "an existing file", "check the path"))
         elif not path.name.endswith(SUFFIXES):
             faults.append(
-                Fault("--input", str(path), "one of " + ", ".join("*" + suffix for suffix in SUFFIXES),
-                      "convert the file to JSON lines")
+                Fault(
+                    "--input",
+                    str(path),
+                    "one of " + ", ".join("*" + suffix for suffix in SUFFIXES),
+                    "convert the file to JSON lines",
+                )
             )
     return faults
 
@@ -152,6 +156,10 @@ def bad_lines_error(bad: list[str], total: int) -> ConfigError:
     """
     more = "" if total == len(bad) else f", and {total - len(bad):,} more"
     return ConfigError(
-        Fault("--input", f"{total:,} bad lines: " + "; ".join(bad) + more, "lines that each hold a document",
-              "mend the input, or give --on-error skip to leave them out")
+        Fault(
+            "--input",
+            f"{total:,} bad lines: " + "; ".join(bad) + more,
+            "lines that each hold a document",
+            "mend the input, or give --on-error skip to leave them out",
+        )
     )

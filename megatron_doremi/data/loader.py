@@ -85,7 +85,9 @@ def read_windows(datasets: Sequence[IndexedDataset | None], part: GlobalBatch, s
             row[:] = dataset.tokens(int(window) * seq_length, seq_length + 1)
     tokens = torch.from_numpy(rows)
     return MicroBatch(
-        tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.from_numpy(part.domains.astype(np.int64))
+        tokens[:, :-1].contiguous(),
+        tokens[:, 1:].contiguous(),
+        torch.from_numpy(part.domains.astype(np.int64)),
     )
 
 

@@ -23,6 +23,8 @@ from megatron_doremi.errors import ConfigError, Fault, raise_if_any
 
 MANIFEST_FORMAT = "megatron-doremi-domains/1"
 WEIGHTS_FORMAT = "megatron-doremi-weights/1"
+# Above any weight that makes sense, and low enough that their sum is a float.
+_LARGEST_WEIGHT = 1e100
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,14 @@ def load_manifest(path: Path) -> Manifest:
     entry = read_json_object(path, what)
     faults: list[Fault] = []
     if entry.get("format") != MANIFEST_FORMAT:
-        faults.append(Fault(what, f"format {entry.get('format')!r}", MANIFEST_FORMAT, "make it with tools/preprocess_data.py"))
+        faults.append(
+            Fault(
+                what,
+                f"format {entry.get('format')!r}",
+                MANIFEST_FORMAT,
+                "make it with tools/preprocess_data.py",
+            )
+        )
     domains = _read_domains(entry.get("domains"), path.parent, what, faults)
     tokenizer = _read_tokenizer(entry.get("tokenizer"), path.parent, what, faults)
     raise_if_any(faults)
@@ -132,7 +141,14 @@ def _read_domains(entries: Any, folder: Path, what: str, faults: list[Fault]) ->
                     raise ValueError(f"{key} {size!r} is no size")
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             missing = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-            faults.append(Fault(what, f"domain {number}: {missing}", "name, train, valid, tokens, documents, bytes", remedy))
+            faults.append(
+                Fault(
+                    what,
+                    f"domain {number}: {missing}",
+                    "name, train, valid, tokens, documents, bytes",
+                    remedy,
+                )
+            )
             continue
         if any(domain.name == name for domain in domains):
             faults.append(Fault(what, f"two domains {name!r}", "a name for each domain", remedy))
@@ -157,8 +173,12 @@ def _read_tokenizer(entry: Any, folder: Path, what: str, faults: list[Fault]) ->
     except (KeyError, TypeError, ValueError) as error:
         missing = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         faults.append(
-            Fault(what, f"tokenizer: {missing}", "type, file, sha256, vocab_size, eod",
-                  "make the manifest with tools/preprocess_data.py")
+            Fault(
+                what,
+                f"tokenizer: {missing}",
+                "type, file, sha256, vocab_size, eod",
+                "make the manifest with tools/preprocess_data.py",
+            )
         )
         return None
     return TokenizerInfo(kind, folder / file, sha256, vocab_size, eod)
@@ -179,7 +199,7 @@ def _load_prefix_list(path: Path, what: str) -> Manifest:
             weight = float(text)
         except ValueError:
             weight = math.nan
-        if not (weight > 0 and math.isfinite(weight)):
+        if not 0.0 < weight < _LARGEST_WEIGHT:
             faults.append(Fault(what, f"weight {text} of {prefix}", rule, remedy))
         if any(domain.name == name for domain in domains):
             faults.append(Fault(what, f"two prefixes named {name}", rule, remedy))
@@ -205,7 +225,9 @@ def save_manifest(manifest: Manifest) -> None:
     atomic_write_text(manifest.path, json.dumps(entry, indent=2) + "\n")
 
 
-def save_weights(path: Path, weights: Mapping[str, float], tokenizer_sha256: str, provenance: Mapping[str, Any]) -> None:
+def save_weights(
+    path: Path, weights: Mapping[str, float], tokenizer_sha256: str, provenance: Mapping[str, Any]
+) -> None:
     """Writes domain weights with what they were learned from; floats in full precision."""
     entry = {
         "format": WEIGHTS_FORMAT,
@@ -260,8 +282,12 @@ def _tokenizer_faults(what: str, sha256: Any, manifest: Manifest, allowed: bool)
     if allowed or sha256 == ours:
         return []
     return [
-        Fault(what, f"learned with tokenizer {str(sha256)[:12]}", f"the manifest's tokenizer, {str(ours)[:12]}",
-              "learn the weights with this tokenizer (they do not carry over), or give --allow-tokenizer-mismatch")
+        Fault(
+            what,
+            f"learned with tokenizer {str(sha256)[:12]}",
+            f"the manifest's tokenizer, {str(ours)[:12]}",
+            "learn the weights with this tokenizer (they do not carry over), or give --allow-tokenizer-mismatch",
+        )
     ]
 
 
@@ -271,15 +297,24 @@ def _weight_faults(what: str, weights: Mapping[str, Any], manifest: Manifest) ->
     missing = [name for name in manifest.names if name not in weights]
     if unknown:
         faults.append(
-            Fault(what, "unknown: " + ", ".join(map(repr, unknown)),
-                  "the manifest's names exactly: " + ", ".join(map(repr, manifest.names)),
-                  "rename or remove these entries")
+            Fault(
+                what,
+                "unknown: " + ", ".join(map(repr, unknown)),
+                "the manifest's names exactly: " + ", ".join(map(repr, manifest.names)),
+                "rename or remove these entries",
+            )
         )
     if missing:
         faults.append(Fault(what, "missing: " + ", ".join(map(repr, missing)), "a weight for each domain", "add them"))
     for name, weight in weights.items():
         number = isinstance(weight, int | float) and not isinstance(weight, bool)
-        if not number or not (0.0 < weight < math.inf):
-            faults.append(Fault(what, f"{name!r}: {weight!r}", "a positive number", "leave a domain out of the manifest "
-                                "to train without it"))
+        if not number or not (0.0 < weight < _LARGEST_WEIGHT):
+            faults.append(
+                Fault(
+                    what,
+                    f"{name!r}: {weight!r}",
+                    "a positive number",
+                    "leave a domain out of the manifest to train without it",
+                )
+            )
     return faults

@@ -33,14 +33,23 @@ class SentencePieceTokenizer:
             self._processor = sentencepiece.SentencePieceProcessor(model_file=str(file))
         except (OSError, RuntimeError) as error:
             raise ConfigError(
-                Fault("--tokenizer-model", str(file), "a SentencePiece model", "make one with tools/train_tokenizer.py")
+                Fault(
+                    "--tokenizer-model",
+                    str(file),
+                    "a SentencePiece model",
+                    "make one with tools/train_tokenizer.py",
+                )
             ) from error
         self.vocab_size = int(self._processor.vocab_size())
         self.eod = int(self._processor.eos_id())
         if self.eod < 0:
             raise ConfigError(
-                Fault("--tokenizer-model", str(file), "a model with an end-of-sentence piece, which ends documents",
-                      "train it with one, as tools/train_tokenizer.py does")
+                Fault(
+                    "--tokenizer-model",
+                    str(file),
+                    "a model with an end-of-sentence piece, which ends documents",
+                    "train it with one, as tools/train_tokenizer.py does",
+                )
             )
         self.sha256 = sha256_of(file)
 
@@ -61,7 +70,11 @@ def load_tokenizer(kind: str, file: Path) -> SentencePieceTokenizer:
     """Loads a tokenizer by Megatron-LM's name of its kind. Raises ConfigError where it cannot."""
     if kind != SENTENCEPIECE:
         raise ConfigError(
-            Fault("--tokenizer-type", kind, f"this version reads {SENTENCEPIECE}",
-                  "train one with tools/train_tokenizer.py")
+            Fault(
+                "--tokenizer-type",
+                kind,
+                f"this version reads {SENTENCEPIECE}",
+                "train one with tools/train_tokenizer.py",
+            )
         )
     return SentencePieceTokenizer(file)

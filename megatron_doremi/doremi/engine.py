@@ -8,7 +8,7 @@ on the reduced sums of the whole global batch, and passes back the losses under 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -47,7 +47,12 @@ class TrainingEngine(PipelineEngine):
 
     def __init__(self, topology: Topology, groups: ProcessGroups, num_domains: int, clip_grad: float, **deepspeed: Any):
         super().__init__(**deepspeed)
-        self.topology, self.groups, self.num_domains, self.clip_grad = topology, groups, num_domains, clip_grad
+        self.topology, self.groups, self.num_domains, self.clip_grad = (
+            topology,
+            groups,
+            num_domains,
+            clip_grad,
+        )
         self._local_sums = torch.zeros(3, num_domains, dtype=torch.float64, device=self.device)
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> None:
@@ -101,7 +106,7 @@ class TrainingEngine(PipelineEngine):
         return norm
 
     # DeepSpeed looks instructions up here, not among the methods.
-    _INSTRUCTION_MAP = {**PipelineEngine._INSTRUCTION_MAP, ForwardPass: _exec_forward_pass}
+    _INSTRUCTION_MAP: ClassVar[dict[type, Any]] = {**PipelineEngine._INSTRUCTION_MAP, ForwardPass: _exec_forward_pass}
 
 
 class ProxyEngine(TrainingEngine):
@@ -147,7 +152,7 @@ class ProxyEngine(TrainingEngine):
             self.loss = weighted_loss(*self._held.pop(buffer_id), self._coefficients)
         super()._exec_backward_pass(buffer_id)
 
-    _INSTRUCTION_MAP = {
+    _INSTRUCTION_MAP: ClassVar[dict[type, Any]] = {
         **TrainingEngine._INSTRUCTION_MAP,
         UpdateDomainWeights: _exec_update_domain_weights,
         BackwardPass: _exec_backward_pass,

@@ -37,7 +37,9 @@ class ReferenceRun:
     iteration: int
 
 
-def check_reference(run_config: dict[str, Any], flag: str, folder: Path, manifest: Manifest, seq_length: int) -> GPTConfig:
+def check_reference(
+    run_config: dict[str, Any], flag: str, folder: Path, manifest: Manifest, seq_length: int
+) -> GPTConfig:
     """Checks that a run's model can score this data, and returns its shape.
 
     Args:
@@ -59,18 +61,30 @@ def check_reference(run_config: dict[str, Any], flag: str, folder: Path, manifes
     ours = manifest.tokenizer.sha256 if manifest.tokenizer else None
     if tokenizer != ours:
         faults.append(
-            Fault(what, f"tokenizer {str(tokenizer)[:12]}", f"the manifest's tokenizer, {str(ours)[:12]}",
-                  "train the model on this data set: losses of other tokens cannot be compared")
+            Fault(
+                what,
+                f"tokenizer {str(tokenizer)[:12]}",
+                f"the manifest's tokenizer, {str(ours)[:12]}",
+                "train the model on this data set: losses of other tokens cannot be compared",
+            )
         )
     if list(names) != list(manifest.names):
         faults.append(
-            Fault(what, f"domains {', '.join(names)}", f"the manifest's, in its order: {', '.join(manifest.names)}",
-                  "train the model on this manifest")
+            Fault(
+                what,
+                f"domains {', '.join(names)}",
+                f"the manifest's, in its order: {', '.join(manifest.names)}",
+                "train the model on this manifest",
+            )
         )
     if gpt.position_embedding_type == "learned_absolute" and gpt.max_positions < seq_length:
         faults.append(
-            Fault(what, f"learned positions up to {gpt.max_positions}", f"--seq-length {seq_length}",
-                  "train the model with this --seq-length")
+            Fault(
+                what,
+                f"learned positions up to {gpt.max_positions}",
+                f"--seq-length {seq_length}",
+                "train the model with this --seq-length",
+            )
         )
     raise_if_any(faults)
     return gpt
@@ -85,8 +99,12 @@ def read_run_config(folder: Path, flag: str) -> dict[str, Any]:
             raise ValueError("not an object")
     except (OSError, ValueError) as error:
         raise ConfigError(
-            Fault(f"{flag} {folder}", f"config.json: {error}", "the --save folder of a run of this program",
-                  "give that folder")
+            Fault(
+                f"{flag} {folder}",
+                f"config.json: {error}",
+                "the --save folder of a run of this program",
+                "give that folder",
+            )
         ) from error
     return entry
 
@@ -95,7 +113,12 @@ class OnlineReference:
     """Scores the proxy's micro-batches with the reference as they come, a forward pass each."""
 
     def __init__(
-        self, run: ReferenceRun, topology: Topology, tp: TensorParallel, dtype: torch.dtype, shape: tuple[int, int]
+        self,
+        run: ReferenceRun,
+        topology: Topology,
+        tp: TensorParallel,
+        dtype: torch.dtype,
+        shape: tuple[int, int],
     ):
         """Builds this rank's stage and loads its weights.
 

@@ -15,7 +15,11 @@ from megatron_doremi.parallel.topology import Topology
 
 @torch.no_grad()
 def forward_only(
-    module: GPTPipeline, micro_batches: Sequence[MicroBatch], count: int, shape: tuple[int, int], topology: Topology
+    module: GPTPipeline,
+    micro_batches: Sequence[MicroBatch],
+    count: int,
+    shape: tuple[int, int],
+    topology: Topology,
 ) -> list[Tensor]:
     """Passes micro-batches through the pipeline in evaluation mode.
 

@@ -51,12 +51,16 @@ class GPTPipeline(PipelineModule):
         self.gpt, self.tp = gpt, tp
         self.names = layer_names(gpt)
         axes = ProcessTopology(
-            axes=["pipe", "data", "model"], dims=[topology.pipe_size, topology.data_size, topology.tensor_size]
+            axes=["pipe", "data", "model"],
+            dims=[topology.pipe_size, topology.data_size, topology.tensor_size],
         )
         # DeepSpeed prints its topology and stage tables; ours are in config.json and the dry run.
         with contextlib.redirect_stdout(io.StringIO()):
             super().__init__(
-                layers=_layer_specs(gpt, tp), topology=axes, loss_fn=self.token_losses, partition_method="uniform"
+                layers=_layer_specs(gpt, tp),
+                topology=axes,
+                loss_fn=self.token_losses,
+                partition_method="uniform",
             )
         self._start(seed)
         mark_for_gradient_norm(self, topology)
@@ -143,4 +147,3 @@ def mark_for_gradient_norm(module: GPTPipeline, topology: Topology) -> None:
         replicated = parameter.spec.dim is None  # type: ignore[attr-defined]
         copy = getattr(parameter, "ds_pipe_replicated", False)
         parameter.model_parallel = not copy and (not replicated or topology.tensor_rank == 0)  # type: ignore[attr-defined]
-

@@ -47,9 +47,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         return grad_logits.mul_(grad.unsqueeze(-1)), None, None
 
 
-def token_losses(
-    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, tensor: TensorGroup
-) -> Tensor:
+def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, tensor: TensorGroup) -> Tensor:
     """Cross-entropy of each target under the output layer, in float32.
 
     Args:

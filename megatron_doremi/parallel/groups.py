@@ -38,13 +38,16 @@ def make_groups(topology: Topology) -> ProcessGroups:
     """Makes the groups; a collective call: every rank makes every group, in the same order."""
     t = topology
     tensor = _own(
-        t, [[t.rank_at(p, d, k) for k in range(t.tensor_size)] for p in range(t.pipe_size) for d in range(t.data_size)]
+        t,
+        [[t.rank_at(p, d, k) for k in range(t.tensor_size)] for p in range(t.pipe_size) for d in range(t.data_size)],
     )
     data = _own(
-        t, [[t.rank_at(p, d, k) for d in range(t.data_size)] for p in range(t.pipe_size) for k in range(t.tensor_size)]
+        t,
+        [[t.rank_at(p, d, k) for d in range(t.data_size)] for p in range(t.pipe_size) for k in range(t.tensor_size)],
     )
     model = _own(
-        t, [[t.rank_at(p, d, k) for p in range(t.pipe_size) for k in range(t.tensor_size)] for d in range(t.data_size)]
+        t,
+        [[t.rank_at(p, d, k) for p in range(t.pipe_size) for k in range(t.tensor_size)] for d in range(t.data_size)],
     )
     whole = TensorGroup() if t.tensor_size == 1 else TensorGroup(tensor, t.tensor_size, t.tensor_rank)
     return ProcessGroups(whole, data, model)

@@ -7,7 +7,7 @@ positions has its gradient summed over the group by `replicated`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ from megatron_doremi.parallel.parameters import ParameterSpec, make_parameter
 class TensorParallel:
     """How layers are cut: the group, and whether the residual stream is cut by position."""
 
-    group: TensorGroup = TensorGroup()
+    group: TensorGroup = field(default_factory=TensorGroup)
     sequence_parallel: bool = False
 
     @property

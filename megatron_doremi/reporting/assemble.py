@@ -120,9 +120,7 @@ def runs_report(runs: Sequence[Run]) -> Report:
         images += overlay
     for label, run in labelled.items():
         table, figures = run_table(run), _run_images(f"{label}_", run)
-        own = (
-            [] if together is not None else _evaluation_image({label: run}, f"{label}_held_out_over_time.png")
-        )
+        own = [] if together is not None else _evaluation_image({label: run}, f"{label}_held_out_over_time.png")
         title = f"{label} ({run.phase})" if run.phase != "unknown" else label
         sections.append(Section(title, [_run_sentence(run)], [table], [*figures, *own]))
         text.append(f"{format_text(table)}\n- {_run_sentence(run)}")
@@ -177,9 +175,7 @@ def provenance_table(runs: Mapping[str, Run]) -> Table:
 
 def _matters(key: str) -> bool:
     leaf = key.rsplit(".", 1)[-1]
-    return any(
-        leaf == each or leaf.startswith(f"{each}_") or leaf.endswith(f"_{each}") for each in CONFIG_KEYS
-    )
+    return any(leaf == each or leaf.startswith(f"{each}_") or leaf.endswith(f"_{each}") for each in CONFIG_KEYS)
 
 
 def _differs(key: str, flat: Mapping[str, Mapping[str, Any]]) -> bool:
@@ -214,9 +210,7 @@ def _comparison_images(comparison: Comparison, runs: Mapping[str, Run]) -> tuple
         Image("held_out_loss.png", plots.png(pairs), "Last held-out loss of baseline and main by domain"),
         Image("domain_weights.png", plots.png(bars), "Natural weights and the weights that DoReMi found"),
         *_training_images("proxy_", proxy, names),
-        *_evaluation_image(
-            {label: runs[label] for label in ("baseline", "main")}, "held_out_over_time.png", names
-        ),
+        *_evaluation_image({label: runs[label] for label in ("baseline", "main")}, "held_out_over_time.png", names),
     ]
     return tuple(images)
 
@@ -243,9 +237,7 @@ def _training_images(prefix: str, run: Run, names: Sequence[str]) -> list[Image]
     return images
 
 
-def _evaluation_image(
-    runs: Mapping[str, Run], file_name: str, names: Sequence[str] | None = None
-) -> list[Image]:
+def _evaluation_image(runs: Mapping[str, Run], file_name: str, names: Sequence[str] | None = None) -> list[Image]:
     """Draws held-out losses over time where a run has several evaluations; else returns nothing."""
     histories = {label: run.evaluations for label, run in runs.items() if run.evaluations}
     if not any(len(history) > 1 for history in histories.values()):

@@ -172,9 +172,7 @@ def _faults(names: Sequence[str], proxy: Run, main: Run, baseline: Run) -> list[
     faults = []
     if not proxy.has_weights:
         rule = "needs training lines with domain_weights, as a run of --phase proxy writes"
-        faults.append(
-            Fault("--proxy", f"{proxy.path} (phase {proxy.phase})", rule, "give the proxy's folder")
-        )
+        faults.append(Fault("--proxy", f"{proxy.path} (phase {proxy.phase})", rule, "give the proxy's folder"))
     else:
         faults += _name_faults("--proxy", f"{proxy.path}/metrics.jsonl", names, proxy.weights.names, True)
         if proxy.recorded_weights is not None:
@@ -195,9 +193,7 @@ def _faults(names: Sequence[str], proxy: Run, main: Run, baseline: Run) -> list[
     return faults
 
 
-def _name_faults(
-    what: str, file: str, expected: Sequence[str], found: Sequence[str], complete: bool
-) -> list[Fault]:
+def _name_faults(what: str, file: str, expected: Sequence[str], found: Sequence[str], complete: bool) -> list[Fault]:
     """Faults of `found` names against the manifest's; without `complete`, some may be missing."""
     missing = [name for name in expected if name not in found] if complete else []
     left_over = [name for name in found if name not in expected]
@@ -220,9 +216,7 @@ def _diverged_faults(what: str, run: Run) -> list[Fault]:
     return [Fault(what, value, "the last held-out losses must be finite numbers", remedy)]
 
 
-def _notes(
-    names: Sequence[str], shared: Sequence[str], proxy: Run, main: Run, baseline: Run
-) -> Iterable[str]:
+def _notes(names: Sequence[str], shared: Sequence[str], proxy: Run, main: Run, baseline: Run) -> Iterable[str]:
     steps = baseline.evaluations[-1].iteration, main.evaluations[-1].iteration
     tokens = _last_tokens(baseline), _last_tokens(main)
     if steps[0] != steps[1]:

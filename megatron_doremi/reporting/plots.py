@@ -76,9 +76,7 @@ def smooth(values: Floats) -> Floats:
     return np.where(number > 0, (sums[high] - sums[low]) / np.maximum(number, 1), np.nan)
 
 
-def weights_over_time(
-    iterations: Integers, weights: Floats, names: Sequence[str], floor: float | None
-) -> Figure:
+def weights_over_time(iterations: Integers, weights: Floats, names: Sequence[str], floor: float | None) -> Figure:
     """Draws alpha_t (faint) and its running mean (strong) twice: linear and logarithmic.
 
     Args:
@@ -279,9 +277,7 @@ def _row_labels(axes: Axes, names: Sequence[str], unit: str, title: str) -> None
     axes.set_title(title)
 
 
-def _lines(
-    axes: Axes, iterations: Integers, raw: Floats | None, strong: Floats, names: Sequence[str]
-) -> None:
+def _lines(axes: Axes, iterations: Integers, raw: Floats | None, strong: Floats, names: Sequence[str]) -> None:
     points = _points(len(iterations))
     # Many faint bands would turn into one grey surface.
     faint = 0.28 if len(names) <= 10 else 0.13

@@ -254,9 +254,7 @@ def _read_text(path: Path, remedy: str) -> str:
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
-        raise ConfigError(
-            Fault(str(path), error.strerror or "", "must be a readable file", remedy)
-        ) from error
+        raise ConfigError(Fault(str(path), error.strerror or "", "must be a readable file", remedy)) from error
 
 
 def _read_json_object(path: Path, remedy: str) -> dict[str, Any]:
@@ -289,9 +287,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         file = path.open(encoding="utf-8", errors="replace")
     except OSError as error:
         remedy = "give the --save folder of a run that has reached its first log interval"
-        raise ConfigError(
-            Fault(str(path), error.strerror or "", "must be a readable file", remedy)
-        ) from error
+        raise ConfigError(Fault(str(path), error.strerror or "", "must be a readable file", remedy)) from error
     with file:
         for number, line in enumerate(file, 1):
             if not line.strip():

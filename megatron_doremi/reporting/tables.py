@@ -166,9 +166,7 @@ def _run_summary(run: Run, header: Sequence[str]) -> tuple[tuple[str, ...], ...]
 
 def across_runs_table(labels: Sequence[str], runs: Sequence[Run]) -> Table | None:
     """Returns the last held-out losses of several runs side by side; None with fewer than two evaluated."""
-    evaluated = [
-        (label, run.evaluations[-1]) for label, run in zip(labels, runs, strict=True) if run.evaluations
-    ]
+    evaluated = [(label, run.evaluations[-1]) for label, run in zip(labels, runs, strict=True) if run.evaluations]
     if len(evaluated) < 2:
         return None
     names = dict.fromkeys(name for _, evaluation in evaluated for name in evaluation.losses)

@@ -44,17 +44,13 @@ def describe_domains(domains: Sequence[DomainResult]) -> list[str]:
     of_all = f"of {_domains(len(measured))}"
     sentences = []
     for kind, phrase in (("better", "better than"), ("worse", "worse than"), ("equal", "equal to")):
-        group = sorted(
-            (each for each in measured if verdict(each[1]) == kind), key=lambda each: -abs(each[1])
-        )
+        group = sorted((each for each in measured if verdict(each[1]) == kind), key=lambda each: -abs(each[1]))
         if kind == "equal":
             listed = ", ".join(name for name, _ in group)
         else:
             listed = ", ".join(f"{name} ({format_difference(change)})" for name, change in group)
         if group:
-            sentences.append(
-                f"main is {phrase} the baseline on {len(group)} {of_all} (nats a token): {listed}."
-            )
+            sentences.append(f"main is {phrase} the baseline on {len(group)} {of_all} (nats a token): {listed}.")
         elif kind != "equal":
             sentences.append(f"main is {phrase} the baseline on 0 {of_all}.")
     return sentences

@@ -50,7 +50,12 @@ def newest_checkpoint(save: Path) -> Path | None:
 
 
 def save_checkpoint(
-    engine: DeepSpeedEngine, save: Path, iteration: int, topology: Topology, state: Mapping[str, Any], keep: int
+    engine: DeepSpeedEngine,
+    save: Path,
+    iteration: int,
+    topology: Topology,
+    state: Mapping[str, Any],
+    keep: int,
 ) -> None:
     """Writes a checkpoint; a collective call.
 
@@ -96,12 +101,21 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         return state
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            Fault(str(path), str(error), f"a state of format {FORMAT}", f"delete {checkpoint} to go on from an older one")
+            Fault(
+                str(path),
+                str(error),
+                f"a state of format {FORMAT}",
+                f"delete {checkpoint} to go on from an older one",
+            )
         ) from error
 
 
 def check_state(
-    state: Mapping[str, Any], checkpoint: Path, topology: Topology, zero_stage: int, expected: Mapping[str, Any]
+    state: Mapping[str, Any],
+    checkpoint: Path,
+    topology: Topology,
+    zero_stage: int,
+    expected: Mapping[str, Any],
 ) -> None:
     """Checks that a run may go on from a checkpoint.
 
@@ -116,14 +130,22 @@ def check_state(
     faults = []
     if state["layout"] != layout:
         faults.append(
-            Fault(f"--load: {checkpoint}", f"written at {_say(state['layout'])}", f"this run's layout, {_say(layout)}",
-                  "start at the checkpoint's layout")
+            Fault(
+                f"--load: {checkpoint}",
+                f"written at {_say(state['layout'])}",
+                f"this run's layout, {_say(layout)}",
+                "start at the checkpoint's layout",
+            )
         )
     for key, value in expected.items():
         if state.get(key) != value:
             faults.append(
-                Fault(f"--load: {checkpoint}", f"{key} {state.get(key)}", f"this run's {key}, {value}",
-                      "go on with the settings and data that the run began with, or start a new folder")
+                Fault(
+                    f"--load: {checkpoint}",
+                    f"{key} {state.get(key)}",
+                    f"this run's {key}, {value}",
+                    "go on with the settings and data that the run began with, or start a new folder",
+                )
             )
     raise_if_any(faults)
 
@@ -133,8 +155,12 @@ def load_engine(engine: DeepSpeedEngine, checkpoint: Path) -> None:
     path, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     if path is None:
         raise ConfigError(
-            Fault(f"--load: {checkpoint}", "DeepSpeed found no files there", "a complete checkpoint",
-                  "delete it to go on from an older one")
+            Fault(
+                f"--load: {checkpoint}",
+                "DeepSpeed found no files there",
+                "a complete checkpoint",
+                "delete it to go on from an older one",
+            )
         )
 
 

@@ -23,9 +23,7 @@ def join(launch: Launch) -> torch.device:
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if launch.rendezvous:
-        dist.init_process_group(
-            backend, init_method=launch.rendezvous, rank=launch.rank, world_size=launch.world_size
-        )
+        dist.init_process_group(backend, init_method=launch.rendezvous, rank=launch.rank, world_size=launch.world_size)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     # DeepSpeed wraps the group that is there. Its all-reduce through shared memory would be compiled at the

@@ -47,8 +47,12 @@ def read_launch(environ: Mapping[str, str]) -> Launch:
     port = environ.get("MASTER_PORT") or str(20000 + int(environ.get("SLURM_JOB_ID", "9500")) % 20000)
     if not host:
         raise ConfigError(
-            Fault("MASTER_ADDR", "not set", f"the host of rank 0, for {launch.world_size} processes",
-                  "export MASTER_ADDR, or start with torchrun or srun")
+            Fault(
+                "MASTER_ADDR",
+                "not set",
+                f"the host of rank 0, for {launch.world_size} processes",
+                "export MASTER_ADDR, or start with torchrun or srun",
+            )
         )
     return Launch(launch.rank, launch.world_size, launch.local_rank, f"tcp://{host}:{port}")
 
@@ -58,8 +62,12 @@ def _numbers(environ: Mapping[str, str], rank: str, world_size: str, local_rank:
         launch = Launch(int(environ[rank]), int(environ[world_size]), int(environ.get(local_rank, "0")))
     except (KeyError, ValueError) as error:
         raise ConfigError(
-            Fault(f"{rank}, {world_size}", str(error), "whole numbers, both set",
-                  "start with torchrun, srun, deepspeed or plain python")
+            Fault(
+                f"{rank}, {world_size}",
+                str(error),
+                "whole numbers, both set",
+                "start with torchrun, srun, deepspeed or plain python",
+            )
         ) from error
     if not 0 <= launch.rank < launch.world_size:
         raise ConfigError(

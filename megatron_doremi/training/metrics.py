@@ -18,7 +18,15 @@ from megatron_doremi.data.files import atomic_write_text
 from megatron_doremi.doremi.losses import LOSS, TARGETS
 
 # Dense bfloat16 peak of a GPU in TFLOP/s, from the vendors' data sheets, by a part of its name.
-_PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "GH200": 989.0, "B200": 2250.0, "A100": 312.0, "L40S": 362.0, "V100": 125.0}
+_PEAK_TFLOPS = {
+    "H200": 989.0,
+    "H100": 989.0,
+    "GH200": 989.0,
+    "B200": 2250.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "V100": 125.0,
+}
 
 
 def flops_per_token(gpt: GPTConfig, seq_length: int) -> float:
@@ -69,8 +77,9 @@ def evaluation_entries(sums: Sequence[Sequence[float]], names: Sequence[str]) ->
     }
 
 
-def proxy_entries(sums: Sequence[Sequence[float]], excess: Sequence[float], weights: Sequence[float],
-                  names: Sequence[str]) -> dict[str, Any]:
+def proxy_entries(
+    sums: Sequence[Sequence[float]], excess: Sequence[float], weights: Sequence[float], names: Sequence[str]
+) -> dict[str, Any]:
     """What a proxy adds to a line: lambda_t, alpha_t and the objective under alpha_t."""
     means = [s / t if t else 0.0 for s, t in zip(sums[LOSS], sums[TARGETS], strict=True)]
     return {
@@ -120,7 +129,12 @@ class RunLog:
         # On a terminal the bar moves; in a log file it is a line every few seconds.
         interval = 0.2 if sys.stderr.isatty() else 10.0
         self._bar = tqdm(
-            total=train_iters, initial=iteration, desc=what, unit="step", mininterval=interval, dynamic_ncols=True
+            total=train_iters,
+            initial=iteration,
+            desc=what,
+            unit="step",
+            mininterval=interval,
+            dynamic_ncols=True,
         )
 
     def step(self, entry: dict[str, Any] | None) -> None:
@@ -139,7 +153,9 @@ class RunLog:
         if not self.active:
             return
         rate, left = entry["tokens_per_second"], self._time_left()
-        text = f"iteration {entry['iteration']:>7,}/{self._bar.total:,} | loss {entry['loss']:.4f} | lr {entry['lr']:.3e}"
+        text = (
+            f"iteration {entry['iteration']:>7,}/{self._bar.total:,} | loss {entry['loss']:.4f} | lr {entry['lr']:.3e}"
+        )
         text += f" | grad norm {entry['grad_norm']:.3f} | {rate:,.0f} tokens/s | {left} left"
         if "domain_weights" in entry:
             name, weight = max(entry["domain_weights"].items(), key=lambda item: item[1])

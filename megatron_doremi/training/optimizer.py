@@ -13,7 +13,8 @@ from megatron_doremi.config import OptimizerConfig
 
 def make_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], optim: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2019); biases and norms, the vectors, do not decay."""
-    matrices, vectors = [], []
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
     for _, parameter in parameters:
         (matrices if parameter.dim() > 1 else vectors).append(parameter)
     groups = [

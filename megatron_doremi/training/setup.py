@@ -76,8 +76,12 @@ def open_data(config: Config, training: bool) -> RunData:
     faults: list[Fault] = []
     if manifest.tokenizer is None:
         faults.append(
-            Fault(f"--domains {config.data.domains}", "no tokenizer", "the manifest names the tokenizer of its ids",
-                  "use the domains.json that tools/preprocess_data.py writes")
+            Fault(
+                f"--domains {config.data.domains}",
+                "no tokenizer",
+                "the manifest names the tokenizer of its ids",
+                "use the domains.json that tools/preprocess_data.py writes",
+            )
         )
     train, valid = [], []
     seq_length = config.data.seq_length
@@ -92,8 +96,12 @@ def open_data(config: Config, training: bool) -> RunData:
         faults += error.faults
     if not training and not any(domain.valid for domain in manifest.domains):
         faults.append(
-            Fault(f"--domains {config.data.domains}", "no held-out text", "an evaluation reads the valid split",
-                  "run tools/preprocess_data.py with --split valid")
+            Fault(
+                f"--domains {config.data.domains}",
+                "no held-out text",
+                "an evaluation reads the valid split",
+                "run tools/preprocess_data.py with --split valid",
+            )
         )
     raise_if_any(faults)
     return RunData(manifest, tuple(d for d in train if d is not None), tuple(valid), weights)
@@ -119,8 +127,12 @@ def read_reference(config: Config, data: RunData) -> ReferenceRun:
     checkpoint = newest_checkpoint(folder)
     if checkpoint is None:
         raise ConfigError(
-            Fault(f"--reference-load {folder}", "no complete checkpoint", "a reference that was trained to its end",
-                  "run --phase reference first")
+            Fault(
+                f"--reference-load {folder}",
+                "no complete checkpoint",
+                "a reference that was trained to its end",
+                "run --phase reference first",
+            )
         )
     return ReferenceRun(gpt, checkpoint / "weights", int(read_state(checkpoint)["iteration"]))
 

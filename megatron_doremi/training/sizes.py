@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import torch
 
@@ -41,7 +42,7 @@ def describe_run(config: Config, gpt: GPTConfig, topology: Topology) -> str:
     names = layer_names(gpt)
     first = names.index("layers.0")
     bounds = stage_bounds(gpt.num_layers, topology.pipe_size, first, len(names) - first - gpt.num_layers)
-    stages = [sum(counts[a:b]) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    stages = [sum(counts[a:b]) for a, b in pairwise(bounds)]
     if gpt.tied_embeddings and topology.pipe_size > 1:
         stages[-1] += counts[0]
     largest = max(stages)

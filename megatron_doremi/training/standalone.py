@@ -26,7 +26,10 @@ from megatron_doremi.training.setup import RunData
 def evaluate_run(
     config: Config, data: RunData, topology: Topology, groups: ProcessGroups, device: torch.device
 ) -> None:
-    """Evaluates the newest checkpoint of --load at any layout; rank 0 prints the losses and, with --save, keeps them."""
+    """Evaluates the newest checkpoint of --load at any layout.
+
+    Rank 0 prints the losses and, with --save, adds an evaluation line to that folder's metrics.jsonl.
+    """
     folder = Path(config.run.load)
     gpt = check_reference(read_run_config(folder, "--load"), "--load", folder, data.manifest, config.data.seq_length)
     checkpoint = newest_checkpoint(folder)

@@ -17,9 +17,7 @@ from megatron_doremi.data.permutation import key_of, permute
 
 
 def mixtures(max_domains=22):
-    return st.lists(st.floats(1e-4, 1.0), min_size=1, max_size=max_domains).map(
-        lambda raw: np.array(raw) / np.sum(raw)
-    )
+    return st.lists(st.floats(1e-4, 1.0), min_size=1, max_size=max_domains).map(lambda raw: np.array(raw) / np.sum(raw))
 
 
 def blend_of(counts, batch_size, seed=7):
@@ -34,7 +32,18 @@ def test_permutation_takes_every_place_once(size, key):
 
 def test_permutation_is_the_same_on_every_machine():
     """Pinned values: a change of the function would silently reorder every resumed run."""
-    assert permute(np.arange(10), 10, key_of(1234, "domain", "Books", 0)).tolist() == [0, 5, 9, 3, 7, 2, 6, 4, 8, 1]
+    assert permute(np.arange(10), 10, key_of(1234, "domain", "Books", 0)).tolist() == [
+        0,
+        5,
+        9,
+        3,
+        7,
+        2,
+        6,
+        4,
+        8,
+        1,
+    ]
     assert permute(np.array([0, 10**12 - 1]), 10**12, 42).tolist() == [798054005900, 321902284151]
 
 

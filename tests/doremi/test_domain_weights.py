@@ -25,9 +25,7 @@ from megatron_doremi.doremi.losses import (
 def step(state: DomainWeights, excess: list[float], targets: list[float], eta=1.0, c=1e-3) -> DomainWeights:
     """An update from per-domain means and counts."""
     sums = [e * t for e, t in zip(excess, targets, strict=True)]
-    return state.update(
-        torch.tensor(sums, dtype=torch.float64), torch.tensor(targets, dtype=torch.float64), eta, c
-    )
+    return state.update(torch.tensor(sums, dtype=torch.float64), torch.tensor(targets, dtype=torch.float64), eta, c)
 
 
 def test_three_domains_three_steps_by_hand():
@@ -85,8 +83,12 @@ def test_five_domains_three_steps_from_token_losses():
     assert state.weights.tolist() == pytest.approx(decimals, abs=1e-7)
 
     # Second batch: only domains 1 and 4, domain 1 behind the reference by 2 on one of its two targets.
-    sums = domain_sums(torch.tensor([[4.0, 0.0], [7.0, 5.0]]), torch.tensor([1, 4]), 5,
-                       torch.tensor([[2.0, 1.0], [6.0, 5.0]]))
+    sums = domain_sums(
+        torch.tensor([[4.0, 0.0], [7.0, 5.0]]),
+        torch.tensor([1, 4]),
+        5,
+        torch.tensor([[2.0, 1.0], [6.0, 5.0]]),
+    )
     state = state.update(sums[EXCESS], sums[TARGETS], 1.0, c)
     lam = [0.5, 1.0, 0.0, 1.0, 0.5]
     alpha2 = algorithm_1(alpha, lam, 1.0, c)
@@ -153,9 +155,7 @@ def test_objective_and_its_gradient_by_hand():
     # Means 2.5 and 5.5.
     assert objective(weights, sums).item() == pytest.approx(0.25 * 2.5 + 0.75 * 5.5)
     coefficients = domain_coefficients(weights, sums[TARGETS], accumulation=2)
-    total = sum(
-        weighted_loss(losses[part], domains[part], coefficients) / 2 for part in (slice(0, 1), slice(1, 3))
-    )
+    total = sum(weighted_loss(losses[part], domains[part], coefficients) / 2 for part in (slice(0, 1), slice(1, 3)))
     total.backward()
     assert total.item() == pytest.approx(0.25 * 2.5 + 0.75 * 5.5)
     assert losses.grad.tolist() == [[0.0625, 0.0625], [0.0625, 0.0625], [0.375, 0.375]]

@@ -60,8 +60,15 @@ def losses_and_gradients(launch, gpt, pipe, tensor, sequence_parallel):
     """Runs two micro-batches through the engine's schedule without its optimiser; gathers what came out."""
     import torch.distributed as dist
 
-    from megatron_doremi.config import Config, DataConfig, DoReMiConfig, ModelConfig, OptimizerConfig, ParallelConfig
-    from megatron_doremi.config import RunConfig
+    from megatron_doremi.config import (
+        Config,
+        DataConfig,
+        DoReMiConfig,
+        ModelConfig,
+        OptimizerConfig,
+        ParallelConfig,
+        RunConfig,
+    )
     from megatron_doremi.data.loader import MicroBatch
     from megatron_doremi.doremi.losses import LOSS
     from megatron_doremi.parallel.groups import make_groups
@@ -119,7 +126,9 @@ def losses_and_gradients(launch, gpt, pipe, tensor, sequence_parallel):
                 whole[name] = value
         for e in everyone:
             for name, (value, _) in e[index].items():
-                twin = next(o for o in everyone if o[0] == replace(e[0], rank=e[0].rank_at(e[0].pipe_rank, 0, e[0].tensor_rank)))
+                twin = next(
+                    o for o in everyone if o[0] == replace(e[0], rank=e[0].rank_at(e[0].pipe_rank, 0, e[0].tensor_rank))
+                )
                 assert torch.equal(value, twin[index][name][0]), f"{name}: replicas differ"
     return sums[LOSS].tolist(), whole_weights, whole_gradients
 
@@ -127,7 +136,14 @@ def losses_and_gradients(launch, gpt, pipe, tensor, sequence_parallel):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(
     ("world", "pipe", "tensor", "sequence_parallel"),
-    [(1, 1, 1, False), (2, 2, 1, False), (2, 1, 2, False), (2, 1, 2, True), (2, 1, 1, False), (4, 2, 2, True)],
+    [
+        (1, 1, 1, False),
+        (2, 2, 1, False),
+        (2, 1, 2, False),
+        (2, 1, 2, True),
+        (2, 1, 1, False),
+        (4, 2, 2, True),
+    ],
     ids=["single", "PP2", "TP2", "TP2-SP", "DP2", "TP2-SP-PP2"],
 )
 def test_losses_and_every_gradient(variant, world, pipe, tensor, sequence_parallel):

@@ -54,9 +54,7 @@ def test_the_words_say_better_worse_and_equal(comparison):
     assert "main is worse than the baseline on 1 of 3 domains (nats a token): noise (+0.250)." in words
     assert "main is equal to the baseline on 1 of 3 domains (nats a token): boilerplate." in words
     assert "Uniform mean: main 2.833 against 2.833 nats a token (0.000, equal)." in words
-    assert any(
-        w.startswith("Uniform mean without the planted noise and boilerplate: main 2.500") for w in words
-    )
+    assert any(w.startswith("Uniform mean without the planted noise and boilerplate: main 2.500") for w in words)
     assert "Worst domain (noise for both): main 5.750 against 5.500 nats a token (+0.250, worse)." in words
     assert "Token mean: main 2.600 against 2.800 nats a token (-0.200, better)." in words
 
@@ -68,9 +66,7 @@ def test_nothing_better_is_said_too(comparison):
 
 def test_planted_domains_are_reported_either_way(comparison):
     noise, boilerplate = describe_planted(comparison)
-    assert (
-        "noise lost weight in the mean over all steps (0.1400) and lost weight at the end (0.0200)" in noise
-    )
+    assert "noise lost weight in the mean over all steps (0.1400) and lost weight at the end (0.0200)" in noise
     gained = replace(comparison.domains[2], doremi_weight=0.5, last_weight=1 / 3)
     _, boilerplate = describe_planted(replace(comparison, domains=(*comparison.domains[:2], gained)))
     assert "boilerplate gained weight in the mean over all steps (0.5000)" in boilerplate
@@ -94,9 +90,7 @@ def test_the_weights_file_is_preferred_and_a_gap_to_the_trajectory_is_said(runs)
     proxy = replace(runs["proxy"], recorded_weights=recorded)
     comparison = compare(MANIFEST, proxy, runs["main"], runs["baseline"])
     assert [each.doremi_weight for each in comparison.domains] == [0.6, 0.2, 0.2]
-    assert any(
-        "differs from the mean of the trajectory" in note and "0.1:" in note for note in comparison.notes
-    )
+    assert any("differs from the mean of the trajectory" in note and "0.1:" in note for note in comparison.notes)
 
 
 def test_unequal_budgets_are_said(runs):
@@ -108,9 +102,7 @@ def test_unequal_budgets_are_said(runs):
 def test_a_domain_without_held_out_text_is_left_out_and_said(runs):
     newest = runs["main"].evaluations[-1]
     partial = replace(newest, losses={"code": 2.5, "noise": 5.75})
-    comparison = compare(
-        MANIFEST, runs["proxy"], replace(runs["main"], evaluations=(partial,)), runs["baseline"]
-    )
+    comparison = compare(MANIFEST, runs["proxy"], replace(runs["main"], evaluations=(partial,)), runs["baseline"])
     assert comparison.uniform_mean == Pair((2.75 + 5.5) / 2, (2.5 + 5.75) / 2)
     assert comparison_table(comparison).rows[2][-3:] == ("0.250", "-", "-")
     assert any("boilerplate" in note and "left out" in note for note in comparison.notes)

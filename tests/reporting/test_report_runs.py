@@ -24,17 +24,12 @@ def test_columns_hold_nan_where_a_domain_is_absent(write_run, rows):
 
 
 def test_a_domain_that_appears_late_keeps_its_line(write_run):
-    lines = [
-        {"iteration": n, "loss": 1.0, "domain_loss": {"late": 9.0} if n == 3 else {"a": 1.0}}
-        for n in (1, 2, 3)
-    ]
+    lines = [{"iteration": n, "loss": 1.0, "domain_loss": {"late": 9.0} if n == 3 else {"a": 1.0}} for n in (1, 2, 3)]
     series = read_run(write_run("r", lines)).loss
     np.testing.assert_array_equal(series.ordered(["a", "late"]), [[1, np.nan], [1, np.nan], [np.nan, 9]])
 
 
-@pytest.mark.parametrize(
-    "torn", ['{"iteration": 2, "loss": 1', "{", '{"iteration": 2, "domain_loss": {"a', "7\n"]
-)
+@pytest.mark.parametrize("torn", ['{"iteration": 2, "loss": 1', "{", '{"iteration": 2, "domain_loss": {"a', "7\n"])
 def test_a_torn_last_line_is_ignored(write_run, torn):
     run = read_run(write_run("r", [{"iteration": 1, "loss": 2.0}], tail=torn))
     assert run.iterations.tolist() == [1]
@@ -46,9 +41,7 @@ def test_a_torn_line_with_more_after_it_is_an_error_with_its_number(write_run):
         read_run(path)
 
 
-@pytest.mark.parametrize(
-    "line", ['{"loss": 1.0}', '{"iteration": 2, "loss": "high"}', '{"iteration": 2, "eval": [1]}']
-)
+@pytest.mark.parametrize("line", ['{"loss": 1.0}', '{"iteration": 2, "loss": "high"}', '{"iteration": 2, "eval": [1]}'])
 def test_a_line_that_is_no_metrics_line_is_an_error_with_its_number(write_run, line):
     with pytest.raises(ConfigError, match="line 2"):
         read_run(write_run("r", [{"iteration": 1, "loss": 2.0}], tail=line + "\n"))

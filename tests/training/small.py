@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ from megatron_doremi.data.indexed_dataset import IndexedDatasetWriter, dtype_for
 from megatron_doremi.data.manifest import Domain, Manifest, TokenizerInfo, save_manifest
 
 VOCAB = 61
-MODEL = (
+MODEL = shlex.split(
     "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --num-query-groups 2 --ffn-hidden-size 64 --swiglu "
     "--disable-bias-linear --make-vocab-size-divisible-by 16 --seq-length 16 --micro-batch-size 2 "
     "--global-batch-size 8 --lr 5e-3 --min-lr 1e-3 --seed 11"
-).split()
+)
 
 
 def write_data(folder: Path, num_domains: int = 3, tokens: int = 4000) -> Path:

@@ -53,14 +53,27 @@ def test_proxy_stopped_after_ten_of_twenty_steps(layout, reference, data, tmp_pa
 
 
 def test_main_run_with_log_interval_and_kept_checkpoints(data, tmp_path):
-    flags = ["--domain-weights", "natural", "--log-interval", "4", "--save-interval", "3", "--keep-checkpoints", "2"]
+    flags = [
+        "--domain-weights",
+        "natural",
+        "--log-interval",
+        "4",
+        "--save-interval",
+        "3",
+        "--keep-checkpoints",
+        "2",
+    ]
     whole = train(1, "main", data, tmp_path / "whole", 12, *flags)
     broken = tmp_path / "broken"
     again = [*flags, "--load", str(broken)]
     train(1, "main", data, broken, 12, *again, "--exit-interval", "6")
     assert training_lines(train(1, "main", data, broken, 12, *again)) == training_lines(whole)
     assert [line["iteration"] for line in training_lines(whole)] == [4, 8, 12]
-    assert sorted(p.name for p in (broken / "checkpoints").iterdir()) == ["iter_0000009", "iter_0000012", "latest"]
+    assert sorted(p.name for p in (broken / "checkpoints").iterdir()) == [
+        "iter_0000009",
+        "iter_0000012",
+        "latest",
+    ]
     # Started once more it finds itself done and changes nothing.
     before = (broken / "metrics.jsonl").read_text()
     train(1, "main", data, broken, 12, *again)

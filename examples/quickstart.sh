@@ -1,0 +1,101 @@
+#!/usr/bin/env bash
+# The whole of DoReMi on a CPU, in a few minutes, on real text.
+#
+#     bash examples/quickstart.sh                                # text that is on this machine
+#     bash examples/quickstart.sh TRAIN.jsonl.zst VALID.jsonl    # your own, with meta.pile_set_name
+#
+# Every number below is a variable with a default: PROXY_ITERS=3000 OUT=runs/longer bash examples/quickstart.sh
+# A run that was interrupted goes on where it stopped.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+OUT=${OUT:-runs/quickstart}
+NPROC=${NPROC:-2}                             # processes
+TP=${TP:-1}                                   # ranks that share a layer
+PP=${PP:-$((NPROC / TP))}                     # pipeline stages
+VOCAB_SIZE=${VOCAB_SIZE:-1024}
+TRAIN_ITERS=${TRAIN_ITERS:-}                  # sets the three below at once
+REFERENCE_ITERS=${REFERENCE_ITERS:-${TRAIN_ITERS:-800}}
+PROXY_ITERS=${PROXY_ITERS:-${TRAIN_ITERS:-1200}}
+MAIN_ITERS=${MAIN_ITERS:-${TRAIN_ITERS:-800}}
+SEQ_LENGTH=${SEQ_LENGTH:-64}                  # tokens in a window
+GLOBAL_BATCH_SIZE=${GLOBAL_BATCH_SIZE:-32}    # windows in a step
+MICRO_BATCH_SIZE=${MICRO_BATCH_SIZE:-16}
+LAYERS=${LAYERS:-2}
+HIDDEN=${HIDDEN:-64}
+LR=${LR:-4e-3}
+SEED=${SEED:-1234}
+SAVE_INTERVAL=${SAVE_INTERVAL:-400}
+EVAL_ITERS=${EVAL_ITERS:-16}                  # held-out windows a domain, in global batches
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # threads of a process
+
+if [ $# -ne 0 ] && [ $# -ne 2 ]; then
+    echo "usage: bash examples/quickstart.sh [TRAIN.jsonl[.zst|.gz] VALID.jsonl[.zst|.gz]]" >&2
+    exit 2
+fi
+TRAIN=${1:-$OUT/corpus/train.jsonl}
+VALID=${2:-$OUT/corpus/valid.jsonl}
+
+source examples/environment.sh
+use_environment requirements.txt
+SECONDS=0
+
+# Another corpus or tokenizer under the same OUT would mix two runs: say so before anything is written.
+mkdir -p "$OUT"
+settings="$TRAIN $VALID vocabulary $VOCAB_SIZE seed $SEED"
+if [ -e "$OUT/settings" ] && [ "$(cat "$OUT/settings")" != "$settings" ]; then
+    echo "error: $OUT holds a run with other settings: $(cat "$OUT/settings")" >&2
+    echo "       now: $settings; give another OUT, or remove that folder" >&2
+    exit 2
+fi
+echo "$settings" >"$OUT/settings"
+
+say() { printf '\n== %s (%d s)\n' "$*" "$SECONDS"; }
+
+pretrain() { # PHASE NAME ITERS [FLAGS]
+    local phase=$1 save=$OUT/$2 iters=$3
+    shift 3
+    "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NPROC" pretrain_doremi.py \
+        --phase "$phase" --domains "$OUT/data/domains.json" --save "$save" --load "$save" \
+        --train-iters "$iters" --save-interval "$SAVE_INTERVAL" --keep-checkpoints 1 --log-interval 100 \
+        --eval-interval 400 --eval-iters "$EVAL_ITERS" --seed "$SEED" \
+        --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" \
+        --num-layers "$LAYERS" --hidden-size "$HIDDEN" --ffn-hidden-size $((3 * HIDDEN)) \
+        --num-attention-heads 4 --swiglu --disable-bias-linear --seq-length "$SEQ_LENGTH" \
+        --micro-batch-size "$MICRO_BATCH_SIZE" --global-batch-size "$GLOBAL_BATCH_SIZE" \
+        --lr "$LR" --min-lr "$(awk "BEGIN { print $LR / 10 }")" "$@"
+}
+
+say "1. Corpus"
+if [ $# -eq 0 ] && [ ! -e "$OUT/corpus/valid.jsonl" ]; then
+    "$PYTHON" tools/embedded_corpus.py --output-dir "$OUT/corpus" --seed "$SEED"
+fi
+
+say "2. Tokenizer and indexed data"
+if [ ! -e "$OUT/tokenizer.model" ]; then
+    "$PYTHON" tools/train_tokenizer.py --input "$TRAIN" --vocab-size "$VOCAB_SIZE" --sample-bytes 2000000 \
+        --seed "$SEED" --output "$OUT/tokenizer.model"
+fi
+if [ ! -e "$OUT/data/complete" ]; then
+    for split in train valid; do
+        if [ $split = train ]; then input=$TRAIN; else input=$VALID; fi
+        "$PYTHON" tools/preprocess_data.py --input "$input" --split $split --output-dir "$OUT/data" \
+            --tokenizer-model "$OUT/tokenizer.model" --append-eod --workers 2
+    done
+    touch "$OUT/data/complete"
+fi
+
+say "3. Reference, on natural weights"
+pretrain reference reference "$REFERENCE_ITERS" --domain-weights natural
+
+say "4. Proxy, against the reference: learns the domain weights"
+pretrain proxy proxy "$PROXY_ITERS" --reference-load "$OUT/reference"
+
+say "5. Main model on the learned weights, and a baseline of the same budget on natural ones"
+pretrain main main "$MAIN_ITERS" --domain-weights "$OUT/proxy/domain_weights.json"
+pretrain main baseline "$MAIN_ITERS" --domain-weights natural
+
+say "6. Report"
+"$PYTHON" tools/report.py --reference "$OUT/reference" --proxy "$OUT/proxy" --main "$OUT/main" \
+    --baseline "$OUT/baseline" --domains "$OUT/data/domains.json" --output-dir "$OUT/report"
+say "Done. Look at $OUT/report/report.html; TensorBoard events lie in $OUT/*/tensorboard"

@@ -1,0 +1,237 @@
+"""What can be wrong with the settings by themselves: every fault, found before a file is opened or a model built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_doremi.config import (
+    EVALUATE,
+    PAPER_SHAPES,
+    PHASES,
+    PROXY,
+    Config,
+    GPTConfig,
+    ModelConfig,
+    ParallelConfig,
+    data_parallel_size,
+    gpt_config,
+)
+from megatron_doremi.errors import Fault
+
+
+def find_faults(config: Config, world_size: int) -> list[Fault]:
+    """Everything that is wrong with the settings by themselves, before any file is opened."""
+    return [
+        *_required(config),
+        *_ranges(config),
+        *_model_faults(config.model, config.parallel),
+        *_layout_faults(config, world_size),
+    ]
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _required(config: Config) -> list[Fault]:
+    data, run, faults = config.data, config.run, []
+
+    def need(name: str, value: object, why: str) -> None:
+        if not value:
+            faults.append(Fault(_flag(name), "not given", why, f"give {_flag(name)}"))
+
+    need("phase", data.phase, f"one of {', '.join(PHASES)}")
+    need("domains", data.domains, "a manifest of the domains")
+    if data.phase == EVALUATE:
+        need("load", run.load, "an evaluation reads the weights of a finished run")
+    elif data.phase:
+        need("train_iters", data.train_iters, "training needs a number of steps")
+        need("save", run.save or run.dry_run, "training needs a folder for its results")
+    if data.phase == PROXY:
+        need("reference_load", config.doremi.reference_load, "a proxy is trained against a reference's losses")
+    if run.load and run.save and data.phase != EVALUATE and Path(run.load).resolve() != Path(run.save).resolve():
+        faults.append(
+            Fault(
+                "--load",
+                run.load,
+                f"a run goes on in its own folder, --save {run.save}",
+                "give the same folder to --load and --save",
+            )
+        )
+    return faults
+
+
+def _ranges(config: Config) -> list[Fault]:
+    faults: list[Fault] = []
+    data, optim, doremi, run = config.data, config.optimizer, config.doremi, config.run
+
+    def check(holds: bool, name: str, value: object, rule: str) -> None:
+        if not holds:
+            faults.append(Fault(_flag(name), str(value), rule, f"give {_flag(name)} a value in that range"))
+
+    for name in ("seq_length", "micro_batch_size"):
+        check(getattr(data, name) > 0, name, getattr(data, name), "at least 1")
+    for name in ("global_batch_size", "train_iters", "eval_iters", "eval_interval", "seed"):
+        check(getattr(data, name) >= 0, name, getattr(data, name), "not negative")
+    for name in ("save_interval", "keep_checkpoints", "exit_interval"):
+        check(getattr(run, name) >= 0, name, getattr(run, name), "not negative")
+    check(run.log_interval > 0, "log_interval", run.log_interval, "at least 1")
+    check(optim.lr > 0, "lr", optim.lr, "above 0")
+    check(0 <= optim.min_lr <= optim.lr, "min_lr", optim.min_lr, f"between 0 and --lr {optim.lr}")
+    if optim.lr_decay_style == "exponential":
+        check(optim.min_lr > 0, "min_lr", optim.min_lr, "above 0 where the decay is exponential")
+    for name in ("lr_warmup_fraction", "lr_wsd_decay_fraction"):
+        check(0 <= getattr(optim, name) <= 1, name, getattr(optim, name), "between 0 and 1")
+    for name in ("weight_decay", "clip_grad", "lr_warmup_iters"):
+        check(getattr(optim, name) >= 0, name, getattr(optim, name), "not negative")
+    for name in ("adam_beta1", "adam_beta2"):
+        check(0 <= getattr(optim, name) < 1, name, getattr(optim, name), "at least 0, below 1")
+    check(optim.adam_eps > 0, "adam_eps", optim.adam_eps, "above 0")
+    check(doremi.doremi_step_size >= 0, "doremi_step_size", doremi.doremi_step_size, "not negative")
+    check(0 <= doremi.doremi_smoothing < 1, "doremi_smoothing", doremi.doremi_smoothing, "at least 0, below 1")
+    return faults
+
+
+def _model_faults(model: ModelConfig, parallel: ParallelConfig) -> list[Fault]:
+    sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels")
+    faults: list[Fault] = []
+    for name in (*sizes, "num_query_groups"):
+        if getattr(model, name) < 0:
+            faults.append(Fault(_flag(name), str(getattr(model, name)), "not negative", "give a positive size"))
+    for name in ("make_vocab_size_divisible_by", "norm_epsilon", "rotary_base", "init_method_std"):
+        if getattr(model, name) <= 0:
+            faults.append(Fault(_flag(name), str(getattr(model, name)), "above 0", "give a positive value"))
+    given = [name for name in sizes if getattr(model, name)]
+    needed = ("num_layers", "hidden_size", "num_attention_heads")
+    if model.model_size and given:
+        faults.append(
+            Fault(
+                "--model-size",
+                model.model_size,
+                "stands in place of " + ", ".join(map(_flag, given)),
+                "give either --model-size or the sizes",
+            )
+        )
+    missing = [name for name in needed if not getattr(model, name)]
+    if not model.model_size and missing:
+        faults.append(
+            Fault(
+                ", ".join(map(_flag, missing)),
+                "not given",
+                "a model needs layers, width and heads",
+                f"give them, or --model-size {{{','.join(PAPER_SHAPES)}}}",
+            )
+        )
+    if faults:
+        return faults
+    return _shape_faults(gpt_config(model, seq_length=1, vocab_size=1), model, parallel)
+
+
+def _shape_faults(gpt: GPTConfig, model: ModelConfig, parallel: ParallelConfig) -> list[Fault]:
+    faults: list[Fault] = []
+    tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+
+    def divides(name: str, value: int, by_name: str, by: int) -> None:
+        if by > 0 and value % by:
+            faults.append(
+                Fault(
+                    _flag(name),
+                    str(value),
+                    f"must be a multiple of {_flag(by_name)} {by}",
+                    "change one of the two",
+                )
+            )
+
+    if not model.model_size and not model.kv_channels:
+        divides("hidden_size", gpt.hidden_size, "num_attention_heads", gpt.num_attention_heads)
+    divides("num_attention_heads", gpt.num_attention_heads, "num_query_groups", gpt.num_query_groups)
+    divides("num_query_groups", gpt.num_query_groups, "tensor_model_parallel_size", tensor)
+    divides("ffn_hidden_size", gpt.ffn_hidden_size, "tensor_model_parallel_size", tensor)
+    if gpt.position_embedding_type == "rope" and gpt.kv_channels % 2:
+        faults.append(
+            Fault(
+                "--kv-channels",
+                str(gpt.kv_channels),
+                "rope turns pairs of channels: an even width",
+                "give an even --kv-channels, or --position-embedding-type learned_absolute",
+            )
+        )
+    if stages > gpt.num_layers:
+        faults.append(
+            Fault(
+                "--pipeline-model-parallel-size",
+                str(stages),
+                f"at most --num-layers {gpt.num_layers}",
+                "give fewer stages or more layers",
+            )
+        )
+    return faults
+
+
+def _layout_faults(config: Config, world_size: int) -> list[Fault]:
+    data, parallel = config.data, config.parallel
+    tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    faults = [
+        Fault(_flag(name), str(getattr(parallel, name)), "at least 1", "give a positive size")
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+        if getattr(parallel, name) < 1
+    ]
+    if faults:
+        return faults
+    if world_size % (tensor * stages):
+        faults.append(
+            Fault(
+                "world size",
+                str(world_size),
+                f"a multiple of tensor x pipeline parallel = {tensor} x {stages} = {tensor * stages}",
+                "start another number of processes, or change the two sizes",
+            )
+        )
+    elif data.global_batch_size > 0 and data.micro_batch_size > 0:
+        replicas = data_parallel_size(parallel, world_size)
+        if data.global_batch_size % (data.micro_batch_size * replicas):
+            faults.append(
+                Fault(
+                    "--global-batch-size",
+                    str(data.global_batch_size),
+                    f"a multiple of --micro-batch-size x data parallel = {data.micro_batch_size} x {replicas}",
+                    "change one of the two sizes or the number of processes",
+                )
+            )
+    if parallel.sequence_parallel and data.seq_length % tensor:
+        faults.append(
+            Fault(
+                "--seq-length",
+                str(data.seq_length),
+                f"with --sequence-parallel a multiple of --tensor-model-parallel-size {tensor}",
+                "change one of the two",
+            )
+        )
+    if parallel.zero_stage >= 2 and stages > 1:
+        faults.append(
+            Fault(
+                "--zero-stage",
+                str(parallel.zero_stage),
+                "DeepSpeed's pipeline works with ZeRO 0 and 1 only (2 and 3 shard what its stages accumulate)",
+                "give --zero-stage 1, or --pipeline-model-parallel-size 1",
+            )
+        )
+    elif parallel.zero_stage >= 2:
+        faults.append(
+            Fault(
+                "--zero-stage",
+                str(parallel.zero_stage),
+                "this version trains with ZeRO 0 and 1",
+                "give --zero-stage 1",
+            )
+        )
+    if config.optimizer.bf16 and parallel.zero_stage == 0:
+        faults.append(
+            Fault(
+                "--bf16",
+                "with --zero-stage 0",
+                "DeepSpeed would accumulate gradients in bfloat16",
+                "give --zero-stage 1, which accumulates in float32 (on one replica it shards nothing)",
+            )
+        )
+    return faults

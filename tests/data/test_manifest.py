@@ -1,0 +1,399 @@
+"""Manifests and weights: kept by name, bound to a tokenizer, and refused with a clear word where wrong.
+
+Run alone: python -m pytest tests/data/test_manifest.py
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_doremi.data.manifest import (
+    Domain,
+    Manifest,
+    TokenizerInfo,
+    load_manifest,
+    load_weights,
+    resolve_weights,
+    save_manifest,
+    save_weights,
+)
+from megatron_doremi.errors import ConfigError
+
+NAMES = ("Books", "Ubuntu IRC", "Github")
+SHA = "ab" * 32
+
+
+def manifest_in(folder):
+    tokenizer = TokenizerInfo("SentencePieceTokenizer", folder / "tokenizer.model", SHA, 400, 1)
+    domains = (
+        Domain("Books", folder / "Books_train", folder / "Books_valid", 100, 10, 400),
+        Domain("Ubuntu IRC", folder / "Ubuntu_IRC_train", None, 300, 20, 900),
+        Domain("Github", folder / "code" / "Github_train", None, 600, 30, 1500),
+    )
+    return Manifest(domains, tokenizer, folder / "domains.json")
+
+
+def entry_of(folder):
+    save_manifest(manifest_in(folder))
+    return json.loads((folder / "domains.json").read_text())
+
+
+def write(folder, content, name="file.json"):
+    path = folder / name
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def said(error):
+    return str(error.value)
+
+
+# --- manifests
+
+
+def test_manifest_comes_back_as_saved(tmp_path):
+    manifest = manifest_in(tmp_path)
+    save_manifest(manifest)
+    assert load_manifest(manifest.path) == manifest
+
+
+def test_manifest_without_tokenizer_comes_back(tmp_path):
+    manifest = replace(manifest_in(tmp_path), tokenizer=None)
+    save_manifest(manifest)
+    assert load_manifest(manifest.path) == manifest
+
+
+def test_manifest_file_has_the_documented_form(tmp_path):
+    entry = entry_of(tmp_path)
+    assert entry["format"] == "megatron-doremi-domains/1"
+    assert entry["tokenizer"] == {
+        "type": "SentencePieceTokenizer",
+        "file": "tokenizer.model",
+        "sha256": SHA,
+        "vocab_size": 400,
+        "eod": 1,
+    }
+    assert entry["domains"][0] == {
+        "name": "Books",
+        "train": "Books_train",
+        "valid": "Books_valid",
+        "tokens": 100,
+        "documents": 10,
+        "bytes": 400,
+    }
+    assert entry["domains"][2]["train"] == "code/Github_train"
+    assert entry["domains"][2]["valid"] is None
+
+
+def test_moved_folder_keeps_working(tmp_path):
+    (tmp_path / "before").mkdir()
+    save_manifest(manifest_in(tmp_path / "before"))
+    (tmp_path / "before").rename(tmp_path / "after")
+    moved = load_manifest(tmp_path / "after" / "domains.json")
+    assert moved.domains == manifest_in(tmp_path / "after").domains
+    assert moved.tokenizer == manifest_in(tmp_path / "after").tokenizer
+
+
+def test_manifest_given_by_a_relative_path_is_read(tmp_path, monkeypatch):
+    save_manifest(manifest_in(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    manifest = load_manifest(Path("domains.json"))
+    assert manifest.domains[0].train.absolute() == tmp_path / "Books_train"
+
+
+def test_order_is_the_files_and_not_the_alphabets(tmp_path):
+    entry = entry_of(tmp_path)
+    assert load_manifest(tmp_path / "domains.json").names == NAMES
+    entry["domains"].reverse()
+    assert load_manifest(write(tmp_path, entry)).names == NAMES[::-1]
+
+
+def test_fingerprint_follows_the_data(tmp_path):
+    """Order, sizes and tokenizer change it; nothing else does."""
+    manifest = manifest_in(tmp_path)
+    first = manifest.domains[0]
+    others = [
+        replace(manifest, domains=manifest.domains[::-1]),
+        replace(manifest, domains=manifest.domains[:2]),
+        replace(manifest, domains=(replace(first, name="books"), *manifest.domains[1:])),
+        replace(manifest, domains=(replace(first, tokens=101), *manifest.domains[1:])),
+        replace(manifest, domains=(replace(first, documents=11), *manifest.domains[1:])),
+        replace(manifest, domains=(replace(first, bytes=401), *manifest.domains[1:])),
+        replace(manifest, tokenizer=replace(manifest.tokenizer, sha256="cd" * 32)),
+        replace(manifest, tokenizer=None),
+    ]
+    prints = {other.fingerprint() for other in [manifest, *others]}
+    assert len(prints) == 1 + len(others)
+
+
+def test_fingerprint_does_not_follow_the_place(tmp_path):
+    (tmp_path / "far" / "away").mkdir(parents=True)
+    assert manifest_in(tmp_path).fingerprint() == manifest_in(tmp_path / "far" / "away").fingerprint()
+
+
+def test_natural_weights_are_token_shares(tmp_path):
+    assert manifest_in(tmp_path).natural_weights().tolist() == [0.1, 0.3, 0.6]
+
+
+@pytest.mark.parametrize("text", ["0.3 data/a 0.7 /abs/b", "0.3 data/a\n0.7 /abs/b\n", "  3e-1\tdata/a 0.7\n\n/abs/b"])
+def test_megatrons_list_is_read(tmp_path, text):
+    manifest = load_manifest(write(tmp_path, text, "blend.txt"))
+    assert manifest.names == ("a", "b")
+    assert manifest.given_weights == (0.3, 0.7)
+    assert manifest.tokenizer is None
+    assert [domain.train for domain in manifest.domains] == [tmp_path / "data" / "a", Path("/abs/b")]
+    assert [domain.valid for domain in manifest.domains] == [None, None]
+
+
+def changed(change):
+    """A wrong manifest: the right one, changed in place by `change`."""
+
+    def make(entry):
+        entry = copy.deepcopy(entry)
+        change(entry)
+        return entry
+
+    return make
+
+
+def set_in(*way, to):
+    def change(entry):
+        for key in way[:-1]:
+            entry = entry[key]
+        entry[way[-1]] = to
+
+    return changed(change)
+
+
+def drop(*way):
+    def change(entry):
+        for key in way[:-1]:
+            entry = entry[key]
+        del entry[way[-1]]
+
+    return changed(change)
+
+
+WRONG_MANIFESTS = {
+    "empty file": (lambda entry: "", "0 words"),
+    "not JSON": (lambda entry: '{"format": ', "JSON object"),
+    "a list": (lambda entry: [entry], "a JSON list"),
+    "a key twice": (lambda entry: '{"format": "x", "format": "y"}', "'format' stands there twice"),
+    "nested too deep": (lambda entry: '{"a":' + "[" * 200_000, "recursion"),
+    "no format": (drop("format"), "format None"),
+    "another format": (set_in("format", to="megatron-doremi-domains/2"), "domains/2"),
+    "no domains key": (drop("domains"), "no domains"),
+    "empty domains": (set_in("domains", to=[]), "no domains"),
+    "domains as an object": (set_in("domains", to={"Books": 1}), "no domains"),
+    "domain as text": (set_in("domains", 1, to="Books"), "domain 1"),
+    "domain as a list": (set_in("domains", 1, to=[1, 2]), "domain 1"),
+    "domain as null": (set_in("domains", 1, to=None), "domain 1"),
+    "domain without name": (drop("domains", 0, "name"), "'name' is missing"),
+    "domain without train": (drop("domains", 2, "train"), "domain 2: 'train' is missing"),
+    "domain without tokens": (drop("domains", 0, "tokens"), "'tokens' is missing"),
+    "empty name": (set_in("domains", 0, "name", to=""), "name and train must be text"),
+    "number as name": (set_in("domains", 0, "name", to=3), "name and train must be text"),
+    "null as train": (set_in("domains", 0, "train", to=None), "name and train must be text"),
+    "number as valid": (set_in("domains", 0, "valid", to=5), "valid must be text or null"),
+    "negative tokens": (set_in("domains", 0, "tokens", to=-1), "tokens -1 is no size"),
+    "fractional tokens": (set_in("domains", 0, "tokens", to=1.5), "tokens 1.5 is no size"),
+    "true as documents": (set_in("domains", 0, "documents", to=True), "documents True is no size"),
+    "text as bytes": (set_in("domains", 0, "bytes", to="12"), "bytes '12' is no size"),
+    "one name twice": (set_in("domains", 1, "name", to="Books"), "two domains 'Books'"),
+    "tokenizer as text": (set_in("tokenizer", to="sp.model"), "tokenizer"),
+    "tokenizer without file": (drop("tokenizer", "file"), "'file' is missing"),
+    "tokenizer without hash": (drop("tokenizer", "sha256"), "'sha256' is missing"),
+    "number as hash": (set_in("tokenizer", "sha256", to=7), "must be text"),
+    "text as vocabulary": (set_in("tokenizer", "vocab_size", to="400"), "whole numbers"),
+    "eod beyond the vocabulary": (set_in("tokenizer", "eod", to=400), "eod 400"),
+    "negative eod": (set_in("tokenizer", "eod", to=-1), "eod -1"),
+    "odd list": (lambda entry: "0.5 a 0.5", "3 words"),
+    "list with a word as weight": (lambda entry: "much a 0.5 b", "weight much"),
+    "list with weight zero": (lambda entry: "0 a 1 b", "weight 0"),
+    "list with a negative weight": (lambda entry: "-1 a 1 b", "weight -1"),
+    "list with an infinite weight": (lambda entry: "inf a 1 b", "weight inf"),
+    "list with a sum too large": (lambda entry: "1e308 a 1e308 b", "weight 1e308"),
+    "list with nan": (lambda entry: "nan a 1 b", "weight nan"),
+    "list with one name twice": (lambda entry: "1 x/a 1 y/a", "two prefixes named a"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_MANIFESTS)
+def test_wrong_manifest_is_refused(tmp_path, case):
+    make, word = WRONG_MANIFESTS[case]
+    path = write(tmp_path, make(entry_of(tmp_path)))
+    with pytest.raises(ConfigError) as error:
+        load_manifest(path)
+    assert word in said(error)
+    assert str(path) in said(error)
+
+
+def test_manifest_that_cannot_be_read_is_refused(tmp_path):
+    binary = tmp_path / "binary"
+    binary.write_bytes(b"\xff\xfe\x00")
+    for path in (tmp_path / "nowhere.json", tmp_path, binary):
+        with pytest.raises(ConfigError, match="readable manifest"):
+            load_manifest(path)
+
+
+def test_manifest_with_no_tokens_at_all_is_refused(tmp_path):
+    entry = entry_of(tmp_path)
+    for domain in entry["domains"]:
+        domain["tokens"] = 0
+    with pytest.raises(ConfigError, match="no tokens in any domain"):
+        load_manifest(write(tmp_path, entry))
+
+
+def test_all_faults_of_a_manifest_are_said_at_once(tmp_path):
+    entry = entry_of(tmp_path)
+    entry["format"] = "other"
+    entry["domains"][0]["tokens"] = "many"
+    del entry["domains"][1]["train"]
+    entry["tokenizer"]["eod"] = 4000
+    with pytest.raises(ConfigError) as error:
+        load_manifest(write(tmp_path, entry))
+    assert len(error.value.faults) == 4
+    assert said(error).startswith("4 faults")
+
+
+# --- weights
+
+
+def test_saved_weights_come_back_to_the_last_bit(tmp_path):
+    weights = {"Books": 0.1 + 0.2, "Ubuntu IRC": math.pi / 10, "Github": 1 - (0.1 + 0.2) - math.pi / 10}
+    save_weights(tmp_path / "w.json", weights, SHA, {"method": "doremi", "steps": 7})
+    entry = json.loads((tmp_path / "w.json").read_text())
+    assert entry == {
+        "format": "megatron-doremi-weights/1",
+        "weights": weights,
+        "tokenizer_sha256": SHA,
+        "provenance": {"method": "doremi", "steps": 7},
+    }
+    vector = load_weights(tmp_path / "w.json", manifest_in(tmp_path), False)
+    assert np.allclose(vector, list(weights.values()), rtol=1e-15, atol=0)
+
+
+RAW = {"Github": 6.0, "Books": 1.0, "Ubuntu IRC": 3}
+FORMS = {
+    "ours": {"format": "megatron-doremi-weights/1", "weights": RAW, "tokenizer_sha256": SHA, "provenance": {}},
+    "bare": RAW,
+    "authors": {"train_domain_weights": RAW, "eval_domain_weights": {"Books": 1.0}},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_each_form_is_matched_by_name_and_normalised(tmp_path, form):
+    """The file's order is not the manifest's, and the weights sum to 10."""
+    vector = load_weights(write(tmp_path, FORMS[form]), manifest_in(tmp_path), False)
+    assert vector.tolist() == [0.1, 0.3, 0.6]
+
+
+def test_weights_follow_names_when_the_manifest_is_reordered(tmp_path):
+    manifest = manifest_in(tmp_path)
+    reordered = replace(manifest, domains=manifest.domains[::-1])
+    path = write(tmp_path, RAW)
+    assert load_weights(path, reordered, False).tolist() == [0.6, 0.3, 0.1]
+    by_name = dict(zip(manifest.names, load_weights(path, manifest, False), strict=True))
+    assert by_name == dict(zip(reordered.names, load_weights(path, reordered, False), strict=True))
+
+
+def test_domain_named_format_gets_its_weight(tmp_path):
+    manifest = replace(manifest_in(tmp_path), domains=(Domain("format", tmp_path / "f", None, 1, 1, 1),))
+    assert load_weights(write(tmp_path, {"format": 2.0}), manifest, False).tolist() == [1.0]
+
+
+def test_weights_by_word_and_by_file(tmp_path):
+    manifest = manifest_in(tmp_path)
+    assert resolve_weights("uniform", manifest, False).tolist() == [1 / 3] * 3
+    assert resolve_weights("natural", manifest, False).tolist() == [0.1, 0.3, 0.6]
+    assert resolve_weights(str(write(tmp_path, RAW)), manifest, False).tolist() == [0.1, 0.3, 0.6]
+
+
+def test_weights_of_another_tokenizer_are_refused_unless_allowed(tmp_path):
+    entry = {**FORMS["ours"], "tokenizer_sha256": "cd" * 32}
+    path = write(tmp_path, entry)
+    with pytest.raises(ConfigError) as error:
+        load_weights(path, manifest_in(tmp_path), False)
+    assert "cdcdcdcdcdcd" in said(error)
+    assert "abababababab" in said(error)
+    assert "--allow-tokenizer-mismatch" in said(error)
+    assert load_weights(path, manifest_in(tmp_path), True).tolist() == [0.1, 0.3, 0.6]
+
+
+def test_weights_of_no_tokenizer_are_refused_unless_allowed(tmp_path):
+    path = write(tmp_path, {"format": "megatron-doremi-weights/1", "weights": RAW})
+    with pytest.raises(ConfigError, match="tokenizer"):
+        load_weights(path, manifest_in(tmp_path), False)
+    assert load_weights(path, manifest_in(tmp_path), True).tolist() == [0.1, 0.3, 0.6]
+
+
+def with_weight(value):
+    return {**RAW, "Books": value}
+
+
+WRONG_WEIGHTS = {
+    "empty file": ("", "JSON object"),
+    "not JSON": ("Books: 1", "JSON object"),
+    "a list": ([1, 2, 3], "a JSON list"),
+    "a number": (1, "a JSON int"),
+    "a name twice": ('{"Books": 1, "Books": 2, "Ubuntu IRC": 1, "Github": 1}', "'Books' stands there twice"),
+    "a name twice, inside": (
+        '{"train_domain_weights": {"Books": 1, "Books": 2, "Ubuntu IRC": 1, "Github": 1}}',
+        "'Books' stands there twice",
+    ),
+    "nothing": ({}, "missing: 'Books', 'Ubuntu IRC', 'Github'"),
+    "a name missing": ({"Books": 1, "Github": 1}, "missing: 'Ubuntu IRC'"),
+    "a name too many": ({**RAW, "Arxiv": 1}, "unknown: 'Arxiv'"),
+    "other spelling": ({"books": 1, "Ubuntu IRC": 1, "Github": 1}, "unknown: 'books'"),
+    "trailing space": ({"Books ": 1, "Ubuntu IRC": 1, "Github": 1}, "unknown: 'Books '"),
+    "zero": (with_weight(0), "'Books': 0"),
+    "negative": (with_weight(-0.5), "'Books': -0.5"),
+    "nan": (with_weight(math.nan), "'Books': nan"),
+    "infinite": (with_weight(math.inf), "'Books': inf"),
+    "too large for a float": ('{"Books": 1e999, "Ubuntu IRC": 1, "Github": 1}', "'Books': inf"),
+    "whole number too large": (with_weight(10**400), "'Books': 1000"),
+    "sum too large": ({"Books": 1e308, "Ubuntu IRC": 1e308, "Github": 1e308}, "'Github': 1e+308"),
+    "text": (with_weight("0.5"), "'Books': '0.5'"),
+    "true": (with_weight(True), "'Books': True"),
+    "null": (with_weight(None), "'Books': None"),
+    "an object": (with_weight({"weight": 1}), "'Books': {'weight': 1}"),
+    "another format": ({**FORMS["ours"], "format": "megatron-doremi-weights/9"}, "weights/9"),
+    "a manifest": ({"format": "megatron-doremi-domains/1", "domains": []}, "domains/1"),
+    "format without weights": ({"format": "megatron-doremi-weights/1", "tokenizer_sha256": SHA}, "no weights"),
+    "weights as a list": ({**FORMS["ours"], "weights": [1, 2, 3]}, "no weights"),
+    "authors' form with a list": ({"train_domain_weights": [1, 2, 3]}, "no weights"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_WEIGHTS)
+def test_wrong_weights_are_refused(tmp_path, case):
+    content, word = WRONG_WEIGHTS[case]
+    path = write(tmp_path, content)
+    with pytest.raises(ConfigError) as error:
+        load_weights(path, manifest_in(tmp_path), False)
+    assert word in said(error)
+    assert f"--domain-weights {path}" in said(error)
+
+
+def test_weights_file_that_cannot_be_read_is_refused(tmp_path):
+    binary = tmp_path / "binary"
+    binary.write_bytes(b"\xff\xfe\x00")
+    for path in (tmp_path / "nowhere.json", tmp_path, binary):
+        with pytest.raises(ConfigError, match="readable file"):
+            load_weights(path, manifest_in(tmp_path), False)
+
+
+def test_all_faults_of_weights_are_said_at_once(tmp_path):
+    entry = {**FORMS["ours"], "tokenizer_sha256": "cd" * 32, "weights": {"Books": -1, "Arxiv": 1, "Github": 0}}
+    with pytest.raises(ConfigError) as error:
+        load_weights(write(tmp_path, entry), manifest_in(tmp_path), False)
+    for word in ("learned with tokenizer", "unknown: 'Arxiv'", "missing: 'Ubuntu IRC'", "'Books': -1", "'Github': 0"):
+        assert word in said(error)
+    assert len(error.value.faults) == 5

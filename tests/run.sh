@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Every check: lint, format, types, tests. `bash tests/run.sh -k layouts` hands arguments to pytest.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source examples/environment.sh
+use_environment requirements-dev.txt
+"$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check .
+"$PYTHON" -m mypy
+"$PYTHON" -m pytest "$@"

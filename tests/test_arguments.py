@@ -1,0 +1,147 @@
+"""Flags: defaults, derived values, and a catalogue of wrong ones with the message that a user gets.
+
+Run alone: python -m pytest tests/test_arguments.py
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+
+import pytest
+
+from megatron_doremi.arguments import build_parser, parse_config
+from megatron_doremi.config import (
+    PAPER_SHAPES,
+    data_parallel_size,
+    domain_weights_setting,
+    global_batch_size,
+    gpt_config,
+    micro_batches_per_step,
+)
+from megatron_doremi.errors import ConfigError
+
+GOOD = (
+    "--phase main --domains d.json --save out --train-iters 10 --num-layers 4 --hidden-size 64 "
+    "--num-attention-heads 4"
+)
+
+
+def parse(extra: str = "", world_size: int = 1, base: str = GOOD):
+    return parse_config(shlex.split(f"{base} {extra}"), world_size)
+
+
+def test_defaults_and_derived_sizes():
+    config = parse("--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --micro-batch-size 3", 8)
+    assert data_parallel_size(config.parallel, 8) == 2
+    assert global_batch_size(config, 8) == 6
+    assert micro_batches_per_step(config, 8) == 1
+    assert domain_weights_setting(config.data) == "natural"
+    gpt = gpt_config(config.model, 1024, 50_000)
+    assert (gpt.ffn_hidden_size, gpt.kv_channels, gpt.num_query_groups) == (256, 16, 4)
+    assert gpt.tied_embeddings
+    assert json.loads(json.dumps(config.to_dict()))["data"]["train_iters"] == 10
+
+
+def test_a_proxy_samples_uniformly_unless_told():
+    proxy = "--phase proxy --reference-load r"
+    assert domain_weights_setting(parse(proxy).data) == "uniform"
+    assert domain_weights_setting(parse(f"{proxy} --domain-weights natural").data) == "natural"
+
+
+def test_micro_batches():
+    assert micro_batches_per_step(parse("--global-batch-size 48 --micro-batch-size 4", 3), 3) == 4
+
+
+@pytest.mark.parametrize("name", PAPER_SHAPES)
+def test_paper_shapes(name):
+    base = "--phase main --domains d.json --save out --train-iters 10"
+    gpt = gpt_config(parse(f"--model-size {name}", base=base).model, 1024, 256_000)
+    shape = (gpt.num_layers, gpt.num_attention_heads, gpt.kv_channels, gpt.hidden_size, gpt.ffn_hidden_size)
+    assert shape == PAPER_SHAPES[name]
+
+
+def test_padding_fits_every_tensor_size():
+    gpt = gpt_config(parse().model, 8, 1000)
+    assert gpt.padded_vocab_size(1) == 1024
+    assert gpt.padded_vocab_size(8) == 1024
+    assert gpt.padded_vocab_size(3) == 1152
+
+
+def test_help_names_every_flag():
+    text = build_parser().format_help()
+    for flag in ("--phase", "--model-size", "--doremi-step-size", "--zero-stage", "--keep-checkpoints"):
+        assert flag in text
+
+
+WRONG = {
+    "--num-layers four": "a whole number",
+    "--lr fast": "a finite number",
+    "--lr nan": "a finite number",
+    "--phase training": "one of reference, proxy, main, evaluate",
+    "--normalization BatchNorm": "one of RMSNorm, LayerNorm",
+    "--zero-stage 4": "one of",
+    "--num-layer 3": "did you mean --num-layers?",
+    "--no-such-flag": "see --help",
+    "stray": "each value follows its flag",
+    "--num-layers": "expected one argument",
+    "--model-size 280m": "in place of --num-layers, --hidden-size, --num-attention-heads",
+    "--hidden-size 66": "multiple of --num-attention-heads 4",
+    "--hidden-size -64": "not negative",
+    "--num-query-groups 3": "multiple of --num-query-groups 3",
+    "--kv-channels 7": "an even width",
+    "--tensor-model-parallel-size 3": "multiple of --tensor-model-parallel-size 3",
+    "--tensor-model-parallel-size 0": "at least 1",
+    "--tensor-model-parallel-size 2": "a multiple of tensor x pipeline parallel = 2 x 1 = 2",
+    "--pipeline-model-parallel-size 8": "at most --num-layers 4",
+    "--ffn-hidden-size 63 --tensor-model-parallel-size 2": "--ffn-hidden-size: 63",
+    "--micro-batch-size 0": "at least 1",
+    "--global-batch-size 7 --micro-batch-size 2": "--micro-batch-size x data parallel = 2 x 1",
+    "--global-batch-size -8": "not negative",
+    "--seq-length 0": "at least 1",
+    "--train-iters 0": "a number of steps",
+    "--log-interval 0": "at least 1",
+    "--save-interval -1": "not negative",
+    "--min-lr 1": "between 0 and --lr",
+    "--min-lr 0": "above 0 where the decay is exponential",
+    "--lr 0": "above 0",
+    "--lr-warmup-fraction 1.5": "between 0 and 1",
+    "--adam-beta2 1": "at least 0, below 1",
+    "--adam-eps 0": "above 0",
+    "--clip-grad -1": "not negative",
+    "--doremi-smoothing 1": "at least 0, below 1",
+    "--doremi-step-size -1": "not negative",
+    "--doremi-update sometimes": "one of alternating",
+    "--make-vocab-size-divisible-by 0": "above 0",
+    "--phase proxy": "trained against a reference",
+    "--phase evaluate": "reads the weights of a finished run",
+    "--zero-stage 2 --pipeline-model-parallel-size 2": "ZeRO 0 and 1 only",
+    "--zero-stage 3 --pipeline-model-parallel-size 2": "ZeRO 0 and 1 only",
+    "--bf16": "give --zero-stage 1",
+    "--load elsewhere": "give the same folder to --load and --save",
+    "--sequence-parallel --tensor-model-parallel-size 2 --seq-length 5": "a multiple of --tensor-model-parallel-size 2",
+}
+
+
+@pytest.mark.parametrize("extra", WRONG)
+def test_wrong_flags(extra):
+    with pytest.raises(ConfigError) as caught:
+        parse(extra)
+    assert WRONG[extra] in str(caught.value)
+    for fault in caught.value.faults:
+        assert fault.what
+        assert fault.rule
+        assert fault.remedy
+
+
+def test_all_faults_in_one_message():
+    with pytest.raises(ConfigError) as caught:
+        parse("--lr fast --num-layer 3 --seq-length 0 --zero-stage 2 --pipeline-model-parallel-size 2", 3)
+    assert len(caught.value.faults) == 5
+    assert str(caught.value).startswith("5 faults in the input:")
+
+
+@pytest.mark.parametrize("left_out", ["--phase main", "--domains d.json", "--save out", "--num-layers 4"])
+def test_what_is_required(left_out):
+    with pytest.raises(ConfigError, match="not given"):
+        parse(base=GOOD.replace(left_out, ""))
