@@ -17,17 +17,21 @@ VOCAB_SIZE=${VOCAB_SIZE:-1024}
 TRAIN_ITERS=${TRAIN_ITERS:-}                  # sets the three below at once
 REFERENCE_ITERS=${REFERENCE_ITERS:-${TRAIN_ITERS:-800}}
 PROXY_ITERS=${PROXY_ITERS:-${TRAIN_ITERS:-1200}}
-MAIN_ITERS=${MAIN_ITERS:-${TRAIN_ITERS:-800}}
+MAIN_ITERS=${MAIN_ITERS:-${TRAIN_ITERS:-600}}
 SEQ_LENGTH=${SEQ_LENGTH:-64}                  # tokens in a window
 GLOBAL_BATCH_SIZE=${GLOBAL_BATCH_SIZE:-32}    # windows in a step
 MICRO_BATCH_SIZE=${MICRO_BATCH_SIZE:-16}
 LAYERS=${LAYERS:-2}
-HIDDEN=${HIDDEN:-64}
+HIDDEN=${HIDDEN:-64}                          # width of reference and proxy
+MAIN_HIDDEN=${MAIN_HIDDEN:-96}                # width of main model and baseline
 LR=${LR:-4e-3}
 SEED=${SEED:-1234}
 SAVE_INTERVAL=${SAVE_INTERVAL:-400}
 EVAL_ITERS=${EVAL_ITERS:-16}                  # held-out windows a domain, in global batches
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # threads of a process
+if [ "${DEVICE:-cpu}" = cpu ]; then           # DEVICE=gpu takes a GPU a process
+    export CUDA_VISIBLE_DEVICES=
+fi
 
 if [ $# -ne 0 ] && [ $# -ne 2 ]; then
     echo "usage: bash examples/quickstart.sh [TRAIN.jsonl[.zst|.gz] VALID.jsonl[.zst|.gz]]" >&2
@@ -52,15 +56,15 @@ echo "$settings" >"$OUT/settings"
 
 say() { printf '\n== %s (%d s)\n' "$*" "$SECONDS"; }
 
-pretrain() { # PHASE NAME ITERS [FLAGS]
-    local phase=$1 save=$OUT/$2 iters=$3
-    shift 3
+pretrain() { # PHASE NAME ITERS WIDTH [FLAGS]
+    local phase=$1 save=$OUT/$2 iters=$3 width=$4
+    shift 4
     "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NPROC" pretrain_doremi.py \
         --phase "$phase" --domains "$OUT/data/domains.json" --save "$save" --load "$save" \
         --train-iters "$iters" --save-interval "$SAVE_INTERVAL" --keep-checkpoints 1 --log-interval 100 \
         --eval-interval 400 --eval-iters "$EVAL_ITERS" --seed "$SEED" \
         --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" \
-        --num-layers "$LAYERS" --hidden-size "$HIDDEN" --ffn-hidden-size $((3 * HIDDEN)) \
+        --num-layers "$LAYERS" --hidden-size "$width" --ffn-hidden-size $((3 * width)) \
         --num-attention-heads 4 --swiglu --disable-bias-linear --seq-length "$SEQ_LENGTH" \
         --micro-batch-size "$MICRO_BATCH_SIZE" --global-batch-size "$GLOBAL_BATCH_SIZE" \
         --lr "$LR" --min-lr "$(awk "BEGIN { print $LR / 10 }")" "$@"
@@ -86,14 +90,14 @@ if [ ! -e "$OUT/data/complete" ]; then
 fi
 
 say "3. Reference, on natural weights"
-pretrain reference reference "$REFERENCE_ITERS" --domain-weights natural
+pretrain reference reference "$REFERENCE_ITERS" "$HIDDEN" --domain-weights natural
 
 say "4. Proxy, against the reference: learns the domain weights"
-pretrain proxy proxy "$PROXY_ITERS" --reference-load "$OUT/reference"
+pretrain proxy proxy "$PROXY_ITERS" "$HIDDEN" --reference-load "$OUT/reference"
 
-say "5. Main model on the learned weights, and a baseline of the same budget on natural ones"
-pretrain main main "$MAIN_ITERS" --domain-weights "$OUT/proxy/domain_weights.json"
-pretrain main baseline "$MAIN_ITERS" --domain-weights natural
+say "5. A wider main model on the learned weights, and a baseline of the same size and budget on natural ones"
+pretrain main main "$MAIN_ITERS" "$MAIN_HIDDEN" --domain-weights "$OUT/proxy/domain_weights.json"
+pretrain main baseline "$MAIN_ITERS" "$MAIN_HIDDEN" --domain-weights natural
 
 say "6. Report"
 "$PYTHON" tools/report.py --reference "$OUT/reference" --proxy "$OUT/proxy" --main "$OUT/main" \

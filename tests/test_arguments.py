@@ -22,8 +22,7 @@ from megatron_doremi.config import (
 from megatron_doremi.errors import ConfigError
 
 GOOD = (
-    "--phase main --domains d.json --save out --train-iters 10 --num-layers 4 --hidden-size 64 "
-    "--num-attention-heads 4"
+    "--phase main --domains d.json --save out --train-iters 10 --num-layers 4 --hidden-size 64 --num-attention-heads 4"
 )
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_doremi.data.files import atomic_write_text
+from megatron_doremi.data.files import atomic_write_text, make_folder
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any, run_or_exit
 
 _SMALLEST_DOCUMENT, _LARGEST_DOCUMENT = 200, 8_000  # characters
@@ -209,7 +209,7 @@ def main() -> int:
             splits[split].append(json.dumps({"text": document, "meta": {"pile_set_name": name}}) + "\n")
         size = sum(len(document.encode("utf-8", "replace")) for document in documents)
         print(f"{name:<16} {len(documents):>10,} {size:>12,} {out:>10,}")
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(args.output_dir, "--output-dir")
     for split, lines in splits.items():
         random.Random(f"{args.seed}/{split}").shuffle(lines)
         atomic_write_text(args.output_dir / f"{split}.jsonl", "".join(lines))

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import re
-import shutil
 import sys
 from collections import deque
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from megatron_doremi.data.files import atomic_write_bytes, make_folder
 from megatron_doremi.data.indexed_dataset import IndexedDatasetWriter, dtype_for
 from megatron_doremi.data.jsonl import (
     BadLine,
@@ -250,7 +250,7 @@ def main() -> int:
     manifest_path = args.output_dir / "domains.json"
     tokenizer = load_tokenizer(args.tokenizer_type, args.tokenizer_model)
     check(args, tokenizer, manifest_path)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(args.output_dir, "--output-dir")
     outputs = Outputs(args.output_dir, args.split, dtype_for(tokenizer.vocab_size))
     try:
         size = sum(path.stat().st_size for path in args.input)
@@ -264,20 +264,17 @@ def main() -> int:
             raise ConfigError(Fault("--input", "no documents", "text", "give files that hold documents"))
         copy = args.output_dir / f"tokenizer-{tokenizer.sha256[:12]}.model"
         info = TokenizerInfo(tokenizer.type, copy, tokenizer.sha256, tokenizer.vocab_size, tokenizer.eod)
-        manifest = manifest_after(args, outputs, info, manifest_path)
+        publish(args.tokenizer_model, copy, outputs, manifest_after(args, outputs, info, manifest_path))
     except BaseException:
         outputs.abort()
         raise
-    publish(args.tokenizer_model, copy, outputs, manifest)
     report(outputs)
     return 0
 
 
 def publish(model: Path, copy: Path, outputs: Outputs, manifest: Manifest) -> None:
     """Gives everything its final name; the manifest, which names the rest, last."""
-    temporary = copy.with_name(f".{copy.name}.tmp")
-    shutil.copyfile(model, temporary)
-    temporary.replace(copy)
+    atomic_write_bytes(copy, model.read_bytes())
     for output in outputs.by_name.values():
         output.writer.finalize()
     save_manifest(manifest)

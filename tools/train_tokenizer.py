@@ -3,7 +3,8 @@
     python tools/train_tokenizer.py --input data/train.jsonl --vocab-size 32000 --output data/tokenizer.model
 
 Nothing of a text is lost: no normalisation, spaces kept, bytes for what the vocabulary lacks, so that decoding
-gives back what was encoded.
+gives back what was encoded. One character is the exception: U+2581, by which SentencePiece stores a space, comes
+back as one.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sentencepiece
 from tqdm import tqdm
 
-from megatron_doremi.data.files import atomic_write_bytes
+from megatron_doremi.data.files import atomic_write_bytes, make_folder
 from megatron_doremi.data.jsonl import BadLine, check_inputs, parse_document, read_lines
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any, run_or_exit
 
@@ -145,7 +146,11 @@ def main() -> int:
     faults = check_inputs(args.input)
     if args.output.suffix != ".model":
         faults.append(Fault("--output", str(args.output), "a path that ends in .model", "name it so"))
+    for flag, number in (("--sample-bytes", args.sample_bytes), ("--threads", args.threads)):
+        if number < 1:
+            faults.append(Fault(flag, str(number), "at least 1", "give a positive number"))
     raise_if_any(faults)
+    make_folder(args.output.parent, "--output")
     samples = sample_documents(args)
     if not samples:
         raise ConfigError(Fault("--input", "no documents", "text to train on", "give files that hold documents"))
@@ -153,7 +158,6 @@ def main() -> int:
         f"training a {args.model_type} tokenizer of {args.vocab_size:,} pieces on "
         f"{sum(min(s.size, s.most_bytes) for s in samples.values()) / 1e6:.1f} MB of {len(samples)} domains"
     )
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     atomic_write_bytes(args.output, train(args, samples))
     print(f"wrote {args.output}")
     return 0

@@ -31,6 +31,16 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
             temporary.unlink()
 
 
+def make_folder(path: Path, flag: str) -> None:
+    """Makes a folder for output, and those above it. Raises ConfigError, naming `flag`, where that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            Fault(flag, str(error), "a folder that is there or can be made", "give another path")
+        ) from error
+
+
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file, in hex."""
     with path.open("rb") as file:

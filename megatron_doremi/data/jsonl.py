@@ -61,7 +61,7 @@ def read_lines(path: Path) -> Iterator[Line]:
     """The lines of a file that are not blank; a compressed file that breaks off ends with a line without data."""
     number = 0
     with path.open("rb") as raw:
-        stream = io.BufferedReader(_decompressed(raw, path), 1 << 20)  # type: ignore[type-var]
+        stream = _decompressed(raw, path)
         while True:
             number += 1
             try:
@@ -109,8 +109,9 @@ class _WholeFrames(io.RawIOBase):
 
 def _decompressed(raw: BinaryIO, path: Path) -> Any:
     if path.name.endswith(".zst"):
-        return _WholeFrames(raw)
+        return io.BufferedReader(_WholeFrames(raw), 1 << 20)
     if path.name.endswith(".gz"):
+        # Has a buffer of its own; a second one around it would lose the lines before the place where a file breaks off.
         return gzip.GzipFile(fileobj=raw)
     return raw
 

@@ -200,18 +200,23 @@ def test_bin_of_another_size_is_refused(tmp_path, size):
     refused(prefix, tmp_path / "set.bin", f"{size} bytes")
 
 
-def test_nothing_is_published_after_an_exception(tmp_path):
-    with pytest.raises(KeyError), IndexedDatasetWriter(tmp_path / "set", np.dtype("<u2")) as writer:
+def write_and_break(prefix):
+    """Leaves the with block by an exception, after a document."""
+    with IndexedDatasetWriter(prefix, np.dtype("<u2")) as writer:
         writer.add_document([1, 2, 3])
         raise KeyError("something else broke")
+
+
+def test_nothing_is_published_after_an_exception(tmp_path):
+    with pytest.raises(KeyError):
+        write_and_break(tmp_path / "set")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_earlier_pair_survives_an_exception(tmp_path):
     small_pair(tmp_path)
-    with pytest.raises(KeyError), IndexedDatasetWriter(tmp_path / "set", np.dtype("<u2")) as writer:
-        writer.add_document([1, 2, 3])
-        raise KeyError("something else broke")
+    with pytest.raises(KeyError):
+        write_and_break(tmp_path / "set")
     assert IndexedDataset(tmp_path / "set").tokens(0, 6).tolist() == list(range(10, 16))
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -258,8 +263,7 @@ def test_damaged_index_is_refused_or_read_and_nothing_else(tmp_path):
         (tmp_path / "set.idx").write_bytes(bytes(bad))
         try:
             data = IndexedDataset(prefix)
-        except ConfigError as error:
-            assert "set." in str(error)
+        except ConfigError:
             outcomes["refused"] += 1
             continue
         outcomes["read"] += 1

@@ -14,6 +14,8 @@ from ranks import on_ranks
 
 from megatron_doremi.config import GPTConfig
 
+pytestmark = pytest.mark.slow
+
 GPT = GPTConfig(
     num_layers=2,
     hidden_size=24,

@@ -10,6 +10,8 @@ import json
 import pytest
 from training.small import MODEL, train, training_lines, write_data
 
+pytestmark = pytest.mark.slow
+
 STEPS = 20
 # name: (ranks, flags)
 LAYOUTS = {
@@ -20,6 +22,7 @@ LAYOUTS = {
     "DP2 ZeRO1": (2, ["--zero-stage", "1"]),
     "TP2 x PP2": (4, ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]),
     "PP2 x DP2 ZeRO1": (4, ["--pipeline-model-parallel-size", "2", "--zero-stage", "1"]),
+    "TP2 x DP2 ZeRO1": (4, ["--tensor-model-parallel-size", "2", "--zero-stage", "1"]),
     "one micro-batch": (1, ["--micro-batch-size", "8"]),
     "eight micro-batches": (1, ["--micro-batch-size", "1"]),
 }

@@ -12,6 +12,9 @@ from ranks import run_program
 from training.small import MODEL, metrics, train, training_lines, write_data
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_data(tmp_path_factory.mktemp("data"), tokens=1500)

@@ -1,0 +1,80 @@
+"""Windows and slices: what a rank reads of a global batch.
+
+Run alone: python -m pytest tests/data/test_loader.py
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from megatron_doremi.data.blend import Blend, BlendState, GlobalBatch
+from megatron_doremi.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, dtype_for
+from megatron_doremi.data.loader import rank_slice, read_windows, steps, too_short, window_count
+
+
+@pytest.fixture
+def datasets(tmp_path):
+    result = []
+    for number, size in enumerate((41, 30)):
+        with IndexedDatasetWriter(tmp_path / str(number), dtype_for(5000)) as writer:
+            writer.add_document(np.arange(1000 * number, 1000 * number + size))
+        result.append(IndexedDataset(tmp_path / str(number)))
+    return result
+
+
+def test_windows_share_one_token_and_drop_none_but_the_tail(datasets):
+    assert window_count(41, 10) == 4
+    assert window_count(40, 10) == 3
+    assert [window_count(n, 10) for n in (0, 1, 10, 11)] == [0, 0, 0, 1]
+    batch = read_windows(datasets, GlobalBatch(np.array([0, 0, 1]), np.array([0, 3, 1])), 10)
+    assert batch.tokens.tolist() == [list(range(10)), list(range(30, 40)), list(range(1010, 1020))]
+    assert batch.targets.tolist() == [list(range(1, 11)), list(range(31, 41)), list(range(1011, 1021))]
+    assert batch.domains.tolist() == [0, 0, 1]
+
+
+def test_padding_reads_nothing(datasets):
+    batch = read_windows([None, datasets[1]], GlobalBatch(np.array([-1, 1]), np.array([0, 0])), 10)
+    assert batch.tokens[0].tolist() == [0] * 10
+    assert batch.domains.tolist() == [-1, 1]
+
+
+@pytest.mark.parametrize(("micro", "data_size"), [(1, 1), (2, 1), (1, 3), (2, 3), (4, 3), (12, 1)])
+def test_slices_are_disjoint_and_together_the_batch(micro, data_size):
+    batch = GlobalBatch(np.arange(12), np.arange(12) * 7)
+    ranks = [rank_slice(batch, micro, rank, data_size) for rank in range(data_size)]
+    # Micro-batch after micro-batch over the ranks gives the global batch in its order.
+    order = [part for parts in zip(*ranks, strict=True) for part in parts]
+    assert np.concatenate([part.domains for part in order]).tolist() == list(range(12))
+    assert np.concatenate([part.windows for part in order]).tolist() == (np.arange(12) * 7).tolist()
+    assert all(len(part.domains) == micro for part in order)
+
+
+def test_steps_read_ahead_without_moving_the_state(datasets):
+    blend = Blend(("a", "b"), (4, 2), 6, 1)
+    weights = np.array([0.5, 0.5])
+    state = BlendState.start(2)
+    stream = steps(blend, datasets, lambda: weights, state, 10, 2, 0, 1, reads=True)
+    for step in itertools.islice(stream, 5):
+        expected, state = blend.next_batch(state, weights)
+        assert step.state_after.cursors.tolist() == state.cursors.tolist()
+        domains = np.concatenate([batch.domains.numpy() for batch in step.micro_batches])
+        assert domains.tolist() == expected.domains.tolist()
+        starts = np.concatenate([batch.tokens[:, 0].numpy() for batch in step.micro_batches])
+        assert starts.tolist() == (expected.windows * 10 + expected.domains * 1000).tolist()
+
+
+def test_middle_stages_read_nothing(datasets):
+    blend = Blend(("a", "b"), (4, 2), 6, 1)
+    stream = steps(blend, datasets, lambda: np.array([0.5, 0.5]), BlendState.start(2), 10, 2, 0, 1, reads=False)
+    step = next(iter(stream))
+    assert step.micro_batches == ()
+    assert step.state_after.step == 1
+
+
+def test_a_short_domain_is_said(tmp_path):
+    assert too_short("a", tmp_path, 11, 10) is None
+    assert "10 tokens" in too_short("a", tmp_path, 10, 10).value
+    assert "empty" in too_short("a", tmp_path, 0, 10).value

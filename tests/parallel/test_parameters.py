@@ -1,0 +1,47 @@
+"""Parameters: start values by name, cutting and joining at any number of ranks.
+
+Run alone: python -m pytest tests/parallel/test_parameters.py
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_doremi.parallel.parameters import ParameterSpec, shard, start_values, unshard
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        ParameterSpec((8, 3), dim=0),
+        ParameterSpec((3, 8), dim=1),
+        ParameterSpec((16, 3), dim=0, blocks=2),
+        ParameterSpec((9, 3), dim=0, padded=12),
+        ParameterSpec((5,)),
+    ],
+)
+def test_parts_join_to_the_whole(spec, size):
+    whole = torch.arange(torch.Size(spec.shape).numel(), dtype=torch.float32).view(spec.shape) + 1
+    parts = [shard(whole, spec, size, rank) for rank in range(size)]
+    assert all(part.shape == spec.local_shape(size) for part in parts)
+    assert torch.equal(unshard(parts, spec), whole)
+
+
+def test_blocks_are_cut_each_by_itself():
+    """Gate rows 0-3 and up rows 4-7: rank 1 of 2 holds rows 2, 3 and 6, 7."""
+    whole = torch.arange(8.0).view(8, 1)
+    spec = ParameterSpec((8, 1), dim=0, blocks=2)
+    assert shard(whole, spec, 2, 1).flatten().tolist() == [2, 3, 6, 7]
+
+
+def test_start_values_depend_on_seed_and_name_alone():
+    spec = ParameterSpec((64, 64), std=0.02)
+    one = start_values(spec, "layers.0.mlp.fc1.weight", 7)
+    torch.manual_seed(99)
+    assert torch.equal(one, start_values(spec, "layers.0.mlp.fc1.weight", 7))
+    assert not torch.equal(one, start_values(spec, "layers.1.mlp.fc1.weight", 7))
+    assert not torch.equal(one, start_values(spec, "layers.0.mlp.fc1.weight", 8))
+    assert one.std().item() == pytest.approx(0.02, rel=0.05)
+    assert abs(one.mean().item()) < 0.002
