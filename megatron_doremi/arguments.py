@@ -74,7 +74,9 @@ def parse_config(argv: Sequence[str], world_size: int) -> Config:
     """
     parser = build_parser()
     try:
-        known, unknown = parser.parse_known_args(list(argv))
+        # The deepspeed launcher adds --local_rank; launch.py reads LOCAL_RANK, which it sets as well.
+        own = [word for word in argv if not word.startswith("--local_rank=")]
+        known, unknown = parser.parse_known_args(own)
     except argparse.ArgumentError as error:
         raise_if_any([Fault("command line", str(error), "each flag with its value", "see --help")])
         raise AssertionError from error

@@ -49,9 +49,10 @@ class DataConfig:
     domains: str = setting("", "manifest of the domains (domains.json, or Megatron-LM's 'weight prefix ...' file)")
     domain_weights: str = setting(
         "",
-        "how windows are sampled: uniform, natural (by token count) or a weights file "
-        "(default: uniform for a proxy, else natural)",
+        "how windows are sampled: uniform, natural (by token count), given (the weights of a Megatron-LM list) or a "
+        "weights file (default: uniform for a proxy, else given where there is such a list, else natural)",
     )
+    vocab_size: int = setting(0, "ids are below this; for a Megatron-LM list, which names no tokenizer")
     allow_tokenizer_mismatch: bool = setting(False, "accept domain weights learned with another tokenizer")
     seq_length: int = setting(1024, "length S of a window in tokens (next-token targets)")
     micro_batch_size: int = setting(1, "windows in one forward pass of one data-parallel rank")
@@ -251,8 +252,3 @@ def micro_batches_per_step(config: Config, world_size: int) -> int:
     """Forward passes of one rank in one step."""
     per_pass = config.data.micro_batch_size * data_parallel_size(config.parallel, world_size)
     return global_batch_size(config, world_size) // per_pass
-
-
-def domain_weights_setting(data: DataConfig) -> str:
-    """The sampling that --domain-weights asks for: a proxy samples uniformly (Algorithm 1) unless told."""
-    return data.domain_weights or ("uniform" if data.phase == PROXY else "natural")

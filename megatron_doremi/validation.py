@@ -1,4 +1,4 @@
-"""What can be wrong with the settings by themselves: every fault, found before a file is opened or a model built."""
+"""What can be wrong with the settings by themselves: every fault, found before data is opened or a model built."""
 
 from __future__ import annotations
 
@@ -49,6 +49,15 @@ def _required(config: Config) -> list[Fault]:
         need("save", run.save or run.dry_run, "training needs a folder for its results")
     if data.phase == PROXY:
         need("reference_load", config.doremi.reference_load, "a proxy is trained against a reference's losses")
+    if data.phase != EVALUATE and run.save and not run.load and (Path(run.save) / "checkpoints" / "latest").exists():
+        faults.append(
+            Fault(
+                "--save",
+                f"{run.save} holds a run",
+                "a folder of its own for each run",
+                f"add --load {run.save} to go on with it, or give another folder",
+            )
+        )
     if run.load and run.save and data.phase != EVALUATE and Path(run.load).resolve() != Path(run.save).resolve():
         faults.append(
             Fault(
@@ -71,7 +80,7 @@ def _ranges(config: Config) -> list[Fault]:
 
     for name in ("seq_length", "micro_batch_size"):
         check(getattr(data, name) > 0, name, getattr(data, name), "at least 1")
-    for name in ("global_batch_size", "train_iters", "eval_iters", "eval_interval", "seed"):
+    for name in ("global_batch_size", "train_iters", "eval_iters", "eval_interval", "seed", "vocab_size"):
         check(getattr(data, name) >= 0, name, getattr(data, name), "not negative")
     for name in ("save_interval", "keep_checkpoints", "exit_interval"):
         check(getattr(run, name) >= 0, name, getattr(run, name), "not negative")

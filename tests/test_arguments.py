@@ -14,7 +14,6 @@ from megatron_doremi.arguments import build_parser, parse_config
 from megatron_doremi.config import (
     PAPER_SHAPES,
     data_parallel_size,
-    domain_weights_setting,
     global_batch_size,
     gpt_config,
     micro_batches_per_step,
@@ -35,17 +34,10 @@ def test_defaults_and_derived_sizes():
     assert data_parallel_size(config.parallel, 8) == 2
     assert global_batch_size(config, 8) == 6
     assert micro_batches_per_step(config, 8) == 1
-    assert domain_weights_setting(config.data) == "natural"
     gpt = gpt_config(config.model, 1024, 50_000)
     assert (gpt.ffn_hidden_size, gpt.kv_channels, gpt.num_query_groups) == (256, 16, 4)
     assert gpt.tied_embeddings
     assert json.loads(json.dumps(config.to_dict()))["data"]["train_iters"] == 10
-
-
-def test_a_proxy_samples_uniformly_unless_told():
-    proxy = "--phase proxy --reference-load r"
-    assert domain_weights_setting(parse(proxy).data) == "uniform"
-    assert domain_weights_setting(parse(f"{proxy} --domain-weights natural").data) == "natural"
 
 
 def test_micro_batches():
@@ -58,6 +50,10 @@ def test_paper_shapes(name):
     gpt = gpt_config(parse(f"--model-size {name}", base=base).model, 1024, 256_000)
     shape = (gpt.num_layers, gpt.num_attention_heads, gpt.kv_channels, gpt.hidden_size, gpt.ffn_hidden_size)
     assert shape == PAPER_SHAPES[name]
+
+
+def test_what_the_deepspeed_launcher_adds_is_taken():
+    assert parse("--local_rank=1").data.phase == "main"
 
 
 def test_padding_fits_every_tensor_size():

@@ -11,6 +11,7 @@ order of the input whatever the number of workers. Nothing appears under a final
 from __future__ import annotations
 
 import argparse
+import errno
 import multiprocessing
 import re
 import sys
@@ -44,6 +45,8 @@ from megatron_doremi.errors import ConfigError, Fault, raise_if_any, run_or_exit
 # Bytes of text that travel to a worker at once: enough to hide the way there and back.
 _BATCH_BYTES = 1 << 20
 _NAMED_BAD_LINES = 10
+# Characters of a domain's name that its files carry; file systems end at 255.
+_SLUG_CHARACTERS = 100
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -179,14 +182,23 @@ class Outputs:
             output.bytes += size
 
     def _open(self, domain: str) -> Output:
-        slug = re.sub(r"[^A-Za-z0-9._-]+", "_", domain).strip("._") or "domain"
+        slug = re.sub(r"[^A-Za-z0-9._-]+", "_", domain)[:_SLUG_CHARACTERS].strip("._") or "domain"
         prefix = self.folder / f"{slug}_{self.split}"
-        taken = {output.prefix for output in self.by_name.values()}
+        # Names that differ in case alone are one file on some systems.
+        taken = {output.prefix.name.casefold() for output in self.by_name.values()}
         number = 2
-        while prefix in taken:
+        while prefix.name.casefold() in taken:
             prefix = self.folder / f"{slug}_{number}_{self.split}"
             number += 1
-        self.by_name[domain] = Output(IndexedDatasetWriter(prefix, self.dtype), prefix)
+        try:
+            writer = IndexedDatasetWriter(prefix, self.dtype)
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            value = f"domain number {len(self.by_name) + 1}, {domain[:40]!r}: {error.strerror}"
+            rule, remedy = "a key that holds one of a few names", "give the key of the domain, or raise ulimit -n"
+            raise ConfigError(Fault("--domain-key", value, rule, remedy)) from error
+        self.by_name[domain] = Output(writer, prefix)
         return self.by_name[domain]
 
     def abort(self) -> None:
@@ -274,9 +286,14 @@ def main() -> int:
 
 def publish(model: Path, copy: Path, outputs: Outputs, manifest: Manifest) -> None:
     """Gives everything its final name; the manifest, which names the rest, last."""
-    atomic_write_bytes(copy, model.read_bytes())
     for output in outputs.by_name.values():
-        output.writer.finalize()
+        output.writer.prepare()
+    atomic_write_bytes(copy, model.read_bytes())
+    if outputs.split == "train":
+        # If we were stopped half way, an earlier manifest would give the new pairs the old sizes.
+        manifest.path.unlink(missing_ok=True)
+    for output in outputs.by_name.values():
+        output.writer.publish()
     save_manifest(manifest)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import struct
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -36,7 +37,7 @@ def dtype_for(vocab_size: int) -> np.dtype:
 
 def paths_of(prefix: Path) -> tuple[Path, Path]:
     """PREFIX.bin and PREFIX.idx."""
-    return prefix.with_name(prefix.name + ".bin"), prefix.with_name(prefix.name + ".idx")
+    return Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
 
 
 class IndexedDataset:
@@ -54,6 +55,13 @@ class IndexedDataset:
         """Opens and checks a pair. Raises ConfigError where it is missing, damaged or something else."""
         self.prefix = prefix
         self._bin, self._idx = paths_of(prefix)
+        try:
+            self._open()
+        except OSError as error:
+            reason = str(error.strerror or error)
+            raise self._error(Path(error.filename or self._idx), reason, "a pair that can be read") from error
+
+    def _open(self) -> None:
         for path in (self._bin, self._idx):
             if not path.is_file():
                 raise self._error(path, "no such file", "a .bin and .idx pair")
@@ -123,9 +131,10 @@ class IndexedDataset:
 
 
 class IndexedDatasetWriter:
-    """Writes a pair document by document; nothing stands under the final names before `finalize`.
+    """Writes a pair document by document; nothing stands under the final names before `publish`.
 
-    A context manager: left without an exception it finalizes, else it removes what it wrote.
+    A context manager: left without an exception it finalizes, else it removes what it wrote. Whoever writes
+    several pairs that belong together prepares all of them before it publishes the first.
     """
 
     def __init__(self, prefix: Path, dtype: np.dtype):
@@ -133,8 +142,10 @@ class IndexedDatasetWriter:
         self._temporary = [path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in (self._bin, self._idx)]
         self._code = next(code for code, known in _DTYPES.items() if known == dtype)
         self.dtype = dtype
-        self._lengths: list[int] = []
-        self._bounds = [0]
+        # Machine numbers: a list of Python's takes ten times the memory, gigabytes for 100M documents.
+        self._lengths = array("i")
+        self._bounds = array("q", [0])
+        self._prepared = False
         self.num_tokens = 0
         self._file = self._temporary[0].open("wb")
 
@@ -150,7 +161,12 @@ class IndexedDatasetWriter:
         self._bounds.append(len(self._lengths))
 
     def finalize(self) -> None:
-        """Makes both files durable and publishes them, the ids before the index that speaks of them."""
+        """Makes both files durable and publishes them."""
+        self.prepare()
+        self.publish()
+
+    def prepare(self) -> None:
+        """Completes both files under their temporary names, durably: what can fail on a full disk."""
         _sync_and_close(self._file)
         lengths = np.array(self._lengths, dtype="<i4")
         pointers = np.zeros(len(lengths), dtype="<i8")
@@ -161,12 +177,18 @@ class IndexedDatasetWriter:
             file.write((pointers * self.dtype.itemsize).astype("<i8").tobytes())
             file.write(np.array(self._bounds, dtype="<i8").tobytes())
             _sync_and_close(file)
+        self._prepared = True
+
+    def publish(self) -> None:
+        """Gives both files their final names, the ids before the index that speaks of them."""
+        assert self._prepared, "prepare comes first"
         for temporary, final in zip(self._temporary, (self._bin, self._idx), strict=True):
             temporary.replace(final)
 
     def abort(self) -> None:
         """Removes what was written."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # a full disk, on which the last bytes cannot be flushed
+            self._file.close()
         for path in self._temporary:
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()
@@ -177,10 +199,14 @@ class IndexedDatasetWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self.finalize()
-        else:
+        if kind is not None:
             self.abort()
+            return
+        try:
+            self.finalize()
+        except BaseException:
+            self.abort()
+            raise
 
 
 def _sync_and_close(file: object) -> None:

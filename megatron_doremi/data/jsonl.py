@@ -46,14 +46,10 @@ def check_inputs(paths: list[Path]) -> list[Fault]:
         if not path.is_file():
             faults.append(Fault("--input", str(path), "an existing file", "check the path"))
         elif not path.name.endswith(SUFFIXES):
-            faults.append(
-                Fault(
-                    "--input",
-                    str(path),
-                    "one of " + ", ".join("*" + suffix for suffix in SUFFIXES),
-                    "convert the file to JSON lines",
-                )
-            )
+            rule = "one of " + ", ".join("*" + suffix for suffix in SUFFIXES)
+            if path.suffix == ".parquet":
+                rule += "; this version does not read Parquet"
+            faults.append(Fault("--input", str(path), rule, "convert the file to JSON lines"))
     return faults
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_doremi.data.files import atomic_write_text, read_json_object
+from megatron_doremi.data.indexed_dataset import IndexedDataset
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any
 
 MANIFEST_FORMAT = "megatron-doremi-domains/1"
@@ -33,7 +34,7 @@ class Domain:
 
     Attributes:
         train, valid: prefixes of .bin and .idx pairs; valid is None where nothing is held out.
-        tokens, documents, bytes: size of the train split (bytes of UTF-8 text).
+        tokens, documents, bytes: size of the train split (bytes of UTF-8 text; of ids where the text is not known).
     """
 
     name: str
@@ -94,6 +95,8 @@ class Manifest:
 
 def load_manifest(path: Path) -> Manifest:
     """Reads a manifest: domains.json, or Megatron-LM's 'weight prefix weight prefix ...' text.
+
+    The latter names neither held-out data nor a tokenizer; sizes are read from its indexed data.
 
     Raises:
         ConfigError: with every fault of the file.
@@ -192,6 +195,7 @@ def _load_prefix_list(path: Path, what: str) -> Manifest:
     if not words or len(words) % 2:
         raise ConfigError(Fault(what, f"{len(words)} words", rule, remedy))
     domains: list[Domain] = []
+    names: set[str] = set()
     weights: list[float] = []
     for text, prefix in zip(words[::2], words[1::2], strict=True):
         name = Path(prefix).name
@@ -201,10 +205,19 @@ def _load_prefix_list(path: Path, what: str) -> Manifest:
             weight = math.nan
         if not 0.0 < weight < _LARGEST_WEIGHT:
             faults.append(Fault(what, f"weight {text} of {prefix}", rule, remedy))
-        if any(domain.name == name for domain in domains):
+        if name in names:
             faults.append(Fault(what, f"two prefixes named {name}", rule, remedy))
         weights.append(weight)
-        domains.append(Domain(name, path.parent / prefix, None, 0, 0, 0))
+        names.add(name)
+        try:
+            dataset = IndexedDataset(path.parent / prefix)
+        except ConfigError as error:
+            faults += error.faults
+        else:
+            size = dataset.num_tokens
+            domains.append(
+                Domain(name, dataset.prefix, None, size, dataset.num_documents, size * dataset.dtype.itemsize)
+            )
     raise_if_any(faults)
     return Manifest(tuple(domains), None, path, tuple(weights))
 
@@ -226,7 +239,7 @@ def save_manifest(manifest: Manifest) -> None:
 
 
 def save_weights(
-    path: Path, weights: Mapping[str, float], tokenizer_sha256: str, provenance: Mapping[str, Any]
+    path: Path, weights: Mapping[str, float], tokenizer_sha256: str | None, provenance: Mapping[str, Any]
 ) -> None:
     """Writes domain weights with what they were learned from; floats in full precision."""
     entry = {
@@ -239,11 +252,31 @@ def save_weights(
 
 
 def resolve_weights(setting: str, manifest: Manifest, allow_tokenizer_mismatch: bool) -> NDArray[np.float64]:
-    """[k] sampling weights, sum 1, for --domain-weights uniform, natural or FILE."""
+    """[k] sampling weights, sum 1, for --domain-weights uniform, natural, given or FILE.
+
+    Raises:
+        ConfigError: `given` for a manifest without weights, or what `load_weights` raises.
+    """
     count = len(manifest.domains)
+    if setting == "given":
+        if manifest.given_weights is None:
+            raise ConfigError(
+                Fault(
+                    "--domain-weights given",
+                    str(manifest.path),
+                    "a list 'weight prefix weight prefix ...' as --domains",
+                    "give uniform, natural or a weights file",
+                )
+            )
+        given = np.array(manifest.given_weights)
+        return given / given.sum()
     if setting == "uniform":
         return np.full(count, 1.0 / count)
     if setting == "natural":
+        if not sum(domain.tokens for domain in manifest.domains):
+            what, value = "--domain-weights natural", f"no token counts in {manifest.path}"
+            remedy = "use a domains.json of tools/preprocess_data.py, or uniform, or a weights file"
+            raise ConfigError(Fault(what, value, "domains whose sizes are known", remedy))
         return manifest.natural_weights()
     return load_weights(Path(setting), manifest, allow_tokenizer_mismatch)
 

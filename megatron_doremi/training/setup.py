@@ -20,7 +20,6 @@ from megatron_doremi.config import (
     PROXY,
     Config,
     GPTConfig,
-    domain_weights_setting,
     global_batch_size,
     gpt_config,
 )
@@ -48,39 +47,36 @@ class RunData:
         train: [k] streams to train on; empty for an evaluation.
         valid: [k] held-out streams, None where a domain has none.
         weights: [k] sampling weights, sum 1.
+        vocab_size: ids are below this.
     """
 
     manifest: Manifest
     train: tuple[IndexedDataset, ...]
     valid: tuple[IndexedDataset | None, ...]
     weights: NDArray[np.float64]
+    vocab_size: int
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(self.manifest.names)
 
     @property
-    def vocab_size(self) -> int:
-        assert self.manifest.tokenizer is not None
-        return int(self.manifest.tokenizer.vocab_size)
-
-    @property
-    def tokenizer_sha256(self) -> str:
-        assert self.manifest.tokenizer is not None
-        return str(self.manifest.tokenizer.sha256)
+    def tokenizer_sha256(self) -> str | None:
+        return self.manifest.tokenizer.sha256 if self.manifest.tokenizer else None
 
 
 def open_data(config: Config, training: bool) -> RunData:
     """Opens what the run reads. Raises ConfigError with every fault of every file."""
     manifest = load_manifest(Path(config.data.domains))
     faults: list[Fault] = []
-    if manifest.tokenizer is None:
+    vocab_size = manifest.tokenizer.vocab_size if manifest.tokenizer else config.data.vocab_size
+    if not vocab_size:
         faults.append(
             Fault(
-                f"--domains {config.data.domains}",
-                "no tokenizer",
-                "the manifest names the tokenizer of its ids",
-                "use the domains.json that tools/preprocess_data.py writes",
+                "--vocab-size",
+                "not given",
+                f"needed, because {config.data.domains} names no tokenizer",
+                "give it, or the domains.json that tools/preprocess_data.py writes",
             )
         )
     train, valid = [], []
@@ -90,8 +86,7 @@ def open_data(config: Config, training: bool) -> RunData:
             train.append(_open(domain.name, domain.train, seq_length, faults))
         valid.append(None if domain.valid is None else _open(domain.name, domain.valid, seq_length, faults))
     try:
-        setting, mismatch = domain_weights_setting(config.data), config.data.allow_tokenizer_mismatch
-        weights = resolve_weights(setting, manifest, mismatch)
+        weights = resolve_weights(sampling_setting(config, manifest), manifest, config.data.allow_tokenizer_mismatch)
     except ConfigError as error:
         faults += error.faults
     if not training and not any(domain.valid for domain in manifest.domains):
@@ -104,7 +99,16 @@ def open_data(config: Config, training: bool) -> RunData:
             )
         )
     raise_if_any(faults)
-    return RunData(manifest, tuple(d for d in train if d is not None), tuple(valid), weights)
+    return RunData(manifest, tuple(d for d in train if d is not None), tuple(valid), weights, vocab_size)
+
+
+def sampling_setting(config: Config, manifest: Manifest) -> str:
+    """--domain-weights, or its default: a proxy samples uniformly (Algorithm 1), others by what there is."""
+    if config.data.domain_weights:
+        return config.data.domain_weights
+    if config.data.phase == PROXY:
+        return "uniform"
+    return "natural" if manifest.given_weights is None else "given"
 
 
 def _open(name: str, prefix: Path, seq_length: int, faults: list[Fault]) -> IndexedDataset | None:

@@ -85,7 +85,7 @@ def put(folder, data, name="input.jsonl"):
 
 def contents(folder):
     """Every file under a folder, hidden ones too, with its bytes."""
-    return {path.name: path.read_bytes() for path in folder.rglob("*")} if folder.exists() else {}
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()} if folder.exists() else {}
 
 
 def fails(done, *words):

@@ -221,7 +221,7 @@ def test_output_must_be_named_a_model(folder):
 
 
 def test_output_below_a_file_is_refused(folder):
-    fails(train(folder, name="sample.jsonl/below.model"), "--output", "below.model")
+    fails(train(folder, name="sample.jsonl/below.model"), "--output", "sample.jsonl")
 
 
 def test_file_that_is_no_model_is_refused(tmp_path):

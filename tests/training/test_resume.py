@@ -11,7 +11,6 @@ import pytest
 from ranks import run_program
 from training.small import MODEL, metrics, train, training_lines, write_data
 
-
 pytestmark = pytest.mark.slow
 
 

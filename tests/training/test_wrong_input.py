@@ -42,7 +42,7 @@ def reference(tmp_path_factory):
 
 def open_with(data: Path, *extra: str, phase: str = "main"):
     base = ["--phase", phase, "--domains", str(data), "--save", "unused", "--train-iters", "5"]
-    config = parse_config([*base, *MODEL, *extra], 1)
+    config = parse_config([*base, *MODEL, *extra], world_size=1)
     return config, open_data(config, training=phase != "evaluate")
 
 
@@ -77,7 +77,7 @@ THIRD = {"domain 0": 0.2, "domain 1": 0.3, "domain 2": 0.5}
         (lambda d: edit(d, lambda e: e.update(format="other/1")), "megatron-doremi-domains/1"),
         (lambda d: edit(d, lambda e: e["domains"][1].update(name="domain 0")), "a name for each domain"),
         (lambda d: edit(d, lambda e: e.update(domains=[])), "at least one"),
-        (lambda d: edit(d, lambda e: e.update(tokenizer=None)), "names the tokenizer"),
+        (lambda d: edit(d, lambda e: e.update(tokenizer=None)), "names no tokenizer"),
         (lambda d: edit(d, lambda e: e["tokenizer"].update(eod=99)), "not below vocab_size"),
     ],
 )
@@ -123,6 +123,27 @@ def test_wrong_weights(flags, words, data):
     with pytest.raises(ConfigError) as caught:
         open_with(data, *flags(data))
     assert words in str(caught.value)
+
+
+def test_a_megatron_list(data):
+    """Weights and prefixes in one text, as Megatron-LM takes them; the vocabulary's size comes by flag."""
+    listed = data.parent / "blend.txt"
+    listed.write_text("3 domain0_train 1 domain2_train")
+    with pytest.raises(ConfigError, match="--vocab-size"):
+        open_with(listed)
+    _, opened = open_with(listed, "--vocab-size", "61")
+    assert opened.names == ("domain0_train", "domain2_train")
+    assert opened.weights.tolist() == [0.75, 0.25]
+    assert opened.manifest.natural_weights().tolist() == pytest.approx([300 / 1200, 900 / 1200])
+    _, proxy = open_with(listed, "--vocab-size", "61", "--reference-load", "r", phase="proxy")
+    assert proxy.weights.tolist() == [0.5, 0.5]
+    with pytest.raises(ConfigError, match="weight prefix"):
+        open_with(data, "--domain-weights", "given")
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(reference):
+    with pytest.raises(ConfigError, match="to go on with it"):
+        open_with(reference / "domains.json", "--save", str(reference / "run"))
 
 
 def test_another_tokenizers_weights_are_taken_when_told(data):

@@ -1,0 +1,209 @@
+"""Publishing data: several pairs appear together or not at all, and names of domains do not break files.
+
+Run alone: python -m pytest tests/data/test_publishing.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_doremi.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, paths_of
+from megatron_doremi.data.jsonl import check_inputs
+from megatron_doremi.data.manifest import Manifest, TokenizerInfo, load_manifest, resolve_weights
+from megatron_doremi.errors import ConfigError
+
+UINT16 = np.dtype("<u2")
+
+
+@pytest.fixture(scope="module")
+def tool():
+    """tools/preprocess_data.py as a module."""
+    path = Path(__file__).resolve().parents[2] / "tools" / "preprocess_data.py"
+    spec = importlib.util.spec_from_file_location("preprocess_data", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def encoded(tool, *documents):
+    ids = np.array([1, 2, 3], dtype=UINT16)
+    return tool.Encoded([(domain, ids, 3) for domain in documents], [], 0)
+
+
+# --- the writer
+
+
+def test_prepared_pair_is_complete_but_not_published(tmp_path):
+    writer = IndexedDatasetWriter(tmp_path / "set", UINT16)
+    writer.add_document([1, 2], [3])
+    writer.prepare()
+    assert not (tmp_path / "set.bin").exists()
+    assert not (tmp_path / "set.idx").exists()
+    writer.publish()
+    data = IndexedDataset(tmp_path / "set")
+    assert data.document(0).tolist() == [1, 2, 3]
+    assert data.sequence_lengths.tolist() == [2, 1]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_prepared_pair_can_be_withdrawn(tmp_path):
+    writer = IndexedDatasetWriter(tmp_path / "set", UINT16)
+    writer.add_document([1, 2])
+    writer.prepare()
+    writer.abort()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_failure_at_the_end_of_the_block_leaves_nothing(tmp_path, monkeypatch):
+    """A disk that is full when the ids are made durable."""
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("megatron_doremi.data.indexed_dataset.os.fsync", full)
+    with (
+        pytest.raises(OSError, match="No space"),
+        IndexedDatasetWriter(tmp_path / "set", UINT16) as writer,
+    ):
+        writer.add_document([1, 2])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("prefix", ["/", ".", "..", "a.b/c.d"])
+def test_any_prefix_has_two_paths_and_a_missing_pair_is_named(prefix):
+    assert [str(path) for path in paths_of(Path(prefix))] == [f"{prefix}.bin", f"{prefix}.idx"]
+    with pytest.raises(ConfigError, match="no such file"):
+        IndexedDataset(Path(prefix))
+
+
+def test_pair_that_may_not_be_read_is_a_fault(tmp_path, monkeypatch):
+    """Permission is denied to root by nobody, so the refusal is made up."""
+    with IndexedDatasetWriter(tmp_path / "set", UINT16) as writer:
+        writer.add_document([1])
+
+    def denied(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "set.bin"))
+
+    monkeypatch.setattr("megatron_doremi.data.indexed_dataset.np.memmap", denied)
+    with pytest.raises(ConfigError, match=r"set\.bin: Permission denied"):
+        IndexedDataset(tmp_path / "set")
+
+
+# --- several pairs
+
+
+def manifest_of(tool, outputs, folder):
+    copy = folder / "tokenizer-0.model"
+    info = TokenizerInfo("SentencePieceTokenizer", copy, "0" * 64, 100, 1)
+    args = argparse.Namespace(split="train")
+    return copy, tool.manifest_after(args, outputs, info, folder / "domains.json")
+
+
+def publish(tool, folder, *domains):
+    (folder / "model").write_bytes(b"model")
+    outputs = tool.Outputs(folder, "train", UINT16)
+    outputs.add(encoded(tool, *domains))
+    copy, manifest = manifest_of(tool, outputs, folder)
+    tool.publish(folder / "model", copy, outputs, manifest)
+    return outputs
+
+
+def test_full_disk_leaves_all_earlier_pairs_and_their_manifest(tmp_path, tool, monkeypatch):
+    """The second of three pairs cannot be completed: none of the three is replaced."""
+    publish(tool, tmp_path, "a", "b", "c")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    outputs = tool.Outputs(tmp_path, "train", UINT16)
+    outputs.add(encoded(tool, "a", "a", "b", "b", "c"))
+    real, calls = IndexedDatasetWriter.prepare, []
+
+    def full(writer):
+        calls.append(writer)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(writer)
+
+    monkeypatch.setattr(IndexedDatasetWriter, "prepare", full)
+    copy, manifest = manifest_of(tool, outputs, tmp_path)
+    with pytest.raises(OSError, match="No space"):
+        tool.publish(tmp_path / "model", copy, outputs, manifest)
+    outputs.abort()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_stopped_between_two_pairs_there_is_no_manifest(tmp_path, tool, monkeypatch):
+    """Else the earlier manifest would name new pairs with old sizes and an old fingerprint."""
+    publish(tool, tmp_path, "a", "b")
+    assert load_manifest(tmp_path / "domains.json").names == ("a", "b")
+    outputs = tool.Outputs(tmp_path, "train", UINT16)
+    outputs.add(encoded(tool, "a", "a", "b"))
+    real, calls = IndexedDatasetWriter.publish, []
+
+    def stopped(writer):
+        calls.append(writer)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        real(writer)
+
+    monkeypatch.setattr(IndexedDatasetWriter, "publish", stopped)
+    copy, manifest = manifest_of(tool, outputs, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        tool.publish(tmp_path / "model", copy, outputs, manifest)
+    outputs.abort()
+    assert not (tmp_path / "domains.json").exists()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+# --- names of domains
+
+
+def test_long_names_and_names_that_differ_in_case_get_files_of_their_own(tmp_path, tool):
+    long = "a name / " * 100
+    outputs = publish(tool, tmp_path, "GitHub", "Github", "github", long, long + "!")
+    prefixes = [output.prefix.name for output in outputs.by_name.values()]
+    assert prefixes[:3] == ["GitHub_train", "Github_2_train", "github_3_train"]
+    assert len({prefix.casefold() for prefix in prefixes}) == 5
+    assert max(map(len, prefixes)) < 120
+    for domain in load_manifest(tmp_path / "domains.json").domains:
+        assert IndexedDataset(domain.train).num_tokens == domain.tokens == 3
+
+
+def test_too_many_domains_are_a_fault_of_the_key(tmp_path, tool, monkeypatch):
+    def exhausted(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    outputs = tool.Outputs(tmp_path, "train", UINT16)
+    outputs.add(encoded(tool, "a"))
+    monkeypatch.setattr(tool, "IndexedDatasetWriter", exhausted)
+    with pytest.raises(ConfigError, match=r"--domain-key: domain number 2, 'b': Too many open files"):
+        outputs.add(encoded(tool, "b"))
+    outputs.abort()
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- what other files say
+
+
+def test_natural_weights_without_sizes_are_a_fault_and_not_nan(tmp_path):
+    """An indexed list of Megatron-LM's tells no token counts."""
+    (tmp_path / "blend.txt").write_text("0.3 a 0.7 b")
+    manifest = load_manifest(tmp_path / "blend.txt")
+    if sum(domain.tokens for domain in manifest.domains):
+        pytest.skip("the list's pairs were counted")
+    assert isinstance(manifest, Manifest)
+    with pytest.raises(ConfigError, match=r"natural.*blend\.txt"):
+        resolve_weights("natural", manifest, False)
+    assert resolve_weights("uniform", manifest, False).tolist() == [0.5, 0.5]
+
+
+def test_parquet_is_refused_by_name(tmp_path):
+    (tmp_path / "data.parquet").write_bytes(b"PAR1")
+    (tmp_path / "data.txt").write_bytes(b"text")
+    parquet, text = check_inputs([tmp_path / "data.parquet", tmp_path / "data.txt"])
+    assert "does not read Parquet" in parquet.rule
+    assert "Parquet" not in text.rule
