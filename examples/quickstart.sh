@@ -15,19 +15,19 @@ TP=${TP:-1}                                   # ranks that share a layer
 PP=${PP:-$((NPROC / TP))}                     # pipeline stages
 VOCAB_SIZE=${VOCAB_SIZE:-1024}
 TRAIN_ITERS=${TRAIN_ITERS:-}                  # sets the three below at once
-REFERENCE_ITERS=${REFERENCE_ITERS:-${TRAIN_ITERS:-800}}
-PROXY_ITERS=${PROXY_ITERS:-${TRAIN_ITERS:-1200}}
-MAIN_ITERS=${MAIN_ITERS:-${TRAIN_ITERS:-600}}
+REFERENCE_ITERS=${REFERENCE_ITERS:-${TRAIN_ITERS:-600}}
+PROXY_ITERS=${PROXY_ITERS:-${TRAIN_ITERS:-1000}}
+MAIN_ITERS=${MAIN_ITERS:-${TRAIN_ITERS:-400}}
 SEQ_LENGTH=${SEQ_LENGTH:-64}                  # tokens in a window
-GLOBAL_BATCH_SIZE=${GLOBAL_BATCH_SIZE:-32}    # windows in a step
-MICRO_BATCH_SIZE=${MICRO_BATCH_SIZE:-16}
+GLOBAL_BATCH_SIZE=${GLOBAL_BATCH_SIZE:-24}    # windows in a step
+MICRO_BATCH_SIZE=${MICRO_BATCH_SIZE:-12}
 LAYERS=${LAYERS:-2}
 HIDDEN=${HIDDEN:-64}                          # width of reference and proxy
 MAIN_HIDDEN=${MAIN_HIDDEN:-96}                # width of main model and baseline
 LR=${LR:-4e-3}
 SEED=${SEED:-1234}
 SAVE_INTERVAL=${SAVE_INTERVAL:-400}
-EVAL_ITERS=${EVAL_ITERS:-16}                  # held-out windows a domain, in global batches
+EVAL_ITERS=${EVAL_ITERS:-20}                  # held-out windows a domain, in global batches
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # threads of a process
 if [ "${DEVICE:-cpu}" = cpu ]; then           # DEVICE=gpu takes a GPU a process
     export CUDA_VISIBLE_DEVICES=
@@ -62,7 +62,7 @@ pretrain() { # PHASE NAME ITERS WIDTH [FLAGS]
     "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NPROC" pretrain_doremi.py \
         --phase "$phase" --domains "$OUT/data/domains.json" --save "$save" --load "$save" \
         --train-iters "$iters" --save-interval "$SAVE_INTERVAL" --keep-checkpoints 1 --log-interval 100 \
-        --eval-interval 400 --eval-iters "$EVAL_ITERS" --seed "$SEED" \
+        --eval-interval 0 --eval-iters "$EVAL_ITERS" --seed "$SEED" \
         --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP" \
         --num-layers "$LAYERS" --hidden-size "$width" --ffn-hidden-size $((3 * width)) \
         --num-attention-heads 4 --swiglu --disable-bias-linear --seq-length "$SEQ_LENGTH" \

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_doremi.parallel.groups import TensorGroup
@@ -17,34 +18,32 @@ from megatron_doremi.parallel.groups import TensorGroup
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, tensor: TensorGroup) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, first: int, tensor: TensorGroup) -> Tensor:
         rows = torch.arange(targets.numel(), device=logits.device)
-        local = targets - tensor.rank * logits.shape[-1]
+        local = targets - first
         outside = (local < 0) | (local >= logits.shape[-1])
         local = local.masked_fill(outside, 0)
 
         largest = logits.max(dim=-1).values
-        if tensor.size > 1:
-            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=tensor.group)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=tensor.group)
         shifted = logits - largest.unsqueeze(-1)
         target = shifted[rows, local].masked_fill(outside, 0.0)
         exponentials = shifted.exp_()
         total = exponentials.sum(dim=-1)
-        if tensor.size > 1:
-            both = torch.stack((target, total))
-            dist.all_reduce(both, group=tensor.group)
-            target, total = both[0], both[1]
+        both = torch.stack((target, total))
+        dist.all_reduce(both, group=tensor.group)
+        target, total = both[0], both[1]
         probabilities = exponentials.div_(total.unsqueeze(-1))
         ctx.save_for_backward(probabilities, local, outside)
         return total.log() - target
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         probabilities, local, outside = ctx.saved_tensors
         rows = torch.arange(local.numel(), device=local.device)
-        grad_logits = probabilities.clone()
-        grad_logits[rows, local] -= (~outside).to(grad_logits.dtype)
-        return grad_logits.mul_(grad.unsqueeze(-1)), None, None
+        # In place: the probabilities are the largest tensor of a step and nobody reads them again.
+        probabilities[rows, local] -= (~outside).to(probabilities.dtype)
+        return probabilities.mul_(grad.unsqueeze(-1)), None, None, None
 
 
 def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, tensor: TensorGroup) -> Tensor:
@@ -61,10 +60,13 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: in
     Returns:
         [batch, seq] losses in nats, the same on every rank of the group.
     """
-    logits = torch.nn.functional.linear(hidden.flatten(0, 1), weight).float()
+    # Padding is left out of the product; a rank that holds nothing else keeps a row, which gets no probability.
     used = vocab_size - tensor.rank * weight.shape[0]
-    if used < weight.shape[0]:
-        padding = torch.arange(weight.shape[0], device=weight.device) >= used
-        logits = logits.masked_fill(padding, float("-inf"))
-    losses = _VocabParallelCrossEntropy.apply(logits, targets.flatten(), tensor)
+    logits = F.linear(hidden.flatten(0, 1), weight[: max(1, used)]).float()
+    if tensor.size == 1:
+        return F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)
+    if used < 1:
+        # A fill that stays in the graph: every rank has to take part in the backward's collectives.
+        logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool), float("-inf"))
+    losses = _VocabParallelCrossEntropy.apply(logits, targets.flatten(), tensor.rank * weight.shape[0], tensor)
     return losses.view_as(targets)

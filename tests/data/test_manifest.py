@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_doremi.data.indexed_dataset import IndexedDatasetWriter, dtype_for
+from megatron_doremi.data.indexed_dataset import IndexedDatasetWriter
 from megatron_doremi.data.manifest import (
     Domain,
     Manifest,
@@ -143,26 +143,28 @@ def test_natural_weights_are_token_shares(tmp_path):
     assert manifest_in(tmp_path).natural_weights().tolist() == [0.1, 0.3, 0.6]
 
 
-@pytest.mark.parametrize("text", ["0.3 data/a 0.7 {b}", "0.3 data/a\n0.7 {b}\n", "  3e-1\tdata/a 0.7\n\n{b}"])
+@pytest.mark.parametrize("text", ["0.3 data/a 0.7 ABS/b", "0.3 data/a\n0.7 ABS/b\n", "  3e-1\tdata/a 0.7\n\nABS/b"])
 def test_megatrons_list_is_read(tmp_path, text):
-    (tmp_path / "data").mkdir()
-    (tmp_path / "far").mkdir()
-    for prefix, ids in (("data/a", [1, 2, 3]), ("far/b", [4, 5, 6, 7, 8, 9])):
-        with IndexedDatasetWriter(tmp_path / prefix, dtype_for(100)) as writer:
-            writer.add_document(ids)
-            writer.add_document(ids[:1])
-    manifest = load_manifest(write(tmp_path, text.format(b=tmp_path / "far" / "b"), "blend.txt"))
+    """Prefixes are relative to the list, or absolute; sizes are those of the pairs."""
+    for folder, name, documents in (("data", "a", [[1, 2], [3]]), ("far", "b", [[4, 5, 6, 7]])):
+        (tmp_path / folder).mkdir()
+        with IndexedDatasetWriter(tmp_path / folder / name, np.dtype("<u2")) as writer:
+            for document in documents:
+                writer.add_document(document)
+    manifest = load_manifest(write(tmp_path, text.replace("ABS", str(tmp_path / "far")), "blend.txt"))
     assert manifest.names == ("a", "b")
     assert manifest.given_weights == (0.3, 0.7)
     assert manifest.tokenizer is None
     assert [domain.train for domain in manifest.domains] == [tmp_path / "data" / "a", tmp_path / "far" / "b"]
     assert [domain.valid for domain in manifest.domains] == [None, None]
-    assert [(d.tokens, d.documents, d.bytes) for d in manifest.domains] == [(4, 2, 8), (7, 2, 14)]
+    assert [(domain.tokens, domain.documents) for domain in manifest.domains] == [(3, 2), (4, 1)]
 
 
-def test_megatrons_list_names_the_pair_that_is_missing(tmp_path):
-    with pytest.raises(ConfigError, match=r"nowhere\.bin"):
-        load_manifest(write(tmp_path, "1 nowhere", "blend.txt"))
+def test_all_missing_pairs_of_megatrons_list_are_named(tmp_path):
+    with pytest.raises(ConfigError) as error:
+        load_manifest(write(tmp_path, "0.3 data/a 0.7 b", "blend.txt"))
+    assert str(tmp_path / "data" / "a.bin") in said(error)
+    assert str(tmp_path / "b.bin") in said(error)
 
 
 def changed(change):

@@ -420,7 +420,6 @@ def test_all_that_is_wrong_with_the_flags_is_said_at_once(tmp_path, preprocess):
 
 def test_output_that_is_no_folder_is_refused(tmp_path, preprocess):
     file = put(tmp_path, jsonl_of([("ta", "Books")]))
-    fails(preprocess(file, file), "--output-dir", "input.jsonl")
     fails(preprocess(file, file / "below"), "--output-dir", "below")
 
 
