@@ -162,11 +162,16 @@ class Output:
 
 @dataclass
 class Outputs:
-    """The pairs of all domains, and what was wrong with the input."""
+    """The pairs of all domains, and what was wrong with the input.
+
+    Attributes:
+        known: prefixes that are settled: held-out pairs are named like the train pairs of their domains.
+    """
 
     folder: Path
     split: str
     dtype: np.dtype
+    known: dict[str, Path] = field(default_factory=dict)
     by_name: dict[str, Output] = field(default_factory=dict)
     bad: list[str] = field(default_factory=list)
     bad_total: int = 0
@@ -182,14 +187,7 @@ class Outputs:
             output.bytes += size
 
     def _open(self, domain: str) -> Output:
-        slug = re.sub(r"[^A-Za-z0-9._-]+", "_", domain)[:_SLUG_CHARACTERS].strip("._") or "domain"
-        prefix = self.folder / f"{slug}_{self.split}"
-        # Names that differ in case alone are one file on some systems.
-        taken = {output.prefix.name.casefold() for output in self.by_name.values()}
-        number = 2
-        while prefix.name.casefold() in taken:
-            prefix = self.folder / f"{slug}_{number}_{self.split}"
-            number += 1
+        prefix = self.known.get(domain) or self._new_prefix(domain)
         try:
             writer = IndexedDatasetWriter(prefix, self.dtype)
         except OSError as error:
@@ -200,6 +198,17 @@ class Outputs:
             raise ConfigError(Fault("--domain-key", value, rule, remedy)) from error
         self.by_name[domain] = Output(writer, prefix)
         return self.by_name[domain]
+
+    def _new_prefix(self, domain: str) -> Path:
+        slug = re.sub(r"[^A-Za-z0-9._-]+", "_", domain)[:_SLUG_CHARACTERS].strip("._") or "domain"
+        prefix = self.folder / f"{slug}_{self.split}"
+        # Names that differ in case alone are one file on some systems.
+        taken = {output.prefix.name.casefold() for output in self.by_name.values()}
+        number = 2
+        while prefix.name.casefold() in taken:
+            prefix = self.folder / f"{slug}_{number}_{self.split}"
+            number += 1
+        return prefix
 
     def abort(self) -> None:
         """Removes all that was written."""
@@ -264,6 +273,10 @@ def main() -> int:
     check(args, tokenizer, manifest_path)
     make_folder(args.output_dir, "--output-dir")
     outputs = Outputs(args.output_dir, args.split, dtype_for(tokenizer.vocab_size))
+    if args.split == "valid":
+        for domain in load_manifest(manifest_path).domains:
+            stem = domain.train.name.removesuffix("_train")
+            outputs.known[domain.name] = args.output_dir / f"{stem}_valid"
     try:
         size = sum(path.stat().st_size for path in args.input)
         with tqdm(total=size, unit="B", unit_scale=True, desc=f"encoding {args.split}", mininterval=0.5) as bar:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,10 +18,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_doremi.data.files import atomic_write_bytes
+from megatron_doremi.data.manifest import load_manifest
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any, run_or_exit
 from megatron_doremi.reporting.assemble import Report, comparison_report, runs_report
 from megatron_doremi.reporting.comparison import compare
-from megatron_doremi.reporting.runs import Run, read_all, read_manifest_tokens, read_run
+from megatron_doremi.reporting.runs import Run, read_all, read_run
 
 NEEDED = ("proxy", "main", "baseline", "domains", "output_dir")
 
@@ -62,10 +63,10 @@ def write_report(report: Report, folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for image in report.images:
-            _write(folder / image.name, image.png)
-        _write(folder / "report.html", report.html.encode("utf-8", errors="replace"))
+            atomic_write_bytes(folder / image.name, image.png)
+        atomic_write_bytes(folder / "report.html", report.html.encode("utf-8", errors="replace"))
         results = json.dumps(report.results, indent=2, allow_nan=False) + "\n"
-        _write(folder / "results.json", results.encode())
+        atomic_write_bytes(folder / "results.json", results.encode())
     except OSError as error:
         remedy = "give another --output-dir, or make room or rights there"
         value = f"{error.filename}: {error.strerror}"
@@ -81,7 +82,7 @@ def _comparison(options: argparse.Namespace) -> Report:
     except ConfigError as error:
         faults.extend(error.faults)
     try:
-        manifest = read_manifest_tokens(options.domains)
+        manifest = load_manifest(options.domains).domains
     except ConfigError as error:
         faults.extend(error.faults)
     raise_if_any(faults)
@@ -101,15 +102,6 @@ def _faults(options: argparse.Namespace) -> list[Fault]:
         return [Fault("RUN", "", "needs at least one run, or --proxy, --main, --baseline", remedy)]
     missing = [name for name in NEEDED if getattr(options, name) is None]
     return [Fault(f"--{name.replace('_', '-')}", "", "needed for a comparison", "give it") for name in missing]
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

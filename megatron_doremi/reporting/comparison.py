@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from megatron_doremi.data.manifest import Domain
 from megatron_doremi.errors import Fault, raise_if_any
-from megatron_doremi.reporting.runs import DomainTokens, Evaluation, Floats, Run, find_number
+from megatron_doremi.reporting.runs import Evaluation, Floats, Run, find_number
 
 # Two planted domains of the embedded corpus need little weight: one cannot be learned, one is at once.
 PLANTED = ("noise", "boilerplate")
@@ -122,7 +123,7 @@ def smoothing_floor(run: Run, domain_count: int) -> float | None:
     return None if smoothing is None else smoothing / domain_count
 
 
-def compare(manifest: Sequence[DomainTokens], proxy: Run, main: Run, baseline: Run) -> Comparison:
+def compare(manifest: Sequence[Domain], proxy: Run, main: Run, baseline: Run) -> Comparison:
     """Builds the comparison, or raises a ConfigError with every reason why it cannot be built."""
     names = [domain.name for domain in manifest]
     raise_if_any(_faults(names, proxy, main, baseline))

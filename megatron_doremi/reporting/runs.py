@@ -115,14 +115,6 @@ class Run:
         return tuple(dict.fromkeys([*self.weights.names, *evaluated, *self.loss.names]))
 
 
-@dataclass(frozen=True)
-class DomainTokens:
-    """A domain of the manifest: its name and its training tokens."""
-
-    name: str
-    tokens: int
-
-
 class _Columns:
     """Rows of {name: number}, kept by column; NaN where a row has no finite number for a name."""
 
@@ -200,25 +192,6 @@ def read_run(path: Path, what: str = "RUN") -> Run:
         recorded,
         provenance,
     )
-
-
-def read_manifest_tokens(path: Path) -> tuple[DomainTokens, ...]:
-    """Reads names and training tokens from a manifest.
-
-    The dataset files are not looked for, so a report can be made where only the manifest has been copied.
-    """
-    document = _read_json_object(path, "give the domains.json that tools/preprocess_data.py wrote")
-    remedy = "write the manifest again with tools/preprocess_data.py"
-    try:
-        domains = tuple(DomainTokens(str(each["name"]), int(each["tokens"])) for each in document["domains"])
-    except (KeyError, TypeError, ValueError) as error:
-        rule = '"domains" must be a list of entries with "name" and "tokens"'
-        raise ConfigError(Fault(str(path), repr(error), rule, remedy)) from error
-    names = [each.name for each in domains]
-    if not domains or len(set(names)) != len(names) or min(each.tokens for each in domains) < 1:
-        rule = "needs at least one domain, no name twice, at least one token in each"
-        raise ConfigError(Fault(str(path), ", ".join(names), rule, remedy))
-    return domains
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

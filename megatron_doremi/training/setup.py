@@ -23,7 +23,7 @@ from megatron_doremi.config import (
     global_batch_size,
     gpt_config,
 )
-from megatron_doremi.data.files import atomic_write_text
+from megatron_doremi.data.files import atomic_write_text, make_folder
 from megatron_doremi.data.indexed_dataset import IndexedDataset
 from megatron_doremi.data.loader import too_short
 from megatron_doremi.data.manifest import Manifest, load_manifest, resolve_weights
@@ -181,7 +181,7 @@ def make_reference(
 def write_run_config(config: Config, gpt: GPTConfig, data: RunData, topology: Topology) -> None:
     """Writes SAVE/config.json: every resolved value of the run."""
     save = Path(config.run.save)
-    save.mkdir(parents=True, exist_ok=True)
+    make_folder(save, "--save")
     entry = {
         "program": f"megatron-doremi {__version__}",
         "phase": config.data.phase,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from megatron_doremi.config import Config, global_batch_size
-from megatron_doremi.data.files import atomic_write_text
+from megatron_doremi.data.files import atomic_write_text, make_folder
 from megatron_doremi.doremi.reference import check_reference, read_run_config
 from megatron_doremi.errors import ConfigError, Fault
 from megatron_doremi.model.pipeline import GPTPipeline
@@ -58,7 +58,7 @@ def _report(entry: dict[str, Any], config: Config, checkpoint: Path) -> None:
     )
     if config.run.save:
         save = Path(config.run.save)
-        save.mkdir(parents=True, exist_ok=True)
+        make_folder(save, "--save")
         if not (save / "config.json").exists():
             text = json.dumps({"phase": config.data.phase, "settings": config.to_dict()}, indent=2)
             atomic_write_text(save / "config.json", text + "\n")

@@ -157,7 +157,7 @@ def test_megatrons_list_is_read(tmp_path, text):
     assert manifest.tokenizer is None
     assert [domain.train for domain in manifest.domains] == [tmp_path / "data" / "a", tmp_path / "far" / "b"]
     assert [domain.valid for domain in manifest.domains] == [None, None]
-    assert [(domain.tokens, domain.documents) for domain in manifest.domains] == [(3, 2), (4, 1)]
+    assert [(d.tokens, d.documents, d.bytes) for d in manifest.domains] == [(3, 2, 6), (4, 1, 8)]
 
 
 def test_all_missing_pairs_of_megatrons_list_are_named(tmp_path):

@@ -1,7 +1,7 @@
 """The tools on real text, where a corpus is at hand: nothing is lost between the text and the ids.
 
-The corpus is a folder with train.jsonl.zst and valid.jsonl.zst in The Pile's format: MEGATRON_DOREMI_CORPUS,
-or where that is not set ../shared/corpus beside the repository. Without one these tests are skipped.
+The corpus is a folder with train.jsonl.zst and valid.jsonl.zst in The Pile's format, named by MEGATRON_DOREMI_CORPUS.
+Without it these tests are skipped.
 
 Run alone: python -m pytest tests/data/test_real_corpus.py
 """
@@ -31,9 +31,9 @@ VOCABULARY = 1000
 
 def corpus_file():
     """The held-out file of the corpus, some megabytes; None where there is no corpus."""
-    folder = Path(os.environ.get("MEGATRON_DOREMI_CORPUS") or ROOT.parent / "shared" / "corpus")
-    file = folder / "valid.jsonl.zst"
-    return file if file.is_file() else None
+    folder = os.environ.get("MEGATRON_DOREMI_CORPUS")
+    file = Path(folder or "") / "valid.jsonl.zst"
+    return file if folder and file.is_file() else None
 
 
 pytestmark = pytest.mark.skipif(

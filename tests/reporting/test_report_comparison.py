@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from megatron_doremi.data.manifest import Domain
 from megatron_doremi.errors import ConfigError
 from megatron_doremi.reporting.comparison import Pair, compare, running_mean, smoothing_floor
-from megatron_doremi.reporting.runs import DomainTokens, read_run
+from megatron_doremi.reporting.runs import read_run
 from megatron_doremi.reporting.tables import (
     Table,
     comparison_table,
@@ -20,7 +22,12 @@ from megatron_doremi.reporting.tables import (
 )
 from megatron_doremi.reporting.words import describe, describe_domains, describe_planted, verdict
 
-MANIFEST = (DomainTokens("code", 600), DomainTokens("noise", 300), DomainTokens("boilerplate", 100))
+
+def domain(name: str, tokens: int) -> Domain:
+    return Domain(name, Path(name), None, tokens, 1, tokens)
+
+
+MANIFEST = (domain("code", 600), domain("noise", 300), domain("boilerplate", 100))
 
 
 @pytest.fixture
@@ -111,7 +118,7 @@ def test_a_domain_without_held_out_text_is_left_out_and_said(runs):
 def test_everything_that_prevents_a_comparison_is_said_at_once(runs):
     empty = replace(runs["main"], evaluations=())
     with pytest.raises(ConfigError) as caught:
-        compare((*MANIFEST[:2], DomainTokens("other", 5)), runs["main"], empty, runs["baseline"])
+        compare((*MANIFEST[:2], domain("other", 5)), runs["main"], empty, runs["baseline"])
     message = str(caught.value)
     assert "--proxy" in message
     assert "needs at least one evaluation line" in message

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_doremi.errors import ConfigError
-from megatron_doremi.reporting.runs import find_phase, read_all, read_manifest_tokens, read_run
+from megatron_doremi.reporting.runs import find_phase, read_all, read_run
 
 
 def test_columns_hold_nan_where_a_domain_is_absent(write_run, rows):
@@ -97,13 +96,3 @@ def test_all_missing_folders_are_said_at_once(tmp_path: Path):
 def test_an_empty_metrics_file_is_said(write_run):
     with pytest.raises(ConfigError, match="at least one training or evaluation line"):
         read_run(write_run("r", []))
-
-
-@pytest.mark.parametrize(
-    "domains", [[], [{"name": "a"}], [{"name": "a", "tokens": 0}], "a", [{"name": "a", "tokens": 1}] * 2]
-)
-def test_a_manifest_without_names_and_tokens_is_an_error(tmp_path: Path, domains):
-    path = tmp_path / "domains.json"
-    path.write_text(json.dumps({"domains": domains}))
-    with pytest.raises(ConfigError, match=r"domains\.json"):
-        read_manifest_tokens(path)
