@@ -13,7 +13,7 @@ import sys
 import warnings
 
 from megatron_doremi.arguments import parse_config
-from megatron_doremi.config import EVALUATE, PROXY, Config, data_parallel_size
+from megatron_doremi.config import EVALUATE, Config, data_parallel_size
 from megatron_doremi.errors import run_or_exit
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.training.launch import Launch, read_launch
@@ -57,7 +57,7 @@ def run(config: Config, topology: Topology, launch: Launch) -> None:
 
     phase = config.data.phase
     data = setup.open_data(config, training=phase != EVALUATE)
-    reference_run = setup.read_reference(config, data) if phase == PROXY else None
+    reference_run = setup.read_reference(config, data) if setup.needs_reference(config) else None
     gpt = setup.resolve_gpt(config, data)
     device = join(launch)
     groups = make_groups(topology)
@@ -66,7 +66,7 @@ def run(config: Config, topology: Topology, launch: Launch) -> None:
     else:
         if topology.rank == 0:
             setup.write_run_config(config, gpt, data, topology)
-        engine = setup.make_engine(config, gpt, len(data.names), topology, groups)
+        engine = setup.make_engine(config, gpt, data.weights, topology, groups, device)
         reference = None
         if reference_run is not None:
             reference = setup.make_reference(config, reference_run, topology, groups, device)
@@ -81,7 +81,7 @@ def dry_run(config: Config, topology: Topology) -> None:
     from megatron_doremi.training.sizes import describe_run
 
     data = setup.open_data(config, training=config.data.phase != EVALUATE)
-    if config.data.phase == PROXY:
+    if setup.needs_reference(config):
         setup.read_reference(config, data)
     if topology.rank == 0:
         print(describe_run(config, setup.resolve_gpt(config, data), topology))

@@ -98,6 +98,14 @@ class ParallelConfig:
     tensor_model_parallel_size: int = setting(1, "ranks that share each layer")
     pipeline_model_parallel_size: int = setting(1, "pipeline stages")
     sequence_parallel: bool = setting(False, "split norms and residual stream over the tensor group by position")
+    recompute_granularity: str = setting(
+        "none",
+        "what the backward pass computes again to save memory: nothing, attention's scores, or whole blocks",
+        ("none", "selective", "full"),
+    )
+    loss_chunk_tokens: int = setting(
+        1024, "tokens whose logits are held at once; a longer micro-batch computes its logits again; 0: all at once"
+    )
     zero_stage: int = setting(0, "DeepSpeed ZeRO stage: 1 shards the optimiser state over the data group", (0, 1, 2, 3))
 
 
@@ -110,10 +118,27 @@ class DoReMiConfig:
     doremi_step_size: float = setting(1.0, "step size eta of the domain weights")
     doremi_smoothing: float = setting(1e-3, "smoothing c: each weight keeps at least c / k")
     doremi_update: str = setting(
-        "alternating", "weights of this batch before its gradient (Algorithm 1)", ("alternating",)
+        "alternating",
+        "a batch's gradient under the weights that it has moved (Algorithm 1), or under those before (1F1B)",
+        ("alternating", "simultaneous"),
     )
-    doremi_weighting: str = setting("reweight", "the weights act on the loss, sampling stays", ("reweight",))
-    doremi_objective: str = setting("excess", "what raises a domain's weight", ("excess",))
+    doremi_weighting: str = setting(
+        "reweight",
+        "the weights act on the loss while sampling stays, or on the next batch's sampling while the loss is plain",
+        ("reweight", "resample"),
+    )
+    doremi_objective: str = setting(
+        "excess",
+        "what raises a domain's weight: the proxy's loss over the reference's, the proxy's loss alone, or the "
+        "reference's alone, negative (the paper's ablation)",
+        ("excess", "hardest", "easiest"),
+    )
+    doremi_normalization: str = setting(
+        "domain",
+        "the proxy's loss: weights times each domain's mean (the paper), or the mean over the batch's tokens under "
+        "weights divided by sampling weights (the authors' repository)",
+        ("domain", "batch"),
+    )
 
 
 @dataclass(frozen=True)

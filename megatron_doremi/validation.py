@@ -47,7 +47,7 @@ def _required(config: Config) -> list[Fault]:
     elif data.phase:
         need("train_iters", data.train_iters, "training needs a number of steps")
         need("save", run.save or run.dry_run, "training needs a folder for its results")
-    if data.phase == PROXY:
+    if data.phase == PROXY and config.doremi.doremi_objective != "hardest":
         need("reference_load", config.doremi.reference_load, "a proxy is trained against a reference's losses")
     if data.phase != EVALUATE and run.save and not run.load and (Path(run.save) / "checkpoints" / "latest").exists():
         faults.append(
@@ -85,6 +85,8 @@ def _ranges(config: Config) -> list[Fault]:
     for name in ("save_interval", "keep_checkpoints", "exit_interval"):
         check(getattr(run, name) >= 0, name, getattr(run, name), "not negative")
     check(run.log_interval > 0, "log_interval", run.log_interval, "at least 1")
+    chunk = config.parallel.loss_chunk_tokens
+    check(chunk >= 0, "loss_chunk_tokens", chunk, "not negative")
     check(optim.lr > 0, "lr", optim.lr, "above 0")
     check(0 <= optim.min_lr <= optim.lr, "min_lr", optim.min_lr, f"between 0 and --lr {optim.lr}")
     if optim.lr_decay_style == "exponential":

@@ -37,9 +37,16 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Step:
-    """What a rank reads for one step: its micro-batches, and the state of the blend after the step."""
+    """What a rank reads for one step.
+
+    Attributes:
+        micro_batches: those of this rank; none on stages in the middle of a pipeline.
+        targets: [k] int64 targets of each domain in the whole global batch.
+        state_after: the state of the blend after the step.
+    """
 
     micro_batches: tuple[MicroBatch, ...]
+    targets: NDArray[np.int64]
     state_after: BlendState
 
 
@@ -101,19 +108,27 @@ def steps(
     data_rank: int,
     data_size: int,
     reads: bool,
+    ahead: bool = True,
 ) -> Iterator[Step]:
     """Endless steps from `state` on; the next is read in the background while the caller works on one.
 
     Args:
         weights: gives the sampling weights [k] of the step that is about to be read.
         reads: False on ranks that need no text (stages in the middle of a pipeline).
+        ahead: False where a step's weights are known only after the step before it; nothing is read ahead then.
     """
 
     def read(state: BlendState) -> Step:
         batch, after = blend.next_batch(state, weights())
         parts = rank_slice(batch, micro_batch_size, data_rank, data_size) if reads else []
-        return Step(tuple(read_windows(datasets, part, seq_length) for part in parts), after)
+        targets = np.bincount(batch.domains, minlength=len(blend.names)) * seq_length
+        return Step(tuple(read_windows(datasets, part, seq_length) for part in parts), targets, after)
 
+    if not ahead:
+        while True:
+            step = read(state)
+            yield step
+            state = step.state_after
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as pool:
         coming = pool.submit(read, state)
         while True:

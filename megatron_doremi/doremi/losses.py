@@ -13,21 +13,46 @@ from torch import Tensor
 EXCESS, LOSS, TARGETS = 0, 1, 2
 
 
-def domain_sums(token_loss: Tensor, domains: Tensor, num_domains: int, reference: Tensor | None = None) -> Tensor:
+def token_scores(loss: Tensor, reference: Tensor | None, objective: str) -> Tensor:
+    """What each token adds to its domain's lambda.
+
+    Args:
+        loss: the proxy's losses l, float64.
+        reference: the reference's losses r of the same shape; None where nothing asks for them.
+        objective: excess, max(l - r, 0); or, from the paper's ablation (its Table 3), hardest, l alone, and
+            easiest, -r alone, which is not clipped because nothing would be left of it.
+    """
+    if objective == "hardest":
+        return loss
+    if reference is None:
+        return torch.zeros_like(loss)
+    if objective == "easiest":
+        return -reference.double()
+    return (loss - reference.double()).clamp(min=0.0)
+
+
+def domain_sums(
+    token_loss: Tensor,
+    domains: Tensor,
+    num_domains: int,
+    reference: Tensor | None = None,
+    objective: str = "excess",
+) -> Tensor:
     """Sums of one micro-batch by domain.
 
     Args:
         token_loss: [batch, seq] losses l in nats.
         domains: [batch] number of each window's domain; -1 counts for nothing.
         num_domains: k.
-        reference: [batch, seq] the reference's losses r; without them the first row is 0.
+        reference: [batch, seq] the reference's losses r; without them the first row is 0 (but for `hardest`).
+        objective: see `token_scores`.
 
     Returns:
-        [3, k] float64: sum of max(l - r, 0), sum of l, number of targets.
+        [3, k] float64: sum of scores, sum of l, number of targets.
     """
     loss = token_loss.detach().double()
-    excess = torch.zeros_like(loss) if reference is None else (loss - reference.double()).clamp(min=0.0)
-    rows = torch.stack((excess.sum(dim=1), loss.sum(dim=1), torch.full_like(loss[:, 0], loss.shape[1])))
+    scores = token_scores(loss, reference, objective)
+    rows = torch.stack((scores.sum(dim=1), loss.sum(dim=1), torch.full_like(loss[:, 0], loss.shape[1])))
     # A product with the membership matrix, because scattered adds on a GPU run in an order of their own.
     members = domains.unsqueeze(1) == torch.arange(num_domains, device=domains.device)
     return rows @ members.double()
@@ -48,6 +73,21 @@ def domain_coefficients(weights: Tensor, targets: Tensor, accumulation: int) -> 
         [k] accumulation * alpha_i / targets_i; 0 for absent domains.
     """
     return torch.where(targets > 0, accumulation * weights / targets.clamp(min=1.0), 0.0)
+
+
+def batch_coefficients(weights: Tensor, targets: Tensor, sampling: Tensor, accumulation: int) -> Tensor:
+    """Coefficients of the authors' repository, for comparison with its results.
+
+    There the loss is one weighted mean over all tokens of the batch, sum_i w_i * L_i / sum_j w_j * n_j with L_i
+    the domain's summed loss, n_i its targets, and w_i proportional to alpha_i / q_i, q the sampling weights. It
+    is the paper's objective only where every domain has the same number of targets in the batch.
+
+    Args:
+        sampling: [k] sampling weights q, float64; the rest as for `domain_coefficients`.
+    """
+    relative = torch.where(sampling > 0, weights / sampling.clamp(min=1e-300), 0.0)
+    relative = relative / relative.sum()
+    return torch.where(targets > 0, accumulation * relative / (relative * targets).sum(), 0.0)
 
 
 def weighted_loss(token_loss: Tensor, domains: Tensor, coefficients: Tensor) -> Tensor:

@@ -8,9 +8,11 @@ cut (`TensorParallel`) and nothing of ranks, stages or engines.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from megatron_doremi.config import GPTConfig
 from megatron_doremi.parallel.layers import (
@@ -27,6 +29,14 @@ def residual_std(gpt: GPTConfig) -> float:
     return gpt.init_method_std / math.sqrt(2.0 * gpt.num_layers)
 
 
+def recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Calls a function and keeps only its input; the backward pass calls it again (Chen et al. 2016).
+
+    There is no dropout, so no generator has to be put back.
+    """
+    return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
+
+
 class Attention(nn.Module):
     """Causal self-attention with grouped queries; heads are cut over the tensor group by key-value group.
 
@@ -34,8 +44,9 @@ class Attention(nn.Module):
     cut by rows hands whole groups to a rank.
     """
 
-    def __init__(self, gpt: GPTConfig, tp: TensorParallel):
+    def __init__(self, gpt: GPTConfig, tp: TensorParallel, recompute: bool):
         super().__init__()
+        self.recompute = recompute
         self.groups = gpt.num_query_groups // tp.size
         self.queries_per_group = gpt.num_attention_heads // gpt.num_query_groups
         self.width = gpt.kv_channels
@@ -47,6 +58,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x)
+        mixed = recomputed(self._mix, qkv) if self.recompute else self._mix(qkv)
+        return self.proj(mixed)
+
+    def _mix(self, qkv: Tensor) -> Tensor:
+        """From the fused projection, [b, s, (n + 2 g) d / t], to the heads' outputs, [b, s, n d / t]."""
         b, s, _ = qkv.shape
         qkv = qkv.view(b, s, self.groups, self.queries_per_group + 2, self.width)
         q, k, v = qkv.split([self.queries_per_group, 1, 1], dim=3)
@@ -55,7 +71,7 @@ class Attention(nn.Module):
         if self.rotary_base is not None:
             q, k = rotate(q, self.rotary_base), rotate(k, self.rotary_base)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.queries_per_group > 1)
-        return self.proj(out.transpose(1, 2).reshape(b, s, -1))
+        return out.transpose(1, 2).reshape(b, s, -1)
 
 
 class MLP(nn.Module):
@@ -80,13 +96,20 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One transformer block, normalised before each part: [b, s, h] -> [b, s, h]."""
 
-    def __init__(self, gpt: GPTConfig, tp: TensorParallel):
+    def __init__(self, gpt: GPTConfig, tp: TensorParallel, recompute: str = "none"):
+        """Args:
+        recompute: what the backward pass computes again: none, selective (attention's scores and their mix), full.
+        """
         super().__init__()
+        self.recompute = recompute == "full"
         self.attention_norm = Norm(gpt.hidden_size, gpt.normalization, gpt.norm_epsilon, tp)
-        self.attention = Attention(gpt, tp)
+        self.attention = Attention(gpt, tp, recompute == "selective")
         self.mlp_norm = Norm(gpt.hidden_size, gpt.normalization, gpt.norm_epsilon, tp)
         self.mlp = MLP(gpt, tp)
 
     def forward(self, x: Tensor) -> Tensor:
+        return recomputed(self._forward, x) if self.recompute else self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.attention_norm(x))
         return x + self.mlp(self.mlp_norm(x))

@@ -47,8 +47,22 @@ def layer_names(gpt: GPTConfig) -> list[str]:
 class GPTPipeline(PipelineModule):
     """This rank's stage of the GPT, with start values that depend on `seed` and names alone."""
 
-    def __init__(self, gpt: GPTConfig, topology: Topology, tp: TensorParallel, seed: int):
-        self.gpt, self.tp = gpt, tp
+    def __init__(
+        self,
+        gpt: GPTConfig,
+        topology: Topology,
+        tp: TensorParallel,
+        seed: int,
+        recompute: str = "none",
+        loss_chunk_tokens: int = 0,
+    ):
+        """Builds and fills this rank's layers.
+
+        Args:
+            recompute: see `Block`.
+            loss_chunk_tokens: see `token_losses` in parallel/cross_entropy.py.
+        """
+        self.gpt, self.tp, self.loss_chunk_tokens = gpt, tp, loss_chunk_tokens
         self.names = layer_names(gpt)
         axes = ProcessTopology(
             axes=["pipe", "data", "model"],
@@ -57,7 +71,7 @@ class GPTPipeline(PipelineModule):
         # DeepSpeed prints its topology and stage tables; ours are in config.json and the dry run.
         with contextlib.redirect_stdout(io.StringIO()):
             super().__init__(
-                layers=_layer_specs(gpt, tp),
+                layers=_layer_specs(gpt, tp, recompute),
                 topology=axes,
                 loss_fn=self.token_losses,
                 partition_method="uniform",
@@ -115,10 +129,10 @@ class GPTPipeline(PipelineModule):
         """
         rows = self.tied_modules[TIED_KEY] if self.gpt.tied_embeddings else getattr(self, str(len(self.names) - 1))
         hidden = self.tp.enter(hidden)
-        return token_losses(hidden, rows.weight, labels[0], self.gpt.vocab_size, self.tp.group)
+        return token_losses(hidden, rows.weight, labels[0], self.gpt.vocab_size, self.tp.group, self.loss_chunk_tokens)
 
 
-def _layer_specs(gpt: GPTConfig, tp: TensorParallel) -> list[LayerSpec]:
+def _layer_specs(gpt: GPTConfig, tp: TensorParallel, recompute: str) -> list[LayerSpec]:
     padded = gpt.padded_vocab_size(tp.size)
     embedding = (gpt.vocab_size, padded, gpt.hidden_size, gpt.init_method_std, tp)
     specs: list[LayerSpec] = []
@@ -128,7 +142,7 @@ def _layer_specs(gpt: GPTConfig, tp: TensorParallel) -> list[LayerSpec]:
         specs.append(LayerSpec(VocabParallelEmbedding, *embedding))
     if gpt.position_embedding_type == "learned_absolute":
         specs.append(LayerSpec(LearnedPositions, gpt.max_positions, gpt.hidden_size, gpt.init_method_std, tp))
-    specs += [LayerSpec(Block, gpt, tp) for _ in range(gpt.num_layers)]
+    specs += [LayerSpec(Block, gpt, tp, recompute) for _ in range(gpt.num_layers)]
     specs.append(LayerSpec(Norm, gpt.hidden_size, gpt.normalization, gpt.norm_epsilon, tp))
     if gpt.tied_embeddings:
         specs.append(TiedLayerSpec(TIED_KEY, VocabParallelEmbedding, *embedding, forward_fn=_pass_hidden))

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from megatron_doremi.parallel.groups import TensorGroup
 
@@ -46,7 +47,9 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         return probabilities.mul_(grad.unsqueeze(-1)), None, None, None
 
 
-def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, tensor: TensorGroup) -> Tensor:
+def token_losses(
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, tensor: TensorGroup, chunk_tokens: int = 0
+) -> Tensor:
     """Cross-entropy of each target under the output layer, in float32.
 
     Args:
@@ -56,17 +59,30 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: in
         targets: [batch, seq] token ids below `vocab_size`.
         vocab_size: rows from here on are padding and never enter the softmax.
         tensor: the group over which the vocabulary is cut.
+        chunk_tokens: hold the logits of at most this many tokens at a time and compute them again in the
+            backward pass, where the batch has more; 0: the logits of all tokens at once, computed once.
 
     Returns:
         [batch, seq] losses in nats, the same on every rank of the group.
     """
+    rows, flat = hidden.flatten(0, 1), targets.flatten()
+    if not chunk_tokens or len(flat) <= chunk_tokens:
+        return _row_losses(rows, weight, flat, vocab_size, tensor).view_as(targets)
+    parts = [
+        checkpoint(_row_losses, r, weight, t, vocab_size, tensor, use_reentrant=False, preserve_rng_state=False)
+        for r, t in zip(rows.split(chunk_tokens), flat.split(chunk_tokens), strict=True)
+    ]
+    return torch.cat(parts).view_as(targets)
+
+
+def _row_losses(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, tensor: TensorGroup) -> Tensor:
+    """[n, hidden] and [n] targets to [n] losses."""
     # Padding is left out of the product; a rank that holds nothing else keeps a row, which gets no probability.
     used = vocab_size - tensor.rank * weight.shape[0]
-    logits = F.linear(hidden.flatten(0, 1), weight[: max(1, used)]).float()
+    logits = F.linear(hidden, weight[: max(1, used)]).float()
     if tensor.size == 1:
-        return F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)
+        return F.cross_entropy(logits, targets, reduction="none")
     if used < 1:
         # A fill that stays in the graph: every rank has to take part in the backward's collectives.
         logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool), float("-inf"))
-    losses = _VocabParallelCrossEntropy.apply(logits, targets.flatten(), tensor.rank * weight.shape[0], tensor)
-    return losses.view_as(targets)
+    return _VocabParallelCrossEntropy.apply(logits, targets, tensor.rank * weight.shape[0], tensor)

@@ -23,6 +23,9 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         "pipeline": {"use_reentrant": False, "pipe_partitioned": False, "grad_partitioned": False},
     }
     if config.optimizer.bf16:
-        result["bf16"] = {"enabled": True}
+        # Each gradient goes to its float32 sum as soon as it is there. Otherwise DeepSpeed clears bfloat16 gradients
+        # when the backward pass reaches the module's output, and with them the output layer's, which come from the
+        # loss, before the module (seen on 0.19.8: the output layer never learned).
+        result["bf16"] = {"enabled": True, "immediate_grad_update": True}
         result["data_types"] = {"grad_accum_dtype": "fp32"}
     return result

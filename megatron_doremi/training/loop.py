@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from megatron_doremi import __version__
 from megatron_doremi.config import Config, GPTConfig, global_batch_size, micro_batches_per_step
@@ -100,11 +102,15 @@ class Trainer:
         return interval > 0 and self.iteration % interval == 0
 
     def _steps(self) -> Any:
-        data, weights = self.config.data, self.data.weights
+        data = self.config.data
         reads = self.topology.is_first_stage or self.topology.is_last_stage
+        resamples = isinstance(self.engine, ProxyEngine) and self.config.doremi.doremi_weighting == "resample"
 
         def sampling() -> NDArray[np.float64]:
-            return weights
+            if resamples:
+                assert isinstance(self.engine, ProxyEngine)
+                return self.engine.dro.weights.cpu().numpy()
+            return self.data.weights
 
         return steps(
             self.blend,
@@ -116,14 +122,17 @@ class Trainer:
             self.topology.data_rank,
             self.topology.data_size,
             reads,
+            ahead=not resamples,
         )
 
     def _take_step(self, step: Step, lr: float) -> None:
         self.engine.set_learning_rate(lr)
         if isinstance(self.engine, ProxyEngine):
-            assert self.reference is not None
-            losses = self.reference.token_losses(step.micro_batches, self.micro_batches)
-            self.engine.train_proxy_step(step.micro_batches, losses)
+            losses: list[Tensor] = []
+            if self.reference is not None:
+                losses = self.reference.token_losses(step.micro_batches, self.micro_batches)
+            targets = torch.from_numpy(step.targets).to(self.engine.device, torch.float64)
+            self.engine.train_proxy_step(step.micro_batches, losses, targets)
         else:
             self.engine.train_step(step.micro_batches)
         self.blend_state = step.state_after
@@ -143,7 +152,9 @@ class Trainer:
         }
         if isinstance(self.engine, ProxyEngine):
             dro = self.engine.dro
-            entry |= proxy_entries(sums, dro.excess.tolist(), dro.weights.tolist(), names)
+            entry |= proxy_entries(
+                sums, dro.excess.tolist(), dro.weights.tolist(), self.engine.gradient_weights.tolist(), names
+            )
         return entry
 
     def _rates(self, seconds: float) -> dict[str, float]:
@@ -196,7 +207,8 @@ class Trainer:
     def _write_domain_weights(self, dro: DomainWeights) -> None:
         doremi = self.config.doremi
         provenance = {
-            "method": f"doremi, {doremi.doremi_update}, {doremi.doremi_objective}, {doremi.doremi_weighting}",
+            "method": f"doremi, {doremi.doremi_update}, {doremi.doremi_objective}, {doremi.doremi_weighting}, "
+            f"{doremi.doremi_normalization}",
             "steps": dro.steps,
             "step_size": doremi.doremi_step_size,
             "smoothing": doremi.doremi_smoothing,

@@ -78,14 +78,19 @@ def evaluation_entries(sums: Sequence[Sequence[float]], names: Sequence[str]) ->
 
 
 def proxy_entries(
-    sums: Sequence[Sequence[float]], excess: Sequence[float], weights: Sequence[float], names: Sequence[str]
+    sums: Sequence[Sequence[float]],
+    excess: Sequence[float],
+    weights: Sequence[float],
+    gradient_weights: Sequence[float],
+    names: Sequence[str],
 ) -> dict[str, Any]:
-    """What a proxy adds to a line: lambda_t, alpha_t and the objective under alpha_t."""
+    """What a proxy adds to a line: lambda_t, alpha_t, and the sum of each domain's mean loss times the weight under
+    which its gradient was taken."""
     means = [s / t if t else 0.0 for s, t in zip(sums[LOSS], sums[TARGETS], strict=True)]
     return {
         "domain_excess": dict(zip(names, excess, strict=True)),
         "domain_weights": dict(zip(names, weights, strict=True)),
-        "dro_loss": sum(w * m for w, m in zip(weights, means, strict=True)),
+        "dro_loss": sum(w * m for w, m in zip(gradient_weights, means, strict=True)),
     }
 
 

@@ -27,7 +27,7 @@ from megatron_doremi.data.files import atomic_write_text, make_folder
 from megatron_doremi.data.indexed_dataset import IndexedDataset
 from megatron_doremi.data.loader import too_short
 from megatron_doremi.data.manifest import Manifest, load_manifest, resolve_weights
-from megatron_doremi.doremi.engine import ProxyEngine, TrainingEngine
+from megatron_doremi.doremi.engine import DoReMiSettings, ProxyEngine, TrainingEngine
 from megatron_doremi.doremi.reference import OnlineReference, ReferenceRun, check_reference, read_run_config
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any
 from megatron_doremi.model.pipeline import GPTPipeline
@@ -83,7 +83,17 @@ def open_data(config: Config, training: bool) -> RunData:
     seq_length = config.data.seq_length
     for domain in manifest.domains:
         if training:
-            train.append(_open(domain.name, domain.train, seq_length, faults))
+            dataset = _open(domain.name, domain.train, seq_length, faults)
+            if dataset is not None and dataset.num_tokens != domain.tokens:
+                faults.append(
+                    Fault(
+                        f"domain {domain.name!r} ({domain.train})",
+                        f"{dataset.num_tokens:,} tokens",
+                        f"the {domain.tokens:,} of the manifest, which natural weights are made of",
+                        "make the data set again with tools/preprocess_data.py",
+                    )
+                )
+            train.append(dataset)
         valid.append(None if domain.valid is None else _open(domain.name, domain.valid, seq_length, faults))
     try:
         weights = resolve_weights(sampling_setting(config, manifest), manifest, config.data.allow_tokenizer_mismatch)
@@ -123,6 +133,11 @@ def _open(name: str, prefix: Path, seq_length: int, faults: list[Fault]) -> Inde
     return dataset
 
 
+def needs_reference(config: Config) -> bool:
+    """Whether a run scores its batches with a reference: a proxy does, unless only its own loss counts."""
+    return config.data.phase == PROXY and config.doremi.doremi_objective != "hardest"
+
+
 def read_reference(config: Config, data: RunData) -> ReferenceRun:
     """Finds and checks the reference of a proxy."""
     folder = Path(config.doremi.reference_load)
@@ -142,17 +157,29 @@ def read_reference(config: Config, data: RunData) -> ReferenceRun:
 
 
 def make_engine(
-    config: Config, gpt: GPTConfig, num_domains: int, topology: Topology, groups: ProcessGroups
+    config: Config,
+    gpt: GPTConfig,
+    sampling: NDArray[np.float64],
+    topology: Topology,
+    groups: ProcessGroups,
+    device: torch.device,
 ) -> TrainingEngine:
-    """Builds this rank's stage of the model and the DeepSpeed engine that trains it."""
+    """Builds this rank's stage of the model and the DeepSpeed engine that trains it.
+
+    Args:
+        sampling: [k] sampling weights of the blend.
+    """
     deepspeed_logger.setLevel(logging.WARNING)
     tp = TensorParallel(groups.tensor, config.parallel.sequence_parallel)
-    module = GPTPipeline(gpt, topology, tp, config.data.seed)
+    parallel = config.parallel
+    module = GPTPipeline(
+        gpt, topology, tp, config.data.seed, parallel.recompute_granularity, parallel.loss_chunk_tokens
+    )
     entry = deepspeed_config(config, topology.world_size)
     arguments: dict[str, Any] = {
         "topology": topology,
         "groups": groups,
-        "num_domains": num_domains,
+        "num_domains": len(sampling),
         "clip_grad": config.optimizer.clip_grad,
         "args": None,
         "model": module,
@@ -164,7 +191,16 @@ def make_engine(
     }
     if config.data.phase == PROXY:
         doremi = config.doremi
-        return ProxyEngine(step_size=doremi.doremi_step_size, smoothing=doremi.doremi_smoothing, **arguments)
+        settings = DoReMiSettings(
+            step_size=doremi.doremi_step_size,
+            smoothing=doremi.doremi_smoothing,
+            update=doremi.doremi_update,
+            weighting=doremi.doremi_weighting,
+            objective=doremi.doremi_objective,
+            normalization=doremi.doremi_normalization,
+            sampling=torch.from_numpy(sampling).to(device),
+        )
+        return ProxyEngine(settings=settings, **arguments)
     return TrainingEngine(**arguments)
 
 

@@ -15,6 +15,7 @@ from megatron_doremi.doremi.losses import (
     EXCESS,
     LOSS,
     TARGETS,
+    batch_coefficients,
     domain_coefficients,
     domain_sums,
     objective,
@@ -171,3 +172,33 @@ def test_an_absent_domain_has_no_coefficient():
 def test_entropy():
     assert entropy([0.25] * 4) == pytest.approx(math.log(4))
     assert entropy([1.0, 0.0]) == 0.0
+
+
+def test_objectives_of_the_ablation_by_hand():
+    """hardest: the proxy's loss alone; easiest: the reference's alone, negative and not clipped."""
+    proxy, reference = torch.tensor([[3.0, 1.0], [2.0, 4.0]]), torch.tensor([[2.0, 2.0], [5.0, 1.0]])
+    domains = torch.tensor([0, 1])
+    assert domain_sums(proxy, domains, 2, reference, "excess")[EXCESS].tolist() == [1.0, 3.0]
+    assert domain_sums(proxy, domains, 2, reference, "hardest")[EXCESS].tolist() == [4.0, 6.0]
+    assert domain_sums(proxy, domains, 2, None, "hardest")[EXCESS].tolist() == [4.0, 6.0]
+    assert domain_sums(proxy, domains, 2, reference, "easiest")[EXCESS].tolist() == [-4.0, -6.0]
+    # Two targets each: lambda (-2, -3), so the domain that is easier for the reference gains.
+    state = DomainWeights.start(2).update(torch.tensor([-4.0, -6.0]), torch.tensor([2.0, 2.0]), 1.0, 0.0)
+    assert state.weights.tolist() == pytest.approx([1 / (1 + math.exp(-1)), 1 / (1 + math.exp(1))], abs=1e-7)
+
+
+def test_the_authors_normalisation_by_hand():
+    """sum_i w_i L_i / sum_j w_j n_j, w proportional to alpha / q."""
+    weights = torch.tensor([0.25, 0.75], dtype=torch.float64)
+    targets = torch.tensor([4.0, 2.0], dtype=torch.float64)
+    uniform = torch.tensor([0.5, 0.5], dtype=torch.float64)
+    # 1 / (.25 * 4 + .75 * 2) = .4
+    assert batch_coefficients(weights, targets, uniform, 1).tolist() == pytest.approx([0.1, 0.3])
+    assert batch_coefficients(weights, targets, uniform, 3).tolist() == pytest.approx([0.3, 0.9])
+    # Sampled in proportion to its weights, the mixture needs no weighing: the plain mean over six tokens.
+    assert batch_coefficients(weights, targets, weights, 1).tolist() == pytest.approx([1 / 6, 1 / 6])
+    # With equal targets a domain it is the paper's objective.
+    equal = torch.tensor([3.0, 3.0], dtype=torch.float64)
+    assert torch.allclose(batch_coefficients(weights, equal, uniform, 1), domain_coefficients(weights, equal, 1))
+    absent = torch.tensor([4.0, 0.0], dtype=torch.float64)
+    assert batch_coefficients(weights, absent, uniform, 1).tolist() == pytest.approx([0.25, 0.0])

@@ -26,6 +26,8 @@ LAYOUTS = {
     "one micro-batch": (1, ["--micro-batch-size", "8"]),
     "eight micro-batches": (1, ["--micro-batch-size", "1"]),
 }
+# About twice what was measured: .00057 of the loss, .00027 of a weight.
+BOUNDS = {"loss": 1.2e-3, "weight": 6e-4}
 VARIANTS = {
     "tied": MODEL,
     "untied": [*MODEL, "--untie-embeddings-and-output-weights", "--normalization", "LayerNorm"],
@@ -93,10 +95,18 @@ def test_weights_follow_from_the_metrics_alone(single, data, tmp_path):
 
 
 def test_bfloat16_follows_float32(single, data, tmp_path):
-    """bfloat16 on two stages stays near the float32 run: measured .033 at most in a weight."""
-    reference, expected = single
-    flags = ["--bf16", "--zero-stage", "1", "--pipeline-model-parallel-size", "2"]
-    lines = training_lines(train(2, "proxy", data, tmp_path, STEPS, *reference, *flags))
-    for ours, theirs in zip(lines, expected["tied"], strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-2)
-        assert ours["domain_weights"] == pytest.approx(theirs["domain_weights"], abs=5e-2)
+    """bfloat16 keeps 8 bits of a number; a batch's mean loss averages the errors of its tokens, but what is left of
+    them in lambda adds up over steps, so the bound is one for 20 steps at eta = .2."""
+    reference, _ = single
+    flags = [*reference, "--doremi-step-size", "0.2", "--pipeline-model-parallel-size", "2"]
+    exact = training_lines(train(2, "proxy", data, tmp_path / "float32", STEPS, *flags))
+    short = training_lines(train(2, "proxy", data, tmp_path / "bf16", STEPS, *flags, "--bf16", "--zero-stage", "1"))
+    loss = max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(short, exact, strict=True))
+    weight = max(
+        abs(a["domain_weights"][n] - b["domain_weights"][n])
+        for a, b in zip(short, exact, strict=True)
+        for n in b["domain_weights"]
+    )
+    print("bfloat16 against float32:", {"loss": loss, "weight": weight})
+    assert 0 < loss < BOUNDS["loss"]
+    assert 0 < weight < BOUNDS["weight"]

@@ -6,6 +6,7 @@ Run alone: python -m pytest tests/training/test_resume.py
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import pytest
 from ranks import run_program
@@ -111,3 +112,19 @@ def test_weights_of_any_layout_evaluate_the_same(data, tmp_path):
         assert line["eval"] == pytest.approx(trained["eval"], rel=1e-5)
         assert line["eval_worst"] == max(line["eval"].values())
         assert line["eval_uniform_mean"] == pytest.approx(sum(line["eval"].values()) / 3)
+
+
+@pytest.mark.parametrize("flags", [["--doremi-weighting", "resample"], ["--doremi-update", "simultaneous"]])
+def test_other_updates_resume_exactly(flags, reference, data, tmp_path):
+    """With resample the blend follows the weights, step by step, and goes on where it stopped."""
+    flags = [*flags, *reference, "--pipeline-model-parallel-size", "2"]
+    whole = training_lines(train(2, "proxy", data, tmp_path / "whole", 20, *flags))
+    broken = tmp_path / "broken"
+    train(2, "proxy", data, broken, 20, *flags, "--load", str(broken), "--exit-interval", "10")
+    assert training_lines(train(2, "proxy", data, broken, 20, *flags, "--load", str(broken))) == whole
+    if "resample" in flags:
+        # Batch t holds floor or ceil of 8 * alpha_{t-1} windows of each domain.
+        for before, line in pairwise(whole):
+            for name, weight in before["domain_weights"].items():
+                assert abs(line["domain_tokens"][name] / 16 - 8 * weight) < 1.0
+        assert len({json.dumps(line["domain_tokens"]) for line in whole}) > 3

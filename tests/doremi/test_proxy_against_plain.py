@@ -1,0 +1,171 @@
+"""Three proxy steps against Algorithm 1 written out over a plain model and torch's AdamW.
+
+Nothing of ours is in the oracle but the start values, by name: not the model, the objective, the update, the
+accumulation over micro-batches or the clipping.
+
+Run alone: python -m pytest tests/doremi/test_proxy_against_plain.py
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import numpy as np
+import pytest
+import torch
+from model.plain_gpt import token_losses as plain_token_losses
+from model.test_against_plain_model import GPT
+from ranks import on_ranks
+
+pytestmark = pytest.mark.slow
+
+STEPS, WINDOWS, SEQ, K = 3, 8, 12, 3
+ETA, C, LR, EPS, CLIP = 0.8, 0.01, 1e-2, 1e-3, 0.5
+# Uneven counts; domain 2 is absent from the second batch, whose weights must keep its last lambda.
+DOMAINS = [[0, 1, 1, 2, 0, 1, 2, 2], [0, 1, 1, 0, 1, 1, 0, 1], [2, 0, 2, 2, 1, 2, 0, 2]]
+SAMPLING = [0.25, 0.375, 0.375]
+
+
+def batches():
+    """(tokens, targets, domains, reference losses) of each step."""
+    generator = torch.Generator().manual_seed(8)
+    for domains in DOMAINS:
+        ids = torch.randint(0, GPT.vocab_size, (WINDOWS, SEQ + 1), generator=generator)
+        # Around log 53 = 3.97, so that excess is positive for some tokens and not for others.
+        reference = 3.0 + 2.0 * torch.rand(WINDOWS, SEQ, generator=generator)
+        yield ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), torch.tensor(domains), reference
+
+
+def all_options(launch, pipe, tensor, parallel):
+    """Three steps under each of OPTIONS, in the processes of one start."""
+    from megatron_doremi.parallel.groups import make_groups
+    from megatron_doremi.parallel.topology import Topology
+    from megatron_doremi.training.distributed import join
+
+    topology = Topology(pipe, launch.world_size // pipe // tensor, tensor, launch.rank)
+    device, groups = join(launch), make_groups(topology)
+    return {name: proxy_steps(options, topology, groups, device, parallel) for name, options in OPTIONS.items()}
+
+
+def proxy_steps(options, topology, groups, device, parallel):
+    import torch.distributed as dist
+
+    from megatron_doremi.config import (
+        Config,
+        DataConfig,
+        DoReMiConfig,
+        ModelConfig,
+        OptimizerConfig,
+        ParallelConfig,
+        RunConfig,
+    )
+    from megatron_doremi.data.loader import MicroBatch
+    from megatron_doremi.parallel.parameters import spec_of, unshard
+    from megatron_doremi.training.setup import make_engine
+
+    config = Config(
+        DataConfig(phase="proxy", seq_length=SEQ, micro_batch_size=2, global_batch_size=WINDOWS, seed=3),
+        ModelConfig(),
+        ParallelConfig(topology.tensor_size, topology.pipe_size, **parallel),
+        DoReMiConfig(doremi_step_size=ETA, doremi_smoothing=C, **options),
+        OptimizerConfig(clip_grad=CLIP, adam_eps=EPS, weight_decay=0.0, adam_beta2=0.99),
+        RunConfig(),
+    )
+    engine = make_engine(config, GPT, np.array(SAMPLING), topology, groups, device)
+
+    def gather():
+        own = {name: (p.detach().clone(), spec_of(p)) for name, p in engine.module.model_parameters()}
+        everyone = [None] * topology.world_size
+        dist.all_gather_object(everyone, (topology, own))
+        whole = {}
+        for stage in range(topology.pipe_size):
+            parts = [values for place, values in everyone if place.pipe_rank == stage and place.data_rank == 0]
+            whole |= {name: unshard([part[name][0] for part in parts], spec) for name, (_, spec) in parts[0].items()}
+        return whole
+
+    start, trace = gather(), []
+    for tokens, targets, domains, reference in batches():
+        first = range(2 * topology.data_rank, WINDOWS, 2 * topology.data_size)
+        mine = [MicroBatch(tokens[i : i + 2], targets[i : i + 2], domains[i : i + 2]) for i in first]
+        losses = [reference[i : i + 2] for i in first] if topology.is_last_stage else []
+        counts = torch.bincount(domains, minlength=K).double() * SEQ
+        engine.set_learning_rate(LR)
+        engine.train_proxy_step(mine, losses, counts)
+        trace.append((engine.dro.weights.tolist(), engine.dro.excess.tolist(), engine.grad_norm()))
+    return start, trace, gather()
+
+
+def oracle(start, options):
+    """Algorithm 1, in float64, one window at a time."""
+    update, objective = options.get("doremi_update", "alternating"), options.get("doremi_objective", "excess")
+    resample = options.get("doremi_weighting") == "resample"
+    weights = {name: value.double().requires_grad_() for name, value in start.items()}
+    optimizer = torch.optim.AdamW(weights.values(), lr=LR, betas=(0.9, 0.99), eps=EPS, weight_decay=0.0)
+    alpha, excess, trace = [1 / K] * K, [0.0] * K, []
+    for tokens, targets, domains, reference in batches():
+        losses = plain_token_losses(weights, GPT, tokens, targets)
+        before = list(alpha)
+        for d in range(K):
+            if (domains == d).any():
+                own, theirs = losses[domains == d].detach(), reference[domains == d].double()
+                scores = {"excess": (own - theirs).clamp(min=0), "hardest": own, "easiest": -theirs}[objective]
+                excess[d] = scores.mean().item()
+        raised = [a * math.exp(ETA * x) for a, x in zip(alpha, excess, strict=True)]
+        alpha = [(1 - C) * r / sum(raised) + C / K for r in raised]
+        used = before if update == "simultaneous" else alpha
+        present = [d for d in range(K) if (domains == d).any()]
+        if resample:
+            objective_value = losses.mean()
+        elif options.get("doremi_normalization") == "batch":
+            w = [a / q for a, q in zip(used, SAMPLING, strict=True)]
+            above = sum(w[d] * losses[domains == d].sum() for d in present)
+            objective_value = above / sum(w[d] * losses[domains == d].numel() for d in present)
+        else:
+            objective_value = sum(used[d] * losses[domains == d].mean() for d in present)
+        optimizer.zero_grad()
+        objective_value.backward()
+        norm = torch.sqrt(sum((w.grad**2).sum() for w in weights.values()))
+        for w in weights.values():
+            w.grad *= min(1.0, CLIP / (norm.item() + 1e-6))
+        optimizer.step()
+        trace.append((list(alpha), list(excess), norm.item()))
+    return trace, weights
+
+
+OPTIONS = {
+    "alternating": {},
+    "simultaneous": {"doremi_update": "simultaneous"},
+    "resample": {"doremi_weighting": "resample"},
+    "hardest": {"doremi_objective": "hardest"},
+    "easiest": {"doremi_objective": "easiest"},
+    "the authors' normalisation": {"doremi_normalization": "batch"},
+}
+LAYOUTS = {
+    "single": (1, 1, 1, {}),
+    "PP2": (2, 2, 1, {}),
+    "TP2 full recompute": (2, 1, 2, {"recompute_granularity": "full", "sequence_parallel": True}),
+    "DP2 ZeRO1 loss in chunks": (2, 1, 1, {"zero_stage": 1, "loss_chunk_tokens": 5}),
+    "PP2 selective recompute, chunks": (2, 2, 1, {"recompute_granularity": "selective", "loss_chunk_tokens": 7}),
+}
+
+
+@functools.cache
+def results(layout):
+    """What each option gave at a layout: start values, trace, weights at the end."""
+    world, *rest = LAYOUTS[layout]
+    return on_ranks(world, all_options, *rest)[0]
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_three_steps(layout, option):
+    start, trace, end = results(layout)[option]
+    expected, weights = oracle(start, OPTIONS[option])
+    for (alpha, excess, norm), (alpha_, excess_, norm_) in zip(trace, expected, strict=True):
+        assert alpha == pytest.approx(alpha_, abs=1e-6)
+        assert excess == pytest.approx(excess_, rel=1e-5, abs=1e-6)
+        assert norm == pytest.approx(norm_, rel=1e-5)
+    for name, value in weights.items():
+        assert (end[name].double() - value.detach()).abs().max() < 2e-6, name
+        assert (end[name] - start[name]).abs().max() > 1e-4, name
