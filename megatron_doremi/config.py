@@ -170,6 +170,9 @@ class RunConfig:
     save_interval: int = setting(0, "steps between two checkpoints; 0: only at the end")
     keep_checkpoints: int = setting(0, "keep this many of the newest checkpoints; 0: all")
     exit_interval: int = setting(0, "save and leave with exit code 0 when this iteration divides by it; 0: never")
+    check_ranks_interval: int = setting(
+        1000, "steps between two comparisons of what ranks have to hold alike; a difference stops the run; 0: never"
+    )
     log_interval: int = setting(10, "steps between two lines on the console (a proxy's metrics.jsonl has each step)")
     tensorboard_dir: str = setting("", "folder of the TensorBoard events (default: SAVE/tensorboard)")
     dry_run: bool = setting(False, "print the resolved configuration and the sizes a rank gets, then leave")

@@ -82,7 +82,7 @@ def _ranges(config: Config) -> list[Fault]:
         check(getattr(data, name) > 0, name, getattr(data, name), "at least 1")
     for name in ("global_batch_size", "train_iters", "eval_iters", "eval_interval", "seed", "vocab_size"):
         check(getattr(data, name) >= 0, name, getattr(data, name), "not negative")
-    for name in ("save_interval", "keep_checkpoints", "exit_interval"):
+    for name in ("save_interval", "keep_checkpoints", "exit_interval", "check_ranks_interval"):
         check(getattr(run, name) >= 0, name, getattr(run, name), "not negative")
     check(run.log_interval > 0, "log_interval", run.log_interval, "at least 1")
     chunk = config.parallel.loss_chunk_tokens

@@ -30,6 +30,7 @@ from megatron_doremi.training.checkpoint import (
     save_checkpoint,
 )
 from megatron_doremi.training.evaluate import evaluate
+from megatron_doremi.training.guard import check_ranks_agree
 from megatron_doremi.training.metrics import (
     RunLog,
     domain_entries,
@@ -86,6 +87,8 @@ class Trainer:
             log.step(entry)
             if on_console and entry is not None:
                 log.line(entry)
+            if self._due(config.run.check_ranks_interval):
+                check_ranks_agree(self.engine.module, self._own_state(), self.topology, self.iteration)
             if self._due(config.data.eval_interval) or self.iteration == total:
                 self._evaluate(log)
             leave = self._due(config.run.exit_interval)
@@ -194,11 +197,16 @@ class Trainer:
             "seed": data.seed,
         }
 
-    def _save(self) -> None:
-        state: dict[str, Any] = {**self._trained_on(), "consumed_samples": self.iteration * self.batch_size}
-        state["blend"] = self.blend_state.to_dict(self.data.names)
+    def _own_state(self) -> dict[str, Any]:
+        """The state that every rank computes for itself."""
+        state: dict[str, Any] = {"blend": self.blend_state.to_dict(self.data.names)}
         if isinstance(self.engine, ProxyEngine):
             state["doremi"] = self.engine.dro.to_dict(self.data.names)
+        return state
+
+    def _save(self) -> None:
+        consumed = {"consumed_samples": self.iteration * self.batch_size}
+        state = {**self._trained_on(), **consumed, **self._own_state()}
         keep = self.config.run.keep_checkpoints
         save_checkpoint(self.engine, self.save_dir, self.iteration, self.topology, state, keep)
         if isinstance(self.engine, ProxyEngine) and self.topology.rank == 0:

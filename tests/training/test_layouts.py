@@ -6,6 +6,7 @@ Run alone: python -m pytest tests/training/test_layouts.py
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 from training.small import MODEL, train, training_lines, write_data
@@ -56,6 +57,7 @@ def single(data, tmp_path_factory):
 def test_twenty_steps_are_the_same(layout, variant, single, data, tmp_path):
     world, flags = LAYOUTS[layout]
     reference, expected = single
+    flags = [*flags, "--check-ranks-interval", "5"]
     lines = training_lines(train(world, "proxy", data, tmp_path, STEPS, *reference, *flags, model=VARIANTS[variant]))
     assert len(lines) == STEPS
     for ours, theirs in zip(lines, expected[variant], strict=True):
@@ -69,10 +71,32 @@ def test_twenty_steps_are_the_same(layout, variant, single, data, tmp_path):
     assert max(lines[-1]["domain_weights"].values()) > 0.25
 
 
+def test_22_domains_in_batches_of_16(tmp_path_factory, tmp_path):
+    """More domains than windows: 200 steps through absences without a jump, finite, summing to one."""
+    folder = tmp_path_factory.mktemp("22")
+    data = write_data(folder, num_domains=22, tokens=600)
+    flags = ["--global-batch-size", "16", "--lr", "2e-3", "--log-interval", "100"]
+    train(1, "reference", data, tmp_path / "reference", 20, *flags)
+    reference = ["--reference-load", str(tmp_path / "reference")]
+    lines = training_lines(train(2, "proxy", data, tmp_path / "proxy", 200, *reference, *flags))
+    previous = dict.fromkeys(lines[0]["domain_weights"], 1 / 22)
+    last_excess = dict.fromkeys(previous, 0.0)
+    for line in lines:
+        weights, excess = line["domain_weights"], line["domain_excess"]
+        assert sum(weights.values()) == pytest.approx(1.0, abs=1e-12)
+        assert min(weights.values()) >= 0.001 / 22
+        absent = [n for n, tokens in line["domain_tokens"].items() if tokens == 0]
+        assert len(absent) == 6
+        assert all(excess[n] == last_excess[n] for n in absent)
+        # An update multiplies a weight by at most exp(largest excess) against the others.
+        bound = math.exp(max(excess.values()))
+        assert all(weights[n] <= 1.001 * previous[n] * bound + 0.001 / 22 for n in weights)
+        previous, last_excess = weights, excess
+    assert max(weights.values()) < 0.9
+
+
 def test_weights_follow_from_the_metrics_alone(single, data, tmp_path):
     """alpha_t from alpha_{t-1} and lambda_t by the formula, at every step; the file holds their mean."""
-    import math
-
     reference, _ = single
     flags = ["--pipeline-model-parallel-size", "2", "--doremi-step-size", "0.7", "--doremi-smoothing", "0.01"]
     lines = training_lines(train(2, "proxy", data, tmp_path, STEPS, *reference, *flags))
