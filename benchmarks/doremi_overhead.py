@@ -1,0 +1,171 @@
+"""What DoReMi costs: seconds a step of a proxy over those of a plain run, side by side in one process group.
+
+    python -m torch.distributed.run --standalone --nproc-per-node 2 benchmarks/doremi_overhead.py
+
+Four engines of one shape take turns, a step each, so that whatever else the machine does meets all of them:
+plain training (1F1B), a proxy whose reference losses are given, a proxy that scores with the reference online,
+and the given one again by the simultaneous update. Ratios of medians are printed; rank 0's clock, which waits
+for the slowest rank in every step. Random ids: what is in the text does not change the time.
+
+By arithmetic the ratios are 1, 4/3 (a forward is a third of a step) and 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+warnings.filterwarnings("ignore", category=FutureWarning)
+os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+from megatron_doremi.config import (
+    MAIN,
+    PROXY,
+    Config,
+    DataConfig,
+    DoReMiConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    data_parallel_size,
+    gpt_config,
+)
+from megatron_doremi.data.loader import MicroBatch
+from megatron_doremi.doremi.engine import ProxyEngine, TrainingEngine
+from megatron_doremi.model.forward import forward_only
+from megatron_doremi.model.pipeline import GPTPipeline
+from megatron_doremi.parallel.groups import make_groups
+from megatron_doremi.parallel.layers import TensorParallel
+from megatron_doremi.parallel.topology import Topology
+from megatron_doremi.training.distributed import join
+from megatron_doremi.training.launch import read_launch
+from megatron_doremi.training.setup import make_engine
+
+DOMAINS = 8
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    for name, value in (("tensor", 1), ("pipe", 2), ("layers", 4), ("hidden", 256), ("vocab", 4096), ("seq", 256)):
+        parser.add_argument(f"--{name}", type=int, default=value, help=f"(default: {value})")
+    parser.add_argument("--micro-batch-size", type=int, default=2, help="(default: 2)")
+    parser.add_argument("--micro-batches", type=int, default=4, help="of a rank and step (default: 4)")
+    parser.add_argument("--steps", type=int, default=30, help="timed steps of each engine (default: 30)")
+    parser.add_argument("--bf16", action="store_true", help="train in bfloat16 with ZeRO 1")
+    return parser.parse_args()
+
+
+def make_config(args: argparse.Namespace, world_size: int) -> Config:
+    """The configuration that all engines share."""
+    parallel = ParallelConfig(args.tensor, args.pipe, zero_stage=int(args.bf16), loss_chunk_tokens=0)
+    batch = args.micro_batch_size * args.micro_batches * data_parallel_size(parallel, world_size)
+    return Config(
+        DataConfig(
+            phase=MAIN, seq_length=args.seq, micro_batch_size=args.micro_batch_size, global_batch_size=batch, seed=1
+        ),
+        ModelConfig(num_layers=args.layers, hidden_size=args.hidden, num_attention_heads=4, swiglu=True),
+        parallel,
+        DoReMiConfig(),
+        OptimizerConfig(bf16=args.bf16),
+        RunConfig(),
+    )
+
+
+def random_batches(args: argparse.Namespace, seed: int) -> list[MicroBatch]:
+    """Micro-batches of random ids."""
+    generator = torch.Generator().manual_seed(seed)
+    result = []
+    for _ in range(args.micro_batches):
+        ids = torch.randint(0, args.vocab, (args.micro_batch_size, args.seq + 1), generator=generator)
+        domains = torch.randint(0, DOMAINS, (args.micro_batch_size,), generator=generator)
+        result.append(MicroBatch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), domains))
+    return result
+
+
+def main() -> None:
+    """Times the engines and prints the ratios."""
+    args = parse()
+    launch = read_launch(os.environ)
+    config = make_config(args, launch.world_size)
+    topology = Topology(args.pipe, data_parallel_size(config.parallel, launch.world_size), args.tensor, launch.rank)
+    device, groups = join(launch), make_groups(topology)
+    gpt, sampling = gpt_config(config.model, args.seq, args.vocab), np.full(DOMAINS, 1 / DOMAINS)
+
+    def build(phase: str, update: str = "alternating") -> TrainingEngine:
+        chosen = replace(
+            config, data=replace(config.data, phase=phase), doremi=replace(config.doremi, doremi_update=update)
+        )
+        return make_engine(chosen, gpt, sampling, topology, groups, device)
+
+    plain, given, online = build(MAIN), build(PROXY), build(PROXY)
+    simultaneous = build(PROXY, "simultaneous")
+    reference = GPTPipeline(gpt, topology, TensorParallel(groups.tensor), seed=2).requires_grad_(False)
+    reference.to(torch.bfloat16 if args.bf16 else torch.float32)
+    shape = (args.micro_batch_size, args.seq)
+    batches = random_batches(args, seed=topology.data_rank)
+    losses = forward_only(reference, batches, args.micro_batches, shape, topology)
+    per_domain = config.data.global_batch_size * args.seq / DOMAINS
+    targets = torch.full((DOMAINS,), per_domain, dtype=torch.float64, device=device)
+
+    def proxy_step(engine: TrainingEngine, scored: list[torch.Tensor]) -> None:
+        assert isinstance(engine, ProxyEngine)
+        engine.train_proxy_step(batches, scored, targets)
+
+    variants = {
+        "plain": lambda: plain.train_step(batches),
+        "proxy, losses given": lambda: proxy_step(given, losses),
+        "proxy, online reference": lambda: proxy_step(
+            online, forward_only(reference, batches, args.micro_batches, shape, topology)
+        ),
+        "proxy, losses given, simultaneous": lambda: proxy_step(simultaneous, losses),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for step in range(args.steps + 3):
+        for name, run in variants.items():
+            dist.barrier()
+            began = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            dist.barrier()
+            if step >= 3:
+                seconds[name].append(time.perf_counter() - began)
+    if topology.rank == 0:
+        report(seconds, args, topology)
+    dist.destroy_process_group()
+
+
+def report(seconds: dict[str, list[float]], args: argparse.Namespace, topology: Topology) -> None:
+    """Prints medians and ratios; a ratio's spread is that of the ratios of single turns."""
+    bubble = (args.micro_batches + topology.pipe_size - 1) / args.micro_batches
+    print(
+        f"tensor {topology.tensor_size} x pipeline {topology.pipe_size} x data {topology.data_size}, "
+        f"{args.micro_batches} micro-batches; ideal pipeline time over busy time (M + P - 1) / M = {bubble:.3f}"
+    )
+    plain = seconds["plain"]
+    print(f"{'':<36} {'ms a step':>10} {'ratio':>7}  {'quartiles of the turns':>22}")
+    for name, times in seconds.items():
+        turns = sorted(own / base for own, base in zip(times, plain, strict=True))
+        low, high = turns[len(turns) // 4], turns[3 * len(turns) // 4]
+        ratio = statistics.median(times) / statistics.median(plain)
+        print(f"{name:<36} {1e3 * statistics.median(times):>10.1f} {ratio:>7.3f}  {low:>11.3f} {high:>10.3f}")
+
+
+if __name__ == "__main__":
+    main()
