@@ -1,4 +1,6 @@
-"""Trains and evaluates GPTs on domains whose mixture DoReMi learns. Phases: reference, proxy, main, evaluate.
+"""Trains and evaluates GPTs on domains whose mixture DoReMi learns.
+
+Phases: reference, score (its token losses, recorded), proxy, main, evaluate.
 
     torchrun --nproc-per-node 2 pretrain_doremi.py --phase proxy --domains data/domains.json ...
 
@@ -13,7 +15,7 @@ import sys
 import warnings
 
 from megatron_doremi.arguments import parse_config
-from megatron_doremi.config import EVALUATE, Config, data_parallel_size
+from megatron_doremi.config import EVALUATE, PROXY, SCORE, Config, data_parallel_size
 from megatron_doremi.errors import run_or_exit
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.training.launch import Launch, read_launch
@@ -49,26 +51,36 @@ def run(config: Config, topology: Topology, launch: Launch) -> None:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+    from megatron_doremi.doremi.reference import OnlineReference, RecordedReference
     from megatron_doremi.parallel.groups import make_groups
     from megatron_doremi.training import setup
     from megatron_doremi.training.distributed import join
     from megatron_doremi.training.loop import Trainer
+    from megatron_doremi.training.score import check_recorded, score
     from megatron_doremi.training.standalone import evaluate_run
 
     phase = config.data.phase
     data = setup.open_data(config, training=phase != EVALUATE)
     reference_run = setup.read_reference(config, data) if setup.needs_reference(config) else None
-    gpt = setup.resolve_gpt(config, data)
+    recorded = None
+    if phase == PROXY and setup.scores_batches(config) and config.doremi.reference_losses != "online":
+        recorded = check_recorded(config, data, topology.world_size)
     device = join(launch)
     groups = make_groups(topology)
     if phase == EVALUATE:
         evaluate_run(config, data, topology, groups, device)
+    elif phase == SCORE:
+        assert reference_run is not None
+        score(config, data, reference_run, topology, groups, device)
     else:
+        gpt = setup.resolve_gpt(config, data)
         if topology.rank == 0:
             setup.write_run_config(config, gpt, data, topology)
         engine = setup.make_engine(config, gpt, data.weights, topology, groups, device)
-        reference = None
-        if reference_run is not None:
+        reference: OnlineReference | RecordedReference | None = None
+        if recorded is not None:
+            reference = RecordedReference(recorded, topology, device)
+        elif reference_run is not None:
             reference = setup.make_reference(config, reference_run, topology, groups, device)
         Trainer(config, gpt, data, engine, reference, topology, groups).train()
     dist.barrier()

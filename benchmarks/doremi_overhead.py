@@ -94,7 +94,7 @@ def random_batches(args: argparse.Namespace, seed: int) -> list[MicroBatch]:
     for _ in range(args.micro_batches):
         ids = torch.randint(0, args.vocab, (args.micro_batch_size, args.seq + 1), generator=generator)
         domains = torch.randint(0, DOMAINS, (args.micro_batch_size,), generator=generator)
-        result.append(MicroBatch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), domains))
+        result.append(MicroBatch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), domains, torch.zeros_like(domains)))
     return result
 
 

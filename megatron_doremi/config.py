@@ -28,8 +28,8 @@ PAPER_SHAPES: dict[str, tuple[int, int, int, int, int]] = {
     "8b": (32, 32, 128, 4096, 24576),
 }
 
-REFERENCE, PROXY, MAIN, EVALUATE = "reference", "proxy", "main", "evaluate"
-PHASES = (REFERENCE, PROXY, MAIN, EVALUATE)
+REFERENCE, SCORE, PROXY, MAIN, EVALUATE = "reference", "score", "proxy", "main", "evaluate"
+PHASES = (REFERENCE, SCORE, PROXY, MAIN, EVALUATE)
 
 
 def setting(default: Any, help: str, choices: tuple[Any, ...] = ()) -> Any:
@@ -43,7 +43,8 @@ class DataConfig:
 
     phase: str = setting(
         "",
-        "what to run: the reference model, the proxy that learns the domain weights, the main model, or an evaluation",
+        "what to run: the reference model, the recording of its token losses, the proxy that learns the domain "
+        "weights, the main model, or an evaluation",
         PHASES,
     )
     domains: str = setting("", "manifest of the domains (domains.json, or Megatron-LM's 'weight prefix ...' file)")
@@ -57,7 +58,7 @@ class DataConfig:
     seq_length: int = setting(1024, "length S of a window in tokens (next-token targets)")
     micro_batch_size: int = setting(1, "windows in one forward pass of one data-parallel rank")
     global_batch_size: int = setting(0, "windows in one step over all ranks (default: one micro-batch a rank)")
-    train_iters: int = setting(0, "steps of the whole training run")
+    train_iters: int = setting(0, "steps of the whole training run; score: of the proxies to come, 0: all windows")
     eval_iters: int = setting(
         100, "an evaluation reads at most this many global batches of held-out windows a domain; 0: all"
     )
@@ -114,7 +115,11 @@ class DoReMiConfig:
     """Group DRO over domains (Xie et al. 2023, Algorithm 1)."""
 
     reference_load: str = setting("", "folder of the reference run (its --save folder)")
-    reference_losses: str = setting("online", "where the reference's token losses come from", ("online",))
+    reference_losses: str = setting(
+        "online", "where the reference's token losses come from: online, or the folder that --phase score has filled"
+    )
+    shard: int = setting(0, "score: this task of an array job, from 0")
+    num_shards: int = setting(1, "score: tasks of the array job")
     doremi_step_size: float = setting(1.0, "step size eta of the domain weights")
     doremi_smoothing: float = setting(1e-3, "smoothing c: each weight keeps at least c / k")
     doremi_update: str = setting(

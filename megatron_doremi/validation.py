@@ -9,6 +9,7 @@ from megatron_doremi.config import (
     PAPER_SHAPES,
     PHASES,
     PROXY,
+    SCORE,
     Config,
     GPTConfig,
     ModelConfig,
@@ -44,10 +45,14 @@ def _required(config: Config) -> list[Fault]:
     need("domains", data.domains, "a manifest of the domains")
     if data.phase == EVALUATE:
         need("load", run.load, "an evaluation reads the weights of a finished run")
+    elif data.phase == SCORE:
+        need("save", run.save or run.dry_run, "scoring needs a folder for the losses")
+        need("reference_load", config.doremi.reference_load, "scoring takes a trained reference")
     elif data.phase:
         need("train_iters", data.train_iters, "training needs a number of steps")
         need("save", run.save or run.dry_run, "training needs a folder for its results")
-    if data.phase == PROXY and config.doremi.doremi_objective != "hardest":
+    online = config.doremi.reference_losses == "online"
+    if data.phase == PROXY and config.doremi.doremi_objective != "hardest" and online:
         need("reference_load", config.doremi.reference_load, "a proxy is trained against a reference's losses")
     if data.phase != EVALUATE and run.save and not run.load and (Path(run.save) / "checkpoints" / "latest").exists():
         faults.append(
@@ -85,6 +90,8 @@ def _ranges(config: Config) -> list[Fault]:
     for name in ("save_interval", "keep_checkpoints", "exit_interval", "check_ranks_interval"):
         check(getattr(run, name) >= 0, name, getattr(run, name), "not negative")
     check(run.log_interval > 0, "log_interval", run.log_interval, "at least 1")
+    check(doremi.num_shards >= 1, "num_shards", doremi.num_shards, "at least 1")
+    check(0 <= doremi.shard < max(1, doremi.num_shards), "shard", doremi.shard, "from 0 to --num-shards - 1")
     chunk = config.parallel.loss_chunk_tokens
     check(chunk >= 0, "loss_chunk_tokens", chunk, "not negative")
     check(optim.lr > 0, "lr", optim.lr, "above 0")

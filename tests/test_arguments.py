@@ -73,7 +73,7 @@ WRONG = {
     "--num-layers four": "a whole number",
     "--lr fast": "a finite number",
     "--lr nan": "a finite number",
-    "--phase training": "one of reference, proxy, main, evaluate",
+    "--phase training": "one of reference, score, proxy, main, evaluate",
     "--normalization BatchNorm": "one of RMSNorm, LayerNorm",
     "--zero-stage 4": "one of",
     "--num-layer 3": "did you mean --num-layers?",

@@ -24,11 +24,13 @@ class MicroBatch:
         tokens: [batch, seq] inputs, int64.
         targets: [batch, seq] the token after each input, int64.
         domains: [batch] number of each window's domain, int64; -1 marks padding that counts for nothing.
+        windows: [batch] number of each window within its domain, int64.
     """
 
     tokens: Tensor
     targets: Tensor
     domains: Tensor
+    windows: Tensor
 
     def as_pipe_batch(self) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """(inputs, labels), the form of DeepSpeed's pipeline."""
@@ -95,6 +97,7 @@ def read_windows(datasets: Sequence[IndexedDataset | None], part: GlobalBatch, s
         tokens[:, :-1].contiguous(),
         tokens[:, 1:].contiguous(),
         torch.from_numpy(part.domains.astype(np.int64)),
+        torch.from_numpy(part.windows.astype(np.int64)),
     )
 
 

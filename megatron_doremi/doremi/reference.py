@@ -1,4 +1,4 @@
-"""The reference model: a second, frozen object with its own configuration, on the proxy's layout."""
+"""The reference: a second, frozen model with its own configuration on the proxy's layout, or its recorded losses."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_doremi.config import GPTConfig
 from megatron_doremi.data.loader import MicroBatch
 from megatron_doremi.data.manifest import Manifest
+from megatron_doremi.data.scores import RecordedLosses
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any
 from megatron_doremi.model.forward import forward_only
 from megatron_doremi.model.pipeline import GPTPipeline
@@ -133,3 +134,20 @@ class OnlineReference:
     def token_losses(self, micro_batches: Sequence[MicroBatch], count: int) -> list[Tensor]:
         """On the last stage, [batch, seq] losses in nats of each of `count` micro-batches; elsewhere nothing."""
         return forward_only(self.module, micro_batches, count, self.shape, self.topology)
+
+
+class RecordedReference:
+    """Token losses that --phase score has written, in place of a reference model."""
+
+    def __init__(self, recorded: RecordedLosses, topology: Topology, device: torch.device):
+        self.recorded, self.topology, self.device = recorded, topology, device
+
+    def token_losses(self, micro_batches: Sequence[MicroBatch], count: int) -> list[Tensor]:
+        """On the last stage, [batch, seq] losses in nats of each of `count` micro-batches; elsewhere nothing."""
+        if not self.topology.is_last_stage:
+            return []
+        assert len(micro_batches) == count
+        return [
+            torch.from_numpy(self.recorded.losses(batch.domains.numpy(), batch.windows.numpy())).to(self.device)
+            for batch in micro_batches
+        ]

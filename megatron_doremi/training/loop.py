@@ -19,7 +19,7 @@ from megatron_doremi.data.loader import Step, steps, window_count
 from megatron_doremi.data.manifest import save_weights
 from megatron_doremi.doremi.domain_weights import DomainWeights
 from megatron_doremi.doremi.engine import ProxyEngine, TrainingEngine
-from megatron_doremi.doremi.reference import OnlineReference
+from megatron_doremi.doremi.reference import OnlineReference, RecordedReference
 from megatron_doremi.parallel.groups import ProcessGroups
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.training.checkpoint import (
@@ -52,7 +52,7 @@ class Trainer:
         gpt: GPTConfig,
         data: RunData,
         engine: TrainingEngine,
-        reference: OnlineReference | None,
+        reference: OnlineReference | RecordedReference | None,
         topology: Topology,
         groups: ProcessGroups,
     ):
@@ -221,7 +221,7 @@ class Trainer:
             "step_size": doremi.doremi_step_size,
             "smoothing": doremi.doremi_smoothing,
             "seed": self.config.data.seed,
-            "reference": doremi.reference_load,
+            "reference": doremi.reference_load if doremi.reference_losses == "online" else doremi.reference_losses,
             "code_version": __version__,
         }
         weights = dict(zip(self.data.names, dro.mean().tolist(), strict=True))

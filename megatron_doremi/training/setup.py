@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from megatron_doremi import __version__
 from megatron_doremi.config import (
     PROXY,
+    SCORE,
     Config,
     GPTConfig,
     global_batch_size,
@@ -28,7 +29,12 @@ from megatron_doremi.data.indexed_dataset import IndexedDataset
 from megatron_doremi.data.loader import too_short
 from megatron_doremi.data.manifest import Manifest, load_manifest, resolve_weights
 from megatron_doremi.doremi.engine import DoReMiSettings, ProxyEngine, TrainingEngine
-from megatron_doremi.doremi.reference import OnlineReference, ReferenceRun, check_reference, read_run_config
+from megatron_doremi.doremi.reference import (
+    OnlineReference,
+    ReferenceRun,
+    check_reference,
+    read_run_config,
+)
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any
 from megatron_doremi.model.pipeline import GPTPipeline
 from megatron_doremi.parallel.groups import ProcessGroups
@@ -113,10 +119,11 @@ def open_data(config: Config, training: bool) -> RunData:
 
 
 def sampling_setting(config: Config, manifest: Manifest) -> str:
-    """--domain-weights, or its default: a proxy samples uniformly (Algorithm 1), others by what there is."""
+    """--domain-weights, or its default: a proxy, and what is scored for it, is sampled
+    uniformly (Algorithm 1), others by what there is."""
     if config.data.domain_weights:
         return config.data.domain_weights
-    if config.data.phase == PROXY:
+    if config.data.phase in (PROXY, SCORE):
         return "uniform"
     return "natural" if manifest.given_weights is None else "given"
 
@@ -134,8 +141,15 @@ def _open(name: str, prefix: Path, seq_length: int, faults: list[Fault]) -> Inde
 
 
 def needs_reference(config: Config) -> bool:
-    """Whether a run scores its batches with a reference: a proxy does, unless only its own loss counts."""
-    return config.data.phase == PROXY and config.doremi.doremi_objective != "hardest"
+    """Whether a run loads a reference: to record its losses, or as a proxy that scores its batches with it."""
+    if config.data.phase == SCORE:
+        return True
+    return config.data.phase == PROXY and scores_batches(config) and config.doremi.reference_losses == "online"
+
+
+def scores_batches(config: Config) -> bool:
+    """Whether a proxy's weights depend on a reference at all; by `hardest` only its own loss counts."""
+    return config.doremi.doremi_objective != "hardest"
 
 
 def read_reference(config: Config, data: RunData) -> ReferenceRun:

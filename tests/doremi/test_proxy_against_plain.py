@@ -87,7 +87,7 @@ def proxy_steps(options, topology, groups, device, parallel):
     start, trace = gather(), []
     for tokens, targets, domains, reference in batches():
         first = range(2 * topology.data_rank, WINDOWS, 2 * topology.data_size)
-        mine = [MicroBatch(tokens[i : i + 2], targets[i : i + 2], domains[i : i + 2]) for i in first]
+        mine = [MicroBatch(*(x[i : i + 2] for x in (tokens, targets, domains, domains))) for i in first]
         losses = [reference[i : i + 2] for i in first] if topology.is_last_stage else []
         counts = torch.bincount(domains, minlength=K).double() * SEQ
         engine.set_learning_rate(LR)

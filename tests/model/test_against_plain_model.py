@@ -111,7 +111,7 @@ def losses_and_gradients(gpt, topology, groups, device, flags, bf16):
     weights, gradients = {}, {}
     tokens, targets, domains = example(gpt)
     mine = [
-        MicroBatch(tokens[i : i + 1], targets[i : i + 1], domains[i : i + 1])
+        MicroBatch(tokens[i : i + 1], targets[i : i + 1], domains[i : i + 1], domains[i : i + 1])
         for i in range(topology.data_rank, 4, topology.data_size)
     ]
 
