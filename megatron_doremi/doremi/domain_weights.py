@@ -13,7 +13,6 @@ Everything is float64, on logarithms, from sums that all ranks share: the same o
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -80,8 +79,3 @@ class DomainWeights:
             return torch.tensor([entry[key][name] for name in names], dtype=torch.float64, device=device)
 
         return DomainWeights(vector("weights"), vector("excess"), vector("weight_sum"), int(entry["steps"]))
-
-
-def entropy(weights: Sequence[float]) -> float:
-    """Entropy of a mixture in nats: log k for equal weights, 0 for one domain alone."""
-    return -sum(w * math.log(w) for w in weights if w > 0.0)

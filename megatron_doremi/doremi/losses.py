@@ -100,9 +100,3 @@ def weighted_loss(token_loss: Tensor, domains: Tensor, coefficients: Tensor) -> 
     """
     per_window = coefficients[domains].to(token_loss.dtype)
     return (token_loss.sum(dim=1) * per_window).sum()
-
-
-def objective(weights: Tensor, sums: Tensor) -> Tensor:
-    """J of a global batch from its [3, k] sums: sum_i alpha_i * mean loss of domain i, over domains present."""
-    means = sums[LOSS] / sums[TARGETS].clamp(min=1.0)
-    return (weights * means).sum()

@@ -36,10 +36,6 @@ def _gather(x: Tensor, tensor: TensorGroup) -> Tensor:
     return parts.transpose(0, 1).reshape(batch, tensor.size * part, hidden)
 
 
-def _split(x: Tensor, tensor: TensorGroup) -> Tensor:
-    return x.chunk(tensor.size, dim=1)[tensor.rank].contiguous()
-
-
 def _scatter_sum(x: Tensor, tensor: TensorGroup) -> Tensor:
     """Sum over ranks of [batch, seq, hidden], each rank keeping its part of the positions."""
     batch, seq, hidden = x.shape
@@ -94,17 +90,6 @@ class _ReduceScatterSequence(torch.autograd.Function):
         return _gather(grad, ctx.tensor), None
 
 
-class _SplitSequence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, tensor: TensorGroup) -> Tensor:
-        ctx.tensor = tensor
-        return _split(x, tensor)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _gather(grad, ctx.tensor), None
-
-
 def copy_to_tensor(x: Tensor, tensor: TensorGroup) -> Tensor:
     """Hands the same tensor to every rank: identity forward, sum of the gradients backward."""
     return x if tensor.size == 1 else _Copy.apply(x, tensor)
@@ -123,8 +108,3 @@ def gather_sequence(x: Tensor, tensor: TensorGroup) -> Tensor:
 def reduce_scatter_sequence(x: Tensor, tensor: TensorGroup) -> Tensor:
     """Sums the ranks' [batch, seq, hidden] and leaves each its positions; backward gathers."""
     return x if tensor.size == 1 else _ReduceScatterSequence.apply(x, tensor)
-
-
-def split_sequence(x: Tensor, tensor: TensorGroup) -> Tensor:
-    """Each rank keeps its positions of a tensor that all ranks have whole; backward gathers."""
-    return x if tensor.size == 1 else _SplitSequence.apply(x, tensor)

@@ -58,14 +58,6 @@ class Topology:
         """The rank `stages` further down the pipe (negative: up), at the same data and tensor coordinates."""
         return self.rank_at(self.pipe_rank + stages, self.data_rank, self.tensor_rank)
 
-    def model_ranks(self) -> list[int]:
-        """The ranks that hold this rank's replica of the model, in order."""
-        return [
-            self.rank_at(pipe, self.data_rank, tensor)
-            for pipe in range(self.pipe_size)
-            for tensor in range(self.tensor_size)
-        ]
-
     def loss_rank(self) -> int:
         """The one rank of this replica that speaks for its losses: last stage, first of the tensor group."""
         return self.rank_at(self.pipe_size - 1, self.data_rank, 0)

@@ -72,7 +72,7 @@ class Trainer:
         self._resume()
         tensorboard = Path(config.run.tensorboard_dir or self.save_dir / "tensorboard")
         log = RunLog(self.topology.rank == 0, self.save_dir, tensorboard, self.iteration, total, config.data.phase)
-        saved, last, began = self.iteration, self.iteration, time.perf_counter()
+        last, began = self.iteration, time.perf_counter()
         for step in self._steps():
             if self.iteration >= total:
                 break
@@ -87,6 +87,8 @@ class Trainer:
             log.step(entry)
             if on_console and entry is not None:
                 log.line(entry)
+            # What follows is no part of a step's time.
+            paused = time.perf_counter()
             if self._due(config.run.check_ranks_interval):
                 check_ranks_agree(self.engine.module, self._own_state(), self.topology, self.iteration)
             if self._due(config.data.eval_interval) or self.iteration == total:
@@ -94,11 +96,9 @@ class Trainer:
             leave = self._due(config.run.exit_interval)
             if self._due(config.run.save_interval) or leave or self.iteration == total:
                 self._save()
-                saved = self.iteration
             if leave:
                 break
-        if saved != self.iteration:
-            self._save()
+            began += time.perf_counter() - paused
         log.close()
 
     def _due(self, interval: int) -> bool:

@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 
-from megatron_doremi.doremi.domain_weights import DomainWeights, entropy
+from megatron_doremi.doremi.domain_weights import DomainWeights
 from megatron_doremi.doremi.losses import (
     EXCESS,
     LOSS,
@@ -18,7 +18,6 @@ from megatron_doremi.doremi.losses import (
     batch_coefficients,
     domain_coefficients,
     domain_sums,
-    objective,
     weighted_loss,
 )
 
@@ -153,11 +152,10 @@ def test_objective_and_its_gradient_by_hand():
     domains = torch.tensor([0, 0, 1])
     weights = torch.tensor([0.25, 0.75], dtype=torch.float64)
     sums = domain_sums(losses, domains, 2)
-    # Means 2.5 and 5.5.
-    assert objective(weights, sums).item() == pytest.approx(0.25 * 2.5 + 0.75 * 5.5)
     coefficients = domain_coefficients(weights, sums[TARGETS], accumulation=2)
     total = sum(weighted_loss(losses[part], domains[part], coefficients) / 2 for part in (slice(0, 1), slice(1, 3)))
     total.backward()
+    # Means 2.5 and 5.5.
     assert total.item() == pytest.approx(0.25 * 2.5 + 0.75 * 5.5)
     assert losses.grad.tolist() == [[0.0625, 0.0625], [0.0625, 0.0625], [0.375, 0.375]]
 
@@ -167,11 +165,6 @@ def test_an_absent_domain_has_no_coefficient():
         torch.tensor([0.5, 0.5], dtype=torch.float64), torch.tensor([4.0, 0.0], dtype=torch.float64), 1
     )
     assert coefficients.tolist() == [0.125, 0.0]
-
-
-def test_entropy():
-    assert entropy([0.25] * 4) == pytest.approx(math.log(4))
-    assert entropy([1.0, 0.0]) == 0.0
 
 
 def test_objectives_of_the_ablation_by_hand():
