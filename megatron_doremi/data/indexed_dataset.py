@@ -51,9 +51,14 @@ class IndexedDataset:
         num_tokens: tokens in the whole stream.
     """
 
-    def __init__(self, prefix: Path):
-        """Opens and checks a pair. Raises ConfigError where it is missing, damaged or something else."""
-        self.prefix = prefix
+    def __init__(self, prefix: Path, vocab_size: int = 0):
+        """Opens and checks a pair. Raises ConfigError where it is missing, damaged or something else.
+
+        Args:
+            vocab_size: ids read have to be below this; 0: any ids. An id that no rank's part of a cut vocabulary
+                holds would not fail by itself: its embedding would be zero and its loss a plausible number.
+        """
+        self.prefix, self.vocab_size = prefix, vocab_size
         self._bin, self._idx = paths_of(prefix)
         try:
             self._open()
@@ -119,9 +124,18 @@ class IndexedDataset:
         return len(self.document_indices) - 1
 
     def tokens(self, start: int, count: int) -> NDArray[np.int64]:
-        """`count` tokens of the stream from token `start` on, int64."""
+        """`count` tokens of the stream from token `start` on, int64.
+
+        Raises:
+            ConfigError: an id is outside the vocabulary.
+        """
         assert 0 <= start <= start + count <= self.num_tokens, (self.prefix, start, count, self.num_tokens)
-        return self._ids[start : start + count].astype(np.int64)
+        ids = self._ids[start : start + count].astype(np.int64)
+        if self.vocab_size and count and not 0 <= ids.min() <= ids.max() < self.vocab_size:
+            place = start + int(np.argmax((ids < 0) | (ids >= self.vocab_size)))
+            value = f"id {ids[place - start]} at token {place:,}"
+            raise self._error(self._bin, value, f"ids below the vocabulary's size, {self.vocab_size:,}")
+        return ids
 
     def document(self, number: int) -> NDArray[np.int64]:
         """The tokens of a document, all its sequences end to end, int64."""

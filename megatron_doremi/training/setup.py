@@ -89,7 +89,7 @@ def open_data(config: Config, training: bool) -> RunData:
     seq_length = config.data.seq_length
     for domain in manifest.domains:
         if training:
-            dataset = _open(domain.name, domain.train, seq_length, faults)
+            dataset = _open(domain.name, domain.train, seq_length, vocab_size, faults)
             if dataset is not None and dataset.num_tokens != domain.tokens:
                 faults.append(
                     Fault(
@@ -100,7 +100,7 @@ def open_data(config: Config, training: bool) -> RunData:
                     )
                 )
             train.append(dataset)
-        valid.append(None if domain.valid is None else _open(domain.name, domain.valid, seq_length, faults))
+        valid.append(None if domain.valid is None else _open(domain.name, domain.valid, seq_length, vocab_size, faults))
     try:
         weights = resolve_weights(sampling_setting(config, manifest), manifest, config.data.allow_tokenizer_mismatch)
     except ConfigError as error:
@@ -128,9 +128,9 @@ def sampling_setting(config: Config, manifest: Manifest) -> str:
     return "natural" if manifest.given_weights is None else "given"
 
 
-def _open(name: str, prefix: Path, seq_length: int, faults: list[Fault]) -> IndexedDataset | None:
+def _open(name: str, prefix: Path, seq_length: int, vocab_size: int, faults: list[Fault]) -> IndexedDataset | None:
     try:
-        dataset = IndexedDataset(prefix)
+        dataset = IndexedDataset(prefix, vocab_size)
     except ConfigError as error:
         faults += error.faults
         return None

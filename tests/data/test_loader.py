@@ -13,6 +13,7 @@ import pytest
 from megatron_doremi.data.blend import Blend, BlendState, GlobalBatch
 from megatron_doremi.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, dtype_for
 from megatron_doremi.data.loader import rank_slice, read_windows, steps, too_short, window_count
+from megatron_doremi.errors import ConfigError
 
 
 @pytest.fixture
@@ -78,3 +79,13 @@ def test_a_short_domain_is_said(tmp_path):
     assert too_short("a", tmp_path, 11, 10) is None
     assert "10 tokens" in too_short("a", tmp_path, 10, 10).value
     assert "empty" in too_short("a", tmp_path, 0, 10).value
+
+
+@pytest.mark.parametrize("wrong", [50, 2**31 - 1, -1])
+def test_an_id_outside_the_vocabulary_is_named_when_it_is_read(wrong, tmp_path):
+    with IndexedDatasetWriter(tmp_path / "d", dtype_for(10**6)) as writer:
+        writer.add_document([*range(30), wrong, 49])
+    part = GlobalBatch(np.array([0]), np.array([2]))
+    assert read_windows([IndexedDataset(tmp_path / "d")], part, 10).targets[0, -1].item() == wrong
+    with pytest.raises(ConfigError, match=rf"id {wrong} at token 30"):
+        read_windows([IndexedDataset(tmp_path / "d", vocab_size=50)], part, 10)
