@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 EXIT_USER_ERROR = 2
-EXIT_STOPPED_AFTER_SAVING = 3
+_SECONDS_FOR_RANK_0 = 5.0
 
 
 @dataclass(frozen=True)
@@ -62,16 +62,16 @@ def raise_if_any(faults: Sequence[Fault]) -> None:
 def run_or_exit(main: Callable[[], int | None]) -> None:
     """Runs `main` as a program: exits with its result, or with 2 and one clear message on a ConfigError.
 
-    Under a launcher every rank finds the same fault. Rank 0 says it; the others wait a moment before they
-    leave, because a launcher ends the whole job when its first process ends.
+    Under a launcher most faults are found by every rank. Rank 0 says them and leaves, upon which the launcher ends
+    the others; a rank that is still there after a moment has found a fault of its own and says it.
     """
     try:
         code = main()
     except ConfigError as error:
-        if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(2.0)
+        rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+        if rank:
+            time.sleep(_SECONDS_FOR_RANK_0)
+        print(f"error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
         code = EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

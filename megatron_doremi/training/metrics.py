@@ -97,14 +97,20 @@ def proxy_entries(
 class MetricsFile:
     """metrics.jsonl: a line an entry, flushed at once, never a repeated iteration."""
 
-    def __init__(self, path: Path, last_iteration: int):
+    def __init__(self, path: Path, last_iteration: int, evaluates: bool = False):
         """Opens the file for the iterations after `last_iteration`; lines of later ones, which a run wrote
-        after its last checkpoint, and a torn last line are dropped."""
+        after its last checkpoint, and a torn last line are dropped.
+
+        Args:
+            evaluates: an evaluation of `last_iteration` is to come; one that is there gives way.
+        """
         kept = []
         if path.exists():
             for line in path.read_text(encoding="utf-8").splitlines():
                 try:
-                    if json.loads(line)["iteration"] <= last_iteration:
+                    entry = json.loads(line)
+                    again = evaluates and "eval" in entry and entry["iteration"] == last_iteration
+                    if entry["iteration"] <= last_iteration and not again:
                         kept.append(line)
                 except (ValueError, KeyError, TypeError):
                     continue

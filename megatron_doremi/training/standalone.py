@@ -62,6 +62,6 @@ def _report(entry: dict[str, Any], config: Config, checkpoint: Path) -> None:
         if not (save / "config.json").exists():
             text = json.dumps({"phase": config.data.phase, "settings": config.to_dict()}, indent=2)
             atomic_write_text(save / "config.json", text + "\n")
-        metrics = MetricsFile(save / "metrics.jsonl", entry["iteration"])
+        metrics = MetricsFile(save / "metrics.jsonl", entry["iteration"], evaluates=True)
         metrics.write(entry)
         metrics.close()

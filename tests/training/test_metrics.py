@@ -46,6 +46,15 @@ def test_a_resumed_file_has_no_iteration_twice(tmp_path):
     assert lines[3]["x"] == 1 / 3
 
 
+def test_an_evaluation_repeated_gives_one_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for value in (1.0, 2.0):
+        file = MetricsFile(path, 3, evaluates=True)
+        file.write({"iteration": 3, "eval": {"a": value}})
+        file.close()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"iteration": 3, "eval": {"a": 2.0}}]
+
+
 def test_flops_of_a_token_by_hand():
     """One layer of width 4, 2 heads of 2, GELU of 8, vocabulary 10, windows of 6."""
     gpt = GPTConfig(1, 4, 8, 2, 2, 2, "RMSNorm", 1e-5, False, "rope", 1e4, True, False, 10, 1, 6, 0.02)
