@@ -71,7 +71,7 @@ def run(config: Config, topology: Topology, launch: Launch) -> None:
         evaluate_run(config, data, topology, groups, device)
     elif phase == SCORE:
         assert reference_run is not None
-        score(config, data, reference_run, topology, groups, device)
+        score(config, data, reference_run, topology, groups)
     else:
         gpt = setup.resolve_gpt(config, data)
         if topology.rank == 0:
@@ -81,7 +81,7 @@ def run(config: Config, topology: Topology, launch: Launch) -> None:
         if recorded is not None:
             reference = RecordedReference(recorded, topology, device)
         elif reference_run is not None:
-            reference = setup.make_reference(config, reference_run, topology, groups, device)
+            reference = setup.make_reference(config, reference_run, topology, groups)
         Trainer(config, gpt, data, engine, reference, topology, groups).train()
     dist.barrier()
     dist.destroy_process_group()

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from megatron_doremi.data.files import atomic_write_bytes, atomic_write_text, make_folder, read_json_object
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any
@@ -40,21 +40,37 @@ def split_by_chunk(windows: NDArray[np.int64]) -> dict[int, NDArray[np.int64]]:
     return {int(chunk): windows[chunks == chunk] for chunk in np.unique(chunks)}
 
 
+def scored_windows(folder: Path, domain: int, chunk: int) -> NDArray[np.int64]:
+    """The windows of a chunk that were scored, without their losses, which are read only when they are used."""
+    return _read(chunk_path(folder, domain, chunk), "windows", np.empty(0, np.int64))
+
+
 def read_chunk(folder: Path, domain: int, chunk: int) -> tuple[NDArray[np.int64], NDArray[np.float16]]:
     """The windows of a chunk that were scored, and their losses; empty where there is no file."""
     path = chunk_path(folder, domain, chunk)
-    if not path.exists():
-        return np.empty(0, np.int64), np.empty((0, 0), np.float16)
-    try:
-        entry = load_file(path)
-        windows, losses = entry["windows"], entry["losses"]
-        if windows.dtype != np.int64 or losses.dtype != np.float16 or losses.shape[0] != len(windows):
-            raise ValueError("another shape or type")
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise ConfigError(
-            Fault(str(path), str(error), "a file of token losses", "delete it and run --phase score again")
-        ) from error
+    windows = scored_windows(folder, domain, chunk)
+    losses = _read(path, "losses", np.empty((0, 0), np.float16))
+    if len(losses) != len(windows):
+        raise _damaged(path, f"{len(windows)} windows and {len(losses)} losses")
     return windows, losses
+
+
+def _read(path: Path, name: str, absent: NDArray) -> NDArray:
+    """One entry of a chunk's file; `absent`, which also gives the type to expect, where there is no file."""
+    if not path.exists():
+        return absent
+    try:
+        with safe_open(path, framework="numpy") as file:
+            entry = file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, str(error)) from error
+    if entry.dtype != absent.dtype or entry.ndim != absent.ndim:
+        raise _damaged(path, f"{name} of type {entry.dtype} and shape {entry.shape}")
+    return entry
+
+
+def _damaged(path: Path, value: str) -> ConfigError:
+    return ConfigError(Fault(str(path), value, "a file of token losses", "delete it and run --phase score again"))
 
 
 def add_to_chunk(
@@ -73,7 +89,7 @@ def add_to_chunk(
 def missing_windows(folder: Path, domain: int, windows: NDArray[np.int64]) -> NDArray[np.int64]:
     """Those of the windows (rising) whose losses are not there yet."""
     parts = [
-        np.setdiff1d(part, read_chunk(folder, domain, chunk)[0], assume_unique=True)
+        np.setdiff1d(part, scored_windows(folder, domain, chunk), assume_unique=True)
         for chunk, part in split_by_chunk(windows).items()
     ]
     return np.concatenate(parts) if parts else windows

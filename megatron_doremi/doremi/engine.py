@@ -55,12 +55,8 @@ class TrainingEngine(PipelineEngine):
 
     def __init__(self, topology: Topology, groups: ProcessGroups, num_domains: int, clip_grad: float, **deepspeed: Any):
         super().__init__(**deepspeed)
-        self.topology, self.groups, self.num_domains, self.clip_grad = (
-            topology,
-            groups,
-            num_domains,
-            clip_grad,
-        )
+        self.topology, self.groups = topology, groups
+        self.num_domains, self.clip_grad = num_domains, clip_grad
         self._local_sums = torch.zeros(3, num_domains, dtype=torch.float64, device=self.device)
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> None:

@@ -17,8 +17,7 @@ from megatron_doremi.data.manifest import Manifest
 from megatron_doremi.data.scores import RecordedLosses
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any
 from megatron_doremi.model.forward import forward_only
-from megatron_doremi.model.pipeline import GPTPipeline
-from megatron_doremi.model.weights import WeightsFolder
+from megatron_doremi.model.weights import load_frozen
 from megatron_doremi.parallel.layers import TensorParallel
 from megatron_doremi.parallel.topology import Topology
 
@@ -127,9 +126,7 @@ class OnlineReference:
             shape: (batch, seq) of a micro-batch.
         """
         self.topology, self.shape = topology, shape
-        self.module = GPTPipeline(run.gpt, topology, tp, seed=0)
-        WeightsFolder(run.weights).load_into(self.module, topology)
-        self.module.to(dtype).requires_grad_(False).eval()
+        self.module = load_frozen(run.gpt, run.weights, topology, tp, dtype)
 
     def token_losses(self, micro_batches: Sequence[MicroBatch], count: int) -> list[Tensor]:
         """On the last stage, [batch, seq] losses in nats of each of `count` micro-batches; elsewhere nothing."""

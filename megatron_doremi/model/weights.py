@@ -17,8 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_doremi.config import GPTConfig
 from megatron_doremi.errors import ConfigError, Fault
 from megatron_doremi.model.pipeline import GPTPipeline
+from megatron_doremi.parallel.layers import TensorParallel
 from megatron_doremi.parallel.parameters import ParameterSpec, shard, spec_of, unshard
 from megatron_doremi.parallel.topology import Topology
 
@@ -99,3 +101,23 @@ class WeightsFolder:
                 found = f"shape {self._specs[name].shape}" if name in self._parts else "missing"
                 raise self._error(f"{name}: {found}", f"shape {spec.shape}")
             parameter.copy_(shard(self.whole(name), spec, topology.tensor_size, topology.tensor_rank))
+
+
+def load_frozen(
+    gpt: GPTConfig,
+    weights: Path,
+    topology: Topology,
+    tp: TensorParallel,
+    dtype: torch.dtype,
+    loss_chunk_tokens: int = 0,
+) -> GPTPipeline:
+    """This rank's stage of a trained model, for forward passes only.
+
+    Args:
+        weights: folder that `save_weights` filled, at any layout.
+        loss_chunk_tokens: see `token_losses` in parallel/cross_entropy.py.
+    """
+    module = GPTPipeline(gpt, topology, tp, seed=0, loss_chunk_tokens=loss_chunk_tokens)
+    WeightsFolder(weights).load_into(module, topology)
+    module.to(dtype).requires_grad_(False).eval()
+    return module

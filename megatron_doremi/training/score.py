@@ -32,7 +32,7 @@ from megatron_doremi.doremi.reference import ReferenceRun
 from megatron_doremi.errors import Fault, raise_if_any
 from megatron_doremi.model.forward import forward_only
 from megatron_doremi.model.pipeline import GPTPipeline
-from megatron_doremi.model.weights import WeightsFolder
+from megatron_doremi.model.weights import load_frozen
 from megatron_doremi.parallel.groups import ProcessGroups
 from megatron_doremi.parallel.layers import TensorParallel
 from megatron_doremi.parallel.topology import Topology
@@ -88,9 +88,7 @@ def check_recorded(config: Config, data: RunData, world_size: int) -> RecordedLo
     return recorded
 
 
-def score(
-    config: Config, data: RunData, run: ReferenceRun, topology: Topology, groups: ProcessGroups, device: torch.device
-) -> None:
+def score(config: Config, data: RunData, run: ReferenceRun, topology: Topology, groups: ProcessGroups) -> None:
     """Scores this task's share of the windows that are not there yet."""
     folder, seq_length = Path(config.run.save), config.data.seq_length
     if topology.rank == 0:
@@ -99,10 +97,8 @@ def score(
     dist.barrier()
     todo = _todo(config, data, topology, groups)
     tp = TensorParallel(groups.tensor, config.parallel.sequence_parallel)
-    module = GPTPipeline(run.gpt, topology, tp, seed=0, loss_chunk_tokens=config.parallel.loss_chunk_tokens)
-    WeightsFolder(run.weights).load_into(module, topology)
-    module.to(torch.bfloat16 if config.optimizer.bf16 else torch.float32).requires_grad_(False)
-    module.to(device)
+    dtype = torch.bfloat16 if config.optimizer.bf16 else torch.float32
+    module = load_frozen(run.gpt, run.weights, topology, tp, dtype, config.parallel.loss_chunk_tokens)
     total = sum(len(windows) for _, _, windows in todo)
     with tqdm(total=total * seq_length, unit="token", unit_scale=True, desc="score", disable=topology.rank != 0) as bar:
         for domain, chunk, windows in todo:

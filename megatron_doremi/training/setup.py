@@ -152,22 +152,20 @@ def scores_batches(config: Config) -> bool:
     return config.doremi.doremi_objective != "hardest"
 
 
-def read_reference(config: Config, data: RunData) -> ReferenceRun:
-    """Finds and checks the reference of a proxy."""
-    folder = Path(config.doremi.reference_load)
-    flag = "--reference-load"
-    gpt = check_reference(read_run_config(folder, flag), flag, folder, data.manifest, config.data.seq_length)
+def read_trained(folder: Path, flag: str, data: RunData, seq_length: int) -> ReferenceRun:
+    """Finds the newest model of a finished run, `folder` given by `flag`, and checks that it fits this data."""
+    gpt = check_reference(read_run_config(folder, flag), flag, folder, data.manifest, seq_length)
     checkpoint = newest_checkpoint(folder)
     if checkpoint is None:
         raise ConfigError(
-            Fault(
-                f"--reference-load {folder}",
-                "no complete checkpoint",
-                "a reference that was trained to its end",
-                "run --phase reference first",
-            )
+            Fault(f"{flag} {folder}", "no complete checkpoint", "a run that was trained to its end", "train it first")
         )
     return ReferenceRun(gpt, checkpoint / "weights", int(read_state(checkpoint)["iteration"]))
+
+
+def read_reference(config: Config, data: RunData) -> ReferenceRun:
+    """Finds and checks the reference of a proxy."""
+    return read_trained(Path(config.doremi.reference_load), "--reference-load", data, config.data.seq_length)
 
 
 def make_engine(
@@ -218,9 +216,7 @@ def make_engine(
     return TrainingEngine(**arguments)
 
 
-def make_reference(
-    config: Config, run: ReferenceRun, topology: Topology, groups: ProcessGroups, device: torch.device
-) -> OnlineReference:
+def make_reference(config: Config, run: ReferenceRun, topology: Topology, groups: ProcessGroups) -> OnlineReference:
     """Builds the frozen reference on the proxy's layout and in the proxy's precision."""
     tp = TensorParallel(groups.tensor, config.parallel.sequence_parallel)
     dtype = torch.bfloat16 if config.optimizer.bf16 else torch.float32

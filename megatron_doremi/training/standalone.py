@@ -10,17 +10,13 @@ import torch
 
 from megatron_doremi.config import Config, global_batch_size
 from megatron_doremi.data.files import atomic_write_text, make_folder
-from megatron_doremi.doremi.reference import check_reference, read_run_config
-from megatron_doremi.errors import ConfigError, Fault
-from megatron_doremi.model.pipeline import GPTPipeline
-from megatron_doremi.model.weights import WeightsFolder
+from megatron_doremi.model.weights import load_frozen
 from megatron_doremi.parallel.groups import ProcessGroups
 from megatron_doremi.parallel.layers import TensorParallel
 from megatron_doremi.parallel.topology import Topology
-from megatron_doremi.training.checkpoint import newest_checkpoint, read_state
 from megatron_doremi.training.evaluate import evaluate
 from megatron_doremi.training.metrics import MetricsFile, evaluation_entries
-from megatron_doremi.training.setup import RunData
+from megatron_doremi.training.setup import RunData, read_trained
 
 
 def evaluate_run(
@@ -30,21 +26,16 @@ def evaluate_run(
 
     Rank 0 prints the losses and, with --save, adds an evaluation line to that folder's metrics.jsonl.
     """
-    folder = Path(config.run.load)
-    gpt = check_reference(read_run_config(folder, "--load"), "--load", folder, data.manifest, config.data.seq_length)
-    checkpoint = newest_checkpoint(folder)
-    if checkpoint is None:
-        raise ConfigError(Fault(f"--load {folder}", "no complete checkpoint", "a trained run", "train it first"))
+    run = read_trained(Path(config.run.load), "--load", data, config.data.seq_length)
     tp = TensorParallel(groups.tensor, config.parallel.sequence_parallel)
-    module = GPTPipeline(gpt, topology, tp, seed=0)
-    WeightsFolder(checkpoint / "weights").load_into(module, topology)
-    module.to(torch.bfloat16 if config.optimizer.bf16 else torch.float32)
+    dtype = torch.bfloat16 if config.optimizer.bf16 else torch.float32
+    module = load_frozen(run.gpt, run.weights, topology, tp, dtype)
     most = config.data.eval_iters * global_batch_size(config, topology.world_size)
     shape = (config.data.micro_batch_size, config.data.seq_length)
     sums = evaluate(module, data.valid, shape, most, topology, groups, device)
     if topology.rank == 0:
-        iteration = int(read_state(checkpoint)["iteration"])
-        _report({"iteration": iteration, **evaluation_entries(sums.tolist(), data.names)}, config, checkpoint)
+        entry = {"iteration": run.iteration, **evaluation_entries(sums.tolist(), data.names)}
+        _report(entry, config, run.weights.parent)
 
 
 def _report(entry: dict[str, Any], config: Config, checkpoint: Path) -> None:
