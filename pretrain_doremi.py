@@ -54,6 +54,7 @@ def run(config: Config, topology: Topology, launch: Launch) -> None:
     from megatron_doremi.doremi.reference import OnlineReference, RecordedReference
     from megatron_doremi.parallel.groups import make_groups
     from megatron_doremi.training import setup
+    from megatron_doremi.training.build import make_engine
     from megatron_doremi.training.distributed import join
     from megatron_doremi.training.loop import Trainer
     from megatron_doremi.training.score import check_recorded, score
@@ -76,7 +77,7 @@ def run(config: Config, topology: Topology, launch: Launch) -> None:
         gpt = setup.resolve_gpt(config, data)
         if topology.rank == 0:
             setup.write_run_config(config, gpt, data, topology)
-        engine = setup.make_engine(config, gpt, data.weights, topology, groups, device)
+        engine = make_engine(config, gpt, data.weights, topology, groups, device)
         reference: OnlineReference | RecordedReference | None = None
         if recorded is not None:
             reference = RecordedReference(recorded, topology, device)

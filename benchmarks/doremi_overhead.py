@@ -46,15 +46,15 @@ from megatron_doremi.config import (
     gpt_config,
 )
 from megatron_doremi.data.loader import MicroBatch
-from megatron_doremi.doremi.engine import ProxyEngine, TrainingEngine
+from megatron_doremi.doremi.engine import TrainingEngine
 from megatron_doremi.model.forward import forward_only
 from megatron_doremi.model.pipeline import GPTPipeline
 from megatron_doremi.parallel.groups import make_groups
 from megatron_doremi.parallel.layers import TensorParallel
 from megatron_doremi.parallel.topology import Topology
+from megatron_doremi.training.build import make_engine
 from megatron_doremi.training.distributed import join
 from megatron_doremi.training.launch import read_launch
-from megatron_doremi.training.setup import make_engine
 
 DOMAINS = 8
 
@@ -124,8 +124,7 @@ def main() -> None:
     targets = torch.full((DOMAINS,), per_domain, dtype=torch.float64, device=device)
 
     def proxy_step(engine: TrainingEngine, scored: list[torch.Tensor]) -> None:
-        assert isinstance(engine, ProxyEngine)
-        engine.train_proxy_step(batches, scored, targets)
+        engine.train_step(batches, scored, targets)
 
     variants = {
         "plain": lambda: plain.train_step(batches),

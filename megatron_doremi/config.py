@@ -107,7 +107,13 @@ class ParallelConfig:
     loss_chunk_tokens: int = setting(
         1024, "tokens whose logits are held at once; a longer micro-batch computes its logits again; 0: all at once"
     )
-    zero_stage: int = setting(0, "DeepSpeed ZeRO stage: 1 shards the optimiser state over the data group", (0, 1, 2, 3))
+    zero_stage: int = setting(
+        0,
+        "what DeepSpeed shards over the data group: 1 the optimiser's state, 2 gradients too, 3 weights too "
+        "(2 and 3 without a pipeline)",
+        (0, 1, 2, 3),
+    )
+    cpu_offload: bool = setting(False, "ZeRO 2 and 3: keep the optimiser's state, and step it, in the host's memory")
 
 
 @dataclass(frozen=True)

@@ -147,7 +147,6 @@ def _model_faults(model: ModelConfig, parallel: ParallelConfig) -> list[Fault]:
 
 def _shape_faults(gpt: GPTConfig, model: ModelConfig, parallel: ParallelConfig) -> list[Fault]:
     faults: list[Fault] = []
-    tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
 
     def divides(name: str, value: int, by_name: str, by: int) -> None:
         if by > 0 and value % by:
@@ -163,8 +162,6 @@ def _shape_faults(gpt: GPTConfig, model: ModelConfig, parallel: ParallelConfig) 
     if not model.model_size and not model.kv_channels:
         divides("hidden_size", gpt.hidden_size, "num_attention_heads", gpt.num_attention_heads)
     divides("num_attention_heads", gpt.num_attention_heads, "num_query_groups", gpt.num_query_groups)
-    divides("num_query_groups", gpt.num_query_groups, "tensor_model_parallel_size", tensor)
-    divides("ffn_hidden_size", gpt.ffn_hidden_size, "tensor_model_parallel_size", tensor)
     if gpt.position_embedding_type == "rope" and gpt.kv_channels % 2:
         faults.append(
             Fault(
@@ -174,16 +171,24 @@ def _shape_faults(gpt: GPTConfig, model: ModelConfig, parallel: ParallelConfig) 
                 "give an even --kv-channels, or --position-embedding-type learned_absolute",
             )
         )
-    if stages > gpt.num_layers:
-        faults.append(
-            Fault(
-                "--pipeline-model-parallel-size",
-                str(stages),
-                f"at most --num-layers {gpt.num_layers}",
-                "give fewer stages or more layers",
-            )
-        )
+    faults += [
+        Fault(_flag(name), str(value), rule, "change one of the two") for name, value, rule in misfits(gpt, parallel)
+    ]
     return faults
+
+
+def misfits(gpt: GPTConfig, parallel: ParallelConfig) -> list[tuple[str, int, str]]:
+    """What of a model's shape cannot be cut by a layout: (the shape's field, its value, the rule that it breaks)."""
+    tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    rule = f"must be a multiple of --tensor-model-parallel-size {tensor}"
+    found = [
+        (name, getattr(gpt, name), rule)
+        for name in ("num_query_groups", "ffn_hidden_size")
+        if tensor > 0 and getattr(gpt, name) % tensor
+    ]
+    if stages > gpt.num_layers:
+        found.append(("num_layers", gpt.num_layers, f"at least --pipeline-model-parallel-size {stages}"))
+    return found
 
 
 def _layout_faults(config: Config, world_size: int) -> list[Fault]:
@@ -234,13 +239,13 @@ def _layout_faults(config: Config, world_size: int) -> list[Fault]:
                 "give --zero-stage 1, or --pipeline-model-parallel-size 1",
             )
         )
-    elif parallel.zero_stage >= 2:
+    if parallel.cpu_offload and parallel.zero_stage < 2:
         faults.append(
             Fault(
-                "--zero-stage",
-                str(parallel.zero_stage),
-                "this version trains with ZeRO 0 and 1",
-                "give --zero-stage 1",
+                "--cpu-offload",
+                f"with --zero-stage {parallel.zero_stage}",
+                "DeepSpeed offloads what ZeRO 2 and 3 shard",
+                "give --zero-stage 2 or 3, or leave it out",
             )
         )
     if config.optimizer.bf16 and parallel.zero_stage == 0:

@@ -88,7 +88,7 @@ WRONG = {
     "--tensor-model-parallel-size 3": "multiple of --tensor-model-parallel-size 3",
     "--tensor-model-parallel-size 0": "at least 1",
     "--tensor-model-parallel-size 2": "a multiple of tensor x pipeline parallel = 2 x 1 = 2",
-    "--pipeline-model-parallel-size 8": "at most --num-layers 4",
+    "--pipeline-model-parallel-size 8": "at least --pipeline-model-parallel-size 8",
     "--ffn-hidden-size 63 --tensor-model-parallel-size 2": "--ffn-hidden-size: 63",
     "--micro-batch-size 0": "at least 1",
     "--global-batch-size 7 --micro-batch-size 2": "--micro-batch-size x data parallel = 2 x 1",
@@ -113,6 +113,8 @@ WRONG = {
     "--zero-stage 2 --pipeline-model-parallel-size 2": "ZeRO 0 and 1 only",
     "--zero-stage 3 --pipeline-model-parallel-size 2": "ZeRO 0 and 1 only",
     "--bf16": "give --zero-stage 1",
+    "--cpu-offload": "give --zero-stage 2 or 3",
+    "--cpu-offload --zero-stage 1": "give --zero-stage 2 or 3",
     "--load elsewhere": "give the same folder to --load and --save",
     "--sequence-parallel --tensor-model-parallel-size 2 --seq-length 5": "a multiple of --tensor-model-parallel-size 2",
 }

@@ -1,76 +1,47 @@
-"""DeepSpeed's pipeline engine with what DoReMi needs: per-domain sums, and the proxy's turn between F and B.
+"""DeepSpeed's engines, driven by an objective: `PipelineTraining` for ZeRO 0 and 1, `WholeTraining` for 2 and 3.
 
-`TrainingEngine` trains on the plain mean loss with 1F1B and keeps the step's per-domain sums.
-`ProxyEngine` by default runs `AlternatingSchedule`: it holds every micro-batch's token losses, moves the domain
-weights on the reduced sums of the whole global batch, and passes back the losses under the moved weights.
+Both take a step on a rank's micro-batches of a global batch. An objective that moves the domain weights on the
+whole batch before any gradient is taken (see objective.py) makes the pipeline engine run `AlternatingSchedule`.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass, PipeSchedule
 from torch import Tensor
 
 from megatron_doremi.data.loader import MicroBatch
-from megatron_doremi.doremi.domain_weights import DomainWeights
-from megatron_doremi.doremi.losses import (
-    EXCESS,
-    TARGETS,
-    batch_coefficients,
-    domain_coefficients,
-    domain_sums,
-    weighted_loss,
-)
+from megatron_doremi.doremi.objective import MeanLoss
 from megatron_doremi.doremi.schedule import AlternatingSchedule, UpdateDomainWeights
 from megatron_doremi.parallel.groups import ProcessGroups
-from megatron_doremi.parallel.topology import Topology
 
 
-def reduce_sums(local: Tensor, topology: Topology, groups: ProcessGroups) -> Tensor:
-    """Sums [rows, k] of the global batch on every rank, the same to the bit.
+class TrainingEngine(DeepSpeedEngine):
+    """What the training loop asks of an engine."""
 
-    One all-reduce over the data group at the end of the pipe, one broadcast to the rest of each replica. The
-    first rank of the tensor group speaks for all of it, so that ranks which computed the same losses cannot
-    disagree by a rounding.
-
-    Args:
-        local: [rows, k] float64 of this rank's micro-batches; read on the last stage only.
-    """
-    total = local.clone()
-    if topology.data_size > 1 and topology.is_last_stage and topology.tensor_rank == 0:
-        dist.all_reduce(total, group=groups.data)
-    if topology.pipe_size * topology.tensor_size > 1:
-        dist.broadcast(total, src=topology.loss_rank(), group=groups.model)
-    return total
-
-
-class TrainingEngine(PipelineEngine):
-    """Trains on the mean token loss of the global batch."""
-
-    def __init__(self, topology: Topology, groups: ProcessGroups, num_domains: int, clip_grad: float, **deepspeed: Any):
+    def __init__(self, objective: MeanLoss, groups: ProcessGroups, clip_grad: float, **deepspeed: Any):
         super().__init__(**deepspeed)
-        self.topology, self.groups = topology, groups
-        self.num_domains, self.clip_grad = num_domains, clip_grad
-        self._local_sums = torch.zeros(3, num_domains, dtype=torch.float64, device=self.device)
+        self.objective, self.groups, self.clip_grad = objective, groups, clip_grad
 
-    def train_step(self, micro_batches: Sequence[MicroBatch]) -> None:
-        """One step of the optimiser on this rank's micro-batches of a global batch."""
-        self._local_sums.zero_()
-        self.set_dataiterator(iter([batch.as_pipe_batch() for batch in micro_batches]))
+    def train_step(
+        self, micro_batches: Sequence[MicroBatch], reference: Sequence[Tensor] = (), targets: Tensor | None = None
+    ) -> None:
+        """One step of the optimiser on this rank's micro-batches; for the rest see `MeanLoss.begin`."""
+        self.objective.begin(reference, targets, self.gradient_accumulation_steps())
         self.module.train()
-        self.total_loss = None
-        self._compute_loss = True
-        self._exec_schedule(self._train_schedule())
+        self._accumulate_and_step(micro_batches)
+        self.objective.end()
 
-    def step_sums(self) -> Tensor:
-        """[3, k] float64 sums of the last step's global batch, on every rank; see losses.py for the rows."""
-        return reduce_sums(self._local_sums, self.topology, self.groups)
+    @abstractmethod
+    def _accumulate_and_step(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Forwards, backwards and the optimiser's step."""
 
     def grad_norm(self) -> float:
         """Global norm of the last step's gradient before clipping."""
@@ -81,14 +52,46 @@ class TrainingEngine(PipelineEngine):
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
+
+class PipelineTraining(TrainingEngine, PipelineEngine):
+    """Any number of stages, ZeRO 0 and 1: 1F1B, or the alternating schedule where the objective needs it."""
+
+    # DeepSpeed's: token losses after a forward pass, then what the next backward pass starts from.
+    loss: Tensor
+
+    def __init__(self, **arguments: Any):
+        super().__init__(**arguments)
+        self._held: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def _accumulate_and_step(self, micro_batches: Sequence[MicroBatch]) -> None:
+        self.set_dataiterator(iter([batch.as_pipe_batch() for batch in micro_batches]))
+        self.total_loss = None
+        self._compute_loss = True
+        self._exec_schedule(self._train_schedule())
+
+    def _train_schedule(self) -> PipeSchedule:
+        if self.objective.before_backward:
+            return AlternatingSchedule(self.micro_batches, self.num_stages, self.stage_id)
+        return super()._train_schedule()
+
     def _exec_forward_pass(self, buffer_id: int) -> None:
         super()._exec_forward_pass(buffer_id)
-        if self.is_last_stage():
-            self._after_forward(buffer_id, self.loss, self.pipe_buffers["labels"][buffer_id][1])
+        if not self.is_last_stage():
+            return
+        token_loss, domains = self.loss, self.pipe_buffers["labels"][buffer_id][1]
+        self.objective.record(token_loss, domains)
+        if self.objective.before_backward:
+            self._held[buffer_id] = (token_loss, domains)
+        else:
+            self.loss = self.objective.loss(token_loss, domains)
 
-    def _after_forward(self, buffer_id: int, token_loss: Tensor, domains: Tensor) -> None:
-        self._local_sums += domain_sums(token_loss, domains, self.num_domains)
-        self.loss = token_loss.mean()
+    def _exec_update_domain_weights(self) -> None:
+        self.objective.turn()
+
+    def _exec_backward_pass(self, buffer_id: int) -> None:
+        if buffer_id in self._held:
+            self.loss = self.objective.loss(*self._held.pop(buffer_id))
+        super()._exec_backward_pass(buffer_id)
 
     def _take_model_step(self, *args: Any, **kwargs: Any) -> None:
         # Without ZeRO or mixed precision DeepSpeed neither reports a norm nor counts tied copies and
@@ -110,112 +113,53 @@ class TrainingEngine(PipelineEngine):
         return norm
 
     # DeepSpeed looks instructions up here, not among the methods.
-    _INSTRUCTION_MAP: ClassVar[dict[type, Any]] = {**PipelineEngine._INSTRUCTION_MAP, ForwardPass: _exec_forward_pass}
-
-
-@dataclass(frozen=True)
-class DoReMiSettings:
-    """How the domain weights move and what they do; DoReMiConfig in config.py says it of each.
-
-    Attributes:
-        sampling: [k] sampling weights of the blend, float64.
-    """
-
-    step_size: float
-    smoothing: float
-    update: str
-    weighting: str
-    objective: str
-    normalization: str
-    sampling: Tensor
-
-
-class ProxyEngine(TrainingEngine):
-    """Trains a proxy by Group DRO over domains.
-
-    `alternating`: alpha_t from this batch, then its gradient under alpha_t (Algorithm 1), all forwards first.
-    `simultaneous`: the gradient under alpha_{t-1}, then alpha_t, the textbook step towards a saddle point, on
-    1F1B. With `resample` the loss is the plain mean, the weights act on the sampling of the next batch, and
-    both updates come to the same.
-    """
-
-    def __init__(self, *, settings: DoReMiSettings, **training: Any):
-        super().__init__(**training)
-        self.settings = settings
-        self.dro = DomainWeights.start(self.num_domains, self.device)
-        self._reference: Sequence[Tensor] = ()
-        self._forwards = 0
-        self._held: dict[int, tuple[Tensor, Tensor]] = {}
-        self._sums = torch.zeros_like(self._local_sums)
-        self._coefficients = torch.zeros(self.num_domains, dtype=torch.float64, device=self.device)
-        self._resamples = settings.weighting == "resample"
-        self._alternates = settings.update == "alternating" and not self._resamples
-        # The weights that the last step's gradient was taken under.
-        self.gradient_weights = self.dro.weights
-
-    def train_proxy_step(
-        self, micro_batches: Sequence[MicroBatch], reference: Sequence[Tensor], targets: Tensor
-    ) -> None:
-        """One step on this rank's micro-batches.
-
-        Args:
-            reference: on the last stage, [batch, seq] token losses of the reference for each micro-batch; empty
-                where the objective asks for none.
-            targets: [k] float64 targets of each domain in the global batch.
-        """
-        self._reference, self._forwards = reference, 0
-        if self._alternates:
-            self.train_step(micro_batches)
-            return
-        self._weigh_gradient(targets)
-        self.train_step(micro_batches)
-        self._move_weights()
-
-    def step_sums(self) -> Tensor:
-        """[3, k] float64 sums of the last step's global batch, reduced when the weights were moved."""
-        return self._sums
-
-    def _train_schedule(self) -> PipeSchedule:
-        if self._alternates:
-            return AlternatingSchedule(self.micro_batches, self.num_stages, self.stage_id)
-        return super()._train_schedule()
-
-    def _after_forward(self, buffer_id: int, token_loss: Tensor, domains: Tensor) -> None:
-        # 1F1B reuses buffers: micro-batches are counted, not told by their buffer.
-        reference = self._reference[self._forwards] if self._reference else None
-        self._forwards += 1
-        self._local_sums += domain_sums(token_loss, domains, self.num_domains, reference, self.settings.objective)
-        if self._alternates:
-            self._held[buffer_id] = (token_loss, domains)
-        elif self._resamples:
-            self.loss = token_loss.mean()
-        else:
-            self.loss = weighted_loss(token_loss, domains, self._coefficients)
-
-    def _exec_update_domain_weights(self) -> None:
-        self._move_weights()
-        self._weigh_gradient(self._sums[TARGETS])
-
-    def _move_weights(self) -> None:
-        self._sums = reduce_sums(self._local_sums, self.topology, self.groups)
-        step_size, smoothing = self.settings.step_size, self.settings.smoothing
-        self.dro = self.dro.update(self._sums[EXCESS], self._sums[TARGETS], step_size, smoothing)
-
-    def _weigh_gradient(self, targets: Tensor) -> None:
-        accumulation = self.micro_batches * self.topology.data_size
-        self.gradient_weights = self.dro.weights
-        if self.settings.normalization == "batch":
-            self._coefficients = batch_coefficients(self.dro.weights, targets, self.settings.sampling, accumulation)
-        else:
-            self._coefficients = domain_coefficients(self.dro.weights, targets, accumulation)
-
-    def _exec_backward_pass(self, buffer_id: int) -> None:
-        if self._alternates and self.is_last_stage():
-            self.loss = weighted_loss(*self._held.pop(buffer_id), self._coefficients)
-        super()._exec_backward_pass(buffer_id)
-
     _INSTRUCTION_MAP: ClassVar[dict[type, Any]] = {
-        **TrainingEngine._INSTRUCTION_MAP,
+        **PipelineEngine._INSTRUCTION_MAP,
+        ForwardPass: _exec_forward_pass,
         UpdateDomainWeights: _exec_update_domain_weights,
         BackwardPass: _exec_backward_pass,
     }
+
+
+class WholeTraining(TrainingEngine):
+    """One stage, ZeRO 2 and 3, which DeepSpeed's pipeline does not serve; the module is a `GPTModel`.
+
+    Under ZeRO 3 a parameter is gathered for a forward pass and dropped after it. With several forwards outstanding
+    DeepSpeed's backward passes give wrong gradients without a word (0.19.8), so there a batch whose weights depend on
+    it is scored first, without a graph, and passed forward again to train on it: 4/3 of the arithmetic.
+    """
+
+    def _accumulate_and_step(self, micro_batches: Sequence[MicroBatch]) -> None:
+        batches = [
+            (batch.tokens.to(self.device), batch.targets.to(self.device), batch.domains.to(self.device))
+            for batch in micro_batches
+        ]
+        if not self.objective.before_backward:
+            for tokens, targets, domains in batches:
+                token_loss = self(tokens, targets)
+                self.objective.record(token_loss, domains)
+                self._descend(token_loss, domains)
+        elif self._holds_forwards():
+            held = [self(tokens, targets) for tokens, targets, _ in batches]
+            for token_loss, (_, _, domains) in zip(held, batches, strict=True):
+                self.objective.record(token_loss, domains)
+            self.objective.turn()
+            while held:
+                # A micro-batch's graph goes with its backward pass.
+                self._descend(held.pop(0), batches.pop(0)[2])
+        else:
+            with torch.no_grad():
+                for tokens, targets, domains in batches:
+                    self.objective.record(self(tokens, targets), domains)
+            self.objective.turn()
+            for tokens, targets, domains in batches:
+                self._descend(self(tokens, targets), domains)
+
+    def _holds_forwards(self) -> bool:
+        """Whether several forward passes may wait for their backward passes."""
+        return not self.zero_optimization_partition_weights()
+
+    def _descend(self, token_loss: Tensor, domains: Tensor) -> None:
+        self.backward(self.objective.loss(token_loss, domains))
+        # Counts micro-batches, and moves the parameters after the last.
+        self.step()

@@ -9,13 +9,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_doremi.data.loader import MicroBatch
-from megatron_doremi.model.pipeline import GPTPipeline
+from megatron_doremi.model.whole import GPT
 from megatron_doremi.parallel.topology import Topology
 
 
 @torch.no_grad()
 def forward_only(
-    module: GPTPipeline,
+    module: GPT,
     micro_batches: Sequence[MicroBatch],
     count: int,
     shape: tuple[int, int],
@@ -46,10 +46,10 @@ def forward_only(
         else:
             x = torch.empty(module.activation_shape(*shape), dtype=parameter.dtype, device=parameter.device)
             dist.recv(x, topology.neighbour(-1))
-        x = module(x)
         if topology.is_last_stage:
-            losses.append(module.token_losses(x, (micro_batches[number].targets.to(parameter.device),)))
+            losses.append(module.run(x, micro_batches[number].targets.to(parameter.device)))
         else:
+            x = module.run(x, None)
             x = x.contiguous()
             work = dist.isend(x, topology.neighbour(1))
             assert work is not None

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator
 
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
@@ -19,7 +20,7 @@ from megatron_doremi.config import GPTConfig
 from megatron_doremi.model.gpt import Block
 from megatron_doremi.parallel.cross_entropy import token_losses
 from megatron_doremi.parallel.layers import LearnedPositions, Norm, TensorParallel, VocabParallelEmbedding
-from megatron_doremi.parallel.parameters import initialise
+from megatron_doremi.parallel.parameters import initialise, spec_of
 from megatron_doremi.parallel.topology import Topology, stage_bounds
 
 TIED_KEY = "embedding"
@@ -44,7 +45,41 @@ def layer_names(gpt: GPTConfig) -> list[str]:
     return ["embedding", *positions, *blocks, "final_norm", "embedding" if gpt.tied_embeddings else "output"]
 
 
-class GPTPipeline(PipelineModule):
+class NamedLayers:
+    """What training, checkpoints and evaluation ask of a rank's part of the GPT; its modules mix this in."""
+
+    gpt: GPTConfig
+    tp: TensorParallel
+
+    @abstractmethod
+    def named_layers(self) -> Iterator[tuple[str, nn.Module]]:
+        """The layers here that hold parameters, by name; a tied layer once."""
+
+    @abstractmethod
+    def run(self, x: Tensor, targets: Tensor | None) -> Tensor:
+        """Passes a micro-batch through the layers that are here.
+
+        Args:
+            x: token ids [batch, seq] on the first stage, elsewhere what the stage before returned.
+            targets: [batch, seq] on the last stage, elsewhere None.
+
+        Returns:
+            [batch, seq] token losses in nats on the last stage, elsewhere hidden states (`activation_shape`).
+        """
+
+    def model_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters here by their names in the whole model."""
+        for prefix, layer in self.named_layers():
+            for name, parameter in layer.named_parameters():
+                yield f"{prefix}.{name}", parameter
+
+    def activation_shape(self, micro_batch_size: int, seq_length: int) -> tuple[int, int, int]:
+        """Shape of what a stage hands to the next."""
+        positions = seq_length // self.tp.size if self.tp.sequence_parallel else seq_length
+        return micro_batch_size, positions, self.gpt.hidden_size
+
+
+class GPTPipeline(NamedLayers, PipelineModule):
     """This rank's stage of the GPT, with start values that depend on `seed` and names alone."""
 
     def __init__(
@@ -71,13 +106,13 @@ class GPTPipeline(PipelineModule):
         # DeepSpeed prints its topology and stage tables; ours are in config.json and the dry run.
         with contextlib.redirect_stdout(io.StringIO()):
             super().__init__(
-                layers=_layer_specs(gpt, tp, recompute),
+                layers=layer_specs(gpt, tp, recompute),
                 topology=axes,
                 loss_fn=self.token_losses,
                 partition_method="uniform",
             )
         self._start(seed)
-        mark_for_gradient_norm(self, topology)
+        mark_for_gradient_norm((p for _, p in self.model_parameters()), topology)
 
     def _partition_layers(self, method: str = "uniform") -> None:
         """DeepSpeed's hook that decides which layers this stage holds; ours is `stage_bounds`."""
@@ -96,7 +131,6 @@ class GPTPipeline(PipelineModule):
             initialise(layer, name, seed, self.tp.group)
 
     def named_layers(self) -> Iterator[tuple[str, nn.Module]]:
-        """This stage's layers that hold parameters, by name; a tied layer once."""
         seen: set[str] = set()
         for index in range(self._local_start, self._local_stop):
             name = self.names[index]
@@ -106,16 +140,9 @@ class GPTPipeline(PipelineModule):
             tied = name == "embedding" and TIED_KEY in self.tied_modules
             yield name, self.tied_modules[TIED_KEY] if tied else getattr(self, str(index))
 
-    def model_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """This stage's parameters by their names in the whole model."""
-        for prefix, layer in self.named_layers():
-            for name, parameter in layer.named_parameters():
-                yield f"{prefix}.{name}", parameter
-
-    def activation_shape(self, micro_batch_size: int, seq_length: int) -> tuple[int, int, int]:
-        """Shape of what this stage hands to the next."""
-        positions = seq_length // self.tp.size if self.tp.sequence_parallel else seq_length
-        return micro_batch_size, positions, self.gpt.hidden_size
+    def run(self, x: Tensor, targets: Tensor | None) -> Tensor:
+        x = self(x)
+        return x if targets is None else self.token_losses(x, (targets,))
 
     def token_losses(self, hidden: Tensor, labels: tuple[Tensor, ...]) -> Tensor:
         """Token losses on the last stage.
@@ -132,7 +159,8 @@ class GPTPipeline(PipelineModule):
         return token_losses(hidden, rows.weight, labels[0], self.gpt.vocab_size, self.tp.group, self.loss_chunk_tokens)
 
 
-def _layer_specs(gpt: GPTConfig, tp: TensorParallel, recompute: str) -> list[LayerSpec]:
+def layer_specs(gpt: GPTConfig, tp: TensorParallel, recompute: str) -> list[LayerSpec]:
+    """How to build each of `layer_names`."""
     padded = gpt.padded_vocab_size(tp.size)
     embedding = (gpt.vocab_size, padded, gpt.hidden_size, gpt.init_method_std, tp)
     specs: list[LayerSpec] = []
@@ -151,13 +179,13 @@ def _layer_specs(gpt: GPTConfig, tp: TensorParallel, recompute: str) -> list[Lay
     return specs
 
 
-def mark_for_gradient_norm(module: GPTPipeline, topology: Topology) -> None:
+def mark_for_gradient_norm(parameters: Iterable[nn.Parameter], topology: Topology) -> None:
     """Tells DeepSpeed which parameters this rank counts in the global gradient norm: each of the model once.
 
     Its optimisers count a parameter on the first tensor rank, or where `model_parallel` is set, and leave out
     tied copies (`ds_pipe_replicated`, set by PipelineModule).
     """
-    for _, parameter in module.model_parameters():
-        replicated = parameter.spec.dim is None  # type: ignore[attr-defined]
+    for parameter in parameters:
+        replicated = spec_of(parameter).dim is None
         copy = getattr(parameter, "ds_pipe_replicated", False)
         parameter.model_parallel = not copy and (not replicated or topology.tensor_rank == 0)  # type: ignore[attr-defined]

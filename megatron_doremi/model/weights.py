@@ -20,6 +20,7 @@ from torch import Tensor
 from megatron_doremi.config import GPTConfig
 from megatron_doremi.errors import ConfigError, Fault
 from megatron_doremi.model.pipeline import GPTPipeline
+from megatron_doremi.model.whole import GPT, gathered
 from megatron_doremi.parallel.layers import TensorParallel
 from megatron_doremi.parallel.parameters import ParameterSpec, shard, spec_of, unshard
 from megatron_doremi.parallel.topology import Topology
@@ -27,23 +28,25 @@ from megatron_doremi.parallel.topology import Topology
 _CUT = "cut"
 
 
-def save_weights(module: GPTPipeline, folder: Path, topology: Topology) -> None:
-    """Writes this rank's part of the model; ranks of other replicas than the first write nothing.
+def save_weights(module: GPT, folder: Path, topology: Topology) -> None:
+    """Writes this rank's part of the model; a collective call. Ranks of other replicas than the first write nothing.
 
     Args:
         folder: an existing folder.
     """
-    if topology.data_rank:
-        return
     tensors: dict[str, Tensor] = {}
     cuts: dict[str, dict[str, object]] = {}
-    for name, parameter in module.model_parameters():
-        spec = spec_of(parameter)
-        copy = getattr(parameter, "ds_pipe_replicated", False)
-        if copy or (spec.dim is None and topology.tensor_rank):
-            continue
-        tensors[name] = parameter.detach().to("cpu", copy=True).contiguous()
-        cuts[name] = {**asdict(spec), "size": topology.tensor_size}
+    for layer_name, layer in module.named_layers():
+        with gathered(layer.parameters()):
+            for name, parameter in layer.named_parameters(layer_name):
+                spec = spec_of(parameter)
+                copy = getattr(parameter, "ds_pipe_replicated", False)
+                if topology.data_rank or copy or (spec.dim is None and topology.tensor_rank):
+                    continue
+                tensors[name] = parameter.detach().to("cpu", copy=True).contiguous()
+                cuts[name] = {**asdict(spec), "size": topology.tensor_size}
+    if topology.data_rank:
+        return
     name = f"model-pipe{topology.pipe_rank:03d}-tensor{topology.tensor_rank:03d}.safetensors"
     save_file(tensors, folder / name, metadata={_CUT: json.dumps(cuts)})
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from megatron_doremi.data.blend import GlobalBatch
 from megatron_doremi.data.indexed_dataset import IndexedDataset
 from megatron_doremi.data.loader import MicroBatch, rank_slice, read_windows, window_count
-from megatron_doremi.doremi.engine import reduce_sums
 from megatron_doremi.doremi.losses import domain_sums
+from megatron_doremi.doremi.objective import reduce_sums
 from megatron_doremi.model.forward import forward_only
-from megatron_doremi.model.pipeline import GPTPipeline
+from megatron_doremi.model.whole import GPT
 from megatron_doremi.parallel.groups import ProcessGroups
 from megatron_doremi.parallel.topology import Topology
 
@@ -45,7 +45,7 @@ def pad_to(batch: GlobalBatch, multiple: int) -> GlobalBatch:
 
 
 def evaluate(
-    module: GPTPipeline,
+    module: GPT,
     datasets: Sequence[IndexedDataset | None],
     shape: tuple[int, int],
     most: int,

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_doremi.model.pipeline import GPTPipeline
+from megatron_doremi.model.whole import GPT, is_partitioned
 from megatron_doremi.parallel.parameters import spec_of
 from megatron_doremi.parallel.topology import Topology
 
@@ -36,6 +36,7 @@ class Digest:
 
     Attributes:
         rank, pipe, tensor: its place.
+        part: which part of parameters that ZeRO 3 has cut over the data group it holds; 0 where it holds all.
         state: of the run's own state, the same on all ranks.
         parameters: of its parameters, the same on all replicas.
         replicated: of the parameters that are not cut, the same on all tensor ranks of a stage.
@@ -44,6 +45,7 @@ class Digest:
     rank: int
     pipe: int
     tensor: int
+    part: int
     state: str
     parameters: str
     replicated: str
@@ -65,17 +67,23 @@ def bits_hash(tensors: Iterable[Tensor]) -> str:
     return hashlib.sha256(json.dumps(numbers).encode()).hexdigest()
 
 
-def digest(module: GPTPipeline, state: Any, topology: Topology) -> Digest:
+def digest(module: GPT, state: Any, topology: Topology) -> Digest:
     """Hashes what this rank holds; `state` is anything that JSON takes."""
-    parameters = [parameter for _, parameter in module.model_parameters()]
-    whole = [parameter for parameter in parameters if spec_of(parameter).dim is None]
+    held, whole = [], []
+    for _, parameter in module.model_parameters():
+        part = parameter.ds_tensor if is_partitioned(parameter) else parameter  # type: ignore[attr-defined]
+        held.append(part)
+        if spec_of(parameter).dim is None:
+            whole.append(part)
+    partitioned = any(is_partitioned(parameter) for _, parameter in module.model_parameters())
     text = json.dumps(state, sort_keys=True)
     return Digest(
         topology.rank,
         topology.pipe_rank,
         topology.tensor_rank,
+        topology.data_rank if partitioned else 0,
         hashlib.sha256(text.encode()).hexdigest(),
-        bits_hash(parameters),
+        bits_hash(held),
         bits_hash(whole),
     )
 
@@ -85,8 +93,8 @@ def disagreements(digests: Sequence[Digest]) -> list[str]:
     found = []
     for what, key, value in (
         ("domain weights or blend", lambda d: (), lambda d: d.state),
-        ("parameters of replicas", lambda d: (d.pipe, d.tensor), lambda d: d.parameters),
-        ("parameters that tensor ranks share", lambda d: (d.pipe,), lambda d: d.replicated),
+        ("parameters of replicas", lambda d: (d.pipe, d.tensor, d.part), lambda d: d.parameters),
+        ("parameters that tensor ranks share", lambda d: (d.pipe, d.part), lambda d: d.replicated),
     ):
         groups: dict[Any, list[Digest]] = defaultdict(list)
         for entry in digests:
@@ -100,7 +108,7 @@ def disagreements(digests: Sequence[Digest]) -> list[str]:
     return found
 
 
-def check_ranks_agree(module: GPTPipeline, state: Any, topology: Topology, iteration: int) -> None:
+def check_ranks_agree(module: GPT, state: Any, topology: Topology, iteration: int) -> None:
     """Compares all ranks; a collective call.
 
     Raises:

@@ -18,7 +18,8 @@ from megatron_doremi.data.blend import Blend, BlendState
 from megatron_doremi.data.loader import Step, steps, window_count
 from megatron_doremi.data.manifest import save_weights
 from megatron_doremi.doremi.domain_weights import DomainWeights
-from megatron_doremi.doremi.engine import ProxyEngine, TrainingEngine
+from megatron_doremi.doremi.engine import TrainingEngine
+from megatron_doremi.doremi.objective import GroupDRO
 from megatron_doremi.doremi.reference import OnlineReference, RecordedReference
 from megatron_doremi.parallel.groups import ProcessGroups
 from megatron_doremi.parallel.topology import Topology
@@ -65,6 +66,8 @@ class Trainer:
         self.blend = Blend(data.names, counts, self.batch_size, config.data.seed)
         self.blend_state = BlendState.start(len(data.names))
         self.iteration = 0
+        # What only a proxy has.
+        self.dro = engine.objective if isinstance(engine.objective, GroupDRO) else None
 
     def train(self) -> None:
         """Trains to the last iteration, or to the exit interval."""
@@ -80,7 +83,7 @@ class Trainer:
             self._take_step(step, lr)
             entry = None
             on_console = self.iteration % config.run.log_interval == 0 or self.iteration == total
-            if on_console or isinstance(self.engine, ProxyEngine):
+            if on_console or self.dro is not None:
                 entry = self._entry(lr)
                 entry |= self._rates((time.perf_counter() - began) / (self.iteration - last))
                 last, began = self.iteration, time.perf_counter()
@@ -107,13 +110,10 @@ class Trainer:
     def _steps(self) -> Any:
         data = self.config.data
         reads = self.topology.is_first_stage or self.topology.is_last_stage
-        resamples = isinstance(self.engine, ProxyEngine) and self.config.doremi.doremi_weighting == "resample"
+        dro = self.dro if self.dro is not None and self.dro.resamples else None
 
         def sampling() -> NDArray[np.float64]:
-            if resamples:
-                assert isinstance(self.engine, ProxyEngine)
-                return self.engine.dro.weights.cpu().numpy()
-            return self.data.weights
+            return self.data.weights if dro is None else dro.state.weights.cpu().numpy()
 
         return steps(
             self.blend,
@@ -125,26 +125,23 @@ class Trainer:
             self.topology.data_rank,
             self.topology.data_size,
             reads,
-            ahead=not resamples,
+            ahead=dro is None,
         )
 
     def _take_step(self, step: Step, lr: float) -> None:
         self.engine.set_learning_rate(lr)
-        if isinstance(self.engine, ProxyEngine):
-            losses: list[Tensor] = []
-            if self.reference is not None:
-                losses = self.reference.token_losses(step.micro_batches, self.micro_batches)
-            targets = torch.from_numpy(step.targets).to(self.engine.device, torch.float64)
-            self.engine.train_proxy_step(step.micro_batches, losses, targets)
-        else:
-            self.engine.train_step(step.micro_batches)
+        losses: list[Tensor] = []
+        if self.reference is not None:
+            losses = self.reference.token_losses(step.micro_batches, self.micro_batches)
+        targets = torch.from_numpy(step.targets).to(self.engine.device, torch.float64)
+        self.engine.train_step(step.micro_batches, losses, targets)
         self.blend_state = step.state_after
         self.iteration += 1
 
     def _entry(self, lr: float) -> dict[str, Any]:
         """The line of the step just taken; a collective call."""
         samples, names = self.iteration * self.batch_size, self.data.names
-        sums = self.engine.step_sums().tolist()
+        sums = self.engine.objective.step_sums().tolist()
         entry: dict[str, Any] = {
             "iteration": self.iteration,
             "consumed_samples": samples,
@@ -153,10 +150,10 @@ class Trainer:
             "lr": lr,
             "grad_norm": self.engine.grad_norm(),
         }
-        if isinstance(self.engine, ProxyEngine):
-            dro = self.engine.dro
+        if self.dro is not None:
+            state = self.dro.state
             entry |= proxy_entries(
-                sums, dro.excess.tolist(), dro.weights.tolist(), self.engine.gradient_weights.tolist(), names
+                sums, state.excess.tolist(), state.weights.tolist(), self.dro.gradient_weights.tolist(), names
             )
         return entry
 
@@ -200,8 +197,8 @@ class Trainer:
     def _own_state(self) -> dict[str, Any]:
         """The state that every rank computes for itself."""
         state: dict[str, Any] = {"blend": self.blend_state.to_dict(self.data.names)}
-        if isinstance(self.engine, ProxyEngine):
-            state["doremi"] = self.engine.dro.to_dict(self.data.names)
+        if self.dro is not None:
+            state["doremi"] = self.dro.state.to_dict(self.data.names)
         return state
 
     def _save(self) -> None:
@@ -209,22 +206,22 @@ class Trainer:
         state = {**self._trained_on(), **consumed, **self._own_state()}
         keep = self.config.run.keep_checkpoints
         save_checkpoint(self.engine, self.save_dir, self.iteration, self.topology, state, keep)
-        if isinstance(self.engine, ProxyEngine) and self.topology.rank == 0:
-            self._write_domain_weights(self.engine.dro)
+        if self.dro is not None and self.topology.rank == 0:
+            self._write_domain_weights(self.dro.state)
 
-    def _write_domain_weights(self, dro: DomainWeights) -> None:
+    def _write_domain_weights(self, learned: DomainWeights) -> None:
         doremi = self.config.doremi
         provenance = {
             "method": f"doremi, {doremi.doremi_update}, {doremi.doremi_objective}, {doremi.doremi_weighting}, "
             f"{doremi.doremi_normalization}",
-            "steps": dro.steps,
+            "steps": learned.steps,
             "step_size": doremi.doremi_step_size,
             "smoothing": doremi.doremi_smoothing,
             "seed": self.config.data.seed,
             "reference": doremi.reference_load if doremi.reference_losses == "online" else doremi.reference_losses,
             "code_version": __version__,
         }
-        weights = dict(zip(self.data.names, dro.mean().tolist(), strict=True))
+        weights = dict(zip(self.data.names, learned.mean().tolist(), strict=True))
         save_weights(self.save_dir / "domain_weights.json", weights, self.data.tokenizer_sha256, provenance)
 
     def _resume(self) -> None:
@@ -237,5 +234,5 @@ class Trainer:
         load_engine(self.engine, checkpoint)
         self.iteration = int(state["iteration"])
         self.blend_state = BlendState.from_dict(state["blend"], self.data.names)
-        if isinstance(self.engine, ProxyEngine):
-            self.engine.dro = DomainWeights.from_dict(state["doremi"], self.data.names, self.engine.device)
+        if self.dro is not None:
+            self.dro.state = DomainWeights.from_dict(state["doremi"], self.data.names, self.engine.device)

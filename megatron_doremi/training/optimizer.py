@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from megatron_doremi.config import OptimizerConfig
+from megatron_doremi.parallel.parameters import spec_of
 
 
 def make_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], optim: OptimizerConfig) -> torch.optim.AdamW:
@@ -16,7 +17,8 @@ def make_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], optim: Optimi
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
     for _, parameter in parameters:
-        (matrices if parameter.dim() > 1 else vectors).append(parameter)
+        # Not its own shape, which is [0] where ZeRO 3 has cut it.
+        (matrices if len(spec_of(parameter).shape) > 1 else vectors).append(parameter)
     groups = [
         {"params": matrices, "weight_decay": optim.weight_decay},
         {"params": vectors, "weight_decay": 0.0},

@@ -1,18 +1,14 @@
-"""Building a run: data, model, engine and reference from a checked configuration."""
+"""Building a run: data and reference from a checked configuration; the engine is built in build.py."""
 
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from deepspeed.runtime.config import DeepSpeedConfig
-from deepspeed.utils import logger as deepspeed_logger
 from numpy.typing import NDArray
 
 from megatron_doremi import __version__
@@ -28,7 +24,6 @@ from megatron_doremi.data.files import atomic_write_text, make_folder
 from megatron_doremi.data.indexed_dataset import IndexedDataset
 from megatron_doremi.data.loader import too_short
 from megatron_doremi.data.manifest import Manifest, load_manifest, resolve_weights
-from megatron_doremi.doremi.engine import DoReMiSettings, ProxyEngine, TrainingEngine
 from megatron_doremi.doremi.reference import (
     OnlineReference,
     ReferenceRun,
@@ -36,13 +31,11 @@ from megatron_doremi.doremi.reference import (
     read_run_config,
 )
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any
-from megatron_doremi.model.pipeline import GPTPipeline
 from megatron_doremi.parallel.groups import ProcessGroups
 from megatron_doremi.parallel.layers import TensorParallel
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.training.checkpoint import newest_checkpoint, read_state
-from megatron_doremi.training.deepspeed_config import deepspeed_config
-from megatron_doremi.training.optimizer import make_optimizer
+from megatron_doremi.validation import misfits
 
 
 @dataclass(frozen=True)
@@ -152,9 +145,16 @@ def scores_batches(config: Config) -> bool:
     return config.doremi.doremi_objective != "hardest"
 
 
-def read_trained(folder: Path, flag: str, data: RunData, seq_length: int) -> ReferenceRun:
-    """Finds the newest model of a finished run, `folder` given by `flag`, and checks that it fits this data."""
-    gpt = check_reference(read_run_config(folder, flag), flag, folder, data.manifest, seq_length)
+def read_trained(folder: Path, flag: str, data: RunData, config: Config) -> ReferenceRun:
+    """Finds the newest model of a finished run, `folder` given by `flag`, and checks that it fits this data and
+    layout."""
+    gpt = check_reference(read_run_config(folder, flag), flag, folder, data.manifest, config.data.seq_length)
+    raise_if_any(
+        [
+            Fault(f"{flag} {folder}", f"{name} {value}", rule, "run it at another layout, or train another model")
+            for name, value, rule in misfits(gpt, config.parallel)
+        ]
+    )
     checkpoint = newest_checkpoint(folder)
     if checkpoint is None:
         raise ConfigError(
@@ -165,55 +165,7 @@ def read_trained(folder: Path, flag: str, data: RunData, seq_length: int) -> Ref
 
 def read_reference(config: Config, data: RunData) -> ReferenceRun:
     """Finds and checks the reference of a proxy."""
-    return read_trained(Path(config.doremi.reference_load), "--reference-load", data, config.data.seq_length)
-
-
-def make_engine(
-    config: Config,
-    gpt: GPTConfig,
-    sampling: NDArray[np.float64],
-    topology: Topology,
-    groups: ProcessGroups,
-    device: torch.device,
-) -> TrainingEngine:
-    """Builds this rank's stage of the model and the DeepSpeed engine that trains it.
-
-    Args:
-        sampling: [k] sampling weights of the blend.
-    """
-    deepspeed_logger.setLevel(logging.WARNING)
-    tp = TensorParallel(groups.tensor, config.parallel.sequence_parallel)
-    parallel = config.parallel
-    module = GPTPipeline(
-        gpt, topology, tp, config.data.seed, parallel.recompute_granularity, parallel.loss_chunk_tokens
-    )
-    entry = deepspeed_config(config, topology.world_size)
-    arguments: dict[str, Any] = {
-        "topology": topology,
-        "groups": groups,
-        "num_domains": len(sampling),
-        "clip_grad": config.optimizer.clip_grad,
-        "args": None,
-        "model": module,
-        "optimizer": make_optimizer(module.model_parameters(), config.optimizer),
-        "mpu": module.mpu(),
-        "dist_init_required": False,
-        "config": entry,
-        "config_class": DeepSpeedConfig(entry, module.mpu()),
-    }
-    if config.data.phase == PROXY:
-        doremi = config.doremi
-        settings = DoReMiSettings(
-            step_size=doremi.doremi_step_size,
-            smoothing=doremi.doremi_smoothing,
-            update=doremi.doremi_update,
-            weighting=doremi.doremi_weighting,
-            objective=doremi.doremi_objective,
-            normalization=doremi.doremi_normalization,
-            sampling=torch.from_numpy(sampling).to(device),
-        )
-        return ProxyEngine(settings=settings, **arguments)
-    return TrainingEngine(**arguments)
+    return read_trained(Path(config.doremi.reference_load), "--reference-load", data, config)
 
 
 def make_reference(config: Config, run: ReferenceRun, topology: Topology, groups: ProcessGroups) -> OnlineReference:

@@ -26,7 +26,7 @@ def evaluate_run(
 
     Rank 0 prints the losses and, with --save, adds an evaluation line to that folder's metrics.jsonl.
     """
-    run = read_trained(Path(config.run.load), "--load", data, config.data.seq_length)
+    run = read_trained(Path(config.run.load), "--load", data, config)
     tp = TensorParallel(groups.tensor, config.parallel.sequence_parallel)
     dtype = torch.bfloat16 if config.optimizer.bf16 else torch.float32
     module = load_frozen(run.gpt, run.weights, topology, tp, dtype)

@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from engines import gather_whole, layout, make_config, read_parameters
 from model.plain_gpt import token_losses as plain_token_losses
 from ranks import on_ranks
 
@@ -60,100 +61,68 @@ def example(gpt):
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), torch.tensor([0, 1, 1, 2])
 
 
-def all_variants(launch, pipe, tensor, sequence_parallel, bf16):
+def all_variants(launch, pipe, tensor, flags, bf16):
     """The losses and gradients of each of VARIANTS, in the processes of one start."""
-    from megatron_doremi.parallel.groups import make_groups
-    from megatron_doremi.parallel.topology import Topology
-    from megatron_doremi.training.distributed import join
-
-    topology = Topology(pipe, launch.world_size // pipe // tensor, tensor, launch.rank)
-    device, groups = join(launch), make_groups(topology)
-    flags = {"sequence_parallel": sequence_parallel, "zero_stage": int(bf16)}
-    return {name: losses_and_gradients(gpt, topology, groups, device, flags, bf16) for name, gpt in VARIANTS.items()}
+    place = layout(launch, pipe, tensor)
+    return {name: losses_and_gradients(gpt, *place, flags, bf16) for name, gpt in VARIANTS.items()}
 
 
 def losses_and_gradients(gpt, topology, groups, device, flags, bf16):
-    """Runs two micro-batches through the engine's schedule without its optimiser; gathers what came out."""
-    import torch.distributed as dist
+    """Runs a global batch through the engine without its optimiser; gathers what came out."""
+    import deepspeed
 
-    from megatron_doremi.config import (
-        Config,
-        DataConfig,
-        DoReMiConfig,
-        ModelConfig,
-        OptimizerConfig,
-        ParallelConfig,
-        RunConfig,
-    )
     from megatron_doremi.data.loader import MicroBatch
     from megatron_doremi.doremi.losses import LOSS
-    from megatron_doremi.parallel.parameters import spec_of, unshard
-    from megatron_doremi.training.setup import make_engine
+    from megatron_doremi.parallel.parameters import shard, spec_of, start_values
+    from megatron_doremi.training.build import make_engine
 
-    config = Config(
-        DataConfig(phase="main", seq_length=12, micro_batch_size=1, global_batch_size=4, seed=3),
-        ModelConfig(),
-        ParallelConfig(topology.tensor_size, topology.pipe_size, **flags),
-        DoReMiConfig(),
-        OptimizerConfig(clip_grad=0.0, bf16=bf16),
-        RunConfig(),
-    )
+    data = {"phase": "main", "seq_length": 12, "micro_batch_size": 1, "global_batch_size": 4, "seed": 3}
+    config = make_config(topology, data, flags, clip_grad=0.0, bf16=bf16)
     engine = make_engine(config, gpt, np.full(3, 1 / 3), topology, groups, device)
     # The norms and biases leave their constant starts, so that a gradient through them can be wrong.
     with torch.no_grad():
         for name, parameter in engine.module.model_parameters():
-            if spec_of(parameter).std == 0.0:
-                from megatron_doremi.parallel.parameters import shard, start_values
-
-                spec = spec_of(parameter)
+            spec = spec_of(parameter)
+            if spec.std == 0.0:
                 noisy = start_values(replace(spec, std=0.3), name, 3) + spec.constant
-                parameter.copy_(shard(noisy, spec, topology.tensor_size, topology.tensor_rank))
-    weights, gradients = {}, {}
+                with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                    parameter.copy_(shard(noisy, spec, topology.tensor_size, topology.tensor_rank))
     tokens, targets, domains = example(gpt)
     mine = [
         MicroBatch(tokens[i : i + 1], targets[i : i + 1], domains[i : i + 1], domains[i : i + 1])
         for i in range(topology.data_rank, 4, topology.data_size)
     ]
 
-    def collect(values, read):
-        for name, parameter in engine.module.model_parameters():
-            values[name] = (read(parameter).clone(), spec_of(parameter))
+    def gradient(parameter):
+        if flags.get("zero_stage", 0) >= 2:
+            return deepspeed.utils.safe_get_full_grad(parameter)
+        return parameter._hp_grad.view(parameter.shape) if bf16 else parameter.grad
 
-    collect(weights, lambda p: p.detach())
-    engine._take_model_step = lambda *a, **k: collect(gradients, lambda p: p._hp_grad.view(p.shape) if bf16 else p.grad)
+    weights, gradients = read_parameters(engine), {}
+    engine._take_model_step = lambda *a, **k: gradients.update(read_parameters(engine, gradient))
     engine.train_step(mine)
-    sums = engine.step_sums()
-    everyone = [None] * topology.world_size
-    dist.all_gather_object(everyone, (topology, weights, gradients))
-    whole_weights, whole_gradients = {}, {}
-    for index, whole in ((1, whole_weights), (2, whole_gradients)):
-        for stage in range(topology.pipe_size):
-            parts = [e[index] for e in everyone if e[0].pipe_rank == stage and e[0].data_rank == 0]
-            for name, (_, spec) in parts[0].items():
-                value = unshard([part[name][0] for part in parts], spec)
-                if name in whole:
-                    assert torch.equal(value, whole[name]), f"{name}: the tied copies differ"
-                whole[name] = value
-        for e in everyone:
-            for name, (value, _) in e[index].items():
-                twin = next(
-                    o for o in everyone if o[0] == replace(e[0], rank=e[0].rank_at(e[0].pipe_rank, 0, e[0].tensor_rank))
-                )
-                assert torch.equal(value, twin[index][name][0]), f"{name}: replicas differ"
-    return sums[LOSS].tolist(), whole_weights, whole_gradients
+    sums = engine.objective.step_sums()
+    return sums[LOSS].tolist(), gather_whole(topology, weights), gather_whole(topology, gradients)
 
 
+SP = {"sequence_parallel": True}
 LAYOUTS = {
-    # ranks, stages, tensor ranks, sequence parallel, bfloat16
-    "single": (1, 1, 1, False, False),
-    "PP2": (2, 2, 1, False, False),
-    "TP2": (2, 1, 2, False, False),
-    "TP2-SP": (2, 1, 2, True, False),
-    "DP2": (2, 1, 1, False, False),
-    "TP2-SP-PP2": (4, 2, 2, True, False),
-    "single-bf16": (1, 1, 1, False, True),
-    "PP2-bf16": (2, 2, 1, False, True),
-    "TP2-SP-bf16": (2, 1, 2, True, True),
+    # ranks, stages, tensor ranks, flags, bfloat16
+    "single": (1, 1, 1, {}, False),
+    "PP2": (2, 2, 1, {}, False),
+    "TP2": (2, 1, 2, {}, False),
+    "TP2-SP": (2, 1, 2, SP, False),
+    "DP2": (2, 1, 1, {}, False),
+    "TP2-SP-PP2": (4, 2, 2, SP, False),
+    "DP2-ZeRO2": (2, 1, 1, {"zero_stage": 2}, False),
+    "DP2-ZeRO3": (2, 1, 1, {"zero_stage": 3}, False),
+    "TP2-SP-DP2-ZeRO2": (4, 1, 2, {"zero_stage": 2, **SP}, False),
+    "TP2-SP-DP2-ZeRO3": (4, 1, 2, {"zero_stage": 3, **SP}, False),
+    "single-bf16": (1, 1, 1, {"zero_stage": 1}, True),
+    "PP2-bf16": (2, 2, 1, {"zero_stage": 1}, True),
+    "TP2-SP-bf16": (2, 1, 2, {"zero_stage": 1, **SP}, True),
+    "DP2-ZeRO2-bf16": (2, 1, 1, {"zero_stage": 2}, True),
+    "DP2-ZeRO3-bf16": (2, 1, 1, {"zero_stage": 3}, True),
 }
 
 

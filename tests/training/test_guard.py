@@ -15,7 +15,10 @@ from megatron_doremi.training.guard import Digest, bits_hash, disagreements
 
 def drift(launch, what, on_rank):
     """Plants a difference on one rank of a 2 x 2 layout (tensor x data) and returns what the check says."""
+    import deepspeed
+
     from megatron_doremi.model.pipeline import GPTPipeline
+    from megatron_doremi.model.whole import GPTModel
     from megatron_doremi.parallel.groups import make_groups
     from megatron_doremi.parallel.layers import TensorParallel
     from megatron_doremi.parallel.topology import Topology
@@ -24,7 +27,15 @@ def drift(launch, what, on_rank):
 
     join(launch)
     topology = Topology(1, 2, 2, launch.rank)
-    module = GPTPipeline(GPT, topology, TensorParallel(make_groups(topology).tensor), seed=1)
+    groups = make_groups(topology)
+
+    def partition(layer):
+        deepspeed.zero.Init(layer, groups.data, dtype=torch.float32)
+
+    if what == "whole, ZeRO 3":
+        module = GPTModel(GPT, topology, TensorParallel(groups.tensor), seed=1, partition=partition)
+    else:
+        module = GPTPipeline(GPT, topology, TensorParallel(groups.tensor), seed=1)
     state = {"doremi": {"weights": {"a": 0.5}}}
     check_ranks_agree(module, state, topology, 1)
     if launch.rank == on_rank:
@@ -35,6 +46,8 @@ def drift(launch, what, on_rank):
             parameters["layers.1.mlp.fc1.weight"].data[3, 2] *= 1 + 2**-23
         elif what == "whole":
             parameters["final_norm.weight"].data[0] += 2**-20
+        elif what == "whole, ZeRO 3":
+            parameters["final_norm.weight"].ds_tensor[0] += 2**-20
     try:
         check_ranks_agree(module, state, topology, 7)
     except RanksDisagree as error:
@@ -48,6 +61,7 @@ def drift(launch, what, on_rank):
         ("nothing", 0, []),
         ("state", 3, ["after iteration 7", "domain weights or blend: rank 3 against ranks 0, 1, 2"]),
         ("cut", 2, ["parameters of replicas: rank 2 against rank 0"]),
+        ("whole, ZeRO 3", 1, ["parameters that tensor ranks share: rank 1 against rank 0"]),
         ("whole", 1, ["parameters of replicas: ", "parameters that tensor ranks share: rank 1 against ranks 0, 2, 3"]),
     ],
 )
@@ -70,5 +84,7 @@ def test_the_hash_sees_a_bit_and_a_place():
 
 
 def test_stages_need_not_agree_with_each_other():
-    digests = [Digest(rank, pipe=rank, tensor=0, state="s", parameters=f"p{rank}", replicated="r") for rank in (0, 1)]
+    digests = [
+        Digest(rank, pipe=rank, tensor=0, part=0, state="s", parameters=f"p{rank}", replicated="r") for rank in (0, 1)
+    ]
     assert disagreements(digests) == []

@@ -33,6 +33,10 @@ LAYOUTS = {
     "TP2": (2, ["--tensor-model-parallel-size", "2"]),
     "DP2 ZeRO1": (2, ["--zero-stage", "1"]),
     "PP2 bf16": (2, ["--pipeline-model-parallel-size", "2", "--bf16", "--zero-stage", "1"]),
+    "DP2 ZeRO2 offloaded": (2, ["--zero-stage", "2", "--cpu-offload"]),
+    "DP2 ZeRO2 bf16": (2, ["--zero-stage", "2", "--bf16"]),
+    "DP2 ZeRO3": (2, ["--zero-stage", "3"]),
+    "DP2 ZeRO3 bf16 offloaded": (2, ["--zero-stage", "3", "--bf16", "--cpu-offload"]),
 }
 
 

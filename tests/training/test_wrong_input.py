@@ -40,9 +40,9 @@ def reference(tmp_path_factory):
     return folder
 
 
-def open_with(data: Path, *extra: str, phase: str = "main"):
+def open_with(data: Path, *extra: str, phase: str = "main", world_size: int = 1):
     base = ["--phase", phase, "--domains", str(data), "--save", "unused", "--train-iters", "5"]
-    config = parse_config([*base, *MODEL, *extra], world_size=1)
+    config = parse_config([*base, *MODEL, *extra], world_size)
     return config, open_data(config, training=phase != "evaluate")
 
 
@@ -152,8 +152,9 @@ def test_another_tokenizers_weights_are_taken_when_told(data):
     assert opened.weights.tolist() == pytest.approx([0.2, 0.3, 0.5])
 
 
-def reference_faults(folder: Path, data: Path, *extra: str) -> str:
-    config, opened = open_with(data, "--reference-load", str(folder / "run"), *extra, phase="proxy")
+def reference_faults(folder: Path, data: Path, *extra: str, world_size: int = 1) -> str:
+    flags = ["--reference-load", str(folder / "run"), *extra]
+    config, opened = open_with(data, *flags, phase="proxy", world_size=world_size)
     with pytest.raises(ConfigError) as caught:
         read_reference(config, opened)
     return str(caught.value)
@@ -183,6 +184,19 @@ def test_a_reference_that_is_none(reference, tmp_path):
     shutil.copytree(reference, tmp_path / "copy")
     shutil.rmtree(tmp_path / "copy" / "run" / "checkpoints")
     assert "no complete checkpoint" in reference_faults(tmp_path / "copy", data)
+
+
+@pytest.mark.parametrize(
+    ("layout", "words"),
+    [
+        (["--pipeline-model-parallel-size", "4"], ["num_layers 2", "at least --pipeline-model-parallel-size 4"]),
+        (["--tensor-model-parallel-size", "4"], ["num_query_groups 2", "multiple of --tensor-model-parallel-size 4"]),
+    ],
+)
+def test_a_reference_that_the_layout_cannot_cut(layout, words, reference):
+    larger = ["--num-layers", "4", "--num-query-groups", "4"]
+    said = reference_faults(reference, reference / "domains.json", *larger, *layout, world_size=4)
+    assert all(word in said for word in words)
 
 
 def test_a_checkpoint_of_another_run(reference):

@@ -1,0 +1,110 @@
+"""The GPT as one module whose forward pass ends in token losses: for ZeRO 2 and 3, which have no pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+import deepspeed
+from torch import Tensor, nn
+
+from megatron_doremi.config import GPTConfig
+from megatron_doremi.model.pipeline import (
+    GPTPipeline,
+    NamedLayers,
+    OutputLayer,
+    layer_names,
+    layer_specs,
+    mark_for_gradient_norm,
+)
+from megatron_doremi.parallel.cross_entropy import token_losses
+from megatron_doremi.parallel.layers import TensorParallel
+from megatron_doremi.parallel.parameters import initialise
+from megatron_doremi.parallel.topology import Topology
+
+
+class LossHead(nn.Module):
+    """The output layer and the token losses under it: hidden [batch, seq, hidden] -> [batch, seq].
+
+    Product and softmax are one module, so that ZeRO 3 has the rows gathered for both.
+    """
+
+    def __init__(self, weight: nn.Parameter, gpt: GPTConfig, tp: TensorParallel, loss_chunk_tokens: int):
+        super().__init__()
+        self.weight, self.gpt, self.tp, self.loss_chunk_tokens = weight, gpt, tp, loss_chunk_tokens
+
+    def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        hidden = self.tp.enter(hidden)
+        return token_losses(hidden, self.weight, targets, self.gpt.vocab_size, self.tp.group, self.loss_chunk_tokens)
+
+
+class GPTModel(NamedLayers, nn.Module):
+    """All layers of the GPT (but for what tensor parallel cuts): tokens and targets in, token losses out."""
+
+    def __init__(
+        self,
+        gpt: GPTConfig,
+        topology: Topology,
+        tp: TensorParallel,
+        seed: int,
+        recompute: str = "none",
+        loss_chunk_tokens: int = 0,
+        partition: Callable[[nn.Module], None] | None = None,
+    ):
+        """Builds and fills the layers, one after the other.
+
+        Args:
+            recompute: see `Block`.
+            loss_chunk_tokens: see `token_losses` in parallel/cross_entropy.py.
+            partition: called with each layer once it is filled; cuts its parameters over the data group (ZeRO 3),
+                so that a rank never holds more than one whole layer.
+        """
+        nn.Module.__init__(self)
+        self.gpt, self.tp, self.names = gpt, tp, layer_names(gpt)
+        self.layers = nn.ModuleList()
+        for name, spec in zip(self.names, layer_specs(gpt, tp, recompute), strict=True):
+            if name in self.names[: len(self.layers)]:
+                # The tied output layer.
+                self.layers.append(LossHead(self.layers[0].get_parameter("weight"), gpt, tp, loss_chunk_tokens))
+                continue
+            layer = spec.build()
+            if isinstance(layer, OutputLayer):
+                layer = LossHead(layer.weight, gpt, tp, loss_chunk_tokens)
+            initialise(layer, name, seed, tp.group)
+            mark_for_gradient_norm(layer.parameters(), topology)
+            if partition is not None:
+                partition(layer)
+            self.layers.append(layer)
+
+    def named_layers(self) -> Iterator[tuple[str, nn.Module]]:
+        seen: set[str] = set()
+        for name, layer in zip(self.names, self.layers, strict=True):
+            if name not in seen:
+                seen.add(name)
+                yield name, layer
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """[batch, seq] ids and targets -> [batch, seq] losses in nats, float32."""
+        x = tokens
+        for layer in self.layers[:-1]:
+            x = layer(x)
+        return self.layers[-1](x, targets)
+
+    def run(self, x: Tensor, targets: Tensor | None) -> Tensor:
+        assert targets is not None
+        return self(x, targets)
+
+
+# A rank's part of the GPT, in stages or whole.
+GPT = GPTPipeline | GPTModel
+
+
+def is_partitioned(parameter: Tensor) -> bool:
+    """Whether ZeRO 3 has cut this parameter over the data group."""
+    return hasattr(parameter, "ds_id")
+
+
+def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
+    """Makes parameters that ZeRO 3 has cut whole on every rank of the data group, for reading; a collective call."""
+    cut = [parameter for parameter in parameters if is_partitioned(parameter)]
+    return deepspeed.zero.GatheredParameters(cut) if cut else nullcontext()

@@ -1,0 +1,75 @@
+"""Engines for tests: built from a few settings, and what their ranks hold, gathered into whole parameters."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+
+def layout(launch, pipe, tensor):
+    """Joins the other ranks; returns (topology, groups, device)."""
+    from megatron_doremi.parallel.groups import make_groups
+    from megatron_doremi.parallel.topology import Topology
+    from megatron_doremi.training.distributed import join
+
+    topology = Topology(pipe, launch.world_size // pipe // tensor, tensor, launch.rank)
+    device = join(launch)
+    return topology, make_groups(topology), device
+
+
+def make_config(topology, data: dict, parallel: dict | None = None, doremi: dict | None = None, **optimizer: Any):
+    """A configuration at this layout; what is not given has its default."""
+    from megatron_doremi.config import (
+        Config,
+        DataConfig,
+        DoReMiConfig,
+        ModelConfig,
+        OptimizerConfig,
+        ParallelConfig,
+        RunConfig,
+    )
+
+    return Config(
+        DataConfig(**data),
+        ModelConfig(),
+        ParallelConfig(topology.tensor_size, topology.pipe_size, **(parallel or {})),
+        DoReMiConfig(**(doremi or {})),
+        OptimizerConfig(**optimizer),
+        RunConfig(),
+    )
+
+
+def read_parameters(engine, read=lambda parameter: parameter.detach()):
+    """{name: (this rank's part, spec)} of the engine's parameters, or of what `read` makes of each."""
+    from megatron_doremi.model.whole import gathered
+    from megatron_doremi.parallel.parameters import spec_of
+
+    values = {}
+    for name, parameter in engine.module.model_parameters():
+        with gathered([parameter]):
+            values[name] = (read(parameter).clone(), spec_of(parameter))
+    return values
+
+
+def gather_whole(topology, own):
+    """{name: whole parameter} from every rank's `read_parameters`; replicas and tied copies have to be equal."""
+    import torch
+    import torch.distributed as dist
+
+    from megatron_doremi.parallel.parameters import unshard
+
+    everyone: list[Any] = [None] * topology.world_size
+    dist.all_gather_object(everyone, (topology, own))
+    whole: dict[str, Any] = {}
+    for stage in range(topology.pipe_size):
+        parts = [values for place, values in everyone if place.pipe_rank == stage and place.data_rank == 0]
+        for name, (_, spec) in parts[0].items():
+            value = unshard([part[name][0] for part in parts], spec)
+            assert name not in whole or torch.equal(value, whole[name]), f"{name}: the tied copies differ"
+            whole[name] = value
+    held = {place.rank: values for place, values in everyone}
+    for place, values in everyone:
+        twin = held[replace(place, rank=place.rank_at(place.pipe_rank, 0, place.tensor_rank)).rank]
+        for name, (value, _) in values.items():
+            assert torch.equal(value, twin[name][0]), f"{name}: replicas differ"
+    return whole
