@@ -119,14 +119,16 @@ class OnlineReference:
         tp: TensorParallel,
         dtype: torch.dtype,
         shape: tuple[int, int],
+        loss_chunk_tokens: int,
     ):
         """Builds this rank's stage and loads its weights.
 
         Args:
             shape: (batch, seq) of a micro-batch.
+            loss_chunk_tokens: see `token_losses` in parallel/cross_entropy.py.
         """
         self.topology, self.shape = topology, shape
-        self.module = load_frozen(run.gpt, run.weights, topology, tp, dtype)
+        self.module = load_frozen(run.gpt, run.weights, topology, tp, dtype, loss_chunk_tokens)
 
     def token_losses(self, micro_batches: Sequence[MicroBatch], count: int) -> list[Tensor]:
         """On the last stage, [batch, seq] losses in nats of each of `count` micro-batches; elsewhere nothing."""

@@ -59,14 +59,14 @@ def token_losses(
         targets: [batch, seq] token ids below `vocab_size`.
         vocab_size: rows from here on are padding and never enter the softmax.
         tensor: the group over which the vocabulary is cut.
-        chunk_tokens: hold the logits of at most this many tokens at a time and compute them again in the
-            backward pass, where the batch has more; 0: the logits of all tokens at once, computed once.
+        chunk_tokens: hold the logits of at most this many tokens at a time, none between the forward and the
+            backward pass, which computes them again; 0: hold the logits of all tokens, computed once.
 
     Returns:
         [batch, seq] losses in nats, the same on every rank of the group.
     """
     rows, flat = hidden.flatten(0, 1), targets.flatten()
-    if not chunk_tokens or len(flat) <= chunk_tokens:
+    if not chunk_tokens:
         return _row_losses(rows, weight, flat, vocab_size, tensor).view_as(targets)
     parts = [
         checkpoint(_row_losses, r, weight, t, vocab_size, tensor, use_reentrant=False, preserve_rng_state=False)

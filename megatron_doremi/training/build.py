@@ -24,6 +24,7 @@ from megatron_doremi.parallel.layers import TensorParallel
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.training.deepspeed_config import deepspeed_config
 from megatron_doremi.training.optimizer import make_optimizer
+from megatron_doremi.training.sizes import parameters_by_layer
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ def make_engine(
     deepspeed_logger.setLevel(logging.WARNING)
     parallel = config.parallel
     tp = TensorParallel(groups.tensor, parallel.sequence_parallel)
-    entry = deepspeed_config(config, gpt.hidden_size, topology.world_size)
+    parameters = sum(parameters_by_layer(gpt, topology.tensor_size))
+    entry = deepspeed_config(config, gpt.hidden_size, parameters, topology.world_size)
     model = (gpt, topology, tp, config.data.seed, parallel.recompute_granularity, parallel.loss_chunk_tokens)
     module: GPT
     kind: type[TrainingEngine]

@@ -7,8 +7,13 @@ from typing import Any
 from megatron_doremi.config import Config, global_batch_size, micro_batches_per_step
 
 
-def deepspeed_config(config: Config, hidden_size: int, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's dictionary for a run of a model of this width on `world_size` ranks."""
+def deepspeed_config(config: Config, hidden_size: int, parameters: int, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's dictionary for a run on `world_size` ranks.
+
+    Args:
+        hidden_size: the model's width.
+        parameters: of the model on a rank, before ZeRO 3 cuts them.
+    """
     result: dict[str, Any] = {
         "train_batch_size": global_batch_size(config, world_size),
         "train_micro_batch_size_per_gpu": config.data.micro_batch_size,
@@ -16,7 +21,7 @@ def deepspeed_config(config: Config, hidden_size: int, world_size: int) -> dict[
         # Our loop logs; DeepSpeed's own report would cost a synchronisation.
         "steps_per_print": None,
         "wall_clock_breakdown": False,
-        "zero_optimization": _zero(config, hidden_size),
+        "zero_optimization": _zero(config, hidden_size, parameters),
         "gradient_clipping": config.optimizer.clip_grad if config.parallel.zero_stage else 0.0,
         # Reentrant checkpointing cuts a first stage, whose inputs are integers, off the graph. "Partitioned"
         # sends assume that tensor ranks hold the same activations, which with sequence parallel they do not.
@@ -34,9 +39,12 @@ def deepspeed_config(config: Config, hidden_size: int, world_size: int) -> dict[
     return result
 
 
-def _zero(config: Config, hidden_size: int) -> dict[str, Any]:
+def _zero(config: Config, hidden_size: int, parameters: int) -> dict[str, Any]:
     # The "memory efficient" linear layer replaces torch's for the whole process, the reference's too.
     result: dict[str, Any] = {"stage": config.parallel.zero_stage, "memory_efficient_linear": False}
+    if config.parallel.zero_stage >= 2:
+        # ZeRO allocates a whole bucket; DeepSpeed's default is 500 million numbers, 2 GB, for a model of any size.
+        result["reduce_bucket_size"] = min(500_000_000, parameters)
     if config.parallel.zero_stage == 3:
         # Vectors stay whole, matrices are cut, whatever the size of the model (DeepSpeed's default, 100,000 numbers,
         # would leave a small one whole).

@@ -173,7 +173,7 @@ def make_reference(config: Config, run: ReferenceRun, topology: Topology, groups
     tp = TensorParallel(groups.tensor, config.parallel.sequence_parallel)
     dtype = torch.bfloat16 if config.optimizer.bf16 else torch.float32
     shape = (config.data.micro_batch_size, config.data.seq_length)
-    return OnlineReference(run, topology, tp, dtype, shape)
+    return OnlineReference(run, topology, tp, dtype, shape, config.parallel.loss_chunk_tokens)
 
 
 def write_run_config(config: Config, gpt: GPTConfig, data: RunData, topology: Topology) -> None:

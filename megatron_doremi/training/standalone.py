@@ -29,7 +29,7 @@ def evaluate_run(
     run = read_trained(Path(config.run.load), "--load", data, config)
     tp = TensorParallel(groups.tensor, config.parallel.sequence_parallel)
     dtype = torch.bfloat16 if config.optimizer.bf16 else torch.float32
-    module = load_frozen(run.gpt, run.weights, topology, tp, dtype)
+    module = load_frozen(run.gpt, run.weights, topology, tp, dtype, config.parallel.loss_chunk_tokens)
     most = config.data.eval_iters * global_batch_size(config, topology.world_size)
     shape = (config.data.micro_batch_size, config.data.seq_length)
     sums = evaluate(module, data.valid, shape, most, topology, groups, device)
