@@ -8,6 +8,9 @@ and the given one again by the simultaneous update. Ratios of medians are printe
 for the slowest rank in every step. Random ids: what is in the text does not change the time.
 
 By arithmetic the ratios are 1, 4/3 (a forward is a third of a step) and 1.
+
+Then, with more than one stage, the pipeline's bubble: the time that M micro-batches are under way over the time that
+the busiest stage works on them, at best (M + P - 1) / M in either schedule.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import statistics
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -147,15 +151,68 @@ def main() -> None:
                 seconds[name].append(time.perf_counter() - began)
     if topology.rank == 0:
         report(seconds, args, topology)
+    if topology.pipe_size > 1:
+        for name, engine, variant in (("1F1B", plain, "plain"), ("alternating", given, "proxy, losses given")):
+            stretch, unequal = stretches(engine, variants[variant], args, topology)
+            if topology.rank == 0:
+                ideal = (args.micro_batches + topology.pipe_size - 1) / args.micro_batches
+                print(
+                    f"bubble, {name}: under way / busy = {stretch:.3f}; (M + P - 1) / M = {ideal:.3f}, "
+                    f"and {unequal:.3f} for stages as unequal as these"
+                )
     dist.destroy_process_group()
+
+
+def stretches(
+    engine: TrainingEngine, step: Callable[[], None], args: argparse.Namespace, topology: Topology
+) -> tuple[float, float]:
+    """Medians over steps: the time that the pipeline is under way over what its busiest stage computes meanwhile, and
+    the least that this could be for stages of these unequal times, 1 + (their sum - the largest) / (M * the largest).
+    """
+    spent = {"busy": 0.0, "after": 0.0}
+    after = ("ReduceTiedGrads", "ReduceGrads", "OptimizerStep")
+    original = engine._INSTRUCTION_MAP
+
+    def timed(run: Callable[..., None], kind: str) -> Callable[..., None]:
+        def wrapper(self: TrainingEngine, *args: object, **kwargs: object) -> None:
+            began = time.perf_counter()
+            run(self, *args, **kwargs)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            spent[kind] += time.perf_counter() - began
+
+        return wrapper
+
+    kinds = {"ForwardPass": "busy", "BackwardPass": "busy", **dict.fromkeys(after, "after")}
+    engine._INSTRUCTION_MAP = {
+        command: timed(run, kinds[command.__name__]) if command.__name__ in kinds else run
+        for command, run in original.items()
+    }
+    found = []
+    for _ in range(max(5, args.steps // 3)):
+        spent |= {"busy": 0.0, "after": 0.0}
+        dist.barrier()
+        began = time.perf_counter()
+        step()
+        dist.barrier()
+        mine = torch.zeros(topology.pipe_size + 2, dtype=torch.float64, device=engine.device)
+        mine[topology.pipe_rank] = spent["busy"]
+        # The gradients' reduction and the optimiser come after the pipeline has run empty.
+        mine[-2], mine[-1] = time.perf_counter() - began, -spent["after"]
+        dist.all_reduce(mine, op=dist.ReduceOp.MAX)
+        *busy, whole, least_after = mine.tolist()
+        unequal = 1 + (sum(busy) - max(busy)) / (args.micro_batches * max(busy))
+        found.append(((whole + least_after) / max(busy), unequal))
+    engine._INSTRUCTION_MAP = original
+    measured, least = zip(*found, strict=True)
+    return statistics.median(measured), statistics.median(least)
 
 
 def report(seconds: dict[str, list[float]], args: argparse.Namespace, topology: Topology) -> None:
     """Prints medians and ratios; a ratio's spread is that of the ratios of single turns."""
-    bubble = (args.micro_batches + topology.pipe_size - 1) / args.micro_batches
     print(
         f"tensor {topology.tensor_size} x pipeline {topology.pipe_size} x data {topology.data_size}, "
-        f"{args.micro_batches} micro-batches; ideal pipeline time over busy time (M + P - 1) / M = {bubble:.3f}"
+        f"{args.micro_batches} micro-batches"
     )
     plain = seconds["plain"]
     print(f"{'':<36} {'ms a step':>10} {'ratio':>7}  {'quartiles of the turns':>22}")
