@@ -188,12 +188,13 @@ def test_weights_follow_from_the_metrics_alone(reference, data, tmp_path):
     assert written["provenance"]["steps"] == STEPS
 
 
-def test_bfloat16_follows_float32(reference, data, tmp_path):
+@pytest.mark.parametrize("flags", [[*PP2, *zero(1)], zero(2), zero(3)], ids=["PP2 ZeRO1", "DP2 ZeRO2", "DP2 ZeRO3"])
+def test_bfloat16_follows_float32(flags, reference, data, tmp_path):
     """bfloat16 keeps 8 bits of a number; a batch's mean loss averages the errors of its tokens, but what is left of
     them in lambda adds up over steps, so the bound is one for 20 steps at eta = .2."""
-    flags = [*reference, "--doremi-step-size", "0.2", "--pipeline-model-parallel-size", "2"]
+    flags = [*reference, "--doremi-step-size", "0.2", *flags]
     exact = training_lines(train(2, "proxy", data, tmp_path / "float32", STEPS, *flags))
-    short = training_lines(train(2, "proxy", data, tmp_path / "bf16", STEPS, *flags, "--bf16", "--zero-stage", "1"))
+    short = training_lines(train(2, "proxy", data, tmp_path / "bf16", STEPS, *flags, "--bf16"))
     loss = max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(short, exact, strict=True))
     weight = max(
         abs(a["domain_weights"][n] - b["domain_weights"][n])

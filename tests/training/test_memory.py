@@ -5,36 +5,31 @@ Run alone: python -m pytest tests/training/test_memory.py -s
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from engines import layout, make_config
+from model.test_against_plain_model import GPT as SMALL
 from ranks import on_ranks
 
-from megatron_doremi.config import GPTConfig, ParallelConfig
+from megatron_doremi.config import ParallelConfig
 from megatron_doremi.training.activations import held_micro_batches, micro_batch_bytes
 
 pytestmark = pytest.mark.slow
 
 # LayerNorm and as many key-value groups as heads: on a CPU the other two keep more than their kernels on a GPU (see
 # docs/memory.md).
-GPT = GPTConfig(
+GPT = replace(
+    SMALL,
     num_layers=3,
     hidden_size=128,
     ffn_hidden_size=320,
-    num_attention_heads=4,
     num_query_groups=4,
     kv_channels=32,
     normalization="LayerNorm",
-    norm_epsilon=1e-5,
-    swiglu=True,
-    position_embedding_type="rope",
-    rotary_base=10000.0,
-    tied_embeddings=True,
-    bias_linear=False,
     vocab_size=512,
-    make_vocab_size_divisible_by=8,
     max_positions=128,
-    init_method_std=0.02,
 )
 WINDOWS, SEQ, K = 2, 128, 3
 

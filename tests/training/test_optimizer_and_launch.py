@@ -8,10 +8,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import torch
 
 from megatron_doremi.config import OptimizerConfig
 from megatron_doremi.errors import ConfigError
+from megatron_doremi.parallel.groups import TensorGroup
+from megatron_doremi.parallel.parameters import ParameterSpec, make_parameter
 from megatron_doremi.training.launch import Launch, read_launch
 from megatron_doremi.training.optimizer import learning_rate, make_optimizer
 
@@ -42,7 +43,7 @@ def test_no_warmup_starts_at_the_peak():
 
 
 def test_vectors_do_not_decay():
-    matrix, vector = torch.nn.Parameter(torch.zeros(2, 2)), torch.nn.Parameter(torch.zeros(2))
+    matrix, vector = (make_parameter(ParameterSpec(shape), TensorGroup()) for shape in ((2, 2), (2,)))
     groups = make_optimizer([("w", matrix), ("b", vector)], BASE).param_groups
     assert [(group["params"], group["weight_decay"]) for group in groups] == [([matrix], 0.01), ([vector], 0.0)]
 
