@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ MANIFEST_FORMAT = "megatron-doremi-domains/1"
 WEIGHTS_FORMAT = "megatron-doremi-weights/1"
 # Above any weight that makes sense, and low enough that their sum is a float.
 _LARGEST_WEIGHT = 1e100
+# A smaller share is a window in 10^12, and soon nothing but a rounding of the others.
+_SMALLEST_SHARE = 1e-12
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ def _read_domains(entries: Any, folder: Path, what: str, faults: list[Fault]) ->
             if valid is not None and (not isinstance(valid, str) or not valid):
                 raise ValueError("valid must be text or null")
             for key, size in sizes.items():
-                if not isinstance(size, int) or isinstance(size, bool) or size < 0:
+                if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size < 2**63:
                     raise ValueError(f"{key} {size!r} is no size")
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             missing = f"{error} is missing" if isinstance(error, KeyError) else str(error)
@@ -268,8 +270,7 @@ def resolve_weights(setting: str, manifest: Manifest, allow_tokenizer_mismatch: 
                     "give uniform, natural or a weights file",
                 )
             )
-        given = np.array(manifest.given_weights)
-        return given / given.sum()
+        return _shares(f"manifest {manifest.path}", manifest, manifest.given_weights)
     if setting == "uniform":
         return np.full(count, 1.0 / count)
     if setting == "natural":
@@ -306,8 +307,25 @@ def load_weights(path: Path, manifest: Manifest, allow_tokenizer_mismatch: bool)
         raise ConfigError(faults)
     faults += _weight_faults(what, weights, manifest)
     raise_if_any(faults)
-    vector = np.array([float(weights[name]) for name in manifest.names])
-    return vector / vector.sum()
+    return _shares(what, manifest, [float(weights[name]) for name in manifest.names])
+
+
+def _shares(what: str, manifest: Manifest, weights: Sequence[float]) -> NDArray[np.float64]:
+    """[k] positive weights, normalised. Raises ConfigError where one all but vanishes beside the others."""
+    shares = np.array(weights) / np.sum(weights)
+    raise_if_any(
+        [
+            Fault(
+                what,
+                f"{name!r}: a share of {share:.1e}",
+                f"shares of at least {_SMALLEST_SHARE}",
+                "leave a domain out of the manifest to train without it",
+            )
+            for name, share in zip(manifest.names, shares, strict=True)
+            if share < _SMALLEST_SHARE
+        ]
+    )
+    return shares
 
 
 def _tokenizer_faults(what: str, sha256: Any, manifest: Manifest, allowed: bool) -> list[Fault]:
