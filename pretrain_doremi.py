@@ -57,11 +57,13 @@ def run(config: Config, topology: Topology, launch: Launch) -> None:
     from megatron_doremi.training.build import make_engine
     from megatron_doremi.training.distributed import join
     from megatron_doremi.training.loop import Trainer
+    from megatron_doremi.training.repetition import check_repetition
     from megatron_doremi.training.score import check_recorded, score
     from megatron_doremi.training.standalone import evaluate_run
 
     phase = config.data.phase
     data = setup.open_data(config, training=phase != EVALUATE)
+    repeated = check_repetition(config, data, topology.world_size)
     reference_run = setup.read_reference(config, data) if setup.needs_reference(config) else None
     recorded = None
     if phase == PROXY and setup.scores_batches(config) and config.doremi.reference_losses != "online":
@@ -77,6 +79,8 @@ def run(config: Config, topology: Topology, launch: Launch) -> None:
         gpt = setup.resolve_gpt(config, data)
         if topology.rank == 0:
             setup.write_run_config(config, gpt, data, topology)
+            if repeated:
+                print(repeated)
         engine = make_engine(config, gpt, data.weights, topology, groups, device)
         reference: OnlineReference | RecordedReference | None = None
         if recorded is not None:
@@ -91,13 +95,17 @@ def run(config: Config, topology: Topology, launch: Launch) -> None:
 def dry_run(config: Config, topology: Topology) -> None:
     """Prints the resolved configuration and what a rank gets; touches no other process."""
     from megatron_doremi.training import setup
+    from megatron_doremi.training.repetition import check_repetition
     from megatron_doremi.training.sizes import describe_run
 
     data = setup.open_data(config, training=config.data.phase != EVALUATE)
+    repeated = check_repetition(config, data, topology.world_size)
     if setup.needs_reference(config):
         setup.read_reference(config, data)
     if topology.rank == 0:
         print(describe_run(config, setup.resolve_gpt(config, data), topology))
+        if repeated:
+            print(repeated)
 
 
 if __name__ == "__main__":

@@ -59,6 +59,10 @@ class DataConfig:
     micro_batch_size: int = setting(1, "windows in one forward pass of one data-parallel rank")
     global_batch_size: int = setting(0, "windows in one step over all ranks (default: one micro-batch a rank)")
     train_iters: int = setting(0, "steps of the whole training run; score: of the proxies to come, 0: all windows")
+    max_epochs_per_domain: float = setting(
+        0.0,
+        "refuse a mixture that would read a domain more often than this; 0: any (what repeats is said at the start)",
+    )
     eval_iters: int = setting(
         100, "an evaluation reads at most this many global batches of held-out windows a domain; 0: all"
     )

@@ -89,6 +89,8 @@ def _ranges(config: Config) -> list[Fault]:
         check(getattr(data, name) >= 0, name, getattr(data, name), "not negative")
     for name in ("save_interval", "keep_checkpoints", "exit_interval", "check_ranks_interval"):
         check(getattr(run, name) >= 0, name, getattr(run, name), "not negative")
+    epochs = data.max_epochs_per_domain
+    check(epochs >= 0, "max_epochs_per_domain", epochs, "not negative")
     check(run.log_interval > 0, "log_interval", run.log_interval, "at least 1")
     check(doremi.num_shards >= 1, "num_shards", doremi.num_shards, "at least 1")
     check(0 <= doremi.shard < max(1, doremi.num_shards), "shard", doremi.shard, "from 0 to --num-shards - 1")
