@@ -1,9 +1,9 @@
 """Looks into a data set: sizes, documents, what a blend reads, and whether the files are whole.
 
-    python tools/inspect_data.py counts    --domains data/domains.json
+    python tools/inspect_data.py counts --domains data/domains.json
     python tools/inspect_data.py documents --domains data/domains.json --domain Books --first 10 --count 2
-    python tools/inspect_data.py window    --domains data/domains.json --number 5000 --seq-length 64 --global-batch-size 48
-    python tools/inspect_data.py verify    --domains data/domains.json --write-checksums data/SHA256SUMS
+    python tools/inspect_data.py window --domains data/domains.json --number 50 --seq-length 64 --global-batch-size 48
+    python tools/inspect_data.py verify --domains data/domains.json --write-checksums data/SHA256SUMS
 
 A window is a sample of training: number n is place n % B of step n // B, as every layout reads it. `verify` reads
 every id; its checksums are in the form of sha256sum, which can check them too.
@@ -115,9 +115,7 @@ def counts(args: argparse.Namespace) -> None:
         # The manifest keeps the bytes of the train split.
         known = args.split == "train" and dataset.num_tokens
         ratio = f"{sizes[name] / dataset.num_tokens:.2f}" if known else "-"
-        spread = (
-            [int(value) for value in (lengths.min(), np.median(lengths), lengths.max())] if len(lengths) else [0] * 3
-        )
+        spread = [int(np.quantile(lengths, part, method="lower")) if len(lengths) else 0 for part in (0.0, 0.5, 1.0)]
         row = (f"{dataset.num_documents:,}", f"{dataset.num_tokens:,}", ratio, *(f"{value:,}" for value in spread))
         print(f"{name:<{width}}" + "".join(f"{cell:>16}" for cell in row))
 
