@@ -196,6 +196,7 @@ def verify(args: argparse.Namespace) -> None:
                 continue
             try:
                 dataset = IndexedDataset(prefix, manifest.tokenizer.vocab_size if manifest.tokenizer else 0)
+                dataset.check_index()
                 for start in range(0, dataset.num_tokens, _IDS_AT_ONCE):
                     dataset.tokens(start, min(_IDS_AT_ONCE, dataset.num_tokens - start))
             except ConfigError as error:

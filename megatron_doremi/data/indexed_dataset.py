@@ -12,9 +12,10 @@ import contextlib
 import os
 import struct
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,10 @@ from megatron_doremi.errors import ConfigError, Fault
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 _HEADER = struct.Struct("<9sQBQQ")
+_RISING = "rising bounds from 0 to the number of sequences"
+# Sequences of an index that is checked whole when it is opened, in parts of so many.
+_CHECKED_ON_OPENING = 1 << 18
+_PART = 1 << 16
 # Megatron-LM's codes; 6 and 7 are floats, which are no token ids.
 _DTYPES: dict[int, np.dtype] = {
     code: np.dtype(name) for code, name in {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}.items()
@@ -41,7 +46,7 @@ def paths_of(prefix: Path) -> tuple[Path, Path]:
 
 
 class IndexedDataset:
-    """A dataset opened for reading. Ids are mapped into memory and read when asked for.
+    """A dataset opened for reading. Ids are read when asked for; threads may share it.
 
     Attributes:
         prefix: path without .bin or .idx.
@@ -53,6 +58,9 @@ class IndexedDataset:
 
     def __init__(self, prefix: Path, vocab_size: int = 0):
         """Opens and checks a pair. Raises ConfigError where it is missing, damaged or something else.
+
+        Of an index with more than 262,144 sequences only its ends are read, so that a run on any amount of data starts
+        at once; what does not line up between them is found by `check_index`, or where it is met.
 
         Args:
             vocab_size: ids read have to be below this; 0: any ids. An id that no rank's part of a cut vocabulary
@@ -74,9 +82,9 @@ class IndexedDataset:
         expected, found = self.num_tokens * self.dtype.itemsize, self._bin.stat().st_size
         if found != expected:
             raise self._error(self._bin, f"{found:,} bytes", f"the {expected:,} bytes that {self._idx.name} speaks of")
-        self._ids: NDArray = np.empty(0, self.dtype)
-        if expected:
-            self._ids = np.memmap(self._bin, dtype=self.dtype, mode="r")
+        # Read, not mapped: a window is one request to the file system instead of a page fault or two with what it reads
+        # ahead, and a file that is cut off under a run is an error instead of a signal.
+        self._file = self._bin.open("rb", buffering=0)
 
     def _error(self, path: Path, value: str, rule: str) -> ConfigError:
         return ConfigError(
@@ -100,20 +108,38 @@ class IndexedDataset:
         self.dtype = _DTYPES[code]
         body = np.memmap(self._idx, mode="r", offset=0, dtype=np.uint8)[_HEADER.size :]
         self.sequence_lengths: NDArray[np.int32] = body[: 4 * sequences].view("<i4")
-        pointers: NDArray[np.int64] = body[4 * sequences : 12 * sequences].view("<i8")
+        self._pointers: NDArray[np.int64] = body[4 * sequences : 12 * sequences].view("<i8")
         self.document_indices: NDArray[np.int64] = body[12 * sequences :].view("<i8")
-        self._check(pointers)
+        if not bounds or self.document_indices[0] != 0 or self.document_indices[-1] != sequences:
+            raise self._error(self._idx, "documents out of order", _RISING)
+        end = int(self._pointers[-1]) + int(self.sequence_lengths[-1]) * self.dtype.itemsize if sequences else 0
+        self.num_tokens = end // self.dtype.itemsize
+        # What is longer is read where it is used, and as a whole by tools/inspect_data.py: a run starts at once.
+        if sequences <= _CHECKED_ON_OPENING:
+            self.check_index()
+        if end < 0 or end % self.dtype.itemsize:
+            raise self._error(self._idx, f"an end at byte {end:,}", "sequences that lie end to end")
 
-    def _check(self, pointers: NDArray[np.int64]) -> None:
-        lengths, documents = self.sequence_lengths, self.document_indices
-        if len(lengths) and lengths.min() < 0:
-            raise self._error(self._idx, f"a sequence of {lengths.min()} tokens", "lengths that are not negative")
-        ends = np.cumsum(lengths, dtype=np.int64)
-        self.num_tokens = int(ends[-1]) if len(ends) else 0
-        if not np.array_equal(pointers[1:], ends[:-1] * self.dtype.itemsize) or (len(pointers) and pointers[0] != 0):
-            raise self._error(self._idx, "offsets with gaps or overlaps", "sequences that lie end to end")
-        if len(documents) == 0 or documents[0] != 0 or documents[-1] != len(lengths) or (np.diff(documents) < 0).any():
-            raise self._error(self._idx, "documents out of order", "rising bounds from 0 to the number of sequences")
+    def check_index(self) -> None:
+        """Reads the whole index, a part at a time. Raises ConfigError where sequences or documents do not line up."""
+        tokens = bound = 0
+        with self._idx.open("rb") as file:
+            for first, count in _parts(self.num_sequences):
+                lengths = _read(file, 4 * first, "<i4", count)
+                pointers = _read(file, 4 * self.num_sequences + 8 * first, "<i8", count)
+                if lengths.min() < 0:
+                    raise self._error(
+                        self._idx, f"a sequence of {lengths.min()} tokens", "lengths that are not negative"
+                    )
+                ends = tokens + np.cumsum(lengths, dtype=np.int64)
+                if not np.array_equal(pointers, (ends - lengths) * self.dtype.itemsize):
+                    raise self._error(self._idx, "offsets with gaps or overlaps", "sequences that lie end to end")
+                tokens = int(ends[-1])
+            for first, count in _parts(len(self.document_indices)):
+                documents = _read(file, 12 * self.num_sequences + 8 * first, "<i8", count)
+                if documents[0] < bound or (np.diff(documents) < 0).any():
+                    raise self._error(self._idx, "documents out of order", _RISING)
+                bound = int(documents[-1])
 
     @property
     def num_sequences(self) -> int:
@@ -130,7 +156,13 @@ class IndexedDataset:
             ConfigError: an id is outside the vocabulary.
         """
         assert 0 <= start <= start + count <= self.num_tokens, (self.prefix, start, count, self.num_tokens)
-        ids = self._ids[start : start + count].astype(np.int64)
+        size = self.dtype.itemsize
+        data = os.pread(self._file.fileno(), count * size, start * size)
+        if len(data) < count * size:
+            raise self._error(
+                self._bin, f"ends at byte {start * size + len(data):,}", "the size that it had at the start"
+            )
+        ids = np.frombuffer(data, self.dtype).astype(np.int64)
         if self.vocab_size and count and not 0 <= ids.min() <= ids.max() < self.vocab_size:
             place = start + int(np.argmax((ids < 0) | (ids >= self.vocab_size)))
             value = f"id {ids[place - start]} at token {place:,}"
@@ -140,8 +172,28 @@ class IndexedDataset:
     def document(self, number: int) -> NDArray[np.int64]:
         """The tokens of a document, all its sequences end to end, int64."""
         first, last = (int(bound) for bound in self.document_indices[number : number + 2])
-        start = int(self.sequence_lengths[:first].sum(dtype=np.int64))
-        return self.tokens(start, int(self.sequence_lengths[first:last].sum(dtype=np.int64)))
+        if not 0 <= first <= last <= self.num_sequences:
+            raise self._error(self._idx, f"document {number:,} from sequence {first:,} to {last:,}", _RISING)
+        if first == last:
+            return np.empty(0, dtype=np.int64)
+        start = int(self._pointers[first]) // self.dtype.itemsize
+        count = int(self.sequence_lengths[first:last].sum(dtype=np.int64))
+        if not 0 <= start <= start + count <= self.num_tokens:
+            value = f"document {number:,} from token {start:,} to {start + count:,}"
+            raise self._error(self._idx, value, f"places in the {self.num_tokens:,} tokens of the pair")
+        return self.tokens(start, count)
+
+
+def _parts(size: int) -> Iterator[tuple[int, int]]:
+    """(first, count) of each part of `size` entries."""
+    for first in range(0, size, _PART):
+        yield first, min(_PART, size - first)
+
+
+def _read(file: BinaryIO, place: int, dtype: str, count: int) -> NDArray:
+    """Entries from byte `place` after the header on; read, not mapped, so that they do not stay in memory."""
+    file.seek(_HEADER.size + place)
+    return np.fromfile(file, dtype, count)
 
 
 class IndexedDatasetWriter:

@@ -271,3 +271,39 @@ def test_damaged_index_is_refused_or_read_and_nothing_else(tmp_path):
         assert sum(len(data.document(n)) for n in range(data.num_documents)) == data.num_tokens
     assert outcomes["refused"] > 300
     assert outcomes["read"] > 5
+
+
+def test_a_file_cut_off_after_it_was_opened(tmp_path):
+    prefix = small_pair(tmp_path)
+    dataset = IndexedDataset(prefix)
+    (tmp_path / "set.bin").write_bytes(b"\x0a\x00\x0b\x00\x0c")
+    assert dataset.tokens(0, 2).tolist() == [10, 11]
+    with pytest.raises(ConfigError, match="ends at byte 5"):
+        dataset.tokens(1, 3)
+
+
+def test_a_long_index_is_checked_where_it_is_used(tmp_path, monkeypatch):
+    """Only the ends of an index are read on opening where it is long; `check_index` reads it whole, in parts."""
+    from megatron_doremi.data import indexed_dataset
+
+    monkeypatch.setattr(indexed_dataset, "_CHECKED_ON_OPENING", 2)
+    monkeypatch.setattr(indexed_dataset, "_PART", 2)
+    good = small_pair(tmp_path)
+    IndexedDataset(good).check_index()
+    data = struct.pack("<6H", *range(10, 16))
+    for name, idx, number in (
+        ("lengths", index_of([2, 2, 2], [0, 1, 2, 3], pointers=[0, 6, 8]), None),
+        ("negative", index_of([3, -1, 2], [0, 1, 2, 3], pointers=[0, 6, 8]), None),
+        ("pointers", index_of([3, 1, 2], [0, 1, 2, 3], pointers=[0, 600, 8]), 1),
+        ("bounds", index_of([3, 1, 2], [0, 2, 1, 3], pointers=[0, 6, 8]), 1),
+        ("bounds", index_of([3, 1, 2], [0, 7, 2, 3], pointers=[0, 6, 8]), 0),
+    ):
+        dataset = IndexedDataset(put(tmp_path, idx, data, name))
+        assert dataset.tokens(0, 6).tolist() == list(range(10, 16))
+        with pytest.raises(ConfigError, match=name):
+            dataset.check_index()
+        if number is not None:
+            with pytest.raises(ConfigError, match=f"document {number}"):
+                dataset.document(number)
+    with pytest.raises(ConfigError, match="bytes that"):
+        IndexedDataset(put(tmp_path, index_of([3, 1, 3], [0, 1, 2, 3]), data, "end"))

@@ -1,0 +1,115 @@
+"""How soon the first global batch is there: 22 domains of 300 billion tokens, after the imports.
+
+    python benchmarks/startup.py
+
+Sparse files stand in for the data: every byte that is read is read from a file of the right size, at its place.
+Prints the seconds from the manifest to the first batch and by how much the process grew; 1 s and 200 MiB are the goals.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import struct
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+
+from megatron_doremi.arguments import parse_config
+from megatron_doremi.data.blend import Blend, BlendState
+from megatron_doremi.data.loader import Step, steps, window_count
+from megatron_doremi.data.manifest import MANIFEST_FORMAT
+from megatron_doremi.training.setup import open_data
+
+TOKENS_A_DOCUMENT = 1000
+
+
+def write_sparse(folder: Path, domains: int, tokens: int) -> Path:
+    """Pairs of uint16 ids, all 0, that take no room on the disk; returns the manifest's path."""
+    entries = []
+    for number in range(domains):
+        # Of unequal sizes, as domains are.
+        size = 2 * tokens * (number + 1) // (domains * (domains + 1))
+        documents = size // TOKENS_A_DOCUMENT
+        prefix = folder / f"domain{number}_train"
+        with Path(f"{prefix}.bin").open("wb") as file:
+            file.truncate(2 * size)
+        with Path(f"{prefix}.idx").open("wb") as file:
+            file.write(struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, 8, documents, documents + 1))
+            start = file.tell()
+            last = size - (documents - 1) * TOKENS_A_DOCUMENT
+            # The ends of the three lists; between them zeros, which nobody reads.
+            for place, entry in (
+                (4 * documents - 4, struct.pack("<i", last)),
+                (12 * documents - 8, struct.pack("<q", 2 * (size - last))),
+                (20 * documents, struct.pack("<q", documents)),
+            ):
+                file.seek(start + place)
+                file.write(entry)
+        sizes = {"tokens": size, "documents": documents, "bytes": 4 * size}
+        entries.append({"name": f"domain {number}", "train": prefix.name, "valid": None, **sizes})
+    tokenizer = {"type": "SentencePieceTokenizer", "file": "none", "sha256": "0" * 64, "vocab_size": 50_000, "eod": 0}
+    manifest = {"format": MANIFEST_FORMAT, "tokenizer": tokenizer, "domains": entries}
+    path = folder / "domains.json"
+    path.write_text(json.dumps(manifest))
+    return path
+
+
+@dataclass(frozen=True)
+class Start:
+    """A start as it was seen.
+
+    Attributes:
+        seconds: from the manifest to the first batch.
+        mebibytes: by which the process's resident memory grew.
+    """
+
+    step: Step
+    seconds: float
+    mebibytes: float
+
+
+def first_batch(manifest: Path, batch: int = 512, seq_length: int = 1024) -> Start:
+    """Opens the data as a run does and reads the first global batch."""
+    model = "--num-layers 1 --hidden-size 8 --num-attention-heads 1"
+    argv = f"--phase main --save unused --train-iters 1000 --global-batch-size {batch} --micro-batch-size 8 {model}"
+    before, began = resident_mebibytes(), time.perf_counter()
+    config = parse_config([*argv.split(), "--domains", str(manifest), "--seq-length", str(seq_length)], world_size=1)
+    data = open_data(config, training=True)
+    counts = tuple(window_count(dataset.num_tokens, seq_length) for dataset in data.train)
+    blend, state = Blend(data.names, counts, batch, config.data.seed), BlendState.start(len(counts))
+    reader = steps(blend, data.train, lambda: data.weights, state, seq_length, 8, 0, 1, reads=True, ahead=False)
+    step = next(reader)
+    return Start(step, time.perf_counter() - began, resident_mebibytes() - before)
+
+
+def resident_mebibytes() -> float:
+    """Resident memory of this process."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def main() -> None:
+    """Makes the files, starts, and says what it took."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--domains", type=int, default=22, help="(default: 22)")
+    parser.add_argument("--tokens", type=float, default=300e9, help="(default: 300e9)")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        manifest = write_sparse(Path(folder), args.domains, int(args.tokens))
+        start = first_batch(manifest)
+        print(
+            f"{args.domains} domains, {args.tokens:,.0f} tokens: first batch after {start.seconds:.3f} s, "
+            f"{start.mebibytes:.1f} MiB of resident memory more than after the imports"
+        )
+
+
+if __name__ == "__main__":
+    main()
