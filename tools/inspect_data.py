@@ -28,7 +28,7 @@ from megatron_doremi.data.files import atomic_write_text, sha256_of
 from megatron_doremi.data.indexed_dataset import IndexedDataset, paths_of
 from megatron_doremi.data.loader import too_short, window_count
 from megatron_doremi.data.manifest import Manifest, load_manifest, resolve_weights
-from megatron_doremi.data.tokenizer import SentencePieceTokenizer, load_tokenizer
+from megatron_doremi.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any, run_or_exit
 
 _IDS_AT_ONCE = 1 << 22
@@ -65,12 +65,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def open_tokenizer(manifest: Manifest) -> SentencePieceTokenizer | None:
+def open_tokenizer(manifest: Manifest) -> Tokenizer | None:
     """The manifest's tokenizer, None where it names none. Raises ConfigError where it is another file by now."""
     info = manifest.tokenizer
     if info is None:
         return None
-    tokenizer = load_tokenizer(info.type, info.file)
+    tokenizer = load_tokenizer(info.type, info.file, eod=info.eod)
     if tokenizer.sha256 != info.sha256:
         raise ConfigError(
             Fault(
@@ -83,7 +83,7 @@ def open_tokenizer(manifest: Manifest) -> SentencePieceTokenizer | None:
     return tokenizer
 
 
-def as_text(ids: NDArray[np.int64], tokenizer: SentencePieceTokenizer | None) -> str:
+def as_text(ids: NDArray[np.int64], tokenizer: Tokenizer | None) -> str:
     """The text of ids; the ids themselves where no tokenizer is known."""
     return " ".join(map(str, ids)) if tokenizer is None else tokenizer.decode(ids)
 

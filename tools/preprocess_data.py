@@ -1,320 +1,297 @@
-"""Turns The Pile's JSON lines into one indexed pair a domain, and the manifest that names them.
+"""Turns JSON lines or Parquet into one indexed pair a domain and split, and the manifest that names them.
 
     python tools/preprocess_data.py --input train.jsonl.zst --output-dir data --split train \\
         --tokenizer-model tokenizer.model --append-eod --workers 8
     python tools/preprocess_data.py --input valid.jsonl.zst --output-dir data --split valid ...
 
 The train split starts the manifest, data/domains.json; the valid split adds its pairs to it. Documents keep the
-order of the input whatever the number of workers. Nothing appears under a final name before all of it is good.
+order of the input whatever the number of workers. Nothing appears under a final name before all of it is good; a run
+that was stopped goes on with --resume. In an array job each task takes --shard I of --num-shards N, and
+tools/merge_datasets.py joins what they leave.
 """
 
 from __future__ import annotations
 
 import argparse
 import errno
-import multiprocessing
-import re
+import itertools
+import signal
 import sys
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass, field, replace
-from itertools import chain
+import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
-from megatron_doremi.data.files import atomic_write_bytes, make_folder
-from megatron_doremi.data.indexed_dataset import IndexedDatasetWriter, dtype_for
-from megatron_doremi.data.jsonl import (
-    BadLine,
-    Line,
-    bad_lines_error,
-    check_inputs,
-    parse_document,
-    read_lines,
+from megatron_doremi.data.documents import (
+    FILE_PATTERN,
+    Document,
+    DocumentReader,
+    DomainKey,
+    DomainRules,
+    load_domain_list,
+    load_rules,
+    rule_by_file,
 )
-from megatron_doremi.data.manifest import Domain, Manifest, TokenizerInfo, load_manifest, save_manifest
-from megatron_doremi.data.tokenizer import SENTENCEPIECE, SentencePieceTokenizer, load_tokenizer
+from megatron_doremi.data.encoding import TokenizerFiles, WorkerDied, encode_all
+from megatron_doremi.data.files import make_folder
+from megatron_doremi.data.indexed_dataset import dtype_for
+from megatron_doremi.data.manifest import TokenizerInfo, load_manifest
+from megatron_doremi.data.outputs import Outputs, Workspace, keep_tokenizer, manifest_after, publish, train_prefixes
+from megatron_doremi.data.shards import Pair, ShardData, load_shard, run_of, save_shard, shard_folder
+from megatron_doremi.data.sources import Shard, bad_lines_error, check_inputs, read_blocks, read_shard, shard_bytes
+from megatron_doremi.data.tokenizer import KINDS, SENTENCEPIECE, Tokenizer
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any, run_or_exit
 
-# Bytes of text that travel to a worker at once: enough to hide the way there and back.
-_BATCH_BYTES = 1 << 20
-_NAMED_BAD_LINES = 10
-# Characters of a domain's name that its files carry; file systems end at 255.
-_SLUG_CHARACTERS = 100
+# Bytes of text on which tiktoken's ids are compared with those of the tokenizer itself.
+_SAMPLE_BYTES = 1 << 20
+DOMAIN_KEY = "meta.pile_set_name"
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--input", nargs="+", required=True, type=Path, metavar="FILE", help=".jsonl, .zst or .gz")
-    parser.add_argument("--output-dir", required=True, type=Path, metavar="DIR", help="pairs and domains.json")
-    parser.add_argument("--split", choices=("train", "valid"), default="train", help="(default: train)")
-    parser.add_argument("--text-key", default="text", help="(default: text)")
-    parser.add_argument("--domain-key", default="meta.pile_set_name", help="(default: meta.pile_set_name)")
-    parser.add_argument("--tokenizer-type", default=SENTENCEPIECE, help=f"(default: {SENTENCEPIECE})")
-    parser.add_argument("--tokenizer-model", required=True, type=Path, metavar="FILE")
-    parser.add_argument("--append-eod", action="store_true", help="end each document with the end-of-document id")
-    parser.add_argument("--workers", type=int, default=2, metavar="N", help="encoding processes (default: 2)")
-    parser.add_argument("--on-error", choices=("fail", "skip"), default="fail", help="bad lines (default: fail)")
+    add = parser.add_argument
+    add("--input", nargs="+", required=True, type=Path, metavar="FILE", help=".jsonl, .jsonl.zst, .jsonl.gz, .parquet")
+    add("--output-dir", required=True, type=Path, metavar="DIR", help="pairs and domains.json")
+    add("--split", choices=("train", "valid"), default="train", help="of these files (default: train)")
+    add(
+        "--valid-fraction",
+        type=float,
+        default=0.0,
+        metavar="F",
+        help="hold out this part of them, by a hash of the text",
+    )
+    add("--text-key", default="text", help="(default: text)")
+    add("--domain-key", metavar="KEY", help=f"the field that names the domain (default: {DOMAIN_KEY})")
+    add("--domain-rules", type=Path, metavar="FILE", help="ordered regular expressions over fields instead")
+    file_help = (
+        "the first group of a regular expression over the file's path instead (default: its name up to a number)"
+    )
+    add("--domain-from-file", nargs="?", const=FILE_PATTERN, metavar="PATTERN", help=file_help)
+    add("--domain-list", type=Path, metavar="FILE", help="the names that domains may have, in their order")
+    add(
+        "--tokenizer-type", default=SENTENCEPIECE, metavar="KIND", help=f"{', '.join(KINDS)} (default: {SENTENCEPIECE})"
+    )
+    add("--tokenizer-model", required=True, type=Path, metavar="FILE", help="*.model, tokenizer.json or vocab.json")
+    add("--merge-file", type=Path, metavar="FILE", help="GPT-2's merges.txt (default: beside its vocab.json)")
+    add("--eod-token", metavar="TOKEN", help="what ends documents, where the tokenizer has no usual one")
+    add("--append-eod", action="store_true", help="end each document with the end-of-document id")
+    add("--workers", type=int, default=2, metavar="N", help="encoding processes (default: 2)")
+    add("--max-documents", type=int, metavar="N", help="stop after the first N documents")
+    add("--on-error", choices=("fail", "skip"), default="fail", help="bad lines (default: fail)")
+    add("--resume", action="store_true", help="go on where an earlier run was stopped; where there is none, start")
+    add("--journal-seconds", type=float, default=15.0, metavar="S", help="what a killed run loses (default: 15)")
+    add("--shard", type=int, default=0, metavar="I", help="the task of an array job, from 0 on")
+    add("--num-shards", type=int, default=1, metavar="N", help="how many tasks it has (default: 1)")
     return parser
 
 
-@dataclass
-class Encoded:
-    """What a worker makes of a batch of lines.
-
-    Attributes:
-        documents: (domain, ids, bytes of text) in the order of the lines.
-        bad: descriptions of lines that hold no document.
-        position: bytes of the inputs read when the batch was cut, for progress.
-    """
-
-    documents: list[tuple[str, NDArray, int]]
-    bad: list[str]
-    position: int
+def find_domains(args: argparse.Namespace) -> DomainKey | DomainRules:
+    """How a line's domain is found. Raises ConfigError."""
+    if args.domain_rules:
+        return load_rules(args.domain_rules)
+    if args.domain_from_file:
+        return rule_by_file(args.domain_from_file)
+    return DomainKey(args.domain_key or DOMAIN_KEY)
 
 
-class Encoder:
-    """What runs in a worker process."""
-
-    def __init__(self, tokenizer: SentencePieceTokenizer, text_key: str, domain_key: str, append_eod: bool):
-        self.tokenizer, self.text_key, self.domain_key = tokenizer, text_key, domain_key
-        self.dtype = dtype_for(tokenizer.vocab_size)
-        self.end = [tokenizer.eod] if append_eod else []
-
-    def encode(self, lines: list[Line], position: int) -> Encoded:
-        """Parses and encodes a batch of lines."""
-        texts, domains, bad = [], [], []
-        for line in lines:
-            try:
-                if line.data is None:
-                    raise BadLine("the file breaks off here")
-                text, domain = parse_document(line.data, self.text_key, self.domain_key)
-            except BadLine as error:
-                bad.append(f"{line.file}, line {line.number}: {error}")
-                continue
-            texts.append(text)
-            domains.append(domain)
-        documents = []
-        for text, domain, ids in zip(texts, domains, self.tokenizer.encode_batch(texts), strict=True):
-            ended = np.concatenate([ids, np.array(self.end, dtype=ids.dtype)]).astype(self.dtype)
-            documents.append((domain, ended, len(text.encode("utf-8"))))
-        return Encoded(documents, bad, position)
-
-
-# The one encoder of a worker process: a pool hands each task to a module-level function.
-_worker: list[Encoder] = []
-
-
-def _start_worker(kind: str, model: Path, text_key: str, domain_key: str, append_eod: bool) -> None:
-    _worker[:] = [Encoder(load_tokenizer(kind, model), text_key, domain_key, append_eod)]
-
-
-def _encode(lines: list[Line], position: int) -> Encoded:
-    return _worker[0].encode(lines, position)
-
-
-def batches(paths: list[Path]) -> Iterator[tuple[list[Line], int]]:
-    """The lines of all inputs in batches, with the bytes of the inputs read so far."""
-    done, size, batch = 0, 0, []
-    for path in paths:
-        for line in read_lines(path):
-            batch.append(line)
-            size += len(line.data or b"")
-            if size >= _BATCH_BYTES:
-                yield batch, done + line.position
-                size, batch = 0, []
-        done += path.stat().st_size
-    if batch:
-        yield batch, done
-
-
-def encode_all(args: argparse.Namespace) -> Iterator[Encoded]:
-    """Encoded batches in the order of the input; a few batches a worker are under way at a time."""
-    settings = (args.tokenizer_type, args.tokenizer_model, args.text_key, args.domain_key, args.append_eod)
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(args.workers, mp_context=context, initializer=_start_worker, initargs=settings)
-    with pool:
-        under_way: deque[Future[Encoded]] = deque()
-        for batch, position in batches(args.input):
-            under_way.append(pool.submit(_encode, batch, position))
-            if len(under_way) >= 4 * args.workers:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
-
-
-@dataclass
-class Output:
-    """A domain's pair as it is written."""
-
-    writer: IndexedDatasetWriter
-    prefix: Path
-    documents: int = 0
-    bytes: int = 0
-
-
-@dataclass
-class Outputs:
-    """The pairs of all domains, and what was wrong with the input.
-
-    Attributes:
-        known: prefixes that are settled: held-out pairs are named like the train pairs of their domains.
-    """
-
-    folder: Path
-    split: str
-    dtype: np.dtype
-    known: dict[str, Path] = field(default_factory=dict)
-    by_name: dict[str, Output] = field(default_factory=dict)
-    bad: list[str] = field(default_factory=list)
-    bad_total: int = 0
-
-    def add(self, encoded: Encoded) -> None:
-        """Appends a batch."""
-        self.bad_total += len(encoded.bad)
-        self.bad += encoded.bad[: _NAMED_BAD_LINES - len(self.bad)]
-        for domain, ids, size in encoded.documents:
-            output = self.by_name.get(domain) or self._open(domain)
-            output.writer.add_document(ids)
-            output.documents += 1
-            output.bytes += size
-
-    def _open(self, domain: str) -> Output:
-        prefix = self.known.get(domain) or self._new_prefix(domain)
-        try:
-            writer = IndexedDatasetWriter(prefix, self.dtype)
-        except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENFILE):
-                raise
-            value = f"domain number {len(self.by_name) + 1}, {domain[:40]!r}: {error.strerror}"
-            rule, remedy = "a key that holds one of a few names", "give the key of the domain, or raise ulimit -n"
-            raise ConfigError(Fault("--domain-key", value, rule, remedy)) from error
-        self.by_name[domain] = Output(writer, prefix)
-        return self.by_name[domain]
-
-    def _new_prefix(self, domain: str) -> Path:
-        slug = re.sub(r"[^A-Za-z0-9._-]+", "_", domain)[:_SLUG_CHARACTERS].strip("._") or "domain"
-        prefix = self.folder / f"{slug}_{self.split}"
-        # Names that differ in case alone are one file on some systems.
-        taken = {output.prefix.name.casefold() for output in self.by_name.values()}
-        number = 2
-        while prefix.name.casefold() in taken:
-            prefix = self.folder / f"{slug}_{number}_{self.split}"
-            number += 1
-        return prefix
-
-    def abort(self) -> None:
-        """Removes all that was written."""
-        for output in self.by_name.values():
-            output.writer.abort()
-
-
-def manifest_after(args: argparse.Namespace, outputs: Outputs, tokenizer: TokenizerInfo, path: Path) -> Manifest:
-    """The manifest with this run's pairs: a new one for the train split, the extended one for the valid split."""
-    if args.split == "train":
-        domains = [
-            Domain(name, output.prefix, None, output.writer.num_tokens, output.documents, output.bytes)
-            for name, output in sorted(outputs.by_name.items())
-        ]
-        return Manifest(tuple(domains), tokenizer, path)
-    manifest = load_manifest(path)
-    unknown = sorted(set(outputs.by_name) - set(manifest.names))
-    if unknown:
-        raise ConfigError(
-            Fault(
-                "--input",
-                "domains " + ", ".join(map(repr, unknown)),
-                "held-out text of the train split's domains: " + ", ".join(map(repr, manifest.names)),
-                "add these domains to the train split, or leave them out",
-            )
-        )
-    domains = [
-        replace(domain, valid=outputs.by_name[domain.name].prefix) if domain.name in outputs.by_name else domain
-        for domain in manifest.domains
-    ]
-    return replace(manifest, domains=tuple(domains))
-
-
-def check(args: argparse.Namespace, tokenizer: SentencePieceTokenizer, path: Path) -> None:
-    """Raises a ConfigError with all that is wrong before anything is read."""
+def check(args: argparse.Namespace) -> list[Fault]:
+    """All that is wrong with the flags."""
     faults = check_inputs(args.input)
-    if args.workers < 1:
-        faults.append(Fault("--workers", str(args.workers), "at least 1", "give a positive number"))
-    if args.split == "valid":
-        try:
-            known = load_manifest(path).tokenizer
-        except ConfigError as error:
-            faults += [replace(fault, remedy="make the train split first") for fault in error.faults]
+    for flag, value, least in (
+        ("--workers", args.workers, 1),
+        ("--num-shards", args.num_shards, 1),
+        ("--max-documents", args.max_documents, 1),
+    ):
+        if value is not None and value < least:
+            faults.append(Fault(flag, str(value), f"at least {least}", "give a positive number"))
+    if not 0 <= args.shard < max(1, args.num_shards):
+        rule = f"from 0 to --num-shards - 1, {args.num_shards - 1}"
+        faults.append(Fault("--shard", str(args.shard), rule, "give the number of the task"))
+    if not 0.0 <= args.valid_fraction < 1.0:
+        faults.append(Fault("--valid-fraction", str(args.valid_fraction), "from 0 to below 1", "give such a number"))
+    ways = [flag for flag in ("domain_key", "domain_rules", "domain_from_file") if getattr(args, flag) is not None]
+    if len(ways) > 1:
+        value = ", ".join("--" + flag.replace("_", "-") for flag in ways)
+        faults.append(Fault("domains", value, "one of them", "leave the others out; rules may look at any field"))
+    if args.valid_fraction and args.split == "valid":
+        rule = "the train split's run, which writes both"
+        faults.append(Fault("--valid-fraction", "with --split valid", rule, "leave one of them out"))
+    if args.max_documents and args.num_shards > 1:
+        rule = "one process, which alone can count them"
+        faults.append(Fault("--max-documents", "with --num-shards", rule, "leave one of them out"))
+    return faults
+
+
+def check_tokenizer(args: argparse.Namespace, tokenizer: Tokenizer, known: TokenizerInfo | None) -> list[Fault]:
+    """A fault where held-out text would be encoded otherwise than the train split."""
+    if known is not None and (known.sha256, known.eod) == (tokenizer.sha256, tokenizer.eod):
+        return []
+    value = f"{args.tokenizer_model} ({tokenizer.sha256[:12]}, documents end with {tokenizer.eod})"
+    rule = f"that of {args.output_dir / 'domains.json'} ({f'{known.sha256[:12]}, {known.eod}' if known else 'none'})"
+    return [Fault("--tokenizer-model", value, rule, "give that one, or make the train split again")]
+
+
+def sample(args: argparse.Namespace, reader: DocumentReader) -> list[str]:
+    """Texts from the beginnings of the inputs."""
+    texts: list[str] = []
+    # Of many files the first of each of a few: a block is decompressed for each.
+    for path in args.input[:: max(1, len(args.input) // 8)]:
+        left = _SAMPLE_BYTES // min(8, len(args.input))
+        for block in itertools.islice(read_blocks(path, reader.columns), 1):
+            for _, document in reader.documents(block):
+                if isinstance(document, Document) and left > 0:
+                    texts.append(document.text[:left])
+                    left -= document.size
+    return texts
+
+
+def settings_of(args: argparse.Namespace, reader: DocumentReader, tokenizer: Tokenizer) -> dict[str, Any]:
+    """All that the result depends on, as JSON: what a run that goes on, and the tasks of an array, have in common."""
+    stats = [(path, path.stat()) for path in args.input]
+    return {
+        "inputs": [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats],
+        "documents": repr(replace(reader, known=None)),
+        "domain list": sorted(reader.known) if reader.known is not None and args.domain_list else None,
+        "tokenizer": [tokenizer.type, tokenizer.sha256, tokenizer.eod],
+        "--append-eod": args.append_eod,
+        "--max-documents": args.max_documents,
+        "--num-shards": args.num_shards,
+        "shard": args.shard,
+    }
+
+
+def encode_into(
+    workspace: Workspace, args: argparse.Namespace, files: TokenizerFiles, fast: bool, reader: DocumentReader
+) -> None:
+    """Encodes what is not in yet, with a bar that shows the input's bytes, rate and time left."""
+    outputs, shard = workspace.outputs, Shard(args.shard, args.num_shards)
+    blocks = read_shard(args.input, reader.columns, shard, skip=outputs.blocks)
+    start, end = shard_bytes([path.stat().st_size for path in args.input], shard)
+    most = args.max_documents or sys.maxsize
+    began, text_bytes = time.monotonic(), 0
+    encoded_blocks = encode_all(blocks, files, fast, reader, args.append_eod, args.workers)
+    with tqdm(total=end - start, unit="B", unit_scale=True, desc=f"encoding {args.split}", mininterval=0.5) as bar:
+        for encoded in encoded_blocks:
+            part = encoded.first(most - outputs.documents)
+            outputs.add(part)
+            workspace.note()
+            text_bytes += part.text_bytes
+            bar.set_postfix_str(f"{text_bytes / 1e6 / (time.monotonic() - began):.1f} MB/s of text", refresh=False)
+            bar.update(min(encoded.progress.done, bar.total) - bar.n)
+            if outputs.documents >= most:
+                encoded_blocks.close()
+                break
         else:
-            if known is None or known.sha256 != tokenizer.sha256:
-                faults.append(
-                    Fault(
-                        "--tokenizer-model",
-                        f"{args.tokenizer_model} ({tokenizer.sha256[:12]})",
-                        f"the tokenizer of {path} ({known.sha256[:12] if known else 'none'})",
-                        "give that one, or make the train split again",
-                    )
-                )
-    raise_if_any(faults)
+            bar.update(bar.total - bar.n)
 
 
 def main() -> int:
     """Encodes the inputs and publishes pairs and manifest."""
     args = build_parser().parse_args()
-    manifest_path = args.output_dir / "domains.json"
-    tokenizer = load_tokenizer(args.tokenizer_type, args.tokenizer_model)
-    check(args, tokenizer, manifest_path)
-    make_folder(args.output_dir, "--output-dir")
-    outputs = Outputs(args.output_dir, args.split, dtype_for(tokenizer.vocab_size))
+    raise_if_any(check(args))
+    shard = Shard(args.shard, args.num_shards)
+    order = load_domain_list(args.domain_list) if args.domain_list else ()
+    reader = DocumentReader(
+        args.text_key, find_domains(args), args.split, args.valid_fraction, frozenset(order) if order else None
+    )
+    files = TokenizerFiles(args.tokenizer_type, args.tokenizer_model, args.merge_file, args.eod_token)
+    tokenizer = files.load()
+    folder = shard_folder(args.output_dir, args.split, shard) if shard.count > 1 else args.output_dir
+    known = {}
     if args.split == "valid":
-        for domain in load_manifest(manifest_path).domains:
-            stem = domain.train.name.removesuffix("_train")
-            outputs.known[domain.name] = args.output_dir / f"{stem}_valid"
+        manifest = load_train_split(args.output_dir / "domains.json")
+        raise_if_any(check_tokenizer(args, tokenizer, manifest.tokenizer))
+        known = train_prefixes(manifest, folder)
+        reader = replace(reader, known=frozenset(manifest.names) & (reader.known or frozenset(manifest.names)))
+    make_folder(folder, "--output-dir")
+    settings = settings_of(args, reader, tokenizer)
+    if args.resume and is_done(folder, settings, shard):
+        print(f"shard {shard.index} of {shard.count} is there already")
+        return 0
+    tokenizer.settle(sample(args, reader))
+    print(f"encoding with {tokenizer.encoder}, {tokenizer.vocab_size:,} ids, in {args.workers} processes", flush=True)
+    partial = folder / f".partial-{args.split}"
+    outputs = Outputs(folder, partial, dtype_for(tokenizer.vocab_size), known)
     try:
-        size = sum(path.stat().st_size for path in args.input)
-        with tqdm(total=size, unit="B", unit_scale=True, desc=f"encoding {args.split}", mininterval=0.5) as bar:
-            for encoded in encode_all(args):
-                outputs.add(encoded)
-                bar.update(encoded.position - bar.n)
-        if outputs.bad_total and args.on_error == "fail":
-            raise bad_lines_error(outputs.bad, outputs.bad_total)
-        if not outputs.by_name:
-            raise ConfigError(Fault("--input", "no documents", "text", "give files that hold documents"))
-        copy = args.output_dir / f"tokenizer-{tokenizer.sha256[:12]}.model"
-        info = TokenizerInfo(tokenizer.type, copy, tokenizer.sha256, tokenizer.vocab_size, tokenizer.eod)
-        publish(args.tokenizer_model, copy, outputs, manifest_after(args, outputs, info, manifest_path))
-    except BaseException:
-        outputs.abort()
-        raise
+        with Workspace(partial, outputs, settings, args.resume, args.journal_seconds) as workspace:
+            if workspace.resumed:
+                print(f"going on after {outputs.documents:,} documents of an earlier run", flush=True)
+            encode_into(workspace, args, files, tokenizer.encoder == "tiktoken", reader)
+            finish(args, workspace, tokenizer, settings, order)
+    except KeyboardInterrupt:
+        print("interrupted: nothing was published", file=sys.stderr)
+        say_resume(partial)
+        return 130
+    except WorkerDied:
+        print("error: a worker was killed; did memory run out? Fewer --workers need less.", file=sys.stderr)
+        return say_resume(partial)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: {error.strerror}: nothing was published; make room", file=sys.stderr)
+        return say_resume(partial)
     report(outputs)
     return 0
 
 
-def publish(model: Path, copy: Path, outputs: Outputs, manifest: Manifest) -> None:
-    """Gives everything its final name; the manifest, which names the rest, last."""
-    for output in outputs.by_name.values():
-        output.writer.prepare()
-    atomic_write_bytes(copy, model.read_bytes())
-    if outputs.split == "train":
-        # If we were stopped half way, an earlier manifest would give the new pairs the old sizes.
-        manifest.path.unlink(missing_ok=True)
-    for output in outputs.by_name.values():
-        output.writer.publish()
-    save_manifest(manifest)
+def load_train_split(path: Path) -> Any:
+    """The manifest that a valid split is added to. Raises ConfigError."""
+    try:
+        return load_manifest(path)
+    except ConfigError as error:
+        raise ConfigError([replace(fault, remedy="make the train split first") for fault in error.faults]) from error
+
+
+def is_done(folder: Path, settings: dict[str, Any], shard: Shard) -> bool:
+    """Whether this task of an array is complete, by a run like this one."""
+    return shard.count > 1 and (folder / "shard.json").is_file() and load_shard(folder).run == run_of(settings)
+
+
+def say_resume(partial: Path) -> int:
+    """Says how to go on. Returns the exit code of a fault of the machine."""
+    print(f"What was encoded is in {partial}; the same command with --resume goes on from there.", file=sys.stderr)
+    return 1
+
+
+def finish(
+    args: argparse.Namespace,
+    workspace: Workspace,
+    tokenizer: Tokenizer,
+    settings: dict[str, Any],
+    order: tuple[str, ...],
+) -> None:
+    """Publishes what is encoded. Raises ConfigError where lines were bad, or there was nothing."""
+    outputs, shard = workspace.outputs, Shard(args.shard, args.num_shards)
+    if outputs.bad_total and args.on_error == "fail":
+        workspace.note(now=True)
+        remedy = "mend the input, or give --on-error skip --resume to leave them out; nothing is encoded again then"
+        raise bad_lines_error(outputs.bad, outputs.bad_total, remedy)
+    if not outputs.by_key and shard.count == 1:
+        workspace.remove()
+        raise ConfigError(Fault("--input", "no documents", "text", "give files that hold documents"))
+    workspace.note(now=True)
+    path = args.output_dir / "domains.json"
+    info = keep_tokenizer(tokenizer, outputs.folder)
+    if shard.count == 1:
+        publish(outputs, manifest_after(path, args.split, outputs.by_key, info, order), args.split)
+    else:
+        outputs.publish(lambda: (outputs.folder / "shard.json").unlink(missing_ok=True))
+        pairs = {key: Pair(each.prefix, each.documents, each.bytes) for key, each in outputs.by_key.items()}
+        save_shard(ShardData(outputs.folder, shard, args.split, run_of(settings), info, pairs, order))
+    workspace.remove()
 
 
 def report(outputs: Outputs) -> None:
     """Prints what was written and what was left out."""
-    width = max(map(len, chain(outputs.by_name, ["domain"])))
+    names = [domain if split == "train" else f"{domain} ({split})" for domain, split in outputs.by_key]
+    width = max(map(len, [*names, "domain"]))
     print(f"{'domain':<{width}} {'documents':>11} {'tokens':>15} {'bytes':>15} {'bytes/token':>12}")
-    for name, output in sorted(outputs.by_name.items()):
+    for name, (_, output) in sorted(zip(names, outputs.by_key.items(), strict=True)):
         tokens = output.writer.num_tokens
         per_token = output.bytes / max(1, tokens)
         print(f"{name:<{width}} {output.documents:>11,} {tokens:>15,} {output.bytes:>15,} {per_token:>12.2f}")
@@ -322,5 +299,11 @@ def report(outputs: Outputs) -> None:
         print(f"left out {outputs.bad_total:,} bad lines, among them: " + "; ".join(outputs.bad))
 
 
+def stop(*_: object) -> None:
+    """SIGTERM, as clusters send it, ends like Ctrl-C: files closed, workers gone, the journal there."""
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, stop)
     run_or_exit(main)

@@ -1,10 +1,13 @@
-"""Trains a SentencePiece tokenizer on JSON lines, on the same amount of text from each domain.
+"""Trains a tokenizer, SentencePiece or byte-level BPE, on the same amount of text from each domain.
 
     python tools/train_tokenizer.py --input data/train.jsonl --vocab-size 32000 --output data/tokenizer.model
+    python tools/train_tokenizer.py --input data/train.jsonl --vocab-size 50304 --output data/tokenizer.json
 
-Nothing of a text is lost: no normalisation, spaces kept, bytes for what the vocabulary lacks, so that decoding
-gives back what was encoded. One character is the exception: U+2581, by which SentencePiece stores a space, comes
-back as one.
+A path that ends in .model makes a SentencePiece model, one that ends in .json a byte-level BPE with GPT-2's words,
+which tools/preprocess_data.py encodes faster.
+
+Nothing of a text is lost: no normalisation, spaces kept, bytes for what the vocabulary lacks, so that decoding gives
+back what was encoded. One character is the exception: U+2581, by which SentencePiece stores a space, comes back as one.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import argparse
 import hashlib
 import heapq
 import io
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,10 +24,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import sentencepiece
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
+from megatron_doremi.data.documents import DocumentReader, DomainKey
 from megatron_doremi.data.files import atomic_write_bytes, make_folder
-from megatron_doremi.data.jsonl import BadLine, check_inputs, parse_document, read_lines
+from megatron_doremi.data.sources import BadLine, check_inputs, read_blocks
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any, run_or_exit
 
 # SentencePiece leaves out longer training sentences; documents are cut into pieces of this length.
@@ -33,15 +39,16 @@ _SENTENCE_CHARACTERS = 1000
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--input", nargs="+", required=True, type=Path, metavar="FILE", help=".jsonl, .zst or .gz")
-    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="the model, *.model")
-    parser.add_argument("--vocab-size", type=int, default=32000, help="pieces (default: 32000)")
-    parser.add_argument("--model-type", choices=("unigram", "bpe"), default="unigram", help="(default: unigram)")
-    parser.add_argument("--sample-bytes", type=int, default=50_000_000, help="text to train on (default: 50000000)")
-    parser.add_argument("--text-key", default="text", help="(default: text)")
-    parser.add_argument("--domain-key", default="meta.pile_set_name", help="(default: meta.pile_set_name)")
-    parser.add_argument("--seed", type=int, default=1234, help="chooses the sample (default: 1234)")
-    parser.add_argument("--threads", type=int, default=2, help="of the training (default: 2)")
+    add = parser.add_argument
+    add("--input", nargs="+", required=True, type=Path, metavar="FILE", help=".jsonl, .jsonl.zst, .jsonl.gz, .parquet")
+    add("--output", required=True, type=Path, metavar="FILE", help="*.model: SentencePiece; *.json: byte-level BPE")
+    add("--vocab-size", type=int, default=32000, help="pieces (default: 32000)")
+    add("--model-type", choices=("unigram", "bpe"), default="unigram", help="of SentencePiece (default: unigram)")
+    add("--sample-bytes", type=int, default=50_000_000, help="text to train on (default: 50000000)")
+    add("--text-key", default="text", help="(default: text)")
+    add("--domain-key", default="meta.pile_set_name", help="(default: meta.pile_set_name)")
+    add("--seed", type=int, default=1234, help="chooses the sample (default: 1234)")
+    add("--threads", type=int, default=2, help="of the training (default: 2)")
     return parser
 
 
@@ -72,21 +79,21 @@ class Sample:
 def sample_documents(args: argparse.Namespace) -> dict[str, Sample]:
     """Reads all inputs once and keeps an equal sample of each domain."""
     samples: dict[str, Sample] = {}
+    reader = DocumentReader(args.text_key, DomainKey(args.domain_key))
     size = sum(path.stat().st_size for path in args.input)
     with tqdm(total=size, unit="B", unit_scale=True, desc="reading", mininterval=0.5) as bar:
         done = 0
         for path in args.input:
-            for line in read_lines(path):
-                bar.update(done + line.position - bar.n)
-                try:
-                    text, domain = parse_document(line.data or b"", args.text_key, args.domain_key)
-                except BadLine as error:
-                    what = f"{line.file}, line {line.number}: {error}"
-                    raise ConfigError(Fault("--input", what, "lines that each hold a document", "mend it")) from error
-                data = text.encode("utf-8")
-                digest = hashlib.sha256(f"{args.seed}/{text}".encode()).digest()
-                # How many domains there are is known at the end; each sample is cut down then.
-                samples.setdefault(domain, Sample(args.sample_bytes)).offer(int.from_bytes(digest[:8], "big"), data)
+            for block in read_blocks(path, reader.columns):
+                for number, document in reader.documents(block):
+                    if isinstance(document, BadLine):
+                        what = f"{path}, line {number}: {document}"
+                        raise ConfigError(Fault("--input", what, "lines that each hold a document", "mend it"))
+                    digest = hashlib.sha256(f"{args.seed}/{document.text}".encode()).digest()
+                    # How many domains there are is known at the end; each sample is cut down then.
+                    sample = samples.setdefault(document.domain, Sample(args.sample_bytes))
+                    sample.offer(int.from_bytes(digest[:8], "big"), document.text.encode("utf-8"))
+                bar.update(done + block.position - bar.n)
             done += path.stat().st_size
     share = args.sample_bytes // max(1, len(samples))
     for sample in samples.values():
@@ -103,8 +110,8 @@ def sentences(samples: dict[str, Sample]) -> Iterator[str]:
                 yield text[start : start + _SENTENCE_CHARACTERS]
 
 
-def train(args: argparse.Namespace, samples: dict[str, Sample]) -> bytes:
-    """Trains the model and returns its file. Raises ConfigError where the text does not fill the vocabulary."""
+def train_sentencepiece(args: argparse.Namespace, samples: dict[str, Sample]) -> bytes:
+    """Trains a SentencePiece model and returns its file. Raises ConfigError where the text does not fill it."""
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -140,12 +147,32 @@ def train(args: argparse.Namespace, samples: dict[str, Sample]) -> bytes:
     return model.getvalue()
 
 
+def train_byte_level(args: argparse.Namespace, samples: dict[str, Sample]) -> bytes:
+    """Trains a byte-level BPE and returns its tokenizer.json. Raises ConfigError where the vocabulary is too small."""
+    os.environ.setdefault("RAYON_NUM_THREADS", str(args.threads))
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    if args.vocab_size <= len(alphabet):
+        rule = f"more than the {len(alphabet)} bytes and the end of documents"
+        raise ConfigError(Fault("--vocab-size", str(args.vocab_size), rule, "give another --vocab-size"))
+    trainer = trainers.BpeTrainer(
+        vocab_size=args.vocab_size,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(sentences(samples), trainer)
+    return str(tokenizer.to_str()).encode("utf-8")
+
+
 def main() -> int:
     """Samples, trains, writes."""
     args = build_parser().parse_args()
     faults = check_inputs(args.input)
-    if args.output.suffix != ".model":
-        faults.append(Fault("--output", str(args.output), "a path that ends in .model", "name it so"))
+    if args.output.suffix not in (".model", ".json"):
+        faults.append(Fault("--output", str(args.output), "a path that ends in .model or .json", "name it so"))
     for flag, number in (("--sample-bytes", args.sample_bytes), ("--threads", args.threads)):
         if number < 1:
             faults.append(Fault(flag, str(number), "at least 1", "give a positive number"))
@@ -154,10 +181,12 @@ def main() -> int:
     samples = sample_documents(args)
     if not samples:
         raise ConfigError(Fault("--input", "no documents", "text to train on", "give files that hold documents"))
+    kind = "byte-level BPE" if args.output.suffix == ".json" else args.model_type
     print(
-        f"training a {args.model_type} tokenizer of {args.vocab_size:,} pieces on "
+        f"training a {kind} tokenizer of {args.vocab_size:,} pieces on "
         f"{sum(min(s.size, s.most_bytes) for s in samples.values()) / 1e6:.1f} MB of {len(samples)} domains"
     )
+    train = train_byte_level if args.output.suffix == ".json" else train_sentencepiece
     atomic_write_bytes(args.output, train(args, samples))
     print(f"wrote {args.output}")
     return 0

@@ -9,10 +9,12 @@ so a whole dataset is also one stream of tokens.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import shutil
 import struct
-from array import array
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -29,6 +31,7 @@ _RISING = "rising bounds from 0 to the number of sequences"
 # Sequences of an index that is checked whole when it is opened, in parts of so many.
 _CHECKED_ON_OPENING = 1 << 18
 _PART = 1 << 16
+_BYTES_AT_ONCE = 1 << 24
 # Megatron-LM's codes; 6 and 7 are floats, which are no token ids.
 _DTYPES: dict[int, np.dtype] = {
     code: np.dtype(name) for code, name in {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}.items()
@@ -52,6 +55,7 @@ class IndexedDataset:
         prefix: path without .bin or .idx.
         dtype: type of the stored ids.
         sequence_lengths: [n] int32 tokens.
+        pointers: [n] int64 byte at which each sequence starts.
         document_indices: [m] int64 number of the sequence at which each document starts; the last is n.
         num_tokens: tokens in the whole stream.
     """
@@ -108,11 +112,11 @@ class IndexedDataset:
         self.dtype = _DTYPES[code]
         body = np.memmap(self._idx, mode="r", offset=0, dtype=np.uint8)[_HEADER.size :]
         self.sequence_lengths: NDArray[np.int32] = body[: 4 * sequences].view("<i4")
-        self._pointers: NDArray[np.int64] = body[4 * sequences : 12 * sequences].view("<i8")
+        self.pointers: NDArray[np.int64] = body[4 * sequences : 12 * sequences].view("<i8")
         self.document_indices: NDArray[np.int64] = body[12 * sequences :].view("<i8")
         if not bounds or self.document_indices[0] != 0 or self.document_indices[-1] != sequences:
             raise self._error(self._idx, "documents out of order", _RISING)
-        end = int(self._pointers[-1]) + int(self.sequence_lengths[-1]) * self.dtype.itemsize if sequences else 0
+        end = int(self.pointers[-1]) + int(self.sequence_lengths[-1]) * self.dtype.itemsize if sequences else 0
         self.num_tokens = end // self.dtype.itemsize
         # What is longer is read where it is used, and as a whole by tools/inspect_data.py: a run starts at once.
         if sequences <= _CHECKED_ON_OPENING:
@@ -157,17 +161,22 @@ class IndexedDataset:
         """
         assert 0 <= start <= start + count <= self.num_tokens, (self.prefix, start, count, self.num_tokens)
         size = self.dtype.itemsize
-        data = os.pread(self._file.fileno(), count * size, start * size)
-        if len(data) < count * size:
-            raise self._error(
-                self._bin, f"ends at byte {start * size + len(data):,}", "the size that it had at the start"
-            )
+        data = b"".join(self.read_bytes(start * size, count * size))
         ids = np.frombuffer(data, self.dtype).astype(np.int64)
         if self.vocab_size and count and not 0 <= ids.min() <= ids.max() < self.vocab_size:
             place = start + int(np.argmax((ids < 0) | (ids >= self.vocab_size)))
             value = f"id {ids[place - start]} at token {place:,}"
             raise self._error(self._bin, value, f"ids below the vocabulary's size, {self.vocab_size:,}")
         return ids
+
+    def read_bytes(self, start: int, count: int) -> Iterator[bytes]:
+        """`count` bytes of the ids from byte `start` on, in parts. Raises ConfigError where the file is shorter."""
+        while count:
+            data = os.pread(self._file.fileno(), min(count, _BYTES_AT_ONCE), start)
+            if not data:
+                raise self._error(self._bin, f"ends at byte {start:,}", "the size that it had at the start")
+            yield data
+            start, count = start + len(data), count - len(data)
 
     def document(self, number: int) -> NDArray[np.int64]:
         """The tokens of a document, all its sequences end to end, int64."""
@@ -176,7 +185,7 @@ class IndexedDataset:
             raise self._error(self._idx, f"document {number:,} from sequence {first:,} to {last:,}", _RISING)
         if first == last:
             return np.empty(0, dtype=np.int64)
-        start = int(self._pointers[first]) // self.dtype.itemsize
+        start = int(self.pointers[first]) // self.dtype.itemsize
         count = int(self.sequence_lengths[first:last].sum(dtype=np.int64))
         if not 0 <= start <= start + count <= self.num_tokens:
             value = f"document {number:,} from token {start:,} to {start + count:,}"
@@ -196,35 +205,109 @@ def _read(file: BinaryIO, place: int, dtype: str, count: int) -> NDArray:
     return np.fromfile(file, dtype, count)
 
 
+@dataclass(frozen=True)
+class Written:
+    """How much of a pair is written."""
+
+    tokens: int = 0
+    sequences: int = 0
+    documents: int = 0
+
+
 class IndexedDatasetWriter:
     """Writes a pair document by document; nothing stands under the final names before `publish`.
 
     A context manager: left without an exception it finalizes, else it removes what it wrote. Whoever writes
     several pairs that belong together prepares all of them before it publishes the first.
+
+    Lengths and bounds wait in files of their own for the index, so that a writer takes no memory, however many
+    documents there are, and can go on where an earlier one was killed.
     """
 
-    def __init__(self, prefix: Path, dtype: np.dtype):
+    def __init__(self, prefix: Path, dtype: np.dtype, partial: Path | None = None, written: Written | None = None):
+        """Starts a pair, or goes on with one.
+
+        Args:
+            partial: prefix of the unfinished files, on the same file system; None: hidden ones beside the final ones.
+            written: where an earlier writer with the same `partial` stood; what it wrote after that is cut off.
+
+        Raises:
+            OSError: among others where the earlier files are missing or shorter than `written` says.
+        """
         self._bin, self._idx = paths_of(prefix)
-        self._temporary = [path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in (self._bin, self._idx)]
+        partial = partial or prefix.with_name(f".{prefix.name}.{os.getpid()}")
+        self._ids, self._lengths, self._bounds, self._index = (
+            Path(f"{partial}.{part}.tmp") for part in ("bin", "lengths", "bounds", "idx")
+        )
         self._code = next(code for code, known in _DTYPES.items() if known == dtype)
         self.dtype = dtype
-        # Machine numbers: a list of Python's takes ten times the memory, gigabytes for 100M documents.
-        self._lengths = array("i")
-        self._bounds = array("q", [0])
+        self.written = written or Written()
         self._prepared = False
-        self.num_tokens = 0
-        self._file = self._temporary[0].open("wb")
+        sizes = (self.written.tokens * dtype.itemsize, 4 * self.written.sequences, 8 * self.written.documents)
+        self._files = [
+            _open_at(path, None if written is None else size)
+            for path, size in zip((self._ids, self._lengths, self._bounds), sizes, strict=True)
+        ]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens written so far."""
+        return self.written.tokens
 
     def add_document(self, *sequences: NDArray | Sequence[int]) -> None:
         """Appends a document of one or several sequences of token ids."""
-        for sequence in sequences:
-            ids = np.asarray(sequence)
-            limits = np.iinfo(self.dtype)
+        arrays = [np.asarray(sequence) for sequence in sequences]
+        limits = np.iinfo(self.dtype)
+        for ids in arrays:
             assert ids.size == 0 or (ids.min() >= limits.min and ids.max() <= limits.max), "ids do not fit the type"
-            self._file.write(ids.astype(self.dtype).tobytes())
-            self._lengths.append(len(ids))
-            self.num_tokens += len(ids)
-        self._bounds.append(len(self._lengths))
+        data = b"".join(ids.astype(self.dtype).tobytes() for ids in arrays)
+        lengths = np.array([len(ids) for ids in arrays], dtype="<i4")
+        self._append(data, lengths, np.array([len(arrays)], dtype="<i8"))
+
+    def add_documents(self, ids: NDArray, lengths: NDArray[np.int32]) -> None:
+        """Appends documents of one sequence each.
+
+        Args:
+            ids: all their tokens, end to end, in the type of this pair.
+            lengths: [documents] tokens of each.
+        """
+        assert ids.dtype == self.dtype, "ids in the pair's type"
+        assert len(ids) == lengths.sum(), "lengths that fit"
+        self._append(ids.tobytes(), lengths, np.arange(1, len(lengths) + 1, dtype="<i8"))
+
+    def add_dataset(self, dataset: IndexedDataset) -> Iterator[int]:
+        """Appends another pair of the same type, some megabytes at a time; yields the bytes of each."""
+        assert dataset.dtype == self.dtype, "pairs of one type"
+        for first, count in _parts(dataset.num_documents):
+            bounds = dataset.document_indices[first : first + count + 1]
+            lengths = dataset.sequence_lengths[int(bounds[0]) : int(bounds[-1])]
+            start = int(dataset.pointers[int(bounds[0])]) if len(lengths) else 0
+            size = int(lengths.sum(dtype=np.int64)) * self.dtype.itemsize
+            for part in dataset.read_bytes(start, size):
+                self._files[0].write(part)
+                yield len(part)
+            self._append(b"", lengths, bounds[1:] - bounds[0], size // self.dtype.itemsize)
+
+    def _append(self, data: bytes, lengths: NDArray, ends: NDArray, tokens: int = 0) -> None:
+        """Appends sequences and, for each document, the number of its last sequence's successor among them."""
+        before = self.written
+        for file, part in zip(
+            self._files, (data, _as(lengths, "<i4"), _as(ends + before.sequences, "<i8")), strict=True
+        ):
+            file.write(part)
+        tokens += len(data) // self.dtype.itemsize
+        self.written = Written(before.tokens + tokens, before.sequences + len(lengths), before.documents + len(ends))
+
+    def flush(self) -> Written:
+        """Hands all to the operating system; returns what there is."""
+        for file in self._files:
+            file.flush()
+        return self.written
+
+    def sync(self) -> None:
+        """Makes what was flushed durable; another thread may write on."""
+        for file in self._files:
+            os.fsync(file.fileno())
 
     def finalize(self) -> None:
         """Makes both files durable and publishes them."""
@@ -233,31 +316,42 @@ class IndexedDatasetWriter:
 
     def prepare(self) -> None:
         """Completes both files under their temporary names, durably: what can fail on a full disk."""
-        _sync_and_close(self._file)
-        lengths = np.array(self._lengths, dtype="<i4")
-        pointers = np.zeros(len(lengths), dtype="<i8")
-        np.cumsum(lengths[:-1], out=pointers[1:], dtype=np.int64)
-        with self._temporary[1].open("wb") as file:
-            file.write(_HEADER.pack(MAGIC, VERSION, self._code, len(lengths), len(self._bounds)))
-            file.write(lengths.tobytes())
-            file.write((pointers * self.dtype.itemsize).astype("<i8").tobytes())
-            file.write(np.array(self._bounds, dtype="<i8").tobytes())
+        for file in self._files:
+            _sync_and_close(file)
+        sequences, documents = self.written.sequences, self.written.documents
+        with self._index.open("wb") as file, self._lengths.open("rb") as lengths, self._bounds.open("rb") as bounds:
+            file.write(_HEADER.pack(MAGIC, VERSION, self._code, sequences, documents + 1))
+            shutil.copyfileobj(lengths, file)
+            end = 0
+            for first, count in _parts(sequences):
+                lengths.seek(4 * first)
+                ends = end + np.cumsum(np.frombuffer(lengths.read(4 * count), "<i4"), dtype=np.int64)
+                file.write(_as(np.concatenate([[end], ends[:-1]]) * self.dtype.itemsize, "<i8"))
+                end = int(ends[-1])
+            file.write(struct.pack("<q", 0))
+            shutil.copyfileobj(bounds, file)
             _sync_and_close(file)
         self._prepared = True
 
     def publish(self) -> None:
         """Gives both files their final names, the ids before the index that speaks of them."""
         assert self._prepared, "prepare comes first"
-        for temporary, final in zip(self._temporary, (self._bin, self._idx), strict=True):
-            temporary.replace(final)
+        self._ids.replace(self._bin)
+        self._index.replace(self._idx)
+        self._lengths.unlink()
+        self._bounds.unlink()
+
+    def close(self) -> None:
+        """Closes the unfinished files, for a later writer to go on with."""
+        for file in self._files:
+            with contextlib.suppress(OSError):  # a full disk, on which the last bytes cannot be flushed
+                file.close()
 
     def abort(self) -> None:
         """Removes what was written."""
-        with contextlib.suppress(OSError):  # a full disk, on which the last bytes cannot be flushed
-            self._file.close()
-        for path in self._temporary:
-            with contextlib.suppress(FileNotFoundError):
-                path.unlink()
+        self.close()
+        for path in (self._ids, self._lengths, self._bounds, self._index):
+            path.unlink(missing_ok=True)
 
     def __enter__(self) -> IndexedDatasetWriter:
         return self
@@ -275,7 +369,24 @@ class IndexedDatasetWriter:
             raise
 
 
-def _sync_and_close(file: object) -> None:
-    file.flush()  # type: ignore[attr-defined]
-    os.fsync(file.fileno())  # type: ignore[attr-defined]
-    file.close()  # type: ignore[attr-defined]
+def _open_at(path: Path, size: int | None) -> BinaryIO:
+    """A new file, or an earlier one cut to a size that it has at least."""
+    if size is None:
+        return path.open("wb")
+    file = path.open("r+b")
+    if file.seek(0, os.SEEK_END) < size:
+        file.close()
+        raise OSError(errno.EIO, f"shorter than the {size:,} bytes that were written", str(path))
+    file.truncate(size)
+    file.seek(size)
+    return file
+
+
+def _as(values: NDArray, dtype: str) -> bytes:
+    return values.astype(dtype, copy=False).tobytes()
+
+
+def _sync_and_close(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()

@@ -1,64 +1,66 @@
-"""Tokenizers: from text to ids and back."""
+"""Tokenizers: from text to ids and back. Text that spells a special token is encoded as the text it is."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece
 from numpy.typing import NDArray
+from tokenizers import Tokenizer as Tokenizers
 
-from megatron_doremi.data.files import sha256_of
+from megatron_doremi.data.byte_level import Ranked, agree, as_bytes, gpt2_definition, probes, ranked
 from megatron_doremi.errors import ConfigError, Fault
 
 SENTENCEPIECE = "SentencePieceTokenizer"
+HUGGING_FACE = "HuggingFaceTokenizer"
+GPT2 = "GPT2BPETokenizer"
+KINDS = (SENTENCEPIECE, HUGGING_FACE, GPT2)
+# What ends a document where the user does not say: the first of these that the vocabulary has.
+_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<EOD>")
 
 
 class SentencePieceTokenizer:
     """A SentencePiece model.
 
     Attributes:
-        file: the model's file.
-        sha256: of the file.
+        data: the model's file.
+        sha256: of the file, in hex.
         vocab_size: ids are below this.
         eod: id that ends a document (the model's end-of-sentence piece).
+        encoder: what does the work.
     """
 
     type = SENTENCEPIECE
+    suffix = ".model"
+    encoder = "sentencepiece"
 
     def __init__(self, file: Path):
         """Loads a model. Raises ConfigError where the file is none, or lacks an end-of-sentence piece."""
-        self.file = file
         try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_file=str(file))
+            self.data = file.read_bytes()
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=self.data)
         except (OSError, RuntimeError) as error:
-            raise ConfigError(
-                Fault(
-                    "--tokenizer-model",
-                    str(file),
-                    "a SentencePiece model",
-                    "make one with tools/train_tokenizer.py",
-                )
-            ) from error
+            raise _fault(file, "a SentencePiece model", "make one with tools/train_tokenizer.py") from error
         self.vocab_size = int(self._processor.vocab_size())
         self.eod = int(self._processor.eos_id())
         if self.eod < 0:
-            raise ConfigError(
-                Fault(
-                    "--tokenizer-model",
-                    str(file),
-                    "a model with an end-of-sentence piece, which ends documents",
-                    "train it with one, as tools/train_tokenizer.py does",
-                )
-            )
-        self.sha256 = sha256_of(file)
+            rule = "a model with an end-of-sentence piece, which ends documents"
+            raise _fault(file, rule, "train it with one, as tools/train_tokenizer.py does")
+        self.sha256 = hashlib.sha256(self.data).hexdigest()
+
+    def settle(self, texts: list[str]) -> None:
+        """Nothing to choose: there is one encoder."""
 
     def encode(self, text: str) -> NDArray[np.int32]:
-        """Ids of a text. Text that spells a special piece is encoded as the text it is."""
+        """Ids of a text."""
         return np.array(self._processor.encode(text), dtype=np.int32)
 
     def encode_batch(self, texts: list[str]) -> list[NDArray[np.int32]]:
-        """Ids of several texts."""
+        """Ids of several texts, on one thread."""
         return [np.array(ids, dtype=np.int32) for ids in self._processor.encode(texts, num_threads=1)]
 
     def decode(self, ids: NDArray | list[int]) -> str:
@@ -66,15 +68,141 @@ class SentencePieceTokenizer:
         return str(self._processor.decode([int(i) for i in ids]))
 
 
-def load_tokenizer(kind: str, file: Path) -> SentencePieceTokenizer:
-    """Loads a tokenizer by Megatron-LM's name of its kind. Raises ConfigError where it cannot."""
-    if kind != SENTENCEPIECE:
-        raise ConfigError(
-            Fault(
-                "--tokenizer-type",
-                kind,
-                f"this version reads {SENTENCEPIECE}",
-                "train one with tools/train_tokenizer.py",
-            )
-        )
-    return SentencePieceTokenizer(file)
+class HuggingFaceTokenizer:
+    """A tokenizer.json of Hugging Face's library; its byte-level BPEs are encoded by tiktoken's core where it is known
+    to give the same ids (byte_level.py), at several times the speed.
+
+    Attributes:
+        type: HuggingFaceTokenizer, or GPT2BPETokenizer for one that was made of GPT-2's two files.
+        data: the tokenizer.json.
+        sha256: of it, in hex.
+        vocab_size: ids are below this.
+        eod: id that ends a document.
+    """
+
+    suffix = ".json"
+
+    def __init__(
+        self, data: bytes, file: Path, kind: str = HUGGING_FACE, eod: str | int | None = None, fast: bool = True
+    ):
+        """Reads a tokenizer.json.
+
+        Args:
+            data: its content.
+            file: where it came from, for messages.
+            eod: the token that ends a document, or its id; None: the first of the usual names that is there.
+            fast: try tiktoken's core.
+
+        Raises:
+            ConfigError: the file is none, or has no such token.
+        """
+        self.type, self.data = kind, data
+        try:
+            definition = json.loads(data)
+            self._slow = Tokenizers.from_str(data.decode("utf-8"))
+        except Exception as error:  # the library raises Exception itself
+            raise _fault(file, "a tokenizer.json of Hugging Face's tokenizers", "give such a file") from error
+        # The padding and cutting that a fine-tuning left in the file would change documents.
+        self._slow.no_padding()
+        self._slow.no_truncation()
+        self._slow.encode_special_tokens = True
+        vocab = self._slow.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocab.values(), default=-1) + 1
+        self.eod = self._end(vocab, eod, file)
+        self.sha256 = hashlib.sha256(data).hexdigest()
+        self._fast: Ranked | None = ranked(self._slow, definition) if fast else None
+
+    @staticmethod
+    def _end(vocab: dict[str, int], eod: str | int | None, file: Path) -> int:
+        if isinstance(eod, int):
+            return eod
+        for name in _ENDS if eod is None else (eod,):
+            if name in vocab:
+                return vocab[name]
+        rule = f"a token that ends documents: {' or '.join(_ENDS) if eod is None else repr(eod)}"
+        raise _fault(file, rule, "give --eod-token the token that does")
+
+    @property
+    def encoder(self) -> str:
+        """What does the work."""
+        return "tiktoken" if self._fast else "tokenizers"
+
+    def settle(self, texts: list[str]) -> None:
+        """Gives tiktoken up where it encodes one of `texts`, or any character of Unicode's first planes, otherwise."""
+        if self._fast and not agree(self._fast, self._slow, [*probes(), *texts]):
+            self._fast = None
+
+    def encode(self, text: str) -> NDArray[np.int32]:
+        """Ids of a text."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: list[str]) -> list[NDArray[np.int32]]:
+        """Ids of several texts."""
+        if self._fast is None:
+            encoded = self._slow.encode_batch_fast(texts, add_special_tokens=False)
+            return [np.array(each.ids, dtype=np.int32) for each in encoded]
+        return [self._encode_fast(self._fast, text) for text in texts]
+
+    def _encode_fast(self, fast: Ranked, text: str) -> NDArray[np.int32]:
+        try:
+            return fast.encode(text)
+        except ValueError:
+            # A million spaces in a row are more than its regex engine holds.
+            return np.array(self._slow.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+
+    def decode(self, ids: NDArray | list[int]) -> str:
+        """The text of ids, special tokens included."""
+        return str(self._slow.decode([int(i) for i in ids], skip_special_tokens=False))
+
+
+Tokenizer = SentencePieceTokenizer | HuggingFaceTokenizer
+
+
+def load_tokenizer(
+    kind: str, file: Path, merges: Path | None = None, eod: str | int | None = None, fast: bool = True
+) -> Tokenizer:
+    """Loads a tokenizer by Megatron-LM's name of its kind.
+
+    Args:
+        file: a SentencePiece model, a tokenizer.json, or GPT-2's vocab.json.
+        merges: GPT-2's merges.txt; None: the one beside its vocab.json.
+        eod: the token that ends documents, or its id; None: the tokenizer's own.
+        fast: let tiktoken's core encode what it can.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    if kind == SENTENCEPIECE:
+        return SentencePieceTokenizer(file)
+    if kind not in KINDS:
+        raise ConfigError(Fault("--tokenizer-type", kind, "one of " + ", ".join(KINDS), "give one of these"))
+    try:
+        data = file.read_bytes()
+        entry = json.loads(data) if kind == GPT2 else None
+    except (OSError, ValueError) as error:
+        raise _fault(file, "a JSON file that can be read", "give tokenizer.json or vocab.json") from error
+    if isinstance(entry, dict) and "model" not in entry:
+        data = as_bytes(gpt2_definition(_vocab(entry, file), _merges(merges or file.with_name("merges.txt"))))
+    return HuggingFaceTokenizer(data, file, kind, eod, fast)
+
+
+def _vocab(entry: dict[str, Any], file: Path) -> dict[str, int]:
+    if not entry or not all(type(number) is int and number >= 0 for number in entry.values()):
+        raise _fault(file, "GPT-2's vocabulary: an object {piece: id}", "give its vocab.json")
+    return entry
+
+
+def _merges(file: Path) -> list[str]:
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        rule = "GPT-2's merges.txt, beside vocab.json or given"
+        raise ConfigError(Fault("--merge-file", str(error), rule, "give its path")) from error
+    merges = [line for line in lines if line.strip() and not line.startswith("#version")]
+    if any(len(line.split(" ")) != 2 for line in merges):
+        raise ConfigError(Fault("--merge-file", str(file), "lines 'left right'", "give GPT-2's merges.txt"))
+    return merges
+
+
+def _fault(file: Path, rule: str, remedy: str) -> ConfigError:
+    return ConfigError(Fault("--tokenizer-model", str(file), rule, remedy))

@@ -17,12 +17,14 @@ from pathlib import Path
 
 import pytest
 
-from megatron_doremi.data.jsonl import parse_document
+from megatron_doremi.data.documents import DocumentReader, DomainKey
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "embedded_corpus.py"
 SIZE = 60_000
 NATURAL = {"Python source", "C++ headers", "GPU kernels", "Docstrings", "Mathematics", "Type stubs"}
 PLANTED = {"noise", "boilerplate"}
+
+READER = DocumentReader("text", DomainKey("meta.pile_set_name"))
 
 
 def gather(folder, *words):
@@ -47,8 +49,8 @@ def splits(corpus):
     for split in ("train", "valid"):
         found[split] = defaultdict(list)
         for line in (corpus / "one" / f"{split}.jsonl").read_bytes().splitlines():
-            text, domain = parse_document(line, "text", "meta.pile_set_name")
-            found[split][domain].append(text)
+            document = READER.read(json.loads(line), "")
+            found[split][document.domain].append(document.text)
     return found
 
 

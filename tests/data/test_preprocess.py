@@ -18,10 +18,11 @@ import numpy as np
 import pytest
 import zstandard
 
+from megatron_doremi.data.documents import DocumentReader, DomainKey
 from megatron_doremi.data.files import sha256_of
 from megatron_doremi.data.indexed_dataset import IndexedDataset
-from megatron_doremi.data.jsonl import BadLine, parse_document, read_lines
 from megatron_doremi.data.manifest import load_manifest
+from megatron_doremi.data.sources import BadLine, Block, entries, read_blocks
 from megatron_doremi.data.tokenizer import SentencePieceTokenizer
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
@@ -85,8 +86,9 @@ def put(folder, data, name="input.jsonl"):
 
 
 def contents(folder):
-    """Every file under a folder, hidden ones too, with its bytes."""
-    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()} if folder.exists() else {}
+    """Every file under a folder, hidden ones too, with its bytes; not what a stopped run can go on from."""
+    files = [path for path in folder.rglob("*") if path.is_file() and ".partial-" not in str(path)]
+    return {path.name: path.read_bytes() for path in files}
 
 
 def fails(done, *words):
@@ -149,14 +151,20 @@ def test_ids_order_and_counts_from_files_of_every_form(tmp_path, preprocess, tok
     assert "left out" not in done.stdout
 
 
+def lines_of(file):
+    """The numbers of a file's lines; the last one's is the place where a broken file breaks off."""
+    return [number for block in read_blocks(file, []) for number, _ in entries(block)]
+
+
 @pytest.mark.parametrize("name", FORMS)
 def test_lines_of_each_form(tmp_path, name):
     data = jsonl_of(documents_of(2))
     file = put(tmp_path, FORMS[name](data), name)
-    lines = list(read_lines(file))
-    assert b"".join(line.data for line in lines) == data
-    assert [line.number for line in lines] == list(range(1, len(lines) + 1))
-    assert lines[-1].position == file.stat().st_size
+    blocks = list(read_blocks(file, []))
+    assert b"".join(block.data for block in blocks) == data
+    assert lines_of(file) == list(range(1, data.count(b"\n") + 1))
+    assert blocks[-1].position == file.stat().st_size
+    assert not blocks[-1].broken
 
 
 def test_workers_do_not_change_a_byte(tmp_path, preprocess):
@@ -251,7 +259,7 @@ def made(tmp_path, train_split):
 def test_valid_split_with_an_unknown_domain_is_refused(tmp_path, preprocess, made):
     out, before = made
     file = put(tmp_path, jsonl_of([("ta", "Books"), ("ri", "Arxiv")]))
-    fails(preprocess(file, out, "--split", "valid"), "'Arxiv'", "'Books', 'Github'")
+    fails(preprocess(file, out, "--split", "valid"), f"{file}, line 2: unknown domain 'Arxiv'")
     assert contents(out) == before
 
 
@@ -293,9 +301,10 @@ BAD_LINES = {
 @pytest.mark.parametrize("case", BAD_LINES)
 def test_bad_line_is_told_from_a_document(case):
     line, word = BAD_LINES[case]
-    with pytest.raises(BadLine) as error:
-        parse_document(line, "text", "meta.pile_set_name")
-    assert word in str(error.value)
+    reader = DocumentReader("text", DomainKey("meta.pile_set_name"))
+    ((number, found),) = reader.documents(Block("file", 7, line, 0))
+    assert isinstance(found, BadLine)
+    assert (number, word in str(found)) == (7, True)
 
 
 @pytest.mark.parametrize("cases", [list(BAD_LINES)[:7], list(BAD_LINES)[7:]], ids=["first half", "second half"])
@@ -315,7 +324,7 @@ def test_truncated_files_are_named_and_leave_nothing(tmp_path, preprocess):
         data = FORMS[name](jsonl_of(documents_of(11, 400)))
         for size in (20, len(data) // 2, len(data) - 3):
             files.append(put(tmp_path, data[:size], f"{size}-{name}"))
-            number = len(list(read_lines(files[-1])))
+            number = len(lines_of(files[-1]))
             named.append(f"{files[-1]}, line {number}: the file breaks off here")
     fails(preprocess(files, tmp_path / "out"), *named, "9 bad lines")
     assert contents(tmp_path / "out") == {}
@@ -369,7 +378,7 @@ def test_on_error_skip_keeps_what_came_before_a_break(tmp_path, preprocess, toke
         part = documents_of(30 + seed, 2000)
         data = FORMS[name](jsonl_of(part))
         files.append(put(tmp_path, data[: len(data) * 9 // 10], name))
-        kept = len(list(read_lines(files[-1]))) - 1
+        kept = len(lines_of(files[-1])) - 1
         assert kept < len(part)
         documents += part[:kept]
     files.append(put(tmp_path, jsonl_of(documents_of(32, 5)), "after.jsonl"))
@@ -386,11 +395,12 @@ def test_lines_before_a_break_are_read(tmp_path, name):
     """The number of the line at which the file breaks off is the true one, though little of the file is left."""
     plain = jsonl_of(documents_of(14, 3000))
     data = FORMS[name](plain)
-    lines = list(read_lines(put(tmp_path, data[: len(data) // 2], name)))
-    assert lines[-1].data is None
-    assert [line.number for line in lines] == list(range(1, len(lines) + 1))
+    file = put(tmp_path, data[: len(data) // 2], name)
+    blocks, lines = list(read_blocks(file, [])), lines_of(file)
+    assert [block.broken for block in blocks] == [False] * (len(blocks) - 1) + [True]
+    assert lines == list(range(1, len(lines) + 1))
     assert 500 < len(lines) < 2900
-    assert plain.startswith(b"".join(line.data for line in lines[:-1]))
+    assert plain.startswith(b"".join(block.data for block in blocks))
 
 
 @pytest.mark.parametrize("data", [b"", b"\n\n"])
@@ -400,8 +410,8 @@ def test_input_without_documents_is_refused(tmp_path, preprocess, data):
 
 
 def test_all_that_is_wrong_with_the_flags_is_said_at_once(tmp_path, preprocess):
-    wrong = [tmp_path / "nowhere.jsonl", put(tmp_path, b"", "data.parquet")]
-    fails(preprocess(wrong, tmp_path / "out", workers=0), "nowhere.jsonl", "data.parquet", "--workers: 0", "3 faults")
+    wrong = [tmp_path / "nowhere.jsonl", put(tmp_path, b"", "data.txt")]
+    fails(preprocess(wrong, tmp_path / "out", workers=0), "nowhere.jsonl", "data.txt", "--workers: 0", "3 faults")
     assert contents(tmp_path / "out") == {}
 
 

@@ -5,38 +5,30 @@ Run alone: python -m pytest tests/data/test_publishing.py
 
 from __future__ import annotations
 
-import argparse
 import errno
-import importlib.util
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from megatron_doremi.data.encoding import Chunk, Encoded
 from megatron_doremi.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, paths_of
-from megatron_doremi.data.jsonl import check_inputs
 from megatron_doremi.data.manifest import TokenizerInfo, load_manifest, resolve_weights
+from megatron_doremi.data.outputs import Outputs, manifest_after, publish
+from megatron_doremi.data.sources import Progress, check_inputs
 from megatron_doremi.errors import ConfigError
 
 UINT16 = np.dtype("<u2")
 
 
-@pytest.fixture(scope="module")
-def tool():
-    """tools/preprocess_data.py as a module."""
-    path = Path(__file__).resolve().parents[2] / "tools" / "preprocess_data.py"
-    spec = importlib.util.spec_from_file_location("preprocess_data", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where its dataclasses look for their own names
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
-
-
-def encoded(tool, *documents):
-    ids = np.array([1, 2, 3], dtype=UINT16)
-    return tool.Encoded([(domain, ids, 3) for domain in documents], [], 0)
+def encoded(*documents):
+    """One document of three ids for each of these domains, in their order."""
+    chunks = {}
+    for domain in documents:
+        count = documents.count(domain)
+        ids, lengths = np.array([1, 2, 3] * count, dtype=UINT16), np.full(count, 3, dtype=np.int32)
+        chunks[domain, "train"] = Chunk(ids, lengths, lengths.astype(np.int64), lengths)
+    return Encoded(chunks, [], 0, Progress(1, 0))
 
 
 # --- the writer
@@ -101,28 +93,29 @@ def test_pair_that_may_not_be_read_is_a_fault(tmp_path, monkeypatch):
 # --- several pairs
 
 
-def manifest_of(tool, outputs, folder):
-    copy = folder / "tokenizer-0.model"
-    info = TokenizerInfo("SentencePieceTokenizer", copy, "0" * 64, 100, 1)
-    args = argparse.Namespace(split="train")
-    return copy, tool.manifest_after(args, outputs, info, folder / "domains.json")
-
-
-def publish(tool, folder, *domains):
-    (folder / "model").write_bytes(b"model")
-    outputs = tool.Outputs(folder, "train", UINT16)
-    outputs.add(encoded(tool, *domains))
-    copy, manifest = manifest_of(tool, outputs, folder)
-    tool.publish(folder / "model", copy, outputs, manifest)
+def new_outputs(folder, *domains):
+    """Outputs with a document for each of these domains."""
+    (folder / "partial").mkdir(exist_ok=True)
+    outputs = Outputs(folder, folder / "partial", UINT16)
+    outputs.add(encoded(*domains))
     return outputs
 
 
-def test_full_disk_leaves_all_earlier_pairs_and_their_manifest(tmp_path, tool, monkeypatch):
+def publish_to(folder, outputs):
+    info = TokenizerInfo("SentencePieceTokenizer", folder / "tokenizer-0.model", "0" * 64, 100, 1)
+    publish(outputs, manifest_after(folder / "domains.json", "train", outputs.by_key, info), "train")
+    return outputs
+
+
+def published(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_full_disk_leaves_all_earlier_pairs_and_their_manifest(tmp_path, monkeypatch):
     """The second of three pairs cannot be completed: none of the three is replaced."""
-    publish(tool, tmp_path, "a", "b", "c")
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    outputs = tool.Outputs(tmp_path, "train", UINT16)
-    outputs.add(encoded(tool, "a", "a", "b", "b", "c"))
+    publish_to(tmp_path, new_outputs(tmp_path, "a", "b", "c"))
+    before = published(tmp_path)
+    outputs = new_outputs(tmp_path, "a", "a", "b", "b", "c")
     real, calls = IndexedDatasetWriter.prepare, []
 
     def full(writer):
@@ -132,19 +125,16 @@ def test_full_disk_leaves_all_earlier_pairs_and_their_manifest(tmp_path, tool, m
         real(writer)
 
     monkeypatch.setattr(IndexedDatasetWriter, "prepare", full)
-    copy, manifest = manifest_of(tool, outputs, tmp_path)
     with pytest.raises(OSError, match="No space"):
-        tool.publish(tmp_path / "model", copy, outputs, manifest)
-    outputs.abort()
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+        publish_to(tmp_path, outputs)
+    assert published(tmp_path) == before
 
 
-def test_stopped_between_two_pairs_there_is_no_manifest(tmp_path, tool, monkeypatch):
+def test_stopped_between_two_pairs_there_is_no_manifest(tmp_path, monkeypatch):
     """Else the earlier manifest would name new pairs with old sizes and an old fingerprint."""
-    publish(tool, tmp_path, "a", "b")
+    publish_to(tmp_path, new_outputs(tmp_path, "a", "b"))
     assert load_manifest(tmp_path / "domains.json").names == ("a", "b")
-    outputs = tool.Outputs(tmp_path, "train", UINT16)
-    outputs.add(encoded(tool, "a", "a", "b"))
+    outputs = new_outputs(tmp_path, "a", "a", "b")
     real, calls = IndexedDatasetWriter.publish, []
 
     def stopped(writer):
@@ -154,10 +144,8 @@ def test_stopped_between_two_pairs_there_is_no_manifest(tmp_path, tool, monkeypa
         real(writer)
 
     monkeypatch.setattr(IndexedDatasetWriter, "publish", stopped)
-    copy, manifest = manifest_of(tool, outputs, tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        tool.publish(tmp_path / "model", copy, outputs, manifest)
-    outputs.abort()
+        publish_to(tmp_path, outputs)
     assert not (tmp_path / "domains.json").exists()
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
@@ -165,10 +153,10 @@ def test_stopped_between_two_pairs_there_is_no_manifest(tmp_path, tool, monkeypa
 # --- names of domains
 
 
-def test_long_names_and_names_that_differ_in_case_get_files_of_their_own(tmp_path, tool):
+def test_long_names_and_names_that_differ_in_case_get_files_of_their_own(tmp_path):
     long = "a name / " * 100
-    outputs = publish(tool, tmp_path, "GitHub", "Github", "github", long, long + "!")
-    prefixes = [output.prefix.name for output in outputs.by_name.values()]
+    outputs = publish_to(tmp_path, new_outputs(tmp_path, "GitHub", "Github", "github", long, long + "!"))
+    prefixes = [output.prefix.name for output in outputs.by_key.values()]
     assert prefixes[:3] == ["GitHub_train", "Github_2_train", "github_3_train"]
     assert len({prefix.casefold() for prefix in prefixes}) == 5
     assert max(map(len, prefixes)) < 120
@@ -176,17 +164,15 @@ def test_long_names_and_names_that_differ_in_case_get_files_of_their_own(tmp_pat
         assert IndexedDataset(domain.train).num_tokens == domain.tokens == 3
 
 
-def test_too_many_domains_are_a_fault_of_the_key(tmp_path, tool, monkeypatch):
+def test_too_many_domains_are_a_fault_of_the_key(tmp_path, monkeypatch):
     def exhausted(*_):
         raise OSError(errno.EMFILE, "Too many open files")
 
-    outputs = tool.Outputs(tmp_path, "train", UINT16)
-    outputs.add(encoded(tool, "a"))
-    monkeypatch.setattr(tool, "IndexedDatasetWriter", exhausted)
+    outputs = new_outputs(tmp_path, "a")
+    monkeypatch.setattr("megatron_doremi.data.outputs.IndexedDatasetWriter", exhausted)
     with pytest.raises(ConfigError, match=r"--domain-key: domain number 2, 'b': Too many open files"):
-        outputs.add(encoded(tool, "b"))
-    outputs.abort()
-    assert list(tmp_path.iterdir()) == []
+        outputs.add(encoded("b"))
+    assert published(tmp_path) == {}
 
 
 # --- what other files say
@@ -203,9 +189,8 @@ def test_natural_weights_without_tokens_are_a_fault_and_not_nan(tmp_path):
     assert resolve_weights("uniform", manifest, False).tolist() == [0.5, 0.5]
 
 
-def test_parquet_is_refused_by_name(tmp_path):
+def test_files_of_other_kinds_are_refused_by_name(tmp_path):
     (tmp_path / "data.parquet").write_bytes(b"PAR1")
     (tmp_path / "data.txt").write_bytes(b"text")
-    parquet, text = check_inputs([tmp_path / "data.parquet", tmp_path / "data.txt"])
-    assert "does not read Parquet" in parquet.rule
-    assert "Parquet" not in text.rule
+    (text,) = check_inputs([tmp_path / "data.parquet", tmp_path / "data.txt"])
+    assert "data.txt" in text.value

@@ -217,7 +217,7 @@ def test_numbers_below_one_are_refused(folder):
 
 
 def test_output_must_be_named_a_model(folder):
-    fails(train(folder, name="tokenizer.json"), "tokenizer.json", ".model")
+    fails(train(folder, name="tokenizer.txt"), "tokenizer.txt", ".model or .json")
 
 
 def test_output_below_a_file_is_refused(folder):
@@ -234,6 +234,6 @@ def test_file_that_is_no_model_is_refused(tmp_path):
             SentencePieceTokenizer(path)
 
 
-def test_kind_that_is_not_read_is_refused(folder):
-    with pytest.raises(ConfigError, match="SentencePieceTokenizer"):
-        load_tokenizer("GPT2BPETokenizer", folder / "tokenizer.model")
+def test_another_kind_is_refused(folder):
+    with pytest.raises(ConfigError, match="SentencePieceTokenizer, HuggingFaceTokenizer, GPT2BPETokenizer"):
+        load_tokenizer("BertWordPiece", folder / "tokenizer.model")

@@ -1,0 +1,165 @@
+"""Byte-level BPE by tiktoken's core, for Hugging Face tokenizers that it provably encodes alike.
+
+Byte-pair encoding by merges (Sennrich et al. 2016) and tiktoken's by ranks (merge whatever pair makes the known piece
+of the lowest rank) differ as soon as a piece can be put together in a way that is no merge of the list. They agree
+where every merge makes a piece of its own, from pieces of earlier merges, and every piece is what its own text is
+encoded as. For then, when tiktoken joins two neighbours x and y to a piece t, no merge of a lower rank was left to do,
+nor did any reach over the ends of t; so x and y are what the lower merges make of t's text alone, which are the two
+halves of t's own merge. What stays open is whether two regex engines split text alike; that is compared character by
+character.
+"""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tiktoken
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+# How GPT-2 cuts text into words; what ByteLevel with use_regex stands for in a tokenizer.json.
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# Characters of the two planes in which nearly all of a text lies.
+_CHARACTERS = 0x20000
+# Characters of a text whose runs could overflow the regex engine's stack, which holds a million.
+_LONG = 200_000
+
+
+def byte_alphabet() -> dict[str, int]:
+    """The byte that each character of GPT-2's byte-level vocabularies stands for: printable Latin-1 ones for
+    themselves, then U+0100 and on for the other bytes in their order."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A byte-level BPE as tiktoken wants it.
+
+    Attributes:
+        core: its ids are ranks.
+        ids: [pieces] the vocabulary's id of each rank.
+    """
+
+    core: tiktoken.Encoding
+    ids: NDArray[np.int32]
+
+    def encode(self, text: str) -> NDArray[np.int32]:
+        """Ids of a text. Raises ValueError where a run of spaces is too long for the regex engine."""
+        if len(text) < _LONG:
+            ranks = self.core.encode_ordinary(text)
+        else:
+            # Slower by a third, but it raises where the other one panics.
+            ranks = self.core.encode(text, disallowed_special=())
+        return self.ids[np.array(ranks, dtype=np.int32)]
+
+
+def ranked(tokenizer: Tokenizer, definition: dict[str, Any]) -> Ranked | None:
+    """The tiktoken core of a tokenizer, or None where it is not known to give the same ids.
+
+    Args:
+        definition: the content of its tokenizer.json.
+    """
+    model, pattern = definition.get("model") or {}, _pattern_of(definition.get("pre_tokenizer"))
+    plain = all(not model.get(key) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"))
+    # Tokens that are matched in text without being special are cut out before the words are.
+    matched = any(not token.get("special") for token in definition.get("added_tokens") or [])
+    if pattern is None or matched or not plain or model.get("type") != "BPE" or definition.get("normalizer"):
+        return None
+    alphabet, vocab = byte_alphabet(), model["vocab"]
+    if model.get("byte_fallback") or any(character not in vocab for character in alphabet):
+        return None
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    by_byte = sorted(alphabet, key=alphabet.__getitem__)
+    ids = [vocab[character] for character in by_byte]
+    for merge in model["merges"]:
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        halves = [bytes(alphabet.get(character, 0) for character in half) for half in (left, right)]
+        piece = halves[0] + halves[1]
+        if not set(left + right) <= alphabet.keys() or not all(half in ranks for half in halves) or piece in ranks:
+            return None
+        ranks[piece] = len(ids)
+        ids.append(vocab[left + right])
+    made = [*by_byte, *("".join(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"])]
+    # A piece that no merge makes can only come out of a text where whole words are looked up first.
+    if model.get("ignore_merges") and len(made) < len(vocab):
+        return None
+    for piece_text, number in zip(made, ids, strict=True):
+        pieces = tokenizer.model.tokenize(piece_text)
+        if len(pieces) != 1 or pieces[0].id != number:
+            return None
+    core = tiktoken.Encoding("byte-level", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    return Ranked(core, np.array(ids, dtype=np.int32))
+
+
+def _pattern_of(entry: Any) -> str | None:
+    """The regular expression by which a pre-tokenizer finds words; None where it does something else as well."""
+    steps = entry["pretokenizers"] if isinstance(entry, dict) and entry.get("type") == "Sequence" else [entry]
+    if not all(isinstance(step, dict) for step in steps) or not steps or steps[-1].get("type") != "ByteLevel":
+        return None
+    if steps[-1].get("add_prefix_space"):
+        return None
+    if len(steps) == 1:
+        return GPT2_PATTERN if steps[0].get("use_regex", True) else None
+    split = steps[0]
+    pattern = split.get("pattern")
+    alone = len(steps) == 2 and split.get("type") == "Split" and split.get("behavior") == "Isolated"
+    if not alone or split.get("invert") or steps[1].get("use_regex", True) or not isinstance(pattern, dict):
+        return None
+    return pattern.get("Regex")
+
+
+def probes() -> Iterator[str]:
+    """Texts in which every character of the first two planes stands beside letters, digits, spaces and marks."""
+    block = 4096
+    for first in range(0, _CHARACTERS, block):
+        characters = [chr(code) for code in range(first, first + block) if unicodedata.category(chr(code)) != "Cs"]
+        yield "".join(f"a{character} {character}1 {character}{character}'s\n" for character in characters)
+
+
+def agree(ranked_core: Ranked, tokenizer: Tokenizer, texts: list[str]) -> bool:
+    """Whether both encode all texts alike."""
+    encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    try:
+        return all(ranked_core.encode(text).tolist() == other.ids for text, other in zip(texts, encoded, strict=True))
+    except ValueError:
+        return False
+
+
+def gpt2_definition(vocab: dict[str, int], merges: list[str]) -> dict[str, Any]:
+    """The tokenizer.json of GPT-2's two files, vocab.json and merges.txt.
+
+    Args:
+        merges: lines 'left right', without the file's first line, which names its version.
+    """
+    special = [
+        {"id": number, "content": text, "single_word": False, "lstrip": False, "rstrip": False}
+        | {"normalized": False, "special": True}
+        for text, number in vocab.items()
+        if text.startswith("<|") and text.endswith("|>") and len(text) > 4
+    ]
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    model: dict[str, Any] = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None}
+    model |= {"end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": sorted(special, key=lambda token: token["id"]),
+        "normalizer": None,
+        "pre_tokenizer": level,
+        "post_processor": None,
+        "decoder": level,
+        "model": model | {"vocab": vocab, "merges": [line.split(" ") for line in merges]},
+    }
+
+
+def as_bytes(definition: dict[str, Any]) -> bytes:
+    """A tokenizer.json, the same bytes for the same definition."""
+    return json.dumps(definition, ensure_ascii=False, separators=(",", ":")).encode("utf-8")

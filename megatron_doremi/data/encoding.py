@@ -1,0 +1,197 @@
+"""Blocks of documents into token ids, by worker processes, in the order of the input."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_doremi.data.documents import Document, DocumentReader
+from megatron_doremi.data.indexed_dataset import dtype_for
+from megatron_doremi.data.sources import Block, Progress
+from megatron_doremi.data.tokenizer import Tokenizer, load_tokenizer
+
+NAMED_BAD_LINES = 10
+
+
+class WorkerDied(Exception):
+    """A worker process ended by itself, most likely because the machine ran out of memory."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Documents of one domain and split, in the order of the input.
+
+    Attributes:
+        ids: all their tokens, end to end, in the type in which they are stored.
+        lengths: [n] int32 tokens of each.
+        sizes: [n] int64 bytes of text of each.
+        places: [n] int32 how many documents of the block come before each.
+    """
+
+    ids: NDArray
+    lengths: NDArray[np.int32]
+    sizes: NDArray[np.int64]
+    places: NDArray[np.int32]
+
+    def before(self, place: int) -> Chunk:
+        """The documents with fewer than `place` others before them."""
+        count = int(np.searchsorted(self.places, place))
+        tokens = int(self.lengths[:count].sum(dtype=np.int64))
+        return Chunk(self.ids[:tokens], self.lengths[:count], self.sizes[:count], self.places[:count])
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What a worker makes of a block.
+
+    Attributes:
+        chunks: by (domain, split).
+        bad: descriptions of the first lines that hold no document.
+        bad_total: how many there are.
+        progress: how far the reading was with this block.
+    """
+
+    chunks: dict[tuple[str, str], Chunk]
+    bad: list[str]
+    bad_total: int
+    progress: Progress
+
+    @property
+    def documents(self) -> int:
+        """Documents of all domains."""
+        return sum(len(chunk.lengths) for chunk in self.chunks.values())
+
+    @property
+    def text_bytes(self) -> int:
+        """Bytes of their text."""
+        return sum(int(chunk.sizes.sum()) for chunk in self.chunks.values())
+
+    def first(self, count: int) -> Encoded:
+        """The first `count` documents."""
+        cut = {key: chunk.before(count) for key, chunk in self.chunks.items()}
+        return replace(self, chunks={key: chunk for key, chunk in cut.items() if len(chunk.lengths)})
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """What runs in a worker.
+
+    Attributes:
+        append_eod: end each document with the tokenizer's end-of-document id.
+    """
+
+    tokenizer: Tokenizer
+    reader: DocumentReader
+    append_eod: bool
+
+    def encode(self, block: Block, progress: Progress) -> Encoded:
+        """Parses and encodes a block."""
+        documents: list[Document] = []
+        bad: list[str] = []
+        bad_total = 0
+        for number, document in self.reader.documents(block):
+            if isinstance(document, Document):
+                documents.append(document)
+                continue
+            bad_total += 1
+            if len(bad) < NAMED_BAD_LINES:
+                bad.append(f"{block.file}, line {number}: {document}")
+        ids = self.tokenizer.encode_batch([document.text for document in documents])
+        places: dict[tuple[str, str], list[int]] = {}
+        for place, document in enumerate(documents):
+            places.setdefault((document.domain, document.split), []).append(place)
+        chunks = {key: self._chunk(documents, ids, chosen) for key, chosen in places.items()}
+        return Encoded(chunks, bad, bad_total, progress)
+
+    def _chunk(self, documents: list[Document], ids: list[NDArray[np.int32]], places: list[int]) -> Chunk:
+        end = [np.array([self.tokenizer.eod], dtype=np.int32)] if self.append_eod else []
+        parts = [part for place in places for part in (ids[place], *end)]
+        return Chunk(
+            np.concatenate(parts).astype(dtype_for(self.tokenizer.vocab_size)),
+            np.array([len(ids[place]) + len(end) for place in places], dtype=np.int32),
+            np.array([documents[place].size for place in places], dtype=np.int64),
+            np.array(places, dtype=np.int32),
+        )
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """What a worker needs to load the tokenizer that the main process has settled.
+
+    Attributes:
+        arguments: of `load_tokenizer`.
+    """
+
+    kind: str
+    file: Path
+    merges: Path | None = None
+    eod: str | None = None
+
+    def load(self, fast: bool = True) -> Tokenizer:
+        """The tokenizer. Raises ConfigError where it cannot be read."""
+        return load_tokenizer(self.kind, self.file, self.merges, self.eod, fast)
+
+
+# The one encoder of a worker process: a pool hands each task to a module-level function.
+_worker: list[Encoder] = []
+
+
+def _start_worker(files: TokenizerFiles, fast: bool, reader: DocumentReader, append_eod: bool) -> None:
+    # Ctrl-C reaches the whole group; the main process decides what becomes of it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    _worker[:] = [Encoder(files.load(fast), reader, append_eod)]
+
+
+def _leave_with_parent() -> None:
+    """A main process that is killed cannot end its workers."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _encode(block: Block, progress: Progress) -> Encoded:
+    return _worker[0].encode(block, progress)
+
+
+def encode_all(
+    blocks: Iterator[tuple[Block, Progress]],
+    files: TokenizerFiles,
+    fast: bool,
+    reader: DocumentReader,
+    append_eod: bool,
+    workers: int,
+) -> Generator[Encoded, None, None]:
+    """Encoded blocks in their order; a few a worker are under way at a time.
+
+    Raises:
+        WorkerDied: the machine killed a worker.
+    """
+    context = multiprocessing.get_context("spawn")
+    settings = (files, fast, reader, append_eod)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=settings)
+    under_way: deque[Future[Encoded]] = deque()
+    try:
+        for block, progress in blocks:
+            under_way.append(pool.submit(_encode, block, progress))
+            if len(under_way) >= 4 * workers:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+    except BrokenProcessPool as error:
+        raise WorkerDied from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

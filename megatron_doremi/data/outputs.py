@@ -1,0 +1,302 @@
+"""The pairs of all domains while they are written, and how they become a data set.
+
+Unfinished files lie in a hidden folder beside the final ones, with a journal from which a killed run goes on. Nothing
+has a final name before all of it is good; the manifest, which names the rest, comes last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from megatron_doremi.data.encoding import NAMED_BAD_LINES, Encoded
+from megatron_doremi.data.files import atomic_write_bytes, atomic_write_text, read_json_object
+from megatron_doremi.data.indexed_dataset import IndexedDatasetWriter, Written
+from megatron_doremi.data.manifest import Domain, Manifest, TokenizerInfo, load_manifest, save_manifest
+from megatron_doremi.data.tokenizer import Tokenizer
+from megatron_doremi.errors import ConfigError, Fault
+
+# Characters of a domain's name that its files carry; file systems end at 255.
+_SLUG_CHARACTERS = 100
+Key = tuple[str, str]
+
+
+@dataclass
+class Output:
+    """A pair as it is written."""
+
+    writer: IndexedDatasetWriter
+    prefix: Path
+    documents: int = 0
+    bytes: int = 0
+
+
+@dataclass
+class Outputs:
+    """The pairs of all domains, by (domain, split), and what was wrong with the input.
+
+    Attributes:
+        folder: where the finished pairs go.
+        partial: where the unfinished ones are.
+        known: prefixes that are settled: held-out pairs are named like the train pairs of their domains.
+        blocks: blocks of the input that are in.
+    """
+
+    folder: Path
+    partial: Path
+    dtype: np.dtype
+    known: dict[Key, Path] = field(default_factory=dict)
+    by_key: dict[Key, Output] = field(default_factory=dict)
+    bad: list[str] = field(default_factory=list)
+    bad_total: int = 0
+    blocks: int = 0
+
+    def add(self, encoded: Encoded) -> None:
+        """Appends a block."""
+        self.bad_total += encoded.bad_total
+        self.bad += encoded.bad[: NAMED_BAD_LINES - len(self.bad)]
+        for key, chunk in encoded.chunks.items():
+            output = self.output(key)
+            output.writer.add_documents(chunk.ids, chunk.lengths)
+            output.documents += len(chunk.lengths)
+            output.bytes += int(chunk.sizes.sum())
+        self.blocks = encoded.progress.blocks
+
+    @property
+    def documents(self) -> int:
+        """Documents so far."""
+        return sum(output.documents for output in self.by_key.values())
+
+    def output(self, key: Key) -> Output:
+        """The pair of a domain and split, opened where it is new."""
+        if key not in self.by_key:
+            prefix = self.known.get(key) or self._new_prefix(key)
+            try:
+                writer = IndexedDatasetWriter(prefix, self.dtype, self.partial / prefix.name)
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE):
+                    raise
+                value = f"domain number {len(self.by_key) + 1}, {key[0][:40]!r}: {error.strerror}"
+                rule, remedy = "a key that holds one of a few names", "give the key of the domain, or raise ulimit -n"
+                raise ConfigError(Fault("--domain-key", value, rule, remedy)) from error
+            self.by_key[key] = Output(writer, prefix)
+        return self.by_key[key]
+
+    def _new_prefix(self, key: Key) -> Path:
+        domain, split = key
+        slug = re.sub(r"[^A-Za-z0-9._-]+", "_", domain)[:_SLUG_CHARACTERS].strip("._") or "domain"
+        # Names that differ in case alone are one file on some systems.
+        taken = {output.prefix.name.casefold() for output in self.by_key.values()}
+        taken |= {prefix.name.casefold() for prefix in self.known.values()}
+        number, name = 2, f"{slug}_{split}"
+        while name.casefold() in taken:
+            number, name = number + 1, f"{slug}_{number}_{split}"
+        return self.folder / name
+
+    def snapshot(self) -> dict[str, Any]:
+        """Where all pairs stand, flushed: an entry of the journal."""
+        pairs = [
+            {"domain": domain, "split": split, "prefix": output.prefix.name}
+            | {"bytes": output.bytes, **vars(output.writer.flush())}
+            for (domain, split), output in self.by_key.items()
+        ]
+        return {"blocks": self.blocks, "bad": self.bad[:], "bad_total": self.bad_total, "pairs": pairs}
+
+    def restore(self, entry: Mapping[str, Any]) -> None:
+        """Opens the pairs of a snapshot, cut to what it says. Raises OSError where they are not there any more."""
+        for pair in entry["pairs"]:
+            prefix = self.folder / pair["prefix"]
+            written = Written(pair["tokens"], pair["sequences"], pair["documents"])
+            writer = IndexedDatasetWriter(prefix, self.dtype, self.partial / prefix.name, written)
+            self.by_key[pair["domain"], pair["split"]] = Output(writer, prefix, written.documents, pair["bytes"])
+        self.bad, self.bad_total, self.blocks = list(entry["bad"]), entry["bad_total"], entry["blocks"]
+
+    def publish(self, before: Callable[[], None] = lambda: None) -> None:
+        """Completes all pairs, calls `before`, and gives the pairs their final names."""
+        for output in self.by_key.values():
+            output.writer.prepare()
+        before()
+        for output in self.by_key.values():
+            output.writer.publish()
+
+
+class Workspace:
+    """The hidden folder of an unfinished run, and its journal. A context manager: leaving it closes the files; what
+    they hold stays for a later run, unless `remove` was called.
+
+    Attributes:
+        outputs: empty, or where the earlier run stood.
+        resumed: whether there was one.
+    """
+
+    def __init__(
+        self, folder: Path, outputs: Outputs, settings: Mapping[str, Any], resume: bool, seconds: float = 15.0
+    ):
+        """Takes the folder, or goes on with it.
+
+        Args:
+            folder: the hidden folder, of `outputs`.
+            settings: what the result depends on, as JSON knows it; an earlier run with others is not gone on with.
+            seconds: between two entries of the journal; what a killed run does again, at most.
+            resume: go on where the folder holds an earlier run; else that is removed.
+
+        Raises:
+            ConfigError: another run is writing there, or an earlier one was made with other settings.
+        """
+        self.folder, self.outputs, self._settings = folder, outputs, json.loads(json.dumps(dict(settings)))
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = self._locked()
+        self._journal = folder / "journal.json"
+        self.resumed = resume and self._journal.is_file()
+        try:
+            self._go_on() if self.resumed else self._clear()
+        except BaseException:
+            self._lock.close()
+            raise
+        self._thread = ThreadPoolExecutor(1)
+        self._under_way: Future[None] | None = None
+        self._last, self._seconds = time.monotonic(), seconds
+
+    def _locked(self) -> BinaryIO:
+        lock = (self.folder / "lock").open("ab")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.close()
+            rule, remedy = "one run at a time in a folder", "wait for it, or give another folder"
+            raise ConfigError(Fault("--output-dir", f"another run writes in {self.folder}", rule, remedy)) from error
+        except OSError:
+            pass  # a file system without locks
+        return lock
+
+    def _clear(self) -> None:
+        for path in self.folder.iterdir():
+            if path.name != "lock":
+                path.unlink()
+
+    def _go_on(self) -> None:
+        entry = read_json_object(self._journal, f"--resume {self._journal}")
+        other = sorted(key for key in self._settings if entry.get("settings", {}).get(key) != self._settings[key])
+        if other:
+            value = f"the earlier run had another {', '.join(other)}"
+            remedy = "give what that run was given, or leave --resume out to start over"
+            raise ConfigError(Fault("--resume", value, "the same inputs and settings", remedy))
+        try:
+            self.outputs.restore(entry)
+        except (OSError, KeyError, TypeError) as error:
+            remedy = "leave --resume out to start over"
+            raise ConfigError(Fault("--resume", f"{self.folder}: {error}", "all that was written", remedy)) from error
+
+    def note(self, now: bool = False) -> None:
+        """Makes durable what is written, and says so in the journal; in the background, every `seconds`.
+
+        Args:
+            now: do it now, and wait for it.
+        """
+        if not now and time.monotonic() - self._last < self._seconds:
+            return
+        if self._under_way is not None:
+            if not now and not self._under_way.done():
+                return
+            self._under_way.result()
+        entry = {"settings": self._settings, **self.outputs.snapshot()}
+        writers = [output.writer for output in self.outputs.by_key.values()]
+        self._under_way = self._thread.submit(self._write, writers, entry)
+        if now:
+            self._under_way.result()
+        self._last = time.monotonic()
+
+    def _write(self, writers: list[IndexedDatasetWriter], entry: dict[str, Any]) -> None:
+        for writer in writers:
+            writer.sync()
+        atomic_write_text(self._journal, json.dumps(entry))
+
+    def remove(self) -> None:
+        """Removes the folder and all in it."""
+        for output in self.outputs.by_key.values():
+            output.writer.close()
+        self._thread.shutdown()
+        shutil.rmtree(self.folder)
+
+    def __enter__(self) -> Workspace:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()
+        for output in self.outputs.by_key.values():
+            output.writer.close()
+        self._lock.close()
+        if self.folder.is_dir() and not self._journal.exists():
+            # Nothing to go on from.
+            with contextlib.suppress(OSError):
+                shutil.rmtree(self.folder)
+
+
+def train_prefixes(manifest: Manifest, folder: Path) -> dict[Key, Path]:
+    """Where the held-out pairs of a manifest's domains go: beside their train pairs, named like them."""
+    return {
+        (domain.name, "valid"): folder / f"{domain.train.name.removesuffix('_train')}_valid"
+        for domain in manifest.domains
+    }
+
+
+def manifest_after(
+    path: Path, split: str, outputs: Mapping[Key, Output], tokenizer: TokenizerInfo, order: Sequence[str] = ()
+) -> Manifest:
+    """The manifest with a run's pairs: a new one for the train split, the extended one for the valid split.
+
+    Args:
+        order: the names of the domains in the order that they shall have; (): by name.
+
+    Raises:
+        ConfigError: there is held-out text of domains without any to train on.
+    """
+    train = {domain: output for (domain, kind), output in outputs.items() if kind == "train"}
+    valid = {domain: output.prefix for (domain, kind), output in outputs.items() if kind == "valid"}
+    before = load_manifest(path) if split == "valid" else None
+    names = before.names if before else sorted(train, key=lambda name: (list(order).index(name) if order else 0, name))
+    unknown = sorted(set(valid) - set(names))
+    if unknown:
+        raise ConfigError(
+            Fault(
+                "--input",
+                "domains " + ", ".join(map(repr, unknown)),
+                "held-out text of the train split's domains: " + ", ".join(map(repr, names)),
+                "add these domains to the train split, or leave them out",
+            )
+        )
+    if before:
+        return replace(
+            before, domains=tuple(replace(each, valid=valid.get(each.name, each.valid)) for each in before.domains)
+        )
+    domains = [
+        Domain(name, each.prefix, valid.get(name), each.writer.num_tokens, each.documents, each.bytes)
+        for name, each in ((name, train[name]) for name in names)
+    ]
+    return Manifest(tuple(domains), tokenizer, path)
+
+
+def keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> TokenizerInfo:
+    """Puts the tokenizer beside the data that it made, and says what it is."""
+    copy = folder / f"tokenizer-{tokenizer.sha256[:12]}{tokenizer.suffix}"
+    atomic_write_bytes(copy, tokenizer.data)
+    return TokenizerInfo(tokenizer.type, copy, tokenizer.sha256, tokenizer.vocab_size, tokenizer.eod)
+
+
+def publish(outputs: Outputs, manifest: Manifest, split: str) -> None:
+    """Gives everything its final name; the manifest, which names the rest, last."""
+    # If a train split were stopped half way, an earlier manifest would give the new pairs the old sizes.
+    outputs.publish(lambda: manifest.path.unlink(missing_ok=True) if split == "train" else None)
+    save_manifest(manifest)
