@@ -47,7 +47,7 @@ from megatron_doremi.data.tokenizer import KINDS, SENTENCEPIECE, Tokenizer
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any, run_or_exit
 
 # Bytes of text on which tiktoken's ids are compared with those of the tokenizer itself.
-_SAMPLE_BYTES = 1 << 20
+_SAMPLE_BYTES = 1 << 18
 DOMAIN_KEY = "meta.pile_set_name"
 
 

@@ -204,13 +204,14 @@ class DocumentReader:
         if self.known is not None and domain not in self.known:
             raise BadLine(f"unknown domain {domain[:60]!r}")
         try:
-            data = text.encode("utf-8")
+            # Most text is ASCII, of which the size is known.
+            size = len(text) if text.isascii() else len(text.encode("utf-8"))
             domain.encode("utf-8")
         except UnicodeEncodeError as error:
             key = self.text_key if error.object == text else "the domain"
             raise BadLine(f"{key!r} holds half a surrogate pair") from error
-        held_out = self.valid_fraction > 0.0 and share_of(data) < self.valid_fraction
-        return Document(text, domain, "valid" if held_out else self.split, len(data))
+        held_out = self.valid_fraction > 0.0 and share_of(text.encode("utf-8")) < self.valid_fraction
+        return Document(text, domain, "valid" if held_out else self.split, size)
 
     def documents(self, block: Block) -> Iterator[tuple[int, Document | BadLine]]:
         """(number, document or what is wrong) of each line of a block."""

@@ -6,6 +6,7 @@ a run can go on at a block and the tasks of an array job can share the blocks ou
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import zlib
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import orjson
 import pyarrow
 import pyarrow.parquet
 import zstandard
@@ -179,6 +181,9 @@ def entries(block: Block) -> Iterator[tuple[int, Any]]:
 
 
 def _parsed(line: bytes) -> Any:
+    with contextlib.suppress(orjson.JSONDecodeError):
+        return orjson.loads(line)
+    # The library knows what is wrong, and takes what is not quite JSON, such as NaN.
     try:
         return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:

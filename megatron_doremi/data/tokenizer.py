@@ -12,7 +12,7 @@ import sentencepiece
 from numpy.typing import NDArray
 from tokenizers import Tokenizer as Tokenizers
 
-from megatron_doremi.data.byte_level import Ranked, agree, as_bytes, gpt2_definition, probes, ranked
+from megatron_doremi.data.byte_level import Ranked, agree, as_bytes, gpt2_definition, ranked
 from megatron_doremi.errors import ConfigError, Fault
 
 SENTENCEPIECE = "SentencePieceTokenizer"
@@ -61,7 +61,7 @@ class SentencePieceTokenizer:
 
     def encode_batch(self, texts: list[str]) -> list[NDArray[np.int32]]:
         """Ids of several texts, on one thread."""
-        return [np.array(ids, dtype=np.int32) for ids in self._processor.encode(texts, num_threads=1)]
+        return [np.fromiter(ids, np.int32, len(ids)) for ids in self._processor.encode(texts, num_threads=1)]
 
     def decode(self, ids: NDArray | list[int]) -> str:
         """The text of ids."""
@@ -78,6 +78,7 @@ class HuggingFaceTokenizer:
         sha256: of it, in hex.
         vocab_size: ids are below this.
         eod: id that ends a document.
+        fast: tiktoken's core, where it is used.
     """
 
     suffix = ".json"
@@ -110,7 +111,7 @@ class HuggingFaceTokenizer:
         self.vocab_size = max(vocab.values(), default=-1) + 1
         self.eod = self._end(vocab, eod, file)
         self.sha256 = hashlib.sha256(data).hexdigest()
-        self._fast: Ranked | None = ranked(self._slow, definition) if fast else None
+        self.fast: Ranked | None = ranked(self._slow, definition) if fast else None
 
     @staticmethod
     def _end(vocab: dict[str, int], eod: str | int | None, file: Path) -> int:
@@ -125,12 +126,12 @@ class HuggingFaceTokenizer:
     @property
     def encoder(self) -> str:
         """What does the work."""
-        return "tiktoken" if self._fast else "tokenizers"
+        return "tiktoken" if self.fast else "tokenizers"
 
     def settle(self, texts: list[str]) -> None:
-        """Gives tiktoken up where it encodes one of `texts`, or any character of Unicode's first planes, otherwise."""
-        if self._fast and not agree(self._fast, self._slow, [*probes(), *texts]):
-            self._fast = None
+        """Gives tiktoken up where it encodes one of `texts`, or knows other classes of characters."""
+        if self.fast and not agree(self.fast, self._slow, texts):
+            self.fast = None
 
     def encode(self, text: str) -> NDArray[np.int32]:
         """Ids of a text."""
@@ -138,10 +139,10 @@ class HuggingFaceTokenizer:
 
     def encode_batch(self, texts: list[str]) -> list[NDArray[np.int32]]:
         """Ids of several texts."""
-        if self._fast is None:
+        if self.fast is None:
             encoded = self._slow.encode_batch_fast(texts, add_special_tokens=False)
             return [np.array(each.ids, dtype=np.int32) for each in encoded]
-        return [self._encode_fast(self._fast, text) for text in texts]
+        return [self._encode_fast(self.fast, text) for text in texts]
 
     def _encode_fast(self, fast: Ranked, text: str) -> NDArray[np.int32]:
         try:

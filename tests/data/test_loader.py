@@ -65,9 +65,7 @@ def test_slices_are_disjoint_and_together_the_batch(micro, data_size):
     st.data(),
 )
 @settings(max_examples=60, deadline=None)
-def test_any_layout_reads_the_same_global_batches_and_goes_on_at_any_step(
-    counts, micro, ranks, accumulation, seed, data
-):
+def test_any_layout_reads_the_same_batches_and_goes_on_at_any_step(counts, micro, ranks, accumulation, seed, data):
     """Weights change at every step; windows are named, not read, so that sizes can be any."""
     size = micro * ranks * accumulation
     blend = Blend(tuple(f"domain {n}" for n in range(len(counts))), tuple(counts), size, seed)

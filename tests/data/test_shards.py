@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import gzip
 import json
+import os
 import random
 import shutil
 import signal
@@ -115,6 +116,21 @@ def test_merged_shards_are_what_one_run_writes(folder, whole, tmp_path, number):
     assert run("merge_datasets.py", "--output-dir", tmp_path / "out", "--split", "valid").returncode == 0
     for domain in load_manifest(tmp_path / "out" / "domains.json").domains:
         assert domain.valid.with_suffix(".bin").read_bytes() == domain.train.with_suffix(".bin").read_bytes()
+
+
+def test_the_batch_scripts_make_the_same(folder, whole, tmp_path):
+    """examples/slurm/*.sbatch as SLURM starts them: a copy of the script, elsewhere, with the job's variables."""
+    root = TOOLS.parent
+    for name in ("preprocess", "merge"):
+        shutil.copy(root / "examples" / "slurm" / f"{name}.sbatch", tmp_path / f"slurm_{name}")
+    inputs = [str(word) for word in command(folder, "unused")[1:5]]
+    job = os.environ | {"SLURM_SUBMIT_DIR": str(root), "DATA": str(tmp_path / "out"), "PYTHON": sys.executable}
+    job |= {"TOKENIZER": str(folder / "t.model"), "SLURM_CPUS_PER_TASK": "1", "SLURM_ARRAY_TASK_COUNT": "2"}
+    for task in ("0", "1", "1"):
+        words = ["bash", tmp_path / "slurm_preprocess", "train", *inputs]
+        subprocess.run(words, env=job | {"SLURM_ARRAY_TASK_ID": task}, check=True, capture_output=True, timeout=120)
+    subprocess.run(["bash", tmp_path / "slurm_merge", "train"], env=job, check=True, capture_output=True, timeout=120)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.*")} == whole
 
 
 @pytest.fixture(scope="module")

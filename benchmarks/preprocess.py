@@ -1,0 +1,156 @@
+"""What tools/preprocess_data.py makes of the raw encoders' rates: from a .zst to the pairs on the disk.
+
+    python benchmarks/preprocess.py                           # text of the embedded corpus, repeated
+    python benchmarks/preprocess.py --input train.jsonl.zst
+
+For SentencePiece and for byte-level BPE (tiktoken's core, and the tokenizers library that it stands in for), in one
+run: the encoder alone in one process and in as many as there are workers, on texts in memory, and the tool on the same
+texts. The goal is four fifths of the encoder's own rate on each core. Ids are compared with the encoder's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import sentencepiece
+import zstandard
+from tokenizers import Tokenizer
+
+from megatron_doremi.data.documents import Document, DocumentReader, DomainKey
+from megatron_doremi.data.indexed_dataset import IndexedDataset
+from megatron_doremi.data.manifest import load_manifest
+from megatron_doremi.data.sources import read_blocks
+from megatron_doremi.data.tokenizer import HUGGING_FACE, SENTENCEPIECE, HuggingFaceTokenizer, load_tokenizer
+
+ENCODERS = {"sentencepiece": "t.model", "tiktoken": "t.json", "tokenizers": "t.json"}
+
+
+def documents(path: Path) -> Iterator[Document]:
+    """The documents of a file in The Pile's format."""
+    reader = DocumentReader("text", DomainKey("meta.pile_set_name"))
+    for block in read_blocks(path, reader.columns):
+        for _, document in reader.documents(block):
+            assert isinstance(document, Document), document
+            yield document
+
+
+def run_tool(*words: object) -> float:
+    """Runs one of the tools; the seconds that it took."""
+    began = time.perf_counter()
+    command = [sys.executable, str(REPOSITORY / "tools" / str(words[0])), *map(str, words[1:])]
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return time.perf_counter() - began
+
+
+def raw_encoder(name: str, file: Path) -> Callable[[str], list[int]]:
+    """The encoder itself, with nothing of ours around it."""
+    if name == "sentencepiece":
+        return sentencepiece.SentencePieceProcessor(model_file=str(file)).encode
+    if name == "tokenizers":
+        tokenizer = Tokenizer.from_file(str(file))
+        return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+    loaded = load_tokenizer(HUGGING_FACE, file)
+    assert isinstance(loaded, HuggingFaceTokenizer)
+    assert loaded.fast is not None
+    return loaded.fast.core.encode_ordinary
+
+
+def raw_rate(name: str, file: Path, texts: list[str]) -> float:
+    """Megabytes of text a second of an encoder in this process, its loading apart."""
+    encode = raw_encoder(name, file)
+    encode(texts[0])
+    began = time.perf_counter()
+    for text in texts:
+        encode(text)
+    return sum(len(text.encode()) for text in texts) / 1e6 / (time.perf_counter() - began)
+
+
+def raw_rates(name: str, file: Path, texts: list[str], processes: int) -> float:
+    """The sum of the rates of several processes at once."""
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        return sum(pool.map(raw_rate, [name] * processes, [file] * processes, [texts] * processes))
+
+
+def prepare(folder: Path, given: Path | None, megabytes: float) -> tuple[Path, list[str], float]:
+    """A .zst of so much text, the texts of a tenth of it, and its megabytes; tokenizers beside it."""
+    if given is None:
+        run_tool("embedded_corpus.py", "--output-dir", folder / "corpus")
+        given = folder / "corpus" / "train.jsonl"
+    found = [document for document in documents(given) if document.domain not in ("noise", "boilerplate")]
+    size = sum(document.size for document in found) / 1e6
+    times = max(1, round(megabytes / size))
+    path = folder / "text.jsonl.zst"
+    with zstandard.open(path, "wt", encoding="utf-8") as file:
+        for _ in range(times):
+            for document in found:
+                entry = {"text": document.text, "meta": {"pile_set_name": document.domain}}
+                file.write(json.dumps(entry) + "\n")
+    texts = [document.text for document in found[:: max(1, round(size / 20))]]
+    for name in ("t.model", "t.json"):
+        words: tuple[object, ...] = ("--vocab-size", 16000, "--sample-bytes", 10_000_000, "--output", folder / name)
+        run_tool("train_tokenizer.py", "--input", path, *words)
+    return path, texts, size * times
+
+
+def check_ids(output: Path, path: Path, encode: Callable[[str], list[int]], count: int = 500) -> None:
+    """Compares the first documents' ids with the encoder's own."""
+    data = {domain.name: IndexedDataset(domain.train) for domain in load_manifest(output / "domains.json").domains}
+    seen = dict.fromkeys(data, 0)
+    for _, document in zip(range(count), documents(path), strict=False):
+        ids = data[document.domain].document(seen[document.domain]).tolist()
+        assert ids[:-1] == encode(document.text), "other ids than the encoder's"
+        seen[document.domain] += 1
+
+
+def main() -> None:
+    """Prints a table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--input", type=Path, help="in The Pile's format (default: the embedded corpus)")
+    parser.add_argument("--megabytes", type=float, default=1000, help="of text, repeated (default: 1000)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="(default: one a core)")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        path, texts, megabytes = prepare(folder, args.input, args.megabytes)
+        packed = path.stat().st_size / 1e6
+        print(f"{megabytes:.0f} MB of text in {packed:.0f} MB, {args.workers} workers; MB of text a second")
+        columns = f"{'alone':>8}{f'{args.workers} alone':>10}{'the tool':>10}{'part':>6}"
+        print(f"{'encoder':<14}{columns}{'its start':>11}{'part without':>14}")
+        for encoder, model in ENCODERS.items():
+            one = raw_rate(encoder, folder / model, texts)
+            all_cores = raw_rates(encoder, folder / model, texts, args.workers)
+            if encoder == "tokenizers":  # the tool takes tiktoken for this file
+                print(f"{encoder:<14}{one:>8.1f}{all_cores:>10.1f}")
+                continue
+            output = folder / encoder
+            kind = SENTENCEPIECE if encoder == "sentencepiece" else HUGGING_FACE
+            words = ("--tokenizer-type", kind, "--tokenizer-model", folder / model, "--append-eod")
+            tool = ("preprocess_data.py", "--input", path, "--workers", args.workers, *words, "--output-dir")
+            start = run_tool(*tool, folder / f"start-{encoder}", "--max-documents", 1)
+            seconds = run_tool(*tool, output)
+            # tiktoken's own ids are ranks; the library's are the vocabulary's.
+            oracle = "tokenizers" if encoder == "tiktoken" else encoder
+            check_ids(output, path, raw_encoder(oracle, folder / model))
+            rate = megabytes / seconds
+            print(f"{encoder:<14}{one:>8.1f}{all_cores:>10.1f}{rate:>10.1f}{rate / all_cores:>6.2f}", end="")
+            print(f"{start:>9.1f} s{megabytes / (seconds - start) / all_cores:>14.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
