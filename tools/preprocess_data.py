@@ -254,7 +254,8 @@ def is_done(folder: Path, settings: dict[str, Any], shard: Shard) -> bool:
 
 def say_resume(partial: Path) -> int:
     """Says how to go on. Returns the exit code of a fault of the machine."""
-    print(f"What was encoded is in {partial}; the same command with --resume goes on from there.", file=sys.stderr)
+    if partial.is_dir():
+        print(f"What was encoded is in {partial}; the same command with --resume goes on from there.", file=sys.stderr)
     return 1
 
 

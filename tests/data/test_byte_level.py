@@ -92,7 +92,9 @@ def test_runs_of_spaces_that_overflow_tiktokens_engine(fast, oracle, run):
 
 def test_classes_of_characters_are_compared_one_by_one(monkeypatch):
     assert byte_level.same_classes(byte_level.GPT2_PATTERN)
-    assert byte_level.same_classes(r"\p{Lu}\w\S")
+    assert byte_level.same_classes(r"\p{Lu}\d\S")
+    # A real difference between the two engines: which marks belong to words.
+    assert not byte_level.same_classes(r"\w")
     other = {r"\p{L}": r"(?!\x{1e9e})\p{L}"}
     monkeypatch.setattr(byte_level, "Regex", lambda name: Regex(other.get(name, name)))
     assert byte_level.same_classes(r"\p{N}\s")
