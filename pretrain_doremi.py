@@ -5,7 +5,8 @@ Phases: reference, score (its token losses, recorded), proxy, main, evaluate.
     torchrun --nproc-per-node 2 pretrain_doremi.py --phase proxy --domains data/domains.json ...
 
 Also started by srun (one task a rank), deepspeed, or plain python for one process. `--help` lists the flags.
-Exit codes: 0 done; 2 the input is wrong, said in one message; any other: a fault of ours or of the machine.
+Exit codes: 0 done; 2 the input is wrong, said in one message; 3 stopped by a signal or a time limit, saved, run again
+to go on; any other: a fault of ours or of the machine.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from megatron_doremi.config import EVALUATE, PROXY, SCORE, Config, data_parallel
 from megatron_doremi.errors import run_or_exit
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.training.launch import Launch, read_launch
+from megatron_doremi.training.stopping import EXIT_STOPPED, StopRequest
 
 # What DeepSpeed notes about itself is not about this program's input.
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
@@ -36,13 +38,15 @@ def main() -> int:
     )
     if config.run.dry_run:
         dry_run(config, topology)
-    else:
-        run(config, topology, launch)
-    return 0
+        return 0
+    return run(config, topology, launch)
 
 
-def run(config: Config, topology: Topology, launch: Launch) -> None:
-    """Runs the phase: files are checked on every rank before any model is built."""
+def run(config: Config, topology: Topology, launch: Launch) -> int:
+    """Runs the phase: files are checked on every rank before any model is built. Returns the exit code."""
+    stop = StopRequest(config.run, os.environ)
+    if config.data.phase != EVALUATE:
+        stop.install()
     # Imported here, after the flags: torch and DeepSpeed take seconds, and a wrong flag should be said at once.
     warnings.filterwarnings("ignore", category=FutureWarning)
     import torch
@@ -51,14 +55,13 @@ def run(config: Config, topology: Topology, launch: Launch) -> None:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-    from megatron_doremi.doremi.reference import OnlineReference, RecordedReference
     from megatron_doremi.parallel.groups import make_groups
     from megatron_doremi.training import setup
     from megatron_doremi.training.build import make_engine
     from megatron_doremi.training.distributed import join
     from megatron_doremi.training.loop import Trainer
     from megatron_doremi.training.repetition import check_repetition
-    from megatron_doremi.training.score import check_recorded, score
+    from megatron_doremi.training.score import check_recorded, reference_hash, score
     from megatron_doremi.training.standalone import evaluate_run
 
     phase = config.data.phase
@@ -68,28 +71,28 @@ def run(config: Config, topology: Topology, launch: Launch) -> None:
     recorded = None
     if phase == PROXY and setup.scores_batches(config) and config.doremi.reference_losses != "online":
         recorded = check_recorded(config, data, topology.world_size)
-    device = join(launch)
-    groups = make_groups(topology)
-    if phase == EVALUATE:
-        evaluate_run(config, data, topology, groups, device)
-    elif phase == SCORE:
-        assert reference_run is not None
-        score(config, data, reference_run, topology, groups)
-    else:
-        gpt = setup.resolve_gpt(config, data)
-        if topology.rank == 0:
-            setup.write_run_config(config, gpt, data, topology)
-            if repeated:
-                print(repeated)
-        engine = make_engine(config, gpt, data.weights, topology, groups, device)
-        reference: OnlineReference | RecordedReference | None = None
-        if recorded is not None:
-            reference = RecordedReference(recorded, topology, device)
-        elif reference_run is not None:
-            reference = setup.make_reference(config, reference_run, topology, groups)
-        Trainer(config, gpt, data, engine, reference, topology, groups).train()
-    dist.barrier()
+    device, watchdog = join(launch, config.run.distributed_timeout_minutes)
+    stopped = False
+    with watchdog:
+        groups = make_groups(topology)
+        if phase == EVALUATE:
+            evaluate_run(config, data, topology, groups, device, watchdog)
+        elif phase == SCORE:
+            assert reference_run is not None
+            stopped = score(config, data, reference_run, topology, groups, stop, watchdog)
+        else:
+            gpt = setup.resolve_gpt(config, data)
+            if topology.rank == 0:
+                setup.write_run_config(config, gpt, data, topology)
+                if repeated:
+                    print(repeated)
+            engine = make_engine(config, gpt, data.weights, topology, groups, device)
+            reference = setup.make_reference(config, reference_run, recorded, topology, groups, device)
+            identity = reference_hash(reference_run, recorded, topology)
+            stopped = Trainer(config, gpt, data, engine, reference, identity, topology, groups, stop, watchdog).train()
+        dist.barrier()
     dist.destroy_process_group()
+    return EXIT_STOPPED if stopped else 0
 
 
 def dry_run(config: Config, topology: Topology) -> None:

@@ -108,7 +108,7 @@ def main() -> None:
     launch = read_launch(os.environ)
     config = make_config(args, launch.world_size)
     topology = Topology(args.pipe, data_parallel_size(config.parallel, launch.world_size), args.tensor, launch.rank)
-    device, groups = join(launch), make_groups(topology)
+    (device, _), groups = join(launch), make_groups(topology)
     gpt, sampling = gpt_config(config.model, args.seq, args.vocab), np.full(DOMAINS, 1 / DOMAINS)
 
     def build(phase: str, update: str = "alternating") -> TrainingEngine:

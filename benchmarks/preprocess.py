@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -87,7 +88,9 @@ def raw_rates(name: str, file: Path, texts: list[str], processes: int) -> float:
         return sum(pool.map(raw_rate, [name] * processes, [file] * processes, [texts] * processes))
 
 
-def prepare(folder: Path, given: Path | None, megabytes: float) -> tuple[Path, list[str], float]:
+def prepare(
+    folder: Path, given: Path | None, megabytes: float, sentencepiece_model: Path | None
+) -> tuple[Path, list[str], float]:
     """A .zst of so much text, texts of it that are no repetition, and its megabytes; tokenizers beside it."""
     if given is None:
         run_tool("embedded_corpus.py", "--output-dir", folder / "corpus")
@@ -102,7 +105,9 @@ def prepare(folder: Path, given: Path | None, megabytes: float) -> tuple[Path, l
                 entry = {"text": document.text, "meta": {"pile_set_name": document.domain}}
                 file.write(json.dumps(entry) + "\n")
     texts = [document.text for document in found[:: max(1, round(size / 100))]]
-    for name in ("t.model", "t.json"):
+    if sentencepiece_model is not None:
+        shutil.copyfile(sentencepiece_model, folder / "t.model")
+    for name in ("t.json",) if sentencepiece_model is not None else ("t.model", "t.json"):
         words: tuple[object, ...] = ("--vocab-size", 16000, "--sample-bytes", 10_000_000, "--output", folder / name)
         run_tool("train_tokenizer.py", "--input", path, *words)
     return path, texts, size * times
@@ -123,11 +128,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--input", type=Path, help="in The Pile's format (default: the embedded corpus)")
     parser.add_argument("--megabytes", type=float, default=1000, help="of text, repeated (default: 1000)")
+    parser.add_argument("--sentencepiece-model", type=Path, help="(default: one trained here, 16,000 pieces)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="(default: one a core)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        path, texts, megabytes = prepare(folder, args.input, args.megabytes)
+        path, texts, megabytes = prepare(folder, args.input, args.megabytes, args.sentencepiece_model)
         packed = path.stat().st_size / 1e6
         print(f"{megabytes:.0f} MB of text in {packed:.0f} MB, {args.workers} workers; MB of text a second")
         columns = f"{'alone':>8}{f'{args.workers} alone':>10}{'the tool':>10}{'part':>6}"

@@ -55,6 +55,9 @@ class DataConfig:
     )
     vocab_size: int = setting(0, "ids are below this; for a Megatron-LM list, which names no tokenizer")
     allow_tokenizer_mismatch: bool = setting(False, "accept domain weights learned with another tokenizer")
+    change_domain_weights: bool = setting(
+        False, "go on from a checkpoint with other domain weights than before; nothing is read twice or left out"
+    )
     seq_length: int = setting(1024, "length S of a window in tokens (next-token targets)")
     micro_batch_size: int = setting(1, "windows in one forward pass of one data-parallel rank")
     global_batch_size: int = setting(0, "windows in one step over all ranks (default: one micro-batch a rank)")
@@ -187,6 +190,15 @@ class RunConfig:
     save_interval: int = setting(0, "steps between two checkpoints; 0: only at the end")
     keep_checkpoints: int = setting(0, "keep this many of the newest checkpoints; 0: all")
     exit_interval: int = setting(0, "save and leave with exit code 0 when this iteration divides by it; 0: never")
+    exit_duration_in_mins: float = setting(
+        0.0, "save and leave with exit code 3 so many minutes after the start; 0: never"
+    )
+    exit_margin_in_mins: float = setting(
+        5.0, "the same so long before SLURM_JOB_END_TIME, a tenth of what is left at the most; 0: never"
+    )
+    distributed_timeout_minutes: float = setting(
+        8.0, "end the run when no rank has made progress for so long, and name the one that hangs"
+    )
     check_ranks_interval: int = setting(
         1000, "steps between two comparisons of what ranks have to hold alike; a difference stops the run; 0: never"
     )

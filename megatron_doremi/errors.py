@@ -53,6 +53,10 @@ class ConfigError(Exception):
         return "\n".join([head, *(f"  [{n}] {fault}" for n, fault in enumerate(self.faults, 1))])
 
 
+class RunError(Exception):
+    """A run cannot go on for a reason that lies in the machine or in the training: said without a traceback, exit 1."""
+
+
 def raise_if_any(faults: Sequence[Fault]) -> None:
     """Raises one ConfigError that holds all `faults`; returns if there are none."""
     if faults:
@@ -60,19 +64,19 @@ def raise_if_any(faults: Sequence[Fault]) -> None:
 
 
 def run_or_exit(main: Callable[[], int | None]) -> None:
-    """Runs `main` as a program: exits with its result, or with 2 and one clear message on a ConfigError.
+    """Runs `main` as a program: exits with its result, or with one clear message: 2 on a ConfigError, 1 on a RunError.
 
     Under a launcher most faults are found by every rank. Rank 0 says them and leaves, upon which the launcher ends
     the others; a rank that is still there after a moment has found a fault of its own and says it.
     """
     try:
         code = main()
-    except ConfigError as error:
+    except (ConfigError, RunError) as error:
         rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
         if rank:
             time.sleep(_SECONDS_FOR_RANK_0)
         print(f"error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
-        code = EXIT_USER_ERROR
+        code = EXIT_USER_ERROR if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         code = 130

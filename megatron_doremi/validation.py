@@ -54,7 +54,8 @@ def _required(config: Config) -> list[Fault]:
     online = config.doremi.reference_losses == "online"
     if data.phase == PROXY and config.doremi.doremi_objective != "hardest" and online:
         need("reference_load", config.doremi.reference_load, "a proxy is trained against a reference's losses")
-    if data.phase != EVALUATE and run.save and not run.load and (Path(run.save) / "checkpoints" / "latest").exists():
+    holds_run = any((Path(run.save) / "checkpoints").glob("iter_*")) if run.save else False
+    if data.phase != EVALUATE and holds_run and not run.load:
         faults.append(
             Fault(
                 "--save",
@@ -89,6 +90,10 @@ def _ranges(config: Config) -> list[Fault]:
         check(getattr(data, name) >= 0, name, getattr(data, name), "not negative")
     for name in ("save_interval", "keep_checkpoints", "exit_interval", "check_ranks_interval"):
         check(getattr(run, name) >= 0, name, getattr(run, name), "not negative")
+    for name in ("exit_duration_in_mins", "exit_margin_in_mins"):
+        check(getattr(run, name) >= 0, name, getattr(run, name), "not negative")
+    minutes = run.distributed_timeout_minutes
+    check(minutes > 0, "distributed_timeout_minutes", minutes, "above 0")
     epochs = data.max_epochs_per_domain
     check(epochs >= 0, "max_epochs_per_domain", epochs, "not negative")
     check(run.log_interval > 0, "log_interval", run.log_interval, "at least 1")

@@ -13,7 +13,7 @@ def layout(launch, pipe, tensor):
     from megatron_doremi.training.distributed import join
 
     topology = Topology(pipe, launch.world_size // pipe // tensor, tensor, launch.rank)
-    device = join(launch)
+    device, _ = join(launch)
     return topology, make_groups(topology), device
 
 

@@ -31,6 +31,15 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
             temporary.unlink()
 
 
+def make_durable(path: Path) -> None:
+    """Waits until a file's data, or a folder's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def make_folder(path: Path, flag: str) -> None:
     """Makes a folder for output, and those above it. Raises ConfigError, naming `flag`, where that cannot be."""
     try:

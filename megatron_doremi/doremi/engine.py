@@ -7,7 +7,7 @@ whole batch before any gradient is taken (see objective.py) makes the pipeline e
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -29,15 +29,29 @@ class TrainingEngine(DeepSpeedEngine):
     def __init__(self, objective: MeanLoss, groups: ProcessGroups, clip_grad: float, **deepspeed: Any):
         super().__init__(**deepspeed)
         self.objective, self.groups, self.clip_grad = objective, groups, clip_grad
+        self._before_step: Callable[[], None] = lambda: None
 
     def train_step(
-        self, micro_batches: Sequence[MicroBatch], reference: Sequence[Tensor] = (), targets: Tensor | None = None
+        self,
+        micro_batches: Sequence[MicroBatch],
+        reference: Sequence[Tensor] = (),
+        targets: Tensor | None = None,
+        before_step: Callable[[], None] = lambda: None,
     ) -> None:
-        """One step of the optimiser on this rank's micro-batches; for the rest see `MeanLoss.begin`."""
+        """One step of the optimiser on this rank's micro-batches; for the rest see `MeanLoss.begin`.
+
+        Args:
+            before_step: called on every rank once all losses are recorded and before any parameter moves.
+        """
+        self._before_step = before_step
         self.objective.begin(reference, targets, self.gradient_accumulation_steps())
         self.module.train()
         self._accumulate_and_step(micro_batches)
         self.objective.end()
+
+    def _take_model_step(self, *args: Any, **kwargs: Any) -> None:
+        self._before_step()
+        super()._take_model_step(*args, **kwargs)
 
     @abstractmethod
     def _accumulate_and_step(self, micro_batches: Sequence[MicroBatch]) -> None:

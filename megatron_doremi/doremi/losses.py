@@ -53,9 +53,10 @@ def domain_sums(
     loss = token_loss.detach().double()
     scores = token_scores(loss, reference, objective)
     rows = torch.stack((scores.sum(dim=1), loss.sum(dim=1), torch.full_like(loss[:, 0], loss.shape[1])))
-    # A product with the membership matrix, because scattered adds on a GPU run in an order of their own.
+    # No scattered adds, which on a GPU run in an order of their own, and no product with the membership matrix, in
+    # which one window's loss that is no number would make all domains' sums so.
     members = domains.unsqueeze(1) == torch.arange(num_domains, device=domains.device)
-    return rows @ members.double()
+    return torch.where(members, rows.unsqueeze(2), 0.0).sum(dim=1)
 
 
 def domain_coefficients(weights: Tensor, targets: Tensor, accumulation: int) -> Tensor:

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_doremi.config import GPTConfig
+from megatron_doremi.data.tensor_file import TensorFile, to_host
 from megatron_doremi.errors import ConfigError, Fault
 from megatron_doremi.model.pipeline import GPTPipeline
 from megatron_doremi.model.whole import GPT, gathered
@@ -28,31 +28,30 @@ from megatron_doremi.parallel.topology import Topology
 _CUT = "cut"
 
 
-def save_weights(module: GPT, folder: Path, topology: Topology) -> None:
-    """Writes this rank's part of the model; a collective call. Ranks of other replicas than the first write nothing.
+def writes_parameter(parameter: nn.Parameter, topology: Topology) -> bool:
+    """Whether this rank writes its part of a parameter: of what tensor ranks or stages hold alike, one does."""
+    copy = getattr(parameter, "ds_pipe_replicated", False)
+    return not copy and (spec_of(parameter).dim is not None or topology.tensor_rank == 0)
 
-    Args:
-        folder: an existing folder.
-    """
+
+def weights_file(module: GPT, topology: Topology) -> TensorFile | None:
+    """This rank's part of the model, copied to the host; a collective call. None on other replicas than the first."""
     tensors: dict[str, Tensor] = {}
     cuts: dict[str, dict[str, object]] = {}
     for layer_name, layer in module.named_layers():
         with gathered(layer.parameters()):
             for name, parameter in layer.named_parameters(layer_name):
-                spec = spec_of(parameter)
-                copy = getattr(parameter, "ds_pipe_replicated", False)
-                if topology.data_rank or copy or (spec.dim is None and topology.tensor_rank):
-                    continue
-                tensors[name] = parameter.detach().to("cpu", copy=True).contiguous()
-                cuts[name] = {**asdict(spec), "size": topology.tensor_size}
+                if topology.data_rank == 0 and writes_parameter(parameter, topology):
+                    tensors[name] = to_host(parameter)
+                    cuts[name] = {**asdict(spec_of(parameter)), "size": topology.tensor_size}
     if topology.data_rank:
-        return
+        return None
     name = f"model-pipe{topology.pipe_rank:03d}-tensor{topology.tensor_rank:03d}.safetensors"
-    save_file(tensors, folder / name, metadata={_CUT: json.dumps(cuts)})
+    return TensorFile(name, tensors, {_CUT: json.dumps(cuts)})
 
 
 class WeightsFolder:
-    """The weights that `save_weights` left in a folder, of whatever layout."""
+    """The weights that the `weights_file` of every rank left in a folder, of whatever layout."""
 
     def __init__(self, folder: Path):
         """Reads the headers. Raises ConfigError where the folder does not hold whole parameters."""
@@ -87,6 +86,10 @@ class WeightsFolder:
         """Names of the parameters in the folder."""
         return set(self._parts)
 
+    def spec(self, name: str) -> ParameterSpec:
+        """How a parameter was cut by the layout that wrote it."""
+        return self._specs[name]
+
     def whole(self, name: str) -> Tensor:
         """A parameter of the whole model, without padding."""
         parts = []
@@ -95,15 +98,18 @@ class WeightsFolder:
                 parts.append(file.get_tensor(name))
         return unshard(parts, self._specs[name])
 
+    def part(self, name: str, spec: ParameterSpec, topology: Topology) -> Tensor:
+        """This rank's part of a parameter. Raises ConfigError where the folder lacks it or its shape differs."""
+        if name not in self._parts or self._specs[name].shape != spec.shape:
+            found = f"shape {self._specs[name].shape}" if name in self._parts else "missing"
+            raise self._error(f"{name}: {found}", f"shape {spec.shape}")
+        return shard(self.whole(name), spec, topology.tensor_size, topology.tensor_rank)
+
     @torch.no_grad()
     def load_into(self, module: GPTPipeline, topology: Topology) -> None:
         """Fills this rank's parameters. Raises ConfigError where names or shapes differ."""
         for name, parameter in module.model_parameters():
-            spec = spec_of(parameter)
-            if name not in self._parts or self._specs[name].shape != spec.shape:
-                found = f"shape {self._specs[name].shape}" if name in self._parts else "missing"
-                raise self._error(f"{name}: {found}", f"shape {spec.shape}")
-            parameter.copy_(shard(self.whole(name), spec, topology.tensor_size, topology.tensor_rank))
+            parameter.copy_(self.part(name, spec_of(parameter), topology))
 
 
 def load_frozen(
@@ -117,7 +123,7 @@ def load_frozen(
     """This rank's stage of a trained model, for forward passes only.
 
     Args:
-        weights: folder that `save_weights` filled, at any layout.
+        weights: folder of the files of `weights_file`, at any layout.
         loss_chunk_tokens: see `token_losses` in parallel/cross_entropy.py.
     """
     module = GPTPipeline(gpt, topology, tp, seed=0, loss_chunk_tokens=loss_chunk_tokens)

@@ -108,3 +108,10 @@ def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]
     """Makes parameters that ZeRO 3 has cut whole on every rank of the data group, for reading; a collective call."""
     cut = [parameter for parameter in parameters if is_partitioned(parameter)]
     return deepspeed.zero.GatheredParameters(cut) if cut else nullcontext()
+
+
+def writable(parameter: nn.Parameter) -> AbstractContextManager[None]:
+    """Makes a parameter whole for writing: every rank of the data group writes the same, the first one's counts."""
+    return (
+        deepspeed.zero.GatheredParameters([parameter], modifier_rank=0) if is_partitioned(parameter) else nullcontext()
+    )

@@ -100,7 +100,9 @@ def make_engine(
         kind, mpu = WholeTraining, Layout(topology, groups)
 
         def partition(layer: nn.Module) -> None:
+            # `dtype` below is for parameters that are yet to be made; those that are there keep their own.
             dtype = torch.bfloat16 if config.optimizer.bf16 else torch.float32
+            layer.to(dtype)
             deepspeed.zero.Init(layer, groups.data, config_dict_or_path=entry, dtype=dtype, mpu=mpu)
 
         module = GPTModel(*model, partition=partition if parallel.zero_stage == 3 else None)

@@ -1,40 +1,51 @@
-"""Checkpoints: DeepSpeed's files, the model's weights without a layout, and the run's own state beside them.
+"""Checkpoints on disk: what is in one, which is the newest complete one, and loading it at any layout.
 
     SAVE/checkpoints/iter_0000100/
-        state.json            iteration, layout, data fingerprint, the blend's and the algorithm's state by domain
-        weights/*.safetensors the model, readable at any layout (model/weights.py)
-        ...                   what DeepSpeed needs to go on at the same layout
-    SAVE/checkpoints/latest   name of the newest complete one
+        weights/*.safetensors    the model (model/weights.py)
+        optimizer/*              the optimiser's state (optimizer_state.py)
+        state.json               iteration, what the run was trained on, the blend's and the algorithm's state by
+                                 domain, and every other file with its size
+    SAVE/checkpoints/latest      name of the newest one; for people, nothing here reads it
 
-A checkpoint is written under a temporary name and appears under its final one by a single rename, so a folder
-named iter_* is complete.
+Nothing in it belongs to a layout, and nothing is a pickle: a checkpoint of unknown origin is data. saving.py writes it
+under a temporary name, so that a folder named iter_* is complete; a copy that was cut off shows by its sizes.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import shutil
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
+import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from megatron_doremi.data.files import atomic_write_text
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any
-from megatron_doremi.model.weights import save_weights
+from megatron_doremi.model.weights import WeightsFolder
+from megatron_doremi.model.whole import writable
+from megatron_doremi.parallel.parameters import spec_of
 from megatron_doremi.parallel.topology import Topology
+from megatron_doremi.training.optimizer_state import MASTER, OptimizerFolder, owned_state, start_state
 
-FORMAT = "megatron-doremi-checkpoint/1"
+FORMAT = "megatron-doremi-checkpoint/2"
 _NAME = re.compile(r"iter_(\d{7,})")
 
 
+def checkpoints_folder(save: Path) -> Path:
+    """Where a run keeps its checkpoints."""
+    return save / "checkpoints"
+
+
+def checkpoint_name(iteration: int) -> str:
+    """Folder name of a checkpoint."""
+    return f"iter_{iteration:07d}"
+
+
 def checkpoints(save: Path) -> list[tuple[int, Path]]:
-    """The complete checkpoints of a run, oldest first, with their iterations."""
-    folder = save / "checkpoints"
+    """The checkpoints of a run, oldest first, with their iterations."""
+    folder = checkpoints_folder(save)
     found = []
     for path in folder.iterdir() if folder.is_dir() else ():
         match = _NAME.fullmatch(path.name)
@@ -43,51 +54,27 @@ def checkpoints(save: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
-def newest_checkpoint(save: Path) -> Path | None:
-    """The newest complete checkpoint of a run, whatever the pointer says, or None."""
-    found = checkpoints(save)
-    return found[-1][1] if found else None
+def newest_checkpoint(save: Path, say: Callable[[str], None] = lambda _: None) -> Path | None:
+    """The newest complete checkpoint of a run, or None; `say` is told of each that is passed over."""
+    for _, path in reversed(checkpoints(save)):
+        lack = _what_lacks(path)
+        if lack is None:
+            return path
+        say(f"passing over {path}: {lack}")
+    return None
 
 
-def save_checkpoint(
-    engine: DeepSpeedEngine,
-    save: Path,
-    iteration: int,
-    topology: Topology,
-    state: Mapping[str, Any],
-    keep: int,
-) -> None:
-    """Writes a checkpoint; a collective call.
-
-    Args:
-        state: the run's own state; written by rank 0 as JSON.
-        keep: delete all but this many of the newest; 0 keeps all.
-    """
-    folder = save / "checkpoints"
-    name = f"iter_{iteration:07d}"
-    temporary = folder / f".writing-{name}"
-    if topology.rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        (temporary / "weights").mkdir(parents=True)
-    dist.barrier()
-    engine.save_checkpoint(str(folder), tag=temporary.name, save_latest=False)
-    save_weights(engine.module, temporary / "weights", topology)
-    dist.barrier()
-    if topology.rank == 0:
-        entry = {"format": FORMAT, "iteration": iteration, "layout": _layout(engine, topology), **state}
-        atomic_write_text(temporary / "state.json", json.dumps(entry, indent=1))
-        shutil.rmtree(folder / name, ignore_errors=True)
-        temporary.rename(folder / name)
-        atomic_write_text(folder / "latest", name + "\n")
-        for _, path in checkpoints(save)[:-keep] if keep else ():
-            shutil.rmtree(path)
-    dist.barrier()
-
-
-def _layout(engine: DeepSpeedEngine, topology: Topology) -> dict[str, int]:
-    layout = asdict(topology)
-    del layout["rank"]
-    return {**layout, "zero_stage": int(engine.zero_optimization_stage())}
+def _what_lacks(checkpoint: Path) -> str | None:
+    """The first file of a checkpoint that is not there as it was written; None where nothing lacks."""
+    try:
+        files = read_state(checkpoint)["files"]
+        for name, size in files.items():
+            path = checkpoint / name
+            if not path.is_file() or path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size if path.is_file() else 0:,} of {size:,} bytes"
+    except (ConfigError, AttributeError, TypeError, OSError) as error:
+        return " ".join(str(error).split())
+    return None
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -97,7 +84,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         state = json.loads(path.read_text(encoding="utf-8"))
         if state["format"] != FORMAT:
             raise ValueError(f"format {state['format']!r}")
-        int(state["iteration"])
+        int(state["iteration"]), state["files"]
         return state
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
@@ -110,13 +97,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         ) from error
 
 
-def check_state(
-    state: Mapping[str, Any],
-    checkpoint: Path,
-    topology: Topology,
-    zero_stage: int,
-    expected: Mapping[str, Any],
-) -> None:
+def check_state(state: Mapping[str, Any], checkpoint: Path, expected: Mapping[str, Any]) -> None:
     """Checks that a run may go on from a checkpoint.
 
     Args:
@@ -125,47 +106,57 @@ def check_state(
     Raises:
         ConfigError: with everything that differs.
     """
-    layout = {**asdict(topology), "zero_stage": zero_stage}
-    del layout["rank"]
-    faults = []
-    if state["layout"] != layout:
-        faults.append(
-            Fault(
-                f"--load: {checkpoint}",
-                f"written at {_say(state['layout'])}",
-                f"this run's layout, {_say(layout)}",
-                "start at the checkpoint's layout",
-            )
+    faults = [
+        Fault(
+            f"--load: {checkpoint}",
+            f"{key} {_short(state.get(key), value)}",
+            f"this run's {key}, {_short(value, state.get(key))}",
+            REMEDIES.get(key, "go on with the settings and data that the run began with, or start a new folder"),
         )
-    for key, value in expected.items():
-        if state.get(key) != value:
-            faults.append(
-                Fault(
-                    f"--load: {checkpoint}",
-                    f"{key} {state.get(key)}",
-                    f"this run's {key}, {value}",
-                    "go on with the settings and data that the run began with, or start a new folder",
-                )
-            )
+        for key, value in expected.items()
+        if state.get(key) != value
+    ]
     raise_if_any(faults)
 
 
-def load_engine(engine: DeepSpeedEngine, checkpoint: Path) -> None:
-    """Loads model and optimiser from a checkpoint of the same layout; a collective call."""
-    path, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-    if path is None:
-        raise ConfigError(
-            Fault(
-                f"--load: {checkpoint}",
-                "DeepSpeed found no files there",
-                "a complete checkpoint",
-                "delete it to go on from an older one",
-            )
-        )
+REMEDIES = {
+    "global_batch_size": "give --global-batch-size; its default follows from the number of ranks",
+    "sampling_weights": "give the weights that the run began with, or --change-domain-weights to go on with these",
+}
 
 
-def _say(layout: Mapping[str, Any]) -> str:
-    return (
-        f"tensor {layout.get('tensor_size')} x pipeline {layout.get('pipe_size')} x data {layout.get('data_size')}, "
-        f"ZeRO {layout.get('zero_stage')}"
-    )
+def _short(value: Any, other: Any) -> Any:
+    """A value for a message; of two mappings only the entries that differ."""
+    if isinstance(value, Mapping) and isinstance(other, Mapping):
+        return {key: entry for key, entry in value.items() if other.get(key) != entry}
+    return value
+
+
+@torch.no_grad()
+def load_training(engine: DeepSpeedEngine, checkpoint: Path, topology: Topology, iteration: int) -> None:
+    """Fills model and optimiser from a checkpoint that any layout wrote; a collective call.
+
+    Raises:
+        ConfigError: a file is damaged or of another model.
+    """
+    weights, states = WeightsFolder(checkpoint / "weights"), OptimizerFolder(checkpoint / "optimizer")
+    # Where the run trained in float32, its weights are the master weights.
+    masters = MASTER in states.keys
+    start_state(engine, iteration)
+    for name, parameter in engine.module.model_parameters():
+        spec = spec_of(parameter)
+        shape = torch.Size(spec.local_shape(topology.tensor_size))
+        if masters:
+            own = states.part(name, MASTER, spec, topology, 0, shape.numel()).view(shape)
+        else:
+            own = weights.part(name, spec, topology)
+        with writable(parameter):
+            parameter.copy_(own)
+    for owned in owned_state(engine, topology.data_rank):
+        spec = spec_of(owned.parameter)
+        for key, tensor in owned.tensors.items():
+            if key == MASTER and not masters:
+                own = weights.part(owned.name, spec, topology).reshape(-1)
+                tensor.copy_(own.narrow(0, owned.start, owned.count))
+            else:
+                tensor.copy_(states.part(owned.name, key, spec, topology, owned.start, owned.count))

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import os
+import socket
+from datetime import timedelta
 
 import deepspeed
 import torch
 import torch.distributed as dist
 
-from megatron_doremi.errors import ConfigError, Fault
+from megatron_doremi.errors import ConfigError, Fault, RunError
 from megatron_doremi.training.launch import Launch
+from megatron_doremi.training.watchdog import Watchdog
 
 
-def join(launch: Launch) -> torch.device:
-    """Joins the process group and returns this process's device.
+def join(launch: Launch, minutes: float = 8.0) -> tuple[torch.device, Watchdog]:
+    """Joins the process group; returns this process's device, and the watchdog over its peers.
+
+    Args:
+        minutes: to wait for peers; see --distributed-timeout-minutes.
 
     Raises:
         ConfigError: there are more processes than GPUs.
+        RunError: peers did not come in time.
     """
     # DeepSpeed reads these, whoever started us.
     os.environ["LOCAL_RANK"] = str(launch.local_rank)
@@ -36,12 +43,48 @@ def join(launch: Launch) -> torch.device:
         device = torch.device("cuda", launch.local_rank)
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if launch.rendezvous:
-        dist.init_process_group(backend, init_method=launch.rendezvous, rank=launch.rank, world_size=launch.world_size)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    # The watchdog speaks before a collective times out.
+    timeout = timedelta(minutes=minutes + 1)
+    store = _meet(launch, timedelta(minutes=minutes))
+    # A connection of its own, for this one waits where a collective does.
+    signs = dist.PrefixStore("watchdog", store.clone())  # type: ignore[attr-defined]
+    watchdog = Watchdog(signs, launch.rank, launch.world_size, 60.0 * minutes)
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore("run", store),
+        rank=launch.rank,
+        world_size=launch.world_size,
+        timeout=timeout,
+    )
     # DeepSpeed wraps the group that is there. Its all-reduce through shared memory would be compiled at the
     # first start on a machine; gloo serves.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=backend, dist_init_required=False)
-    return device
+    return device, watchdog
+
+
+def _meet(launch: Launch, timeout: timedelta) -> dist.Store:
+    """The store of the run, once all ranks are there."""
+    if not launch.rendezvous:
+        return dist.HashStore()
+    try:
+        store, _, _ = next(dist.rendezvous(launch.rendezvous, launch.rank, launch.world_size, timeout=timeout))
+        store.set(f"here/{launch.rank}", socket.gethostname())
+    except (RuntimeError, OSError) as error:
+        minutes = timeout.total_seconds() / 60
+        raise RunError(
+            f"rank {launch.rank}: not all {launch.world_size} ranks met at {launch.rendezvous} within {minutes:g} "
+            f"minutes (--distributed-timeout-minutes): {str(error).splitlines()[0]}"
+        ) from error
+    missing = [rank for rank in range(launch.world_size) if not _came(store, rank, timeout)]
+    if missing:
+        raise RunError(f"rank {launch.rank}: these ranks never came to {launch.rendezvous}: {missing}")
+    return store
+
+
+def _came(store: dist.Store, rank: int, timeout: timedelta) -> bool:
+    try:
+        store.wait([f"here/{rank}"], timeout)
+    except RuntimeError:
+        return False
+    return True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -52,6 +52,7 @@ def evaluate(
     topology: Topology,
     groups: ProcessGroups,
     device: torch.device,
+    progress: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Sums over held-out windows; a collective call.
 
@@ -59,6 +60,7 @@ def evaluate(
         datasets: [k] each domain's held-out stream, or None.
         shape: (batch, seq) of a micro-batch.
         most: windows a domain at the most; 0: all.
+        progress: called now and then.
 
     Returns:
         [3, k] float64 sums on every rank; see doremi/losses.py for the rows.
@@ -71,6 +73,7 @@ def evaluate(
     # Enough micro-batches in flight to fill the pipe, few enough to keep what is read small.
     stride = 4 * topology.pipe_size
     for first in range(0, len(parts), stride):
+        progress()
         chunk = parts[first : first + stride]
         micro_batches: list[MicroBatch] = []
         if topology.is_first_stage or topology.is_last_stage:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_doremi.errors import RunError
 from megatron_doremi.model.whole import GPT, is_partitioned
 from megatron_doremi.parallel.parameters import spec_of
 from megatron_doremi.parallel.topology import Topology
@@ -26,7 +27,7 @@ _CHUNK = 1 << 22
 _BYTES_TO_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-class RanksDisagree(RuntimeError):
+class RanksDisagree(RunError):
     """Ranks that should hold the same do not: a fault of ours or of a machine, never of the input."""
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -23,13 +26,8 @@ from megatron_doremi.doremi.objective import GroupDRO
 from megatron_doremi.doremi.reference import OnlineReference, RecordedReference
 from megatron_doremi.parallel.groups import ProcessGroups
 from megatron_doremi.parallel.topology import Topology
-from megatron_doremi.training.checkpoint import (
-    check_state,
-    load_engine,
-    newest_checkpoint,
-    read_state,
-    save_checkpoint,
-)
+from megatron_doremi.training.checkpoint import check_state, load_training, newest_checkpoint, read_state
+from megatron_doremi.training.consensus import Agreement, NonFinite, agree, explain_non_finite
 from megatron_doremi.training.evaluate import evaluate
 from megatron_doremi.training.guard import check_ranks_agree
 from megatron_doremi.training.metrics import (
@@ -41,7 +39,10 @@ from megatron_doremi.training.metrics import (
     proxy_entries,
 )
 from megatron_doremi.training.optimizer import learning_rate
+from megatron_doremi.training.saving import Checkpointer
 from megatron_doremi.training.setup import RunData, held_out
+from megatron_doremi.training.stopping import GO_ON, REASONS, StopRequest
+from megatron_doremi.training.watchdog import Watchdog
 
 
 class Trainer:
@@ -54,12 +55,21 @@ class Trainer:
         data: RunData,
         engine: TrainingEngine,
         reference: OnlineReference | RecordedReference | None,
+        reference_hash: str | None,
         topology: Topology,
         groups: ProcessGroups,
+        stop: StopRequest,
+        watchdog: Watchdog,
     ):
+        """
+        Args:
+            reference_hash: tells a proxy's reference from another; None without one.
+        """
         self.config, self.gpt, self.data = config, gpt, data
         self.engine, self.reference, self.topology, self.groups = engine, reference, topology, groups
+        self.reference_hash, self.stop, self.watchdog = reference_hash, stop, watchdog
         self.save_dir = Path(config.run.save)
+        self.checkpoints = Checkpointer(self.save_dir, config.run.keep_checkpoints, topology)
         self.batch_size = global_batch_size(config, topology.world_size)
         self.micro_batches = micro_batches_per_step(config, topology.world_size)
         counts = tuple(window_count(dataset.num_tokens, config.data.seq_length) for dataset in data.train)
@@ -69,18 +79,25 @@ class Trainer:
         # What only a proxy has.
         self.dro = engine.objective if isinstance(engine.objective, GroupDRO) else None
 
-    def train(self) -> None:
-        """Trains to the last iteration, or to the exit interval."""
+    def train(self) -> bool:
+        """Trains to the last iteration, or to the exit interval.
+
+        Returns:
+            whether the run stopped before, saved, for a signal or a time limit.
+        """
         config, total = self.config, self.config.data.train_iters
         self._resume()
         tensorboard = Path(config.run.tensorboard_dir or self.save_dir / "tensorboard")
         log = RunLog(self.topology.rank == 0, self.save_dir, tensorboard, self.iteration, total, config.data.phase)
         last, began = self.iteration, time.perf_counter()
+        stop = GO_ON
         for step in self._steps():
             if self.iteration >= total:
                 break
+            self.watchdog.mark(f"in iteration {self.iteration + 1}")
             lr = learning_rate(self.iteration + 1, config.optimizer, total)
-            self._take_step(step, lr)
+            agreed = self._take_step(step, lr)
+            stop = agreed.stop
             entry = None
             on_console = self.iteration % config.run.log_interval == 0 or self.iteration == total
             if on_console or self.dro is not None:
@@ -96,13 +113,22 @@ class Trainer:
                 check_ranks_agree(self.engine.module, self._own_state(), self.topology, self.iteration)
             if self._due(config.data.eval_interval) or self.iteration == total:
                 self._evaluate(log)
-            leave = self._due(config.run.exit_interval)
+            if agreed.write_failed:
+                self.checkpoints.finish()
+            if not agreed.writing:
+                self.checkpoints.all_written()
+            leave = self._due(config.run.exit_interval) or stop != GO_ON
             if self._due(config.run.save_interval) or leave or self.iteration == total:
-                self._save()
+                self._save(log)
             if leave:
                 break
             began += time.perf_counter() - paused
+            self.watchdog.mark(f"reading the data of iteration {self.iteration + 1}")
+        self.checkpoints.finish()
+        if stop != GO_ON:
+            log.say(f"stopped and saved after iteration {self.iteration:,} of {total:,}: {REASONS[stop]}")
         log.close()
+        return stop != GO_ON and self.iteration < total
 
     def _due(self, interval: int) -> bool:
         return interval > 0 and self.iteration % interval == 0
@@ -128,15 +154,24 @@ class Trainer:
             ahead=dro is None,
         )
 
-    def _take_step(self, step: Step, lr: float) -> None:
+    def _take_step(self, step: Step, lr: float) -> Agreement:
         self.engine.set_learning_rate(lr)
         losses: list[Tensor] = []
         if self.reference is not None:
             losses = self.reference.token_losses(step.micro_batches, self.micro_batches)
         targets = torch.from_numpy(step.targets).to(self.engine.device, torch.float64)
-        self.engine.train_step(step.micro_batches, losses, targets)
+        agreed: list[Agreement] = []
+
+        def before_step() -> None:
+            own = agree(self.engine.objective.local_sums, self.stop.reason(), *self.checkpoints.progress())
+            if own.non_finite:
+                raise explain_non_finite(self.engine.objective, step.micro_batches, self.data.names, self.iteration + 1)
+            agreed.append(own)
+
+        self.engine.train_step(step.micro_batches, losses, targets, before_step)
         self.blend_state = step.state_after
         self.iteration += 1
+        return agreed[0]
 
     def _entry(self, lr: float) -> dict[str, Any]:
         """The line of the step just taken; a collective call."""
@@ -179,6 +214,7 @@ class Trainer:
             self.topology,
             self.groups,
             self.engine.device,
+            lambda: self.watchdog.mark(f"evaluating after iteration {self.iteration}"),
         )
         log.evaluation({"iteration": self.iteration, **evaluation_entries(sums.tolist(), self.data.names)})
 
@@ -192,7 +228,12 @@ class Trainer:
             "seq_length": data.seq_length,
             "global_batch_size": self.batch_size,
             "seed": data.seed,
+            **self._mixture(),
+            **({"reference": self.reference_hash} if self.reference_hash else {}),
         }
+
+    def _mixture(self) -> dict[str, Any]:
+        return {"sampling_weights": dict(zip(self.data.names, self.data.weights.tolist(), strict=True))}
 
     def _own_state(self) -> dict[str, Any]:
         """The state that every rank computes for itself."""
@@ -201,11 +242,17 @@ class Trainer:
             state["doremi"] = self.dro.state.to_dict(self.data.names)
         return state
 
-    def _save(self) -> None:
+    def _save(self, log: RunLog) -> None:
+        norm = self.engine.grad_norm()
+        if not math.isfinite(norm):
+            raise NonFinite(
+                f"the gradient of iteration {self.iteration} has the norm {norm}: the parameters are spoilt and were "
+                "not saved; go on from the last checkpoint with a lower --lr or --clip-grad"
+            )
+        self.watchdog.mark(f"saving iteration {self.iteration}")
         consumed = {"consumed_samples": self.iteration * self.batch_size}
         state = {**self._trained_on(), **consumed, **self._own_state()}
-        keep = self.config.run.keep_checkpoints
-        save_checkpoint(self.engine, self.save_dir, self.iteration, self.topology, state, keep)
+        self.checkpoints.start(self.engine, self.iteration, state, log.make_durable)
         if self.dro is not None and self.topology.rank == 0:
             self._write_domain_weights(self.dro.state)
 
@@ -226,12 +273,20 @@ class Trainer:
 
     def _resume(self) -> None:
         """Goes on from --load's newest complete checkpoint, where there is one."""
-        checkpoint = newest_checkpoint(Path(self.config.run.load)) if self.config.run.load else None
+        # One rank looks, for what several see of a shared file system need not be the same.
+        found: list[Path | None] = [None]
+        if self.config.run.load and self.topology.rank == 0:
+            found = [newest_checkpoint(Path(self.config.run.load), say=lambda text: print(text, file=sys.stderr))]
+        dist.broadcast_object_list(found)
+        checkpoint = found[0]
         if checkpoint is None:
             return
         state = read_state(checkpoint)
-        check_state(state, checkpoint, self.topology, self.config.parallel.zero_stage, self._trained_on())
-        load_engine(self.engine, checkpoint)
+        expected = self._trained_on()
+        if self.config.data.change_domain_weights:
+            del expected["sampling_weights"]
+        check_state(state, checkpoint, expected)
+        load_training(self.engine, checkpoint, self.topology, int(state["iteration"]))
         self.iteration = int(state["iteration"])
         self.blend_state = BlendState.from_dict(state["blend"], self.data.names)
         if self.dro is not None:

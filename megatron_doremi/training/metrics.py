@@ -122,9 +122,13 @@ class MetricsFile:
         self._file.write(json.dumps(entry) + "\n")
         self._file.flush()
 
+    def make_durable(self) -> None:
+        """Waits until what was written is on the disk."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Makes the file durable and closes it."""
-        os.fsync(self._file.fileno())
+        self.make_durable()
         self._file.close()
 
 
@@ -183,6 +187,16 @@ class RunLog:
             f"iteration {entry['iteration']:>7,} | held-out: uniform mean {entry['eval_uniform_mean']:.4f}, "
             f"worst {entry['eval_worst']:.4f}, token mean {entry['eval_token_mean']:.4f} nats a token"
         )
+
+    def say(self, text: str) -> None:
+        """A line on the console above the bar."""
+        if self.active:
+            self._bar.write(text)
+
+    def make_durable(self) -> None:
+        """Waits until the metrics are on the disk: before a checkpoint of the same iteration is published."""
+        if self.active:
+            self._metrics.make_durable()
 
     def close(self) -> None:
         """Closes the files."""

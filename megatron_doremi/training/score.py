@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from megatron_doremi.config import Config, global_batch_size
 from megatron_doremi.data.blend import Blend, GlobalBatch
-from megatron_doremi.data.files import sha256_of
+from megatron_doremi.data.files import read_json_object, sha256_of
 from megatron_doremi.data.loader import read_windows, window_count
 from megatron_doremi.data.scores import (
     RecordedLosses,
@@ -37,6 +37,8 @@ from megatron_doremi.parallel.groups import ProcessGroups
 from megatron_doremi.parallel.layers import TensorParallel
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.training.setup import RunData
+from megatron_doremi.training.stopping import GO_ON, StopRequest
+from megatron_doremi.training.watchdog import Watchdog
 
 
 def data_fingerprint(data: RunData, seq_length: int) -> dict[str, Any]:
@@ -53,6 +55,19 @@ def weights_hash(folder: Path) -> str:
     """A hash of a checkpoint's weights files."""
     text = "".join(f"{path.name} {sha256_of(path)}\n" for path in sorted(folder.glob("*.safetensors")))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def reference_hash(run: ReferenceRun | None, recorded: RecordedLosses | None, topology: Topology) -> str | None:
+    """Tells a proxy's reference from another, by its weights; None without one. A collective call."""
+    if run is None and recorded is None:
+        return None
+    found: list[str] = [""]
+    if topology.rank == 0:
+        # Read by one rank: a reference may be gigabytes.
+        scores = read_json_object(recorded.folder / "scores.json", "scores.json") if recorded is not None else {}
+        found = [str(scores.get("reference")) if run is None else weights_hash(run.weights)]
+    dist.broadcast_object_list(found)
+    return found[0]
 
 
 def windows_read(config: Config, data: RunData, world_size: int) -> list[NDArray[np.int64]]:
@@ -88,8 +103,20 @@ def check_recorded(config: Config, data: RunData, world_size: int) -> RecordedLo
     return recorded
 
 
-def score(config: Config, data: RunData, run: ReferenceRun, topology: Topology, groups: ProcessGroups) -> None:
-    """Scores this task's share of the windows that are not there yet."""
+def score(
+    config: Config,
+    data: RunData,
+    run: ReferenceRun,
+    topology: Topology,
+    groups: ProcessGroups,
+    stop: StopRequest,
+    watchdog: Watchdog,
+) -> bool:
+    """Scores this task's share of the windows that are not there yet.
+
+    Returns:
+        whether some are left, because a signal or a time limit stopped the run.
+    """
     folder, seq_length = Path(config.run.save), config.data.seq_length
     if topology.rank == 0:
         fingerprint = {**data_fingerprint(data, seq_length), "reference": weights_hash(run.weights)}
@@ -99,14 +126,26 @@ def score(config: Config, data: RunData, run: ReferenceRun, topology: Topology, 
     tp = TensorParallel(groups.tensor, config.parallel.sequence_parallel)
     dtype = torch.bfloat16 if config.optimizer.bf16 else torch.float32
     module = load_frozen(run.gpt, run.weights, topology, tp, dtype, config.parallel.loss_chunk_tokens)
+    stopped = False
     total = sum(len(windows) for _, _, windows in todo)
     with tqdm(total=total * seq_length, unit="token", unit_scale=True, desc="score", disable=topology.rank != 0) as bar:
         for domain, chunk, windows in todo:
+            if _any_rank(stop.reason() != GO_ON, groups.model):
+                stopped = True
+                break
+            watchdog.mark(f"scoring domain {domain}, chunk {chunk}")
             losses = _score_windows(config, data, module, domain, windows, topology)
             if topology.is_last_stage and topology.tensor_rank == 0:
                 add_to_chunk(folder, domain, chunk, windows, losses)
             bar.update(len(windows) * seq_length)
-    dist.barrier()
+    return _any_rank(stopped, None)
+
+
+def _any_rank(said: bool, group: dist.ProcessGroup | None) -> bool:
+    """Whether a rank of the group (None: any rank) said yes; a collective call."""
+    flag = torch.tensor([int(said)], device="cuda" if torch.cuda.is_available() else "cpu")
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
+    return bool(flag.item())
 
 
 def _todo(

@@ -24,8 +24,10 @@ from megatron_doremi.data.files import atomic_write_text, make_folder
 from megatron_doremi.data.indexed_dataset import IndexedDataset
 from megatron_doremi.data.loader import too_short
 from megatron_doremi.data.manifest import Manifest, load_manifest, resolve_weights
+from megatron_doremi.data.scores import RecordedLosses
 from megatron_doremi.doremi.reference import (
     OnlineReference,
+    RecordedReference,
     ReferenceRun,
     check_reference,
     read_run_config,
@@ -168,8 +170,20 @@ def read_reference(config: Config, data: RunData) -> ReferenceRun:
     return read_trained(Path(config.doremi.reference_load), "--reference-load", data, config)
 
 
-def make_reference(config: Config, run: ReferenceRun, topology: Topology, groups: ProcessGroups) -> OnlineReference:
-    """Builds the frozen reference on the proxy's layout and in the proxy's precision."""
+def make_reference(
+    config: Config,
+    run: ReferenceRun | None,
+    recorded: RecordedLosses | None,
+    topology: Topology,
+    groups: ProcessGroups,
+    device: torch.device,
+) -> OnlineReference | RecordedReference | None:
+    """What a proxy is compared with: recorded losses, or the frozen reference on the proxy's layout and in its
+    precision; None where there is neither."""
+    if recorded is not None:
+        return RecordedReference(recorded, topology, device)
+    if run is None:
+        return None
     tp = TensorParallel(groups.tensor, config.parallel.sequence_parallel)
     dtype = torch.bfloat16 if config.optimizer.bf16 else torch.float32
     shape = (config.data.micro_batch_size, config.data.seq_length)

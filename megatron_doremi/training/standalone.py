@@ -17,10 +17,16 @@ from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.training.evaluate import evaluate
 from megatron_doremi.training.metrics import MetricsFile, evaluation_entries
 from megatron_doremi.training.setup import RunData, read_trained
+from megatron_doremi.training.watchdog import Watchdog
 
 
 def evaluate_run(
-    config: Config, data: RunData, topology: Topology, groups: ProcessGroups, device: torch.device
+    config: Config,
+    data: RunData,
+    topology: Topology,
+    groups: ProcessGroups,
+    device: torch.device,
+    watchdog: Watchdog,
 ) -> None:
     """Evaluates the newest checkpoint of --load at any layout.
 
@@ -32,7 +38,7 @@ def evaluate_run(
     module = load_frozen(run.gpt, run.weights, topology, tp, dtype, config.parallel.loss_chunk_tokens)
     most = config.data.eval_iters * global_batch_size(config, topology.world_size)
     shape = (config.data.micro_batch_size, config.data.seq_length)
-    sums = evaluate(module, data.valid, shape, most, topology, groups, device)
+    sums = evaluate(module, data.valid, shape, most, topology, groups, device, lambda: watchdog.mark("evaluating"))
     if topology.rank == 0:
         entry = {"iteration": run.iteration, **evaluation_entries(sums.tolist(), data.names)}
         _report(entry, config, run.weights.parent)

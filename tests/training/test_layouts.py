@@ -9,6 +9,7 @@ import json
 import math
 
 import pytest
+import torch
 from ranks import run_program
 from training.small import MODEL, train, training_lines, write_data
 
@@ -195,6 +196,8 @@ def test_bfloat16_follows_float32(flags, reference, data, tmp_path):
     flags = [*reference, "--doremi-step-size", "0.2", *flags]
     exact = training_lines(train(2, "proxy", data, tmp_path / "float32", STEPS, *flags))
     short = training_lines(train(2, "proxy", data, tmp_path / "bf16", STEPS, *flags, "--bf16"))
+    kept = WeightsFolder(tmp_path / "bf16" / "checkpoints" / f"iter_{STEPS:07d}" / "weights")
+    assert {kept.whole(name).dtype for name in kept.names()} == {torch.bfloat16}
     loss = max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(short, exact, strict=True))
     weight = max(
         abs(a["domain_weights"][n] - b["domain_weights"][n])

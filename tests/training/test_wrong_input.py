@@ -17,7 +17,6 @@ from training.small import MODEL, train, write_data
 from megatron_doremi.arguments import parse_config
 from megatron_doremi.data.manifest import load_manifest
 from megatron_doremi.errors import ConfigError
-from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.training.checkpoint import check_state, newest_checkpoint, read_state
 from megatron_doremi.training.setup import open_data, read_reference
 
@@ -204,11 +203,9 @@ def test_a_checkpoint_of_another_run(reference):
     state = read_state(checkpoint)
     expected = {"phase": "proxy", "seed": state["seed"], "data_fingerprint": "other"}
     with pytest.raises(ConfigError) as caught:
-        check_state(state, checkpoint, Topology(pipe_size=2), 1, expected)
+        check_state(state, checkpoint, expected)
     text = str(caught.value)
-    assert len(caught.value.faults) == 3
-    assert "written at tensor 1 x pipeline 1 x data 1, ZeRO 0" in text
-    assert "this run's layout, tensor 1 x pipeline 2 x data 1, ZeRO 1" in text
+    assert len(caught.value.faults) == 2
     assert "phase reference" in text
 
 

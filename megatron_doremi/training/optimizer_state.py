@@ -1,0 +1,201 @@
+"""The optimiser's state on disk without a layout: moments and master weights, parameter by parameter.
+
+DeepSpeed's own files hold flat partitions, which only the layout that wrote them can read, and are pickles. Here each
+rank writes, for every parameter, the piece of it whose state it owns (under ZeRO a range of its flattened part), and
+an index says where each piece lies. A reader takes the pieces that cover what it owns at its own layout.
+
+    optimizer/rank-00003.safetensors   "NAME/exp_avg", "NAME/exp_avg_sq" and, where the model trains in less than
+                                       float32, "NAME/master": float32 vectors, one for each piece
+    optimizer/index.json               the pieces of each parameter; written last
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from megatron_doremi.data.files import atomic_write_text, read_json_object
+from megatron_doremi.data.tensor_file import TensorFile, to_host
+from megatron_doremi.errors import ConfigError, Fault
+from megatron_doremi.model.weights import writes_parameter
+from megatron_doremi.model.whole import is_partitioned
+from megatron_doremi.parallel.parameters import ParameterSpec, shard, spec_of, unshard
+from megatron_doremi.parallel.topology import Topology
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+MASTER = "master"
+_PIECES = "pieces"
+
+
+@dataclass(frozen=True)
+class OwnedState:
+    """What this rank owns of one parameter's state.
+
+    Attributes:
+        name: of the parameter in the whole model.
+        parameter: this rank's part of it.
+        start: first number of the piece within that part, flattened.
+        tensors: {key: the piece}, vectors that share the optimiser's memory; MASTER only where the optimiser keeps
+            weights of its own.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    start: int
+    tensors: dict[str, Tensor]
+
+    @property
+    def count(self) -> int:
+        return len(self.tensors[MOMENTS[0]])
+
+
+def flat_partitions(engine: DeepSpeedEngine) -> list[Tensor]:
+    """The tensors that the optimiser itself moves: flat float32 partitions under ZeRO, else the parameters."""
+    for attribute in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
+        if hasattr(engine.optimizer, attribute):
+            return list(getattr(engine.optimizer, attribute))
+    return [parameter for group in engine.basic_optimizer.param_groups for parameter in group["params"]]
+
+
+def start_state(engine: DeepSpeedEngine, steps: int) -> None:
+    """Gives the optimiser the state that it makes for itself at its first step, `steps` steps old, moments zero."""
+    for flat in flat_partitions(engine):
+        state = engine.basic_optimizer.state[flat]
+        state["step"] = torch.tensor(float(steps), dtype=torch.float32, device=flat.device)
+        for key in MOMENTS:
+            state[key] = torch.zeros_like(flat)
+
+
+def owned_state(engine: DeepSpeedEngine, data_rank: int) -> Iterator[OwnedState]:
+    """What this rank owns, parameter by parameter; the state has to be there (a step taken, or `start_state`)."""
+    optimizer, flats = engine.optimizer, flat_partitions(engine)
+    for name, parameter in engine.module.model_parameters():
+        master = True
+        if is_partitioned(parameter):
+            group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            start, flat = data_rank * size, flats[group]
+            count = min(size, parameter.ds_numel - start)
+        elif optimizer is engine.basic_optimizer:
+            offset, start, count, flat, master = 0, 0, parameter.numel(), parameter, False
+        elif parameter._hp_mapping is None:
+            continue
+        else:
+            piece = parameter._hp_mapping
+            offset, start = piece.hp_fragment_address.start, piece.lp_fragment_address.start
+            count, flat = piece.hp_fragment_address.numel, flats[piece.param_group_index]
+        if count <= 0:
+            # ZeRO 3 pads a parameter to equal pieces; the last ones may hold nothing but padding.
+            continue
+        state = engine.basic_optimizer.state[flat]
+        whole = {key: state[key] for key in MOMENTS} | ({MASTER: flat} if master else {})
+        tensors = {key: tensor.detach().view(-1).narrow(0, offset, count) for key, tensor in whole.items()}
+        yield OwnedState(name, parameter, start, tensors)
+
+
+def optimizer_file(engine: DeepSpeedEngine, topology: Topology) -> TensorFile:
+    """This rank's part of the state, copied to the host; of what several ranks hold alike one has it."""
+    sharded = engine.optimizer is not engine.basic_optimizer
+    tensors: dict[str, Tensor] = {}
+    pieces: dict[str, dict[str, Any]] = {}
+    for owned in owned_state(engine, topology.data_rank):
+        if not writes_parameter(owned.parameter, topology) or (topology.data_rank and not sharded):
+            continue
+        for key, tensor in owned.tensors.items():
+            # In float32 the model's own weights say the same.
+            if key != MASTER or owned.parameter.dtype != torch.float32:
+                tensors[f"{owned.name}/{key}"] = to_host(tensor)
+        spec = {**asdict(spec_of(owned.parameter)), "size": topology.tensor_size}
+        pieces[owned.name] = {**spec, "piece": [topology.tensor_rank, owned.start, owned.count]}
+    return TensorFile(f"rank-{topology.rank:05d}.safetensors", tensors, {_PIECES: json.dumps(pieces)})
+
+
+def write_index(folder: Path) -> None:
+    """Writes the index of a folder that holds every rank's file."""
+    parameters: dict[str, dict[str, Any]] = {}
+    keys: set[str] = set()
+    for path in sorted(folder.glob("rank-*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name, entry in json.loads(file.metadata()[_PIECES]).items():
+                piece = entry.pop("piece")
+                parameters.setdefault(name, {**entry, "pieces": []})["pieces"].append([path.name, *piece])
+            keys |= {key.rsplit("/", 1)[1] for key in file.keys()}  # noqa: SIM118
+    atomic_write_text(folder / "index.json", json.dumps({"keys": sorted(keys), "parameters": parameters}))
+
+
+class OptimizerFolder:
+    """The state that the `optimizer_file` of every rank left in a folder, of whatever layout."""
+
+    def __init__(self, folder: Path):
+        """Reads the index. Raises ConfigError where there is none."""
+        self.folder = folder
+        entry = read_json_object(folder / "index.json", f"optimiser state in {folder}")
+        try:
+            self._parameters: dict[str, dict[str, Any]] = entry["parameters"]
+            self.keys = frozenset(entry["keys"])
+            self._specs = {}
+            for name, found in self._parameters.items():
+                fields = {key: found[key] for key in ParameterSpec.__dataclass_fields__}
+                self._specs[name] = ParameterSpec(**{**fields, "shape": tuple(found["shape"])})
+                found["pieces"] = [(Path(file).name, *map(int, place)) for file, *place in found["pieces"]]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise self._error(f"index.json: {error!r}") from error
+
+    def _error(self, value: str) -> ConfigError:
+        return ConfigError(
+            Fault(
+                f"optimiser state in {self.folder}",
+                value,
+                "the state of every parameter, whole",
+                "delete this checkpoint to go on from an older one, or copy it again",
+            )
+        )
+
+    def part(self, name: str, key: str, spec: ParameterSpec, topology: Topology, start: int, count: int) -> Tensor:
+        """A piece of the state of this rank's part of a parameter.
+
+        Args:
+            spec: the parameter's, at this layout; its padding may differ from that of the layout that wrote.
+            start, count: of the piece within the flattened part.
+
+        Returns:
+            [count] float32.
+
+        Raises:
+            ConfigError: the folder lacks the parameter, or a part of it.
+        """
+        if name not in self._specs or self._specs[name].shape != spec.shape:
+            found = f"shape {self._specs[name].shape}" if name in self._specs else "missing"
+            raise self._error(f"{name}: {found}, where the model has {spec.shape}")
+        size, written = int(self._parameters[name]["size"]), self._specs[name]
+        if spec.dim is None or size == topology.tensor_size:
+            return self._read(name, key, 0 if spec.dim is None else topology.tensor_rank, start, count)
+        shape = written.local_shape(size)
+        numbers = torch.Size(shape).numel()
+        whole = unshard([self._read(name, key, rank, 0, numbers).view(shape) for rank in range(size)], written)
+        own = shard(whole, spec, topology.tensor_size, topology.tensor_rank)
+        return own.reshape(-1).narrow(0, start, count)
+
+    def _read(self, name: str, key: str, tensor_rank: int, start: int, count: int) -> Tensor:
+        """Joins the pieces of one tensor rank that cover a range."""
+        result, covered = torch.empty(count), 0
+        for file_name, rank, first, length in self._parameters[name]["pieces"]:
+            low, high = max(start, first), min(start + count, first + length)
+            if rank != tensor_rank or low >= high:
+                continue
+            try:
+                with safe_open(self.folder / file_name, framework="pt") as file:
+                    result[low - start : high - start] = file.get_slice(f"{name}/{key}")[low - first : high - first]
+            except (SafetensorError, OSError, RuntimeError) as error:
+                raise self._error(f"{file_name}: {error}") from error
+            covered += high - low
+        if covered != count:
+            raise self._error(f"{name}/{key}: {covered:,} of {count:,} numbers")
+        return result
