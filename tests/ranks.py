@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +46,7 @@ def on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, tim
         AssertionError: a rank failed (with its traceback) or did not end within `timeout` seconds.
     """
     with tempfile.TemporaryDirectory() as folder:
-        pipes, processes = [], []
-        for rank in range(world_size):
-            ours, theirs = _CONTEXT.Pipe()
-            url = f"file://{folder}/store" if world_size > 1 else ""
-            process = _CONTEXT.Process(target=_rank, args=(rank, world_size, url, theirs, function, arguments))
-            process.start()
-            theirs.close()
-            pipes.append(ours)
-            processes.append(process)
+        processes, pipes = start_ranks(world_size, folder, function, *arguments)
         try:
             return [_result(rank, pipe, timeout) for rank, pipe in enumerate(pipes)]
         finally:
@@ -62,6 +55,22 @@ def on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, tim
                 process.join(max(0.0, deadline - time.monotonic()))
                 if process.is_alive():
                     process.kill()
+
+
+def start_ranks(
+    world_size: int, folder: str, function: Callable[..., Any], *arguments: Any
+) -> tuple[list[BaseProcess], list[Connection]]:
+    """Starts function(launch, *arguments) on every rank; they meet in `folder`. Returns processes and their pipes."""
+    pipes, processes = [], []
+    for rank in range(world_size):
+        ours, theirs = _CONTEXT.Pipe()
+        url = f"file://{folder}/store" if world_size > 1 else ""
+        process = _CONTEXT.Process(target=_rank, args=(rank, world_size, url, theirs, function, arguments))
+        process.start()
+        theirs.close()
+        pipes.append(ours)
+        processes.append(process)
+    return processes, pipes
 
 
 def _result(rank: int, pipe: Connection, timeout: float) -> Any:
@@ -99,8 +108,8 @@ def _rank(
     os._exit(0)
 
 
-def program(launch: Any, argv: list[str]) -> None:
-    """The body of pretrain_doremi.py on one rank, in a process that has imported everything."""
+def program(launch: Any, argv: list[str]) -> int:
+    """The body of pretrain_doremi.py on one rank, in a process that has imported everything; its exit code."""
     import pretrain_doremi
     from megatron_doremi.arguments import parse_config
     from megatron_doremi.config import data_parallel_size
@@ -113,7 +122,7 @@ def program(launch: Any, argv: list[str]) -> None:
         tensor_size=config.parallel.tensor_model_parallel_size,
         rank=launch.rank,
     )
-    pretrain_doremi.run(config, topology, launch)
+    return pretrain_doremi.run(config, topology, launch)
 
 
 def run_program(world_size: int, argv: list[str], timeout: float = 240.0) -> None:

@@ -165,6 +165,8 @@ class Trainer:
         def before_step() -> None:
             own = agree(self.engine.objective.local_sums, self.stop.reason(), *self.checkpoints.progress())
             if own.non_finite:
+                # What was saved before is good, also where it is still being written.
+                self.checkpoints.finish()
                 raise explain_non_finite(self.engine.objective, step.micro_batches, self.data.names, self.iteration + 1)
             agreed.append(own)
 

@@ -13,10 +13,12 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from types import TracebackType
+from typing import TypeVar
 
 import torch.distributed as dist
 
@@ -24,6 +26,9 @@ from megatron_doremi.errors import RunError
 
 EXIT_HUNG = 1
 _SECONDS_FOR_THE_FIRST = 3.0
+# What a store raises whose keeper is gone or hangs.
+_NO_ANSWER = (RuntimeError, ValueError, TimeoutError)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,11 @@ def _say(ranks: Sequence[int], signs: Mapping[int, Sign], what: str) -> str:
     return f"{what}: {'; '.join(places)}"
 
 
+def _no_answer(error: Exception) -> str:
+    reason = str(error).strip().splitlines()
+    return f"rank 0, at which all ranks meet, does not answer ({reason[0] if reason else type(error).__name__})"
+
+
 class Watchdog:
     """The thread, and what the main thread tells it."""
 
@@ -81,7 +91,9 @@ class Watchdog:
         self._progress, self._doing, self._beat = 0, "starting", 0
         self._host = socket.gethostname()
         self._stopped = threading.Event()
-        self._give_sign()
+        # A store whose keeper hangs answers nothing, not even an error: a thread asks it that may be left behind.
+        self._asking = ThreadPoolExecutor(1, thread_name_prefix="signs")
+        self._ask(self._give_sign)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
@@ -109,11 +121,11 @@ class Watchdog:
     def _silent_ranks(self) -> str | None:
         """Words for the ranks that have died; takes some beats."""
         try:
-            before = self._read()
+            before = self._ask(self._read)
             time.sleep(3 * self._interval)
-            now = self._read()
-        except (RuntimeError, ValueError) as error:
-            return f"rank 0 does not answer ({str(error).splitlines()[0]})"
+            now = self._ask(self._read)
+        except _NO_ANSWER as error:
+            return _no_answer(error)
         silent = [r for r in range(self.world_size) if r != self.rank and (r not in now or now[r] == before.get(r))]
         return _say(silent, now, "no sign of life") if silent else None
 
@@ -121,23 +133,26 @@ class Watchdog:
         own, quiet_since = -1, time.monotonic()
         seen: dict[int, Sign] = {}
         while not self._stopped.wait(self._interval):
+            if self._progress != own:
+                own, quiet_since, seen = self._progress, time.monotonic(), {}
+            quiet = time.monotonic() - quiet_since
             try:
-                self._give_sign()
-                quiet = time.monotonic() - quiet_since
-                if self._progress != own:
-                    own, quiet_since, seen = self._progress, time.monotonic(), {}
-                elif quiet > self.seconds / 2:
-                    # Only now ask for the others: all ranks asking for all, always, would be much.
-                    signs = self._read()
-                    if any(sign.progress != seen[rank].progress for rank, sign in signs.items() if rank in seen):
-                        quiet_since, seen = time.monotonic(), {}
-                    elif quiet > self.seconds and seen:
-                        self._end(whom_they_wait_for(seen, signs, self.world_size))
-                    else:
-                        seen = seen or signs
-            except (RuntimeError, ValueError) as error:
-                if not self._stopped.is_set():
-                    self._end(f"rank 0, at which all ranks meet, does not answer ({str(error).splitlines()[0]})")
+                self._ask(self._give_sign)
+                # Only now ask for the others: all ranks asking for all, always, would be much.
+                signs = self._ask(self._read) if quiet > self.seconds / 2 else {}
+            except _NO_ANSWER as error:
+                if quiet > self.seconds and not self._stopped.is_set():
+                    self._end(_no_answer(error))
+                continue
+            if any(sign.progress != seen[rank].progress for rank, sign in signs.items() if rank in seen):
+                quiet_since, seen = time.monotonic(), {}
+            elif quiet > self.seconds and seen:
+                self._end(whom_they_wait_for(seen, signs, self.world_size))
+            else:
+                seen = seen or signs
+
+    def _ask(self, question: Callable[[], T]) -> T:
+        return self._asking.submit(question).result(max(6.0, 6 * self._interval))
 
     def _give_sign(self) -> None:
         self._beat += 1
@@ -153,7 +168,8 @@ class Watchdog:
     def _end(self, whom: str) -> None:
         # One rank's word is enough; another speaks where the first cannot.
         time.sleep(_SECONDS_FOR_THE_FIRST if self.rank else 0.0)
-        text = f"error: no progress for {self.seconds / 60:g} minutes (--distributed-timeout-minutes). {whom}"
-        print(f"{text} [said by rank {self.rank}, {self._doing}]", file=sys.stderr, flush=True)
+        limit = f"{self.seconds / 60:g} minutes (--distributed-timeout-minutes)"
+        text = f"error: rank {self.rank}, {self._doing}: no progress for {limit}: {whom}"
+        print(text, file=sys.stderr, flush=True)
         # The main thread waits in a collective that nothing interrupts.
         os._exit(EXIT_HUNG)

@@ -21,10 +21,13 @@ MODEL = shlex.split(
 )
 
 
-def write_data(folder: Path, num_domains: int = 3, tokens: int = 4000) -> Path:
+def write_data(folder: Path, num_domains: int = 3, tokens: int = 4000, apart: bool = False) -> Path:
     """Streams that repeat with a period of their own, with noise; returns the manifest's path.
 
     Domain i follows a cycle of 5 + 3 i ids and leaves it now and then, more often for higher i.
+
+    Args:
+        apart: no id is in two domains; those of domain i are the numbers from 20 i to 20 i + 19.
     """
     generator = np.random.default_rng(3)
     domains = []
@@ -34,6 +37,8 @@ def write_data(folder: Path, num_domains: int = 3, tokens: int = 4000) -> Path:
             ids = np.resize(cycle, count)
             noisy = generator.random(count) < min(0.9, 0.05 + 0.25 * number)
             ids[noisy] = generator.integers(0, VOCAB, noisy.sum())
+            if apart:
+                ids = ids % 20 + 20 * number
             prefix = folder / f"domain{number}_{split}"
             with IndexedDatasetWriter(prefix, dtype_for(VOCAB)) as writer:
                 for part in np.array_split(ids, 7):
