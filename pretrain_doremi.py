@@ -63,6 +63,7 @@ def run(config: Config, topology: Topology, launch: Launch) -> int:
     from megatron_doremi.training.repetition import check_repetition
     from megatron_doremi.training.score import check_recorded, reference_hash, score
     from megatron_doremi.training.standalone import evaluate_run
+    from megatron_doremi.training.watchdog import Watchdog
 
     phase = config.data.phase
     data = setup.open_data(config, training=phase != EVALUATE)
@@ -71,9 +72,9 @@ def run(config: Config, topology: Topology, launch: Launch) -> int:
     recorded = None
     if phase == PROXY and setup.scores_batches(config) and config.doremi.reference_losses != "online":
         recorded = check_recorded(config, data, topology.world_size)
-    device, watchdog = join(launch, config.run.distributed_timeout_minutes)
-    stopped = False
-    with watchdog:
+    minutes, stopped = config.run.distributed_timeout_minutes, False
+    device, signs = join(launch, minutes)
+    with Watchdog(signs, launch.rank, launch.world_size, 60.0 * minutes) as watchdog:
         groups = make_groups(topology)
         if phase == EVALUATE:
             evaluate_run(config, data, topology, groups, device, watchdog)

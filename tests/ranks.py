@@ -28,6 +28,7 @@ _CONTEXT.set_forkserver_preload(
         "deepspeed",
         "pretrain_doremi",
         "megatron_doremi.training.build",
+        "megatron_doremi.training.distributed",
         "megatron_doremi.training.loop",
         "megatron_doremi.training.score",
         "megatron_doremi.training.standalone",

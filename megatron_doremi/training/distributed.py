@@ -12,11 +12,10 @@ import torch.distributed as dist
 
 from megatron_doremi.errors import ConfigError, Fault, RunError
 from megatron_doremi.training.launch import Launch
-from megatron_doremi.training.watchdog import Watchdog
 
 
-def join(launch: Launch, minutes: float = 8.0) -> tuple[torch.device, Watchdog]:
-    """Joins the process group; returns this process's device, and the watchdog over its peers.
+def join(launch: Launch, minutes: float = 8.0) -> tuple[torch.device, dist.Store]:
+    """Joins the process group; returns this process's device, and a connection to the ranks' store for the watchdog.
 
     Args:
         minutes: to wait for peers; see --distributed-timeout-minutes.
@@ -46,9 +45,6 @@ def join(launch: Launch, minutes: float = 8.0) -> tuple[torch.device, Watchdog]:
     # The watchdog speaks before a collective times out.
     timeout = timedelta(minutes=minutes + 1)
     store = _meet(launch, timedelta(minutes=minutes))
-    # A connection of its own, for this one waits where a collective does.
-    signs = dist.PrefixStore("watchdog", store.clone())  # type: ignore[attr-defined]
-    watchdog = Watchdog(signs, launch.rank, launch.world_size, 60.0 * minutes)
     dist.init_process_group(
         backend,
         store=dist.PrefixStore("run", store),
@@ -60,7 +56,8 @@ def join(launch: Launch, minutes: float = 8.0) -> tuple[torch.device, Watchdog]:
     # first start on a machine; gloo serves.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=backend, dist_init_required=False)
-    return device, watchdog
+    # A connection of its own, for that of the process group waits where a collective does.
+    return device, dist.PrefixStore("watchdog", store.clone())  # type: ignore[attr-defined]
 
 
 def _meet(launch: Launch, timeout: timedelta) -> dist.Store:

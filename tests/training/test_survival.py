@@ -205,7 +205,8 @@ def test_killed_again_and_again_in_a_layout_of_two_by_two(data, reference, tmp_p
 
     MEGATRON_DOREMI_KILLS says how often (8).
     """
-    kills, iters = int(os.environ.get("MEGATRON_DOREMI_KILLS", "8")), 120
+    kills = int(os.environ.get("MEGATRON_DOREMI_KILLS", "8"))
+    iters = 12 * kills
     flags = [*reference, *TP2_PP2, "--save-interval", "1", "--keep-checkpoints", "2", "--eval-interval", "20"]
     whole = train(4, "proxy", data, tmp_path / "whole", iters, *flags)
     save, generator = tmp_path / "run", random.Random(5)
@@ -217,8 +218,8 @@ def test_killed_again_and_again_in_a_layout_of_two_by_two(data, reference, tmp_p
             ranks, _ = start_ranks(4, folder, program, argv)
             if life % 4:
                 # Most of them once it has got on; every fourth while it starts.
-                goal = newest_line(save) + generator.randint(1, max(1, (iters - newest) // (kills - life)))
-                wait_for(lambda goal=goal: newest_line(save) >= goal)
+                further = generator.randint(1, max(1, (iters - 5 - newest) // (kills - life)))
+                wait_for(lambda goal=newest + further: newest_line(save) >= goal)
             time.sleep(generator.uniform(0.0, 0.1 if life % 4 else 1.5))
             for process in ranks:
                 process.kill()

@@ -1,0 +1,142 @@
+"""Seconds of training that a checkpoint costs: DeepSpeed's own, ours waited for, ours written in the background.
+
+    python -m torch.distributed.run --standalone --nproc-per-node 2 benchmarks/checkpoint.py --output-dir /tmp/c
+
+Rounds of the same number of steps take turns, one without a checkpoint and one with each kind after its first step, so
+that whatever else the machine does meets all of them. `stopped` is the time in which nothing is trained, `lost` what
+the round took longer than the one without. On a CPU the writing thread takes time from the training; on a GPU it does
+not, and what is left is the copy to the host.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+warnings.filterwarnings("ignore", category=FutureWarning)
+os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+from doremi_overhead import DOMAINS, make_config, random_batches
+
+from megatron_doremi.config import data_parallel_size, gpt_config
+from megatron_doremi.doremi.engine import TrainingEngine
+from megatron_doremi.parallel.groups import make_groups
+from megatron_doremi.parallel.topology import Topology
+from megatron_doremi.training.build import make_engine
+from megatron_doremi.training.consensus import Agreement, agree
+from megatron_doremi.training.distributed import join
+from megatron_doremi.training.launch import read_launch
+from megatron_doremi.training.saving import Checkpointer
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    for name, value in (("tensor", 1), ("pipe", 1), ("layers", 6), ("hidden", 512), ("vocab", 16000), ("seq", 128)):
+        parser.add_argument(f"--{name}", type=int, default=value, help=f"(default: {value})")
+    parser.add_argument("--micro-batch-size", type=int, default=2, help="(default: 2)")
+    parser.add_argument("--micro-batches", type=int, default=2, help="of a rank and step (default: 2)")
+    parser.add_argument("--steps", type=int, default=12, help="in a round (default: 12)")
+    parser.add_argument("--rounds", type=int, default=4, help="of each kind (default: 4)")
+    parser.add_argument("--bf16", action="store_true", help="train in bfloat16 with ZeRO 1")
+    parser.add_argument("--output-dir", type=Path, required=True, help="the checkpoints go there, and are removed")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Times the rounds and prints a table."""
+    args = parse()
+    launch = read_launch(os.environ)
+    config = make_config(args, launch.world_size)
+    topology = Topology(args.pipe, data_parallel_size(config.parallel, launch.world_size), args.tensor, launch.rank)
+    (device, _), groups = join(launch), make_groups(topology)
+    gpt, sampling = gpt_config(config.model, args.seq, args.vocab), np.full(DOMAINS, 1 / DOMAINS)
+    engine = make_engine(config, gpt, sampling, topology, groups, device)
+    batches = random_batches(args, seed=topology.data_rank)
+    checkpointer = Checkpointer(args.output_dir, 1, topology)
+    iteration = 0
+
+    def deepspeed() -> None:
+        engine.save_checkpoint(str(args.output_dir / "deepspeed"), tag="one")
+
+    def waited_for() -> None:
+        checkpointer.start(engine, iteration, {})
+        checkpointer.finish()
+
+    def in_the_background() -> None:
+        checkpointer.start(engine, iteration, {})
+
+    kinds: dict[str, Callable[[], None] | None] = {
+        "none": None,
+        "DeepSpeed's own": deepspeed,
+        "ours, waited for": waited_for,
+        "ours, in the background": in_the_background,
+    }
+    took: dict[str, list[float]] = {kind: [] for kind in kinds}
+    stopped: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for number in range(args.rounds + 1):
+        for kind, save in kinds.items():
+            iteration += args.steps
+            whole, pause = timed_round(engine, batches, args.steps, save, checkpointer)
+            if number:
+                took[kind].append(whole)
+                stopped[kind].append(pause)
+    checkpointer.finish()
+    if topology.rank == 0:
+        size = sum(p.stat().st_size for p in args.output_dir.rglob("iter_*/**/*") if p.is_file()) / 1e6
+        print(f"{launch.world_size} ranks, checkpoints of {size:.0f} MB, rounds of {args.steps} steps; medians")
+        base = statistics.median(took["none"])
+        print(f"{'checkpoint':<26}{'round':>9}{'stopped':>10}{'lost':>9}")
+        for kind in kinds:
+            whole = statistics.median(took[kind])
+            print(f"{kind:<26}{whole:>7.2f} s{statistics.median(stopped[kind]):>8.3f} s{whole - base:>7.2f} s")
+        shutil.rmtree(args.output_dir)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def timed_round(
+    engine: TrainingEngine, batches: list, steps: int, save: Callable[[], None] | None, checkpointer: Checkpointer
+) -> tuple[float, float]:
+    """(seconds of the round, seconds of these in `save`); what is still being written is published on the way."""
+    dist.barrier()
+    began = time.perf_counter()
+    pause = 0.0
+    for step in range(steps):
+        agreed: list[Agreement] = []
+
+        def before_step(found: list[Agreement] = agreed) -> None:
+            found.append(agree(engine.objective.local_sums, 0, *checkpointer.progress()))
+
+        engine.train_step(batches, before_step=before_step)
+        if not agreed[0].writing:
+            checkpointer.all_written()
+        if step == 0 and save is not None:
+            if engine.device.type == "cuda":
+                torch.cuda.synchronize()
+            paused = time.perf_counter()
+            save()
+            pause = time.perf_counter() - paused
+    if engine.device.type == "cuda":
+        torch.cuda.synchronize()
+    dist.barrier()
+    return time.perf_counter() - began, pause
+
+
+if __name__ == "__main__":
+    main()
