@@ -21,19 +21,22 @@ MODEL = shlex.split(
 )
 
 
-def write_data(folder: Path, num_domains: int = 3, tokens: int = 4000, apart: bool = False) -> Path:
+def write_data(
+    folder: Path, num_domains: int = 3, tokens: int = 4000, apart: bool = False, held_out: int = 600
+) -> Path:
     """Streams that repeat with a period of their own, with noise; returns the manifest's path.
 
     Domain i follows a cycle of 5 + 3 i ids and leaves it now and then, more often for higher i.
 
     Args:
         apart: no id is in two domains; those of domain i are the numbers from 20 i to 20 i + 19.
+        held_out: tokens of each domain's valid split.
     """
     generator = np.random.default_rng(3)
     domains = []
     for number in range(num_domains):
         prefixes, cycle = {}, generator.permutation(VOCAB)[: 5 + 3 * number]
-        for split, count in (("train", tokens * (1 + number % 3)), ("valid", 600)):
+        for split, count in (("train", tokens * (1 + number % 3)), ("valid", held_out)):
             ids = np.resize(cycle, count)
             noisy = generator.random(count) < min(0.9, 0.05 + 0.25 * number)
             ids[noisy] = generator.integers(0, VOCAB, noisy.sum())

@@ -1,0 +1,165 @@
+"""The batch scripts on a real SLURM: the whole of DoReMi over two nodes, and a job that is told to stop.
+
+Run alone: python -m pytest tests/slurm/test_real_slurm.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from slurm.cluster import cluster, wait_for
+from training.small import metrics, training_lines
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).resolve().parents[2]
+# One task a node, so that the ranks of a job meet over the network.
+SITE = """
+PYTHON={python}
+export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= MASTER_ADDR=127.0.0.1
+CPU_JOB=(--nodes=1 --ntasks=1 --cpus-per-task=1 --mem=500M --time=10)
+SMALL_JOB=(--nodes=2 --ntasks-per-node=1 --cpus-per-task=1 --mem=500M --time=10)
+MAIN_JOB=("${{SMALL_JOB[@]}}")
+SIGNAL=(--signal=USR1@60)
+PREPROCESS_TASKS=2
+SCORE_TASKS=2
+"""
+EXPERIMENT = """
+DATA={folder}/data
+OUT={folder}/run
+TRAIN_FILES=({folder}/corpus/train.jsonl)
+VALID_FILES=({folder}/corpus/valid.jsonl)
+TOKENIZER={folder}/t.model
+TRAINING=(
+    --seq-length 32 --micro-batch-size 4 --global-batch-size 16 --train-iters {iters} --lr 2e-3 --min-lr 2e-4 --seed 5
+    --save-interval 20 --log-interval 1 --eval-iters 1
+)
+SMALL_MODEL=(--num-layers 2 --hidden-size 32 --num-attention-heads 2 --pipeline-model-parallel-size 2)
+REFERENCE=(--domain-weights natural)
+PROXY=(--doremi-step-size 1.0)
+MAIN_MODEL=(--num-layers 2 --hidden-size 48 --num-attention-heads 2 --zero-stage 1)
+"""
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    with cluster(tmp_path_factory.mktemp("slurm")) as environ:
+        yield environ
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small corpus and its tokenizer, and what the scripts are told."""
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "corpus").mkdir()
+    for split, count in (("train", 240), ("valid", 48)):
+        with (folder / "corpus" / f"{split}.jsonl").open("w") as file:
+            for number in range(count):
+                path = sorted(Path(os.__file__).parent.glob("*.py"))[number % 60]
+                words = path.read_text()[200 * (number // 3) :][:1500]
+                text = words if number % 3 == 0 else words.upper() if number % 3 == 1 else "".join(sorted(words))
+                entry = {"text": text, "meta": {"pile_set_name": ("code", "CODE", "sorted")[number % 3]}}
+                file.write(json.dumps(entry) + "\n")
+    words = ["--input", folder / "corpus" / "train.jsonl", "--vocab-size", "450", "--output", folder / "t.model"]
+    subprocess.run([sys.executable, ROOT / "tools" / "train_tokenizer.py", *map(str, words)], check=True)
+    (folder / "site.sh").write_text(SITE.format(python=shlex.quote(sys.executable)))
+    return folder
+
+
+def experiment(folder: Path, name: str, iters: int) -> Path:
+    path = folder / f"{name}.sh"
+    path.write_text(EXPERIMENT.format(folder=folder, iters=iters))
+    return path
+
+
+def said(words: list[str], environ: dict[str, str]) -> str:
+    done = subprocess.run(words, env=environ, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def state_of(job: str, environ: dict[str, str]) -> str:
+    return said(["scontrol", "show", "job", job, "--oneliner"], environ).split("JobState=")[1].split()[0]
+
+
+def logs(folder: Path, last: int = 3000) -> str:
+    paths = sorted(folder.rglob("*.log"))
+    return "\n".join(f"== {path}\n{path.read_text(errors='replace')[-last:]}" for path in paths)
+
+
+def run_all(folder: Path, environ: dict[str, str], script: Path, *stages: str) -> dict[str, str]:
+    """Submits; returns the job of each stage, by its name and first argument."""
+    told = {**environ, "SITE": str(folder / "site.sh"), "STAGES": " ".join(stages)}
+    printed = said(["bash", "examples/slurm/run_all.sh", str(script)], told)
+    jobs = [line.split(": job ") for line in printed.splitlines() if ": job " in line]
+    return {name.strip().split(" /")[0]: job for name, job in jobs}
+
+
+def finish(folder: Path, environ: dict[str, str], job: str, seconds: float) -> None:
+    ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL")
+    try:
+        wait_for(lambda: state_of(job, environ) in ended, seconds, f"the end of job {job}")
+        assert state_of(job, environ) == "COMPLETED"
+    except AssertionError as error:
+        queue = said(["squeue"], environ)
+        raise AssertionError(f"{error}\n{queue}\n{logs(folder)}") from error
+
+
+def test_the_whole_of_doremi(slurm, folder):
+    stages = ["reference", "score", "proxy", "main"]
+    jobs = run_all(folder, slurm, experiment(folder, "small", 40), "preprocess", *stages)
+    assert list(jobs) == ["preprocess train", "merge train", "preprocess valid", "merge valid", *stages]
+    finish(folder, slurm, jobs["main"], 240)
+    weights = json.loads((folder / "run" / "proxy" / "domain_weights.json").read_text())["weights"]
+    assert set(weights) == {"code", "CODE", "sorted"}
+    assert sum(weights.values()) == pytest.approx(1.0)
+    for phase in ("reference", "proxy", "main"):
+        lines = metrics(folder / "run" / phase)
+        assert training_lines(lines)[-1]["iteration"] == 40
+        assert training_lines(lines)[-1]["loss"] < training_lines(lines)[0]["loss"]
+        assert (folder / "run" / phase / "checkpoints" / "iter_0000040" / "state.json").exists()
+    config = json.loads((folder / "run" / "main" / "config.json").read_text())
+    assert config["sampling_weights"] == pytest.approx(weights)
+    # Submitted again, everything is there already.
+    before = (folder / "run" / "main" / "metrics.jsonl").read_text()
+    again = run_all(folder, slurm, folder / "small.sh", "proxy", "main")
+    finish(folder, slurm, again["main"], 120)
+    assert (folder / "run" / "main" / "metrics.jsonl").read_text() == before
+
+
+def test_a_job_that_is_told_to_stop_saves_requeues_and_finishes(slurm, folder):
+    """Its metrics equal those of a run that nobody disturbed."""
+    if not (folder / "data" / "domains.json").exists():
+        jobs = run_all(folder, slurm, experiment(folder, "small", 40), "preprocess")
+        finish(folder, slurm, jobs["merge valid"], 120)
+    script = experiment(folder, "long", 300)
+    runs = {}
+    for name in ("undisturbed", "disturbed"):
+        text = script.read_text().replace(f"OUT={folder}/run", f"OUT={folder}/{name}")
+        (folder / f"{name}.sh").write_text(text)
+        job = run_all(folder, slurm, folder / f"{name}.sh", "reference")["reference"]
+        save = folder / name / "reference"
+        if name == "disturbed":
+            try:
+                lines = save / "metrics.jsonl"
+                wait_for(lambda p=lines: p.exists() and p.read_text().count("\n") >= 20, 60, "twenty steps")
+                said(["scancel", "--signal=USR1", job], slurm)
+                wait_for(lambda j=job: state_of(j, slurm) == "PENDING", 60, "the requeue")
+            except AssertionError as error:
+                raise AssertionError(f"{error}\n{logs(folder / name)}") from error
+            stopped = training_lines(metrics(save))[-1]["iteration"]
+            assert 20 <= stopped < 300
+            # SLURM lets a requeued job wait for two minutes.
+            said(["scontrol", "update", f"JobId={job}", "StartTime=now"], slurm)
+        finish(folder, slurm, job, 150)
+        runs[name] = training_lines(metrics(save))
+    log = logs(folder / "disturbed", 10**6)
+    assert "stopped before its end and saved: requeued" in log
+    assert f"stopped and saved after iteration {stopped} of 300: a signal asked for it" in log
+    assert runs["disturbed"] == runs["undisturbed"]
+    assert len(runs["disturbed"]) == 300

@@ -1,0 +1,126 @@
+"""The batch scripts without a SLURM: each one's flags, by a dry run, for a small experiment and for The Pile's.
+
+Run alone: python -m pytest tests/slurm/test_scripts.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from training.small import train, write_data
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = ROOT / "examples" / "slurm"
+PHASES = ("reference", "score", "proxy", "main")
+SMALL = """
+TRAINING=(--seq-length 16 --global-batch-size 8 --micro-batch-size 2 --train-iters 2 --seed 11)
+SMALL_MODEL=(--num-layers 2 --hidden-size 32 --num-attention-heads 4)
+REFERENCE=(--domain-weights natural)
+PROXY=(--doremi-step-size 0.5)
+MAIN_MODEL=(--num-layers 4 --hidden-size 64 --num-attention-heads 4 --tensor-model-parallel-size 2)
+"""
+
+
+def script(name: str, *words: str, **environ: object) -> subprocess.CompletedProcess:
+    """Runs a script with a job's variables."""
+    told = {**os.environ, "PYTHON": sys.executable, "SLURM_SUBMIT_DIR": str(ROOT)}
+    told |= {key: str(value) for key, value in environ.items()}
+    words = ("bash", str(SCRIPTS / name), *words)
+    return subprocess.run(words, env=told, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("examples/**/*.s*")), ids=lambda path: path.name)
+def test_bash_parses_it_and_stops_at_errors(path):
+    subprocess.run(["bash", "-n", path], check=True)
+    text = path.read_text()
+    sourced = path.name in ("site.sh", "common.sh", "environment.sh", "pile.sh")
+    assert sourced != ("set -euo pipefail" in text)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A run of every phase that the later ones ask for, and its experiment."""
+    folder = tmp_path_factory.mktemp("small")
+    (folder / "data").mkdir()
+    data = write_data(folder / "data", tokens=300)
+    model = ["--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "4"]
+    model += ["--seq-length", "16", "--global-batch-size", "8", "--micro-batch-size", "2", "--seed", "11"]
+    train(1, "reference", data, folder / "run" / "reference", 2, model=model)
+    (folder / "run" / "proxy").mkdir()
+    weights = {"domain 0": 0.2, "domain 1": 0.3, "domain 2": 0.5}
+    (folder / "run" / "proxy" / "domain_weights.json").write_text(json.dumps(weights))
+    (folder / "small.sh").write_text(f"DATA={folder}/data\nOUT={folder}/run\n{SMALL}")
+    return folder
+
+
+def settings_of(done: subprocess.CompletedProcess) -> tuple[dict, str]:
+    """The settings that a dry run printed, and what it said of sizes."""
+    assert done.returncode == 0, done.stderr
+    text, _, rest = done.stdout.partition("\nlayout: ")
+    return json.loads(text), rest
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_the_flags_of_each_phase(phase, small):
+    task = {"SLURM_ARRAY_TASK_ID": 1, "SLURM_ARRAY_TASK_COUNT": 3}
+    settings, rest = settings_of(script(f"{phase}.sbatch", EXPERIMENT=small / "small.sh", DRY_RUN=4, **task))
+    assert settings["data"]["phase"] == phase
+    assert settings["data"]["train_iters"] == 2
+    assert settings["data"]["domains"] == f"{small}/data/domains.json"
+    assert rest.startswith(f"tensor {2 if phase == 'main' else 1} x ")
+    doremi = settings["doremi"]
+    assert (doremi["shard"], doremi["num_shards"]) == ((1, 3) if phase == "score" else (0, 1))
+    assert doremi["reference_losses"] == (f"{small}/run/scores" if phase == "proxy" else "online")
+    assert settings["run"]["load"] == ("" if phase == "score" else settings["run"]["save"])
+
+
+@pytest.fixture(scope="module")
+def pile(tmp_path_factory):
+    """The Pile's 22 domains with the paper's vocabulary, a few windows each, and the weights of a proxy."""
+    folder = tmp_path_factory.mktemp("pile")
+    names = json.loads((ROOT / "examples" / "domains" / "pile.json").read_text())["domains"]
+    manifest = write_data(folder, num_domains=22, tokens=5000, held_out=2000)
+    entry = json.loads(manifest.read_text())
+    for domain, name in zip(entry["domains"], names, strict=True):
+        domain["name"] = name
+    entry["tokenizer"]["vocab_size"] = 256_000
+    manifest.write_text(json.dumps(entry))
+    (folder / "proxy").mkdir()
+    (folder / "proxy" / "domain_weights.json").write_text(json.dumps(dict.fromkeys(names, 1 / 22)))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("phase", "ranks", "shape", "layout"),
+    [
+        ("reference", 8, "280m", "tensor 1 x pipeline 1 x data 8 "),
+        ("proxy", 8, "280m", "tensor 1 x pipeline 1 x data 8 "),
+        ("main", 64, "8b", "tensor 4 x pipeline 2 x data 8 "),
+    ],
+)
+def test_the_papers_hyperparameters(phase, ranks, shape, layout, pile):
+    """Xie et al. 2023, section 3 and its appendix on training."""
+    settings, rest = settings_of(script(f"{phase}.sbatch", DRY_RUN=ranks, DATA=pile, OUT=pile))
+    data, optimizer, doremi = settings["data"], settings["optimizer"], settings["doremi"]
+    assert settings["model"]["model_size"] == shape
+    assert (data["train_iters"], data["global_batch_size"], data["seq_length"]) == (200_000, 512, 1024)
+    assert (optimizer["lr"], optimizer["min_lr"], optimizer["lr_decay_style"]) == (1e-3, 1e-4, "exponential")
+    assert (optimizer["lr_warmup_fraction"], optimizer["weight_decay"], optimizer["clip_grad"]) == (0.06, 0.01, 1.0)
+    assert (doremi["doremi_step_size"], doremi["doremi_smoothing"]) == (1.0, 1e-3)
+    assert (doremi["doremi_update"], doremi["doremi_normalization"]) == ("alternating", "domain")
+    assert rest.startswith(layout)
+    assert "512 windows = 524,288 tokens" in rest
+
+
+def test_what_is_wrong_is_said(small, tmp_path):
+    done = script("run_all.sh")
+    assert done.returncode != 0
+    assert "give the experiment" in done.stderr
+    done = script("run_all.sh", str(small / "small.sh"), STAGES="train", OUT=tmp_path)
+    assert done.returncode == 2
+    assert "STAGES holds 'train'" in done.stderr
