@@ -61,6 +61,7 @@ def run(config: Config, topology: Topology, launch: Launch) -> int:
     from megatron_doremi.training.distributed import join
     from megatron_doremi.training.loop import Trainer
     from megatron_doremi.training.repetition import check_repetition
+    from megatron_doremi.training.resume import resume_point, trained_on
     from megatron_doremi.training.score import check_recorded, reference_hash, score
     from megatron_doremi.training.standalone import evaluate_run
     from megatron_doremi.training.watchdog import Watchdog
@@ -83,14 +84,16 @@ def run(config: Config, topology: Topology, launch: Launch) -> int:
             stopped = score(config, data, reference_run, topology, groups, stop, watchdog)
         else:
             gpt = setup.resolve_gpt(config, data)
+            own = trained_on(config, gpt, data, topology, reference_hash(reference_run, recorded, topology))
+            resume = resume_point(config, own, data.names, topology)
             if topology.rank == 0:
                 setup.write_run_config(config, gpt, data, topology)
                 if repeated:
                     print(repeated)
             engine = make_engine(config, gpt, data.weights, topology, groups, device)
             reference = setup.make_reference(config, reference_run, recorded, topology, groups, device)
-            identity = reference_hash(reference_run, recorded, topology)
-            stopped = Trainer(config, gpt, data, engine, reference, identity, topology, groups, stop, watchdog).train()
+            trainer = Trainer(config, gpt, data, engine, reference, own, resume, topology, groups, stop, watchdog)
+            stopped = trainer.train()
         dist.barrier()
     dist.destroy_process_group()
     return EXIT_STOPPED if stopped else 0

@@ -72,7 +72,8 @@ def run_or_exit(main: Callable[[], int | None]) -> None:
     try:
         code = main()
     except (ConfigError, RunError) as error:
-        rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+        place = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+        rank = int(place) if place.isdecimal() else 0
         if rank:
             time.sleep(_SECONDS_FOR_RANK_0)
         print(f"error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)

@@ -79,3 +79,7 @@ class DomainWeights:
             return torch.tensor([entry[key][name] for name in names], dtype=torch.float64, device=device)
 
         return DomainWeights(vector("weights"), vector("excess"), vector("weight_sum"), int(entry["steps"]))
+
+    def to(self, device: torch.device) -> DomainWeights:
+        """The same on a device."""
+        return DomainWeights(self.weights.to(device), self.excess.to(device), self.weight_sum.to(device), self.steps)

@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from megatron_doremi.errors import ConfigError, Fault, raise_if_any
+from megatron_doremi.errors import ConfigError, Fault
 from megatron_doremi.model.weights import WeightsFolder
 from megatron_doremi.model.whole import writable
 from megatron_doremi.parallel.parameters import spec_of
@@ -44,12 +44,12 @@ def checkpoint_name(iteration: int) -> str:
 
 
 def checkpoints(save: Path) -> list[tuple[int, Path]]:
-    """The checkpoints of a run, oldest first, with their iterations."""
+    """The checkpoints of a run, complete or not, oldest first, with their iterations."""
     folder = checkpoints_folder(save)
     found = []
     for path in folder.iterdir() if folder.is_dir() else ():
         match = _NAME.fullmatch(path.name)
-        if match and (path / "state.json").is_file():
+        if match:
             found.append((int(match.group(1)), path))
     return sorted(found)
 
@@ -97,39 +97,10 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         ) from error
 
 
-def check_state(state: Mapping[str, Any], checkpoint: Path, expected: Mapping[str, Any]) -> None:
-    """Checks that a run may go on from a checkpoint.
-
-    Args:
-        expected: entries that have to be the same in the state (what the run was trained on).
-
-    Raises:
-        ConfigError: with everything that differs.
-    """
-    faults = [
-        Fault(
-            f"--load: {checkpoint}",
-            f"{key} {_short(state.get(key), value)}",
-            f"this run's {key}, {_short(value, state.get(key))}",
-            REMEDIES.get(key, "go on with the settings and data that the run began with, or start a new folder"),
-        )
-        for key, value in expected.items()
-        if state.get(key) != value
-    ]
-    raise_if_any(faults)
-
-
-REMEDIES = {
-    "global_batch_size": "give --global-batch-size; its default follows from the number of ranks",
-    "sampling_weights": "give the weights that the run began with, or --change-domain-weights to go on with these",
-}
-
-
-def _short(value: Any, other: Any) -> Any:
-    """A value for a message; of two mappings only the entries that differ."""
-    if isinstance(value, Mapping) and isinstance(other, Mapping):
-        return {key: entry for key, entry in value.items() if other.get(key) != entry}
-    return value
+def check_files(checkpoint: Path) -> None:
+    """Raises ConfigError where a checkpoint's weights or optimiser state are damaged, as far as headers tell."""
+    WeightsFolder(checkpoint / "weights")
+    OptimizerFolder(checkpoint / "optimizer")
 
 
 @torch.no_grad()

@@ -35,7 +35,7 @@ def read_launch(environ: Mapping[str, str]) -> Launch:
     if "RANK" in environ:
         launch = _numbers(environ, "RANK", "WORLD_SIZE", "LOCAL_RANK")
         host = environ.get("MASTER_ADDR", "")
-    elif int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+    elif environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":
         launch = _numbers(environ, "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
         # srun tells every task the node from which the step was started: the batch script's, the first.
         host = environ.get("MASTER_ADDR") or environ.get("SLURM_LAUNCH_NODE_IPADDR", "")
@@ -44,7 +44,10 @@ def read_launch(environ: Mapping[str, str]) -> Launch:
     if launch.world_size == 1:
         return launch
     # A port that jobs on a shared node do not have in common.
-    port = environ.get("MASTER_PORT") or str(20000 + int(environ.get("SLURM_JOB_ID", "9500")) % 20000)
+    job = environ.get("SLURM_JOB_ID", "")
+    port = environ.get("MASTER_PORT") or str(20000 + (int(job) if job.isdecimal() else 9500) % 20000)
+    if not (port.isdecimal() and 0 < int(port) < 65536):
+        raise ConfigError(Fault("MASTER_PORT", port, "a port, from 1 to 65535", "export another, or unset it"))
     if not host:
         raise ConfigError(
             Fault(

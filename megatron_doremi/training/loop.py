@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -26,7 +23,7 @@ from megatron_doremi.doremi.objective import GroupDRO
 from megatron_doremi.doremi.reference import OnlineReference, RecordedReference
 from megatron_doremi.parallel.groups import ProcessGroups
 from megatron_doremi.parallel.topology import Topology
-from megatron_doremi.training.checkpoint import check_state, load_training, newest_checkpoint, read_state
+from megatron_doremi.training.checkpoint import load_training
 from megatron_doremi.training.consensus import Agreement, NonFinite, agree, explain_non_finite
 from megatron_doremi.training.evaluate import evaluate
 from megatron_doremi.training.guard import check_ranks_agree
@@ -39,6 +36,7 @@ from megatron_doremi.training.metrics import (
     proxy_entries,
 )
 from megatron_doremi.training.optimizer import learning_rate
+from megatron_doremi.training.resume import ResumePoint
 from megatron_doremi.training.saving import Checkpointer
 from megatron_doremi.training.setup import RunData, held_out
 from megatron_doremi.training.stopping import GO_ON, REASONS, StopRequest
@@ -55,7 +53,8 @@ class Trainer:
         data: RunData,
         engine: TrainingEngine,
         reference: OnlineReference | RecordedReference | None,
-        reference_hash: str | None,
+        run: dict[str, Any],
+        resume: ResumePoint | None,
         topology: Topology,
         groups: ProcessGroups,
         stop: StopRequest,
@@ -63,11 +62,12 @@ class Trainer:
     ):
         """
         Args:
-            reference_hash: tells a proxy's reference from another; None without one.
+            run: what every checkpoint says of the run; `trained_on` of resume.py.
+            resume: where to go on.
         """
         self.config, self.gpt, self.data = config, gpt, data
         self.engine, self.reference, self.topology, self.groups = engine, reference, topology, groups
-        self.reference_hash, self.stop, self.watchdog = reference_hash, stop, watchdog
+        self.run, self.stop, self.watchdog = run, stop, watchdog
         self.save_dir = Path(config.run.save)
         self.checkpoints = Checkpointer(self.save_dir, config.run.keep_checkpoints, topology)
         self.batch_size = global_batch_size(config, topology.world_size)
@@ -78,6 +78,14 @@ class Trainer:
         self.iteration = 0
         # What only a proxy has.
         self.dro = engine.objective if isinstance(engine.objective, GroupDRO) else None
+        if resume is not None:
+            self._go_on(resume)
+
+    def _go_on(self, resume: ResumePoint) -> None:
+        load_training(self.engine, resume.checkpoint, self.topology, resume.iteration)
+        self.iteration, self.blend_state = resume.iteration, resume.blend
+        if self.dro is not None and resume.domain_weights is not None:
+            self.dro.state = resume.domain_weights.to(self.engine.device)
 
     def train(self) -> bool:
         """Trains to the last iteration, or to the exit interval.
@@ -86,7 +94,6 @@ class Trainer:
             whether the run stopped before, saved, for a signal or a time limit.
         """
         config, total = self.config, self.config.data.train_iters
-        self._resume()
         tensorboard = Path(config.run.tensorboard_dir or self.save_dir / "tensorboard")
         log = RunLog(self.topology.rank == 0, self.save_dir, tensorboard, self.iteration, total, config.data.phase)
         last, began = self.iteration, time.perf_counter()
@@ -220,23 +227,6 @@ class Trainer:
         )
         log.evaluation({"iteration": self.iteration, **evaluation_entries(sums.tolist(), self.data.names)})
 
-    def _trained_on(self) -> dict[str, Any]:
-        """What a run has to share with the checkpoint that it goes on from."""
-        data = self.config.data
-        return {
-            "phase": data.phase,
-            "gpt": asdict(self.gpt),
-            "data_fingerprint": self.data.manifest.fingerprint(),
-            "seq_length": data.seq_length,
-            "global_batch_size": self.batch_size,
-            "seed": data.seed,
-            **self._mixture(),
-            **({"reference": self.reference_hash} if self.reference_hash else {}),
-        }
-
-    def _mixture(self) -> dict[str, Any]:
-        return {"sampling_weights": dict(zip(self.data.names, self.data.weights.tolist(), strict=True))}
-
     def _own_state(self) -> dict[str, Any]:
         """The state that every rank computes for itself."""
         state: dict[str, Any] = {"blend": self.blend_state.to_dict(self.data.names)}
@@ -247,13 +237,14 @@ class Trainer:
     def _save(self, log: RunLog) -> None:
         norm = self.engine.grad_norm()
         if not math.isfinite(norm):
+            self.checkpoints.finish()
             raise NonFinite(
                 f"the gradient of iteration {self.iteration} has the norm {norm}: the parameters are spoilt and were "
                 "not saved; go on from the last checkpoint with a lower --lr or --clip-grad"
             )
         self.watchdog.mark(f"saving iteration {self.iteration}")
         consumed = {"consumed_samples": self.iteration * self.batch_size}
-        state = {**self._trained_on(), **consumed, **self._own_state()}
+        state = {**self.run, **consumed, **self._own_state()}
         self.checkpoints.start(self.engine, self.iteration, state, log.make_durable)
         if self.dro is not None and self.topology.rank == 0:
             self._write_domain_weights(self.dro.state)
@@ -272,24 +263,3 @@ class Trainer:
         }
         weights = dict(zip(self.data.names, learned.mean().tolist(), strict=True))
         save_weights(self.save_dir / "domain_weights.json", weights, self.data.tokenizer_sha256, provenance)
-
-    def _resume(self) -> None:
-        """Goes on from --load's newest complete checkpoint, where there is one."""
-        # One rank looks, for what several see of a shared file system need not be the same.
-        found: list[Path | None] = [None]
-        if self.config.run.load and self.topology.rank == 0:
-            found = [newest_checkpoint(Path(self.config.run.load), say=lambda text: print(text, file=sys.stderr))]
-        dist.broadcast_object_list(found)
-        checkpoint = found[0]
-        if checkpoint is None:
-            return
-        state = read_state(checkpoint)
-        expected = self._trained_on()
-        if self.config.data.change_domain_weights:
-            del expected["sampling_weights"]
-        check_state(state, checkpoint, expected)
-        load_training(self.engine, checkpoint, self.topology, int(state["iteration"]))
-        self.iteration = int(state["iteration"])
-        self.blend_state = BlendState.from_dict(state["blend"], self.data.names)
-        if self.dro is not None:
-            self.dro.state = DomainWeights.from_dict(state["doremi"], self.data.names, self.engine.device)

@@ -1,0 +1,324 @@
+"""A catalogue of wrong input: what the program says of each mistake. Exit code 2, no traceback, nothing written.
+
+Run alone: python -m pytest tests/training/test_catalogue.py
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+
+import pytest
+from ranks import run_program
+from training.small import MODEL, train, write_data
+from training.wrong_input import Case, cut, edit, patch, run_case
+
+pytestmark = pytest.mark.slow
+
+RUN = "--save @/main --load @/main"
+PROXY = "--reference-load @/reference"
+SCORED = "--reference-losses @/scores"
+THIRDS = {"domain 0": 0.2, "domain 1": 0.3, "domain 2": 0.5}
+
+
+def manifest(change):
+    return lambda folder: edit(folder / "data" / "domains.json", change)
+
+
+def weights(content):
+    """Writes a weights file: text as it is, anything else as JSON."""
+    text = content if isinstance(content, str) else json.dumps(content)
+    return lambda folder: (folder / "weights.json").write_text(text)
+
+
+def index(at, data):
+    """Overwrites bytes of an index: magic 9, version 8, type 1, sequences 8, documents 8; then lengths, offsets."""
+    return lambda folder: patch(folder / "data" / "domain1_train.idx", at, data)
+
+
+def state(change):
+    return lambda folder: edit(checkpoint(folder) / "state.json", change)
+
+
+def checkpoint(folder, run="main"):
+    return folder / run / "checkpoints" / "iter_0000002"
+
+
+def only_one(folder):
+    """The single weights file of the main run."""
+    return next((checkpoint(folder) / "weights").iterdir())
+
+
+def same_size(path):
+    """Spoils the header of a file whose size stays."""
+    patch(path, 0, b"\xff" * 64)
+
+
+FLAGS = {
+    "a number that is none": Case(("--lr: fast", "a finite number"), flags="--lr fast"),
+    "infinity": Case(("--lr: inf", "a finite number"), flags="--lr inf"),
+    "no number of epochs": Case(("--max-epochs-per-domain", "nan"), flags="--max-epochs-per-domain nan"),
+    "an unknown flag": Case(("--no-such", "see --help"), flags="--no-such 3"),
+    "a misspelt flag": Case(("did you mean --micro-batch-size?",), flags="--micro-batchsize 3"),
+    "a choice that is none": Case(
+        ("--normalization: BatchNorm", "RMSNorm, LayerNorm"), flags="--normalization BatchNorm"
+    ),
+    "an unknown phase": Case(("--phase: training", "one of reference"), flags="--phase training"),
+    "no heads for the width": Case(("multiple of --num-attention-heads 5",), flags="--num-attention-heads 5"),
+    "no batch": Case(("--micro-batch-size: 0", "at least 1"), flags="--micro-batch-size 0"),
+    "a batch that does not divide": Case(("--global-batch-size: 9", "a multiple of"), flags="--global-batch-size 9"),
+    "more stages than layers": Case(
+        ("at least --pipeline-model-parallel-size 4",),
+        flags="--pipeline-model-parallel-size 4",
+        environ={"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "localhost"},
+    ),
+    "a layout that does not fit the ranks": Case(("world size: 1", "2 x 1"), flags="--tensor-model-parallel-size 2"),
+    "ZeRO 2 in a pipeline": Case(
+        ("DeepSpeed's pipeline works with ZeRO 0 and 1 only",),
+        flags="--zero-stage 2 --pipeline-model-parallel-size 2",
+        environ={"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"},
+    ),
+    "bfloat16 without ZeRO": Case(("--bf16: with --zero-stage 0",), flags="--bf16"),
+    "offloading without ZeRO": Case(("--cpu-offload: with --zero-stage 0",), flags="--cpu-offload"),
+    "no steps": Case(("--train-iters", "a number of steps"), flags="--train-iters 0"),
+    "a rate that grows": Case(("--min-lr: 1", "between 0 and --lr"), flags="--min-lr 1"),
+    "no minutes": Case(("--distributed-timeout-minutes: 0", "above 0"), flags="--distributed-timeout-minutes 0"),
+    "time that ran backwards": Case(("--exit-duration-in-mins: -1",), flags="--exit-duration-in-mins -1"),
+    "a proxy without a reference": Case(("trained against a reference",), phase="proxy"),
+    "an evaluation of nothing": Case(("reads the weights of a finished run",), phase="evaluate"),
+    "a name and sizes at once": Case(("in place of --num-layers",), flags="--model-size 280m"),
+    "no data": Case(("--domains", "not given"), without=("--domains",)),
+    "nowhere to save": Case(("--save", "training needs a folder"), without=("--save",)),
+    "to go on elsewhere": Case(("the same folder to --load and --save",), flags="--load @/main"),
+    "over another run": Case(("holds a run", "to go on with it"), flags="--save @/main"),
+    "a shard too many": Case(("--shard: 3", "from 0 to --num-shards - 1"), flags="--shard 3 --num-shards 3"),
+    "too many epochs": Case(("at most --max-epochs-per-domain",), flags="--max-epochs-per-domain 0.01"),
+}
+MANIFESTS = {
+    "missing": Case(("nowhere.json", "No such file"), flags="--domains @/nowhere.json"),
+    "a folder": Case(("Is a directory",), flags="--domains @/data"),
+    "no JSON": Case(("one JSON object",), damage=lambda f: (f / "data" / "domains.json").write_text("{")),
+    "bytes": Case(("a readable manifest",), damage=lambda f: (f / "data" / "domains.json").write_bytes(b"\xff\xfe{")),
+    "nested deeply": Case(
+        ("one JSON object",), damage=lambda f: (f / "data" / "domains.json").write_text('{"a":' + "[" * 100_000)
+    ),
+    "a list": Case(("one JSON object",), damage=lambda f: (f / "data" / "domains.json").write_text("[1]")),
+    "a key twice": Case(
+        ("stands there twice",), damage=lambda f: (f / "data" / "domains.json").write_text('{"format": 1, "format": 2}')
+    ),
+    "another format": Case(("megatron-doremi-domains/1",), damage=manifest(lambda e: e.update(format="other/1"))),
+    "no domains": Case(("at least one",), damage=manifest(lambda e: e.update(domains=[]))),
+    "domains that are none": Case(("domain 0",), damage=manifest(lambda e: e.update(domains=[3, "x"]))),
+    "a name twice": Case(
+        ("two domains 'domain 0'",), damage=manifest(lambda e: e["domains"][1].update(name="domain 0"))
+    ),
+    "no name": Case(("domain 1", "name, train, valid"), damage=manifest(lambda e: e["domains"][1].pop("name"))),
+    "tokens in words": Case(("domain 2",), damage=manifest(lambda e: e["domains"][2].update(tokens="many"))),
+    "tokens below zero": Case(("domain 2",), damage=manifest(lambda e: e["domains"][2].update(tokens=-5))),
+    "other tokens than there are": Case(
+        ("300 tokens", "the 299 of the manifest"), damage=manifest(lambda e: e["domains"][0].update(tokens=299))
+    ),
+    "no tokenizer": Case(("names no tokenizer",), damage=manifest(lambda e: e.update(tokenizer=None))),
+    "half a tokenizer": Case(("type, file, sha256",), damage=manifest(lambda e: e["tokenizer"].pop("sha256"))),
+    "an end outside the vocabulary": Case(
+        ("not below vocab_size",), damage=manifest(lambda e: e["tokenizer"].update(eod=99))
+    ),
+    "words for Megatron-LM's list": Case(
+        ("weight prefix",), damage=lambda f: (f / "data" / "domains.json").write_text("0.3 domain0_train 0.7")
+    ),
+    "windows longer than the text": Case(("a window takes --seq-length + 1 = 5001",), flags="--seq-length 5000"),
+}
+FILES = {
+    "no .bin": Case(("domain2_train.bin", "no such file"), damage=lambda f: (f / "data/domain2_train.bin").unlink()),
+    "no .idx": Case(("domain0_valid.idx", "no such file"), damage=lambda f: (f / "data/domain0_valid.idx").unlink()),
+    "a short .bin": Case(("domain1_train.bin", "bytes"), damage=lambda f: cut(f / "data/domain1_train.bin", 4)),
+    "a short .idx": Case(("domain1_train.idx", "bytes"), damage=lambda f: cut(f / "data/domain1_train.idx", 4)),
+    "an empty .idx": Case(("no index",), damage=lambda f: (f / "data/domain1_train.idx").write_bytes(b"")),
+    "another file": Case(("starts with MMIDIDX",), damage=index(0, b"PK\x03\x04")),
+    "another version": Case(("version 2",), damage=index(9, struct.pack("<Q", 2))),
+    "another type": Case(("type code 6",), damage=index(17, b"\x06")),
+    "more sequences than fit": Case(("sequences",), damage=index(18, struct.pack("<Q", 2**60))),
+    "a negative length": Case(("lengths that are not negative",), damage=index(34, struct.pack("<i", -3))),
+    "an offset outside": Case(("gaps or overlaps",), damage=index(34 + 7 * 4 + 8, struct.pack("<q", 2**40))),
+    "documents out of order": Case(("documents out of order",), damage=index(34 + 7 * 12, struct.pack("<q", 5))),
+}
+WEIGHTS = {
+    "missing": Case(("weights.json", "No such file"), flags="--domain-weights @/weights.json"),
+    "no word for weights": Case(("nothing",), flags="--domain-weights nothing"),
+    **{
+        name: Case(words, flags="--domain-weights @/weights.json", damage=weights(content))
+        for name, content, words in (
+            ("no JSON", "{", ("one JSON object",)),
+            ("a list", [0.2, 0.3, 0.5], ("one JSON object",)),
+            ("a domain less", {"domain 0": 1.0}, ("missing: 'domain 1', 'domain 2'",)),
+            ("a domain more", {**THIRDS, "Books": 1.0}, ("unknown: 'Books'",)),
+            ("zero", {**THIRDS, "domain 0": 0}, ("'domain 0': 0", "a positive number")),
+            ("below zero", {**THIRDS, "domain 0": -1}, ("'domain 0': -1",)),
+            ("a word", {**THIRDS, "domain 0": "much"}, ("'domain 0': 'much'",)),
+            ("no number", '{"domain 0": NaN, "domain 1": 1, "domain 2": 1}', ("'domain 0': nan",)),
+            ("infinity", '{"domain 0": 1e999, "domain 1": 1, "domain 2": 1}', ("'domain 0': inf",)),
+            ("true", {**THIRDS, "domain 0": True}, ("'domain 0': True",)),
+            ("a vanishing share", {**THIRDS, "domain 0": 1e-30}, ("shares of at least",)),
+            ("the same name twice", '{"domain 0": 1, "domain 0": 2}', ("stands there twice",)),
+            ("another format", {"format": "x", "weights": THIRDS}, ("megatron-doremi-weights/1",)),
+            (
+                "another tokenizer's",
+                {"format": "megatron-doremi-weights/1", "weights": THIRDS, "tokenizer_sha256": "f" * 64},
+                ("learned with tokenizer ffffffffffff", "--allow-tokenizer-mismatch"),
+            ),
+            ("the authors' without domains", {"train_domain_weights": 3}, ("an object {name: weight}",)),
+        )
+    },
+}
+CHECKPOINTS = {
+    "another phase": Case(("phase main", "this run's phase, reference"), phase="reference", flags=RUN),
+    "another shape": Case(("gpt {'num_layers': 2}", "{'num_layers': 3}"), flags=f"{RUN} --num-layers 3"),
+    "another seed": Case(("seed 11", "this run's seed, 12"), flags=f"{RUN} --seed 12"),
+    "another batch": Case(("global_batch_size 8", "give --global-batch-size"), flags=f"{RUN} --global-batch-size 4"),
+    "another length": Case(("seq_length 16", "seq_length, 8"), flags=f"{RUN} --seq-length 8"),
+    "another mixture": Case(
+        ("sampling_weights {'domain 0'", "--change-domain-weights"), flags=f"{RUN} --domain-weights uniform"
+    ),
+    "another tokenizer": Case(
+        ("data_fingerprint",), flags=RUN, damage=manifest(lambda e: e["tokenizer"].update(sha256="1" * 64))
+    ),
+    "domains in another order": Case(
+        ("data_fingerprint",), flags=RUN, damage=manifest(lambda e: e["domains"].reverse())
+    ),
+    "one that was cut off, and no other": Case(
+        ("no complete one", "model-pipe000", "delete"), flags=RUN, damage=lambda f: cut(only_one(f), 1)
+    ),
+    "a torn state, and no other": Case(
+        ("no complete one", "state.json"), flags=RUN, damage=lambda f: cut(checkpoint(f) / "state.json", 9)
+    ),
+    "of another version": Case(
+        ("no complete one", "megatron-doremi-checkpoint/1"),
+        flags=RUN,
+        damage=state(lambda e: e.update(format="megatron-doremi-checkpoint/1")),
+    ),
+    "without a state": Case(("no complete one",), flags=RUN, damage=lambda f: (checkpoint(f) / "state.json").unlink()),
+    "no state of a domain": Case(
+        ("state.json", "domain 1"), flags=RUN, damage=state(lambda e: e["blend"]["cursors"].pop("domain 1"))
+    ),
+    "a state in words": Case(("state.json",), flags=RUN, damage=state(lambda e: e["blend"].update(credits="none"))),
+    "weights with a spoilt header": Case(
+        ("weights in", "safetensors"), flags=RUN, damage=lambda f: same_size(only_one(f))
+    ),
+    "an index that is none": Case(
+        ("optimiser state in", "one JSON object"),
+        flags=RUN,
+        damage=lambda f: same_size(checkpoint(f) / "optimizer" / "index.json"),
+    ),
+}
+REFERENCES = {
+    "no run": Case(("config.json",), phase="proxy", flags="--reference-load @/nowhere"),
+    "no checkpoint": Case(
+        ("no complete checkpoint",),
+        phase="proxy",
+        flags=PROXY,
+        damage=lambda f: shutil.rmtree(f / "reference" / "checkpoints"),
+    ),
+    "a torn config": Case(
+        ("config.json",), phase="proxy", flags=PROXY, damage=lambda f: cut(f / "reference" / "config.json", 20)
+    ),
+    "another tokenizer": Case(
+        ("losses of other tokens cannot be compared",),
+        phase="proxy",
+        flags=PROXY,
+        damage=lambda f: edit(f / "reference" / "config.json", lambda e: e.update(tokenizer_sha256="1" * 64)),
+    ),
+    "other domains": Case(
+        ("in its order",),
+        phase="proxy",
+        flags=PROXY,
+        damage=lambda f: edit(f / "reference" / "config.json", lambda e: e["domains"].reverse()),
+    ),
+    "no shape": Case(
+        ("a config.json of this program",),
+        phase="proxy",
+        flags=PROXY,
+        damage=lambda f: edit(f / "reference" / "config.json", lambda e: e.pop("gpt")),
+    ),
+    "a checkpoint cut off in copying": Case(
+        ("no complete checkpoint",),
+        phase="score",
+        flags=PROXY,
+        damage=lambda f: cut(next((checkpoint(f, "reference") / "weights").iterdir()), 1),
+    ),
+    "no scores": Case(("scores.json",), phase="proxy", flags="--reference-losses @/nowhere"),
+    "scores of other data": Case(
+        ("data_fingerprint",),
+        phase="proxy",
+        flags=SCORED,
+        damage=lambda f: edit(f / "scores" / "scores.json", lambda e: e.update(data_fingerprint="x")),
+    ),
+    "scores of another length": Case(
+        ("seq_length 16", "seq_length 8"), phase="proxy", flags=f"{SCORED} --seq-length 8"
+    ),
+    "too few scores": Case(("windows of domain", "are missing"), phase="proxy", flags=f"{SCORED} --train-iters 500"),
+}
+ENVIRONMENTS = {
+    "half a launcher": Case(("RANK, WORLD_SIZE",), environ={"RANK": "0"}),
+    "a rank in words": Case(("RANK, WORLD_SIZE", "whole numbers"), environ={"RANK": "first", "WORLD_SIZE": "2"}),
+    "a rank too many": Case(("RANK: 2", "from 0 to WORLD_SIZE - 1 = 1"), environ={"RANK": "2", "WORLD_SIZE": "2"}),
+    "nowhere to meet": Case(("MASTER_ADDR: not set",), environ={"RANK": "0", "WORLD_SIZE": "2"}),
+    "a port in words": Case(
+        ("MASTER_PORT: high",),
+        environ={"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "high"},
+    ),
+    "a port too high": Case(
+        ("MASTER_PORT: 70000",),
+        environ={"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "70000"},
+    ),
+    "SLURM's number of tasks in words": Case(("SLURM_STEP_NUM_TASKS",), environ={"SLURM_STEP_NUM_TASKS": "all"}),
+    "half a SLURM step": Case(("SLURM_PROCID",), environ={"SLURM_STEP_NUM_TASKS": "2"}),
+    "an end in words": Case(("SLURM_JOB_END_TIME: soon",), environ={"SLURM_JOB_END_TIME": "soon"}),
+    "a file where the run should be": Case(
+        ("--save",), flags="--save @/taken", damage=lambda f: (f / "taken").write_text("")
+    ),
+    "a folder below a file": Case(
+        ("--save",), flags="--save @/taken/run", damage=lambda f: (f / "taken").write_text("")
+    ),
+}
+CATALOGUE = {
+    f"{group}: {name}": case
+    for group, cases in (
+        ("flags", FLAGS),
+        ("manifest", MANIFESTS),
+        ("indexed files", FILES),
+        ("weights", WEIGHTS),
+        ("checkpoint", CHECKPOINTS),
+        ("reference", REFERENCES),
+        ("environment", ENVIRONMENTS),
+    )
+    for name, case in cases.items()
+}
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory):
+    """Data, a main run, a reference and its scores, all right."""
+    folder = tmp_path_factory.mktemp("setup")
+    (folder / "data").mkdir()
+    data = write_data(folder / "data", tokens=300)
+    train(1, "reference", data, folder / "reference", 2)
+    train(1, "main", data, folder / "main", 2)
+    argv = ["--phase", "score", "--domains", str(data), "--reference-load", str(folder / "reference")]
+    run_program(1, [*argv, "--save", str(folder / "scores"), "--train-iters", "2", *MODEL])
+    return folder
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_a_mistake(name, setup, tmp_path):
+    case = CATALOGUE[name]
+    code, said, changed = run_case(case, setup, tmp_path / "copy")
+    assert code == "2", said
+    assert "Traceback" not in said
+    for words in (*case.words, "rule:", "remedy:"):
+        assert words in said, said
+    assert not changed
+
+
+def test_the_catalogue_is_large():
+    assert len(CATALOGUE) >= 100
