@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 EXIT_USER_ERROR = 2
 _SECONDS_FOR_RANK_0 = 5.0
+# What taking apart a value of the wrong shape or size raises.
+MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import json
 from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from megatron_doremi.config import GPTConfig
 from megatron_doremi.data.tensor_file import TensorFile, to_host
-from megatron_doremi.errors import ConfigError, Fault
+from megatron_doremi.errors import MALFORMED, ConfigError, Fault
 from megatron_doremi.model.pipeline import GPTPipeline
 from megatron_doremi.model.whole import GPT, gathered
 from megatron_doremi.parallel.layers import TensorParallel
@@ -50,6 +51,19 @@ def weights_file(module: GPT, topology: Topology) -> TensorFile | None:
     return TensorFile(name, tensors, {_CUT: json.dumps(cuts)})
 
 
+def read_spec(entry: dict[str, Any]) -> tuple[ParameterSpec, int]:
+    """How a parameter was cut, and over how many ranks. Raises one of MALFORMED on nonsense."""
+    spec = ParameterSpec(tuple(map(int, entry["shape"])), entry["dim"], int(entry["blocks"]), int(entry["padded"]))
+    size = int(entry["size"])
+    right = min(*spec.shape, size, spec.blocks) >= 1
+    if spec.dim is not None:
+        right = right and type(spec.dim) is int and 0 <= spec.dim < len(spec.shape)
+        right = right and spec.cut_length >= spec.shape[spec.dim] and spec.cut_length % (size * spec.blocks) == 0
+    if not right:
+        raise ValueError(f"a cut of {entry}")
+    return spec, size
+
+
 class WeightsFolder:
     """The weights that the `weights_file` of every rank left in a folder, of whatever layout."""
 
@@ -76,10 +90,9 @@ class WeightsFolder:
         try:
             with safe_open(path, framework="pt") as file:
                 for name, cut in json.loads(file.metadata()[_CUT]).items():
-                    self._sizes[name] = int(cut.pop("size"))
-                    self._specs[name] = ParameterSpec(**{**cut, "shape": tuple(cut["shape"])})
+                    self._specs[name], self._sizes[name] = read_spec(cut)
                     self._parts[name].append(path)
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        except (SafetensorError, OSError, *MALFORMED) as error:
             raise self._error(f"{path.name}: {error}", "a safetensors file of this program") from error
 
     def names(self) -> set[str]:
@@ -92,15 +105,20 @@ class WeightsFolder:
 
     def whole(self, name: str) -> Tensor:
         """A parameter of the whole model, without padding."""
-        parts = []
-        for path in self._parts[name]:
-            with safe_open(path, framework="pt") as file:
-                parts.append(file.get_tensor(name))
-        return unshard(parts, self._specs[name])
+        parts, spec, size = [], self._specs[name], self._sizes[name]
+        try:
+            for path in self._parts[name]:
+                with safe_open(path, framework="pt") as file:
+                    parts.append(file.get_tensor(name))
+        except (SafetensorError, OSError) as error:
+            raise self._error(f"{name}: {error}", "the tensors that the headers name") from error
+        if any(tuple(part.shape) != spec.local_shape(size) for part in parts):
+            raise self._error(f"{name}: parts of shapes {[tuple(p.shape) for p in parts]}", f"{spec.local_shape(size)}")
+        return unshard(parts, spec)
 
     def part(self, name: str, spec: ParameterSpec, topology: Topology) -> Tensor:
         """This rank's part of a parameter. Raises ConfigError where the folder lacks it or its shape differs."""
-        if name not in self._parts or self._specs[name].shape != spec.shape:
+        if name not in self._parts or not self._specs[name].is_of_one_model(spec):
             found = f"shape {self._specs[name].shape}" if name in self._parts else "missing"
             raise self._error(f"{name}: {found}", f"shape {spec.shape}")
         return shard(self.whole(name), spec, topology.tensor_size, topology.tensor_rank)

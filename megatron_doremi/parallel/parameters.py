@@ -44,6 +44,10 @@ class ParameterSpec:
         assert self.dim is not None
         return self.padded or self.shape[self.dim]
 
+    def is_of_one_model(self, other: ParameterSpec) -> bool:
+        """Whether the other describes the same parameter; its padding depends on the layout."""
+        return (self.shape, self.dim, self.blocks) == (other.shape, other.dim, other.blocks)
+
     def local_shape(self, size: int) -> tuple[int, ...]:
         """Shape of one rank's part."""
         if self.dim is None:

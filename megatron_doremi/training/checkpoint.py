@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from megatron_doremi.errors import ConfigError, Fault
+from megatron_doremi.errors import MALFORMED, ConfigError, Fault
 from megatron_doremi.model.weights import WeightsFolder
 from megatron_doremi.model.whole import writable
 from megatron_doremi.parallel.parameters import spec_of
@@ -72,7 +72,7 @@ def _what_lacks(checkpoint: Path) -> str | None:
             path = checkpoint / name
             if not path.is_file() or path.stat().st_size != size:
                 return f"{name} has {path.stat().st_size if path.is_file() else 0:,} of {size:,} bytes"
-    except (ConfigError, AttributeError, TypeError, OSError) as error:
+    except (ConfigError, OSError, *MALFORMED) as error:
         return " ".join(str(error).split())
     return None
 
@@ -86,7 +86,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
             raise ValueError(f"format {state['format']!r}")
         int(state["iteration"]), state["files"]
         return state
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, *MALFORMED) as error:
         raise ConfigError(
             Fault(
                 str(path),

@@ -12,10 +12,11 @@ an index says where each piece lies. A reader takes the pieces that cover what i
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -24,8 +25,8 @@ from torch import Tensor, nn
 
 from megatron_doremi.data.files import atomic_write_text, read_json_object
 from megatron_doremi.data.tensor_file import TensorFile, to_host
-from megatron_doremi.errors import ConfigError, Fault
-from megatron_doremi.model.weights import writes_parameter
+from megatron_doremi.errors import MALFORMED, ConfigError, Fault
+from megatron_doremi.model.weights import read_spec, writes_parameter
 from megatron_doremi.model.whole import is_partitioned
 from megatron_doremi.parallel.parameters import ParameterSpec, shard, spec_of, unshard
 from megatron_doremi.parallel.topology import Topology
@@ -130,6 +131,15 @@ def write_index(folder: Path) -> None:
     atomic_write_text(folder / "index.json", json.dumps({"keys": sorted(keys), "parameters": parameters}))
 
 
+class Piece(NamedTuple):
+    """Where a piece of a parameter's state lies: the file, whose part of the parameter, and the range of that part."""
+
+    file: str
+    tensor_rank: int
+    start: int
+    length: int
+
+
 class OptimizerFolder:
     """The state that the `optimizer_file` of every rank left in a folder, of whatever layout."""
 
@@ -138,14 +148,18 @@ class OptimizerFolder:
         self.folder = folder
         entry = read_json_object(folder / "index.json", f"optimiser state in {folder}")
         try:
-            self._parameters: dict[str, dict[str, Any]] = entry["parameters"]
-            self.keys = frozenset(entry["keys"])
-            self._specs = {}
-            for name, found in self._parameters.items():
-                fields = {key: found[key] for key in ParameterSpec.__dataclass_fields__}
-                self._specs[name] = ParameterSpec(**{**fields, "shape": tuple(found["shape"])})
-                found["pieces"] = [(Path(file).name, *map(int, place)) for file, *place in found["pieces"]]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            self.keys = frozenset(map(str, entry["keys"]))
+            self._specs: dict[str, tuple[ParameterSpec, int]] = {}
+            self._pieces: dict[str, list[Piece]] = {}
+            for name, found in entry["parameters"].items():
+                self._specs[name] = read_spec(found)
+                self._pieces[name] = [Piece(Path(file).name, *map(int, place)) for file, *place in found["pieces"]]
+                spec, size = self._specs[name]
+                numbers = math.prod(spec.local_shape(size)) * (1 if spec.dim is None else size)
+                lengths = [piece.length for piece in self._pieces[name]]
+                if min(lengths, default=0) < 0 or sum(lengths) != numbers:
+                    raise ValueError(f"{name}: pieces of {sum(lengths):,} numbers in place of {numbers:,}")
+        except MALFORMED as error:
             raise self._error(f"index.json: {error!r}") from error
 
     def _error(self, value: str) -> ConfigError:
@@ -171,10 +185,10 @@ class OptimizerFolder:
         Raises:
             ConfigError: the folder lacks the parameter, or a part of it.
         """
-        if name not in self._specs or self._specs[name].shape != spec.shape:
-            found = f"shape {self._specs[name].shape}" if name in self._specs else "missing"
+        if name not in self._specs or not self._specs[name][0].is_of_one_model(spec):
+            found = f"shape {self._specs[name][0].shape}" if name in self._specs else "missing"
             raise self._error(f"{name}: {found}, where the model has {spec.shape}")
-        size, written = int(self._parameters[name]["size"]), self._specs[name]
+        written, size = self._specs[name]
         if spec.dim is None or size == topology.tensor_size:
             return self._read(name, key, 0 if spec.dim is None else topology.tensor_rank, start, count)
         shape = written.local_shape(size)
@@ -186,15 +200,16 @@ class OptimizerFolder:
     def _read(self, name: str, key: str, tensor_rank: int, start: int, count: int) -> Tensor:
         """Joins the pieces of one tensor rank that cover a range."""
         result, covered = torch.empty(count), 0
-        for file_name, rank, first, length in self._parameters[name]["pieces"]:
-            low, high = max(start, first), min(start + count, first + length)
-            if rank != tensor_rank or low >= high:
+        for piece in self._pieces[name]:
+            low, high = max(start, piece.start), min(start + count, piece.start + piece.length)
+            if piece.tensor_rank != tensor_rank or low >= high:
                 continue
             try:
-                with safe_open(self.folder / file_name, framework="pt") as file:
-                    result[low - start : high - start] = file.get_slice(f"{name}/{key}")[low - first : high - first]
-            except (SafetensorError, OSError, RuntimeError) as error:
-                raise self._error(f"{file_name}: {error}") from error
+                with safe_open(self.folder / piece.file, framework="pt") as file:
+                    found = file.get_slice(f"{name}/{key}")[low - piece.start : high - piece.start]
+                result[low - start : high - start] = found
+            except (SafetensorError, OSError, RuntimeError, TypeError, ValueError) as error:
+                raise self._error(f"{piece.file}: {error}") from error
             covered += high - low
         if covered != count:
             raise self._error(f"{name}/{key}: {covered:,} of {count:,} numbers")

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron_doremi.config import PROXY, Config, GPTConfig, global_batch_size
 from megatron_doremi.data.blend import BlendState
 from megatron_doremi.doremi.domain_weights import DomainWeights
-from megatron_doremi.errors import ConfigError, Fault, raise_if_any
+from megatron_doremi.errors import MALFORMED, ConfigError, Fault, raise_if_any
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.training.checkpoint import check_files, newest_checkpoint, read_state
 from megatron_doremi.training.setup import RunData
@@ -97,7 +97,7 @@ def resume_point(
         learned = None
         if config.data.phase == PROXY:
             learned = DomainWeights.from_dict(state["doremi"], names, "cpu")
-    except (KeyError, TypeError, ValueError) as error:
+    except MALFORMED as error:
         raise ConfigError(
             Fault(
                 f"--load: {checkpoint}",

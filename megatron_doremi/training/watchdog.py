@@ -87,7 +87,7 @@ class Watchdog:
         """
         self._store, self.rank, self.world_size, self.seconds = store, rank, world_size, seconds
         self._interval = min(5.0, seconds / 8)
-        store.set_timeout(timedelta(seconds=max(4.0, 4 * self._interval)))
+        store.set_timeout(timedelta(seconds=4 * self._interval))
         self._progress, self._doing, self._beat = 0, "starting", 0
         self._host = socket.gethostname()
         self._stopped = threading.Event()
@@ -152,7 +152,7 @@ class Watchdog:
                 seen = seen or signs
 
     def _ask(self, question: Callable[[], T]) -> T:
-        return self._asking.submit(question).result(max(6.0, 6 * self._interval))
+        return self._asking.submit(question).result(6 * self._interval)
 
     def _give_sign(self) -> None:
         self._beat += 1

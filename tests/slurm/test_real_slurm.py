@@ -137,7 +137,7 @@ def test_a_job_that_is_told_to_stop_saves_requeues_and_finishes(slurm, folder):
     if not (folder / "data" / "domains.json").exists():
         jobs = run_all(folder, slurm, experiment(folder, "small", 40), "preprocess")
         finish(folder, slurm, jobs["merge valid"], 120)
-    script = experiment(folder, "long", 300)
+    script = experiment(folder, "long", 200)
     runs = {}
     for name in ("undisturbed", "disturbed"):
         text = script.read_text().replace(f"OUT={folder}/run", f"OUT={folder}/{name}")
@@ -153,13 +153,13 @@ def test_a_job_that_is_told_to_stop_saves_requeues_and_finishes(slurm, folder):
             except AssertionError as error:
                 raise AssertionError(f"{error}\n{logs(folder / name)}") from error
             stopped = training_lines(metrics(save))[-1]["iteration"]
-            assert 20 <= stopped < 300
+            assert 20 <= stopped < 200
             # SLURM lets a requeued job wait for two minutes.
             said(["scontrol", "update", f"JobId={job}", "StartTime=now"], slurm)
         finish(folder, slurm, job, 150)
         runs[name] = training_lines(metrics(save))
     log = logs(folder / "disturbed", 10**6)
     assert "stopped before its end and saved: requeued" in log
-    assert f"stopped and saved after iteration {stopped} of 300: a signal asked for it" in log
+    assert f"stopped and saved after iteration {stopped} of 200: a signal asked for it" in log
     assert runs["disturbed"] == runs["undisturbed"]
-    assert len(runs["disturbed"]) == 300
+    assert len(runs["disturbed"]) == 200

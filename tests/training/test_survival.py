@@ -89,15 +89,14 @@ def lines_in(save: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_is_made_good(number, data, reference, tmp_path):
-    """Twice the signal, the second during the save: saved once, exit 3; run again, it is the undisturbed run."""
+def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_is_made_good(data, reference, tmp_path):
+    """SIGTERM, then SIGUSR1 to all, during the save: saved once, exit 3; run again, it is the undisturbed run."""
     flags = [*reference, *TP2_PP2[2:], "--log-interval", "1"]
     whole = train(2, "proxy", data, tmp_path / "whole", 150, *flags)
     save = tmp_path / "run"
     run = Run(2, "proxy", data, save, 150, *flags, log=tmp_path / "log")
     wait_for(lambda: lines_in(save) >= 5)
-    run.ranks[1].send_signal(number)
+    run.ranks[1].send_signal(signal.SIGTERM)
     time.sleep(0.01)
     for process in run.ranks:
         process.send_signal(signal.SIGUSR1)
@@ -203,9 +202,9 @@ def test_a_rank_that_cannot_write_stops_the_run(data, tmp_path):
 def test_killed_again_and_again_in_a_layout_of_two_by_two(data, reference, tmp_path):
     """SIGKILL at random moments, saves included: what comes out is the undisturbed run, to the last bit.
 
-    MEGATRON_DOREMI_KILLS says how often (8).
+    MEGATRON_DOREMI_KILLS says how often (6).
     """
-    kills = int(os.environ.get("MEGATRON_DOREMI_KILLS", "8"))
+    kills = int(os.environ.get("MEGATRON_DOREMI_KILLS", "6"))
     iters = 12 * kills
     flags = [*reference, *TP2_PP2, "--save-interval", "1", "--keep-checkpoints", "2", "--eval-interval", "20"]
     whole = train(4, "proxy", data, tmp_path / "whole", iters, *flags)
@@ -230,7 +229,7 @@ def test_killed_again_and_again_in_a_layout_of_two_by_two(data, reference, tmp_p
         assert (found[-1][0] if found else 0) >= newest, f"life {life} lost a checkpoint"
         newest = found[-1][0] if found else 0
     print(f"{kills} kills, {torn} of them with a checkpoint half-written, the last at iteration {newest}")
-    assert torn >= kills // 8
+    assert torn >= kills // 6
     assert 0 < newest < iters
     broken = train(4, "proxy", data, save, iters, *flags, "--load", str(save))
     assert training_lines(broken) == training_lines(whole)

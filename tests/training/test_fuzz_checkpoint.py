@@ -1,0 +1,115 @@
+"""Damaged checkpoints of unknown origin: an error that a user can read, or a right answer; never anything else.
+
+Run alone: python -m pytest tests/training/test_fuzz_checkpoint.py
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+from training.small import train, write_data
+
+from megatron_doremi.data.blend import BlendState
+from megatron_doremi.errors import MALFORMED, ConfigError
+from megatron_doremi.model.weights import WeightsFolder
+from megatron_doremi.parallel.topology import Topology
+from megatron_doremi.training.checkpoint import newest_checkpoint, read_state
+from megatron_doremi.training.optimizer_state import OptimizerFolder
+
+CASES = 600
+VALUES = (None, -1, 0, 2**70, 1.5, float("nan"), "x", "../../etc/passwd", [], [1], {}, {"a": 1}, True)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    train(2, "main", write_data(folder, tokens=300), folder / "run", 1, "--tensor-model-parallel-size", "2")
+    return newest_checkpoint(folder / "run")
+
+
+@pytest.fixture(scope="module")
+def specs(checkpoint):
+    weights = WeightsFolder(checkpoint / "weights")
+    return {name: weights.spec(name) for name in sorted(weights.names())[::4]}
+
+
+def read_all(folder: Path, specs) -> None:
+    """Everything that a run of another layout reads."""
+    state = read_state(folder)
+    if isinstance(state.get("blend"), dict):
+        with contextlib.suppress(*MALFORMED):
+            BlendState.from_dict(state["blend"], ("domain 0", "domain 1", "domain 2"))
+    newest_checkpoint(folder.parent.parent)
+    weights, states = WeightsFolder(folder / "weights"), OptimizerFolder(folder / "optimizer")
+    for name, spec in specs.items():
+        weights.part(name, spec, Topology())
+        for key in ("exp_avg", "exp_avg_sq"):
+            for rank in range(2):
+                shape = spec.local_shape(2)
+                count = max(1, shape[0])
+                states.part(name, key, spec, Topology(tensor_size=2, rank=rank), 0, count)
+            states.part(name, key, spec, Topology(), 1, 7)
+
+
+def change_json(entry, generator):
+    """Puts nonsense in place of something in a JSON value, at any depth."""
+    if isinstance(entry, dict | list) and entry and generator.random() < 0.85:
+        key = generator.choice(list(entry) if isinstance(entry, dict) else range(len(entry)))
+        if generator.random() < 0.1:
+            del entry[key]
+        else:
+            entry[key] = change_json(entry[key], generator)
+        return entry
+    return generator.choice(VALUES)
+
+
+def change_header(data: bytes, generator) -> bytes:
+    """The same for the header of a safetensors file, whose cuts and pieces are JSON within JSON."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    meta = header["__metadata__"]
+    key = next(iter(meta))
+    if generator.random() < 0.7:
+        meta[key] = json.dumps(change_json(json.loads(meta[key]), generator))
+    else:
+        header = change_json(header, generator)
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]
+
+
+def test_damaged_files(checkpoint, specs, tmp_path):
+    generator = random.Random(7)
+    files = sorted(str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file())
+    folder = tmp_path / "checkpoints" / checkpoint.name
+    shutil.copytree(checkpoint, folder)
+    refused = 0
+    for case in range(CASES):
+        name = generator.choice(files)
+        path, original = folder / name, (checkpoint / name).read_bytes()
+        kind = generator.random()
+        if kind < 0.25:
+            data = bytearray(original)
+            for _ in range(generator.randint(1, 4)):
+                data[generator.randrange(min(len(data), 3000))] = generator.randrange(256)
+            path.write_bytes(bytes(data))
+        elif kind < 0.4:
+            path.write_bytes(original[: generator.randrange(len(original))])
+        elif name.endswith(".json"):
+            path.write_text(json.dumps(change_json(json.loads(original), generator)))
+        else:
+            path.write_bytes(change_header(original, generator))
+        try:
+            read_all(folder, specs)
+        except ConfigError:
+            refused += 1
+        except Exception as error:
+            raise AssertionError(f"case {case}, {name}: {error!r}") from error
+        path.write_bytes(original)
+    read_all(folder, specs)
+    print(f"{refused} of {CASES} refused")
+    assert refused > CASES // 3
