@@ -84,7 +84,7 @@ def run(config: Config, topology: Topology, launch: Launch) -> int:
             stopped = score(config, data, reference_run, topology, groups, stop, watchdog)
         else:
             gpt = setup.resolve_gpt(config, data)
-            own = trained_on(config, gpt, data, topology, reference_hash(reference_run, recorded, topology))
+            own = trained_on(config, gpt, data, topology, reference_hash(reference_run, recorded, topology, watchdog))
             resume = resume_point(config, own, data.names, topology)
             if topology.rank == 0:
                 setup.write_run_config(config, gpt, data, topology)

@@ -104,8 +104,17 @@ def check_files(checkpoint: Path) -> None:
 
 
 @torch.no_grad()
-def load_training(engine: DeepSpeedEngine, checkpoint: Path, topology: Topology, iteration: int) -> None:
+def load_training(
+    engine: DeepSpeedEngine,
+    checkpoint: Path,
+    topology: Topology,
+    iteration: int,
+    progress: Callable[[], None] = lambda: None,
+) -> None:
     """Fills model and optimiser from a checkpoint that any layout wrote; a collective call.
+
+    Args:
+        progress: called with each parameter.
 
     Raises:
         ConfigError: a file is damaged or of another model.
@@ -115,6 +124,7 @@ def load_training(engine: DeepSpeedEngine, checkpoint: Path, topology: Topology,
     masters = MASTER in states.keys
     start_state(engine, iteration)
     for name, parameter in engine.module.model_parameters():
+        progress()
         spec = spec_of(parameter)
         shape = torch.Size(spec.local_shape(topology.tensor_size))
         if masters:
@@ -124,6 +134,7 @@ def load_training(engine: DeepSpeedEngine, checkpoint: Path, topology: Topology,
         with writable(parameter):
             parameter.copy_(own)
     for owned in owned_state(engine, topology.data_rank):
+        progress()
         spec = spec_of(owned.parameter)
         for key, tensor in owned.tensors.items():
             if key == MASTER and not masters:

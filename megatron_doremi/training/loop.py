@@ -69,7 +69,10 @@ class Trainer:
         self.engine, self.reference, self.topology, self.groups = engine, reference, topology, groups
         self.run, self.stop, self.watchdog = run, stop, watchdog
         self.save_dir = Path(config.run.save)
-        self.checkpoints = Checkpointer(self.save_dir, config.run.keep_checkpoints, topology)
+        keep = config.run.keep_checkpoints
+        self.checkpoints = Checkpointer(
+            self.save_dir, keep, topology, lambda: watchdog.mark("waiting for a checkpoint to be written")
+        )
         self.batch_size = global_batch_size(config, topology.world_size)
         self.micro_batches = micro_batches_per_step(config, topology.world_size)
         counts = tuple(window_count(dataset.num_tokens, config.data.seq_length) for dataset in data.train)
@@ -82,7 +85,10 @@ class Trainer:
             self._go_on(resume)
 
     def _go_on(self, resume: ResumePoint) -> None:
-        load_training(self.engine, resume.checkpoint, self.topology, resume.iteration)
+        def progress() -> None:
+            self.watchdog.mark(f"loading {resume.checkpoint.name}")
+
+        load_training(self.engine, resume.checkpoint, self.topology, resume.iteration, progress)
         self.iteration, self.blend_state = resume.iteration, resume.blend
         if self.dro is not None and resume.domain_weights is not None:
             self.dro.state = resume.domain_weights.to(self.engine.device)

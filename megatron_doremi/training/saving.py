@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ from megatron_doremi.training.optimizer_state import optimizer_file, write_index
 # Names of what is being written, given up for a newer one of the same name, or deleted.
 _WRITING, _REPLACED, _DELETING = ".writing-", ".replaced-", ".deleting-"
 
+_SECONDS_A_TURN = 20.0
+
 
 @dataclass
 class _Pending:
@@ -43,13 +45,14 @@ class _Pending:
 class Checkpointer:
     """Writes a run's checkpoints in the background, one at a time."""
 
-    def __init__(self, save: Path, keep: int, topology: Topology):
+    def __init__(self, save: Path, keep: int, topology: Topology, progress: Callable[[], None] = lambda: None):
         """Clears what a killed run left half-written.
 
         Args:
             keep: delete all but this many of the newest checkpoints; 0 keeps all.
+            progress: called now and then while others are waited for.
         """
-        self.save, self.keep, self.topology = save, keep, topology
+        self.save, self.keep, self.topology, self._progress = save, keep, topology, progress
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: _Pending | None = None
         if topology.rank == 0:
@@ -112,25 +115,29 @@ class Checkpointer:
         """
         pending, self._pending = self._pending, None
         if pending is not None and not pending.written_everywhere:
-            self._raise_if_failed(pending.work)
-            work = self._thread.submit(pending.publish) if self.topology.rank == 0 else pending.work
-            self._raise_if_failed(work)
-        elif self.topology.rank == 0 and pending is not None:
-            self._raise_if_failed(pending.work)
-        else:
-            self._raise_if_failed(None)
+            self._wait_everywhere(pending.work)
+            pending.work = self._thread.submit(pending.publish) if self.topology.rank == 0 else pending.work
+        self._wait_everywhere(pending.work if pending is not None else None)
 
-    def _raise_if_failed(self, work: Future[None] | None) -> None:
-        error = work.exception() if work is not None else None
-        own = None if error is None else f"rank {self.topology.rank}: {error}"
-        everyone: list[Any] = [own] * self.topology.world_size
-        if self.topology.world_size > 1:
-            dist.all_gather_object(everyone, own)
-        found = [said for said in everyone if said]
-        if found:
-            newest = checkpoints(self.save)
-            last = f"the newest checkpoint is {newest[-1][1]}" if newest else "there is no checkpoint yet"
-            raise RunError(f"a checkpoint could not be written: {'; '.join(found)}; {last}")
+    def _wait_everywhere(self, work: Future[None] | None) -> None:
+        """Waits for every rank's work, in turns short enough for a collective's patience and the watchdog's."""
+        waiting = True
+        while waiting:
+            if work is not None:
+                wait([work], timeout=_SECONDS_A_TURN)
+            self._progress()
+            done = work is None or work.done()
+            error = work.exception() if work is not None and done else None
+            own = (done, None if error is None else f"rank {self.topology.rank}: {error}")
+            everyone: list[Any] = [own] * self.topology.world_size
+            if self.topology.world_size > 1:
+                dist.all_gather_object(everyone, own)
+            found = [said for _, said in everyone if said]
+            if found:
+                newest = checkpoints(self.save)
+                last = f"the newest checkpoint is {newest[-1][1]}" if newest else "there is no checkpoint yet"
+                raise RunError(f"a checkpoint could not be written: {'; '.join(found)}; {last}")
+            waiting = not all(is_done for is_done, _ in everyone)
 
 
 def _write(files: list[tuple[Path, TensorFile | None]]) -> None:

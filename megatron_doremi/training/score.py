@@ -51,13 +51,18 @@ def data_fingerprint(data: RunData, seq_length: int) -> dict[str, Any]:
     }
 
 
-def weights_hash(folder: Path) -> str:
+def weights_hash(folder: Path, watchdog: Watchdog) -> str:
     """A hash of a checkpoint's weights files."""
-    text = "".join(f"{path.name} {sha256_of(path)}\n" for path in sorted(folder.glob("*.safetensors")))
-    return hashlib.sha256(text.encode()).hexdigest()
+    lines = []
+    for path in sorted(folder.glob("*.safetensors")):
+        watchdog.mark(f"reading {path}")
+        lines.append(f"{path.name} {sha256_of(path)}\n")
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def reference_hash(run: ReferenceRun | None, recorded: RecordedLosses | None, topology: Topology) -> str | None:
+def reference_hash(
+    run: ReferenceRun | None, recorded: RecordedLosses | None, topology: Topology, watchdog: Watchdog
+) -> str | None:
     """Tells a proxy's reference from another, by its weights; None without one. A collective call."""
     if run is None and recorded is None:
         return None
@@ -65,7 +70,7 @@ def reference_hash(run: ReferenceRun | None, recorded: RecordedLosses | None, to
     if topology.rank == 0:
         # Read by one rank: a reference may be gigabytes.
         scores = read_json_object(recorded.folder / "scores.json", "scores.json") if recorded is not None else {}
-        found = [str(scores.get("reference")) if run is None else weights_hash(run.weights)]
+        found = [str(scores.get("reference")) if run is None else weights_hash(run.weights, watchdog)]
     dist.broadcast_object_list(found)
     return found[0]
 
@@ -119,7 +124,7 @@ def score(
     """
     folder, seq_length = Path(config.run.save), config.data.seq_length
     if topology.rank == 0:
-        fingerprint = {**data_fingerprint(data, seq_length), "reference": weights_hash(run.weights)}
+        fingerprint = {**data_fingerprint(data, seq_length), "reference": weights_hash(run.weights, watchdog)}
         write_fingerprint(folder, {**fingerprint, "reference_iteration": run.iteration})
     dist.barrier()
     todo = _todo(config, data, topology, groups)

@@ -132,3 +132,19 @@ def test_other_updates_resume_exactly(flags, reference, data, tmp_path):
             for name, weight in before["domain_weights"].items():
                 assert abs(line["domain_tokens"][name] / 16 - 8 * weight) < 1.0
         assert len({json.dumps(line["domain_tokens"]) for line in whole}) > 3
+
+
+def test_a_mixture_that_is_changed_on_purpose(data, tmp_path):
+    """Batches follow the new weights from the next step on; cursors go on, so that nothing is read twice."""
+    save = tmp_path / "run"
+    flags = ["--load", str(save), "--log-interval", "1", "--global-batch-size", "12"]
+    train(1, "main", data, save, 8, *flags, "--domain-weights", "natural", "--exit-interval", "4")
+    changed = ["--domain-weights", "uniform", "--change-domain-weights"]
+    lines = training_lines(train(1, "main", data, save, 8, *flags, *changed))
+    windows = [{name: tokens // 16 for name, tokens in line["domain_tokens"].items()} for line in lines]
+    # 1500, 3000 and 4500 tokens: one sixth, a third and half of twelve windows.
+    assert windows[:4] == [{"domain 0": 2, "domain 1": 4, "domain 2": 6}] * 4
+    assert windows[4:] == [{"domain 0": 4, "domain 1": 4, "domain 2": 4}] * 4
+    state = json.loads((save / "checkpoints" / "iter_0000008" / "state.json").read_text())
+    assert state["blend"]["cursors"] == {"domain 0": 24, "domain 1": 32, "domain 2": 40}
+    assert state["sampling_weights"] == {f"domain {i}": pytest.approx(1 / 3) for i in range(3)}
