@@ -31,7 +31,7 @@ import torch.distributed as dist
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-from doremi_overhead import DOMAINS, make_config, random_batches
+from doremi_overhead import DOMAINS, make_config, random_batches, shape_parser
 
 from megatron_doremi.config import data_parallel_size, gpt_config
 from megatron_doremi.doremi.engine import TrainingEngine
@@ -46,14 +46,9 @@ from megatron_doremi.training.saving import Checkpointer
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    for name, value in (("tensor", 1), ("pipe", 1), ("layers", 6), ("hidden", 512), ("vocab", 16000), ("seq", 128)):
-        parser.add_argument(f"--{name}", type=int, default=value, help=f"(default: {value})")
-    parser.add_argument("--micro-batch-size", type=int, default=2, help="(default: 2)")
-    parser.add_argument("--micro-batches", type=int, default=2, help="of a rank and step (default: 2)")
+    parser = shape_parser(__doc__ or "", 2, tensor=1, pipe=1, layers=6, hidden=512, vocab=16000, seq=128)
     parser.add_argument("--steps", type=int, default=12, help="in a round (default: 12)")
     parser.add_argument("--rounds", type=int, default=4, help="of each kind (default: 4)")
-    parser.add_argument("--bf16", action="store_true", help="train in bfloat16 with ZeRO 1")
     parser.add_argument("--output-dir", type=Path, required=True, help="the checkpoints go there, and are removed")
     return parser.parse_args()
 

@@ -63,15 +63,22 @@ from megatron_doremi.training.launch import read_launch
 DOMAINS = 8
 
 
-def parse() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    for name, value in (("tensor", 1), ("pipe", 2), ("layers", 4), ("hidden", 256), ("vocab", 4096), ("seq", 256)):
+def shape_parser(what: str, micro_batches: int, **sizes: int) -> argparse.ArgumentParser:
+    """Flags of a model's shape and its batches, with these defaults."""
+    parser = argparse.ArgumentParser(description=what.split("\n")[0])
+    for name, value in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=value, help=f"(default: {value})")
     parser.add_argument("--micro-batch-size", type=int, default=2, help="(default: 2)")
-    parser.add_argument("--micro-batches", type=int, default=4, help="of a rank and step (default: 4)")
-    parser.add_argument("--steps", type=int, default=30, help="timed steps of each engine (default: 30)")
+    words = f"of a rank and step (default: {micro_batches})"
+    parser.add_argument("--micro-batches", type=int, default=micro_batches, help=words)
     parser.add_argument("--bf16", action="store_true", help="train in bfloat16 with ZeRO 1")
+    return parser
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = shape_parser(__doc__ or "", 4, tensor=1, pipe=2, layers=4, hidden=256, vocab=4096, seq=256)
+    parser.add_argument("--steps", type=int, default=30, help="timed steps of each engine (default: 30)")
     return parser.parse_args()
 
 

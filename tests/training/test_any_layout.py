@@ -12,7 +12,7 @@ import pytest
 import torch
 from engines import layout, make_config
 from ranks import on_ranks
-from training.small import MODEL, train, training_lines, write_data
+from training.small import MODEL, train, training_lines
 
 from megatron_doremi.config import GPTConfig
 from megatron_doremi.model.weights import WeightsFolder
@@ -30,18 +30,6 @@ ZERO3 = (2, ["--zero-stage", "3"])
 TP2_DP2_ZERO2 = (4, ["--tensor-model-parallel-size", "2", "--zero-stage", "2", "--cpu-offload"])
 SINGLE = (1, [])
 OTHER = ["--untie-embeddings-and-output-weights", "--position-embedding-type", "learned_absolute"]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data"), tokens=1500)
-
-
-@pytest.fixture(scope="module")
-def reference(data, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("reference")
-    train(1, "reference", data, folder, 12, model=STABLE)
-    return ["--reference-load", str(folder)]
 
 
 def whole_state(checkpoint: Path) -> dict[str, torch.Tensor]:

@@ -10,21 +10,9 @@ from itertools import pairwise
 
 import pytest
 from ranks import run_program
-from training.small import MODEL, metrics, train, training_lines, write_data
+from training.small import MODEL, metrics, train, training_lines
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data"), tokens=1500)
-
-
-@pytest.fixture(scope="module")
-def reference(data, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("reference")
-    train(1, "reference", data, folder, 12)
-    return ["--reference-load", str(folder)]
 
 
 LAYOUTS = {

@@ -32,18 +32,6 @@ ROOT = Path(__file__).resolve().parents[2]
 TP2_PP2 = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_data(tmp_path_factory.mktemp("data"), tokens=1500)
-
-
-@pytest.fixture(scope="module")
-def reference(data, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("reference")
-    train(1, "reference", data, folder, 12)
-    return ["--reference-load", str(folder)]
-
-
 def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
