@@ -29,7 +29,12 @@ pretrain() {
     srun --kill-on-bad-exit=0 --wait=120 --label "${command[@]}" || code=$?
     if [ "$code" -eq 3 ]; then
         echo "stopped before its end and saved: requeued"
-        scontrol requeue "$SLURM_JOB_ID"
+        local job=$SLURM_JOB_ID
+        if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then
+            # One task of an array has the array's own number for its job, which names all of them.
+            job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+        fi
+        scontrol requeue "$job"
     fi
     exit "$code"
 }

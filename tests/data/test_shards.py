@@ -6,6 +6,7 @@ Run alone: python -m pytest tests/data/test_shards.py
 from __future__ import annotations
 
 import fcntl
+import functools
 import gzip
 import json
 import os
@@ -185,7 +186,10 @@ def test_another_tokenizer_is_said(folder, three, tmp_path):
 def stopped(folder, output, how, *words):
     """Starts the tool, and stops it soon after its first entry in the journal."""
     started = [sys.executable, TOOLS / "preprocess_data.py", *command(folder, output, "--journal-seconds", 0, *words)]
-    with subprocess.Popen([str(word) for word in started], stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+    # A shell's background job, such as this test may be, ignores SIGINT, and so do its children.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    output_of = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "preexec_fn": heed}
+    with subprocess.Popen([str(word) for word in started], **output_of) as process:
         end = time.monotonic() + 60
         while not list(output.glob(".partial-*/journal.json")) and time.monotonic() < end and process.poll() is None:
             time.sleep(0.005)

@@ -83,8 +83,17 @@ def said(words: list[str], environ: dict[str, str]) -> str:
     return done.stdout
 
 
+def shown(job: str, environ: dict[str, str]) -> str:
+    return said(["scontrol", "show", "job", job, "--oneliner"], environ)
+
+
 def state_of(job: str, environ: dict[str, str]) -> str:
-    return said(["scontrol", "show", "job", job, "--oneliner"], environ).split("JobState=")[1].split()[0]
+    return shown(job, environ).split("JobState=")[1].split()[0]
+
+
+def start_soon(job: str, environ: dict[str, str]) -> None:
+    """SLURM lets a requeued job wait for two minutes; nodes refuse it within the second of the requeue."""
+    said(["scontrol", "update", f"JobId={job}", "StartTime=now+3"], environ)
 
 
 def logs(folder: Path, last: int = 3000) -> str:
@@ -133,7 +142,7 @@ def test_the_whole_of_doremi(slurm, folder):
 
 
 def test_a_job_that_is_told_to_stop_saves_requeues_and_finishes(slurm, folder):
-    """Its metrics equal those of a run that nobody disturbed."""
+    """Its metrics equal those of a run that nobody disturbed, and the job that waits for it waits on."""
     if not (folder / "data" / "domains.json").exists():
         jobs = run_all(folder, slurm, experiment(folder, "small", 40), "preprocess")
         finish(folder, slurm, jobs["merge valid"], 120)
@@ -142,8 +151,9 @@ def test_a_job_that_is_told_to_stop_saves_requeues_and_finishes(slurm, folder):
     for name in ("undisturbed", "disturbed"):
         text = script.read_text().replace(f"OUT={folder}/run", f"OUT={folder}/{name}")
         (folder / f"{name}.sh").write_text(text)
-        job = run_all(folder, slurm, folder / f"{name}.sh", "reference")["reference"]
-        save = folder / name / "reference"
+        stages = ["reference"] if name == "undisturbed" else ["reference", "score"]
+        jobs = run_all(folder, slurm, folder / f"{name}.sh", *stages)
+        job, save = jobs["reference"], folder / name / "reference"
         if name == "disturbed":
             try:
                 lines = save / "metrics.jsonl"
@@ -154,12 +164,46 @@ def test_a_job_that_is_told_to_stop_saves_requeues_and_finishes(slurm, folder):
                 raise AssertionError(f"{error}\n{logs(folder / name)}") from error
             stopped = training_lines(metrics(save))[-1]["iteration"]
             assert 20 <= stopped < 200
-            # SLURM lets a requeued job wait for two minutes.
-            said(["scontrol", "update", f"JobId={job}", "StartTime=now"], slurm)
-        finish(folder, slurm, job, 150)
+            start_soon(job, slurm)
+        for stage in stages:
+            finish(folder, slurm, jobs[stage], 150)
         runs[name] = training_lines(metrics(save))
     log = logs(folder / "disturbed", 10**6)
     assert "stopped before its end and saved: requeued" in log
     assert f"stopped and saved after iteration {stopped} of 200: a signal asked for it" in log
     assert runs["disturbed"] == runs["undisturbed"]
     assert len(runs["disturbed"]) == 200
+
+
+# Stands in for Python: the first time that a script is told to stop, it leaves as a run does that has saved.
+STAND_IN = """#!/bin/bash
+echo run >> {folder}/$SLURM_ARRAY_JOB_ID.$SLURM_ARRAY_TASK_ID.$SLURM_PROCID
+if [ "$SLURM_ARRAY_TASK_ID" = "$STOPPED" ] && [ "$SLURM_RESTART_COUNT" = "" ]; then
+    exit 3
+fi
+sleep 3
+"""
+
+
+def test_a_stopped_task_of_an_array_requeues_itself_alone(slurm, folder, tmp_path):
+    """Each of two tasks in turn, for one of them has the number of the whole array."""
+    stand_in = tmp_path / "python"
+    stand_in.write_text(STAND_IN.format(folder=tmp_path))
+    stand_in.chmod(0o755)
+    (tmp_path / "site.sh").write_text(SITE.format(python=stand_in))
+    told = {"SITE": str(tmp_path / "site.sh"), "STAGES": "score"}
+    script = experiment(folder, "array", 40)
+    arrays = {}
+    for stopped in "01":
+        printed = said(["bash", "examples/slurm/run_all.sh", str(script)], {**slurm, **told, "STOPPED": stopped})
+        arrays[stopped] = printed.split(": job ")[1].split()[0]
+    for stopped, array in arrays.items():
+        task = f"{array}_{stopped}"
+        wait_for(lambda t=task: state_of(t, slurm) == "PENDING" and "Restarts=1" in shown(t, slurm), 60, "the requeue")
+        start_soon(task, slurm)
+    for stopped, array in arrays.items():
+        for task in "01":
+            finish(folder, slurm, f"{array}_{task}", 60)
+            for rank in "01":
+                runs = (tmp_path / f"{array}.{task}.{rank}").read_text().count("run")
+                assert runs == (2 if task == stopped else 1), f"task {task}, of which {stopped} was stopped"
