@@ -21,8 +21,8 @@ STEPS = 20
 # Four layers, so that a pipeline of four has one each. Eight windows a step. Adam divides by sqrt(v) + epsilon: with
 # the usual 1e-8 a parameter whose gradient is nothing but rounding would move by the whole learning rate, and with 1e-4
 # rounding in the embedding of a rare id still grows a hundredfold within 25 steps, on one process too: another
-# --loss-chunk-tokens alone moves parameters by 5e-7, with 1e-3 by 1e-7.
-DEEP = [*MODEL, "--num-layers", "4", "--adam-eps", "1e-3", "--eval-iters", "1"]
+# --loss-chunk-tokens alone moves parameters by 5e-7, with 3e-4 by 1.6e-7.
+DEEP = [*MODEL, "--num-layers", "4", "--adam-eps", "3e-4", "--eval-iters", "1"]
 UNTIED = [*DEEP, "--untie-embeddings-and-output-weights", "--normalization", "LayerNorm"]
 # What is trained: model, domains, and where the reference's losses come from. Each is one run on one process.
 TASKS = {
