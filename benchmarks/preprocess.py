@@ -11,6 +11,7 @@ texts. The goal is four fifths of the encoder's own rate on each core. Ids are c
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import shutil
@@ -37,7 +38,9 @@ from megatron_doremi.data.manifest import load_manifest
 from megatron_doremi.data.sources import read_blocks
 from megatron_doremi.data.tokenizer import HUGGING_FACE, SENTENCEPIECE, HuggingFaceTokenizer, load_tokenizer
 
-ENCODERS = {"sentencepiece": "t.model", "tiktoken": "t.json", "tokenizers": "t.json"}
+# SentencePiece gives lists of numbers unless it is asked for arrays, as the tool asks it.
+ARRAYS = "  into arrays"
+ENCODERS = {"sentencepiece": "t.model", ARRAYS: "t.model", "tiktoken": "t.json", "tokenizers": "t.json"}
 
 
 def documents(path: Path) -> Iterator[Document]:
@@ -61,15 +64,16 @@ def run_tool(*words: object) -> float:
 
 def raw_encoder(name: str, file: Path) -> Callable[[str], list[int]]:
     """The encoder itself, with nothing of ours around it."""
-    if name == "sentencepiece":
-        return sentencepiece.SentencePieceProcessor(model_file=str(file)).encode
+    if name in ("sentencepiece", ARRAYS):
+        encode = sentencepiece.SentencePieceProcessor(model_file=str(file)).encode
+        return encode if name != ARRAYS else functools.partial(encode, return_type="numpy")
     if name == "tokenizers":
         tokenizer = Tokenizer.from_file(str(file))
         return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
     loaded = load_tokenizer(HUGGING_FACE, file)
     assert isinstance(loaded, HuggingFaceTokenizer)
     assert loaded.fast is not None
-    return loaded.fast.core.encode_ordinary
+    return loaded.fast.encode_ordinary
 
 
 def raw_rate(name: str, file: Path, texts: list[str]) -> float:
@@ -138,25 +142,31 @@ def main() -> None:
         print(f"{megabytes:.0f} MB of text in {packed:.0f} MB, {args.workers} workers; MB of text a second")
         columns = f"{'alone':>8}{f'{args.workers} alone':>10}{'the tool':>10}{'part':>6}"
         print(f"{'encoder':<14}{columns}{'its start':>11}{'part without':>14}")
+        done: dict[str, tuple[float, float]] = {}
         for encoder, model in ENCODERS.items():
             part = texts[::10] if encoder == "tokenizers" else texts
             one = raw_rate(encoder, folder / model, part)
             all_cores = raw_rates(encoder, folder / model, part, args.workers)
+            print(f"{encoder:<14}{one:>8.1f}{all_cores:>10.1f}", end="", flush=True)
             if encoder == "tokenizers":  # the tool takes tiktoken for this file
-                print(f"{encoder:<14}{one:>8.1f}{all_cores:>10.1f}")
+                print()
                 continue
-            output = folder / encoder
-            kind = SENTENCEPIECE if encoder == "sentencepiece" else HUGGING_FACE
-            words = ("--tokenizer-type", kind, "--tokenizer-model", folder / model, "--append-eod")
-            tool = ("preprocess_data.py", "--input", path, "--workers", args.workers, *words, "--output-dir")
-            start = run_tool(*tool, folder / f"start-{encoder}", "--max-documents", 1)
-            seconds = run_tool(*tool, output)
-            # tiktoken's own ids are ranks; the library's are the vocabulary's.
-            oracle = "tokenizers" if encoder == "tiktoken" else encoder
-            check_ids(output, path, raw_encoder(oracle, folder / model))
-            rate = megabytes / seconds
-            print(f"{encoder:<14}{one:>8.1f}{all_cores:>10.1f}{rate:>10.1f}{rate / all_cores:>6.2f}", end="")
+            if encoder != ARRAYS:
+                done[model] = time_tool(encoder, path, folder, model, args.workers)
+            start, seconds = done[model]
+            print(f"{megabytes / seconds:>10.1f}{megabytes / seconds / all_cores:>6.2f}", end="")
             print(f"{start:>9.1f} s{megabytes / (seconds - start) / all_cores:>14.2f}", flush=True)
+
+
+def time_tool(encoder: str, path: Path, folder: Path, model: str, workers: int) -> tuple[float, float]:
+    """(seconds for one document, seconds for all) of the tool; its ids are compared with the encoder's own."""
+    kind = SENTENCEPIECE if encoder == "sentencepiece" else HUGGING_FACE
+    words = ("--tokenizer-type", kind, "--tokenizer-model", folder / model, "--append-eod")
+    tool = ("preprocess_data.py", "--input", path, "--workers", workers, *words, "--output-dir")
+    start = run_tool(*tool, folder / f"start-{encoder}", "--max-documents", 1)
+    seconds = run_tool(*tool, folder / encoder)
+    check_ids(folder / encoder, path, raw_encoder("tokenizers" if encoder == "tiktoken" else encoder, folder / model))
+    return start, seconds
 
 
 if __name__ == "__main__":

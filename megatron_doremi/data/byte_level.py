@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import json
 import re
-import unicodedata
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -40,30 +38,17 @@ def byte_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
 
 
-@dataclass(frozen=True)
-class Ranked:
-    """A byte-level BPE as tiktoken wants it.
-
-    Attributes:
-        core: its ids are ranks.
-        ids: [pieces] the vocabulary's id of each rank.
-    """
-
-    core: tiktoken.Encoding
-    ids: NDArray[np.int32]
-
-    def encode(self, text: str) -> NDArray[np.int32]:
-        """Ids of a text. Raises ValueError where a run of spaces is too long for the regex engine."""
-        if len(text) < _LONG:
-            ranks = self.core.encode_ordinary(text)
-        else:
-            # Slower by a third, but it raises where the other one panics.
-            ranks = self.core.encode(text, disallowed_special=())
-        return self.ids[np.fromiter(ranks, np.int32, len(ranks))]
+def encode(core: tiktoken.Encoding, text: str) -> NDArray[np.int32]:
+    """Ids of a text by a core of `ranked`. Raises ValueError where a run of spaces is too long for the regex engine."""
+    # For a long text the way that is slower by a third, but raises where the other one panics.
+    ids = core.encode_ordinary(text) if len(text) < _LONG else core.encode(text, disallowed_special=())
+    return np.fromiter(ids, np.int32, len(ids))
 
 
-def ranked(tokenizer: Tokenizer, definition: dict[str, Any]) -> Ranked | None:
+def ranked(tokenizer: Tokenizer, definition: dict[str, Any]) -> tiktoken.Encoding | None:
     """The tiktoken core of a tokenizer, or None where it is not known to give the same ids.
+
+    The ids themselves serve as ranks, so they have to rise with the merges, as they do where the merges were learned.
 
     Args:
         definition: the content of its tokenizer.json.
@@ -77,27 +62,26 @@ def ranked(tokenizer: Tokenizer, definition: dict[str, Any]) -> Ranked | None:
     alphabet, vocab = byte_alphabet(), model["vocab"]
     if model.get("byte_fallback") or any(character not in vocab for character in alphabet):
         return None
-    ranks = {bytes([byte]): byte for byte in range(256)}
-    by_byte = sorted(alphabet, key=alphabet.__getitem__)
-    ids = [vocab[character] for character in by_byte]
+    # What is made of single bytes is never compared with a merge, so their ids may lie anywhere.
+    ranks = {bytes([byte]): vocab[character] for character, byte in alphabet.items()}
+    made, last = list(alphabet), -1
     for merge in model["merges"]:
         left, right = merge.split(" ") if isinstance(merge, str) else merge
         halves = [bytes(alphabet.get(character, 0) for character in half) for half in (left, right)]
-        piece = halves[0] + halves[1]
-        if not set(left + right) <= alphabet.keys() or not all(half in ranks for half in halves) or piece in ranks:
+        piece, number = halves[0] + halves[1], vocab[left + right]
+        known = set(left + right) <= alphabet.keys() and all(half in ranks for half in halves)
+        if not known or piece in ranks or number <= last:
             return None
-        ranks[piece] = len(ids)
-        ids.append(vocab[left + right])
-    made = [*by_byte, *("".join(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"])]
+        ranks[piece] = last = number
+        made.append(left + right)
     # A piece that no merge makes can only come out of a text where whole words are looked up first.
     if model.get("ignore_merges") and len(made) < len(vocab):
         return None
-    for piece_text, number in zip(made, ids, strict=True):
+    for piece_text in made:
         pieces = tokenizer.model.tokenize(piece_text)
-        if len(pieces) != 1 or pieces[0].id != number:
+        if len(pieces) != 1 or pieces[0].id != vocab[piece_text]:
             return None
-    core = tiktoken.Encoding("byte-level", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-    return Ranked(core, np.array(ids, dtype=np.int32))
+    return tiktoken.Encoding("byte-level", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
 
 def _pattern_of(entry: Any) -> str | None:
@@ -120,25 +104,29 @@ def _pattern_of(entry: Any) -> str | None:
 def same_classes(pattern: str) -> bool:
     """Whether the regex engines of tiktoken and tokenizers agree on every class of characters that a pattern names,
     over the characters of Unicode's first two planes."""
-    characters = "".join(chr(code) for code in range(_CHARACTERS) if unicodedata.category(chr(code)) != "Cs")
+    surrogates = range(0xD800, 0xE000)
+    characters = "".join(chr(code) for code in range(_CHARACTERS) if code not in surrogates)
     single_bytes = {bytes([byte]): byte for byte in range(256)}
     for name in set(_CLASS.findall(pattern)):
-        # tiktoken leaves out what the pattern does not match; the other one is told to leave out what it does.
+        # tiktoken leaves out what the pattern does not match; the other one, asked for what it does not match, says
+        # between which places that lies.
         core = tiktoken.Encoding("class", pat_str=name, mergeable_ranks=single_bytes, special_tokens={})
-        members = set(bytes(core.encode_ordinary(characters)).decode("utf-8"))
-        pieces = pre_tokenizers.Split(Regex(name), "removed").pre_tokenize_str(characters)
-        if members != set(characters).difference(*(piece for piece, _ in pieces)):
+        others = pre_tokenizers.Split(Regex(name), "removed").pre_tokenize_str(characters)
+        ends = [0, *(end for _, (_, end) in others)]
+        starts = [*(start for _, (start, _) in others), len(characters)]
+        members = "".join(characters[end:start] for end, start in zip(ends, starts, strict=True))
+        if bytes(core.encode_ordinary(characters)) != members.encode("utf-8"):
             return False
     return True
 
 
-def agree(ranked_core: Ranked, tokenizer: Tokenizer, texts: list[str]) -> bool:
+def agree(core: tiktoken.Encoding, tokenizer: Tokenizer, texts: list[str]) -> bool:
     """Whether both know the same classes of characters and encode all texts alike."""
-    if not same_classes(ranked_core.core._pat_str):
+    if not same_classes(core._pat_str):
         return False
     encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     try:
-        return all(ranked_core.encode(text).tolist() == other.ids for text, other in zip(texts, encoded, strict=True))
+        return all(encode(core, text).tolist() == other.ids for text, other in zip(texts, encoded, strict=True))
     except ValueError:
         return False
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import sentencepiece
+import tiktoken
 from numpy.typing import NDArray
 from tokenizers import Tokenizer as Tokenizers
 
-from megatron_doremi.data.byte_level import Ranked, agree, as_bytes, gpt2_definition, ranked
+from megatron_doremi.data.byte_level import agree, as_bytes, encode, gpt2_definition, ranked
 from megatron_doremi.errors import ConfigError, Fault
 
 SENTENCEPIECE = "SentencePieceTokenizer"
@@ -61,7 +62,9 @@ class SentencePieceTokenizer:
 
     def encode_batch(self, texts: list[str]) -> list[NDArray[np.int32]]:
         """Ids of several texts, on one thread."""
-        return [np.fromiter(ids, np.int32, len(ids)) for ids in self._processor.encode(texts, num_threads=1)]
+        # Arrays at once: lists of Python's integers cost a fifth of the time that the encoder itself takes.
+        ids: list[NDArray[np.int32]] = self._processor.encode(texts, return_type="numpy", num_threads=1)
+        return ids
 
     def decode(self, ids: NDArray | list[int]) -> str:
         """The text of ids."""
@@ -111,7 +114,7 @@ class HuggingFaceTokenizer:
         self.vocab_size = max(vocab.values(), default=-1) + 1
         self.eod = self._end(vocab, eod, file)
         self.sha256 = hashlib.sha256(data).hexdigest()
-        self.fast: Ranked | None = ranked(self._slow, definition) if fast else None
+        self.fast: tiktoken.Encoding | None = ranked(self._slow, definition) if fast else None
 
     @staticmethod
     def _end(vocab: dict[str, int], eod: str | int | None, file: Path) -> int:
@@ -144,9 +147,9 @@ class HuggingFaceTokenizer:
             return [np.array(each.ids, dtype=np.int32) for each in encoded]
         return [self._encode_fast(self.fast, text) for text in texts]
 
-    def _encode_fast(self, fast: Ranked, text: str) -> NDArray[np.int32]:
+    def _encode_fast(self, core: tiktoken.Encoding, text: str) -> NDArray[np.int32]:
         try:
-            return fast.encode(text)
+            return encode(core, text)
         except ValueError:
             # A million spaces in a row are more than its regex engine holds.
             return np.array(self._slow.encode(text, add_special_tokens=False).ids, dtype=np.int32)
