@@ -102,18 +102,20 @@ def prepare(
     found = [document for document in documents(given) if document.domain not in ("noise", "boilerplate")]
     size = sum(document.size for document in found) / 1e6
     times = max(1, round(megabytes / size))
-    path = folder / "text.jsonl.zst"
-    with zstandard.open(path, "wt", encoding="utf-8") as file:
+    once, path = folder / "once.jsonl.zst", folder / "text.jsonl.zst"
+    with zstandard.open(once, "wt", encoding="utf-8") as file:
+        for document in found:
+            entry = {"text": document.text, "meta": {"pile_set_name": document.domain}}
+            file.write(json.dumps(entry) + "\n")
+    with path.open("wb") as file:
         for _ in range(times):
-            for document in found:
-                entry = {"text": document.text, "meta": {"pile_set_name": document.domain}}
-                file.write(json.dumps(entry) + "\n")
+            file.write(once.read_bytes())
     texts = [document.text for document in found[:: max(1, round(size / 100))]]
     if sentencepiece_model is not None:
         shutil.copyfile(sentencepiece_model, folder / "t.model")
     for name in ("t.json",) if sentencepiece_model is not None else ("t.model", "t.json"):
         words: tuple[object, ...] = ("--vocab-size", 16000, "--sample-bytes", 10_000_000, "--output", folder / name)
-        run_tool("train_tokenizer.py", "--input", path, *words)
+        run_tool("train_tokenizer.py", "--input", once, *words)
     return path, texts, size * times
 
 

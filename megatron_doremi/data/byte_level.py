@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,8 @@ def encode(core: tiktoken.Encoding, text: str) -> NDArray[np.int32]:
     """Ids of a text by a core of `ranked`. Raises ValueError where a run of spaces is too long for the regex engine."""
     # For a long text the way that is slower by a third, but raises where the other one panics.
     ids = core.encode_ordinary(text) if len(text) < _LONG else core.encode(text, disallowed_special=())
-    return np.fromiter(ids, np.int32, len(ids))
+    # The quickest way from a list of numbers to an array.
+    return np.frombuffer(struct.pack(f"={len(ids)}i", *ids), np.int32)
 
 
 def ranked(tokenizer: Tokenizer, definition: dict[str, Any]) -> tiktoken.Encoding | None:

@@ -24,7 +24,7 @@ from megatron_doremi.errors import ConfigError, Fault
 
 SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet")
 # Bytes of a block: enough to hide its way to a worker and back.
-_BLOCK = 1 << 20
+_BLOCK = 1 << 21
 # Bytes of a compressed file that are decompressed at once; what they hold has to fit into memory.
 _COMPRESSED = 1 << 15
 _BROKEN = (EOFError, OSError, zlib.error, zstandard.ZstdError)
