@@ -75,8 +75,8 @@ LAYOUTS = {
     "PP4": (4, 4, PP4, "untied, 5 domains, online"),
     "PP4 ZeRO1, full": (4, 2, [*PP4, *zero(1), *FULL], "tied, 5 domains, recorded"),
 }
-# About twice what was measured: .00057 of the loss, .00027 of a weight.
-BOUNDS = {"loss": 1.2e-3, "weight": 6e-4}
+# More than twice what was measured: .00057 of the loss, .0001 of a weight.
+BOUNDS = {"loss": 1.2e-3, "weight": 3e-4}
 
 
 @pytest.fixture(scope="module")
@@ -194,8 +194,8 @@ def test_weights_follow_from_the_metrics_alone(reference, data, tmp_path):
 @pytest.mark.parametrize("flags", [[*PP2, *zero(1)], zero(2), zero(3)], ids=["PP2 ZeRO1", "DP2 ZeRO2", "DP2 ZeRO3"])
 def test_bfloat16_follows_float32(flags, reference, data, tmp_path):
     """bfloat16 keeps 8 bits of a number; a batch's mean loss averages the errors of its tokens, but what is left of
-    them in lambda adds up over steps, so the bound is one for 20 steps at eta = .2."""
-    flags = [*reference, "--doremi-step-size", "0.2", *flags]
+    them in lambda, .001 to .003 a step, adds up as in a random walk, so the bound is one for 20 steps at eta = .05."""
+    flags = [*reference, "--doremi-step-size", "0.05", *flags]
     exact = training_lines(train(2, "proxy", data, tmp_path / "float32", STEPS, *flags))
     short = training_lines(train(2, "proxy", data, tmp_path / "bf16", STEPS, *flags, "--bf16"))
     kept = WeightsFolder(tmp_path / "bf16" / "checkpoints" / f"iter_{STEPS:07d}" / "weights")
