@@ -22,22 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-# The optimiser and the profiler import the later ones when they are first used, which takes each rank seconds.
-_CONTEXT.set_forkserver_preload(
-    [
-        "deepspeed",
-        "pretrain_doremi",
-        "megatron_doremi.training.build",
-        "megatron_doremi.training.distributed",
-        "megatron_doremi.training.loop",
-        "megatron_doremi.training.score",
-        "megatron_doremi.training.standalone",
-        "torch._dynamo",
-        "torch.distributed.fsdp",
-        "torch.profiler",
-        "torch.utils.tensorboard",
-    ]
-)
+_CONTEXT.set_forkserver_preload(["tests.preload"])
 
 
 def on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 240.0) -> list[Any]:
