@@ -42,7 +42,15 @@ from megatron_doremi.data.indexed_dataset import dtype_for
 from megatron_doremi.data.manifest import TokenizerInfo, load_manifest
 from megatron_doremi.data.outputs import Outputs, Workspace, keep_tokenizer, manifest_after, publish, train_prefixes
 from megatron_doremi.data.shards import Pair, ShardData, load_shard, run_of, save_shard, shard_folder
-from megatron_doremi.data.sources import Shard, bad_lines_error, check_inputs, read_blocks, read_shard, shard_bytes
+from megatron_doremi.data.sources import (
+    BLOCK_BYTES,
+    Shard,
+    bad_lines_error,
+    check_inputs,
+    read_blocks,
+    read_shard,
+    shard_bytes,
+)
 from megatron_doremi.data.tokenizer import KINDS, SENTENCEPIECE, Tokenizer
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any, run_or_exit
 
@@ -155,6 +163,7 @@ def settings_of(args: argparse.Namespace, reader: DocumentReader, tokenizer: Tok
     stats = [(path, path.stat()) for path in args.input]
     return {
         "inputs": [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats],
+        "size of blocks": BLOCK_BYTES,
         "documents": repr(replace(reader, known=None)),
         "domain list": sorted(reader.known) if reader.known is not None and args.domain_list else None,
         "tokenizer": [tokenizer.type, tokenizer.sha256, tokenizer.eod],

@@ -23,8 +23,8 @@ import zstandard
 from megatron_doremi.errors import ConfigError, Fault
 
 SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet")
-# Bytes of a block: enough to hide its way to a worker and back.
-_BLOCK = 1 << 21
+# Of a block: enough to hide its way to a worker and back.
+BLOCK_BYTES = 1 << 21
 # Bytes of a compressed file that are decompressed at once; what they hold has to fit into memory.
 _COMPRESSED = 1 << 15
 _BROKEN = (EOFError, OSError, zlib.error, zstandard.ZstdError)
@@ -93,7 +93,7 @@ def _read_lines(path: Path) -> Iterator[Block]:
             except _BROKEN:
                 part, broken = b"", True
             buffer += part
-            if part and len(buffer) < _BLOCK:
+            if part and len(buffer) < BLOCK_BYTES:
                 continue
             # The last line of a whole file needs no newline; of a broken one nobody knows how it went on.
             end = len(buffer) if not part and not broken else buffer.rfind(b"\n") + 1
@@ -116,7 +116,7 @@ def _decompressed(raw: BinaryIO, path: Path) -> Iterator[bytes]:
     elif path.name.endswith(".zst"):
         yield from _zstandard_frames(raw)
     else:
-        while part := raw.read(_BLOCK):
+        while part := raw.read(BLOCK_BYTES):
             yield part
 
 
@@ -151,7 +151,7 @@ def _read_rows(path: Path, columns: Sequence[str]) -> Iterator[Block]:
             raise ConfigError(Fault(f"--input {path}", f"no column {value}", rule, "give other keys"))
         rows = max(1, file.metadata.num_rows)
         heavy = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
-        at_once = max(1, rows * _BLOCK // max(_BLOCK, heavy))
+        at_once = max(1, rows * BLOCK_BYTES // max(BLOCK_BYTES, heavy))
         batches = file.iter_batches(at_once, columns=list(columns))
         while True:
             try:

@@ -84,7 +84,7 @@ def test_shards_of_any_files_are_disjoint_and_together_all_blocks(tmp_path_facto
         name = f"{place}.jsonl.zst" if packed else f"{place}.jsonl"
         paths.append(put(folder, zstandard.ZstdCompressor().compress(plain) if packed else plain, name))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "_BLOCK", 1500)
+        patch.setattr(sources, "BLOCK_BYTES", 1500)
         patch.setattr(sources, "_COMPRESSED", 64)
         every = [(block.file, block.first) for path in paths for block in read_blocks(path, [])]
         shards = [list(read_shard(paths, [], Shard(index, number))) for index in range(number)]
@@ -225,6 +225,12 @@ def test_other_settings_do_not_go_on_and_two_runs_do_not_meet(folder, tmp_path):
     out = tmp_path / "out"
     stopped(folder, out, signal.SIGKILL)
     fails(run("preprocess_data.py", *command(folder, out, "--resume", "--max-documents", 9)), "another --max-documents")
+    # A journal counts blocks, of which another version of the program may cut others.
+    journal = out / ".partial-train" / "journal.json"
+    kept = journal.read_text()
+    journal.write_text(kept.replace('"size of blocks": ', '"size of blocks": 1'))
+    fails(run("preprocess_data.py", *command(folder, out, "--resume")), "another size of blocks")
+    journal.write_text(kept)
     with (out / ".partial-train" / "lock").open("ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         fails(run("preprocess_data.py", *command(folder, out)), "another run writes")
