@@ -18,12 +18,16 @@ pretrain() {
     MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
     MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
     export MASTER_ADDR MASTER_PORT
-    # When the allocation ends; older SLURMs do not set it.
+    # When the allocation ends; older SLURMs do not set it. Where squeue says no time, none is known: an empty date would
+    # be read as last midnight.
     if [ -z "${SLURM_JOB_END_TIME:-}" ]; then
-        SLURM_JOB_END_TIME=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e)
-        SLURM_JOB_END_TIME=$(date --date="$SLURM_JOB_END_TIME" +%s 2>/dev/null || true)
+        local end
+        end=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e || true)
+        if [[ $end == [0-9]*T* ]]; then
+            SLURM_JOB_END_TIME=$(date --date="$end" +%s)
+            export SLURM_JOB_END_TIME
+        fi
     fi
-    export SLURM_JOB_END_TIME
     # No shell between srun and Python: signals reach Python itself. A rank that dies is named by the others, which end
     # by themselves; --wait is for those that cannot.
     srun --kill-on-bad-exit=0 --wait=120 --label "${command[@]}" || code=$?
