@@ -23,8 +23,8 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
 
 from megatron_doremi.arguments import parse_config
-from megatron_doremi.data.blend import Blend, BlendState
-from megatron_doremi.data.loader import Step, steps, window_count
+from megatron_doremi.data.blend import Blend, BlendState, window_count
+from megatron_doremi.data.loader import Step, steps
 from megatron_doremi.data.manifest import MANIFEST_FORMAT
 from megatron_doremi.training.setup import open_data
 

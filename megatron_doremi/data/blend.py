@@ -18,11 +18,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_doremi.data.permutation import key_of, permute
+from megatron_doremi.errors import Fault
 
 # Below this, a part of a window is rounding.
 _TOLERANCE = 1e-9
 # Batches that the tie-break looks ahead.
 _HORIZON = 64
+
+
+def window_count(num_tokens: int, seq_length: int) -> int:
+    """Windows of seq_length + 1 tokens at stride seq_length that a stream of tokens holds."""
+    return max(0, (num_tokens - 1) // seq_length)
+
+
+def too_short(name: str, prefix: object, num_tokens: int, seq_length: int) -> Fault | None:
+    """The fault of a domain that does not fill one window, empty ones included."""
+    if window_count(num_tokens, seq_length) > 0:
+        return None
+    what = "is empty" if num_tokens == 0 else f"has {num_tokens} tokens"
+    return Fault(
+        f"domain {name!r} ({prefix})",
+        what,
+        f"a window takes --seq-length + 1 = {seq_length + 1} tokens",
+        "give the domain more text, leave it out of the manifest, or lower --seq-length",
+    )
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from megatron_doremi.data.blend import Blend, BlendState, GlobalBatch
 from megatron_doremi.data.indexed_dataset import IndexedDataset
-from megatron_doremi.errors import Fault
 
 
 @dataclass(frozen=True)
@@ -50,24 +49,6 @@ class Step:
     micro_batches: tuple[MicroBatch, ...]
     targets: NDArray[np.int64]
     state_after: BlendState
-
-
-def window_count(num_tokens: int, seq_length: int) -> int:
-    """Windows of seq_length + 1 tokens at stride seq_length that a stream of tokens holds."""
-    return max(0, (num_tokens - 1) // seq_length)
-
-
-def too_short(name: str, prefix: object, num_tokens: int, seq_length: int) -> Fault | None:
-    """The fault of a domain that does not fill one window, empty ones included."""
-    if window_count(num_tokens, seq_length) > 0:
-        return None
-    what = "is empty" if num_tokens == 0 else f"has {num_tokens} tokens"
-    return Fault(
-        f"domain {name!r} ({prefix})",
-        what,
-        f"a window takes --seq-length + 1 = {seq_length + 1} tokens",
-        "give the domain more text, leave it out of the manifest, or lower --seq-length",
-    )
 
 
 def rank_slice(batch: GlobalBatch, micro_batch_size: int, data_rank: int, data_size: int) -> list[GlobalBatch]:

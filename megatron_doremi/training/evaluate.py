@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_doremi.data.blend import GlobalBatch
+from megatron_doremi.data.blend import GlobalBatch, window_count
 from megatron_doremi.data.indexed_dataset import IndexedDataset
-from megatron_doremi.data.loader import MicroBatch, rank_slice, read_windows, window_count
+from megatron_doremi.data.loader import MicroBatch, rank_slice, read_windows
 from megatron_doremi.doremi.losses import domain_sums
 from megatron_doremi.doremi.objective import reduce_sums
 from megatron_doremi.model.forward import forward_only

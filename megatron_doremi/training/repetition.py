@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_doremi.config import MAIN, PROXY, REFERENCE, Config, global_batch_size
-from megatron_doremi.data.loader import window_count
+from megatron_doremi.data.blend import window_count
 from megatron_doremi.errors import Fault, raise_if_any
 from megatron_doremi.training.setup import RunData
 

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from megatron_doremi.config import Config, global_batch_size
-from megatron_doremi.data.blend import Blend, GlobalBatch
+from megatron_doremi.data.blend import Blend, GlobalBatch, window_count
 from megatron_doremi.data.files import read_json_object, sha256_of
-from megatron_doremi.data.loader import read_windows, window_count
+from megatron_doremi.data.loader import read_windows
 from megatron_doremi.data.scores import (
     RecordedLosses,
     add_to_chunk,

@@ -20,9 +20,9 @@ from megatron_doremi.config import (
     global_batch_size,
     gpt_config,
 )
+from megatron_doremi.data.blend import too_short
 from megatron_doremi.data.files import atomic_write_text, make_folder
 from megatron_doremi.data.indexed_dataset import IndexedDataset
-from megatron_doremi.data.loader import too_short
 from megatron_doremi.data.manifest import Manifest, load_manifest, resolve_weights
 from megatron_doremi.data.scores import RecordedLosses
 from megatron_doremi.doremi.reference import (

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_doremi.data.blend import Blend, BlendState, GlobalBatch
+from megatron_doremi.data.blend import Blend, BlendState, GlobalBatch, too_short, window_count
 from megatron_doremi.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, dtype_for
-from megatron_doremi.data.loader import rank_slice, read_windows, steps, too_short, window_count
+from megatron_doremi.data.loader import rank_slice, read_windows, steps
 from megatron_doremi.errors import ConfigError
 
 
