@@ -36,7 +36,8 @@ def join(launch: Launch, minutes: float = 8.0) -> tuple[torch.device, dist.Store
                     "processes on this machine",
                     f"at least {launch.local_rank + 1}",
                     f"one a GPU, of which there are {torch.cuda.device_count()}",
-                    "start fewer, or set CUDA_VISIBLE_DEVICES to nothing to train on the CPU",
+                    "start fewer, let every task see all GPUs of its node (SLURM: --gpus-per-node in place of "
+                    "--gpus-per-task), or set CUDA_VISIBLE_DEVICES to nothing to train on the CPU",
                 )
             )
         device = torch.device("cuda", launch.local_rank)
