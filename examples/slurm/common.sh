@@ -14,6 +14,11 @@ pretrain() {
     if [ -n "${DRY_RUN:-}" ]; then
         RANK=0 WORLD_SIZE=$DRY_RUN MASTER_ADDR=localhost exec "${command[@]}" --dry-run
     fi
+    # One task of an array has the array's own number for its job, which names all of them.
+    local job=$SLURM_JOB_ID
+    if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then
+        job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+    fi
     # Where the ranks meet. No node's name is known before, and no ssh is needed: srun starts one task a rank.
     MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
     MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
@@ -22,7 +27,7 @@ pretrain() {
     # be read as last midnight.
     if [ -z "${SLURM_JOB_END_TIME:-}" ]; then
         local end
-        end=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e || true)
+        end=$(squeue --noheader --jobs="$job" --format=%e || true)
         if [[ $end == [0-9]*T* ]]; then
             SLURM_JOB_END_TIME=$(date --date="$end" +%s)
             export SLURM_JOB_END_TIME
@@ -33,11 +38,6 @@ pretrain() {
     srun --kill-on-bad-exit=0 --wait=120 --label "${command[@]}" || code=$?
     if [ "$code" -eq 3 ]; then
         echo "stopped before its end and saved: requeued"
-        local job=$SLURM_JOB_ID
-        if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then
-            # One task of an array has the array's own number for its job, which names all of them.
-            job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-        fi
         scontrol requeue "$job"
     fi
     exit "$code"
