@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -63,19 +64,20 @@ def read_json_object(path: Path, what: str) -> dict[str, Any]:
         what: how messages call the file, such as "--domains data/domains.json".
 
     Raises:
-        ConfigError: the file cannot be read, is no JSON, no object, or names a key twice (of which json keeps
-            the last without a word: a domain's weight would be lost).
+        ConfigError: the file cannot be read, is not JSON, not an object, or names a key twice (json silently
+            keeps the last: a domain's weight would be lost).
     """
 
     def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        twins = {key for key in keys if keys.count(key) > 1}
-        if twins:
-            raise ValueError(f"the key {sorted(twins)[0]!r} stands there twice")
-        return dict(pairs)
+        entry = dict(pairs)
+        if len(entry) != len(pairs):
+            twin = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+            raise ValueError(f"duplicate key {twin!r}")
+        return entry
 
     try:
-        entry = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=no_twins)
+        text = path.read_text(encoding="utf-8")
+        entry = json.loads(text, object_pairs_hook=no_twins)
         if not isinstance(entry, dict):
             raise ValueError(f"a JSON {type(entry).__name__}")
     except (OSError, ValueError, RecursionError) as error:

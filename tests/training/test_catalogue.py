@@ -105,7 +105,7 @@ MANIFESTS = {
     ),
     "a list": Case(("one JSON object",), damage=lambda f: (f / "data" / "domains.json").write_text("[1]")),
     "a key twice": Case(
-        ("stands there twice",), damage=lambda f: (f / "data" / "domains.json").write_text('{"format": 1, "format": 2}')
+        ("duplicate key",), damage=lambda f: (f / "data" / "domains.json").write_text('{"format": 1, "format": 2}')
     ),
     "another format": Case(("megatron-doremi-domains/1",), damage=manifest(lambda e: e.update(format="other/1"))),
     "no domains": Case(("at least one",), damage=manifest(lambda e: e.update(domains=[]))),
@@ -160,7 +160,7 @@ WEIGHTS = {
             ("infinity", '{"domain 0": 1e999, "domain 1": 1, "domain 2": 1}', ("'domain 0': inf",)),
             ("true", {**THIRDS, "domain 0": True}, ("'domain 0': True",)),
             ("a vanishing share", {**THIRDS, "domain 0": 1e-30}, ("shares of at least",)),
-            ("the same name twice", '{"domain 0": 1, "domain 0": 2}', ("stands there twice",)),
+            ("the same name twice", '{"domain 0": 1, "domain 0": 2}', ("duplicate key",)),
             ("another format", {"format": "x", "weights": THIRDS}, ("megatron-doremi-weights/1",)),
             (
                 "another tokenizer's",
