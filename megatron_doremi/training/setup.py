@@ -21,6 +21,7 @@ from megatron_doremi.config import (
     gpt_config,
 )
 from megatron_doremi.data.blend import too_short
+from megatron_doremi.data.content import content_hash
 from megatron_doremi.data.files import atomic_write_text, make_folder
 from megatron_doremi.data.indexed_dataset import IndexedDataset
 from megatron_doremi.data.manifest import Manifest, load_manifest, resolve_weights
@@ -49,6 +50,8 @@ class RunData:
         valid: [k] held-out streams, None where a domain has none.
         weights: [k] sampling weights, sum 1.
         vocab_size: ids are below this.
+        content: hash of names and sampled content of `train`; "" for an evaluation.
+        held_out_content: the same of `valid`.
     """
 
     manifest: Manifest
@@ -56,6 +59,8 @@ class RunData:
     valid: tuple[IndexedDataset | None, ...]
     weights: NDArray[np.float64]
     vocab_size: int
+    content: str
+    held_out_content: str
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -110,7 +115,9 @@ def open_data(config: Config, training: bool) -> RunData:
             )
         )
     raise_if_any(faults)
-    return RunData(manifest, tuple(d for d in train if d is not None), tuple(valid), weights, vocab_size)
+    opened = tuple(d for d in train if d is not None)
+    contents = (content_hash(manifest.names, opened) if training else "", content_hash(manifest.names, valid))
+    return RunData(manifest, opened, tuple(valid), weights, vocab_size, *contents)
 
 
 def sampling_setting(config: Config, manifest: Manifest) -> str:

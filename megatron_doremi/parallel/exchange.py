@@ -1,0 +1,59 @@
+"""Small values between ranks, as JSON: nothing that arrives from a peer is unpickled."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Every rank's value, in the order of ranks of the group; a collective call.
+
+    Args:
+        value: anything that JSON takes; it comes back as JSON gives it (tuples as lists).
+        group: None: all ranks.
+    """
+    own = _encode(value)
+    size = dist.get_world_size(group)
+    if size == 1:
+        return [_decode(own)]
+    length = torch.tensor([len(own)], device=own.device)
+    lengths = [torch.empty_like(length) for _ in range(size)]
+    dist.all_gather(lengths, length, group=group)
+    longest = int(torch.stack(lengths).max())
+    padded = torch.zeros(longest, dtype=torch.uint8, device=own.device)
+    padded[: len(own)] = own
+    everyone = [torch.empty_like(padded) for _ in range(size)]
+    dist.all_gather(everyone, padded, group=group)
+    return [_decode(part[: int(count)]) for part, count in zip(everyone, lengths, strict=True)]
+
+
+def broadcast_json(value: Any, source: int = 0, group: dist.ProcessGroup | None = None) -> Any:
+    """The value of one rank on every rank; a collective call.
+
+    Args:
+        value: read on rank `source` only.
+        source: global rank.
+        group: None: all ranks.
+    """
+    own = _encode(value if dist.get_rank() == source else None)
+    if dist.get_world_size(group) == 1:
+        return _decode(own)
+    length = torch.tensor([len(own)], device=own.device)
+    dist.broadcast(length, source, group=group)
+    buffer = own if dist.get_rank() == source else torch.empty(int(length), dtype=torch.uint8, device=own.device)
+    dist.broadcast(buffer, source, group=group)
+    return _decode(buffer)
+
+
+def _encode(value: Any) -> Tensor:
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
+
+
+def _decode(data: Tensor) -> Any:
+    return json.loads(data.cpu().numpy().tobytes())
