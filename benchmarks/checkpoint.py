@@ -27,6 +27,7 @@ os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -115,8 +116,8 @@ def timed_round(
     for step in range(steps):
         agreed: list[Agreement] = []
 
-        def before_step(found: list[Agreement] = agreed) -> None:
-            found.append(agree(engine.objective.local_sums, 0, *checkpointer.progress()))
+        def before_step(norm: Tensor | None, found: list[Agreement] = agreed) -> None:
+            found.append(agree(engine.objective.local_sums, norm, 0, *checkpointer.progress()))
 
         engine.train_step(batches, before_step=before_step)
         if not agreed[0].writing:

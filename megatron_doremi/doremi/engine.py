@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
-from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass, PipeSchedule
+from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass, PipeSchedule, ReduceGrads
 from torch import Tensor
 
 from megatron_doremi.data.loader import MicroBatch
@@ -29,19 +29,23 @@ class TrainingEngine(DeepSpeedEngine):
     def __init__(self, objective: MeanLoss, groups: ProcessGroups, clip_grad: float, **deepspeed: Any):
         super().__init__(**deepspeed)
         self.objective, self.groups, self.clip_grad = objective, groups, clip_grad
-        self._before_step: Callable[[], None] = lambda: None
+        self._before_step: Callable[[Tensor | None], None] = lambda norm: None
 
     def train_step(
         self,
         micro_batches: Sequence[MicroBatch],
         reference: Sequence[Tensor] = (),
         targets: Tensor | None = None,
-        before_step: Callable[[], None] = lambda: None,
+        before_step: Callable[[Tensor | None], None] = lambda norm: None,
     ) -> None:
-        """One step of the optimiser on this rank's micro-batches; for the rest see `MeanLoss.begin`.
+        """One step of the optimizer on this rank's micro-batches; for the rest see `MeanLoss.begin`.
+
+        A gradient whose norm is NaN or Inf moves no parameter under ZeRO 1 to 3, nor in bfloat16: DeepSpeed's
+        optimizers skip that step on all ranks, and `was_step_applied` is false. Without them it is up to `before_step`.
 
         Args:
-            before_step: called on every rank once all losses are recorded and before any parameter moves.
+            before_step: called on every rank once all losses are recorded and before any parameter moves, with the
+                gradient's global norm, or None where it is computed inside the optimizer's step.
         """
         self._before_step = before_step
         self.objective.begin(reference, targets, self.gradient_accumulation_steps())
@@ -50,8 +54,12 @@ class TrainingEngine(DeepSpeedEngine):
         self.objective.end()
 
     def _take_model_step(self, *args: Any, **kwargs: Any) -> None:
-        self._before_step()
+        self._before_step(self._norm_in_time())
         super()._take_model_step(*args, **kwargs)
+
+    def _norm_in_time(self) -> Tensor | None:
+        """The gradient's global norm, clipped by it, where this engine computes it and not the optimizer."""
+        return None
 
     @abstractmethod
     def _accumulate_and_step(self, micro_batches: Sequence[MicroBatch]) -> None:
@@ -107,12 +115,19 @@ class PipelineTraining(TrainingEngine, PipelineEngine):
             self.loss = self.objective.loss(*self._held.pop(buffer_id))
         super()._exec_backward_pass(buffer_id)
 
-    def _take_model_step(self, *args: Any, **kwargs: Any) -> None:
+    def _exec_reduce_grads(self) -> None:
+        # A single replica has nothing to reduce; a sharded optimizer collects its gradients here.
+        sharded = self.optimizer is not self.basic_optimizer and not self.using_bf16_optimizer
+        if self.objective.topology.data_size > 1 or sharded:
+            super()._exec_reduce_grads()
+
+    def _norm_in_time(self) -> Tensor | None:
         # Without ZeRO or mixed precision DeepSpeed neither reports a norm nor counts tied copies and
-        # replicated parameters once; its sharded optimisers do both.
-        if self.optimizer is self.basic_optimizer:
-            self._global_grad_norm = self._clip_gradients()
-        super()._take_model_step(*args, **kwargs)
+        # replicated parameters once; its sharded optimizers do both.
+        if self.optimizer is not self.basic_optimizer:
+            return None
+        self._global_grad_norm = self._clip_gradients()
+        return self._global_grad_norm
 
     def _clip_gradients(self) -> Tensor:
         parameters = [p for p in self.module.parameters() if p.grad is not None]
@@ -132,6 +147,7 @@ class PipelineTraining(TrainingEngine, PipelineEngine):
         ForwardPass: _exec_forward_pass,
         UpdateDomainWeights: _exec_update_domain_weights,
         BackwardPass: _exec_backward_pass,
+        ReduceGrads: _exec_reduce_grads,
     }
 
 

@@ -28,7 +28,9 @@ def token_scores(loss: Tensor, reference: Tensor | None, objective: str) -> Tens
         return torch.zeros_like(loss)
     if objective == "easiest":
         return -reference.double()
-    return (loss - reference.double()).clamp(min=0.0)
+    reference = reference.double()
+    # 0 x Inf is NaN: without it an infinite reference would look like a proxy that is better everywhere.
+    return (loss - reference).clamp(min=0.0) + 0.0 * reference
 
 
 def domain_sums(
@@ -57,6 +59,12 @@ def domain_sums(
     # which one window's loss that is no number would make all domains' sums so.
     members = domains.unsqueeze(1) == torch.arange(num_domains, device=domains.device)
     return torch.where(members, rows.unsqueeze(2), 0.0).sum(dim=1)
+
+
+def finite_windows(token_loss: Tensor, reference: Tensor | None) -> Tensor:
+    """[2, batch]: whether all losses of a window are finite, and all of the reference's (true where there is none)."""
+    own = torch.isfinite(token_loss.detach()).all(dim=1)
+    return torch.stack((own, torch.ones_like(own) if reference is None else torch.isfinite(reference).all(dim=1)))
 
 
 def domain_coefficients(weights: Tensor, targets: Tensor, accumulation: int) -> Tensor:

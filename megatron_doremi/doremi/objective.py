@@ -21,6 +21,7 @@ from megatron_doremi.doremi.losses import (
     batch_coefficients,
     domain_coefficients,
     domain_sums,
+    finite_windows,
     weighted_loss,
 )
 from megatron_doremi.parallel.groups import ProcessGroups
@@ -46,13 +47,19 @@ def reduce_sums(local: Tensor, topology: Topology, groups: ProcessGroups) -> Ten
 
 
 class MeanLoss:
-    """The mean token loss of the global batch; per-domain sums are kept for the record."""
+    """The mean token loss of the global batch; per-domain sums are kept for the record.
+
+    Attributes:
+        local_sums: [3, k] of this rank's micro-batches of the step; zero away from the last stage.
+        finite: `finite_windows` of each micro-batch of the step, in order; empty away from the last stage.
+    """
 
     before_backward = False
 
     def __init__(self, num_domains: int, topology: Topology, groups: ProcessGroups, device: torch.device):
         self.num_domains, self.topology, self.groups = num_domains, topology, groups
         self.local_sums = torch.zeros(3, num_domains, dtype=torch.float64, device=device)
+        self.finite: list[Tensor] = []
 
     def begin(self, reference: Sequence[Tensor], targets: Tensor | None, micro_batches: int) -> None:
         """Starts a step.
@@ -64,10 +71,12 @@ class MeanLoss:
             micro_batches: of a rank and step.
         """
         self.local_sums.zero_()
+        self.finite.clear()
 
     def record(self, token_loss: Tensor, domains: Tensor) -> None:
         """Adds the next micro-batch's [batch, seq] token losses, [batch] domains, to the step's sums."""
         self.local_sums += domain_sums(token_loss, domains, self.num_domains)
+        self.finite.append(finite_windows(token_loss, None))
 
     def turn(self) -> None:
         """Called on every rank between a batch's forwards and its backwards, where `before_backward` is set."""
@@ -139,6 +148,7 @@ class GroupDRO(MeanLoss):
         reference = self._reference[self._recorded] if self._reference else None
         self._recorded += 1
         self.local_sums += domain_sums(token_loss, domains, self.num_domains, reference, self.settings.objective)
+        self.finite.append(finite_windows(token_loss, reference))
 
     def turn(self) -> None:
         self._move()

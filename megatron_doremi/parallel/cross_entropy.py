@@ -1,4 +1,4 @@
-"""Cross-entropy of next tokens over a vocabulary that is cut over the tensor group.
+"""Cross-entropy of next tokens over a vocabulary that is sharded over the tensor group.
 
 No rank ever holds a whole row of logits (Shoeybi et al. 2019, section 3): three all-reduces of one number a
 token give the largest logit, the sum of exponentials and the target's logit.
@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from megatron_doremi.parallel.groups import TensorGroup
 
@@ -47,6 +46,53 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         return probabilities.mul_(grad.unsqueeze(-1)), None, None, None
 
 
+class _ChunkedLosses(torch.autograd.Function):
+    """Token losses of rows of hidden states, chunk by chunk; the backward pass computes the logits again.
+
+    The gradient of the output layer is a sum over chunks. It is kept in float32 whatever the precision of the weights
+    and rounded to theirs once, at the end: summed in bfloat16, a chunk's part would be lost to the rounding of the
+    sum. Chunks are added from the last to the first, the order in which autograd would run them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, tensor: TensorGroup, chunk: int
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.vocab_size, ctx.tensor, ctx.chunk = vocab_size, tensor, chunk
+        parts = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+        return torch.cat([_losses_of(_logits(h, weight, vocab_size, tensor), t, tensor) for h, t in parts])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+        hidden, weight, targets = ctx.saved_tensors
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        chunks = [part.split(ctx.chunk) for part in (hidden, targets, grad)]
+        hidden_grads: list[Tensor] = []
+        weight_grad: Tensor | None = None
+        for rows, aims, factors in reversed(list(zip(*chunks, strict=True))):
+            logits = _logits(rows, weight, ctx.vocab_size, ctx.tensor).requires_grad_()
+            with torch.enable_grad():
+                losses = _losses_of(logits, aims, ctx.tensor)
+            logits_grad = torch.autograd.grad(losses, logits, factors)[0].to(weight.dtype)
+            del logits, losses
+            if wants_hidden:
+                hidden_grads.append(logits_grad.mm(weight))
+            if wants_weight:
+                part = _float32_product(logits_grad.t(), rows)
+                weight_grad = part if weight_grad is None else weight_grad.add_(part)
+        hidden_grad = torch.cat(hidden_grads[::-1]) if wants_hidden else None
+        return hidden_grad, None if weight_grad is None else weight_grad.to(weight.dtype), None, None, None, None
+
+
+def _float32_product(a: Tensor, b: Tensor) -> Tensor:
+    """[n, m] times [m, p], rounded to float32 only."""
+    if a.dtype == torch.float32:
+        return a.mm(b)
+    # Products of 16-bit numbers with a float32 result exist on GPUs only.
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float().mm(b.float())
+
+
 def token_losses(
     hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, tensor: TensorGroup, chunk_tokens: int = 0
 ) -> Tensor:
@@ -57,8 +103,8 @@ def token_losses(
             rows' share and has to be summed by whatever handed it in (`TensorParallel.enter`).
         weight: [padded vocabulary / t, hidden], this rank's rows of the output layer.
         targets: [batch, seq] token ids below `vocab_size`.
-        vocab_size: rows from here on are padding and never enter the softmax.
-        tensor: the group over which the vocabulary is cut.
+        vocab_size: rows from here on are padding: their logits are -inf, whatever they hold (finite).
+        tensor: the group over which the vocabulary is sharded.
         chunk_tokens: hold the logits of at most this many tokens at a time, none between the forward and the
             backward pass, which computes them again; 0: hold the logits of all tokens, computed once.
 
@@ -66,23 +112,26 @@ def token_losses(
         [batch, seq] losses in nats, the same on every rank of the group.
     """
     rows, flat = hidden.flatten(0, 1), targets.flatten()
-    if not chunk_tokens:
-        return _row_losses(rows, weight, flat, vocab_size, tensor).view_as(targets)
-    parts = [
-        checkpoint(_row_losses, r, weight, t, vocab_size, tensor, use_reentrant=False, preserve_rng_state=False)
-        for r, t in zip(rows.split(chunk_tokens), flat.split(chunk_tokens), strict=True)
-    ]
-    return torch.cat(parts).view_as(targets)
+    if chunk_tokens:
+        return _ChunkedLosses.apply(rows, weight, flat, vocab_size, tensor, chunk_tokens).view_as(targets)
+    return _losses_of(_logits(rows, weight, vocab_size, tensor), flat, tensor).view_as(targets)
 
 
-def _row_losses(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, tensor: TensorGroup) -> Tensor:
-    """[n, hidden] and [n] targets to [n] losses."""
-    # Padding is left out of the product; a rank that holds nothing else keeps a row, which gets no probability.
-    used = vocab_size - tensor.rank * weight.shape[0]
-    logits = F.linear(hidden, weight[: max(1, used)]).float()
+def _logits(hidden: Tensor, weight: Tensor, vocab_size: int, tensor: TensorGroup) -> Tensor:
+    """[n, hidden] to [n, padded vocabulary / t] float32, -inf in the columns of padding.
+
+    The product takes all rows: without the padding, its strides would be odd, which makes slow kernels of 16 bits.
+    """
+    logits = F.linear(hidden, weight).float()
+    used = max(0, vocab_size - tensor.rank * weight.shape[0])
+    if used < weight.shape[0]:
+        padding = torch.arange(weight.shape[0], device=weight.device) >= used
+        logits = logits.masked_fill_(padding, float("-inf"))
+    return logits
+
+
+def _losses_of(logits: Tensor, targets: Tensor, tensor: TensorGroup) -> Tensor:
+    """[n, columns of this rank] logits, float32, and [n] targets to [n] losses."""
     if tensor.size == 1:
         return F.cross_entropy(logits, targets, reduction="none")
-    if used < 1:
-        # A fill that stays in the graph: every rank has to take part in the backward's collectives.
-        logits = logits.masked_fill(torch.ones_like(logits, dtype=torch.bool), float("-inf"))
-    return _VocabParallelCrossEntropy.apply(logits, targets, tensor.rank * weight.shape[0], tensor)
+    return _VocabParallelCrossEntropy.apply(logits, targets, tensor.rank * logits.shape[-1], tensor)

@@ -21,6 +21,8 @@ def deepspeed_config(config: Config, hidden_size: int, parameters: int, world_si
         # Our loop logs; DeepSpeed's own report would cost a synchronisation.
         "steps_per_print": None,
         "wall_clock_breakdown": False,
+        # It would wait for the device at each forward pass and step.
+        "timers": {"throughput": {"enabled": False}},
         "zero_optimization": _zero(config, hidden_size, parameters),
         "gradient_clipping": config.optimizer.clip_grad if config.parallel.zero_stage else 0.0,
         # Reentrant checkpointing cuts a first stage, whose inputs are integers, off the graph. "Partitioned"
@@ -36,13 +38,15 @@ def deepspeed_config(config: Config, hidden_size: int, parameters: int, world_si
         # loss, before the module (seen on 0.19.8: the output layer never learned).
         result["bf16"] = {"enabled": True, "immediate_grad_update": True}
         result["data_types"] = {"grad_accum_dtype": "fp32"}
+        # Otherwise the float32 sums are rounded to bfloat16 on their way between replicas, at one replica too.
+        result["communication_data_type"] = "fp32"
     return result
 
 
 def _zero(config: Config, hidden_size: int, parameters: int) -> dict[str, Any]:
     # The "memory efficient" linear layer replaces torch's for the whole process, the reference's too.
     result: dict[str, Any] = {"stage": config.parallel.zero_stage, "memory_efficient_linear": False}
-    if config.parallel.zero_stage >= 2:
+    if config.parallel.zero_stage >= 1:
         # ZeRO allocates a whole bucket; DeepSpeed's default is 500 million numbers, 2 GB, for a model of any size.
         result["reduce_bucket_size"] = min(500_000_000, parameters)
     if config.parallel.zero_stage == 3:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from megatron_doremi.doremi.reference import OnlineReference, RecordedReference
 from megatron_doremi.parallel.groups import ProcessGroups
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.training.checkpoint import load_training
-from megatron_doremi.training.consensus import Agreement, NonFinite, agree, explain_non_finite
+from megatron_doremi.training.consensus import Agreement, agree, explain_gradient, explain_loss
 from megatron_doremi.training.evaluate import evaluate
 from megatron_doremi.training.guard import check_ranks_agree
 from megatron_doremi.training.metrics import (
@@ -175,15 +174,21 @@ class Trainer:
         targets = torch.from_numpy(step.targets).to(self.engine.device, torch.float64)
         agreed: list[Agreement] = []
 
-        def before_step() -> None:
-            own = agree(self.engine.objective.local_sums, self.stop.reason(), *self.checkpoints.progress())
-            if own.non_finite:
+        batch = (self.engine.objective, step.micro_batches, self.data.names, self.iteration + 1)
+
+        def before_step(norm: Tensor | None) -> None:
+            own = agree(self.engine.objective.local_sums, norm, self.stop.reason(), *self.checkpoints.progress())
+            if own.loss_non_finite or own.gradient_non_finite:
                 # What was saved before is good, also where it is still being written.
                 self.checkpoints.finish()
-                raise explain_non_finite(self.engine.objective, step.micro_batches, self.data.names, self.iteration + 1)
+                raise explain_loss(*batch) if own.loss_non_finite else explain_gradient(*batch)
             agreed.append(own)
 
         self.engine.train_step(step.micro_batches, losses, targets, before_step)
+        if not self.engine.was_step_applied():
+            # DeepSpeed's optimizers know the norm inside their step only; they skipped it on every rank.
+            self.checkpoints.finish()
+            raise explain_gradient(*batch)
         self.blend_state = step.state_after
         self.iteration += 1
         return agreed[0]
@@ -241,13 +246,6 @@ class Trainer:
         return state
 
     def _save(self, log: RunLog) -> None:
-        norm = self.engine.grad_norm()
-        if not math.isfinite(norm):
-            self.checkpoints.finish()
-            raise NonFinite(
-                f"the gradient of iteration {self.iteration} has the norm {norm}: the parameters are spoilt and were "
-                "not saved; go on from the last checkpoint with a lower --lr or --clip-grad"
-            )
         self.watchdog.mark(f"saving iteration {self.iteration}")
         consumed = {"consumed_samples": self.iteration * self.batch_size}
         state = {**self.run, **consumed, **self._own_state()}

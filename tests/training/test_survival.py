@@ -121,26 +121,37 @@ def poison(save: Path, row: int) -> None:
             save_file(tensors, path, metadata=header)
 
 
-@pytest.mark.parametrize("phase", ["main", "proxy"])
-def test_a_loss_that_is_no_number_stops_all_ranks_and_names_the_domain(phase, tmp_path):
-    """In a layout of 2 x 2, an id that only domain 1 has: nothing more is saved, no parameter has moved."""
+@pytest.mark.parametrize(("phase", "whose"), [("main", "model"), ("proxy", "proxy"), ("proxy", "reference")])
+def test_a_loss_that_is_no_number_stops_all_ranks_and_names_the_domain(phase, whose, tmp_path):
+    """In a layout of 2 x 2, an id that only domain 1 has: nothing more is saved, no parameter has moved. NaN in the
+    reference is not blamed on the proxy."""
     data = write_data(tmp_path, tokens=1500, apart=True)
     flags = ["--untie-embeddings-and-output-weights"]
     if phase == "proxy":
         train(1, "reference", data, tmp_path / "reference", 2, *flags)
         flags += ["--reference-load", str(tmp_path / "reference")]
     save = tmp_path / "run"
-    train(1, phase, data, save, 5, *flags)
-    poison(save, row=25)
-    layout = ["--pipeline-model-parallel-size", "2", "--save-interval", "1", "--load", str(save)]
+    layout = ["--pipeline-model-parallel-size", "2", "--save-interval", "1"]
+    if whose == "reference":
+        poison(tmp_path / "reference", row=25)
+    else:
+        train(1, phase, data, save, 5, *flags)
+        poison(save, row=25)
+        layout += ["--load", str(save)]
     with pytest.raises(AssertionError) as caught:
         train(4, phase, data, save, 50, *flags, *layout)
     said = str(caught.value)
     assert "NonFinite" in said
-    assert re.search(r"the loss of iteration \d+ is not finite in 'domain 1' \(windows [\d, ]+\)\n", said), said
+    found = re.findall(r"the (\w+)'s loss of iteration (\d+) is NaN or Inf in 'domain 1' \(windows ([\d, ]+)\)\n", said)
+    assert {name for name, _, _ in found} == {whose}, said
+    assert ("the proxy's own losses are finite" in said) == (whose == "reference")
+    # Only windows that hold the id are named: of a batch of 8, those of one domain at most.
+    assert all(1 <= len(windows.split(",")) <= 4 for _, _, windows in found)
     assert re.search(r"the batch: windows of 'domain 0' \d, 'domain 1' \d, 'domain 2' \d", said)
-    last, checkpoint = checkpoints(save)[-1]
-    assert f"the loss of iteration {last + 1} " in said
+    last, checkpoint = (checkpoints(save) or [(0, None)])[-1]
+    assert {int(iteration) for _, iteration, _ in found} == {last + 1}
+    if whose == "reference":
+        return
     kept = WeightsFolder(checkpoint / "weights")
     bad = kept.whole("embedding.weight").isnan().any(dim=1)
     assert bad.nonzero().flatten().tolist() == [25]
