@@ -32,6 +32,45 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
             temporary.unlink()
 
 
+class AppendFile:
+    """A file that only grows, record by record, each written in full or not at all."""
+
+    def __init__(self, path: Path):
+        """Opens the file, or makes it; a link is followed."""
+        self.descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+
+    def size(self) -> int:
+        """Bytes in the file."""
+        return os.fstat(self.descriptor).st_size
+
+    def read(self, start: int, end: int) -> bytes:
+        """The bytes from `start` to `end`, fewer where the file is shorter."""
+        return os.pread(self.descriptor, end - start, start) if end > start else b""
+
+    def append(self, record: bytes) -> None:
+        """Writes a record. Raises OSError where that fails, after the part that was written is taken back."""
+        size, written = self.size(), 0
+        try:
+            while written < len(record):
+                written += os.write(self.descriptor, record[written:])
+        except OSError:
+            if written:
+                self.truncate(size)
+            raise
+
+    def truncate(self, size: int) -> None:
+        """Drops what lies past `size` bytes."""
+        os.ftruncate(self.descriptor, size)
+
+    def make_durable(self) -> None:
+        """Waits until what was written is on the disk."""
+        os.fsync(self.descriptor)
+
+    def close(self) -> None:
+        """Closes the file."""
+        os.close(self.descriptor)
+
+
 def make_durable(path: Path) -> None:
     """Waits until a file's data, or a folder's entries, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -78,6 +78,7 @@ class Trainer:
         self.blend = Blend(data.names, counts, self.batch_size, config.data.seed)
         self.blend_state = BlendState.start(len(data.names))
         self.iteration = 0
+        self.metrics_bytes: int | None = None
         # What only a proxy has.
         self.dro = engine.objective if isinstance(engine.objective, GroupDRO) else None
         if resume is not None:
@@ -89,6 +90,7 @@ class Trainer:
 
         load_training(self.engine, resume.checkpoint, self.topology, resume.iteration, progress)
         self.iteration, self.blend_state = resume.iteration, resume.blend
+        self.metrics_bytes = resume.metrics_bytes
         if self.dro is not None and resume.domain_weights is not None:
             self.dro.state = resume.domain_weights.to(self.engine.device)
 
@@ -100,7 +102,15 @@ class Trainer:
         """
         config, total = self.config, self.config.data.train_iters
         tensorboard = Path(config.run.tensorboard_dir or self.save_dir / "tensorboard")
-        log = RunLog(self.topology.rank == 0, self.save_dir, tensorboard, self.iteration, total, config.data.phase)
+        log = RunLog(
+            self.topology.rank == 0,
+            self.save_dir,
+            tensorboard,
+            self.iteration,
+            total,
+            config.data.phase,
+            self.metrics_bytes,
+        )
         last, began = self.iteration, time.perf_counter()
         stop = GO_ON
         for step in self._steps():
@@ -249,6 +259,8 @@ class Trainer:
         self.watchdog.mark(f"saving iteration {self.iteration}")
         consumed = {"consumed_samples": self.iteration * self.batch_size}
         state = {**self.run, **consumed, **self._own_state()}
+        if (metrics_bytes := log.metrics_bytes()) is not None:
+            state["metrics_bytes"] = metrics_bytes
         self.checkpoints.start(self.engine, self.iteration, state, log.make_durable)
         if self.dro is not None and self.topology.rank == 0:
             self._write_domain_weights(self.dro.state)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from megatron_doremi.config import GPTConfig
-from megatron_doremi.data.files import atomic_write_text
+from megatron_doremi.console import Guard
 from megatron_doremi.doremi.losses import LOSS, TARGETS
+from megatron_doremi.training.metrics_file import EventsFile, MetricsFile
 
 # Dense bfloat16 peak of a GPU in TFLOP/s, from the vendors' data sheets, by a part of its name.
 _PEAK_TFLOPS = {
@@ -94,62 +92,46 @@ def proxy_entries(
     }
 
 
-class MetricsFile:
-    """metrics.jsonl: a line an entry, flushed at once, never a repeated iteration."""
+class RunLog:
+    """Metrics, events and progress of a training run on rank 0; does nothing on other ranks.
 
-    def __init__(self, path: Path, last_iteration: int, evaluates: bool = False):
-        """Opens the file for the iterations after `last_iteration`; lines of later ones, which a run wrote
-        after its last checkpoint, and a torn last line are dropped.
+    None of its outputs ends training: where one cannot be written, this is said once, and what is not written is
+    lost. Each is tried again with its next entry.
+    """
+
+    def __init__(
+        self,
+        is_rank_0: bool,
+        save: Path,
+        tensorboard: Path,
+        iteration: int,
+        train_iters: int,
+        title: str,
+        metrics_bytes: int | None = None,
+    ):
+        """Opens the files; raises OSError where one cannot be opened.
 
         Args:
-            evaluates: an evaluation of `last_iteration` is to come; one that is there gives way.
+            title: of the progress bar.
+            metrics_bytes: size of metrics.jsonl in the checkpoint from which the run resumes; see `MetricsFile`.
         """
-        kept = []
-        if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    entry = json.loads(line)
-                    again = evaluates and "eval" in entry and entry["iteration"] == last_iteration
-                    if entry["iteration"] <= last_iteration and not again:
-                        kept.append(line)
-                except (ValueError, KeyError, TypeError):
-                    continue
-        atomic_write_text(path, "".join(line + "\n" for line in kept))
-        self._file = path.open("a", encoding="utf-8")
-
-    def write(self, entry: dict[str, Any]) -> None:
-        """Appends a line; floats in full precision (Python's shortest text that reads back the same)."""
-        self._file.write(json.dumps(entry) + "\n")
-        self._file.flush()
-
-    def make_durable(self) -> None:
-        """Waits until what was written is on the disk."""
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Makes the file durable and closes it."""
-        self.make_durable()
-        self._file.close()
-
-
-class RunLog:
-    """Metrics, events and progress of a training run on rank 0; does nothing on other ranks."""
-
-    def __init__(self, is_rank_0: bool, save: Path, tensorboard: Path, iteration: int, train_iters: int, what: str):
         self.active = is_rank_0
         if not self.active:
             return
-        self._metrics = MetricsFile(save / "metrics.jsonl", iteration)
-        self._events = SummaryWriter(str(tensorboard), purge_step=iteration + 1 if iteration else None)
+        self._metrics = MetricsFile(save / "metrics.jsonl", iteration, metrics_bytes)
+        self._events = EventsFile(tensorboard, iteration)
+        self._on_metrics, self._on_events = Guard(str(save / "metrics.jsonl")), Guard(f"TensorBoard in {tensorboard}")
+        self._on_console = Guard("the console")
         # On a terminal the bar moves; in a log file it is a line every few seconds.
-        interval = 0.2 if sys.stderr.isatty() else 10.0
+        interval = 0.2 if sys.stderr is not None and sys.stderr.isatty() else 10.0
         self._bar = tqdm(
             total=train_iters,
             initial=iteration,
-            desc=what,
+            desc=title,
             unit="step",
             mininterval=interval,
             dynamic_ncols=True,
+            disable=sys.stderr is None,
         )
 
     def step(self, entry: dict[str, Any] | None) -> None:
@@ -157,11 +139,10 @@ class RunLog:
         if not self.active:
             return
         if entry is not None:
-            self._metrics.write(entry)
-            self._write_events(entry)
+            self._write(entry)
             rate = entry["tokens_per_second"]
             self._bar.set_postfix_str(f"loss {entry['loss']:.4f}, {rate:,.0f} tokens/s", refresh=False)
-        self._bar.update(1)
+        self._on_console(lambda: self._bar.update(1))
 
     def line(self, entry: dict[str, Any]) -> None:
         """A line on the console above the bar, for a step at the log interval."""
@@ -175,35 +156,47 @@ class RunLog:
         if "domain_weights" in entry:
             name, weight = max(entry["domain_weights"].items(), key=lambda item: item[1])
             text += f" | largest weight {name} {weight:.3f}"
-        self._bar.write(text)
+        self.say(text)
 
     def evaluation(self, entry: dict[str, Any]) -> None:
         """Writes an evaluation line and says its summary."""
         if not self.active:
             return
-        self._metrics.write(entry)
-        self._write_events(entry)
-        self._bar.write(
+        self._write(entry)
+        self.say(
             f"iteration {entry['iteration']:>7,} | held-out: uniform mean {entry['eval_uniform_mean']:.4f}, "
             f"worst {entry['eval_worst']:.4f}, token mean {entry['eval_token_mean']:.4f} nats a token"
         )
 
     def say(self, text: str) -> None:
         """A line on the console above the bar."""
-        if self.active:
-            self._bar.write(text)
+        if self.active and sys.stdout is not None:
+            self._on_console(lambda: self._say(text))
+
+    def _say(self, text: str) -> None:
+        self._bar.write(text)
+        sys.stdout.flush()
+
+    def metrics_bytes(self) -> int | None:
+        """Size of metrics.jsonl, for the checkpoint of the same iteration; None where it is unknown."""
+        if not self.active:
+            return None
+        try:
+            return self._metrics.size()
+        except OSError:
+            return None
 
     def make_durable(self) -> None:
         """Waits until the metrics are on the disk: before a checkpoint of the same iteration is published."""
         if self.active:
-            self._metrics.make_durable()
+            self._on_metrics(self._metrics.make_durable)
 
     def close(self) -> None:
         """Closes the files."""
         if self.active:
-            self._bar.close()
-            self._events.close()
-            self._metrics.close()
+            self._on_console(self._bar.close)
+            self._on_events(self._events.close)
+            self._on_metrics(self._metrics.close)
 
     def _time_left(self) -> str:
         rate = self._bar.format_dict["rate"]
@@ -212,11 +205,6 @@ class RunLog:
         rate = rate or (done - self._bar.initial) / max(elapsed, 1e-9)
         return tqdm.format_interval((total - done) / rate) if rate else "unknown time"
 
-    def _write_events(self, entry: dict[str, Any]) -> None:
-        step = entry["iteration"]
-        for key, value in entry.items():
-            if isinstance(value, dict):
-                for name, number in value.items():
-                    self._events.add_scalar(f"{key}/{name}", number, step)
-            elif key != "iteration":
-                self._events.add_scalar(key, value, step)
+    def _write(self, entry: dict[str, Any]) -> None:
+        self._on_metrics(lambda: self._metrics.write(entry))
+        self._on_events(lambda: self._events.write(entry))

@@ -34,12 +34,14 @@ class ResumePoint:
         iteration: steps taken.
         blend: where the blend was.
         domain_weights: a proxy's.
+        metrics_bytes: size of metrics.jsonl when the checkpoint was taken; None where the checkpoint does not say.
     """
 
     checkpoint: Path
     iteration: int
     blend: BlendState
     domain_weights: DomainWeights | None
+    metrics_bytes: int | None = None
 
 
 def trained_on(
@@ -106,7 +108,7 @@ def resume_point(
                 "delete this checkpoint to go on from an older one",
             )
         ) from error
-    return ResumePoint(checkpoint, int(state["iteration"]), blend, learned)
+    return ResumePoint(checkpoint, int(state["iteration"]), blend, learned, state.get("metrics_bytes"))
 
 
 def differences(state: Mapping[str, Any], checkpoint: Path, run: Mapping[str, Any]) -> list[Fault]:

@@ -15,7 +15,8 @@ from megatron_doremi.parallel.groups import ProcessGroups
 from megatron_doremi.parallel.layers import TensorParallel
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.training.evaluate import evaluate
-from megatron_doremi.training.metrics import MetricsFile, evaluation_entries
+from megatron_doremi.training.metrics import evaluation_entries
+from megatron_doremi.training.metrics_file import MetricsFile
 from megatron_doremi.training.setup import RunData, read_trained
 from megatron_doremi.training.watchdog import Watchdog
 
@@ -59,6 +60,6 @@ def _report(entry: dict[str, Any], config: Config, checkpoint: Path) -> None:
         if not (save / "config.json").exists():
             text = json.dumps({"phase": config.data.phase, "settings": config.to_dict()}, indent=2)
             atomic_write_text(save / "config.json", text + "\n")
-        metrics = MetricsFile(save / "metrics.jsonl", entry["iteration"], evaluates=True)
+        metrics = MetricsFile(save / "metrics.jsonl", entry["iteration"])
         metrics.write(entry)
         metrics.close()

@@ -1,0 +1,88 @@
+"""A console that cannot be written: programs finish their work, with their own exit code.
+
+Run alone: python -m pytest tests/test_console.py
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import sys
+from megatron_doremi.console import Guard, say, warn
+from megatron_doremi.errors import RunError, run_or_exit
+
+def main():
+    guard = Guard("the console")
+    for number in range(3000):
+        say(f"line {number} \\u00e9\\u4e2d")
+        guard(lambda: print("progress", file=sys.stdout, flush=True))
+    warn("the last word")
+    open(sys.argv[1], "w").write("done")
+    {ending}
+
+run_or_exit(main)
+"""
+
+
+def run(tmp_path, ending, stdout, stderr=subprocess.PIPE, **environ):
+    marker = tmp_path / "marker"
+    marker.unlink(missing_ok=True)
+    program = [sys.executable, "-c", PROGRAM.replace("{ending}", ending), str(marker)]
+    process = subprocess.run(program, stdout=stdout, stderr=stderr, env={**os.environ, **environ})
+    assert marker.read_text() == "done"
+    return process
+
+
+def closed_pipe() -> int:
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_closed_or_full_stdout_ends_nothing(full, tmp_path):
+    for ending, code in (("return 0", 0), ("return 3", 3), ("raise RunError('machine')", 1)):
+        stdout = os.open("/dev/full", os.O_WRONLY) if full else closed_pipe()
+        process = run(tmp_path, ending, stdout)
+        os.close(stdout)
+        assert process.returncode == code
+        said = process.stderr.decode()
+        assert "Traceback" not in said
+        assert "Exception ignored" not in said
+        assert said.count("the console cannot be written") == full, "say() has found a closed pipe before"
+        assert "warning: the last word" in said
+        assert ("error: machine" in said) == (code == 1)
+
+
+def test_without_any_stream(tmp_path):
+    program = [sys.executable, "-c", PROGRAM.replace("{ending}", "return 3"), str(tmp_path / "marker")]
+    closed = subprocess.run(["bash", "-c", 'exec "$@" >&- 2>&-', "bash", *program])
+    assert closed.returncode == 3
+    assert (tmp_path / "marker").read_text() == "done"
+
+
+def test_a_warning_goes_where_it_can(tmp_path):
+    process = run(tmp_path, "return 0", subprocess.PIPE, closed_pipe())
+    assert process.returncode == 0
+    assert b"warning: the last word" in process.stdout
+
+
+def test_an_ascii_console(tmp_path):
+    process = run(tmp_path, "return 0", subprocess.PIPE, PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    assert process.returncode == 0
+    assert b"line 0 \\xe9\\u4e2d\n" in process.stdout
+
+
+@pytest.mark.parametrize(("ending", "code"), [("print('x' * 10**6)", 141), ("open('/nowhere/file', 'w')", 1)])
+def test_what_run_or_exit_makes_of_errors_of_the_machine(ending, code, tmp_path):
+    program = f"from megatron_doremi.errors import run_or_exit\ndef main():\n    {ending}\nrun_or_exit(main)"
+    stdout = closed_pipe()
+    process = subprocess.run([sys.executable, "-c", program], stdout=stdout, stderr=subprocess.PIPE)
+    os.close(stdout)
+    assert process.returncode == code
+    assert process.stderr == (b"" if code == 141 else b"error: /nowhere/file: No such file or directory\n")
