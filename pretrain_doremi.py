@@ -55,6 +55,7 @@ def run(config: Config, topology: Topology, launch: Launch) -> int:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+    from megatron_doremi.data.manifest import print_warnings
     from megatron_doremi.parallel.groups import make_groups
     from megatron_doremi.training import setup
     from megatron_doremi.training.build import make_engine
@@ -68,6 +69,8 @@ def run(config: Config, topology: Topology, launch: Launch) -> int:
 
     phase = config.data.phase
     data = setup.open_data(config, training=phase != EVALUATE)
+    if launch.rank == 0:
+        print_warnings(data.manifest)
     repeated = check_repetition(config, data, topology.world_size)
     reference_run = setup.read_reference(config, data) if setup.needs_reference(config) else None
     recorded = None
@@ -101,11 +104,14 @@ def run(config: Config, topology: Topology, launch: Launch) -> int:
 
 def dry_run(config: Config, topology: Topology) -> None:
     """Prints the resolved configuration and what a rank gets; touches no other process."""
+    from megatron_doremi.data.manifest import print_warnings
     from megatron_doremi.training import setup
     from megatron_doremi.training.repetition import check_repetition
     from megatron_doremi.training.sizes import describe_run
 
     data = setup.open_data(config, training=config.data.phase != EVALUATE)
+    if topology.rank == 0:
+        print_warnings(data.manifest)
     repeated = check_repetition(config, data, topology.world_size)
     if setup.needs_reference(config):
         setup.read_reference(config, data)

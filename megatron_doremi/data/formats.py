@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from megatron_doremi.data.files import read_json_object
 from megatron_doremi.errors import ConfigError, Fault
@@ -22,7 +23,34 @@ _SHOWN_CHARACTERS = 60
 # Sizes, counts and places in files: anything that has to fit a 64-bit integer.
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Positive = Annotated[int, Field(ge=1, lt=2**63)]
-Name = Annotated[str, Field(min_length=1)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+def _text(text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise PydanticCustomError("text", "should be text without lone surrogates") from None
+    return text
+
+
+def _path(text: str) -> str:
+    if not _text(text) or "\0" in text:
+        raise PydanticCustomError("path", "should be a path: not empty, no NUL character")
+    return text
+
+
+def _file_name(text: str) -> str:
+    if _path(text) in (".", "..") or "/" in text or "\\" in text or len(text.encode("utf-8")) > _LONGEST_FILE_NAME:
+        raise PydanticCustomError("file_name", "should be the name of a file in the same folder, not a path")
+    return text
+
+
+_LONGEST_FILE_NAME = 255
+Name = Annotated[str, Field(min_length=1), AfterValidator(_text)]
+# A path, relative or absolute, and a name that cannot lead out of the folder of the file that holds it.
+PathText = Annotated[str, AfterValidator(_path)]
+FileName = Annotated[str, AfterValidator(_file_name)]
 
 
 class Schema(BaseModel):

@@ -1,33 +1,69 @@
-"""The domains of a data set, and weights over them, as files.
+"""The domains of a data set as a file.
 
 The manifest `domains.json` gives domains their order, which is the order of every vector in this program, and
-binds them to a tokenizer. Weights are kept by name and matched by name: a weight never lands on another domain.
+binds them to a tokenizer. weights_file.py has weights over them, prefix_list.py Megatron-LM's lists.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from megatron_doremi.data.files import atomic_write_text, read_json_object
+from megatron_doremi.data.formats import Count, Name, PathText, Positive, Schema, Sha256, check_entry
 from megatron_doremi.data.indexed_dataset import IndexedDataset
+from megatron_doremi.data.prefix_list import Listed, is_split_lists, pair_identity, read_split_lists, read_words
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any
 
 MANIFEST_FORMAT = "megatron-doremi-domains/1"
-WEIGHTS_FORMAT = "megatron-doremi-weights/1"
-# Above any weight that makes sense, and low enough that their sum is a float.
-_LARGEST_WEIGHT = 1e100
-# A smaller share is a window in 10^12, and soon nothing but a rounding of the others.
-_SMALLEST_SHARE = 1e-12
+_REMEDY = "make the manifest with tools/preprocess_data.py"
+
+
+class TokenizerEntry(Schema):
+    """A tokenizer in a file of this program."""
+
+    type: Name
+    file: PathText
+    sha256: Sha256
+    vocab_size: Positive
+    eod: Count
+
+    @model_validator(mode="after")
+    def _eod_in_vocabulary(self) -> TokenizerEntry:
+        if self.eod >= self.vocab_size:
+            message = f"eod {self.eod} should be below vocab_size {self.vocab_size}"
+            raise PydanticCustomError("eod", message)  # type: ignore[arg-type]
+        return self
+
+
+class DomainEntry(Schema):
+    """A domain of a manifest."""
+
+    name: Name
+    train: PathText
+    valid: PathText | None = None
+    tokens: Count
+    documents: Count
+    bytes: Count
+
+
+class ManifestEntry(Schema):
+    """domains.json."""
+
+    FORMAT: ClassVar[str] = MANIFEST_FORMAT
+    tokenizer: TokenizerEntry | None = None
+    domains: list[DomainEntry] = Field(min_length=1)
 
 
 @dataclass(frozen=True)
@@ -72,12 +108,14 @@ class Manifest:
 
     Attributes:
         given_weights: weights that came with the domains (Megatron-LM's list), as given; None in a domains.json.
+        warnings: what is legal and most likely a mistake; the programs print it.
     """
 
     domains: tuple[Domain, ...]
     tokenizer: TokenizerInfo | None
     path: Path
     given_weights: tuple[float, ...] | None = None
+    warnings: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -96,132 +134,100 @@ class Manifest:
 
 
 def load_manifest(path: Path) -> Manifest:
-    """Reads a manifest: domains.json, or Megatron-LM's 'weight prefix weight prefix ...' text.
+    """Reads a manifest: domains.json, or one of Megatron-LM's lists (prefix_list.py).
 
-    The latter names neither held-out data nor a tokenizer; sizes are read from its indexed data.
+    The latter name no tokenizer; sizes are read from the indexed data.
 
     Raises:
-        ConfigError: with every fault of the file.
+        ConfigError: with every fault of the file; two domains with the same data are one.
     """
-    what = f"manifest {path}"
+    subject = f"manifest {path}"
     try:
-        start = path.read_text(encoding="utf-8").lstrip()[:1]
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(Fault(what, str(error), "a readable manifest", "give --domains its path")) from error
-    if start not in ("{", "["):
-        return _load_prefix_list(path, what)
-    entry = read_json_object(path, what)
-    faults: list[Fault] = []
-    if entry.get("format") != MANIFEST_FORMAT:
-        faults.append(
-            Fault(
-                what,
-                f"format {entry.get('format')!r}",
-                MANIFEST_FORMAT,
-                "make it with tools/preprocess_data.py",
-            )
+        raise ConfigError(Fault(subject, str(error), "a readable manifest", "give --domains its path")) from error
+    if text.lstrip()[:1] not in ("{", "["):
+        return _checked(_from_list(path, *read_words(path, text, subject)), subject)
+    entry = read_json_object(path, subject)
+    if is_split_lists(entry):
+        return _checked(_from_list(path, *read_split_lists(path, entry, subject)), subject)
+    checked = check_entry(entry, subject, ManifestEntry, _REMEDY)
+    folder = path.parent
+    domains = tuple(
+        Domain(
+            each.name,
+            folder / each.train,
+            None if each.valid is None else folder / each.valid,
+            each.tokens,
+            each.documents,
+            each.bytes,
         )
-    domains = _read_domains(entry.get("domains"), path.parent, what, faults)
-    tokenizer = _read_tokenizer(entry.get("tokenizer"), path.parent, what, faults)
-    raise_if_any(faults)
-    return Manifest(tuple(domains), tokenizer, path)
+        for each in checked.domains
+    )
+    tokenizer = None if checked.tokenizer is None else tokenizer_info(checked.tokenizer, folder)
+    manifest = _checked(Manifest(domains, tokenizer, path), subject)
+    if not sum(domain.tokens for domain in domains):
+        raise ConfigError(Fault(subject, "no tokens in any domain", "text to train on", _REMEDY))
+    return manifest
 
 
-def _read_domains(entries: Any, folder: Path, what: str, faults: list[Fault]) -> list[Domain]:
-    remedy = "make the manifest with tools/preprocess_data.py"
-    if not isinstance(entries, list) or not entries:
-        faults.append(Fault(what, "no domains", "a list 'domains' of at least one", remedy))
-        return []
-    domains: list[Domain] = []
-    for number, entry in enumerate(entries):
-        try:
-            name, train, valid = entry["name"], entry["train"], entry.get("valid")
-            sizes = {key: entry[key] for key in ("tokens", "documents", "bytes")}
-            if not isinstance(name, str) or not name or not isinstance(train, str) or not train:
-                raise ValueError("name and train must be text")
-            if valid is not None and (not isinstance(valid, str) or not valid):
-                raise ValueError("valid must be text or null")
-            for key, size in sizes.items():
-                if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size < 2**63:
-                    raise ValueError(f"{key} {size!r} is no size")
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            missing = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-            faults.append(
-                Fault(
-                    what,
-                    f"domain {number}: {missing}",
-                    "name, train, valid, tokens, documents, bytes",
-                    remedy,
-                )
-            )
-            continue
-        if any(domain.name == name for domain in domains):
-            faults.append(Fault(what, f"two domains {name!r}", "a name for each domain", remedy))
-        domains.append(Domain(name, folder / train, None if valid is None else folder / valid, **sizes))
-    if domains and not faults and not sum(domain.tokens for domain in domains):
-        faults.append(Fault(what, "no tokens in any domain", "text to train on", remedy))
-    return domains
+def tokenizer_info(entry: TokenizerEntry, folder: Path) -> TokenizerInfo:
+    """A tokenizer of a file that lies in `folder`."""
+    return TokenizerInfo(entry.type, folder / entry.file, entry.sha256, entry.vocab_size, entry.eod)
 
 
-def _read_tokenizer(entry: Any, folder: Path, what: str, faults: list[Fault]) -> TokenizerInfo | None:
-    if entry is None:
-        return None
-    try:
-        kind, file, sha256 = entry["type"], entry["file"], entry["sha256"]
-        vocab_size, eod = entry["vocab_size"], entry["eod"]
-        if not all(isinstance(value, str) for value in (kind, file, sha256)):
-            raise ValueError("type, file and sha256 must be text")
-        if any(not isinstance(value, int) or isinstance(value, bool) for value in (vocab_size, eod)):
-            raise ValueError("vocab_size and eod must be whole numbers")
-        if not 0 <= eod < vocab_size:
-            raise ValueError(f"eod {eod} is not below vocab_size {vocab_size}")
-    except (KeyError, TypeError, ValueError) as error:
-        missing = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        faults.append(
-            Fault(
-                what,
-                f"tokenizer: {missing}",
-                "type, file, sha256, vocab_size, eod",
-                "make the manifest with tools/preprocess_data.py",
-            )
-        )
-        return None
-    return TokenizerInfo(kind, folder / file, sha256, vocab_size, eod)
-
-
-def _load_prefix_list(path: Path, what: str) -> Manifest:
-    words = path.read_text(encoding="utf-8").split()
-    rule = "pairs of a positive weight and a prefix, each prefix once"
-    remedy = "write: weight prefix weight prefix ..."
+def _from_list(path: Path, listed: Sequence[Listed], warnings: Sequence[str]) -> Manifest:
     faults: list[Fault] = []
-    if not words or len(words) % 2:
-        raise ConfigError(Fault(what, f"{len(words)} words", rule, remedy))
     domains: list[Domain] = []
-    names: set[str] = set()
-    weights: list[float] = []
-    for text, prefix in zip(words[::2], words[1::2], strict=True):
-        name = Path(prefix).name
+    for each in listed:
         try:
-            weight = float(text)
-        except ValueError:
-            weight = math.nan
-        if not 0.0 < weight < _LARGEST_WEIGHT:
-            faults.append(Fault(what, f"weight {text} of {prefix}", rule, remedy))
-        if name in names:
-            faults.append(Fault(what, f"two prefixes named {name}", rule, remedy))
-        weights.append(weight)
-        names.add(name)
-        try:
-            dataset = IndexedDataset(path.parent / prefix)
+            dataset = IndexedDataset(each.train)
         except ConfigError as error:
             faults += error.faults
-        else:
-            size = dataset.num_tokens
-            domains.append(
-                Domain(name, dataset.prefix, None, size, dataset.num_documents, size * dataset.dtype.itemsize)
-            )
+            continue
+        size = dataset.num_tokens
+        bytes_of_ids = size * dataset.dtype.itemsize
+        domains.append(Domain(each.name, dataset.prefix, each.valid, size, dataset.num_documents, bytes_of_ids))
     raise_if_any(faults)
-    return Manifest(tuple(domains), None, path, tuple(weights))
+    weights = tuple(each.weight for each in listed if each.weight is not None)
+    return Manifest(tuple(domains), None, path, weights or None, tuple(warnings))
+
+
+def _checked(manifest: Manifest, subject: str) -> Manifest:
+    """Refuses names and data that two domains share; adds what looks like a mistake to the warnings."""
+    faults = []
+    warnings = list(manifest.warnings)
+    twice = {name for name in manifest.names if manifest.names.count(name) > 1}
+    faults += [Fault(subject, f"two domains {name!r}", "a name for each domain", _REMEDY) for name in sorted(twice)]
+    alike: dict[str, list[str]] = {}
+    owners: dict[tuple[str, Hashable], Domain] = {}
+    for domain in manifest.domains:
+        alike.setdefault("".join(domain.name.split()).casefold(), []).append(domain.name)
+        for split, prefix in (("train", domain.train), ("valid", domain.valid)):
+            if prefix is None:
+                continue
+            owner = owners.setdefault((split, pair_identity(prefix)), domain)
+            if owner is not domain:
+                value = f"{owner.name!r} and {domain.name!r} have the same {split} data, {prefix}"
+                faults.append(Fault(subject, value, "data of its own for each domain", "give each prefix once"))
+    for (split, identity), domain in owners.items():
+        trained = owners.get(("train", identity)) if split == "valid" else None
+        if trained is not None:
+            warnings.append(
+                f"{subject}: the held-out data of {domain.name!r} is the train data of {trained.name!r}, "
+                f"so its held-out loss is a training loss"
+            )
+    for names in alike.values():
+        if len(set(names)) > 1:
+            warnings.append(f"{subject}: {', '.join(map(repr, names))} differ by case or spaces alone")
+    raise_if_any(faults)
+    return replace(manifest, warnings=tuple(warnings))
+
+
+def print_warnings(manifest: Manifest) -> None:
+    """Prints a manifest's warnings on stderr."""
+    for warning in manifest.warnings:
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
 def save_manifest(manifest: Manifest) -> None:
@@ -238,134 +244,3 @@ def save_manifest(manifest: Manifest) -> None:
         valid = None if domain.valid is None else relative(domain.valid)
         entry["domains"].append({**vars(domain), "train": relative(domain.train), "valid": valid})
     atomic_write_text(manifest.path, json.dumps(entry, indent=2) + "\n")
-
-
-def save_weights(
-    path: Path, weights: Mapping[str, float], tokenizer_sha256: str | None, provenance: Mapping[str, Any]
-) -> None:
-    """Writes domain weights with what they were learned from; floats in full precision."""
-    entry = {
-        "format": WEIGHTS_FORMAT,
-        "weights": dict(weights),
-        "tokenizer_sha256": tokenizer_sha256,
-        "provenance": dict(provenance),
-    }
-    atomic_write_text(path, json.dumps(entry, indent=2) + "\n")
-
-
-def resolve_weights(setting: str, manifest: Manifest, allow_tokenizer_mismatch: bool) -> NDArray[np.float64]:
-    """[k] sampling weights, sum 1, for --domain-weights uniform, natural, given or FILE.
-
-    Raises:
-        ConfigError: `given` for a manifest without weights, or what `load_weights` raises.
-    """
-    count = len(manifest.domains)
-    if setting == "given":
-        if manifest.given_weights is None:
-            raise ConfigError(
-                Fault(
-                    "--domain-weights given",
-                    str(manifest.path),
-                    "a list 'weight prefix weight prefix ...' as --domains",
-                    "give uniform, natural or a weights file",
-                )
-            )
-        return _shares(f"manifest {manifest.path}", manifest, manifest.given_weights)
-    if setting == "uniform":
-        return np.full(count, 1.0 / count)
-    if setting == "natural":
-        if not sum(domain.tokens for domain in manifest.domains):
-            what, value = "--domain-weights natural", f"no token counts in {manifest.path}"
-            remedy = "use a domains.json of tools/preprocess_data.py, or uniform, or a weights file"
-            raise ConfigError(Fault(what, value, "domains whose sizes are known", remedy))
-        return manifest.natural_weights()
-    return load_weights(Path(setting), manifest, allow_tokenizer_mismatch)
-
-
-def load_weights(path: Path, manifest: Manifest, allow_tokenizer_mismatch: bool) -> NDArray[np.float64]:
-    """Reads weights for the manifest's domains, in its order, normalised.
-
-    Takes this program's file, a bare {name: weight}, and {"train_domain_weights": {name: weight}, ...}, the
-    form of the DoReMi authors' repository.
-
-    Raises:
-        ConfigError: with every fault, names that are unknown or missing and another tokenizer among them.
-    """
-    what = f"--domain-weights {path}"
-    entry = read_json_object(path, what)
-    faults: list[Fault] = []
-    weights: Any = entry
-    if "format" in entry and not isinstance(entry["format"], int | float):
-        weights = entry.get("weights")
-        if entry["format"] != WEIGHTS_FORMAT:
-            faults.append(Fault(what, f"format {entry['format']!r}", WEIGHTS_FORMAT, "give a weights file"))
-        faults += _tokenizer_faults(what, entry.get("tokenizer_sha256"), manifest, allow_tokenizer_mismatch)
-    elif "train_domain_weights" in entry:
-        weights = entry["train_domain_weights"]
-    if not isinstance(weights, dict):
-        faults.append(Fault(what, "no weights", "an object {name: weight}", "give a weights file"))
-        raise ConfigError(faults)
-    faults += _weight_faults(what, weights, manifest)
-    raise_if_any(faults)
-    return _shares(what, manifest, [float(weights[name]) for name in manifest.names])
-
-
-def _shares(what: str, manifest: Manifest, weights: Sequence[float]) -> NDArray[np.float64]:
-    """[k] positive weights, normalised. Raises ConfigError where one all but vanishes beside the others."""
-    shares = np.array(weights) / np.sum(weights)
-    raise_if_any(
-        [
-            Fault(
-                what,
-                f"{name!r}: a share of {share:.1e}",
-                f"shares of at least {_SMALLEST_SHARE}",
-                "leave a domain out of the manifest to train without it",
-            )
-            for name, share in zip(manifest.names, shares, strict=True)
-            if share < _SMALLEST_SHARE
-        ]
-    )
-    return shares
-
-
-def _tokenizer_faults(what: str, sha256: Any, manifest: Manifest, allowed: bool) -> list[Fault]:
-    ours = manifest.tokenizer.sha256 if manifest.tokenizer else None
-    if allowed or sha256 == ours:
-        return []
-    return [
-        Fault(
-            what,
-            f"learned with tokenizer {str(sha256)[:12]}",
-            f"the manifest's tokenizer, {str(ours)[:12]}",
-            "learn the weights with this tokenizer (they do not carry over), or give --allow-tokenizer-mismatch",
-        )
-    ]
-
-
-def _weight_faults(what: str, weights: Mapping[str, Any], manifest: Manifest) -> list[Fault]:
-    faults = []
-    unknown = [name for name in weights if name not in manifest.names]
-    missing = [name for name in manifest.names if name not in weights]
-    if unknown:
-        faults.append(
-            Fault(
-                what,
-                "unknown: " + ", ".join(map(repr, unknown)),
-                "the manifest's names exactly: " + ", ".join(map(repr, manifest.names)),
-                "rename or remove these entries",
-            )
-        )
-    if missing:
-        faults.append(Fault(what, "missing: " + ", ".join(map(repr, missing)), "a weight for each domain", "add them"))
-    for name, weight in weights.items():
-        number = isinstance(weight, int | float) and not isinstance(weight, bool)
-        if not number or not (0.0 < weight < _LARGEST_WEIGHT):
-            faults.append(
-                Fault(
-                    what,
-                    f"{name!r}: {weight!r}",
-                    "a positive number",
-                    "leave a domain out of the manifest to train without it",
-                )
-            )
-    return faults

@@ -15,7 +15,7 @@ from megatron_doremi import __version__
 from megatron_doremi.config import Config, GPTConfig, global_batch_size, micro_batches_per_step
 from megatron_doremi.data.blend import Blend, BlendState, window_count
 from megatron_doremi.data.loader import Step, steps
-from megatron_doremi.data.manifest import save_weights
+from megatron_doremi.data.weights_file import save_weights
 from megatron_doremi.doremi.domain_weights import DomainWeights
 from megatron_doremi.doremi.engine import TrainingEngine
 from megatron_doremi.doremi.objective import GroupDRO

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +24,9 @@ from megatron_doremi.data.blend import too_short
 from megatron_doremi.data.content import content_hash
 from megatron_doremi.data.files import atomic_write_text, make_folder
 from megatron_doremi.data.indexed_dataset import IndexedDataset
-from megatron_doremi.data.manifest import Manifest, load_manifest, resolve_weights
+from megatron_doremi.data.manifest import Domain, Manifest, load_manifest
 from megatron_doremi.data.scores import RecordedLosses
+from megatron_doremi.data.weights_file import resolve_weights
 from megatron_doremi.doremi.reference import (
     OnlineReference,
     RecordedReference,
@@ -86,6 +87,7 @@ def open_data(config: Config, training: bool) -> RunData:
             )
         )
     train, valid = [], []
+    warnings: list[str] = []
     seq_length = config.data.seq_length
     for domain in manifest.domains:
         if training:
@@ -100,16 +102,16 @@ def open_data(config: Config, training: bool) -> RunData:
                     )
                 )
             train.append(dataset)
-        valid.append(None if domain.valid is None else _open(domain.name, domain.valid, seq_length, vocab_size, faults))
+        valid.append(_open_held_out(domain, seq_length, vocab_size, faults, warnings))
     try:
         weights = resolve_weights(sampling_setting(config, manifest), manifest, config.data.allow_tokenizer_mismatch)
     except ConfigError as error:
         faults += error.faults
-    if not training and not any(domain.valid for domain in manifest.domains):
+    if not training and not faults and not any(dataset is not None for dataset in valid):
         faults.append(
             Fault(
                 f"--domains {config.data.domains}",
-                "no held-out text",
+                "no held-out text that fills a window" if warnings else "no held-out text",
                 "an evaluation reads the valid split",
                 "run tools/preprocess_data.py with --split valid",
             )
@@ -117,6 +119,7 @@ def open_data(config: Config, training: bool) -> RunData:
     raise_if_any(faults)
     opened = tuple(d for d in train if d is not None)
     contents = (content_hash(manifest.names, opened) if training else "", content_hash(manifest.names, valid))
+    manifest = replace(manifest, warnings=(*manifest.warnings, *warnings))
     return RunData(manifest, opened, tuple(valid), weights, vocab_size, *contents)
 
 
@@ -140,6 +143,24 @@ def _open(name: str, prefix: Path, seq_length: int, vocab_size: int, faults: lis
     if short is not None:
         faults.append(short)
     return dataset
+
+
+def _open_held_out(
+    domain: Domain, seq_length: int, vocab_size: int, faults: list[Fault], warnings: list[str]
+) -> IndexedDataset | None:
+    """A domain's held-out stream; None, with a warning, where it does not fill one window: that never blocks a run."""
+    if domain.valid is None:
+        return None
+    try:
+        dataset = IndexedDataset(domain.valid, vocab_size)
+    except ConfigError as error:
+        faults += error.faults
+        return None
+    short = too_short(domain.name, domain.valid, dataset.num_tokens, seq_length)
+    if short is None:
+        return dataset
+    warnings.append(f"{short.what}: the held-out text {short.value}, {short.rule}: the domain is not evaluated")
+    return None
 
 
 def needs_reference(config: Config) -> bool:

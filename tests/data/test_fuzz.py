@@ -18,11 +18,9 @@ from megatron_doremi.data.manifest import (
     Manifest,
     TokenizerInfo,
     load_manifest,
-    load_weights,
-    resolve_weights,
     save_manifest,
-    save_weights,
 )
+from megatron_doremi.data.weights_file import load_weights, resolve_weights, save_weights
 from megatron_doremi.errors import ConfigError
 
 CASES = 2_500

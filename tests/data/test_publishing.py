@@ -13,9 +13,10 @@ import pytest
 
 from megatron_doremi.data.encoding import Chunk, Encoded
 from megatron_doremi.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, paths_of
-from megatron_doremi.data.manifest import TokenizerInfo, load_manifest, resolve_weights
+from megatron_doremi.data.manifest import TokenizerInfo, load_manifest
 from megatron_doremi.data.outputs import Outputs, manifest_after, publish
 from megatron_doremi.data.sources import Progress, check_inputs
+from megatron_doremi.data.weights_file import resolve_weights
 from megatron_doremi.errors import ConfigError
 
 UINT16 = np.dtype("<u2")

@@ -108,21 +108,25 @@ MANIFESTS = {
         ("duplicate key",), damage=lambda f: (f / "data" / "domains.json").write_text('{"format": 1, "format": 2}')
     ),
     "another format": Case(("megatron-doremi-domains/1",), damage=manifest(lambda e: e.update(format="other/1"))),
-    "no domains": Case(("at least one",), damage=manifest(lambda e: e.update(domains=[]))),
-    "domains that are none": Case(("domain 0",), damage=manifest(lambda e: e.update(domains=[3, "x"]))),
+    "no domains": Case(("domains: []", "at least 1 item"), damage=manifest(lambda e: e.update(domains=[]))),
+    "domains that are none": Case(
+        ("domains.0: 3", "domains.1: 'x'"), damage=manifest(lambda e: e.update(domains=[3, "x"]))
+    ),
     "a name twice": Case(
         ("two domains 'domain 0'",), damage=manifest(lambda e: e["domains"][1].update(name="domain 0"))
     ),
-    "no name": Case(("domain 1", "name, train, valid"), damage=manifest(lambda e: e["domains"][1].pop("name"))),
-    "tokens in words": Case(("domain 2",), damage=manifest(lambda e: e["domains"][2].update(tokens="many"))),
-    "tokens below zero": Case(("domain 2",), damage=manifest(lambda e: e["domains"][2].update(tokens=-5))),
+    "no name": Case(("domains.1.name is missing",), damage=manifest(lambda e: e["domains"][1].pop("name"))),
+    "tokens in words": Case(
+        ("domains.2.tokens: 'many'",), damage=manifest(lambda e: e["domains"][2].update(tokens="many"))
+    ),
+    "tokens below zero": Case(("domains.2.tokens: -5",), damage=manifest(lambda e: e["domains"][2].update(tokens=-5))),
     "other tokens than there are": Case(
         ("300 tokens", "the 299 of the manifest"), damage=manifest(lambda e: e["domains"][0].update(tokens=299))
     ),
     "no tokenizer": Case(("names no tokenizer",), damage=manifest(lambda e: e.update(tokenizer=None))),
-    "half a tokenizer": Case(("type, file, sha256",), damage=manifest(lambda e: e["tokenizer"].pop("sha256"))),
+    "half a tokenizer": Case(("tokenizer.sha256 is missing",), damage=manifest(lambda e: e["tokenizer"].pop("sha256"))),
     "an end outside the vocabulary": Case(
-        ("not below vocab_size",), damage=manifest(lambda e: e["tokenizer"].update(eod=99))
+        ("below vocab_size",), damage=manifest(lambda e: e["tokenizer"].update(eod=99))
     ),
     "words for Megatron-LM's list": Case(
         ("weight prefix",), damage=lambda f: (f / "data" / "domains.json").write_text("0.3 domain0_train 0.7")
@@ -153,12 +157,12 @@ WEIGHTS = {
             ("a list", [0.2, 0.3, 0.5], ("one JSON object",)),
             ("a domain less", {"domain 0": 1.0}, ("missing: 'domain 1', 'domain 2'",)),
             ("a domain more", {**THIRDS, "Books": 1.0}, ("unknown: 'Books'",)),
-            ("zero", {**THIRDS, "domain 0": 0}, ("'domain 0': 0", "a positive number")),
-            ("below zero", {**THIRDS, "domain 0": -1}, ("'domain 0': -1",)),
-            ("a word", {**THIRDS, "domain 0": "much"}, ("'domain 0': 'much'",)),
-            ("no number", '{"domain 0": NaN, "domain 1": 1, "domain 2": 1}', ("'domain 0': nan",)),
-            ("infinity", '{"domain 0": 1e999, "domain 1": 1, "domain 2": 1}', ("'domain 0': inf",)),
-            ("true", {**THIRDS, "domain 0": True}, ("'domain 0': True",)),
+            ("zero", {**THIRDS, "domain 0": 0}, ("weights.domain 0: 0", "greater than 0")),
+            ("below zero", {**THIRDS, "domain 0": -1}, ("weights.domain 0: -1",)),
+            ("a word", {**THIRDS, "domain 0": "much"}, ("weights.domain 0: 'much'",)),
+            ("no number", '{"domain 0": NaN, "domain 1": 1, "domain 2": 1}', ("weights.domain 0: nan",)),
+            ("infinity", '{"domain 0": 1e999, "domain 1": 1, "domain 2": 1}', ("weights.domain 0: inf",)),
+            ("true", {**THIRDS, "domain 0": True}, ("weights.domain 0: True",)),
             ("a vanishing share", {**THIRDS, "domain 0": 1e-30}, ("shares of at least",)),
             ("the same name twice", '{"domain 0": 1, "domain 0": 2}', ("duplicate key",)),
             ("another format", {"format": "x", "weights": THIRDS}, ("megatron-doremi-weights/1",)),
@@ -167,7 +171,7 @@ WEIGHTS = {
                 {"format": "megatron-doremi-weights/1", "weights": THIRDS, "tokenizer_sha256": "f" * 64},
                 ("learned with tokenizer ffffffffffff", "--allow-tokenizer-mismatch"),
             ),
-            ("the authors' without domains", {"train_domain_weights": 3}, ("an object {name: weight}",)),
+            ("the authors' without domains", {"train_domain_weights": 3}, ("weights: 3", "valid dictionary")),
         )
     },
 }

@@ -76,9 +76,9 @@ THIRD = {"domain 0": 0.2, "domain 1": 0.3, "domain 2": 0.5}
         (lambda d: d.write_text("{"), "one JSON object"),
         (lambda d: edit(d, lambda e: e.update(format="other/1")), "megatron-doremi-domains/1"),
         (lambda d: edit(d, lambda e: e["domains"][1].update(name="domain 0")), "a name for each domain"),
-        (lambda d: edit(d, lambda e: e.update(domains=[])), "at least one"),
+        (lambda d: edit(d, lambda e: e.update(domains=[])), "at least 1 item"),
         (lambda d: edit(d, lambda e: e.update(tokenizer=None)), "names no tokenizer"),
-        (lambda d: edit(d, lambda e: e["tokenizer"].update(eod=99)), "not below vocab_size"),
+        (lambda d: edit(d, lambda e: e["tokenizer"].update(eod=99)), "below vocab_size"),
     ],
 )
 def test_damaged_data(damage, words, data):
@@ -104,14 +104,36 @@ def test_short_and_empty_domains_are_named_together(data):
     assert "--seq-length + 1 = 17 tokens" in text
 
 
+def test_short_held_out_text_is_left_out_of_evaluation_and_never_blocks_training(data, capsys):
+    from megatron_doremi.data.indexed_dataset import IndexedDatasetWriter, dtype_for
+    from megatron_doremi.data.manifest import print_warnings
+
+    for name, tokens in (("domain0_valid", [1] * 16), ("domain2_valid", [])):
+        with IndexedDatasetWriter(data.parent / name, dtype_for(61)) as writer:
+            writer.add_document(tokens)
+    for phase, flags in (("main", []), ("evaluate", ["--load", "r"])):
+        _, opened = open_with(data, *flags, phase=phase)
+        assert [dataset is None for dataset in opened.valid] == [True, False, True]
+    print_warnings(opened.manifest)
+    said = capsys.readouterr().err
+    assert said.count("warning: ") == 2
+    assert "domain 'domain 0'" in said
+    assert "has 16 tokens" in said
+    with IndexedDatasetWriter(data.parent / "domain1_valid", dtype_for(61)) as writer:
+        writer.add_document([1])
+    open_with(data)
+    with pytest.raises(ConfigError, match="no held-out text that fills a window"):
+        open_with(data, "--load", "r", phase="evaluate")
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
         (lambda d: ["--domain-weights", "nowhere.json"], "No such file"),
         (lambda d: weights_file(d, {"domain 0": 1.0}), "missing: 'domain 1', 'domain 2'"),
         (lambda d: weights_file(d, {**THIRD, "Books": 1.0}), "unknown: 'Books'"),
-        (lambda d: weights_file(d, {**THIRD, "domain 0": 0}), "a positive number"),
-        (lambda d: weights_file(d, {**THIRD, "domain 0": "much"}), "a positive number"),
+        (lambda d: weights_file(d, {**THIRD, "domain 0": 0}), "greater than 0"),
+        (lambda d: weights_file(d, {**THIRD, "domain 0": "much"}), "a valid number"),
         (
             lambda d: weights_file(d, THIRD, format="megatron-doremi-weights/1", tokenizer_sha256="f" * 64),
             "learned with tokenizer ffffffffffff",

@@ -1,0 +1,159 @@
+"""Weights over the domains of a manifest as a file. Kept by name and matched by name: a weight never lands on another
+domain."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from megatron_doremi.data.files import atomic_write_text, read_json_object
+from megatron_doremi.data.formats import Name, Schema, check_entry, format_fault
+from megatron_doremi.data.manifest import Manifest
+from megatron_doremi.data.prefix_list import LARGEST_WEIGHT
+from megatron_doremi.errors import ConfigError, Fault, raise_if_any
+
+WEIGHTS_FORMAT = "megatron-doremi-weights/1"
+# A smaller share is a window in 10^12, and soon nothing but a rounding of the others.
+_SMALLEST_SHARE = 1e-12
+_REMEDY = "leave a domain out of the manifest to train without it"
+Weight = Annotated[float, Field(gt=0.0, lt=LARGEST_WEIGHT)]
+
+
+class BareWeights(Schema):
+    """Weights by name: what each of the forms below holds."""
+
+    weights: dict[Name, Weight]
+
+
+class WeightsEntry(BareWeights):
+    """domain_weights.json."""
+
+    FORMAT: ClassVar[str] = WEIGHTS_FORMAT
+    tokenizer_sha256: str | None = None
+    provenance: dict[str, Any] = Field(default_factory=dict)
+
+
+def save_weights(
+    path: Path, weights: Mapping[str, float], tokenizer_sha256: str | None, provenance: Mapping[str, Any]
+) -> None:
+    """Writes domain weights with what they were learned from; floats in full precision."""
+    entry = {
+        "format": WEIGHTS_FORMAT,
+        "weights": dict(weights),
+        "tokenizer_sha256": tokenizer_sha256,
+        "provenance": dict(provenance),
+    }
+    atomic_write_text(path, json.dumps(entry, indent=2) + "\n")
+
+
+def resolve_weights(setting: str, manifest: Manifest, allow_tokenizer_mismatch: bool) -> NDArray[np.float64]:
+    """[k] sampling weights, sum 1, for --domain-weights uniform, natural, given or FILE.
+
+    Raises:
+        ConfigError: `given` for a manifest without weights, or what `load_weights` raises.
+    """
+    count = len(manifest.domains)
+    if setting == "given":
+        if manifest.given_weights is None:
+            raise ConfigError(
+                Fault(
+                    "--domain-weights given",
+                    str(manifest.path),
+                    "a list 'weight prefix weight prefix ...', with weights, as --domains",
+                    "give uniform, natural or a weights file",
+                )
+            )
+        return _shares(f"manifest {manifest.path}", manifest, manifest.given_weights)
+    if setting == "uniform":
+        return np.full(count, 1.0 / count)
+    if setting == "natural":
+        if not sum(domain.tokens for domain in manifest.domains):
+            what, value = "--domain-weights natural", f"no token counts in {manifest.path}"
+            remedy = "use a domains.json of tools/preprocess_data.py, or uniform, or a weights file"
+            raise ConfigError(Fault(what, value, "domains whose sizes are known", remedy))
+        return manifest.natural_weights()
+    return load_weights(Path(setting), manifest, allow_tokenizer_mismatch)
+
+
+def load_weights(path: Path, manifest: Manifest, allow_tokenizer_mismatch: bool) -> NDArray[np.float64]:
+    """Reads weights for the manifest's domains, in its order, normalised.
+
+    Takes this program's file, a bare {name: weight}, and {"train_domain_weights": {name: weight}, ...}, the
+    form of the DoReMi authors' repository.
+
+    Raises:
+        ConfigError: with every fault, names that are unknown or missing and another tokenizer among them.
+    """
+    subject = f"--domain-weights {path}"
+    entry = read_json_object(path, subject)
+    faults: list[Fault] = []
+    # A domain may be called "format".
+    if "format" in entry and not isinstance(entry["format"], int | float):
+        raise_if_any([fault for fault in [format_fault(entry, subject, WeightsEntry, "give a weights file")] if fault])
+        faults += _tokenizer_faults(subject, entry.get("tokenizer_sha256"), manifest, allow_tokenizer_mismatch)
+        schema: type[BareWeights] = WeightsEntry
+    else:
+        key = "train_domain_weights"
+        bare = key not in entry or key in manifest.names
+        schema, entry = BareWeights, {"weights": entry if bare else entry[key]}
+    if isinstance(entry.get("weights"), dict):
+        faults += _name_faults(subject, entry["weights"], manifest)
+    try:
+        weights = check_entry(entry, subject, schema, _REMEDY).weights
+    except ConfigError as error:
+        raise ConfigError([*faults, *error.faults]) from error
+    raise_if_any(faults)
+    return _shares(subject, manifest, [weights[name] for name in manifest.names])
+
+
+def _shares(what: str, manifest: Manifest, weights: Sequence[float]) -> NDArray[np.float64]:
+    """[k] positive weights, normalised. Raises ConfigError where one all but vanishes beside the others."""
+    shares = np.array(weights) / np.sum(weights)
+    raise_if_any(
+        [
+            Fault(
+                what,
+                f"{name!r}: a share of {share:.1e}",
+                f"shares of at least {_SMALLEST_SHARE}",
+                _REMEDY,
+            )
+            for name, share in zip(manifest.names, shares, strict=True)
+            if share < _SMALLEST_SHARE
+        ]
+    )
+    return shares
+
+
+def _tokenizer_faults(what: str, sha256: Any, manifest: Manifest, allowed: bool) -> list[Fault]:
+    ours = manifest.tokenizer.sha256 if manifest.tokenizer else None
+    if allowed or sha256 == ours:
+        return []
+    return [
+        Fault(
+            what,
+            f"learned with tokenizer {str(sha256)[:12]}",
+            f"the manifest's tokenizer, {str(ours)[:12]}",
+            "learn the weights with this tokenizer (they do not carry over), or give --allow-tokenizer-mismatch",
+        )
+    ]
+
+
+def _name_faults(subject: str, weights: Mapping[str, Any], manifest: Manifest) -> list[Fault]:
+    faults = []
+    unknown = [name for name in weights if name not in manifest.names]
+    missing = [name for name in manifest.names if name not in weights]
+    if unknown:
+        rule = "the manifest's names exactly: " + ", ".join(map(repr, manifest.names))
+        faults.append(
+            Fault(subject, "unknown: " + ", ".join(map(repr, unknown)), rule, "rename or remove these entries")
+        )
+    if missing:
+        value = "missing: " + ", ".join(map(repr, missing))
+        faults.append(Fault(subject, value, "a weight for each domain", "add them"))
+    return faults
