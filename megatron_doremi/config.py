@@ -67,7 +67,9 @@ class DataConfig:
         "refuse a mixture that would read a domain more often than this; 0: any (what repeats is said at the start)",
     )
     eval_iters: int = setting(
-        100, "an evaluation reads at most this many global batches of held-out windows a domain; 0: all"
+        0,
+        "an evaluation reads at most this many global batches of held-out windows a domain, spread evenly over its "
+        "held-out text; 0: all windows",
     )
     eval_interval: int = setting(0, "steps between two evaluations; 0: only at the end of training")
     seed: int = setting(1234, "seed of the initial weights and of the order of windows")

@@ -81,7 +81,8 @@ def explain_loss(
     for place, subject in ((2, whose), (3, "reference")):
         bad = [window for window in windows if not window[place]]
         if bad:
-            parts.append(f"the {subject}'s loss of iteration {iteration} is NaN or Inf in {_by_domain(bad, names)}")
+            places = windows_by_domain([(domain, number) for domain, number, _, _ in bad], names)
+            parts.append(f"the {subject}'s loss of iteration {iteration} is NaN or Inf in {places}")
     if not any(not window[2] for window in windows):
         parts.append(f"the {whose}'s own losses are finite: check the reference or its recorded losses")
     return NonFinite("\n      ".join([*parts, _batch(windows, names)]) + "\n" + _REMEDY)
@@ -107,10 +108,13 @@ def _windows(objective: MeanLoss, micro_batches: Sequence[MicroBatch]) -> list[t
     return sorted(tuple(row) for part in gather_json(own) for row in part)
 
 
-def _by_domain(windows: Sequence[tuple[int, int, bool, bool]], names: Sequence[str]) -> str:
+def windows_by_domain(windows: Sequence[tuple[int, int]], names: Sequence[str]) -> str:
+    """Text that names (domain, window) pairs, some of each domain's."""
+    numbers_of: dict[int, list[int]] = {}
+    for domain, window in windows:
+        numbers_of.setdefault(domain, []).append(window)
     parts = []
-    for number in dict.fromkeys(window[0] for window in windows):
-        numbers = [window[1] for window in windows if window[0] == number]
+    for number, numbers in numbers_of.items():
         shown = ", ".join(map(str, numbers[:_SHOWN_WINDOWS])) + (", ..." if len(numbers) > _SHOWN_WINDOWS else "")
         parts.append(f"{names[number]!r} (windows {shown})")
     return "; ".join(parts)

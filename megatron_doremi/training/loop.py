@@ -24,12 +24,11 @@ from megatron_doremi.parallel.groups import ProcessGroups
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.training.checkpoint import load_training
 from megatron_doremi.training.consensus import Agreement, agree, explain_gradient, explain_loss
-from megatron_doremi.training.evaluate import evaluate
+from megatron_doremi.training.evaluate import HeldOut, evaluate
 from megatron_doremi.training.guard import check_ranks_agree
 from megatron_doremi.training.metrics import (
     RunLog,
     domain_entries,
-    evaluation_entries,
     flops_per_token,
     gpu_metrics,
     proxy_entries,
@@ -236,17 +235,17 @@ class Trainer:
         if not datasets:
             return
         data = self.config.data
-        sums = evaluate(
+        entries = evaluate(
             self.engine.module,
-            datasets,
-            (data.micro_batch_size, data.seq_length),
-            data.eval_iters * self.batch_size,
+            HeldOut(self.data.names, datasets, data.seq_length, data.eval_iters * self.batch_size),
+            data.micro_batch_size,
             self.topology,
             self.groups,
             self.engine.device,
+            f"iteration {self.iteration}",
             lambda: self.watchdog.mark(f"evaluating after iteration {self.iteration}"),
         )
-        log.evaluation({"iteration": self.iteration, **evaluation_entries(sums.tolist(), self.data.names)})
+        log.evaluation({"iteration": self.iteration, **entries})
 
     def _own_state(self) -> dict[str, Any]:
         """The state that every rank computes for itself."""

@@ -15,15 +15,19 @@ from megatron_doremi.console import Guard
 from megatron_doremi.doremi.losses import LOSS, TARGETS
 from megatron_doremi.training.metrics_file import EventsFile, MetricsFile
 
-# Dense bfloat16 peak of a GPU in TFLOP/s, from the vendors' data sheets, by a part of its name.
+# Dense bfloat16 peak of a GPU in TFLOP/s, from the vendors' data sheets, by a part of its name; the longest part that
+# a name holds counts ("NVIDIA H100 PCIe", "NVIDIA H100 80GB HBM3" is the SXM one).
 _PEAK_TFLOPS = {
-    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
     "H100": 989.0,
+    "H200 NVL": 835.0,
+    "H200": 989.0,
     "GH200": 989.0,
     "B200": 2250.0,
+    "GB200": 2500.0,
     "A100": 312.0,
     "L40S": 362.0,
-    "V100": 125.0,
 }
 
 
@@ -48,10 +52,15 @@ def gpu_metrics(flops: float, seconds: float, world_size: int) -> dict[str, floa
     if not torch.cuda.is_available():
         return {}
     tflops = flops / seconds / world_size / 1e12
-    name = torch.cuda.get_device_name()
-    peaks = [peak for part, peak in _PEAK_TFLOPS.items() if part in name]
+    peak = peak_tflops(torch.cuda.get_device_name())
     result = {"tflops_per_gpu": tflops, "memory_gib": torch.cuda.max_memory_allocated() / 2**30}
-    return {**result, **({"mfu": tflops / peaks[0]} if peaks else {})}
+    return result if peak is None else {**result, "mfu": tflops / peak}
+
+
+def peak_tflops(gpu_name: str) -> float | None:
+    """Dense bfloat16 peak of a GPU in TFLOP/s by the name that CUDA gives it; None where it is not known."""
+    parts = [part for part in _PEAK_TFLOPS if part in gpu_name]
+    return _PEAK_TFLOPS[max(parts, key=len)] if parts else None
 
 
 def domain_entries(sums: Sequence[Sequence[float]], names: Sequence[str]) -> dict[str, Any]:
@@ -61,17 +70,6 @@ def domain_entries(sums: Sequence[Sequence[float]], names: Sequence[str]) -> dic
         "loss": sum(loss) / sum(targets),
         "domain_loss": {n: s / t for n, s, t in zip(names, loss, targets, strict=True) if t},
         "domain_tokens": {n: int(t) for n, t in zip(names, targets, strict=True)},
-    }
-
-
-def evaluation_entries(sums: Sequence[Sequence[float]], names: Sequence[str]) -> dict[str, Any]:
-    """eval, eval_uniform_mean, eval_worst and eval_token_mean from [3, k] sums over held-out windows."""
-    means = {n: s / t for n, s, t in zip(names, sums[LOSS], sums[TARGETS], strict=True) if t}
-    return {
-        "eval": means,
-        "eval_uniform_mean": sum(means.values()) / len(means),
-        "eval_worst": max(means.values()),
-        "eval_token_mean": sum(sums[LOSS]) / sum(sums[TARGETS]),
     }
 
 

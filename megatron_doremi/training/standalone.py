@@ -1,24 +1,30 @@
-"""The phase evaluate: a finished run's model on every domain's held-out text."""
+"""The phase evaluate: a finished run's model on every domain's held-out text.
+
+DIR/evaluations.jsonl holds a line an evaluation, of any number of runs; a run's own metrics.jsonl is never touched,
+whether that run has finished or is still training.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_doremi.config import Config, global_batch_size
-from megatron_doremi.data.files import atomic_write_text, make_folder
+from megatron_doremi.data.files import make_folder
+from megatron_doremi.errors import RunError
 from megatron_doremi.model.weights import load_frozen
 from megatron_doremi.parallel.groups import ProcessGroups
 from megatron_doremi.parallel.layers import TensorParallel
 from megatron_doremi.parallel.topology import Topology
-from megatron_doremi.training.evaluate import evaluate
-from megatron_doremi.training.metrics import evaluation_entries
-from megatron_doremi.training.metrics_file import MetricsFile
+from megatron_doremi.training.evaluate import HeldOut, evaluate
 from megatron_doremi.training.setup import RunData, read_trained
 from megatron_doremi.training.watchdog import Watchdog
+
+EVALUATION_FORMAT = "megatron-doremi-evaluation/1"
 
 
 def evaluate_run(
@@ -31,21 +37,66 @@ def evaluate_run(
 ) -> None:
     """Evaluates the newest checkpoint of --load at any layout.
 
-    Rank 0 prints the losses and, with --save, adds an evaluation line to that folder's metrics.jsonl.
+    Rank 0 prints the losses and, with --save, appends a line to that folder's evaluations.jsonl.
+
+    Raises:
+        NonFinite: a held-out loss is NaN or Inf; nothing is recorded.
     """
+    data_config, save = config.data, Path(config.run.save) if config.run.save else None
     run = read_trained(Path(config.run.load), "--load", data, config)
+    if save is not None and topology.rank == 0:
+        # Tried before the work, not after it.
+        append_line(save, "")
     tp = TensorParallel(groups.tensor, config.parallel.sequence_parallel)
     dtype = torch.bfloat16 if config.optimizer.bf16 else torch.float32
     module = load_frozen(run.gpt, run.weights, topology, tp, dtype, config.parallel.loss_chunk_tokens)
-    most = config.data.eval_iters * global_batch_size(config, topology.world_size)
-    shape = (config.data.micro_batch_size, config.data.seq_length)
-    sums = evaluate(module, data.valid, shape, most, topology, groups, device, lambda: watchdog.mark("evaluating"))
-    if topology.rank == 0:
-        entry = {"iteration": run.iteration, **evaluation_entries(sums.tolist(), data.names)}
-        _report(entry, config, run.weights.parent)
+    most = data_config.eval_iters * global_batch_size(config, topology.world_size)
+    checkpoint = run.weights.parent
+    entries = evaluate(
+        module,
+        HeldOut(data.names, data.valid, data_config.seq_length, most),
+        data_config.micro_batch_size,
+        topology,
+        groups,
+        device,
+        str(checkpoint),
+        lambda: watchdog.mark("evaluating"),
+    )
+    if topology.rank != 0:
+        return
+    _print(entries, checkpoint)
+    if save is not None:
+        line = {
+            "format": EVALUATION_FORMAT,
+            "run": str(Path(config.run.load).resolve()),
+            "of_this_folder": Path(config.run.load).resolve() == save.resolve(),
+            "checkpoint": checkpoint.name,
+            "iteration": run.iteration,
+            **entries,
+            "seq_length": data_config.seq_length,
+            "held_out_content": data.held_out_content,
+            "bf16": config.optimizer.bf16,
+        }
+        append_line(save, json.dumps(line) + "\n")
 
 
-def _report(entry: dict[str, Any], config: Config, checkpoint: Path) -> None:
+def append_line(folder: Path, line: str) -> None:
+    """Appends a line to a folder's evaluations.jsonl in one write; a torn last line is left a line of its own."""
+    make_folder(folder, "--save")
+    path = folder / "evaluations.jsonl"
+    try:
+        with path.open("a+b") as file:
+            if file.seek(0, os.SEEK_END) and line:
+                file.seek(-1, os.SEEK_END)
+                line = line if file.read(1) == b"\n" else "\n" + line
+            file.write(line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise RunError(f"{path}: {error.strerror}; the evaluation is not recorded") from error
+
+
+def _print(entry: dict[str, Any], checkpoint: Path) -> None:
     width = max(map(len, entry["eval"]))
     print(f"held-out loss of {checkpoint}, nats a token")
     for name, loss in entry["eval"].items():
@@ -54,12 +105,3 @@ def _report(entry: dict[str, Any], config: Config, checkpoint: Path) -> None:
         f"uniform mean {entry['eval_uniform_mean']:.4f}, worst {entry['eval_worst']:.4f}, "
         f"token mean {entry['eval_token_mean']:.4f}"
     )
-    if config.run.save:
-        save = Path(config.run.save)
-        make_folder(save, "--save")
-        if not (save / "config.json").exists():
-            text = json.dumps({"phase": config.data.phase, "settings": config.to_dict()}, indent=2)
-            atomic_write_text(save / "config.json", text + "\n")
-        metrics = MetricsFile(save / "metrics.jsonl", entry["iteration"])
-        metrics.write(entry)
-        metrics.close()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_doremi.config import GPTConfig
-from megatron_doremi.training.metrics import domain_entries, evaluation_entries, flops_per_token
+from megatron_doremi.training.metrics import domain_entries, flops_per_token, peak_tflops
 
 SUMS = [[1.0, 0.0, 0.0], [6.0, 3.0, 0.0], [4.0, 1.0, 0.0]]
 
@@ -20,12 +20,19 @@ def test_domain_entries_by_hand():
     assert entry["domain_tokens"] == {"a": 4, "b": 1, "c": 0}
 
 
-def test_evaluation_entries_by_hand():
-    entry = evaluation_entries(SUMS, ["a", "b", "c"])
-    assert entry["eval"] == {"a": 1.5, "b": 3.0}
-    assert entry["eval_uniform_mean"] == 2.25
-    assert entry["eval_worst"] == 3.0
-    assert entry["eval_token_mean"] == pytest.approx(1.8)
+def test_peaks_are_found_by_the_longest_name():
+    """An H100 over PCIe is not an SXM one, a GH200 no H200; a GPU that nobody listed has no MFU."""
+    names = {
+        "NVIDIA H100 80GB HBM3": 989.0,
+        "NVIDIA H100 PCIe": 756.0,
+        "NVIDIA H100 NVL": 835.0,
+        "NVIDIA H200": 989.0,
+        "NVIDIA GH200 480GB": 989.0,
+        "NVIDIA A100-SXM4-80GB": 312.0,
+        "NVIDIA B200": 2250.0,
+        "NVIDIA GeForce RTX 4090": None,
+    }
+    assert {name: peak_tflops(name) for name in names} == names
 
 
 def test_flops_of_a_token_by_hand():

@@ -9,8 +9,7 @@ import json
 from itertools import pairwise
 
 import pytest
-from ranks import run_program
-from training.small import MODEL, metrics, train, training_lines
+from training.small import train, training_lines
 
 pytestmark = pytest.mark.slow
 
@@ -85,25 +84,6 @@ def test_a_torn_checkpoint_is_passed_over(data, tmp_path):
     (save / "checkpoints" / "iter_0000012").mkdir()
     lines = training_lines(train(1, "main", data, save, 12, *flags, "--log-interval", "1"))
     assert [line["iteration"] for line in lines][-4:] == [9, 10, 11, 12]
-
-
-def test_weights_of_any_layout_evaluate_the_same(data, tmp_path):
-    save = tmp_path / "run"
-    train(2, "main", data, save, 6, "--tensor-model-parallel-size", "2")
-    trained = [line for line in metrics(save) if "eval" in line][-1]
-    for name, world, flags in (
-        ("single", 1, []),
-        ("PP2", 2, ["--pipeline-model-parallel-size", "2"]),
-        ("DP2", 2, ["--micro-batch-size", "1"]),
-    ):
-        out = tmp_path / name
-        argv = ["--phase", "evaluate", "--domains", str(data), "--load", str(save), "--save", str(out)]
-        run_program(world, [*argv, *MODEL, *flags])
-        line = metrics(out)[-1]
-        assert line["iteration"] == 6
-        assert line["eval"] == pytest.approx(trained["eval"], rel=1e-5)
-        assert line["eval_worst"] == max(line["eval"].values())
-        assert line["eval_uniform_mean"] == pytest.approx(sum(line["eval"].values()) / 3)
 
 
 @pytest.mark.parametrize("flags", [["--doremi-weighting", "resample"], ["--doremi-update", "simultaneous"]])
