@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from typing import Any
 
 from megatron_doremi.arguments import parse_config
 from megatron_doremi.config import EVALUATE, PROXY, SCORE, Config, data_parallel_size
@@ -60,9 +61,10 @@ def run(config: Config, topology: Topology, launch: Launch) -> int:
     from megatron_doremi.training import setup
     from megatron_doremi.training.build import make_engine
     from megatron_doremi.training.distributed import join
+    from megatron_doremi.training.identity import check_ranks_start_alike, run_identity
     from megatron_doremi.training.loop import Trainer
     from megatron_doremi.training.repetition import check_repetition
-    from megatron_doremi.training.resume import resume_point, trained_on
+    from megatron_doremi.training.resume import resume_point
     from megatron_doremi.training.score import check_recorded, reference_hash, score
     from megatron_doremi.training.standalone import evaluate_run
     from megatron_doremi.training.watchdog import Watchdog
@@ -79,6 +81,7 @@ def run(config: Config, topology: Topology, launch: Launch) -> int:
     minutes, stopped = config.run.distributed_timeout_minutes, False
     device, signs = join(launch, minutes)
     with Watchdog(signs, launch.rank, launch.world_size, 60.0 * minutes) as watchdog:
+        check_ranks_start_alike(config, setup.what_is_read(data, reference_run))
         groups = make_groups(topology)
         if phase == EVALUATE:
             evaluate_run(config, data, topology, groups, device, watchdog)
@@ -87,10 +90,12 @@ def run(config: Config, topology: Topology, launch: Launch) -> int:
             stopped = score(config, data, reference_run, topology, groups, stop, watchdog)
         else:
             gpt = setup.resolve_gpt(config, data)
-            own = trained_on(config, gpt, data, topology, reference_hash(reference_run, recorded, topology, watchdog))
-            resume = resume_point(config, own, data.names, topology)
+            reference_sha256 = reference_hash(reference_run, recorded, topology, watchdog)
+            identity = run_identity(config, gpt, data, topology.world_size, reference_sha256)
+            resume = resume_point(config, identity, data.names, topology)
+            own: dict[str, Any] = {"identity": identity, "overrides": list(resume.overrides) if resume else []}
             if topology.rank == 0:
-                setup.write_run_config(config, gpt, data, topology)
+                setup.write_run_config(config, gpt, data, topology, **own)
                 if repeated:
                     print(repeated)
             engine = make_engine(config, gpt, data.weights, topology, groups, device)

@@ -56,9 +56,12 @@ def _add_flag(group: argparse._ArgumentGroup, entry: dataclasses.Field[Any]) -> 
     if entry.type == "bool":
         group.add_argument(name, action="store_true", help=text)
         return
+    if entry.type == "tuple[str, ...]":
+        group.add_argument(name, nargs="+", metavar="NAME", help=text)
+        return
     choices = entry.metadata["choices"]
     metavar = "{" + ",".join(map(str, choices)) + "}" if choices else entry.name.rsplit("_", 1)[-1].upper()
-    default = f" (default: {entry.default})" if entry.default not in ("", 0) else ""
+    default = f" (default: {entry.default})" if entry.default not in ("", 0, ()) else ""
     group.add_argument(name, metavar=metavar, help=text + default)
 
 
@@ -115,6 +118,8 @@ def _read(entry: dataclasses.Field[Any], text: Any) -> tuple[Any, list[Fault]]:
     flag = "--" + entry.name.replace("_", "-")
     if entry.type == "bool":
         return text, []
+    if entry.type == "tuple[str, ...]":
+        return tuple(name.replace("-", "_") for word in text for name in word.split(",") if name), []
     value: Any = text
     try:
         if entry.type == "int":

@@ -28,6 +28,9 @@ PAPER_SHAPES: dict[str, tuple[int, int, int, int, int]] = {
     "8b": (32, 32, 128, 4096, 24576),
 }
 
+# Above anything that is trained; a typing mistake must not take all memory.
+MAX_LAYERS, MAX_WIDTH = 10_000, 1 << 20
+
 REFERENCE, SCORE, PROXY, MAIN, EVALUATE = "reference", "score", "proxy", "main", "evaluate"
 PHASES = (REFERENCE, SCORE, PROXY, MAIN, EVALUATE)
 
@@ -189,6 +192,14 @@ class RunConfig:
 
     save: str = setting("", "folder of the results: config, metrics, checkpoints, domain weights")
     load: str = setting("", "go on from this folder's newest complete checkpoint, or start where it has none")
+    override_resume: tuple[str, ...] = setting(
+        (),
+        "resume although these entries of the run's identity changed, such as lr or data_content; printed, and kept in "
+        "every later checkpoint",
+    )
+    allow_unfinished: bool = setting(
+        False, "accept a reference or learned domain weights whose run has not taken all of its steps"
+    )
     save_interval: int = setting(0, "steps between two checkpoints; 0: only at the end")
     keep_checkpoints: int = setting(0, "keep this many of the newest checkpoints; 0: all")
     exit_interval: int = setting(0, "save and leave with exit code 0 when this iteration divides by it; 0: never")

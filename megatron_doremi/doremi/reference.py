@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +13,8 @@ from megatron_doremi.config import GPTConfig
 from megatron_doremi.data.loader import MicroBatch
 from megatron_doremi.data.manifest import Manifest
 from megatron_doremi.data.scores import RecordedLosses
-from megatron_doremi.errors import ConfigError, Fault, raise_if_any
+from megatron_doremi.doremi.run_config import RunConfigFile
+from megatron_doremi.errors import Fault, raise_if_any
 from megatron_doremi.model.forward import forward_only
 from megatron_doremi.model.weights import load_frozen
 from megatron_doremi.parallel.layers import TensorParallel
@@ -38,41 +37,44 @@ class ReferenceRun:
 
 
 def check_reference(
-    run_config: dict[str, Any], flag: str, folder: Path, manifest: Manifest, seq_length: int
+    run_config: RunConfigFile, flag: str, folder: Path, manifest: Manifest, seq_length: int, vocab_size: int
 ) -> GPTConfig:
     """Checks that a run's model can score this data, and returns its shape.
 
     Args:
-        run_config: the run's config.json.
-        flag: the flag that named it, for messages.
+        flag: the flag that named the run, for messages.
         folder: where it lies, for messages.
+        vocab_size: ids of the data are below this.
 
     Raises:
-        ConfigError: the run used other domains, another tokenizer or a shorter window than this one.
+        ConfigError: the run used other domains, another tokenizer, a smaller vocabulary or a shorter window.
     """
     what, faults = f"{flag} {folder}", []
-    try:
-        gpt = GPTConfig(**run_config["gpt"])
-        names, tokenizer = run_config["domains"], run_config["tokenizer_sha256"]
-    except (KeyError, TypeError) as error:
-        raise ConfigError(
-            Fault(what, f"config.json: {error}", "a config.json of this program", "train that model again")
-        ) from error
+    gpt = run_config.gpt.gpt()
     ours = manifest.tokenizer.sha256 if manifest.tokenizer else None
-    if tokenizer != ours:
+    if run_config.tokenizer_sha256 != ours:
         faults.append(
             Fault(
                 what,
-                f"tokenizer {str(tokenizer)[:12]}",
+                f"tokenizer {str(run_config.tokenizer_sha256)[:12]}",
                 f"the manifest's tokenizer, {str(ours)[:12]}",
                 "train the model on this data set: losses of other tokens cannot be compared",
             )
         )
-    if list(names) != list(manifest.names):
+    if gpt.vocab_size < vocab_size:
         faults.append(
             Fault(
                 what,
-                f"domains {', '.join(names)}",
+                f"a vocabulary of {gpt.vocab_size:,}",
+                f"at least the data's {vocab_size:,} ids",
+                "train the model on this data set",
+            )
+        )
+    if run_config.domains != list(manifest.names):
+        faults.append(
+            Fault(
+                what,
+                f"domains {', '.join(run_config.domains)}",
                 f"the manifest's, in its order: {', '.join(manifest.names)}",
                 "train the model on this manifest",
             )
@@ -88,25 +90,6 @@ def check_reference(
         )
     raise_if_any(faults)
     return gpt
-
-
-def read_run_config(folder: Path, flag: str) -> dict[str, Any]:
-    """The config.json of a run's folder. Raises ConfigError where it is none."""
-    path = folder / "config.json"
-    try:
-        entry = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(entry, dict):
-            raise ValueError("not an object")
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            Fault(
-                f"{flag} {folder}",
-                f"config.json: {error}",
-                "the --save folder of a run of this program",
-                "give that folder",
-            )
-        ) from error
-    return entry
 
 
 class OnlineReference:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from megatron_doremi.errors import ConfigError, Fault
 
 
 def gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
@@ -48,6 +52,27 @@ def broadcast_json(value: Any, source: int = 0, group: dist.ProcessGroup | None 
     buffer = own if dist.get_rank() == source else torch.empty(int(length), dtype=torch.uint8, device=own.device)
     dist.broadcast(buffer, source, group=group)
     return _decode(buffer)
+
+
+def from_rank_0(work: Callable[[], Any]) -> Any:
+    """What `work` returns on rank 0, on every rank; a collective call.
+
+    Args:
+        work: called on rank 0 only; returns anything that JSON takes.
+
+    Raises:
+        ConfigError: on every rank, where `work` raises one.
+    """
+    entry: dict[str, Any] = {}
+    if dist.get_rank() == 0:
+        try:
+            entry = {"result": work()}
+        except ConfigError as error:
+            entry = {"faults": [asdict(fault) for fault in error.faults]}
+    entry = broadcast_json(entry)
+    if "faults" in entry:
+        raise ConfigError([Fault(**fault) for fault in entry["faults"]])
+    return entry["result"]
 
 
 def _encode(value: Any) -> Tensor:

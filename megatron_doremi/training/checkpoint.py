@@ -14,15 +14,18 @@ under a temporary name, so that a folder named iter_* is complete; a copy that w
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
+from pydantic import ConfigDict, Field, model_validator
 
-from megatron_doremi.errors import MALFORMED, ConfigError, Fault
+from megatron_doremi.data.formats import Count, Name, Schema, format_fault, read_checked
+from megatron_doremi.errors import ConfigError, Fault
 from megatron_doremi.model.weights import WeightsFolder
 from megatron_doremi.model.whole import writable
 from megatron_doremi.parallel.parameters import spec_of
@@ -31,6 +34,21 @@ from megatron_doremi.training.optimizer_state import MASTER, OptimizerFolder, ow
 
 FORMAT = "megatron-doremi-checkpoint/2"
 _NAME = re.compile(r"iter_(\d{7,})")
+# Windows owed to a domain: less than one under weights that stay, a few where they move.
+_MAX_CREDIT = 1e6
+# Version 0.1 kept these of a run, beside the state.
+_EARLY_IDENTITY = (
+    "phase",
+    "gpt",
+    "data_fingerprint",
+    "sampling_weights",
+    "seq_length",
+    "global_batch_size",
+    "seed",
+    "reference",
+)
+# Sums of as many float64 as a run has domains and steps.
+_ROUNDING = 1e-6
 
 
 def checkpoints_folder(save: Path) -> Path:
@@ -54,53 +72,121 @@ def checkpoints(save: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
+class BlendEntry(Schema):
+    """The blend's state by domain; see `BlendState`."""
+
+    step: Count
+    credits: dict[Name, Annotated[float, Field(gt=-_MAX_CREDIT, lt=_MAX_CREDIT)]]
+    cursors: dict[Name, Count]
+
+    @model_validator(mode="after")
+    def _same_domains(self) -> BlendEntry:
+        if self.credits.keys() != self.cursors.keys():
+            raise ValueError("credits and cursors must name the same domains")
+        return self
+
+
+class DomainWeightsEntry(Schema):
+    """A proxy's domain weights; see `DomainWeights`."""
+
+    steps: Count
+    weights: dict[Name, Annotated[float, Field(ge=0, le=1)]]
+    excess: dict[Name, float]
+    weight_sum: dict[Name, Annotated[float, Field(ge=0)]]
+
+    @model_validator(mode="after")
+    def _sums(self) -> DomainWeightsEntry:
+        if not self.weights.keys() == self.excess.keys() == self.weight_sum.keys():
+            raise ValueError("weights, excess and weight_sum must name the same domains")
+        for name, total, expected in (("weights", self.weights, 1.0), ("weight_sum", self.weight_sum, self.steps)):
+            found = math.fsum(total.values())
+            if not math.isclose(found, expected, rel_tol=_ROUNDING, abs_tol=_ROUNDING):
+                raise ValueError(f"{name} must sum to {expected:g}, not {found!r}")
+        return self
+
+
+class CheckpointState(Schema):
+    """state.json of a checkpoint. What version 0.1 wrote of a run stands beside `identity`, which it lacks."""
+
+    FORMAT: ClassVar[str] = FORMAT
+    model_config = ConfigDict(extra="allow")
+
+    iteration: Count
+    files: dict[Name, Count]
+    blend: BlendEntry
+    doremi: DomainWeightsEntry | None = None
+    identity: dict[str, Any] | None = None
+    overrides: list[dict[str, Any]] = Field(default_factory=list)
+    # Size of metrics.jsonl when the checkpoint was taken.
+    metrics_bytes: Count | None = None
+
+    @model_validator(mode="after")
+    def _one_step(self) -> CheckpointState:
+        if self.blend.step != self.iteration:
+            raise ValueError(f"blend.step {self.blend.step} must equal iteration {self.iteration}")
+        if self.doremi is not None and self.doremi.steps != self.iteration:
+            raise ValueError(f"doremi.steps {self.doremi.steps} must equal iteration {self.iteration}")
+        return self
+
+    def recorded_identity(self) -> dict[str, Any]:
+        """The identity of the run that wrote the checkpoint; of version 0.1, as much of it as that recorded."""
+        if self.identity is not None:
+            return self.identity
+        known = self.model_extra or {}
+        identity = {key: known[key] for key in _EARLY_IDENTITY if key in known}
+        return identity | {"domains": list(self.blend.cursors)}
+
+
 def newest_checkpoint(save: Path, say: Callable[[str], None] = lambda _: None) -> Path | None:
-    """The newest complete checkpoint of a run, or None; `say` is told of each that is passed over."""
+    """The newest complete checkpoint of a run, or None; `say` is told of each that is passed over.
+
+    Raises:
+        ConfigError: it is complete, but of another version of this program, or holds what no run writes. An older one
+            is not taken silently in its place.
+    """
     for _, path in reversed(checkpoints(save)):
         lack = _what_lacks(path)
         if lack is None:
+            read_state(path)
             return path
         say(f"passing over {path}: {lack}")
     return None
 
 
 def _what_lacks(checkpoint: Path) -> str | None:
-    """The first file of a checkpoint that is not there as it was written; None where nothing lacks."""
+    """The first file of a checkpoint that is missing or cut off; None where it is complete, whatever it holds."""
     try:
-        files = read_state(checkpoint)["files"]
-        for name, size in files.items():
-            path = checkpoint / name
-            if not path.is_file() or path.stat().st_size != size:
-                return f"{name} has {path.stat().st_size if path.is_file() else 0:,} of {size:,} bytes"
-    except (ConfigError, OSError, *MALFORMED) as error:
-        return " ".join(str(error).split())
+        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        return f"state.json: {' '.join(str(error).split())}"
+    if not isinstance(state, dict) or format_fault(state, "", CheckpointState, "") is not None:
+        return None
+    files = state.get("files")
+    for name, size in files.items() if isinstance(files, dict) else ():
+        try:
+            found = (checkpoint / name).stat().st_size
+        except OSError:
+            found = 0
+        if found != size:
+            return f"{name} has {found:,} of {size} bytes"
     return None
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The run's own state in a checkpoint. Raises ConfigError where it cannot be read."""
+def read_state(checkpoint: Path) -> CheckpointState:
+    """The run's own state in a checkpoint. Raises ConfigError with everything that is wrong with it."""
     path = checkpoint / "state.json"
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-        if state["format"] != FORMAT:
-            raise ValueError(f"format {state['format']!r}")
-        int(state["iteration"]), state["files"]
-        return state
-    except (OSError, *MALFORMED) as error:
-        raise ConfigError(
-            Fault(
-                str(path),
-                str(error),
-                f"a state of format {FORMAT}",
-                f"delete {checkpoint} to go on from an older one",
-            )
-        ) from error
+    remedy = f"delete {checkpoint} to resume from an older one"
+    state = read_checked(path, str(path), CheckpointState, remedy)
+    if checkpoint_name(state.iteration) != checkpoint.name:
+        rule = f"the iteration of its folder, {checkpoint.name}"
+        raise ConfigError(Fault(str(path), f"iteration: {state.iteration}", rule, remedy))
+    return state
 
 
 def check_files(checkpoint: Path) -> None:
     """Raises ConfigError where a checkpoint's weights or optimiser state are damaged, as far as headers tell."""
     WeightsFolder(checkpoint / "weights")
-    OptimizerFolder(checkpoint / "optimizer")
+    OptimizerFolder(checkpoint / "optimizer").check_files()
 
 
 @torch.no_grad()

@@ -11,15 +11,15 @@ import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_doremi.errors import RunError
 from megatron_doremi.model.whole import GPT, is_partitioned
+from megatron_doremi.parallel.exchange import gather_json
 from megatron_doremi.parallel.parameters import spec_of
 from megatron_doremi.parallel.topology import Topology
 
@@ -116,9 +116,7 @@ def check_ranks_agree(module: GPT, state: Any, topology: Topology, iteration: in
         RanksDisagree: on every rank, naming what differs and where.
     """
     own = digest(module, state, topology)
-    everyone: list[Any] = [None] * topology.world_size
-    dist.all_gather_object(everyone, own)
-    found = disagreements(everyone)
+    found = disagreements([Digest(**entry) for entry in gather_json(asdict(own))])
     if found:
         raise RanksDisagree(f"after iteration {iteration} ranks disagree: " + "; ".join(found))
 

@@ -60,8 +60,8 @@ class Trainer:
     ):
         """
         Args:
-            run: what every checkpoint says of the run; `trained_on` of resume.py.
-            resume: where to go on.
+            run: what every checkpoint says of the run: its `identity` and the `overrides` of it.
+            resume: where to resume.
         """
         self.config, self.gpt, self.data = config, gpt, data
         self.engine, self.reference, self.topology, self.groups = engine, reference, topology, groups
@@ -204,7 +204,7 @@ class Trainer:
 
     def _entry(self, lr: float) -> dict[str, Any]:
         """The line of the step just taken; a collective call."""
-        samples, names = self.iteration * self.batch_size, self.data.names
+        samples, names = self._consumed_samples(), self.data.names
         sums = self.engine.objective.step_sums().tolist()
         entry: dict[str, Any] = {
             "iteration": self.iteration,
@@ -247,6 +247,10 @@ class Trainer:
         )
         log.evaluation({"iteration": self.iteration, **entries})
 
+    def _consumed_samples(self) -> int:
+        """Windows read since the run began, also where the batch size was changed on the way."""
+        return int(self.blend_state.cursors.sum())
+
     def _own_state(self) -> dict[str, Any]:
         """The state that every rank computes for itself."""
         state: dict[str, Any] = {"blend": self.blend_state.to_dict(self.data.names)}
@@ -256,8 +260,10 @@ class Trainer:
 
     def _save(self, log: RunLog) -> None:
         self.watchdog.mark(f"saving iteration {self.iteration}")
-        consumed = {"consumed_samples": self.iteration * self.batch_size}
-        state = {**self.run, **consumed, **self._own_state()}
+        own_state = self._own_state()
+        # What is saved has to be what every rank holds: a resume would spread one rank's difference to all.
+        check_ranks_agree(self.engine.module, own_state, self.topology, self.iteration)
+        state = {**self.run, "consumed_samples": self._consumed_samples(), **own_state}
         if (metrics_bytes := log.metrics_bytes()) is not None:
             state["metrics_bytes"] = metrics_bytes
         self.checkpoints.start(self.engine, self.iteration, state, log.make_durable)

@@ -13,19 +13,22 @@ from __future__ import annotations
 
 import json
 import math
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
+from pydantic import Strict, model_validator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from megatron_doremi.data.files import atomic_write_text, read_json_object
+from megatron_doremi.data.files import atomic_write_text
+from megatron_doremi.data.formats import Count, Name, Positive, Schema, read_checked
 from megatron_doremi.data.tensor_file import TensorFile, to_host
-from megatron_doremi.errors import MALFORMED, ConfigError, Fault
+from megatron_doremi.errors import ConfigError, Fault
 from megatron_doremi.model.weights import read_spec, writes_parameter
 from megatron_doremi.model.whole import is_partitioned
 from megatron_doremi.parallel.parameters import ParameterSpec, shard, spec_of, unshard
@@ -34,6 +37,7 @@ from megatron_doremi.parallel.topology import Topology
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MASTER = "master"
 _PIECES = "pieces"
+_REMEDY = "delete this checkpoint to resume from an older one, or copy it again"
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,8 @@ def write_index(folder: Path) -> None:
                 piece = entry.pop("piece")
                 parameters.setdefault(name, {**entry, "pieces": []})["pieces"].append([path.name, *piece])
             keys |= {key.rsplit("/", 1)[1] for key in file.keys()}  # noqa: SIM118
-    atomic_write_text(folder / "index.json", json.dumps({"keys": sorted(keys), "parameters": parameters}))
+    entry = {"format": OptimizerIndex.FORMAT, "keys": sorted(keys), "parameters": parameters}
+    atomic_write_text(folder / "index.json", json.dumps(entry))
 
 
 class Piece(NamedTuple):
@@ -140,35 +145,92 @@ class Piece(NamedTuple):
     length: int
 
 
+class _ParameterEntry(Schema):
+    """A parameter in index.json: how the layout that wrote it cut it, and where the pieces of its state lie."""
+
+    shape: list[Positive]
+    dim: int | None
+    blocks: Positive
+    padded: Count
+    size: Positive
+    # [file, tensor rank, start, length] each.
+    pieces: list[Annotated[tuple[Name, Count, Count, Count], Strict(False)]]
+
+    @model_validator(mode="after")
+    def _tiles(self) -> _ParameterEntry:
+        spec, size = read_spec(self.model_dump())
+        numbers = math.prod(spec.local_shape(size))
+        holders = range(size if spec.dim is not None else 1)
+        pieces: dict[int, list[tuple[int, int]]] = {rank: [] for rank in holders}
+        for file, rank, start, length in self.pieces:
+            if rank not in pieces or Path(file).name != file:
+                raise ValueError(f"no piece of this parameter can lie in {file!r} for tensor rank {rank}")
+            pieces[rank].append((start, length))
+        for rank, found in pieces.items():
+            end = 0
+            for start, length in sorted(found):
+                if start != end:
+                    raise ValueError(f"pieces of tensor rank {rank} overlap or leave a gap at number {min(start, end)}")
+                end += length
+            if end != numbers:
+                raise ValueError(f"pieces of tensor rank {rank} hold {end:,} of {numbers:,} numbers")
+        return self
+
+
+class OptimizerIndex(Schema):
+    """index.json of a checkpoint's optimizer folder."""
+
+    FORMAT: ClassVar[str] = "megatron-doremi-optimizer/1"
+    FORMAT_SINCE_LATER: ClassVar[bool] = True
+
+    keys: list[Literal["exp_avg", "exp_avg_sq", "master"]]
+    parameters: dict[Name, _ParameterEntry]
+
+    @model_validator(mode="after")
+    def _moments(self) -> OptimizerIndex:
+        if not set(MOMENTS) <= set(self.keys):
+            raise ValueError(f"keys must hold {' and '.join(MOMENTS)}")
+        return self
+
+
 class OptimizerFolder:
     """The state that the `optimizer_file` of every rank left in a folder, of whatever layout."""
 
     def __init__(self, folder: Path):
-        """Reads the index. Raises ConfigError where there is none."""
+        """Reads the index. Raises ConfigError with everything that is wrong with it."""
         self.folder = folder
-        entry = read_json_object(folder / "index.json", f"optimiser state in {folder}")
-        try:
-            self.keys = frozenset(map(str, entry["keys"]))
-            self._specs: dict[str, tuple[ParameterSpec, int]] = {}
-            self._pieces: dict[str, list[Piece]] = {}
-            for name, found in entry["parameters"].items():
-                self._specs[name] = read_spec(found)
-                self._pieces[name] = [Piece(Path(file).name, *map(int, place)) for file, *place in found["pieces"]]
-                spec, size = self._specs[name]
-                numbers = math.prod(spec.local_shape(size)) * (1 if spec.dim is None else size)
-                lengths = [piece.length for piece in self._pieces[name]]
-                if min(lengths, default=0) < 0 or sum(lengths) != numbers:
-                    raise ValueError(f"{name}: pieces of {sum(lengths):,} numbers in place of {numbers:,}")
-        except MALFORMED as error:
-            raise self._error(f"index.json: {error!r}") from error
+        index = read_checked(folder / "index.json", f"optimizer state in {folder}: index.json", OptimizerIndex, _REMEDY)
+        self.keys = frozenset(index.keys)
+        self._specs: dict[str, tuple[ParameterSpec, int]] = {}
+        self._pieces: dict[str, list[Piece]] = {}
+        for name, entry in index.parameters.items():
+            self._specs[name] = read_spec(entry.model_dump())
+            self._pieces[name] = [Piece(*piece) for piece in entry.pieces]
+
+    def check_files(self) -> None:
+        """Raises ConfigError where a file lacks a piece of the index, or holds it in another type or size."""
+        wanted: dict[str, list[tuple[str, int]]] = defaultdict(list)
+        for name, pieces in self._pieces.items():
+            for piece in pieces:
+                wanted[piece.file] += [(f"{name}/{key}", piece.length) for key in sorted(self.keys)]
+        for file_name, tensors in sorted(wanted.items()):
+            try:
+                with safe_open(self.folder / file_name, framework="pt") as file:
+                    for tensor, length in tensors:
+                        entry = file.get_slice(tensor)
+                        if entry.get_dtype() != "F32" or entry.get_shape() != [length]:
+                            found = f"{entry.get_dtype()} {entry.get_shape()}"
+                            raise self._error(f"{file_name}: {tensor} is {found}, not F32 [{length}]")
+            except (SafetensorError, OSError, TypeError, ValueError) as error:
+                raise self._error(f"{file_name}: {error}") from error
 
     def _error(self, value: str) -> ConfigError:
         return ConfigError(
             Fault(
-                f"optimiser state in {self.folder}",
+                f"optimizer state in {self.folder}",
                 value,
-                "the state of every parameter, whole",
-                "delete this checkpoint to go on from an older one, or copy it again",
+                "the complete state of every parameter",
+                _REMEDY,
             )
         )
 

@@ -1,28 +1,27 @@
-"""Where a run goes on: the newest complete checkpoint of --load, checked against what this run is, before any model."""
+"""Where a run resumes: the newest complete checkpoint of --load, checked against what this run is, before any model."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
-from megatron_doremi.config import PROXY, Config, GPTConfig, global_batch_size
+from megatron_doremi.config import PROXY, Config
 from megatron_doremi.data.blend import BlendState
 from megatron_doremi.doremi.domain_weights import DomainWeights
-from megatron_doremi.errors import MALFORMED, ConfigError, Fault, raise_if_any
+from megatron_doremi.errors import Fault, raise_if_any
+from megatron_doremi.parallel.exchange import from_rank_0
 from megatron_doremi.parallel.topology import Topology
-from megatron_doremi.training.checkpoint import check_files, newest_checkpoint, read_state
-from megatron_doremi.training.setup import RunData
-
-_REMEDY = "go on with the settings and data that the run began with, or start a new folder"
-_REMEDIES = {
-    "global_batch_size": "give --global-batch-size; its default follows from the number of ranks",
-    "sampling_weights": "give the weights that the run began with, or --change-domain-weights to go on with these",
-}
+from megatron_doremi.training.checkpoint import CheckpointState, check_files, newest_checkpoint, read_state
+from megatron_doremi.training.identity import (
+    Identity,
+    differences,
+    differing,
+    override_faults,
+    schedule_change,
+)
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,7 @@ class ResumePoint:
         blend: where the blend was.
         domain_weights: a proxy's.
         metrics_bytes: size of metrics.jsonl when the checkpoint was taken; None where the checkpoint does not say.
+        overrides: entries of the run's identity that were changed on purpose, at which iteration, over its whole life.
     """
 
     checkpoint: Path
@@ -42,91 +42,108 @@ class ResumePoint:
     blend: BlendState
     domain_weights: DomainWeights | None
     metrics_bytes: int | None = None
+    overrides: tuple[dict[str, Any], ...] = ()
 
 
-def trained_on(
-    config: Config, gpt: GPTConfig, data: RunData, topology: Topology, reference: str | None
-) -> dict[str, Any]:
-    """What a run has to share with the checkpoint that it goes on from; every checkpoint holds it.
-
-    Args:
-        reference: tells a proxy's reference from another; None without one.
-    """
-    return {
-        "phase": config.data.phase,
-        "gpt": asdict(gpt),
-        "data_fingerprint": data.manifest.fingerprint(),
-        "sampling_weights": dict(zip(data.names, data.weights.tolist(), strict=True)),
-        "seq_length": config.data.seq_length,
-        "global_batch_size": global_batch_size(config, topology.world_size),
-        "seed": config.data.seed,
-        **({"reference": reference} if reference else {}),
-    }
-
-
-def resume_point(
-    config: Config, run: Mapping[str, Any], names: tuple[str, ...], topology: Topology
-) -> ResumePoint | None:
-    """Where the run goes on; None where it starts. A collective call.
+def resume_point(config: Config, identity: Identity, names: tuple[str, ...], topology: Topology) -> ResumePoint | None:
+    """Where the run resumes; None where it starts. A collective call.
 
     Args:
-        run: of `trained_on`.
+        identity: of this run.
         names: the domains.
 
     Raises:
         ConfigError: the checkpoint is of another run, with everything that differs, or is damaged.
     """
-    # One rank looks, for what several see of a shared file system need not be the same.
-    found: list[Any] = [None, []]
-    if config.run.load and topology.rank == 0:
-        found[0] = newest_checkpoint(Path(config.run.load), found[1].append)
-        if found[0] is not None:
-            print("".join(f"{line}\n" for line in found[1]), end="", file=sys.stderr)
-    dist.broadcast_object_list(found)
-    checkpoint, passed_over = found
-    if checkpoint is None:
+    raise_if_any(override_faults(config.run.override_resume, identity))
+    if not config.run.load:
+        return None
+    # One rank looks, for what several see of a shared file system may differ.
+    found = from_rank_0(lambda: _find_checkpoint(Path(config.run.load)))
+    if found is None:
+        return None
+    checkpoint = Path(found)
+    state = read_state(checkpoint)
+    subject = f"--load {checkpoint}"
+    allowed = {*config.run.override_resume}
+    if config.data.change_domain_weights:
+        allowed.add("sampling_weights")
+    before = state.recorded_identity()
+    faults, overridden = differences(before, identity, subject, allowed)
+    if config.data.train_iters < state.iteration:
+        rule = f"at least the {state.iteration:,} steps that were taken"
+        faults.append(Fault("--train-iters", f"{config.data.train_iters:,}", rule, "give more, or a new --save"))
+    faults += _domain_faults(state, config, names, subject)
+    raise_if_any(faults)
+    check_files(checkpoint)
+    for line in _statements(before, identity, overridden, config, state.iteration, topology.rank):
+        print(line, file=sys.stderr, flush=True)
+    changed = [name for name in identity if name in before and before[name] != identity[name]]
+    overrides = [
+        *state.overrides,
+        *({"iteration": state.iteration, "name": n, "before": before[n], "now": identity[n]} for n in changed),
+    ]
+    learned = None
+    if config.data.phase == PROXY:
+        assert state.doremi is not None
+        learned = DomainWeights.from_dict(state.doremi.model_dump(), names, "cpu")
+    blend = BlendState.from_dict(state.blend.model_dump(), names)
+    return ResumePoint(checkpoint, state.iteration, blend, learned, state.metrics_bytes, tuple(overrides))
+
+
+def _find_checkpoint(load: Path) -> str | None:
+    """The newest complete checkpoint below `load`, None where there is no checkpoint at all."""
+    passed_over: list[str] = []
+    newest = newest_checkpoint(load, passed_over.append)
+    if newest is None:
         # Starting over would throw away what the run has written.
         rule, remedy = "a complete checkpoint, or none at all", "copy it again, or delete the folder to start over"
-        what = f"--load: checkpoints of {config.run.load}"
+        what = f"--load: checkpoints of {load}"
         raise_if_any([Fault(what, f"no complete one: {line}", rule, remedy) for line in passed_over])
         return None
-    state = read_state(checkpoint)
-    allowed = {"sampling_weights"} if config.data.change_domain_weights else set()
-    raise_if_any(differences(state, checkpoint, {key: run[key] for key in run if key not in allowed}))
-    check_files(checkpoint)
-    try:
-        blend = BlendState.from_dict(state["blend"], names)
-        learned = None
-        if config.data.phase == PROXY:
-            learned = DomainWeights.from_dict(state["doremi"], names, "cpu")
-    except MALFORMED as error:
-        raise ConfigError(
-            Fault(
-                f"--load: {checkpoint}",
-                f"state.json: {error!r}",
-                "the blend's and the proxy's state of each domain",
-                "delete this checkpoint to go on from an older one",
+    for line in passed_over:
+        print(line, file=sys.stderr, flush=True)
+    return str(newest)
+
+
+def _domain_faults(state: CheckpointState, config: Config, names: Sequence[str], subject: str) -> list[Fault]:
+    """Faults of a state that does not name exactly the run's domains."""
+    held: dict[str, set[str]] = {"blend": set(state.blend.cursors)}
+    if config.data.phase == PROXY:
+        held["doremi"] = set() if state.doremi is None else set(state.doremi.weights)
+    faults = []
+    for part, found in held.items():
+        wrong = [f"no {name!r}" for name in names if name not in found]
+        wrong += [f"a {name!r} besides" for name in sorted(found - set(names))]
+        if wrong:
+            rule, remedy = (
+                "the state of exactly the run's domains",
+                "delete this checkpoint to resume from an older one",
             )
-        ) from error
-    return ResumePoint(checkpoint, int(state["iteration"]), blend, learned, state.get("metrics_bytes"))
+            faults.append(Fault(subject, f"state.json: {part} has {', '.join(wrong)}", rule, remedy))
+    return faults
 
 
-def differences(state: Mapping[str, Any], checkpoint: Path, run: Mapping[str, Any]) -> list[Fault]:
-    """A fault for each entry of `run` that is another in the checkpoint's state."""
-    return [
-        Fault(
-            f"--load: {checkpoint}",
-            f"{key} {_short(state.get(key), value)}",
-            f"this run's {key}, {_short(value, state.get(key))}",
-            _REMEDIES.get(key, _REMEDY),
-        )
-        for key, value in run.items()
-        if state.get(key) != value
+def _statements(
+    before: Mapping[str, Any],
+    identity: Identity,
+    overridden: Sequence[str],
+    config: Config,
+    iteration: int,
+    rank: int,
+) -> list[str]:
+    """What rank 0 says of a resume: overrides, another schedule, and what an early checkpoint does not tell."""
+    if rank:
+        return []
+    lines = [
+        f"resume: {name} changed from {differing(before[name], identity[name])} "
+        f"to {differing(identity[name], before[name])}"
+        for name in overridden
     ]
-
-
-def _short(value: Any, other: Any) -> Any:
-    """A value for a message; of two mappings only the entries that differ."""
-    if isinstance(value, Mapping) and isinstance(other, Mapping):
-        return {key: entry for key, entry in value.items() if other.get(key) != entry}
-    return value
+    change = schedule_change(before, config, iteration)
+    if change is not None:
+        lines.append(f"resume: {change}")
+    unknown = [name for name in identity if name not in before]
+    if unknown:
+        lines.append(f"resume: the checkpoint does not record {', '.join(unknown)}: not compared")
+    return lines

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from megatron_doremi.config import (
 )
 from megatron_doremi.data.blend import too_short
 from megatron_doremi.data.content import content_hash
-from megatron_doremi.data.files import atomic_write_text, make_folder
+from megatron_doremi.data.files import atomic_write_text, make_folder, sha256_of
 from megatron_doremi.data.indexed_dataset import IndexedDataset
 from megatron_doremi.data.manifest import Domain, Manifest, load_manifest
 from megatron_doremi.data.scores import RecordedLosses
@@ -32,8 +33,8 @@ from megatron_doremi.doremi.reference import (
     RecordedReference,
     ReferenceRun,
     check_reference,
-    read_run_config,
 )
+from megatron_doremi.doremi.run_config import RunConfigFile, read_run_config
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any
 from megatron_doremi.parallel.groups import ProcessGroups
 from megatron_doremi.parallel.layers import TensorParallel
@@ -175,27 +176,43 @@ def scores_batches(config: Config) -> bool:
     return config.doremi.doremi_objective != "hardest"
 
 
-def read_trained(folder: Path, flag: str, data: RunData, config: Config) -> ReferenceRun:
-    """Finds the newest model of a finished run, `folder` given by `flag`, and checks that it fits this data and
-    layout."""
-    gpt = check_reference(read_run_config(folder, flag), flag, folder, data.manifest, config.data.seq_length)
-    raise_if_any(
-        [
-            Fault(f"{flag} {folder}", f"{name} {value}", rule, "run it at another layout, or train another model")
-            for name, value, rule in misfits(gpt, config.parallel)
-        ]
-    )
+def read_trained(folder: Path, flag: str, data: RunData, config: Config, needs_all_steps: bool = False) -> ReferenceRun:
+    """Finds the newest model of a run, `folder` given by `flag`, and checks that it fits this data and layout.
+
+    Args:
+        needs_all_steps: the run has to be finished, unless --allow-unfinished is given.
+    """
+    run_config = read_run_config(folder, flag)
+    gpt = check_reference(run_config, flag, folder, data.manifest, config.data.seq_length, data.vocab_size)
+    faults = [
+        Fault(f"{flag} {folder}", f"{name} {value}", rule, "run it at another layout, or train another model")
+        for name, value, rule in misfits(gpt, config.parallel)
+    ]
     checkpoint = newest_checkpoint(folder)
     if checkpoint is None:
-        raise ConfigError(
-            Fault(f"{flag} {folder}", "no complete checkpoint", "a run that was trained to its end", "train it first")
-        )
-    return ReferenceRun(gpt, checkpoint / "weights", int(read_state(checkpoint)["iteration"]))
+        rule = "a run that was trained to its end"
+        raise ConfigError([*faults, Fault(f"{flag} {folder}", "no complete checkpoint", rule, "train it first")])
+    state = read_state(checkpoint)
+    # config.json can be edited; the checkpoint says what was trained.
+    recorded = state.recorded_identity()
+    trained = recorded.get("gpt", asdict(gpt))
+    if trained != asdict(gpt):
+        names = [name for name, value in asdict(gpt).items() if trained.get(name) != value]
+        value = ", ".join(f"{name} {getattr(gpt, name)!r}" for name in names)
+        rule = "the shape in its checkpoint: " + ", ".join(f"{name} {trained.get(name)!r}" for name in names)
+        faults.append(Fault(f"{flag} {folder}: config.json", value, rule, "restore config.json, or train it again"))
+    planned = recorded.get("train_iters", run_config.train_iters())
+    if needs_all_steps and state.iteration < planned and not config.run.allow_unfinished:
+        value = f"{state.iteration:,} of its {planned:,} steps taken"
+        remedy = "train it to its end, or give --allow-unfinished to take it as it is"
+        faults.append(Fault(f"{flag} {folder}", value, "a finished run", remedy))
+    raise_if_any(faults)
+    return ReferenceRun(gpt, checkpoint / "weights", state.iteration)
 
 
 def read_reference(config: Config, data: RunData) -> ReferenceRun:
-    """Finds and checks the reference of a proxy."""
-    return read_trained(Path(config.doremi.reference_load), "--reference-load", data, config)
+    """Finds and checks the reference of a proxy, or of scoring."""
+    return read_trained(Path(config.doremi.reference_load), "--reference-load", data, config, needs_all_steps=True)
 
 
 def make_reference(
@@ -218,11 +235,41 @@ def make_reference(
     return OnlineReference(run, topology, tp, dtype, shape, config.parallel.loss_chunk_tokens)
 
 
-def write_run_config(config: Config, gpt: GPTConfig, data: RunData, topology: Topology) -> None:
-    """Writes SAVE/config.json: every resolved value of the run."""
+def what_is_read(data: RunData, reference: ReferenceRun | None) -> dict[str, Any]:
+    """What this rank sees of the files that decide a run, in hashes: a node may hold a stale copy."""
+    manifest = data.manifest
+    entry: dict[str, Any] = {
+        "domains": list(data.names),
+        "tokenizer_sha256": data.tokenizer_sha256,
+        "data_fingerprint": manifest.fingerprint(),
+        "data_content": data.content,
+        "held_out_content": data.held_out_content,
+        "sampling weights": data.weights.tolist(),
+    }
+    if reference is not None:
+        # Not its weights, which may be gigabytes: what its checkpoint says of them.
+        entry["checkpoint of the reference"] = sha256_of(reference.weights.parent / "state.json")
+    return entry
+
+
+def write_run_config(
+    config: Config,
+    gpt: GPTConfig,
+    data: RunData,
+    topology: Topology,
+    identity: Mapping[str, Any],
+    overrides: Sequence[Mapping[str, Any]],
+) -> None:
+    """Writes SAVE/config.json: every resolved value of the run.
+
+    Args:
+        identity: of the run (identity.py).
+        overrides: what of it was changed on purpose, at which iteration.
+    """
     save = Path(config.run.save)
     make_folder(save, "--save")
     entry = {
+        "format": RunConfigFile.FORMAT,
         "program": f"megatron-doremi {__version__}",
         "phase": config.data.phase,
         "gpt": asdict(gpt),
@@ -230,8 +277,11 @@ def write_run_config(config: Config, gpt: GPTConfig, data: RunData, topology: To
         "sampling_weights": dict(zip(data.names, data.weights.tolist(), strict=True)),
         "tokenizer_sha256": data.tokenizer_sha256,
         "data_fingerprint": data.manifest.fingerprint(),
+        "held_out_content": data.held_out_content,
         "global_batch_size": global_batch_size(config, topology.world_size),
         "topology": {k: v for k, v in asdict(topology).items() if k != "rank"},
+        "identity": dict(identity),
+        "overrides": list(overrides),
         "settings": config.to_dict(),
     }
     atomic_write_text(save / "config.json", json.dumps(entry, indent=2) + "\n")

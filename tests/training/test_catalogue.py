@@ -6,6 +6,7 @@ Run alone: python -m pytest tests/training/test_catalogue.py
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import struct
 
@@ -43,6 +44,44 @@ def state(change):
 
 def checkpoint(folder, run="main"):
     return folder / run / "checkpoints" / "iter_0000002"
+
+
+def index_json(change):
+    """Edits the index of the optimizer's state; state.json speaks of its new size."""
+
+    def damage(folder):
+        path = checkpoint(folder) / "optimizer" / "index.json"
+        edit(path, change)
+        size = {"optimizer/index.json": path.stat().st_size}
+        edit(checkpoint(folder) / "state.json", lambda entry: entry["files"].update(size))
+
+    return damage
+
+
+def gpt(**change):
+    return lambda entry: entry["gpt"].update(change)
+
+
+def at_step(entry, step):
+    """A state that fits itself, of another step than its folder says."""
+    entry.update(iteration=step)
+    entry["blend"].update(step=step)
+
+
+def D0(value):
+    return {"domain 0": value}
+
+
+def overlap(pieces):
+    """Two pieces over one half, none over the other: the lengths still add up."""
+    file, rank, start, length = pieces[0]
+    pieces[:] = [[file, rank, start, length // 2], [file, rank, start, length - length // 2]]
+
+
+def integer_moments(folder):
+    """The same bytes under another type: a header of the same length."""
+    path = checkpoint(folder) / "optimizer" / "rank-00000.safetensors"
+    path.write_bytes(path.read_bytes().replace(b'"F32"', b'"I32"'))
 
 
 def only_one(folder):
@@ -197,20 +236,77 @@ CHECKPOINTS = {
         ("no complete one", "state.json"), flags=RUN, damage=lambda f: cut(checkpoint(f) / "state.json", 9)
     ),
     "of another version": Case(
-        ("no complete one", "megatron-doremi-checkpoint/1"),
+        ("state.json", "megatron-doremi-checkpoint/1", "megatron-doremi-checkpoint/2"),
         flags=RUN,
         damage=state(lambda e: e.update(format="megatron-doremi-checkpoint/1")),
     ),
+    "of a newer version": Case(
+        ("written by a newer version", "megatron-doremi-checkpoint/2"),
+        flags=RUN,
+        damage=state(lambda e: e.update(format="megatron-doremi-checkpoint/3")),
+    ),
+    **{
+        f"another {flag}": Case(
+            (f"{name} {before}", f"this run's {name}, {now}", f"--override-resume {name}"),
+            flags=f"{RUN} --{flag} {now}",
+        )
+        for flag, name, before, now in (
+            ("lr", "lr", 0.005, 0.004),
+            ("lr-decay-style", "lr_decay_style", "exponential", "cosine"),
+            ("adam-beta1", "adam_beta1", 0.9, 0.8),
+            ("clip-grad", "clip_grad", 1.0, 2.0),
+        )
+    },
+    "another precision": Case(("precision float32", "bfloat16"), flags=f"{RUN} --bf16 --zero-stage 1"),
+    "other text of the same size": Case(
+        ("data_content", "--override-resume data_content"),
+        flags=RUN,
+        damage=lambda f: patch(f / "data/domain1_train.bin", 40, struct.pack("<H", 7)),
+    ),
+    "an override of a name that is none": Case(
+        ("--override-resume: learning_rate", "one of precision"), flags=f"{RUN} --override-resume learning-rate"
+    ),
+    "an override of the shape": Case(
+        ("--override-resume: gpt", "that a trained model can change"), flags=f"{RUN} --override-resume gpt"
+    ),
+    "fewer steps than were taken": Case(
+        ("--train-iters: 1", "the 2 steps that were taken"), flags=f"{RUN} --train-iters 1"
+    ),
+    **{
+        f"a state with {name}": Case(words, flags=RUN, damage=state(change))
+        for name, words, change in (
+            ("a negative iteration", ("state.json: iteration: -3",), lambda e: e.update(iteration=-3)),
+            ("the iteration of another", ("of its folder, iter_0000002",), lambda e: at_step(e, 4)),
+            ("another step of the blend", ("blend.step 77 must equal",), lambda e: e["blend"].update(step=77)),
+            ("a cursor below zero", ("blend.cursors.domain 0: -5",), lambda e: e["blend"]["cursors"].update(D0(-5))),
+            ("a credit without end", ("blend.credits.domain 0",), lambda e: e["blend"]["credits"].update(D0(1e300))),
+            ("a credit that is NaN", ("domain 0: nan",), lambda e: e["blend"]["credits"].update(D0(math.nan))),
+            ("an iteration in words", ("iteration: '2'",), lambda e: e.update(iteration="2")),
+        )
+    },
+    "pieces that overlap": Case(
+        ("index.json", "overlap or leave a gap"),
+        flags=RUN,
+        damage=index_json(lambda e: overlap(e["parameters"]["embedding.weight"]["pieces"])),
+    ),
+    "a piece elsewhere": Case(
+        ("index.json", "can lie in '/etc/passwd'"),
+        flags=RUN,
+        damage=index_json(lambda e: e["parameters"]["embedding.weight"]["pieces"][0].__setitem__(0, "/etc/passwd")),
+    ),
+    "no moments": Case(("index.json: keys",), flags=RUN, damage=index_json(lambda e: e.pop("keys"))),
+    "one moment": Case(("must hold exp_avg",), flags=RUN, damage=index_json(lambda e: e.update(keys=["exp_avg"]))),
+    "moments of integers": Case(("is I32",), flags=RUN, damage=integer_moments),
     "without a state": Case(("no complete one",), flags=RUN, damage=lambda f: (checkpoint(f) / "state.json").unlink()),
     "no state of a domain": Case(
-        ("state.json", "domain 1"), flags=RUN, damage=state(lambda e: e["blend"]["cursors"].pop("domain 1"))
+        ("state.json", "same domains"), flags=RUN, damage=state(lambda e: e["blend"]["cursors"].pop("domain 1"))
     ),
     "a state in words": Case(("state.json",), flags=RUN, damage=state(lambda e: e["blend"].update(credits="none"))),
     "weights with a spoilt header": Case(
         ("weights in", "safetensors"), flags=RUN, damage=lambda f: same_size(only_one(f))
     ),
     "an index that is none": Case(
-        ("optimiser state in", "one JSON object"),
+        ("optimizer state in", "one JSON object"),
         flags=RUN,
         damage=lambda f: same_size(checkpoint(f) / "optimizer" / "index.json"),
     ),
@@ -239,10 +335,36 @@ REFERENCES = {
         damage=lambda f: edit(f / "reference" / "config.json", lambda e: e["domains"].reverse()),
     ),
     "no shape": Case(
-        ("a config.json of this program",),
+        ("config.json", "gpt is missing"),
         phase="proxy",
         flags=PROXY,
         damage=lambda f: edit(f / "reference" / "config.json", lambda e: e.pop("gpt")),
+    ),
+    **{
+        f"a config with {name}": Case(
+            words,
+            phase="proxy",
+            flags=PROXY,
+            damage=lambda f, change=change: edit(f / "reference" / "config.json", change),
+        )
+        for name, words, change in (
+            ("an unknown norm", ("gpt.normalization: 'Foo'", "RMSNorm"), gpt(normalization="Foo")),
+            ("unknown positions", ("gpt.position_embedding_type: 'alibi'",), gpt(position_embedding_type="alibi")),
+            ("no epsilon", ("gpt.norm_epsilon: None",), gpt(norm_epsilon=None)),
+            ("what this version cannot build", ("gpt.qk_layernorm: True",), gpt(qk_layernorm=True)),
+            ("another shape than trained", ("rotary_base 500.0", "rotary_base 10000.0"), gpt(rotary_base=500.0)),
+            ("layers without end", ("gpt.num_layers: 1000000000",), gpt(num_layers=10**9)),
+            ("a vocabulary in words", ("gpt.vocab_size: 'many'",), gpt(vocab_size="many")),
+            ("a smaller vocabulary than the data's", ("a vocabulary of 60", "the data's 61"), gpt(vocab_size=60)),
+            ("no domains", ("domains",), lambda e: e.update(domains=[])),
+            ("a newer format", ("written by a newer version",), lambda e: e.update(format="megatron-doremi-run/2")),
+        )
+    },
+    "one that is not finished": Case(
+        ("2 of its 9 steps taken", "--allow-unfinished"),
+        phase="proxy",
+        flags=PROXY,
+        damage=lambda f: edit(checkpoint(f, "reference") / "state.json", lambda e: e["identity"].update(train_iters=9)),
     ),
     "a checkpoint cut off in copying": Case(
         ("no complete checkpoint",),

@@ -115,4 +115,4 @@ def test_a_mixture_that_is_changed_on_purpose(data, tmp_path):
     assert windows[4:] == [{"domain 0": 4, "domain 1": 4, "domain 2": 4}] * 4
     state = json.loads((save / "checkpoints" / "iter_0000008" / "state.json").read_text())
     assert state["blend"]["cursors"] == {"domain 0": 24, "domain 1": 32, "domain 2": 40}
-    assert state["sampling_weights"] == {f"domain {i}": pytest.approx(1 / 3) for i in range(3)}
+    assert state["identity"]["sampling_weights"] == {f"domain {i}": pytest.approx(1 / 3) for i in range(3)}
