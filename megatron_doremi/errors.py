@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron_doremi.console import CONSOLE_ERRORS, mend_streams, tolerate_any_character
+from megatron_doremi.open_files import raise_open_files_limit
 
 EXIT_USER_ERROR = 2
 EXIT_NO_READER = 141
@@ -53,6 +54,10 @@ class ConfigError(Exception):
         assert self.faults, "a ConfigError needs at least one fault"
         super().__init__(self._message())
 
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[tuple[Fault, ...]]]:
+        """As workers send it to the process that started them."""
+        return ConfigError, (self.faults,)
+
     def _message(self) -> str:
         count = len(self.faults)
         head = "1 fault in the input:" if count == 1 else f"{count} faults in the input:"
@@ -83,6 +88,7 @@ def run_or_exit(main: Callable[[], int | None]) -> None:
     the others; a rank that is still there after a moment has found a fault of its own and says it.
     """
     tolerate_any_character()
+    raise_open_files_limit()
     try:
         code = main()
     except BrokenPipeError:

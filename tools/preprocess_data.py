@@ -1,4 +1,4 @@
-"""Turns JSON lines or Parquet into one indexed pair a domain and split, and the manifest that names them.
+"""Turns JSON, CSV, Parquet or text files into one indexed pair a domain and split, and the manifest that names them.
 
     python tools/preprocess_data.py --input train.jsonl.zst --output-dir data --split train \\
         --tokenizer-model tokenizer.model --append-eod --workers 8
@@ -26,44 +26,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tqdm import tqdm
 
-from megatron_doremi.data.documents import (
-    FILE_PATTERN,
-    Document,
-    DocumentReader,
-    DomainKey,
-    DomainRules,
-    load_domain_list,
-    load_rules,
-    rule_by_file,
-)
-from megatron_doremi.data.encoding import TokenizerFiles, WorkerDied, encode_all
+from megatron_doremi.data.cutting import BLOCK_BYTES
+from megatron_doremi.data.documents import Document, similar_names
+from megatron_doremi.data.encoding import TokenizerFiles, WorkerDied, bad_lines_error, encode_all
 from megatron_doremi.data.files import make_folder
 from megatron_doremi.data.indexed_dataset import dtype_for
+from megatron_doremi.data.input_options import Inputs, add_input_options, read_input_options
 from megatron_doremi.data.manifest import TokenizerInfo, load_manifest
 from megatron_doremi.data.outputs import Outputs, Workspace, keep_tokenizer, manifest_after, publish, train_prefixes
 from megatron_doremi.data.shards import Pair, ShardData, load_shard, run_of, save_shard, shard_folder
-from megatron_doremi.data.sources import (
-    BLOCK_BYTES,
-    Shard,
-    bad_lines_error,
-    check_inputs,
-    read_blocks,
-    read_shard,
-    shard_bytes,
-)
+from megatron_doremi.data.sources import Shard, read_blocks, read_shard, shard_bytes
 from megatron_doremi.data.tokenizer import KINDS, SENTENCEPIECE, Tokenizer
-from megatron_doremi.errors import ConfigError, Fault, raise_if_any, run_or_exit
+from megatron_doremi.errors import ConfigError, Fault, RunError, raise_if_any, run_or_exit
 
 # Bytes of text on which tiktoken's ids are compared with those of the tokenizer itself.
 _SAMPLE_BYTES = 1 << 18
-DOMAIN_KEY = "meta.pile_set_name"
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--input", nargs="+", required=True, type=Path, metavar="FILE", help=".jsonl, .jsonl.zst, .jsonl.gz, .parquet")
+    add_input_options(parser)
     add("--output-dir", required=True, type=Path, metavar="DIR", help="pairs and domains.json")
     add("--split", choices=("train", "valid"), default="train", help="of these files (default: train)")
     add(
@@ -73,14 +57,6 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="F",
         help="hold out this part of them, by a hash of the text",
     )
-    add("--text-key", default="text", help="(default: text)")
-    add("--domain-key", metavar="KEY", help=f"the field that names the domain (default: {DOMAIN_KEY})")
-    add("--domain-rules", type=Path, metavar="FILE", help="ordered regular expressions over fields instead")
-    file_help = (
-        "the first group of a regular expression over the file's path instead (default: its name up to a number)"
-    )
-    add("--domain-from-file", nargs="?", const=FILE_PATTERN, metavar="PATTERN", help=file_help)
-    add("--domain-list", type=Path, metavar="FILE", help="the names that domains may have, in their order")
     add(
         "--tokenizer-type", default=SENTENCEPIECE, metavar="KIND", help=f"{', '.join(KINDS)} (default: {SENTENCEPIECE})"
     )
@@ -90,7 +66,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--append-eod", action="store_true", help="end each document with the end-of-document id")
     add("--workers", type=int, default=2, metavar="N", help="encoding processes (default: 2)")
     add("--max-documents", type=int, metavar="N", help="stop after the first N documents")
-    add("--on-error", choices=("fail", "skip"), default="fail", help="bad lines (default: fail)")
     add("--resume", action="store_true", help="go on where an earlier run was stopped; where there is none, start")
     add("--journal-seconds", type=float, default=15.0, metavar="S", help="what a killed run loses (default: 15)")
     add("--shard", type=int, default=0, metavar="I", help="the task of an array job, from 0 on")
@@ -98,18 +73,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def find_domains(args: argparse.Namespace) -> DomainKey | DomainRules:
-    """How a line's domain is found. Raises ConfigError."""
-    if args.domain_rules:
-        return load_rules(args.domain_rules)
-    if args.domain_from_file:
-        return rule_by_file(args.domain_from_file)
-    return DomainKey(args.domain_key or DOMAIN_KEY)
-
-
 def check(args: argparse.Namespace) -> list[Fault]:
-    """All that is wrong with the flags."""
-    faults = check_inputs(args.input)
+    """All that is wrong with the flags but those of the input."""
+    faults = []
     for flag, value, least in (
         ("--workers", args.workers, 1),
         ("--num-shards", args.num_shards, 1),
@@ -122,10 +88,6 @@ def check(args: argparse.Namespace) -> list[Fault]:
         faults.append(Fault("--shard", str(args.shard), rule, "give the number of the task"))
     if not 0.0 <= args.valid_fraction < 1.0:
         faults.append(Fault("--valid-fraction", str(args.valid_fraction), "from 0 to below 1", "give such a number"))
-    ways = [flag for flag in ("domain_key", "domain_rules", "domain_from_file") if getattr(args, flag) is not None]
-    if len(ways) > 1:
-        value = ", ".join("--" + flag.replace("_", "-") for flag in ways)
-        faults.append(Fault("domains", value, "one of them", "leave the others out; rules may look at any field"))
     if args.valid_fraction and args.split == "valid":
         rule = "the train split's run, which writes both"
         faults.append(Fault("--valid-fraction", "with --split valid", rule, "leave one of them out"))
@@ -144,27 +106,32 @@ def check_tokenizer(args: argparse.Namespace, tokenizer: Tokenizer, known: Token
     return [Fault("--tokenizer-model", value, rule, "give that one, or make the train split again")]
 
 
-def sample(args: argparse.Namespace, reader: DocumentReader) -> list[str]:
+def sample(inputs: Inputs) -> list[str]:
     """Texts from the beginnings of the inputs."""
     texts: list[str] = []
+    files, reader = inputs.files, inputs.reader
     # Of many files the first of each of a few: a block is decompressed for each.
-    for path in args.input[:: max(1, len(args.input) // 8)]:
-        left = _SAMPLE_BYTES // min(8, len(args.input))
-        for block in itertools.islice(read_blocks(path, reader.columns), 1):
+    for file in files[:: max(1, len(files) // 8)]:
+        left = _SAMPLE_BYTES // min(8, len(files))
+        for block in itertools.islice(read_blocks(file, reader.columns, reader.needed_of), 1):
             for _, document in reader.documents(block):
-                if isinstance(document, Document) and left > 0:
+                if left <= 0:
+                    break
+                if isinstance(document, Document):
                     texts.append(document.text[:left])
                     left -= document.size
     return texts
 
 
-def settings_of(args: argparse.Namespace, reader: DocumentReader, tokenizer: Tokenizer) -> dict[str, Any]:
+def settings_of(args: argparse.Namespace, inputs: Inputs, tokenizer: Tokenizer) -> dict[str, Any]:
     """All that the result depends on, as JSON: what a run that goes on, and the tasks of an array, have in common."""
-    stats = [(path, path.stat()) for path in args.input]
+    stats = [(path, path.stat()) for path in inputs.paths]
+    reader = inputs.reader
     return {
         "inputs": [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats],
         "size of blocks": BLOCK_BYTES,
         "documents": repr(replace(reader, known=None)),
+        "domains of folders": sorted({each.domain for each in inputs.files if each.domain is not None}),
         "domain list": sorted(reader.known) if reader.known is not None and args.domain_list else None,
         "tokenizer": [tokenizer.type, tokenizer.sha256, tokenizer.eod],
         "--append-eod": args.append_eod,
@@ -175,12 +142,12 @@ def settings_of(args: argparse.Namespace, reader: DocumentReader, tokenizer: Tok
 
 
 def encode_into(
-    workspace: Workspace, args: argparse.Namespace, files: TokenizerFiles, fast: bool, reader: DocumentReader
+    workspace: Workspace, args: argparse.Namespace, files: TokenizerFiles, fast: bool, inputs: Inputs
 ) -> None:
     """Encodes what is not in yet, with a bar that shows the input's bytes, rate and time left."""
-    outputs, shard = workspace.outputs, Shard(args.shard, args.num_shards)
-    blocks = read_shard(args.input, reader.columns, shard, skip=outputs.blocks)
-    start, end = shard_bytes([path.stat().st_size for path in args.input], shard)
+    outputs, shard, reader = workspace.outputs, Shard(args.shard, args.num_shards), inputs.reader
+    blocks = read_shard(inputs.files, reader.columns, shard, outputs.blocks, reader.needed_of)
+    start, end = shard_bytes([path.stat().st_size for path in inputs.paths], shard)
     most = args.max_documents or sys.maxsize
     began, text_bytes = time.monotonic(), 0
     encoded_blocks = encode_all(blocks, files, fast, reader, args.append_eod, args.workers)
@@ -202,12 +169,8 @@ def encode_into(
 def main() -> int:
     """Encodes the inputs and publishes pairs and manifest."""
     args = build_parser().parse_args()
-    raise_if_any(check(args))
+    inputs = read_input_options(args, args.split, args.valid_fraction, check(args))
     shard = Shard(args.shard, args.num_shards)
-    order = load_domain_list(args.domain_list) if args.domain_list else ()
-    reader = DocumentReader(
-        args.text_key, find_domains(args), args.split, args.valid_fraction, frozenset(order) if order else None
-    )
     files = TokenizerFiles(args.tokenizer_type, args.tokenizer_model, args.merge_file, args.eod_token)
     tokenizer = files.load()
     folder = shard_folder(args.output_dir, args.split, shard) if shard.count > 1 else args.output_dir
@@ -216,13 +179,14 @@ def main() -> int:
         manifest = load_train_split(args.output_dir / "domains.json")
         raise_if_any(check_tokenizer(args, tokenizer, manifest.tokenizer))
         known = train_prefixes(manifest, folder)
-        reader = replace(reader, known=frozenset(manifest.names) & (reader.known or frozenset(manifest.names)))
+        names = frozenset(manifest.names) & (inputs.reader.known or frozenset(manifest.names))
+        inputs = replace(inputs, reader=replace(inputs.reader, known=names))
     make_folder(folder, "--output-dir")
-    settings = settings_of(args, reader, tokenizer)
+    settings = settings_of(args, inputs, tokenizer)
     if args.resume and is_done(folder, settings, shard):
         print(f"shard {shard.index} of {shard.count} is there already")
         return 0
-    tokenizer.settle(sample(args, reader))
+    tokenizer.settle(sample(inputs))
     print(f"encoding with {tokenizer.encoder}, {tokenizer.vocab_size:,} ids, in {args.workers} processes", flush=True)
     partial = folder / f".partial-{args.split}"
     outputs = Outputs(folder, partial, dtype_for(tokenizer.vocab_size), known)
@@ -230,14 +194,17 @@ def main() -> int:
         with Workspace(partial, outputs, settings, args.resume, args.journal_seconds) as workspace:
             if workspace.resumed:
                 print(f"going on after {outputs.documents:,} documents of an earlier run", flush=True)
-            encode_into(workspace, args, files, tokenizer.encoder == "tiktoken", reader)
-            finish(args, workspace, tokenizer, settings, order)
+            encode_into(workspace, args, files, tokenizer.encoder == "tiktoken", inputs)
+            finish(args, workspace, tokenizer, settings, inputs.order)
     except KeyboardInterrupt:
         print("interrupted: nothing was published", file=sys.stderr)
         say_resume(partial)
         return 130
     except WorkerDied:
         print("error: a worker was killed; did memory run out? Fewer --workers need less.", file=sys.stderr)
+        return say_resume(partial)
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
         return say_resume(partial)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -280,10 +247,11 @@ def finish(
     if outputs.bad_total and args.on_error == "fail":
         workspace.note(now=True)
         remedy = "mend the input, or give --on-error skip --resume to leave them out; nothing is encoded again then"
-        raise bad_lines_error(outputs.bad, outputs.bad_total, remedy)
+        raise bad_lines_error([*outputs.bad_files, *outputs.bad], outputs.bad_total, remedy)
     if not outputs.by_key and shard.count == 1:
         workspace.remove()
-        raise ConfigError(Fault("--input", "no documents", "text", "give files that hold documents"))
+        said = "; ".join(["no documents", *left_out(outputs)])
+        raise ConfigError(Fault("--input", said, "text", "give files that hold documents"))
     workspace.note(now=True)
     path = args.output_dir / "domains.json"
     info = keep_tokenizer(tokenizer, outputs.folder)
@@ -305,8 +273,22 @@ def report(outputs: Outputs) -> None:
         tokens = output.writer.num_tokens
         per_token = output.bytes / max(1, tokens)
         print(f"{name:<{width}} {output.documents:>11,} {tokens:>15,} {output.bytes:>15,} {per_token:>12.2f}")
+    for first, second in similar_names(sorted({domain for domain, _ in outputs.by_key})):
+        remark = "differ by case or spaces alone; --domain-rules can make them one"
+        print(f"warning: the domains {first!r} and {second!r} {remark}", file=sys.stderr)
+    if said := left_out(outputs):
+        print("; ".join(said))
+
+
+def left_out(outputs: Outputs) -> list[str]:
+    """What of the input became no document."""
+    said = []
+    if outputs.empty:
+        said.append(f"left out {outputs.empty:,} empty texts")
     if outputs.bad_total:
-        print(f"left out {outputs.bad_total:,} bad lines, among them: " + "; ".join(outputs.bad))
+        named = [*outputs.bad_files, *outputs.bad]
+        said.append(f"left out {outputs.bad_total:,} bad lines, among them: " + "; ".join(named))
+    return said
 
 
 def stop(*_: object) -> None:

@@ -27,10 +27,12 @@ import sentencepiece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from megatron_doremi.data.documents import DocumentReader, DomainKey
+from megatron_doremi.data.documents import Document, describe
+from megatron_doremi.data.encoding import NAMED_BAD_LINES, bad_lines_error
 from megatron_doremi.data.files import atomic_write_bytes, make_folder
-from megatron_doremi.data.sources import BadLine, check_inputs, read_blocks
-from megatron_doremi.errors import ConfigError, Fault, raise_if_any, run_or_exit
+from megatron_doremi.data.input_options import Inputs, add_input_options, read_input_options
+from megatron_doremi.data.sources import read_blocks
+from megatron_doremi.errors import ConfigError, Fault, run_or_exit
 
 # SentencePiece leaves out longer training sentences; documents are cut into pieces of this length.
 _SENTENCE_CHARACTERS = 1000
@@ -40,13 +42,11 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--input", nargs="+", required=True, type=Path, metavar="FILE", help=".jsonl, .jsonl.zst, .jsonl.gz, .parquet")
+    add_input_options(parser)
     add("--output", required=True, type=Path, metavar="FILE", help="*.model: SentencePiece; *.json: byte-level BPE")
     add("--vocab-size", type=int, default=32000, help="pieces (default: 32000)")
     add("--model-type", choices=("unigram", "bpe"), default="unigram", help="of SentencePiece (default: unigram)")
     add("--sample-bytes", type=int, default=50_000_000, help="text to train on (default: 50000000)")
-    add("--text-key", default="text", help="(default: text)")
-    add("--domain-key", default="meta.pile_set_name", help="(default: meta.pile_set_name)")
     add("--seed", type=int, default=1234, help="chooses the sample (default: 1234)")
     add("--threads", type=int, default=2, help="of the training (default: 2)")
     return parser
@@ -76,25 +76,34 @@ class Sample:
         return result
 
 
-def sample_documents(args: argparse.Namespace) -> dict[str, Sample]:
-    """Reads all inputs once and keeps an equal sample of each domain."""
+def sample_documents(args: argparse.Namespace, inputs: Inputs) -> dict[str, Sample]:
+    """Reads all inputs once and keeps an equal sample of each domain. Raises ConfigError where lines are bad."""
     samples: dict[str, Sample] = {}
-    reader = DocumentReader(args.text_key, DomainKey(args.domain_key))
-    size = sum(path.stat().st_size for path in args.input)
+    reader = inputs.reader
+    size = sum(path.stat().st_size for path in inputs.paths)
+    bad: dict[str, None] = {}
+    bad_total = 0
     with tqdm(total=size, unit="B", unit_scale=True, desc="reading", mininterval=0.5) as bar:
         done = 0
-        for path in args.input:
-            for block in read_blocks(path, reader.columns):
+        for file in inputs.files:
+            for block in read_blocks(file, reader.columns, reader.needed_of):
                 for number, document in reader.documents(block):
-                    if isinstance(document, BadLine):
-                        what = f"{path}, line {number}: {document}"
-                        raise ConfigError(Fault("--input", what, "lines that each hold a document", "mend it"))
+                    if not isinstance(document, Document):
+                        bad_total += 1
+                        if len(bad) < NAMED_BAD_LINES:
+                            bad[describe(block, number, document)] = None
+                        continue
                     digest = hashlib.sha256(f"{args.seed}/{document.text}".encode()).digest()
                     # How many domains there are is known at the end; each sample is cut down then.
                     sample = samples.setdefault(document.domain, Sample(args.sample_bytes))
                     sample.offer(int.from_bytes(digest[:8], "big"), document.text.encode("utf-8"))
+                if bad and args.on_error == "fail":
+                    remedy = "mend the input, or give --on-error skip to leave them out"
+                    raise bad_lines_error(list(bad), bad_total, remedy)
                 bar.update(done + block.position - bar.n)
-            done += path.stat().st_size
+            done += file.path.stat().st_size
+    if bad_total:
+        print(f"left out {bad_total:,} bad lines, among them: " + "; ".join(bad))
     share = args.sample_bytes // max(1, len(samples))
     for sample in samples.values():
         sample.most_bytes = share
@@ -170,15 +179,15 @@ def train_byte_level(args: argparse.Namespace, samples: dict[str, Sample]) -> by
 def main() -> int:
     """Samples, trains, writes."""
     args = build_parser().parse_args()
-    faults = check_inputs(args.input)
+    faults = []
     if args.output.suffix not in (".model", ".json"):
         faults.append(Fault("--output", str(args.output), "a path that ends in .model or .json", "name it so"))
     for flag, number in (("--sample-bytes", args.sample_bytes), ("--threads", args.threads)):
         if number < 1:
             faults.append(Fault(flag, str(number), "at least 1", "give a positive number"))
-    raise_if_any(faults)
+    inputs = read_input_options(args, more=faults)
     make_folder(args.output.parent, "--output")
-    samples = sample_documents(args)
+    samples = sample_documents(args, inputs)
     if not samples:
         raise ConfigError(Fault("--input", "no documents", "text to train on", "give files that hold documents"))
     kind = "byte-level BPE" if args.output.suffix == ".json" else args.model_type

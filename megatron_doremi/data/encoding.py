@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_doremi.data.documents import Document, DocumentReader
+from megatron_doremi.data.documents import Document, DocumentReader, SlowRule, count_timeouts, describe
 from megatron_doremi.data.indexed_dataset import dtype_for
-from megatron_doremi.data.sources import Block, Progress
+from megatron_doremi.data.sources import BadFile, Block, Progress
 from megatron_doremi.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_doremi.errors import ConfigError, Fault
 
 NAMED_BAD_LINES = 10
 
@@ -58,14 +59,20 @@ class Encoded:
     Attributes:
         chunks: by (domain, split).
         bad: descriptions of the first lines that hold no document.
-        bad_total: how many there are.
+        bad_total: how many there are, and files that cannot be read further.
         progress: how far the reading was with this block.
+        bad_files: descriptions of what is wrong with files, each once.
+        empty: texts that are empty, and were left out.
+        slow: rules whose expression took too long, once for each time.
     """
 
     chunks: dict[tuple[str, str], Chunk]
     bad: list[str]
     bad_total: int
     progress: Progress
+    bad_files: tuple[str, ...] = ()
+    empty: int = 0
+    slow: tuple[str, ...] = ()
 
     @property
     def documents(self) -> int:
@@ -99,20 +106,29 @@ class Encoder:
         """Parses and encodes a block."""
         documents: list[Document] = []
         bad: list[str] = []
-        bad_total = 0
+        bad_files: dict[str, None] = {}
+        slow: list[str] = []
+        bad_total = empty = 0
         for number, document in self.reader.documents(block):
             if isinstance(document, Document):
-                documents.append(document)
+                if document.text:
+                    documents.append(document)
+                else:
+                    empty += 1
                 continue
             bad_total += 1
-            if len(bad) < NAMED_BAD_LINES:
-                bad.append(f"{block.file}, line {number}: {document}")
+            if isinstance(document, SlowRule):
+                slow.append(document.rule)
+            if isinstance(document, BadFile):
+                bad_files[describe(block, number, document)] = None
+            elif len(bad) < NAMED_BAD_LINES:
+                bad.append(describe(block, number, document))
         ids = self.tokenizer.encode_batch([document.text for document in documents])
         places: dict[tuple[str, str], list[int]] = {}
         for place, document in enumerate(documents):
             places.setdefault((document.domain, document.split), []).append(place)
         chunks = {key: self._chunk(documents, ids, chosen) for key, chosen in places.items()}
-        return Encoded(chunks, bad, bad_total, progress)
+        return Encoded(chunks, bad, bad_total, progress, tuple(bad_files), empty, tuple(slow))
 
     def _chunk(self, documents: list[Document], ids: list[NDArray[np.int32]], places: list[int]) -> Chunk:
         end = [np.array([self.tokenizer.eod], dtype=np.int32)] if self.append_eod else []
@@ -179,19 +195,39 @@ def encode_all(
 
     Raises:
         WorkerDied: the machine killed a worker.
+        ConfigError: an expression of the rules takes too long again and again, or a file's columns are wrong.
     """
     context = multiprocessing.get_context("spawn")
     settings = (files, fast, reader, append_eod)
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=settings)
     under_way: deque[Future[Encoded]] = deque()
+    slow: Counter[str] = Counter()
+
+    def oldest() -> Encoded:
+        encoded = under_way.popleft().result()
+        count_timeouts(slow, encoded.slow)
+        return encoded
+
     try:
         for block, progress in blocks:
             under_way.append(pool.submit(_encode, block, progress))
             if len(under_way) >= 4 * workers:
-                yield under_way.popleft().result()
+                yield oldest()
         while under_way:
-            yield under_way.popleft().result()
+            yield oldest()
     except BrokenProcessPool as error:
         raise WorkerDied from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def bad_lines_error(bad: list[str], total: int, remedy: str) -> ConfigError:
+    """The error of inputs with bad lines.
+
+    Args:
+        bad: descriptions of files and of the first lines.
+        total: how many there were.
+    """
+    more = "" if total <= len(bad) else f", and {total - len(bad):,} more"
+    value = f"{total:,} bad lines: " + "; ".join(bad) + more
+    return ConfigError(Fault("--input", value, "lines that each hold a document", remedy))

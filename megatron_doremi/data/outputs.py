@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import re
 import shutil
@@ -27,9 +28,12 @@ from megatron_doremi.data.indexed_dataset import IndexedDatasetWriter, Written
 from megatron_doremi.data.manifest import Domain, Manifest, TokenizerInfo, load_manifest, save_manifest
 from megatron_doremi.data.tokenizer import Tokenizer
 from megatron_doremi.errors import ConfigError, Fault
+from megatron_doremi.open_files import open_files_limit
 
 # Characters of a domain's name that its files carry; file systems end at 255.
 _SLUG_CHARACTERS = 100
+# Files that are named as damaged; of more, their number is given.
+_NAMED_BAD_FILES = 100
 Key = tuple[str, str]
 
 
@@ -51,6 +55,9 @@ class Outputs:
         folder: where the finished pairs go.
         partial: where the unfinished ones are.
         known: prefixes that are settled: held-out pairs are named like the train pairs of their domains.
+        bad_files: what is wrong with files as a whole, and where files break off; each once.
+        bad_total: lines and files that hold no document.
+        empty: empty texts, which were left out.
         blocks: blocks of the input that are in.
     """
 
@@ -62,11 +69,16 @@ class Outputs:
     bad: list[str] = field(default_factory=list)
     bad_total: int = 0
     blocks: int = 0
+    bad_files: list[str] = field(default_factory=list)
+    empty: int = 0
 
     def add(self, encoded: Encoded) -> None:
         """Appends a block."""
         self.bad_total += encoded.bad_total
         self.bad += encoded.bad[: NAMED_BAD_LINES - len(self.bad)]
+        new = [said for said in encoded.bad_files if said not in self.bad_files]
+        self.bad_files += new[: _NAMED_BAD_FILES - len(self.bad_files)]
+        self.empty += encoded.empty
         for key, chunk in encoded.chunks.items():
             output = self.output(key)
             output.writer.add_documents(chunk.ids, chunk.lengths)
@@ -89,14 +101,18 @@ class Outputs:
                 if error.errno not in (errno.EMFILE, errno.ENFILE):
                     raise
                 value = f"domain number {len(self.by_key) + 1}, {key[0][:40]!r}: {error.strerror}"
-                rule, remedy = "a key that holds one of a few names", "give the key of the domain, or raise ulimit -n"
-                raise ConfigError(Fault("--domain-key", value, rule, remedy)) from error
+                rule = f"three open files for each domain, of the {open_files_limit():,} that this process may have"
+                remedy = "raise the hard limit (ulimit -Hn); or is the field an id, and another one the domain?"
+                raise ConfigError(Fault("domains", value, rule, remedy)) from error
             self.by_key[key] = Output(writer, prefix)
         return self.by_key[key]
 
     def _new_prefix(self, key: Key) -> Path:
         domain, split = key
-        slug = re.sub(r"[^A-Za-z0-9._-]+", "_", domain)[:_SLUG_CHARACTERS].strip("._") or "domain"
+        slug = re.sub(r"[^A-Za-z0-9._-]+", "_", domain).strip("._") or "domain"
+        if len(slug) > _SLUG_CHARACTERS:
+            digest = hashlib.sha256(domain.encode("utf-8")).hexdigest()[:8]
+            slug = f"{slug[: _SLUG_CHARACTERS - 9].rstrip('._')}_{digest}"
         # Names that differ in case alone are one file on some systems.
         taken = {output.prefix.name.casefold() for output in self.by_key.values()}
         taken |= {prefix.name.casefold() for prefix in self.known.values()}
@@ -112,7 +128,8 @@ class Outputs:
             | {"bytes": output.bytes, **vars(output.writer.flush())}
             for (domain, split), output in self.by_key.items()
         ]
-        return {"blocks": self.blocks, "bad": self.bad[:], "bad_total": self.bad_total, "pairs": pairs}
+        said = {"bad": self.bad[:], "bad_files": self.bad_files[:], "bad_total": self.bad_total, "empty": self.empty}
+        return {"blocks": self.blocks, **said, "pairs": pairs}
 
     def restore(self, entry: Mapping[str, Any]) -> None:
         """Opens the pairs of a snapshot, cut to what it says. Raises OSError where they are not there any more."""
@@ -122,6 +139,7 @@ class Outputs:
             writer = IndexedDatasetWriter(prefix, self.dtype, self.partial / prefix.name, written)
             self.by_key[pair["domain"], pair["split"]] = Output(writer, prefix, written.documents, pair["bytes"])
         self.bad, self.bad_total, self.blocks = list(entry["bad"]), entry["bad_total"], entry["blocks"]
+        self.bad_files, self.empty = list(entry.get("bad_files", ())), entry.get("empty", 0)
 
     def publish(self, before: Callable[[], None] = lambda: None) -> None:
         """Completes all pairs, calls `before`, and gives the pairs their final names."""

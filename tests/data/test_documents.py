@@ -76,7 +76,7 @@ def test_a_rule_that_makes_an_empty_name_is_said(tmp_path):
 def test_an_expression_that_never_ends_is_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr("megatron_doremi.data.documents._PATIENCE", 0.2)
     rules = rules_of(tmp_path, rule("a", "^(a|aa)+$", "c"), otherwise="d")
-    with pytest.raises(BadLine, match="too busy"):
+    with pytest.raises(BadLine, match=r"took more than 0\.2 s"):
         rules.domain_of({"a": "a" * 60 + "b"}, "")
 
 
@@ -199,7 +199,7 @@ def test_rows_of_a_parquet_file_are_documents(tmp_path):
     blocks = list(read_blocks(tmp_path / "d.parquet", reader.columns))
     found = [pair for block in blocks for pair in reader.documents(block)]
     assert [number for number, _ in found] == list(range(1, 1001))
-    assert str(found[7][1]) == "'text' is no text"
+    assert str(found[7][1]) == "'text' is not text"
     del found[7], rows[7]
     assert [(d.text, d.domain, d.size) for _, d in found] == [
         (row["text"], row["meta"]["name"], len(row["text"].encode())) for row in rows
@@ -222,7 +222,7 @@ def test_damaged_parquet_files_are_named(tmp_path):
     for damaged in (data[: len(data) // 2], b"PAR1", b""):
         (tmp_path / "bad.parquet").write_bytes(damaged)
         found = [x for block in read_blocks(tmp_path / "bad.parquet", reader.columns) for x in reader.documents(block)]
-        assert str(found[-1][1]) == "the file breaks off here"
+        assert str(found[-1][1]).startswith("the file breaks off here: its footer is missing; read: 0 rows, 0 of")
     with pytest.raises(ConfigError, match="no column 'other'"):
         list(read_blocks(tmp_path / "good.parquet", ["other", "text"]))
 

@@ -140,7 +140,7 @@ def test_ids_order_and_counts_from_files_of_every_form(tmp_path, preprocess, tok
     documents, files = [], []
     for seed, (name, form) in enumerate(FORMS.items()):
         part = [*documents_of(20 + seed), ("", "Books")]
-        documents += part
+        documents += part[:-1]
         files.append(put(tmp_path, form(jsonl_of(part)), name))
     done = preprocess(files, tmp_path / "out", "--append-eod")
     assert done.returncode == 0, done.stderr
@@ -148,7 +148,7 @@ def test_ids_order_and_counts_from_files_of_every_form(tmp_path, preprocess, tok
     for domain in load_manifest(tmp_path / "out" / "domains.json").domains:
         row = re.search(rf"^{re.escape(domain.name)} +(\S+) +(\S+) +(\S+) ", done.stdout, re.MULTILINE)
         assert row.groups() == (f"{domain.documents:,}", f"{domain.tokens:,}", f"{domain.bytes:,}")
-    assert "left out" not in done.stdout
+    assert done.stdout.splitlines()[-1] == f"left out {len(FORMS)} empty texts"
 
 
 def lines_of(file):
@@ -285,9 +285,9 @@ BAD_LINES = {
     "two objects": (b"{} {}", "not JSON"),
     "a list": (b'["text"]', "no key 'text'"),
     "a number": (b"5", "no key 'text'"),
-    "text a number": (b'{"text": 5, "meta": {"pile_set_name": "Books"}}', "'text' is no text"),
-    "text null": (b'{"text": null, "meta": {"pile_set_name": "Books"}}', "'text' is no text"),
-    "domain a list": (b'{"text": "ta", "meta": {"pile_set_name": ["Books"]}}', "'meta.pile_set_name' is no text"),
+    "text a number": (b'{"text": 5, "meta": {"pile_set_name": "Books"}}', "'text' is not text"),
+    "text null": (b'{"text": null, "meta": {"pile_set_name": "Books"}}', "'text' is not text"),
+    "domain a list": (b'{"text": "ta", "meta": {"pile_set_name": ["Books"]}}', "'meta.pile_set_name' is not text"),
     "half a surrogate pair": (
         b'{"text": "\\ud800", "meta": {"pile_set_name": "Books"}}',
         "'text' holds half a surrogate pair",
@@ -331,17 +331,16 @@ def test_truncated_files_are_named_and_leave_nothing(tmp_path, preprocess):
 
 
 def test_files_of_another_kind_and_damaged_ones_are_named(tmp_path, preprocess):
-    """Plain text under a compressed name, a good start with garbage behind it, and a byte changed in the middle."""
+    """A good start with garbage behind it, a byte changed in the middle, and neither text nor what the name says."""
     plain = jsonl_of(documents_of(12, 200))
-    files = []
+    files, other = [], put(tmp_path, bytes(range(256)) * 20, "other.jsonl.zst")
     for name in ("input.jsonl.zst", "input.jsonl.gz"):
         good = FORMS[name](plain)
         changed = good[: len(good) // 2] + bytes([good[len(good) // 2] ^ 255]) + good[len(good) // 2 + 1 :]
-        files.append(put(tmp_path, plain, f"plain-{name}"))
         files.append(put(tmp_path, good + b"garbage of some length", f"garbage-{name}"))
         files.append(put(tmp_path, changed, f"changed-{name}"))
-    done = preprocess(files, tmp_path / "out")
-    fails(done, *(f"{file}, line " for file in files))
+    done = preprocess([*files, other], tmp_path / "out")
+    fails(done, *(f"{file}, line " for file in files), f"{other}: the file is neither zstd nor text")
     assert contents(tmp_path / "out") == {}
 
 
@@ -367,7 +366,7 @@ def test_on_error_skip_goes_on_and_reports(tmp_path, preprocess, tokenizer):
     assert done.returncode == 0, done.stderr
     assert "left out 2 bad lines" in done.stdout
     assert f"{file}, line 5: not JSON" in done.stdout
-    assert f"{file}, line 11: 'text' is no text" in done.stdout
+    assert f"{file}, line 11: 'text' is not text" in done.stdout
     check_pairs(tmp_path / "out", documents, tokenizer, [])
 
 

@@ -13,9 +13,10 @@ import pytest
 
 from megatron_doremi.data.encoding import Chunk, Encoded
 from megatron_doremi.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, paths_of
+from megatron_doremi.data.inputs import find_inputs
 from megatron_doremi.data.manifest import TokenizerInfo, load_manifest
 from megatron_doremi.data.outputs import Outputs, manifest_after, publish
-from megatron_doremi.data.sources import Progress, check_inputs
+from megatron_doremi.data.sources import Progress
 from megatron_doremi.data.weights_file import resolve_weights
 from megatron_doremi.errors import ConfigError
 
@@ -171,7 +172,7 @@ def test_too_many_domains_are_a_fault_of_the_key(tmp_path, monkeypatch):
 
     outputs = new_outputs(tmp_path, "a")
     monkeypatch.setattr("megatron_doremi.data.outputs.IndexedDatasetWriter", exhausted)
-    with pytest.raises(ConfigError, match=r"--domain-key: domain number 2, 'b': Too many open files"):
+    with pytest.raises(ConfigError, match=r"domains: domain number 2, 'b': Too many open files"):
         outputs.add(encoded("b"))
     assert published(tmp_path) == {}
 
@@ -193,5 +194,5 @@ def test_natural_weights_without_tokens_are_a_fault_and_not_nan(tmp_path):
 def test_files_of_other_kinds_are_refused_by_name(tmp_path):
     (tmp_path / "data.parquet").write_bytes(b"PAR1")
     (tmp_path / "data.txt").write_bytes(b"text")
-    (text,) = check_inputs([tmp_path / "data.parquet", tmp_path / "data.txt"])
+    (text,) = find_inputs([tmp_path / "data.parquet", tmp_path / "data.txt"]).faults
     assert "data.txt" in text.value

@@ -5,9 +5,11 @@ Run alone: python -m pytest tests/data/test_shards.py
 
 from __future__ import annotations
 
+import csv
 import fcntl
 import functools
 import gzip
+import io
 import json
 import os
 import random
@@ -17,17 +19,19 @@ import subprocess
 import sys
 import time
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_preprocess import DOMAINS, TOOLS, contents, documents_of, fails, jsonl_of, put, run
 
-from megatron_doremi.data import sources
+from megatron_doremi.data import cutting, decompression, parquet_rows
 from megatron_doremi.data.documents import share_of
 from megatron_doremi.data.indexed_dataset import IndexedDataset
 from megatron_doremi.data.manifest import load_manifest
-from megatron_doremi.data.sources import Shard, read_blocks, read_shard
+from megatron_doremi.data.sources import Shard, Text, entries, read_blocks, read_shard
 from megatron_doremi.data.tokenizer import load_tokenizer
 
 
@@ -72,26 +76,57 @@ def whole(folder):
 # --- the cut, without processes
 
 
+SMALL = [
+    (cutting, "BLOCK_BYTES", 1500),
+    (parquet_rows, "BLOCK_BYTES", 1500),
+    (decompression, "COMPRESSED_BYTES", 64),
+    (decompression, "_PLAIN_BYTES", 700),
+    (decompression, "_SNIFFED_BYTES", 100),
+]
+
+
+def put_as(folder, place, kind, texts, packed):
+    """A file of these texts in one of the formats."""
+    if kind == "parquet":
+        path = folder / f"{place}.parquet"
+        pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array(texts, pyarrow.string())}), path)
+        return path
+    rows = io.StringIO()
+    csv.writer(rows).writerows([("text", "n"), *zip(texts, range(len(texts)), strict=True)])
+    plain = {
+        "jsonl": "".join(json.dumps({"text": text}) + "\n" for text in texts),
+        "json": json.dumps([{"text": text} for text in texts], indent=1),
+        "csv": rows.getvalue(),
+        "txt": "".join(texts),
+    }[kind].encode()
+    name = f"{place}.{kind}.zst" if packed else f"{place}.{kind}"
+    return put(folder, zstandard.ZstdCompressor().compress(plain) if packed else plain, name)
+
+
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=5), st.integers(1, 9), st.integers(0, 2**32), st.data())
 @settings(max_examples=40, deadline=None)
 def test_shards_of_any_files_are_disjoint_and_together_all_blocks(tmp_path_factory, counts, number, seed, data):
     """And a shard that goes on after any of its blocks reads the rest of them."""
-    folder, generator, paths = tmp_path_factory.mktemp("cut"), random.Random(seed), []
+    folder, generator, paths, texts = tmp_path_factory.mktemp("cut"), random.Random(seed), [], []
     for place, count in enumerate(counts):
-        lines = [json.dumps({"text": "x" * generator.randint(0, 400)}) for _ in range(count)]
-        packed = generator.random() < 0.5
-        plain = "".join(f"{line}\n" for line in lines).encode()
-        name = f"{place}.jsonl.zst" if packed else f"{place}.jsonl"
-        paths.append(put(folder, zstandard.ZstdCompressor().compress(plain) if packed else plain, name))
+        own = [
+            f'"{generator.choice(["x", ",", chr(10), chr(92), "[{"]) * generator.randint(1, 99)}' for _ in range(count)
+        ]
+        kind = generator.choice(["jsonl", "json", "csv", "parquet", "txt"])
+        own = own[:1] if kind == "txt" else own
+        paths.append(put_as(folder, place, kind, own, generator.random() < 0.5))
+        texts += own
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sources, "BLOCK_BYTES", 1500)
-        patch.setattr(sources, "_COMPRESSED", 64)
-        every = [(block.file, block.first) for path in paths for block in read_blocks(path, [])]
-        shards = [list(read_shard(paths, [], Shard(index, number))) for index in range(number)]
+        for module, name, size in SMALL:
+            patch.setattr(module, name, size)
+        every = [(block.file, block.first) for path in paths for block in read_blocks(path, ["text"])]
+        shards = [list(read_shard(paths, ["text"], Shard(index, number))) for index in range(number)]
         assert [(block.file, block.first) for shard in shards for block, _ in shard] == every
+        read = [entry for shard in shards for block, _ in shard for _, entry in entries(block)]
+        assert [entry.text if isinstance(entry, Text) else entry["text"] for entry in read] == texts
         chosen = data.draw(st.integers(0, number - 1))
         skip = data.draw(st.integers(0, len(shards[chosen])))
-        assert list(read_shard(paths, [], Shard(chosen, number), skip)) == shards[chosen][skip:]
+        assert list(read_shard(paths, ["text"], Shard(chosen, number), skip)) == shards[chosen][skip:]
         for shard in shards:
             assert [progress.blocks for _, progress in shard] == list(range(1, len(shard) + 1))
 

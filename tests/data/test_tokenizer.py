@@ -186,7 +186,7 @@ def test_vocabulary_that_cannot_be_filled_is_refused(folder, vocabulary):
     ("line", "word"),
     [
         ("{not json}", "not JSON"),
-        ('{"text": 5, "meta": {"pile_set_name": "Tales"}}', "'text' is no text"),
+        ('{"text": 5, "meta": {"pile_set_name": "Tales"}}', "'text' is not text"),
         ('{"meta": {"pile_set_name": "Tales"}}', "no key 'text'"),
         ('{"text": "x", "meta": {}}', "no key 'meta.pile_set_name'"),
         ('{"text": "\\ud800", "meta": {"pile_set_name": "Tales"}}', "surrogate"),
