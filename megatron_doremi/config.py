@@ -201,7 +201,12 @@ class RunConfig:
         False, "accept a reference or learned domain weights whose run has not taken all of its steps"
     )
     save_interval: int = setting(0, "steps between two checkpoints; 0: only at the end")
-    keep_checkpoints: int = setting(0, "keep this many of the newest checkpoints; 0: all")
+    save_interval_in_mins: float = setting(
+        10.0,
+        "minutes between two checkpoints, besides those of --save-interval; one taken for this alone is deleted as "
+        "soon as a newer one is complete; 0: none",
+    )
+    keep_checkpoints: int = setting(0, "keep this many of the newest complete checkpoints; 0: all")
     exit_interval: int = setting(0, "save and leave with exit code 0 when this iteration divides by it; 0: never")
     exit_duration_in_mins: float = setting(
         0.0, "save and leave with exit code 3 so many minutes after the start; 0: never"

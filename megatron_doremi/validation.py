@@ -90,7 +90,7 @@ def _ranges(config: Config) -> list[Fault]:
         check(getattr(data, name) >= 0, name, getattr(data, name), "not negative")
     for name in ("save_interval", "keep_checkpoints", "exit_interval", "check_ranks_interval"):
         check(getattr(run, name) >= 0, name, getattr(run, name), "not negative")
-    for name in ("exit_duration_in_mins", "exit_margin_in_mins"):
+    for name in ("save_interval_in_mins", "exit_duration_in_mins", "exit_margin_in_mins"):
         check(getattr(run, name) >= 0, name, getattr(run, name), "not negative")
     minutes = run.distributed_timeout_minutes
     check(minutes > 0, "distributed_timeout_minutes", minutes, "above 0")

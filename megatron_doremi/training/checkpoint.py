@@ -119,6 +119,8 @@ class CheckpointState(Schema):
     overrides: list[dict[str, Any]] = Field(default_factory=list)
     # Size of metrics.jsonl when the checkpoint was taken.
     metrics_bytes: Count | None = None
+    # Taken for --save-interval-in-mins alone; it goes when a newer one is complete.
+    ephemeral: bool = False
 
     @model_validator(mode="after")
     def _one_step(self) -> CheckpointState:
@@ -145,7 +147,7 @@ def newest_checkpoint(save: Path, say: Callable[[str], None] = lambda _: None) -
             is not taken silently in its place.
     """
     for _, path in reversed(checkpoints(save)):
-        lack = _what_lacks(path)
+        lack = incompleteness(path)
         if lack is None:
             read_state(path)
             return path
@@ -153,7 +155,7 @@ def newest_checkpoint(save: Path, say: Callable[[str], None] = lambda _: None) -
     return None
 
 
-def _what_lacks(checkpoint: Path) -> str | None:
+def incompleteness(checkpoint: Path) -> str | None:
     """The first file of a checkpoint that is missing or cut off; None where it is complete, whatever it holds."""
     try:
         state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))

@@ -39,6 +39,7 @@ class Agreement:
         stop: the reason to leave after this step; see stopping.py.
         writing: a rank still writes its part of a checkpoint.
         write_failed: a rank could not.
+        save_due: a checkpoint is due by time.
     """
 
     loss_non_finite: bool
@@ -46,9 +47,12 @@ class Agreement:
     stop: int
     writing: bool
     write_failed: bool
+    save_due: bool
 
 
-def agree(local_sums: Tensor, norm: Tensor | None, stop: int, writing: bool, write_failed: bool) -> Agreement:
+def agree(
+    local_sums: Tensor, norm: Tensor | None, stop: int, writing: bool, write_failed: bool, save_due: bool = False
+) -> Agreement:
     """All-reduces the step's flags (MAX); a collective call of all ranks, and the one wait for the device in a step.
 
     Args:
@@ -56,13 +60,14 @@ def agree(local_sums: Tensor, norm: Tensor | None, stop: int, writing: bool, wri
         norm: the gradient's global norm, where it is known before the optimizer's step.
     """
     device = local_sums.device
-    said = torch.tensor([0, 0, stop, writing, write_failed], dtype=torch.int64).to(device, non_blocking=True)
+    said = torch.tensor([0, 0, stop, writing, write_failed, save_due], dtype=torch.int64)
+    said = said.to(device, non_blocking=True)
     said[0] = ~torch.isfinite(local_sums).all()
     if norm is not None:
         said[1] = ~torch.isfinite(norm)
     dist.all_reduce(said, op=dist.ReduceOp.MAX)
-    loss, gradient, stop, still, failed = said.tolist()
-    return Agreement(bool(loss), bool(gradient), stop, bool(still), bool(failed))
+    loss, gradient, stop, still, failed, due = said.tolist()
+    return Agreement(bool(loss), bool(gradient), stop, bool(still), bool(failed), bool(due))
 
 
 def explain_loss(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_doremi import __version__
 from megatron_doremi.config import Config, GPTConfig, global_batch_size, micro_batches_per_step
+from megatron_doremi.console import Guard
 from megatron_doremi.data.blend import Blend, BlendState, window_count
 from megatron_doremi.data.loader import Step, steps
 from megatron_doremi.data.weights_file import save_weights
@@ -20,6 +21,8 @@ from megatron_doremi.doremi.domain_weights import DomainWeights
 from megatron_doremi.doremi.engine import TrainingEngine
 from megatron_doremi.doremi.objective import GroupDRO
 from megatron_doremi.doremi.reference import OnlineReference, RecordedReference
+from megatron_doremi.errors import RunError, machine_failure
+from megatron_doremi.parallel.exchange import broadcast_json
 from megatron_doremi.parallel.groups import ProcessGroups
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.training.checkpoint import load_training
@@ -35,7 +38,7 @@ from megatron_doremi.training.metrics import (
 )
 from megatron_doremi.training.optimizer import learning_rate
 from megatron_doremi.training.resume import ResumePoint
-from megatron_doremi.training.saving import Checkpointer
+from megatron_doremi.training.saving import Checkpointer, SaveTimer
 from megatron_doremi.training.setup import RunData, held_out
 from megatron_doremi.training.stopping import GO_ON, REASONS, StopRequest
 from megatron_doremi.training.watchdog import Watchdog
@@ -71,6 +74,8 @@ class Trainer:
         self.checkpoints = Checkpointer(
             self.save_dir, keep, topology, lambda: watchdog.mark("waiting for a checkpoint to be written")
         )
+        # One rank's clock decides for all.
+        self.save_timer = SaveTimer(config.run.save_interval_in_mins if topology.rank == 0 else 0.0)
         self.batch_size = global_batch_size(config, topology.world_size)
         self.micro_batches = micro_batches_per_step(config, topology.world_size)
         counts = tuple(window_count(dataset.num_tokens, config.data.seq_length) for dataset in data.train)
@@ -80,6 +85,7 @@ class Trainer:
         self.metrics_bytes: int | None = None
         # What only a proxy has.
         self.dro = engine.objective if isinstance(engine.objective, GroupDRO) else None
+        self._on_domain_weights = Guard(str(self.save_dir / "domain_weights.json"))
         if resume is not None:
             self._go_on(resume)
 
@@ -139,13 +145,16 @@ class Trainer:
             if not agreed.writing:
                 self.checkpoints.all_written()
             leave = self._due(config.run.exit_interval) or stop != GO_ON
-            if self._due(config.run.save_interval) or leave or self.iteration == total:
-                self._save(log)
+            regular = self._due(config.run.save_interval) or leave or self.iteration == total
+            if regular or (agreed.save_due and not agreed.writing):
+                self._save(log, ephemeral=not regular)
             if leave:
                 break
             began += time.perf_counter() - paused
             self.watchdog.mark(f"reading the data of iteration {self.iteration + 1}")
         self.checkpoints.finish()
+        if self.dro is not None and self.iteration >= total:
+            self._finish_domain_weights(self.dro.state)
         if stop != GO_ON:
             log.say(f"stopped and saved after iteration {self.iteration:,} of {total:,}: {REASONS[stop]}")
         log.close()
@@ -186,7 +195,8 @@ class Trainer:
         batch = (self.engine.objective, step.micro_batches, self.data.names, self.iteration + 1)
 
         def before_step(norm: Tensor | None) -> None:
-            own = agree(self.engine.objective.local_sums, norm, self.stop.reason(), *self.checkpoints.progress())
+            flags = (self.stop.reason(), *self.checkpoints.progress(), self.save_timer.due())
+            own = agree(self.engine.objective.local_sums, norm, *flags)
             if own.loss_non_finite or own.gradient_non_finite:
                 # What was saved before is good, also where it is still being written.
                 self.checkpoints.finish()
@@ -258,7 +268,9 @@ class Trainer:
             state["doremi"] = self.dro.state.to_dict(self.data.names)
         return state
 
-    def _save(self, log: RunLog) -> None:
+    def _save(self, log: RunLog, ephemeral: bool) -> None:
+        """Begins a checkpoint; an ephemeral one is deleted when a newer one is complete."""
+        self.save_timer.restart()
         self.watchdog.mark(f"saving iteration {self.iteration}")
         own_state = self._own_state()
         # What is saved has to be what every rank holds: a resume would spread one rank's difference to all.
@@ -266,9 +278,31 @@ class Trainer:
         state = {**self.run, "consumed_samples": self._consumed_samples(), **own_state}
         if (metrics_bytes := log.metrics_bytes()) is not None:
             state["metrics_bytes"] = metrics_bytes
+        if ephemeral:
+            state["ephemeral"] = True
         self.checkpoints.start(self.engine, self.iteration, state, log.make_durable)
         if self.dro is not None and self.topology.rank == 0:
-            self._write_domain_weights(self.dro.state)
+            learned = self.dro.state
+            self._on_domain_weights(lambda: self._write_domain_weights(learned))
+
+    def _finish_domain_weights(self, learned: DomainWeights) -> None:
+        """Writes what the proxy was trained for, once more at the end; a collective call.
+
+        Raises:
+            RunError: on every rank, where the file cannot be written. The last checkpoint is complete by then.
+        """
+        failure = None
+        if self.topology.rank == 0:
+            try:
+                self._write_domain_weights(learned)
+            except OSError as error:
+                failure = str(machine_failure(error))
+        failure = broadcast_json(failure)
+        if failure is not None:
+            raise RunError(
+                f"the learned domain weights cannot be written: {failure}; the checkpoint of iteration "
+                f"{self.iteration} holds them: make room and run the same command again, which writes them"
+            )
 
     def _write_domain_weights(self, learned: DomainWeights) -> None:
         doremi = self.config.doremi

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
@@ -122,18 +122,23 @@ def optimizer_file(engine: DeepSpeedEngine, topology: Topology) -> TensorFile:
     return TensorFile(f"rank-{topology.rank:05d}.safetensors", tensors, {_PIECES: json.dumps(pieces)})
 
 
-def write_index(folder: Path) -> None:
-    """Writes the index of a folder that holds every rank's file."""
+def index_part(file: TensorFile) -> dict[str, Any]:
+    """What the index has to know of one rank's file: its name, its keys, and its piece of each parameter."""
+    keys = sorted({name.rsplit("/", 1)[1] for name in file.tensors})
+    return {"file": file.name, "keys": keys, _PIECES: json.loads(file.metadata[_PIECES])}
+
+
+def write_index(folder: Path, parts: Sequence[Mapping[str, Any]]) -> Path:
+    """Writes the index of a folder from the `index_part` of every rank; returns its path."""
     parameters: dict[str, dict[str, Any]] = {}
-    keys: set[str] = set()
-    for path in sorted(folder.glob("rank-*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name, entry in json.loads(file.metadata()[_PIECES]).items():
-                piece = entry.pop("piece")
-                parameters.setdefault(name, {**entry, "pieces": []})["pieces"].append([path.name, *piece])
-            keys |= {key.rsplit("/", 1)[1] for key in file.keys()}  # noqa: SIM118
-    entry = {"format": OptimizerIndex.FORMAT, "keys": sorted(keys), "parameters": parameters}
+    for part in parts:
+        for name, entry in part[_PIECES].items():
+            spec = {key: value for key, value in entry.items() if key != "piece"}
+            parameters.setdefault(name, {**spec, "pieces": []})["pieces"].append([part["file"], *entry["piece"]])
+    keys = sorted({key for part in parts for key in part["keys"]})
+    entry = {"format": OptimizerIndex.FORMAT, "keys": keys, "parameters": parameters}
     atomic_write_text(folder / "index.json", json.dumps(entry))
+    return folder / "index.json"
 
 
 class Piece(NamedTuple):
