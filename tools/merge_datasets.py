@@ -20,9 +20,10 @@ from tqdm import tqdm
 
 from megatron_doremi.data.files import atomic_write_bytes, sha256_of
 from megatron_doremi.data.indexed_dataset import dtype_for, paths_of
-from megatron_doremi.data.manifest import load_manifest
-from megatron_doremi.data.outputs import Outputs, Workspace, manifest_after, publish, train_prefixes
-from megatron_doremi.data.shards import SHARDS, load_shards, merge
+from megatron_doremi.data.manifest import load_manifest, print_warnings
+from megatron_doremi.data.outputs import Outputs, check_same_tokenizer, manifest_after, publish, train_prefixes
+from megatron_doremi.data.shards import SHARDS, load_shards, merge, passed_over
+from megatron_doremi.data.workspace import Workspace
 from megatron_doremi.errors import ConfigError, Fault, run_or_exit
 
 
@@ -37,6 +38,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Checks the shards, copies them and publishes the manifest."""
     args = build_parser().parse_args()
+    for path in passed_over(args.output_dir, args.split):
+        print(f"warning: {path} is not the folder of a task and is not read", file=sys.stderr)
     shards = load_shards(args.output_dir, args.split)
     source = shards[0].tokenizer
     if not source.file.is_file() or sha256_of(source.file) != source.sha256:
@@ -44,7 +47,11 @@ def main() -> int:
         raise ConfigError(Fault(str(source.file), "missing or another file", rule, "put it back"))
     tokenizer = replace(source, file=args.output_dir / source.file.name)
     manifest_path = args.output_dir / "domains.json"
-    known = train_prefixes(load_manifest(manifest_path), args.output_dir) if args.split == "valid" else {}
+    known = {}
+    if args.split == "valid":
+        train = load_manifest(manifest_path)
+        check_same_tokenizer(train, tokenizer)
+        known = train_prefixes(train, args.output_dir)
     partial = args.output_dir / f".partial-{args.split}"
     outputs = Outputs(args.output_dir, partial, dtype_for(tokenizer.vocab_size), known)
     pairs = [pair for each in shards for pair in each.pairs.values()]
@@ -55,10 +62,14 @@ def main() -> int:
                 bar.update(count)
         if not outputs.by_key:
             raise ConfigError(Fault("--output-dir", "no documents in any shard", "text", "give inputs that hold some"))
+        moved = outputs.keep_in_train() if args.split == "train" else []
         manifest = manifest_after(manifest_path, args.split, outputs.by_key, tokenizer, shards[0].order)
         atomic_write_bytes(tokenizer.file, source.file.read_bytes())
         publish(outputs, manifest, args.split)
         workspace.remove()
+    print_warnings(load_manifest(manifest_path))
+    for domain in moved:
+        print(f"domain {domain!r}: all of it fell to the held-out part; it stays in the train split")
     documents = sum(output.documents for output in outputs.by_key.values())
     print(f"merged {len(shards)} shards: {len(outputs.by_key)} pairs, {documents:,} documents")
     print(f"{args.output_dir / SHARDS} is not needed any more once you are content")

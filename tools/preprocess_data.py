@@ -33,10 +33,18 @@ from megatron_doremi.data.files import make_folder
 from megatron_doremi.data.indexed_dataset import dtype_for
 from megatron_doremi.data.input_options import Inputs, add_input_options, read_input_options
 from megatron_doremi.data.manifest import TokenizerInfo, load_manifest
-from megatron_doremi.data.outputs import Outputs, Workspace, keep_tokenizer, manifest_after, publish, train_prefixes
+from megatron_doremi.data.outputs import (
+    Outputs,
+    keep_tokenizer,
+    manifest_after,
+    publish,
+    tokenizer_in,
+    train_prefixes,
+)
 from megatron_doremi.data.shards import Pair, ShardData, load_shard, run_of, save_shard, shard_folder
 from megatron_doremi.data.sources import Shard, read_blocks, read_shard, shard_bytes
 from megatron_doremi.data.tokenizer import KINDS, SENTENCEPIECE, Tokenizer
+from megatron_doremi.data.workspace import Workspace
 from megatron_doremi.errors import ConfigError, Fault, RunError, raise_if_any, run_or_exit
 
 # Bytes of text on which tiktoken's ids are compared with those of the tokenizer itself.
@@ -91,6 +99,9 @@ def check(args: argparse.Namespace) -> list[Fault]:
     if args.valid_fraction and args.split == "valid":
         rule = "the train split's run, which writes both"
         faults.append(Fault("--valid-fraction", "with --split valid", rule, "leave one of them out"))
+    if (args.output_dir / "domains.json").is_dir():
+        rule = "no folder where the manifest has to go"
+        faults.append(Fault(str(args.output_dir / "domains.json"), "a folder", rule, "move it"))
     if args.max_documents and args.num_shards > 1:
         rule = "one process, which alone can count them"
         faults.append(Fault("--max-documents", "with --num-shards", rule, "leave one of them out"))
@@ -254,10 +265,16 @@ def finish(
         raise ConfigError(Fault("--input", said, "text", "give files that hold documents"))
     workspace.note(now=True)
     path = args.output_dir / "domains.json"
-    info = keep_tokenizer(tokenizer, outputs.folder)
+    info = tokenizer_in(outputs.folder, tokenizer)
     if shard.count == 1:
-        publish(outputs, manifest_after(path, args.split, outputs.by_key, info, order), args.split)
+        moved = outputs.keep_in_train() if args.split == "train" else []
+        manifest = manifest_after(path, args.split, outputs.by_key, info, order)
+        keep_tokenizer(tokenizer, info)
+        publish(outputs, manifest, args.split)
+        for domain in moved:
+            print(f"domain {domain!r}: all of it fell to the held-out part; it stays in the train split")
     else:
+        keep_tokenizer(tokenizer, info)
         outputs.publish(lambda: (outputs.folder / "shard.json").unlink(missing_ok=True))
         pairs = {key: Pair(each.prefix, each.documents, each.bytes) for key, each in outputs.by_key.items()}
         save_shard(ShardData(outputs.folder, shard, args.split, run_of(settings), info, pairs, order))

@@ -6,6 +6,9 @@ import contextlib
 import hashlib
 import json
 import os
+import re
+import secrets
+import socket
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ def atomic_write_text(path: Path, text: str) -> None:
 
 def atomic_write_bytes(path: Path, data: bytes) -> None:
     """Writes a file under a temporary name, makes it durable and renames it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(path)
     try:
         with temporary.open("wb") as file:
             file.write(data)
@@ -69,6 +72,14 @@ class AppendFile:
     def close(self) -> None:
         """Closes the file."""
         os.close(self.descriptor)
+
+
+def temporary_beside(path: Path) -> Path:
+    """A hidden name in the same folder that no other process or thread uses, on no host that shares the folder."""
+    host = re.sub(r"[^A-Za-z0-9-]+", "-", socket.gethostname())[:40]
+    # A file system takes names of up to 255 bytes.
+    name = path.name.encode("utf-8", "surrogateescape")[:120].decode("utf-8", "ignore")
+    return path.with_name(f".{name}.{host}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
 
 
 def make_durable(path: Path) -> None:

@@ -7,6 +7,8 @@ never by a traceback further on.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -93,6 +95,21 @@ def check_entry(entry: Mapping[str, Any], subject: str, schema: type[SchemaType]
         return schema.model_validate(dict(entry))
     except ValidationError as error:
         raise ConfigError(_faults(error, subject, remedy)) from error
+
+
+def sealed(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """An object with a SHA-256 of itself, for files that only this program writes; `check_seal` finds any change."""
+    return {**entry, "sha256": _digest(entry)}
+
+
+def check_seal(entry: Mapping[str, Any], subject: str, remedy: str) -> None:
+    """Raises ConfigError where an object is not what `sealed` made of it."""
+    if entry.get("sha256") != _digest({key: value for key, value in entry.items() if key != "sha256"}):
+        raise ConfigError(Fault(subject, "damaged or edited", "content that fits its SHA-256", remedy))
+
+
+def _digest(entry: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(entry, sort_keys=True).encode("ascii")).hexdigest()
 
 
 def format_fault(entry: Mapping[str, Any], subject: str, schema: type[Schema], remedy: str) -> Fault | None:

@@ -22,6 +22,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_doremi.data.files import temporary_beside
 from megatron_doremi.errors import ConfigError, Fault
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -235,7 +236,7 @@ class IndexedDatasetWriter:
             OSError: among others where the earlier files are missing or shorter than `written` says.
         """
         self._bin, self._idx = paths_of(prefix)
-        partial = partial or prefix.with_name(f".{prefix.name}.{os.getpid()}")
+        partial = partial or temporary_beside(prefix)
         self._ids, self._lengths, self._bounds, self._index = (
             Path(f"{partial}.{part}.tmp") for part in ("bin", "lengths", "bounds", "idx")
         )
@@ -332,6 +333,10 @@ class IndexedDatasetWriter:
             shutil.copyfileobj(bounds, file)
             _sync_and_close(file)
         self._prepared = True
+
+    def move_to(self, prefix: Path) -> None:
+        """Changes the prefix under which the pair will be published."""
+        self._bin, self._idx = paths_of(prefix)
 
     def publish(self) -> None:
         """Gives both files their final names, the ids before the index that speaks of them."""

@@ -1,30 +1,24 @@
 """The pairs of all domains while they are written, and how they become a data set.
 
-Unfinished files lie in a hidden folder beside the final ones, with a journal from which a killed run goes on. Nothing
-has a final name before all of it is good; the manifest, which names the rest, comes last.
+Unfinished files lie in a hidden folder beside the final ones (workspace.py). Nothing has a final name before all of it
+is good; the manifest, which names the rest, comes last.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import fcntl
 import hashlib
-import json
 import re
-import shutil
-import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from megatron_doremi.data.encoding import NAMED_BAD_LINES, Encoded
-from megatron_doremi.data.files import atomic_write_bytes, atomic_write_text, read_json_object
-from megatron_doremi.data.indexed_dataset import IndexedDatasetWriter, Written
+from megatron_doremi.data.files import atomic_write_bytes
+from megatron_doremi.data.indexed_dataset import IndexedDatasetWriter, Written, paths_of
 from megatron_doremi.data.manifest import Domain, Manifest, TokenizerInfo, load_manifest, save_manifest
 from megatron_doremi.data.tokenizer import Tokenizer
 from megatron_doremi.errors import ConfigError, Fault
@@ -95,6 +89,10 @@ class Outputs:
         """The pair of a domain and split, opened where it is new."""
         if key not in self.by_key:
             prefix = self.known.get(key) or self._new_prefix(key)
+            for path in paths_of(prefix):
+                if path.is_dir():
+                    rule = "no folder where a file of the data set has to go"
+                    raise ConfigError(Fault(str(path), "a folder", rule, "move it, or give another --output-dir"))
             try:
                 writer = IndexedDatasetWriter(prefix, self.dtype, self.partial / prefix.name)
             except OSError as error:
@@ -141,6 +139,17 @@ class Outputs:
         self.bad, self.bad_total, self.blocks = list(entry["bad"]), entry["bad_total"], entry["blocks"]
         self.bad_files, self.empty = list(entry.get("bad_files", ())), entry.get("empty", 0)
 
+    def keep_in_train(self) -> list[str]:
+        """Moves held-out pairs of domains without train text to the train split: what all fell to the held-out part
+        is the only text of its domain. Returns these domains. Called after the last entry of the journal."""
+        moved = [domain for domain, split in self.by_key if split == "valid" and (domain, "train") not in self.by_key]
+        for domain in moved:
+            output = self.by_key.pop((domain, "valid"))
+            output.prefix = self._new_prefix((domain, "train"))
+            output.writer.move_to(output.prefix)
+            self.by_key[domain, "train"] = output
+        return moved
+
     def publish(self, before: Callable[[], None] = lambda: None) -> None:
         """Completes all pairs, calls `before`, and gives the pairs their final names."""
         for output in self.by_key.values():
@@ -148,118 +157,6 @@ class Outputs:
         before()
         for output in self.by_key.values():
             output.writer.publish()
-
-
-class Workspace:
-    """The hidden folder of an unfinished run, and its journal. A context manager: leaving it closes the files; what
-    they hold stays for a later run, unless `remove` was called.
-
-    Attributes:
-        outputs: empty, or where the earlier run stood.
-        resumed: whether there was one.
-    """
-
-    def __init__(
-        self, folder: Path, outputs: Outputs, settings: Mapping[str, Any], resume: bool, seconds: float = 15.0
-    ):
-        """Takes the folder, or goes on with it.
-
-        Args:
-            folder: the hidden folder, of `outputs`.
-            settings: what the result depends on, as JSON knows it; an earlier run with others is not gone on with.
-            seconds: between two entries of the journal; what a killed run does again, at most.
-            resume: go on where the folder holds an earlier run; else that is removed.
-
-        Raises:
-            ConfigError: another run is writing there, or an earlier one was made with other settings.
-        """
-        self.folder, self.outputs, self._settings = folder, outputs, json.loads(json.dumps(dict(settings)))
-        folder.mkdir(parents=True, exist_ok=True)
-        self._lock = self._locked()
-        self._journal = folder / "journal.json"
-        self.resumed = resume and self._journal.is_file()
-        try:
-            self._go_on() if self.resumed else self._clear()
-        except BaseException:
-            self._lock.close()
-            raise
-        self._thread = ThreadPoolExecutor(1)
-        self._under_way: Future[None] | None = None
-        self._last, self._seconds = time.monotonic(), seconds
-
-    def _locked(self) -> BinaryIO:
-        lock = (self.folder / "lock").open("ab")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            lock.close()
-            rule, remedy = "one run at a time in a folder", "wait for it, or give another folder"
-            raise ConfigError(Fault("--output-dir", f"another run writes in {self.folder}", rule, remedy)) from error
-        except OSError:
-            pass  # a file system without locks
-        return lock
-
-    def _clear(self) -> None:
-        for path in self.folder.iterdir():
-            if path.name != "lock":
-                path.unlink()
-
-    def _go_on(self) -> None:
-        entry = read_json_object(self._journal, f"--resume {self._journal}")
-        other = sorted(key for key in self._settings if entry.get("settings", {}).get(key) != self._settings[key])
-        if other:
-            value = f"the earlier run had another {', '.join(other)}"
-            remedy = "give what that run was given, or leave --resume out to start over"
-            raise ConfigError(Fault("--resume", value, "the same inputs and settings", remedy))
-        try:
-            self.outputs.restore(entry)
-        except (OSError, KeyError, TypeError) as error:
-            remedy = "leave --resume out to start over"
-            raise ConfigError(Fault("--resume", f"{self.folder}: {error}", "all that was written", remedy)) from error
-
-    def note(self, now: bool = False) -> None:
-        """Makes durable what is written, and says so in the journal; in the background, every `seconds`.
-
-        Args:
-            now: do it now, and wait for it.
-        """
-        if not now and time.monotonic() - self._last < self._seconds:
-            return
-        if self._under_way is not None:
-            if not now and not self._under_way.done():
-                return
-            self._under_way.result()
-        entry = {"settings": self._settings, **self.outputs.snapshot()}
-        writers = [output.writer for output in self.outputs.by_key.values()]
-        self._under_way = self._thread.submit(self._write, writers, entry)
-        if now:
-            self._under_way.result()
-        self._last = time.monotonic()
-
-    def _write(self, writers: list[IndexedDatasetWriter], entry: dict[str, Any]) -> None:
-        for writer in writers:
-            writer.sync()
-        atomic_write_text(self._journal, json.dumps(entry))
-
-    def remove(self) -> None:
-        """Removes the folder and all in it."""
-        for output in self.outputs.by_key.values():
-            output.writer.close()
-        self._thread.shutdown()
-        shutil.rmtree(self.folder)
-
-    def __enter__(self) -> Workspace:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._thread.shutdown()
-        for output in self.outputs.by_key.values():
-            output.writer.close()
-        self._lock.close()
-        if self.folder.is_dir() and not self._journal.exists():
-            # Nothing to go on from.
-            with contextlib.suppress(OSError):
-                shutil.rmtree(self.folder)
 
 
 def train_prefixes(manifest: Manifest, folder: Path) -> dict[Key, Path]:
@@ -279,11 +176,14 @@ def manifest_after(
         order: the names of the domains in the order that they shall have; (): by name.
 
     Raises:
-        ConfigError: there is held-out text of domains without any to train on.
+        ConfigError: there is held-out text of domains without any to train on, or the train split was made with
+            another tokenizer, perhaps by a run that has published it since this one started.
     """
     train = {domain: output for (domain, kind), output in outputs.items() if kind == "train"}
     valid = {domain: output.prefix for (domain, kind), output in outputs.items() if kind == "valid"}
     before = load_manifest(path) if split == "valid" else None
+    if before:
+        check_same_tokenizer(before, tokenizer)
     names = before.names if before else sorted(train, key=lambda name: (list(order).index(name) if order else 0, name))
     unknown = sorted(set(valid) - set(names))
     if unknown:
@@ -306,11 +206,26 @@ def manifest_after(
     return Manifest(tuple(domains), tokenizer, path)
 
 
-def keep_tokenizer(tokenizer: Tokenizer, folder: Path) -> TokenizerInfo:
-    """Puts the tokenizer beside the data that it made, and says what it is."""
+def check_same_tokenizer(manifest: Manifest, tokenizer: TokenizerInfo) -> None:
+    """Raises ConfigError where held-out text was encoded otherwise than a manifest's train split."""
+    known = manifest.tokenizer
+    if known is None or (known.sha256, known.eod) != (tokenizer.sha256, tokenizer.eod):
+        value = f"{tokenizer.sha256[:12]}, documents end with {tokenizer.eod}"
+        rule = f"that of {manifest.path}: " + (f"{known.sha256[:12]}, {known.eod}" if known else "none")
+        raise ConfigError(
+            Fault("tokenizer of the valid split", value, rule, "encode the valid split with that tokenizer")
+        )
+
+
+def tokenizer_in(folder: Path, tokenizer: Tokenizer) -> TokenizerInfo:
+    """A tokenizer as the manifest in `folder` names it."""
     copy = folder / f"tokenizer-{tokenizer.sha256[:12]}{tokenizer.suffix}"
-    atomic_write_bytes(copy, tokenizer.data)
     return TokenizerInfo(tokenizer.type, copy, tokenizer.sha256, tokenizer.vocab_size, tokenizer.eod)
+
+
+def keep_tokenizer(tokenizer: Tokenizer, info: TokenizerInfo) -> None:
+    """Puts the tokenizer beside the data that it made."""
+    atomic_write_bytes(info.file, tokenizer.data)
 
 
 def publish(outputs: Outputs, manifest: Manifest, split: str) -> None:

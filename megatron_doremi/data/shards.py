@@ -8,20 +8,75 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
+
+from pydantic import model_validator
+from pydantic_core import PydanticCustomError
 
 from megatron_doremi.data.files import atomic_write_text, read_json_object
+from megatron_doremi.data.formats import (
+    Count,
+    FileName,
+    Name,
+    Positive,
+    Schema,
+    Sha256,
+    check_entry,
+    check_seal,
+    sealed,
+)
 from megatron_doremi.data.indexed_dataset import IndexedDataset
-from megatron_doremi.data.manifest import TokenizerInfo
+from megatron_doremi.data.manifest import TokenizerEntry, TokenizerInfo, tokenizer_info
 from megatron_doremi.data.outputs import Key, Outputs
 from megatron_doremi.data.sources import Shard
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any
 
-SHARD_FORMAT = "megatron-doremi-shard/1"
 SHARDS = "shards"
+# Version 0.1 wrote it without a hash of its content.
+_UNSEALED = "megatron-doremi-shard/1"
+
+
+class ShardTokenizer(TokenizerEntry):
+    """The tokenizer of a shard, whose file lies in its folder."""
+
+    file: FileName
+
+
+class ShardPair(Schema):
+    """A pair in the folder of a shard."""
+
+    domain: Name
+    split: Literal["train", "valid"]
+    prefix: FileName
+    documents: Count
+    bytes: Count
+
+
+class ShardEntry(Schema):
+    """shard.json."""
+
+    FORMAT: ClassVar[str] = "megatron-doremi-shard/2"
+    OLDER_FORMATS: ClassVar[tuple[str, ...]] = (_UNSEALED,)
+    shard: Count
+    num_shards: Positive
+    split: Literal["train", "valid"]
+    run: Sha256
+    order: list[Name]
+    tokenizer: ShardTokenizer
+    pairs: list[ShardPair]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ShardEntry:
+        if self.shard >= self.num_shards:
+            raise PydanticCustomError("shard", "shard should be below num_shards")
+        keys = {(pair.domain, pair.split) for pair in self.pairs}
+        if min(len(keys), len({pair.prefix.casefold() for pair in self.pairs})) < len(self.pairs):
+            raise PydanticCustomError("pairs", "a pair should be listed once")
+        return self
 
 
 @dataclass(frozen=True)
@@ -70,43 +125,48 @@ def save_shard(data: ShardData) -> None:
         {"domain": domain, "split": split, "prefix": pair.prefix.name, "documents": pair.documents, "bytes": pair.bytes}
         for (domain, split), pair in data.pairs.items()
     ]
-    entry = {"format": SHARD_FORMAT, "shard": data.shard.index, "num_shards": data.shard.count, "split": data.split}
+    entry = {
+        "format": ShardEntry.FORMAT,
+        "shard": data.shard.index,
+        "num_shards": data.shard.count,
+        "split": data.split,
+    }
     entry |= {"run": data.run, "order": list(data.order), "tokenizer": tokenizer, "pairs": pairs}
-    atomic_write_text(data.folder / "shard.json", json.dumps(entry, indent=2) + "\n")
+    atomic_write_text(data.folder / "shard.json", json.dumps(sealed(entry), indent=2) + "\n")
 
 
 def load_shard(folder: Path) -> ShardData:
-    """Reads a task's shard.json. Raises ConfigError where it is none."""
+    """Reads a task's shard.json, which names files of its own folder alone. Raises ConfigError where it is none."""
     path = folder / "shard.json"
-    entry = read_json_object(path, f"shard {path}")
-    try:
-        if entry["format"] != SHARD_FORMAT:
-            raise ValueError(f"format {entry['format']!r}")
-        known = entry["tokenizer"]
-        tokenizer = TokenizerInfo(
-            str(known["type"]),
-            folder / str(known["file"]),
-            str(known["sha256"]),
-            int(known["vocab_size"]),
-            int(known["eod"]),
-        )
-        pairs = {
-            (str(pair["domain"]), str(pair["split"])): Pair(
-                folder / str(pair["prefix"]), int(pair["documents"]), int(pair["bytes"])
-            )
-            for pair in entry["pairs"]
-        }
-        shard = Shard(int(entry["shard"]), int(entry["num_shards"]))
-        order = tuple(str(name) for name in entry["order"])
-        return ShardData(folder, shard, str(entry["split"]), str(entry["run"]), tokenizer, pairs, order)
-    except (KeyError, TypeError, ValueError) as error:
-        rule = "the shard.json of tools/preprocess_data.py"
-        raise ConfigError(Fault(f"shard {path}", repr(error), rule, "run that task again")) from error
+    subject, remedy = f"shard {path}", "run that task again"
+    content = read_json_object(path, subject)
+    entry = check_entry(content, subject, ShardEntry, remedy)
+    if content["format"] != _UNSEALED:
+        check_seal(content, subject, remedy)
+    tokenizer = tokenizer_info(entry.tokenizer, folder)
+    pairs: dict[Key, Pair] = {}
+    for pair in entry.pairs:
+        pairs[pair.domain, pair.split] = Pair(folder / pair.prefix, pair.documents, pair.bytes)
+    shard = Shard(entry.shard, entry.num_shards)
+    return ShardData(folder, shard, entry.split, entry.run, tokenizer, pairs, tuple(entry.order))
+
+
+def shard_folders(output_dir: Path, split: str) -> list[Path]:
+    """The folders that are named like tasks of a split. A copy under another name, such as .bak, is none."""
+    pattern = re.compile(rf"{split}-[0-9]{{5,}}-of-[0-9]{{5,}}")
+    folders = (output_dir / SHARDS).glob(f"{split}-*-of-*")
+    return sorted(path for path in folders if pattern.fullmatch(path.name) and path.is_dir())
+
+
+def passed_over(output_dir: Path, split: str) -> list[Path]:
+    """What lies beside the folders of the tasks under names that only resemble theirs."""
+    known = set(shard_folders(output_dir, split))
+    return sorted(path for path in (output_dir / SHARDS).glob(f"*{split}-*-of-*") if path not in known)
 
 
 def load_shards(output_dir: Path, split: str) -> list[ShardData]:
     """The shards of a split in their order. Raises ConfigError where one is missing, or not of the same run."""
-    folders = sorted((output_dir / SHARDS).glob(f"{split}-*-of-*"))
+    folders = shard_folders(output_dir, split)
     where = f"--output-dir {output_dir}"
     if not folders:
         rule = f"folders {SHARDS}/{split}-I-of-N"
@@ -115,9 +175,15 @@ def load_shards(output_dir: Path, split: str) -> list[ShardData]:
     faults: list[Fault] = []
     for folder in folders:
         try:
-            shards.append(load_shard(folder))
+            each = load_shard(folder)
         except ConfigError as error:
             faults += error.faults
+            continue
+        if folder != shard_folder(output_dir, split, each.shard) or each.split != split:
+            value = f"shard {each.shard.index} of {each.shard.count} of the {each.split} split"
+            rule = f"the task that the folder is named by, {shard_folder(output_dir, each.split, each.shard).name}"
+            faults.append(Fault(str(folder), value, rule, "rename the folder, or run that task again"))
+        shards.append(each)
     raise_if_any(faults)
     count = shards[0].shard.count
     missing = sorted(set(range(count)) - {each.shard.index for each in shards})
@@ -155,8 +221,3 @@ def merge(shards: list[ShardData], outputs: Outputs) -> Iterator[int]:
             yield from output.writer.add_dataset(dataset)
             output.documents += pair.documents
             output.bytes += pair.bytes
-
-
-def tokenizer_beside(known: TokenizerInfo, folder: Path) -> TokenizerInfo:
-    """The tokenizer of a shard as the data set's."""
-    return replace(known, file=folder / known.file.name)

@@ -20,6 +20,7 @@ import zstandard
 
 from megatron_doremi.data.documents import DocumentReader, DomainKey
 from megatron_doremi.data.files import sha256_of
+from megatron_doremi.data.folder_lock import LOCK
 from megatron_doremi.data.indexed_dataset import IndexedDataset
 from megatron_doremi.data.manifest import load_manifest
 from megatron_doremi.data.sources import BadLine, Block, entries, read_blocks
@@ -86,8 +87,9 @@ def put(folder, data, name="input.jsonl"):
 
 
 def contents(folder):
-    """Every file under a folder, hidden ones too, with its bytes; not what a stopped run can go on from."""
+    """Every file under a folder, hidden ones too, with its bytes; not what a stopped run leaves to resume from."""
     files = [path for path in folder.rglob("*") if path.is_file() and ".partial-" not in str(path)]
+    files = [path for path in files if path.name != LOCK]
     return {path.name: path.read_bytes() for path in files}
 
 
@@ -419,15 +421,14 @@ def test_output_that_is_no_folder_is_refused(tmp_path, preprocess):
     fails(preprocess(file, file / "below"), "--output-dir", "below")
 
 
-def test_failure_while_publishing_leaves_no_temporary_files(tmp_path, preprocess):
-    """A folder stands where a pair's index should: a fault of the machine, said as it is."""
+def test_a_folder_where_a_file_has_to_go_is_said_before_anything_is_encoded(tmp_path, preprocess):
     out = tmp_path / "out"
-    (out / "Books_train.idx" / "in the way").mkdir(parents=True)
-    done = preprocess(put(tmp_path, jsonl_of([("ta", "Books"), ("ri", "Github")])), out)
-    assert done.returncode == 1
-    assert "Books_train.idx" in done.stderr
-    assert not [name for name in contents(out) if name.startswith(".") or name.endswith(".tmp")]
-    assert not (out / "domains.json").exists()
+    file = put(tmp_path, jsonl_of([("ta", "Books"), ("ri", "Github")]))
+    for name in ("Books_train.idx", "domains.json"):
+        (out / name / "in the way").mkdir(parents=True)
+        fails(preprocess(file, out), name, "a folder")
+        assert not [name for name in contents(out) if name.startswith(".") or name.endswith(".tmp")]
+        shutil.rmtree(out)
 
 
 def test_file_that_is_no_tokenizer_is_refused(tmp_path, preprocess, models):

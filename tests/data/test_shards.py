@@ -29,6 +29,8 @@ from test_preprocess import DOMAINS, TOOLS, contents, documents_of, fails, jsonl
 
 from megatron_doremi.data import cutting, decompression, parquet_rows
 from megatron_doremi.data.documents import share_of
+from megatron_doremi.data.folder_lock import LOCK
+from megatron_doremi.data.formats import sealed
 from megatron_doremi.data.indexed_dataset import IndexedDataset
 from megatron_doremi.data.manifest import load_manifest
 from megatron_doremi.data.sources import Shard, Text, entries, read_blocks, read_shard
@@ -263,10 +265,13 @@ def test_other_settings_do_not_go_on_and_two_runs_do_not_meet(folder, tmp_path):
     # A journal counts blocks, of which another version of the program may cut others.
     journal = out / ".partial-train" / "journal.json"
     kept = journal.read_text()
-    journal.write_text(kept.replace('"size of blocks": ', '"size of blocks": 1'))
+    entry = json.loads(kept)
+    del entry["sha256"]
+    entry["settings"]["size of blocks"] += 1
+    journal.write_text(json.dumps(sealed(entry)))
     fails(run("preprocess_data.py", *command(folder, out, "--resume")), "another size of blocks")
     journal.write_text(kept)
-    with (out / ".partial-train" / "lock").open("ab") as lock:
+    with (out / LOCK).open("ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         fails(run("preprocess_data.py", *command(folder, out)), "another run writes")
     preprocess(folder, out, "--resume")
