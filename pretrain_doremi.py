@@ -65,7 +65,7 @@ def run(config: Config, topology: Topology, launch: Launch) -> int:
     from megatron_doremi.training.loop import Trainer
     from megatron_doremi.training.repetition import check_repetition
     from megatron_doremi.training.resume import resume_point
-    from megatron_doremi.training.score import check_recorded, reference_hash, score
+    from megatron_doremi.training.score import check_recorded, open_recorded, reference_hash, score
     from megatron_doremi.training.standalone import evaluate_run
     from megatron_doremi.training.watchdog import Watchdog
 
@@ -77,18 +77,20 @@ def run(config: Config, topology: Topology, launch: Launch) -> int:
     reference_run = setup.read_reference(config, data) if setup.needs_reference(config) else None
     recorded = None
     if phase == PROXY and setup.scores_batches(config) and config.doremi.reference_losses != "online":
-        recorded = check_recorded(config, data, topology.world_size)
+        recorded = open_recorded(config, data)
     minutes, stopped = config.run.distributed_timeout_minutes, False
     device, signs = join(launch, minutes)
     with Watchdog(signs, launch.rank, launch.world_size, 60.0 * minutes) as watchdog:
-        check_ranks_start_alike(config, setup.what_is_read(data, reference_run))
+        check_ranks_start_alike(config, setup.what_is_read(data, reference_run, recorded))
         groups = make_groups(topology)
         if phase == EVALUATE:
             evaluate_run(config, data, topology, groups, device, watchdog)
         elif phase == SCORE:
             assert reference_run is not None
-            stopped = score(config, data, reference_run, topology, groups, stop, watchdog)
+            stopped = score(config, data, reference_run, topology, groups, stop, watchdog, signs)
         else:
+            if recorded is not None:
+                check_recorded(recorded, config, data, topology, signs, watchdog)
             gpt = setup.resolve_gpt(config, data)
             reference_sha256 = reference_hash(reference_run, recorded, topology, watchdog)
             identity = run_identity(config, gpt, data, topology.world_size, reference_sha256)
@@ -99,8 +101,10 @@ def run(config: Config, topology: Topology, launch: Launch) -> int:
                 if repeated:
                     print(repeated)
             engine = make_engine(config, gpt, data.weights, topology, groups, device)
-            reference = setup.make_reference(config, reference_run, recorded, topology, groups, device)
-            trainer = Trainer(config, gpt, data, engine, reference, own, resume, topology, groups, stop, watchdog)
+            reference = setup.make_reference(config, reference_run, topology, groups)
+            trainer = Trainer(
+                config, gpt, data, engine, reference, recorded, own, resume, topology, groups, stop, watchdog
+            )
             stopped = trainer.train()
         dist.barrier()
     dist.destroy_process_group()

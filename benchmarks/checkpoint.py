@@ -32,9 +32,10 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-from doremi_overhead import DOMAINS, make_config, random_batches, shape_parser
+from doremi_overhead import DOMAINS, make_config, shape_parser
 
 from megatron_doremi.config import data_parallel_size, gpt_config
+from megatron_doremi.data.loader import MicroBatch
 from megatron_doremi.doremi.engine import TrainingEngine
 from megatron_doremi.parallel.groups import make_groups
 from megatron_doremi.parallel.topology import Topology
@@ -52,6 +53,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=4, help="of each kind (default: 4)")
     parser.add_argument("--output-dir", type=Path, required=True, help="the checkpoints go there, and are removed")
     return parser.parse_args()
+
+
+def random_batches(args: argparse.Namespace, seed: int) -> list[MicroBatch]:
+    """Micro-batches of random ids."""
+    generator = torch.Generator().manual_seed(seed)
+    result = []
+    for _ in range(args.micro_batches):
+        ids = torch.randint(0, args.vocab, (args.micro_batch_size, args.seq + 1), generator=generator)
+        domains = torch.randint(0, DOMAINS, (args.micro_batch_size,), generator=generator)
+        result.append(MicroBatch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), domains, torch.zeros_like(domains)))
+    return result
 
 
 def main() -> None:

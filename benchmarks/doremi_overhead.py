@@ -3,9 +3,10 @@
     python -m torch.distributed.run --standalone --nproc-per-node 2 benchmarks/doremi_overhead.py
 
 Four engines of one shape take turns, a step each, so that whatever else the machine does meets all of them:
-plain training (1F1B), a proxy whose reference losses are given, a proxy that scores with the reference online,
-and the given one again by the simultaneous update. Ratios of medians are printed; rank 0's clock, which waits
-for the slowest rank in every step. Random ids: what is in the text does not change the time.
+plain training (1F1B), a proxy that reads recorded losses, a proxy that scores with the reference online, and the
+recorded one again by the simultaneous update. Each reads its text, and the recorded ones their losses, from disk
+through a loader of its own, as in training. Ratios of medians are printed; rank 0's clock, which waits for the
+slowest rank in every step. Random ids: what is in the text does not change the time.
 
 By arithmetic the ratios are 1, 4/3 (a forward is a third of a step) and 1.
 
@@ -19,9 +20,10 @@ import argparse
 import os
 import statistics
 import sys
+import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,11 +51,16 @@ from megatron_doremi.config import (
     data_parallel_size,
     gpt_config,
 )
-from megatron_doremi.data.loader import MicroBatch
+from megatron_doremi.data.blend import Blend, BlendState, window_count
+from megatron_doremi.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, dtype_for
+from megatron_doremi.data.loader import MicroBatch, Step, steps
+from megatron_doremi.data.loss_file import CHUNK_WINDOWS
+from megatron_doremi.data.reference_losses import LossFolder, RecordedLosses
 from megatron_doremi.doremi.engine import TrainingEngine
 from megatron_doremi.model.forward import forward_only
 from megatron_doremi.model.pipeline import GPTPipeline
-from megatron_doremi.parallel.groups import make_groups
+from megatron_doremi.parallel.exchange import broadcast_json
+from megatron_doremi.parallel.groups import ProcessGroups, make_groups
 from megatron_doremi.parallel.layers import TensorParallel
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.training.build import make_engine
@@ -61,6 +68,9 @@ from megatron_doremi.training.distributed import join
 from megatron_doremi.training.launch import read_launch
 
 DOMAINS = 8
+NAMES = tuple(f"domain-{number}" for number in range(DOMAINS))
+# Of each domain: two files of losses.
+WINDOWS = 6000
 
 
 def shape_parser(what: str, micro_batches: int, **sizes: int) -> argparse.ArgumentParser:
@@ -98,15 +108,46 @@ def make_config(args: argparse.Namespace, world_size: int) -> Config:
     )
 
 
-def random_batches(args: argparse.Namespace, seed: int) -> list[MicroBatch]:
-    """Micro-batches of random ids."""
-    generator = torch.Generator().manual_seed(seed)
-    result = []
-    for _ in range(args.micro_batches):
-        ids = torch.randint(0, args.vocab, (args.micro_batch_size, args.seq + 1), generator=generator)
-        domains = torch.randint(0, DOMAINS, (args.micro_batch_size,), generator=generator)
-        result.append(MicroBatch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), domains, torch.zeros_like(domains)))
-    return result
+def write_data(folder: Path, args: argparse.Namespace, windows: int) -> None:
+    """Indexed pairs of random ids for every domain, and recorded losses of all their windows."""
+    generator = np.random.default_rng(1)
+    fingerprint = {
+        "tokenizer_sha256": None,
+        "data_fingerprint": "0" * 64,
+        "domains": list(NAMES),
+        "seq_length": args.seq,
+        "precision": "bfloat16" if args.bf16 else "float32",
+        "reference": "0" * 64,
+        "reference_iteration": 0,
+    }
+    losses = LossFolder(folder / "losses", fingerprint)
+    for domain, name in enumerate(NAMES):
+        with IndexedDatasetWriter(folder / name, dtype_for(args.vocab)) as writer:
+            writer.add_document(generator.integers(0, args.vocab, windows * args.seq + 1))
+        for first in range(0, windows, CHUNK_WINDOWS):
+            numbers = np.arange(first, min(windows, first + CHUNK_WINDOWS))
+            rows = generator.uniform(0, 2 * np.log(args.vocab), (len(numbers), args.seq))
+            losses.add(domain, first // CHUNK_WINDOWS, numbers, rows)
+
+
+def batches(
+    folder: Path, args: argparse.Namespace, config: Config, topology: Topology, recorded: bool = False
+) -> Iterator[Step]:
+    """Steps as the training loop reads them."""
+    data = [IndexedDataset(folder / name) for name in NAMES]
+    counts = tuple(window_count(dataset.num_tokens, args.seq) for dataset in data)
+    return steps(
+        Blend(NAMES, counts, config.data.global_batch_size, config.data.seed),
+        data,
+        lambda: np.full(len(NAMES), 1 / len(NAMES)),
+        BlendState.start(len(NAMES)),
+        args.seq,
+        args.micro_batch_size,
+        topology.data_rank,
+        topology.data_size,
+        reads=topology.is_first_stage or topology.is_last_stage,
+        recorded=RecordedLosses(folder / "losses", NAMES, {}) if recorded and topology.is_last_stage else None,
+    )
 
 
 def main() -> None:
@@ -116,6 +157,25 @@ def main() -> None:
     config = make_config(args, launch.world_size)
     topology = Topology(args.pipe, data_parallel_size(config.parallel, launch.world_size), args.tensor, launch.rank)
     (device, _), groups = join(launch), make_groups(topology)
+    with tempfile.TemporaryDirectory() as own:
+        folder = Path(broadcast_json(own))
+        if launch.rank == 0:
+            write_data(folder, args, WINDOWS)
+        dist.barrier()
+        run(args, config, topology, groups, device, folder)
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+def run(
+    args: argparse.Namespace,
+    config: Config,
+    topology: Topology,
+    groups: ProcessGroups,
+    device: torch.device,
+    folder: Path,
+) -> None:
+    """Builds the engines and lets them take turns."""
     gpt, sampling = gpt_config(config.model, args.seq, args.vocab), np.full(DOMAINS, 1 / DOMAINS)
 
     def build(phase: str, update: str = "alternating") -> TrainingEngine:
@@ -126,24 +186,31 @@ def main() -> None:
 
     plain, given, online = build(MAIN), build(PROXY), build(PROXY)
     simultaneous = build(PROXY, "simultaneous")
-    reference = GPTPipeline(gpt, topology, TensorParallel(groups.tensor), seed=2).requires_grad_(False)
-    reference.to(torch.bfloat16 if args.bf16 else torch.float32)
+    model = GPTPipeline(gpt, topology, TensorParallel(groups.tensor), seed=2).requires_grad_(False)
+    model.to(torch.bfloat16 if args.bf16 else torch.float32)
     shape = (args.micro_batch_size, args.seq)
-    batches = random_batches(args, seed=topology.data_rank)
-    losses = forward_only(reference, batches, args.micro_batches, shape, topology)
-    per_domain = config.data.global_batch_size * args.seq / DOMAINS
-    targets = torch.full((DOMAINS,), per_domain, dtype=torch.float64, device=device)
 
-    def proxy_step(engine: TrainingEngine, scored: list[torch.Tensor]) -> None:
-        engine.train_step(batches, scored, targets)
+    def score(micro_batches: tuple[MicroBatch, ...]) -> tuple[MicroBatch, ...]:
+        losses = forward_only(model, micro_batches, args.micro_batches, shape, topology)
+        if not losses:
+            return micro_batches
+        return tuple(replace(batch, reference=loss) for batch, loss in zip(micro_batches, losses, strict=True))
+
+    def reading(engine: TrainingEngine, recorded: bool = False, online: bool = False) -> Callable[[], None]:
+        coming = batches(folder, args, config, topology, recorded)
+
+        def take() -> None:
+            step = next(coming)
+            targets = torch.from_numpy(step.targets).to(device, torch.float64)
+            engine.train_step(score(step.micro_batches) if online else step.micro_batches, targets)
+
+        return take
 
     variants = {
-        "plain": lambda: plain.train_step(batches),
-        "proxy, losses given": lambda: proxy_step(given, losses),
-        "proxy, online reference": lambda: proxy_step(
-            online, forward_only(reference, batches, args.micro_batches, shape, topology)
-        ),
-        "proxy, losses given, simultaneous": lambda: proxy_step(simultaneous, losses),
+        "plain": reading(plain),
+        "proxy, recorded losses": reading(given, recorded=True),
+        "proxy, online reference": reading(online, online=True),
+        "proxy, recorded losses, simultaneous": reading(simultaneous, recorded=True),
     }
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for step in range(args.steps + 3):
@@ -159,7 +226,7 @@ def main() -> None:
     if topology.rank == 0:
         report(seconds, args, topology)
     if topology.pipe_size > 1:
-        for name, engine, variant in (("1F1B", plain, "plain"), ("alternating", given, "proxy, losses given")):
+        for name, engine, variant in (("1F1B", plain, "plain"), ("alternating", given, "proxy, recorded losses")):
             stretch, unequal = stretches(engine, variants[variant], args, topology)
             if topology.rank == 0:
                 ideal = (args.micro_batches + topology.pipe_size - 1) / args.micro_batches
@@ -167,7 +234,6 @@ def main() -> None:
                     f"bubble, {name}: under way / busy = {stretch:.3f}; (M + P - 1) / M = {ideal:.3f}, "
                     f"and {unequal:.3f} for stages as unequal as these"
                 )
-    dist.destroy_process_group()
 
 
 def stretches(

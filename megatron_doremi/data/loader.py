@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_doremi.data.blend import Blend, BlendState, GlobalBatch
 from megatron_doremi.data.indexed_dataset import IndexedDataset
+from megatron_doremi.data.reference_losses import RecordedLosses
 
 
 @dataclass(frozen=True)
@@ -24,16 +25,26 @@ class MicroBatch:
         targets: [batch, seq] the token after each input, int64.
         domains: [batch] number of each window's domain, int64; -1 marks padding that counts for nothing.
         windows: [batch] number of each window within its domain, int64.
+        reference: [batch, seq] token losses of the reference in nats, float32, on the last stage of a proxy that has
+            one; read with the text where they are recorded, computed before the step where they are not.
     """
 
     tokens: Tensor
     targets: Tensor
     domains: Tensor
     windows: Tensor
+    reference: Tensor | None = None
 
-    def as_pipe_batch(self) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """(inputs, labels), the form of DeepSpeed's pipeline."""
-        return self.tokens, (self.targets, self.domains)
+    def as_pipe_batch(self) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """(inputs, labels), the form of DeepSpeed's pipeline; labels are targets, domains and, if any, reference."""
+        labels = (self.targets, self.domains)
+        return self.tokens, labels if self.reference is None else (*labels, self.reference)
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same on a device."""
+        reference = None if self.reference is None else self.reference.to(device)
+        tokens, targets = self.tokens.to(device), self.targets.to(device)
+        return MicroBatch(tokens, targets, self.domains.to(device), self.windows.to(device), reference)
 
 
 @dataclass(frozen=True)
@@ -65,8 +76,16 @@ def rank_slice(batch: GlobalBatch, micro_batch_size: int, data_rank: int, data_s
     return parts
 
 
-def read_windows(datasets: Sequence[IndexedDataset | None], part: GlobalBatch, seq_length: int) -> MicroBatch:
-    """Reads windows; a window whose domain is -1 becomes padding."""
+def read_windows(
+    datasets: Sequence[IndexedDataset | None],
+    part: GlobalBatch,
+    seq_length: int,
+    recorded: RecordedLosses | None = None,
+) -> MicroBatch:
+    """Reads windows and, where they are recorded, the reference's losses on them.
+
+    A window whose domain is -1 becomes padding; it has no losses.
+    """
     rows = np.zeros((len(part.domains), seq_length + 1), dtype=np.int64)
     for row, domain, window in zip(rows, part.domains, part.windows, strict=True):
         if domain >= 0:
@@ -79,6 +98,7 @@ def read_windows(datasets: Sequence[IndexedDataset | None], part: GlobalBatch, s
         tokens[:, 1:].contiguous(),
         torch.from_numpy(part.domains.astype(np.int64)),
         torch.from_numpy(part.windows.astype(np.int64)),
+        None if recorded is None else recorded.losses(part.domains, part.windows),
     )
 
 
@@ -93,29 +113,37 @@ def steps(
     data_size: int,
     reads: bool,
     ahead: bool = True,
+    recorded: RecordedLosses | None = None,
+    total: int | None = None,
 ) -> Iterator[Step]:
-    """Endless steps from `state` on; the next is read in the background while the caller works on one.
+    """Steps from `state` on; the next is read in the background while the caller works on one.
 
     Args:
         weights: gives the sampling weights [k] of the step that is about to be read.
         reads: False on ranks that need no text (stages in the middle of a pipeline).
         ahead: False where a step's weights are known only after the step before it; nothing is read ahead then.
+        recorded: the reference's losses, on the last stage of a proxy that has them on disk.
+        total: the step number at which to end; nothing beyond it is read. None: endless.
     """
 
     def read(state: BlendState) -> Step:
         batch, after = blend.next_batch(state, weights())
         parts = rank_slice(batch, micro_batch_size, data_rank, data_size) if reads else []
         targets = np.bincount(batch.domains, minlength=len(blend.names)) * seq_length
-        return Step(tuple(read_windows(datasets, part, seq_length) for part in parts), targets, after)
+        return Step(tuple(read_windows(datasets, part, seq_length, recorded) for part in parts), targets, after)
+
+    def remains(state: BlendState) -> bool:
+        return total is None or state.step < total
 
     if not ahead:
-        while True:
+        while remains(state):
             step = read(state)
             yield step
             state = step.state_after
+        return
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as pool:
-        coming = pool.submit(read, state)
-        while True:
+        coming = pool.submit(read, state) if remains(state) else None
+        while coming is not None:
             step = coming.result()
-            coming = pool.submit(read, step.state_after)
+            coming = pool.submit(read, step.state_after) if remains(step.state_after) else None
             yield step

@@ -34,7 +34,6 @@ class TrainingEngine(DeepSpeedEngine):
     def train_step(
         self,
         micro_batches: Sequence[MicroBatch],
-        reference: Sequence[Tensor] = (),
         targets: Tensor | None = None,
         before_step: Callable[[Tensor | None], None] = lambda norm: None,
     ) -> None:
@@ -48,7 +47,7 @@ class TrainingEngine(DeepSpeedEngine):
                 gradient's global norm, or None where it is computed inside the optimizer's step.
         """
         self._before_step = before_step
-        self.objective.begin(reference, targets, self.gradient_accumulation_steps())
+        self.objective.begin(targets, self.gradient_accumulation_steps())
         self.module.train()
         self._accumulate_and_step(micro_batches)
         self.objective.end()
@@ -100,8 +99,9 @@ class PipelineTraining(TrainingEngine, PipelineEngine):
         super()._exec_forward_pass(buffer_id)
         if not self.is_last_stage():
             return
-        token_loss, domains = self.loss, self.pipe_buffers["labels"][buffer_id][1]
-        self.objective.record(token_loss, domains)
+        token_loss = self.loss
+        _, domains, *reference = self.pipe_buffers["labels"][buffer_id]
+        self.objective.record(token_loss, domains, *reference)
         if self.objective.before_backward:
             self._held[buffer_id] = (token_loss, domains)
         else:
@@ -160,30 +160,32 @@ class WholeTraining(TrainingEngine):
     """
 
     def _accumulate_and_step(self, micro_batches: Sequence[MicroBatch]) -> None:
-        batches = [
-            (batch.tokens.to(self.device), batch.targets.to(self.device), batch.domains.to(self.device))
-            for batch in micro_batches
-        ]
+        batches = [batch.to(self.device) for batch in micro_batches]
         if not self.objective.before_backward:
-            for tokens, targets, domains in batches:
-                token_loss = self(tokens, targets)
-                self.objective.record(token_loss, domains)
-                self._descend(token_loss, domains)
+            for batch in batches:
+                token_loss = self._forward_and_record(batch)
+                self._descend(token_loss, batch.domains)
         elif self._holds_forwards():
-            held = [self(tokens, targets) for tokens, targets, _ in batches]
-            for token_loss, (_, _, domains) in zip(held, batches, strict=True):
-                self.objective.record(token_loss, domains)
+            held = [self(batch.tokens, batch.targets) for batch in batches]
+            for token_loss, batch in zip(held, batches, strict=True):
+                self.objective.record(token_loss, batch.domains, batch.reference)
             self.objective.turn()
             while held:
                 # A micro-batch's graph goes with its backward pass.
-                self._descend(held.pop(0), batches.pop(0)[2])
+                self._descend(held.pop(0), batches.pop(0).domains)
         else:
             with torch.no_grad():
-                for tokens, targets, domains in batches:
-                    self.objective.record(self(tokens, targets), domains)
+                for batch in batches:
+                    self._forward_and_record(batch)
             self.objective.turn()
-            for tokens, targets, domains in batches:
-                self._descend(self(tokens, targets), domains)
+            for batch in batches:
+                self._descend(self(batch.tokens, batch.targets), batch.domains)
+
+    def _forward_and_record(self, batch: MicroBatch) -> Tensor:
+        """[batch, seq] token losses, which the objective has seen."""
+        token_loss: Tensor = self(batch.tokens, batch.targets)
+        self.objective.record(token_loss, batch.domains, batch.reference)
+        return token_loss
 
     def _holds_forwards(self) -> bool:
         """Whether several forward passes may wait for their backward passes."""

@@ -7,7 +7,6 @@ whole batch: every micro-batch has to be recorded, and `turn` called, before the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,20 +60,22 @@ class MeanLoss:
         self.local_sums = torch.zeros(3, num_domains, dtype=torch.float64, device=device)
         self.finite: list[Tensor] = []
 
-    def begin(self, reference: Sequence[Tensor], targets: Tensor | None, micro_batches: int) -> None:
+    def begin(self, targets: Tensor | None, micro_batches: int) -> None:
         """Starts a step.
 
         Args:
-            reference: on the last stage, [batch, seq] token losses of the reference for each micro-batch; empty
-                where the objective asks for none.
             targets: [k] float64 targets of each domain in the global batch; only Group DRO reads them.
             micro_batches: of a rank and step.
         """
         self.local_sums.zero_()
         self.finite.clear()
 
-    def record(self, token_loss: Tensor, domains: Tensor) -> None:
-        """Adds the next micro-batch's [batch, seq] token losses, [batch] domains, to the step's sums."""
+    def record(self, token_loss: Tensor, domains: Tensor, reference: Tensor | None = None) -> None:
+        """Adds a micro-batch's [batch, seq] token losses, [batch] domains, to the step's sums.
+
+        Args:
+            reference: [batch, seq] the reference's losses on the same tokens; only Group DRO reads them.
+        """
         self.local_sums += domain_sums(token_loss, domains, self.num_domains)
         self.finite.append(finite_windows(token_loss, None))
 
@@ -130,23 +131,18 @@ class GroupDRO(MeanLoss):
         self.gradient_weights = self.state.weights
         self.resamples = settings.weighting == "resample"
         self.before_backward = settings.update == "alternating" and not self.resamples
-        self._reference: Sequence[Tensor] = ()
-        self._recorded = 0
         self._accumulation = 1
         self._sums = torch.zeros_like(self.local_sums)
         self._coefficients = torch.zeros_like(self.gradient_weights)
 
-    def begin(self, reference: Sequence[Tensor], targets: Tensor | None, micro_batches: int) -> None:
-        super().begin(reference, targets, micro_batches)
-        self._reference, self._recorded = reference, 0
+    def begin(self, targets: Tensor | None, micro_batches: int) -> None:
+        super().begin(targets, micro_batches)
         self._accumulation = micro_batches * self.topology.data_size
         if not self.before_backward:
             assert targets is not None
             self._weigh(targets)
 
-    def record(self, token_loss: Tensor, domains: Tensor) -> None:
-        reference = self._reference[self._recorded] if self._reference else None
-        self._recorded += 1
+    def record(self, token_loss: Tensor, domains: Tensor, reference: Tensor | None = None) -> None:
         self.local_sums += domain_sums(token_loss, domains, self.num_domains, reference, self.settings.objective)
         self.finite.append(finite_windows(token_loss, reference))
 

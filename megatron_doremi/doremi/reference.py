@@ -1,18 +1,16 @@
-"""The reference: a second, frozen model with its own configuration on the proxy's layout, or its recorded losses."""
+"""The reference: a second, frozen model with its own configuration on the proxy's layout."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from megatron_doremi.config import GPTConfig
 from megatron_doremi.data.loader import MicroBatch
 from megatron_doremi.data.manifest import Manifest
-from megatron_doremi.data.scores import RecordedLosses
 from megatron_doremi.doremi.run_config import RunConfigFile
 from megatron_doremi.errors import Fault, raise_if_any
 from megatron_doremi.model.forward import forward_only
@@ -113,23 +111,15 @@ class OnlineReference:
         self.topology, self.shape = topology, shape
         self.module = load_frozen(run.gpt, run.weights, topology, tp, dtype, loss_chunk_tokens)
 
-    def token_losses(self, micro_batches: Sequence[MicroBatch], count: int) -> list[Tensor]:
-        """On the last stage, [batch, seq] losses in nats of each of `count` micro-batches; elsewhere nothing."""
-        return forward_only(self.module, micro_batches, count, self.shape, self.topology)
+    def score(self, micro_batches: Sequence[MicroBatch], count: int) -> tuple[MicroBatch, ...]:
+        """The micro-batches with the reference's losses, on the last stage; elsewhere as they came. A collective call.
 
-
-class RecordedReference:
-    """Token losses that --phase score has written, in place of a reference model."""
-
-    def __init__(self, recorded: RecordedLosses, topology: Topology, device: torch.device):
-        self.recorded, self.topology, self.device = recorded, topology, device
-
-    def token_losses(self, micro_batches: Sequence[MicroBatch], count: int) -> list[Tensor]:
-        """On the last stage, [batch, seq] losses in nats of each of `count` micro-batches; elsewhere nothing."""
-        if not self.topology.is_last_stage:
-            return []
-        assert len(micro_batches) == count
-        return [
-            torch.from_numpy(self.recorded.losses(batch.domains.numpy(), batch.windows.numpy())).to(self.device)
-            for batch in micro_batches
-        ]
+        Args:
+            micro_batches: of this rank; empty on stages in the middle.
+            count: how many each rank of the replica has.
+        """
+        losses = forward_only(self.module, micro_batches, count, self.shape, self.topology)
+        if not losses:
+            return tuple(micro_batches)
+        pairs = zip(micro_batches, losses, strict=True)
+        return tuple(replace(batch, reference=loss) for batch, loss in pairs)

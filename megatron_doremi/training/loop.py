@@ -16,11 +16,12 @@ from megatron_doremi.config import Config, GPTConfig, global_batch_size, micro_b
 from megatron_doremi.console import Guard
 from megatron_doremi.data.blend import Blend, BlendState, window_count
 from megatron_doremi.data.loader import Step, steps
+from megatron_doremi.data.reference_losses import RecordedLosses
 from megatron_doremi.data.weights_file import save_weights
 from megatron_doremi.doremi.domain_weights import DomainWeights
 from megatron_doremi.doremi.engine import TrainingEngine
 from megatron_doremi.doremi.objective import GroupDRO
-from megatron_doremi.doremi.reference import OnlineReference, RecordedReference
+from megatron_doremi.doremi.reference import OnlineReference
 from megatron_doremi.errors import RunError, machine_failure
 from megatron_doremi.parallel.exchange import broadcast_json
 from megatron_doremi.parallel.groups import ProcessGroups
@@ -53,7 +54,8 @@ class Trainer:
         gpt: GPTConfig,
         data: RunData,
         engine: TrainingEngine,
-        reference: OnlineReference | RecordedReference | None,
+        reference: OnlineReference | None,
+        recorded: RecordedLosses | None,
         run: dict[str, Any],
         resume: ResumePoint | None,
         topology: Topology,
@@ -63,11 +65,13 @@ class Trainer:
     ):
         """
         Args:
+            reference, recorded: where a proxy's reference losses come from, if it has any.
             run: what every checkpoint says of the run: its `identity` and the `overrides` of it.
             resume: where to resume.
         """
         self.config, self.gpt, self.data = config, gpt, data
         self.engine, self.reference, self.topology, self.groups = engine, reference, topology, groups
+        self.recorded = recorded if topology.is_last_stage else None
         self.run, self.stop, self.watchdog = run, stop, watchdog
         self.save_dir = Path(config.run.save)
         keep = config.run.keep_checkpoints
@@ -119,8 +123,6 @@ class Trainer:
         last, began = self.iteration, time.perf_counter()
         stop = GO_ON
         for step in self._steps():
-            if self.iteration >= total:
-                break
             self.watchdog.mark(f"in iteration {self.iteration + 1}")
             lr = learning_rate(self.iteration + 1, config.optimizer, total)
             agreed = self._take_step(step, lr)
@@ -182,17 +184,19 @@ class Trainer:
             self.topology.data_size,
             reads,
             ahead=dro is None,
+            recorded=self.recorded,
+            total=self.config.data.train_iters,
         )
 
     def _take_step(self, step: Step, lr: float) -> Agreement:
         self.engine.set_learning_rate(lr)
-        losses: list[Tensor] = []
+        micro_batches = step.micro_batches
         if self.reference is not None:
-            losses = self.reference.token_losses(step.micro_batches, self.micro_batches)
+            micro_batches = self.reference.score(micro_batches, self.micro_batches)
         targets = torch.from_numpy(step.targets).to(self.engine.device, torch.float64)
         agreed: list[Agreement] = []
 
-        batch = (self.engine.objective, step.micro_batches, self.data.names, self.iteration + 1)
+        batch = (self.engine.objective, micro_batches, self.data.names, self.iteration + 1)
 
         def before_step(norm: Tensor | None) -> None:
             flags = (self.stop.reason(), *self.checkpoints.progress(), self.save_timer.due())
@@ -203,7 +207,7 @@ class Trainer:
                 raise explain_loss(*batch) if own.loss_non_finite else explain_gradient(*batch)
             agreed.append(own)
 
-        self.engine.train_step(step.micro_batches, losses, targets, before_step)
+        self.engine.train_step(micro_batches, targets, before_step)
         if not self.engine.was_step_applied():
             # DeepSpeed's optimizers know the norm inside their step only; they skipped it on every rank.
             self.checkpoints.finish()

@@ -1,12 +1,16 @@
 """The phase score: a reference's token losses on the windows that proxies will read, written once.
 
 Chunks of windows are dealt out over the replicas of a run and the tasks of an array job. A replica works on its
-own and writes what it has, chunk by chunk: a run that was stopped goes on where it was.
+own and writes what it has, chunk by chunk: a run that was stopped resumes with the next chunk, and replicas may be
+hours apart at the end.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,36 +22,48 @@ from tqdm import tqdm
 
 from megatron_doremi.config import Config, global_batch_size
 from megatron_doremi.data.blend import Blend, GlobalBatch, window_count
-from megatron_doremi.data.files import read_json_object, sha256_of
+from megatron_doremi.data.files import sha256_of
 from megatron_doremi.data.loader import read_windows
-from megatron_doremi.data.scores import (
-    RecordedLosses,
-    add_to_chunk,
-    check_fingerprint,
-    missing_windows,
-    split_by_chunk,
-    write_fingerprint,
+from megatron_doremi.data.loss_file import (
+    CHUNK_WINDOWS,
+    LARGEST_LOSS,
+    SMALLEST_LOSS,
+    Chunks,
+    all_chunks,
+    chunks_of,
+    clipped,
+    unpack,
 )
+from megatron_doremi.data.reference_losses import LossFolder, RecordedLosses
 from megatron_doremi.doremi.reference import ReferenceRun
-from megatron_doremi.errors import Fault, raise_if_any
+from megatron_doremi.errors import ConfigError, RunError, raise_if_any
 from megatron_doremi.model.forward import forward_only
 from megatron_doremi.model.pipeline import GPTPipeline
 from megatron_doremi.model.weights import load_frozen
+from megatron_doremi.parallel.exchange import broadcast_json, gather_json
 from megatron_doremi.parallel.groups import ProcessGroups
 from megatron_doremi.parallel.layers import TensorParallel
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.training.setup import RunData
 from megatron_doremi.training.stopping import GO_ON, StopRequest
+from megatron_doremi.training.waiting import error_of, error_text, from_rank_0, wait_for_all
 from megatron_doremi.training.watchdog import Watchdog
 
+# Windows whose numbers are computed at a time, and chunks whose files a replica looks at before it scores some.
+_PART = 1 << 18
+_CHUNKS_A_TURN = 256
+_STOP, _FAILED = 1, 2
 
-def data_fingerprint(data: RunData, seq_length: int) -> dict[str, Any]:
-    """What scores are bound to, besides the reference."""
+
+def data_fingerprint(config: Config, data: RunData) -> dict[str, Any]:
+    """What scores are bound to, besides the reference. Folders of an older version may lack keys."""
     return {
         "tokenizer_sha256": data.tokenizer_sha256,
         "data_fingerprint": data.manifest.fingerprint(),
+        "data_content": data.content,
         "domains": list(data.names),
-        "seq_length": seq_length,
+        "seq_length": config.data.seq_length,
+        "precision": "bfloat16" if config.optimizer.bf16 else "float32",
     }
 
 
@@ -64,48 +80,78 @@ def reference_hash(
     run: ReferenceRun | None, recorded: RecordedLosses | None, topology: Topology, watchdog: Watchdog
 ) -> str | None:
     """Tells a proxy's reference from another, by its weights; None without one. A collective call."""
-    if run is None and recorded is None:
+    if recorded is not None:
+        return recorded.scores.reference
+    if run is None:
         return None
-    found: list[str] = [""]
-    if topology.rank == 0:
-        # Read by one rank: a reference may be gigabytes.
-        scores = read_json_object(recorded.folder / "scores.json", "scores.json") if recorded is not None else {}
-        found = [str(scores.get("reference")) if run is None else weights_hash(run.weights, watchdog)]
-    dist.broadcast_object_list(found)
-    return found[0]
+    # Read by one rank: a reference may be gigabytes.
+    return str(broadcast_json(weights_hash(run.weights, watchdog) if topology.rank == 0 else None))
 
 
-def windows_read(config: Config, data: RunData, world_size: int) -> list[NDArray[np.int64]]:
-    """The windows of each domain, rising, that a proxy with these settings reads; all, without --train-iters.
+def windows_needed(
+    config: Config, data: RunData, world_size: int, progress: Callable[[str], None] = lambda doing: None
+) -> Iterator[Chunks]:
+    """The windows of each domain that a proxy with these settings reads, by chunk; all, without --train-iters.
 
-    Quotas stay less than a window from a domain's share, so its count is known without playing the blend.
+    Quotas stay less than a window from a domain's share, so its count is known without playing the blend; it may be
+    one more than is read. Each domain's are to be used before the next one's are asked for.
     """
-    batch, iters = global_batch_size(config, world_size), config.data.train_iters
-    counts = tuple(window_count(dataset.num_tokens, config.data.seq_length) for dataset in data.train)
-    blend = Blend(data.names, counts, batch, config.data.seed)
-    result = []
-    for number, (size, weight) in enumerate(zip(counts, data.weights, strict=True)):
-        most = int(np.ceil(iters * batch * weight)) + 1 if iters else size
-        windows = np.arange(size) if most >= size else np.sort(blend.windows_at(number, 0, most))
-        result.append(windows.astype(np.int64))
-    return result
+    sizes = _window_counts(config, data)
+    blend = Blend(data.names, sizes, global_batch_size(config, world_size), config.data.seed)
+
+    def parts(domain: int, count: int) -> Iterator[NDArray[np.int64]]:
+        for first in range(0, count, _PART):
+            progress(f"listing the windows of domain {data.names[domain]!r}")
+            yield blend.windows_at(domain, first, min(_PART, count - first))
+
+    for domain, (size, count) in enumerate(zip(sizes, _counts_needed(config, data, world_size), strict=True)):
+        yield all_chunks(size) if count == size else chunks_of(parts(domain, count), size)
 
 
-def check_recorded(config: Config, data: RunData, world_size: int) -> RecordedLosses:
-    """Opens the scores of a proxy's run. Raises ConfigError where they are of something else or lack a window."""
-    folder = Path(config.doremi.reference_losses)
-    check_fingerprint(folder, data_fingerprint(data, config.data.seq_length), "--reference-losses")
-    recorded = RecordedLosses(folder, data.names)
-    faults: list[Fault] = []
-    # With resampling nobody knows yet what will be read; a window that lacks is found when it comes.
-    if config.doremi.doremi_weighting == "reweight":
-        for number, windows in enumerate(windows_read(config, data, world_size)):
-            # The count above may be one more than is read.
-            missing = missing_windows(folder, number, windows)
-            if len(missing):
-                faults.append(recorded.missing(number, int(missing[0]), len(missing)))
-    raise_if_any(faults)
-    return recorded
+def _window_counts(config: Config, data: RunData) -> tuple[int, ...]:
+    return tuple(window_count(dataset.num_tokens, config.data.seq_length) for dataset in data.train)
+
+
+def _counts_needed(config: Config, data: RunData, world_size: int) -> list[int]:
+    """How many windows of each domain `windows_needed` gives."""
+    sizes = _window_counts(config, data)
+    if not config.data.train_iters:
+        return list(sizes)
+    read = config.data.train_iters * global_batch_size(config, world_size)
+    return [min(size, int(np.ceil(read * weight)) + 1) for size, weight in zip(sizes, data.weights, strict=True)]
+
+
+def open_recorded(config: Config, data: RunData) -> RecordedLosses:
+    """Opens a folder of recorded losses. Raises ConfigError where they are of something else."""
+    return RecordedLosses(Path(config.doremi.reference_losses), data.names, data_fingerprint(config, data))
+
+
+def check_recorded(
+    recorded: RecordedLosses, config: Config, data: RunData, topology: Topology, store: dist.Store, watchdog: Watchdog
+) -> None:
+    """Checks that every window that a proxy reads is recorded; rank 0 looks and tells the others.
+
+    Raises:
+        ConfigError: on every rank, with a fault for each domain of which windows are missing.
+    """
+    if config.doremi.doremi_weighting != "reweight":
+        # With resampling nobody knows yet what will be read; a window that is missing is found when it comes.
+        return
+
+    def look() -> None:
+        needed = windows_needed(config, data, topology.world_size, watchdog.mark)
+        counts = zip(_window_counts(config, data), _counts_needed(config, data, topology.world_size), strict=True)
+        total = sum(min(-(-size // CHUNK_WINDOWS), count) for size, count in counts)
+        # Silent where it is quick.
+        with tqdm(total=total, unit="file", desc="recorded losses", delay=2.0, leave=False) as bar:
+
+            def progress(domain: int, files: int) -> None:
+                watchdog.mark(f"checking the recorded losses of domain {data.names[domain]!r}")
+                bar.update(files)
+
+            raise_if_any(recorded.check(needed, progress))
+
+    from_rank_0(store, "recorded", topology.rank, look)
 
 
 def score(
@@ -116,84 +162,175 @@ def score(
     groups: ProcessGroups,
     stop: StopRequest,
     watchdog: Watchdog,
+    store: dist.Store,
 ) -> bool:
-    """Scores this task's share of the windows that are not there yet.
+    """Scores this task's share of the windows that are not recorded yet.
 
     Returns:
         whether some are left, because a signal or a time limit stopped the run.
+
+    Raises:
+        RunError: a loss is NaN, Inf or negative, of which nothing is recorded, or a file cannot be written.
     """
-    folder, seq_length = Path(config.run.save), config.data.seq_length
-    if topology.rank == 0:
-        fingerprint = {**data_fingerprint(data, seq_length), "reference": weights_hash(run.weights, watchdog)}
-        write_fingerprint(folder, {**fingerprint, "reference_iteration": run.iteration})
-    dist.barrier()
-    todo = _todo(config, data, topology, groups)
+    store = dist.PrefixStore("score", store)
+
+    def start() -> dict[str, Any]:
+        fingerprint = {**data_fingerprint(config, data), "reference": weights_hash(run.weights, watchdog)}
+        fingerprint["reference_iteration"] = run.iteration
+        LossFolder(Path(config.run.save), fingerprint)
+        return fingerprint
+
+    fingerprint = from_rank_0(store, "folder", topology.rank, start)
+    # Of each replica only one rank touches files of losses.
+    folder = LossFolder(Path(config.run.save), fingerprint) if topology.rank == topology.loss_rank() else None
     tp = TensorParallel(groups.tensor, config.parallel.sequence_parallel)
     dtype = torch.bfloat16 if config.optimizer.bf16 else torch.float32
     module = load_frozen(run.gpt, run.weights, topology, tp, dtype, config.parallel.loss_chunk_tokens)
-    stopped = False
-    total = sum(len(windows) for _, _, windows in todo)
-    with tqdm(total=total * seq_length, unit="token", unit_scale=True, desc="score", disable=topology.rank != 0) as bar:
-        for domain, chunk, windows in todo:
-            if _any_rank(stop.reason() != GO_ON, groups.model):
-                stopped = True
-                break
-            watchdog.mark(f"scoring domain {domain}, chunk {chunk}")
-            losses = _score_windows(config, data, module, domain, windows, topology)
-            if topology.is_last_stage and topology.tensor_rank == 0:
-                add_to_chunk(folder, domain, chunk, windows, losses)
-            bar.update(len(windows) * seq_length)
-    return _any_rank(stopped, None)
+    replica = _Replica(config, data, module, topology, groups, watchdog, store, folder)
+    replica.score(stop)
+    wait_for_all(store, "done", topology.rank, topology.world_size, lambda: replica.hear(stop))
+    outcomes = gather_json([int(replica.stopped), replica.windows, replica.clipped])
+    stopped, windows, cut = (sum(values) for values in zip(*outcomes, strict=True))
+    if cut and topology.rank == 0:
+        print(
+            f"score: {cut:,} of {windows * config.data.seq_length:,} token losses lay above {LARGEST_LOSS:.4f} nats "
+            "and were recorded as that"
+        )
+    return bool(stopped)
 
 
-def _any_rank(said: bool, group: dist.ProcessGroup | None) -> bool:
-    """Whether a rank of the group (None: any rank) said yes; a collective call."""
-    flag = torch.tensor([int(said)], device="cuda" if torch.cuda.is_available() else "cpu")
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
-    return bool(flag.item())
+class _Replica:
+    """A replica at work: it goes through its chunks, and hears of what the others have met.
 
+    Attributes:
+        stopped: whether it left chunks, because a rank of the run was asked to stop.
+        windows, clipped: how many windows this rank has recorded, and how many of their losses lay above the grid.
+    """
 
-def _todo(
-    config: Config, data: RunData, topology: Topology, groups: ProcessGroups
-) -> list[tuple[int, int, NDArray[np.int64]]]:
-    """(domain, chunk, windows) that this replica scores; decided by one rank of it, for files come and go."""
-    found: list[Any] = [None]
-    if topology.rank == topology.loss_rank():
-        mine, place = [], config.doremi.shard * topology.data_size + topology.data_rank
-        shares = config.doremi.num_shards * topology.data_size
-        chunks = [
-            (domain, chunk, windows)
-            for domain, all_windows in enumerate(windows_read(config, data, topology.world_size))
-            for chunk, windows in split_by_chunk(all_windows).items()
-        ]
-        for domain, chunk, windows in chunks[place::shares]:
-            windows = missing_windows(Path(config.run.save), domain, windows)
-            if len(windows):
-                mine.append((domain, chunk, windows))
-        found = [mine]
-    dist.broadcast_object_list(found, src=topology.loss_rank(), group=groups.model)
-    return found[0]
+    def __init__(
+        self,
+        config: Config,
+        data: RunData,
+        module: GPTPipeline,
+        topology: Topology,
+        groups: ProcessGroups,
+        watchdog: Watchdog,
+        store: dist.Store,
+        folder: LossFolder | None,
+    ):
+        self.config, self.data, self.module, self.folder = config, data, module, folder
+        self.topology, self.groups, self.watchdog, self.store = topology, groups, watchdog, store
+        self.stopped, self.windows, self.clipped = False, 0, 0
 
+    def score(self, stop: StopRequest) -> None:
+        """Scores and records this replica's chunks, until they are done or a rank of the run has to stop."""
+        seq_length = self.config.data.seq_length
+        total = sum(_counts_needed(self.config, self.data, self.topology.world_size)) // self._shares()
+        hidden = self.topology.rank != 0
+        with tqdm(total=total * seq_length, unit="token", unit_scale=True, desc="score", disable=hidden) as bar:
+            for chunks, recorded in self._turns():
+                bar.total = max(bar.n, bar.total - recorded * seq_length)
+                for domain, chunk, bits in chunks:
+                    if self._must_stop(stop):
+                        self.stopped = True
+                        return
+                    windows = chunk * CHUNK_WINDOWS + np.flatnonzero(unpack(int(bits, 16)))
+                    self._record(domain, chunk, windows, self._losses(domain, windows))
+                    bar.update(len(windows) * seq_length)
+            bar.total = bar.n
+        # Here a failure of the last chunk comes to light.
+        self._must_stop(stop)
 
-def _score_windows(
-    config: Config,
-    data: RunData,
-    module: GPTPipeline,
-    domain: int,
-    windows: NDArray[np.int64],
-    topology: Topology,
-) -> NDArray[np.float16]:
-    """[n, seq] losses of windows of one domain, on the last stage; elsewhere nothing."""
-    size, seq_length = config.data.micro_batch_size, config.data.seq_length
-    padded = np.concatenate([windows, np.full(-len(windows) % size, windows[-1])])
-    parts = [GlobalBatch(np.full(size, domain), part) for part in padded.reshape(-1, size)]
-    rows: list[NDArray[np.float16]] = []
-    stride = 4 * topology.pipe_size
-    for first in range(0, len(parts), stride):
-        chunk = parts[first : first + stride]
-        micro_batches = []
-        if topology.is_first_stage or topology.is_last_stage:
-            micro_batches = [read_windows(data.train, part, seq_length) for part in chunk]
-        losses = forward_only(module, micro_batches, len(chunk), (size, seq_length), topology)
-        rows += [loss.to("cpu", torch.float16).numpy() for loss in losses]
-    return np.concatenate(rows)[: len(windows)] if rows else np.empty((0, seq_length), np.float16)
+    def _shares(self) -> int:
+        return self.config.doremi.num_shards * self.topology.data_size
+
+    def _turns(self) -> Iterator[tuple[list[tuple[int, int, str]], int]]:
+        """Some chunks at a time: (domain, chunk, bits of the windows to score), and how many are recorded already.
+
+        One rank of the replica looks, for files come and go.
+        """
+        place = self.config.doremi.shard * self.topology.data_size + self.topology.data_rank
+        needed = windows_needed(self.config, self.data, self.topology.world_size, self.watchdog.mark)
+        chunks = ((domain, chunk, bits) for domain, part in enumerate(needed) for chunk, bits in part)
+        mine = itertools.islice(chunks, place, None, self._shares())
+        while True:
+            found: list[Any] | None = None
+            if self.folder is not None and (turn := list(itertools.islice(mine, _CHUNKS_A_TURN))):
+                self.watchdog.mark("looking for what is recorded")
+                left = [(d, c, bits, self.folder.missing(d, c, bits)) for d, c, bits in turn]
+                recorded = sum((bits & ~missing).bit_count() for _, _, bits, missing in left)
+                found = [[(d, c, f"{missing:x}") for d, c, _, missing in left if missing], recorded]
+            found = broadcast_json(found, self.topology.loss_rank(), self.groups.model)
+            if found is None:
+                return
+            yield found[0], found[1]
+
+    def _losses(self, domain: int, windows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """[n, seq] losses of windows of one domain, on the last stage; elsewhere nothing."""
+        size, seq_length = self.config.data.micro_batch_size, self.config.data.seq_length
+        padded = np.concatenate([windows, np.full(-len(windows) % size, windows[-1])])
+        parts = [GlobalBatch(np.full(size, domain), part) for part in padded.reshape(-1, size)]
+        rows: list[NDArray[np.float32]] = []
+        stride = 4 * self.topology.pipe_size
+        reads = self.topology.is_first_stage or self.topology.is_last_stage
+        for first in range(0, len(parts), stride):
+            self.watchdog.mark(f"scoring domain {self.data.names[domain]!r}, window {int(padded[first * size]):,}")
+            some = parts[first : first + stride]
+            batches = [read_windows(self.data.train, part, seq_length) for part in some] if reads else []
+            losses = forward_only(self.module, batches, len(some), (size, seq_length), self.topology)
+            rows += [loss.to("cpu", torch.float32).numpy() for loss in losses]
+        return np.concatenate(rows)[: len(windows)] if rows else np.empty((0, seq_length), np.float32)
+
+    def _record(self, domain: int, chunk: int, windows: NDArray[np.int64], losses: NDArray[np.float32]) -> None:
+        """Records a chunk on the rank that does; a failure is told to all others."""
+        if self.folder is None:
+            return
+        try:
+            self._check(domain, windows, losses)
+            self.folder.add(domain, chunk, windows, losses)
+        except (ConfigError, RunError) as error:
+            self.store.set("stop", error_text(error))
+        except OSError as error:
+            text = f"{self.folder.folder}: {error.strerror or error}; what was recorded before is complete"
+            self.store.set("stop", error_text(RunError(text)))
+        else:
+            self.windows += len(windows)
+            self.clipped += clipped(losses)
+
+    def _check(self, domain: int, windows: NDArray[np.int64], losses: NDArray[np.float32]) -> None:
+        good = np.isfinite(losses) & (losses > SMALLEST_LOSS)
+        rows = np.flatnonzero(~good.all(axis=1))
+        if len(rows):
+            row = int(rows[0])
+            value = losses[row][~good[row]][0]
+            raise RunError(
+                f"the reference's loss is {value} in window {int(windows[row]):,} of domain "
+                f"{self.data.names[domain]!r}, and negative, NaN or Inf in {len(rows):,} of {len(windows):,} windows: "
+                "none of them was recorded; look at the reference's own losses with --phase evaluate, or train it again"
+            )
+
+    def _must_stop(self, stop: StopRequest) -> bool:
+        """Whether the run stops here; a collective call of the replica.
+
+        Raises:
+            ConfigError, RunError: of whichever rank failed.
+        """
+        own = 0
+        if self.store.check(["stop"]):
+            own = _FAILED if json.loads(self.store.get("stop")) else _STOP
+        elif stop.reason() != GO_ON:
+            self.store.set("stop", "{}")
+            own = _STOP
+        flag = torch.tensor([own], device=next(self.module.parameters()).device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.groups.model)
+        if flag.item() == _FAILED:
+            raise error_of(json.loads(self.store.get("stop")))
+        return bool(flag.item())
+
+    def hear(self, stop: StopRequest) -> None:
+        """While others are waited for: tells them to stop, or raises what one of them has met."""
+        if self.store.check(["stop"]):
+            if entry := json.loads(self.store.get("stop")):
+                raise error_of(entry)
+        elif stop.reason() != GO_ON:
+            self.store.set("stop", "{}")

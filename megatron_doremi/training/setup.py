@@ -26,11 +26,10 @@ from megatron_doremi.data.content import content_hash
 from megatron_doremi.data.files import atomic_write_text, make_folder, sha256_of
 from megatron_doremi.data.indexed_dataset import IndexedDataset
 from megatron_doremi.data.manifest import Domain, Manifest, load_manifest
-from megatron_doremi.data.scores import RecordedLosses
+from megatron_doremi.data.reference_losses import RecordedLosses
 from megatron_doremi.data.weights_file import resolve_weights
 from megatron_doremi.doremi.reference import (
     OnlineReference,
-    RecordedReference,
     ReferenceRun,
     check_reference,
 )
@@ -216,17 +215,9 @@ def read_reference(config: Config, data: RunData) -> ReferenceRun:
 
 
 def make_reference(
-    config: Config,
-    run: ReferenceRun | None,
-    recorded: RecordedLosses | None,
-    topology: Topology,
-    groups: ProcessGroups,
-    device: torch.device,
-) -> OnlineReference | RecordedReference | None:
-    """What a proxy is compared with: recorded losses, or the frozen reference on the proxy's layout and in its
-    precision; None where there is neither."""
-    if recorded is not None:
-        return RecordedReference(recorded, topology, device)
+    config: Config, run: ReferenceRun | None, topology: Topology, groups: ProcessGroups
+) -> OnlineReference | None:
+    """The frozen reference on the proxy's layout and in its precision; None where losses are recorded or not needed."""
     if run is None:
         return None
     tp = TensorParallel(groups.tensor, config.parallel.sequence_parallel)
@@ -235,7 +226,9 @@ def make_reference(
     return OnlineReference(run, topology, tp, dtype, shape, config.parallel.loss_chunk_tokens)
 
 
-def what_is_read(data: RunData, reference: ReferenceRun | None) -> dict[str, Any]:
+def what_is_read(
+    data: RunData, reference: ReferenceRun | None, recorded: RecordedLosses | None = None
+) -> dict[str, Any]:
     """What this rank sees of the files that decide a run, in hashes: a node may hold a stale copy."""
     manifest = data.manifest
     entry: dict[str, Any] = {
@@ -249,6 +242,8 @@ def what_is_read(data: RunData, reference: ReferenceRun | None) -> dict[str, Any
     if reference is not None:
         # Not its weights, which may be gigabytes: what its checkpoint says of them.
         entry["checkpoint of the reference"] = sha256_of(reference.weights.parent / "state.json")
+    if recorded is not None:
+        entry["scores.json of the recorded losses"] = sha256_of(recorded.folder / "scores.json")
     return entry
 
 

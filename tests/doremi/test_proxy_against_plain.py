@@ -56,11 +56,10 @@ def proxy_steps(options, topology, groups, device, parallel):
     start, trace = gather_whole(topology, read_parameters(engine)), []
     for tokens, targets, domains, reference in batches():
         first = range(2 * topology.data_rank, WINDOWS, 2 * topology.data_size)
-        mine = [MicroBatch(*(x[i : i + 2] for x in (tokens, targets, domains, domains))) for i in first]
-        losses = [reference[i : i + 2] for i in first] if topology.is_last_stage else []
+        mine = [MicroBatch(*(x[i : i + 2] for x in (tokens, targets, domains, domains, reference))) for i in first]
         counts = torch.bincount(domains, minlength=K).double() * SEQ
         engine.set_learning_rate(LR)
-        engine.train_step(mine, losses, counts)
+        engine.train_step(mine, counts)
         state = engine.objective.state
         trace.append((state.weights.tolist(), state.excess.tolist(), engine.grad_norm()))
     return start, trace, gather_whole(topology, read_parameters(engine))

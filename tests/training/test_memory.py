@@ -55,13 +55,12 @@ def peak_of_a_step(topology, groups, device, parallel, bf16, update, count):
     config = make_config(topology, data, parallel, {"doremi_update": update}, bf16=bf16)
     engine = make_engine(config, GPT, np.full(K, 1 / K), topology, groups, device)
     ids = torch.zeros(WINDOWS, SEQ, dtype=torch.int64)
-    batches = [MicroBatch(ids, ids, ids[:, 0], ids[:, 0]) for _ in range(count)]
-    reference = [torch.zeros(WINDOWS, SEQ)] * count if topology.is_last_stage else []
+    batches = [MicroBatch(ids, ids, ids[:, 0], ids[:, 0], torch.zeros(WINDOWS, SEQ)) for _ in range(count)]
     targets = torch.tensor([batch * SEQ, 0, 0], dtype=torch.float64)
     # The first step makes the optimiser's state.
-    engine.train_step(batches, reference, targets)
+    engine.train_step(batches, targets)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        engine.train_step(batches, reference, targets)
+        engine.train_step(batches, targets)
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
     events.sort(key=lambda e: e.start_ns())
     return int(np.cumsum([e.nbytes() for e in events]).max())

@@ -1,0 +1,252 @@
+"""Token losses of a reference on disk, by (domain, window): written once by --phase score, read by many proxies.
+
+    DIR/scores.json                       what was scored: reference, precision, tokenizer, data, sequence length
+    DIR/losses/0003/000012.safetensors    a chunk of 4096 windows of domain 3; see loss_file.py
+
+A chunk's file appears by one rename and holds whatever was asked for so far; scoring more windows later adds to it.
+Tasks that score different chunks share nothing but the folder, so any number of them may work at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import json
+import os
+import socket
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor
+
+from megatron_doremi.data.files import atomic_write_text, make_folder, read_json_object
+from megatron_doremi.data.formats import Count, Name, Positive, Schema, Sha256, check_entry
+from megatron_doremi.data.loss_file import CHUNK_WINDOWS, Chunks, LossFile, add_windows
+from megatron_doremi.errors import ConfigError, Fault, raise_if_any
+
+_OWN_FOLDER = "score this data with this reference into a folder of its own"
+_OPEN_FILES = 128
+_THREADS = 8
+_FILES_A_TURN = 256
+_SHOWN_FILES = 10
+
+
+class ScoresFile(Schema):
+    """scores.json. Keys with a default are missing from folders of version 0.1, which are read all the same."""
+
+    FORMAT: ClassVar[str] = "megatron-doremi-scores/2"
+    OLDER_FORMATS: ClassVar[tuple[str, ...]] = ("megatron-doremi-scores/1",)
+
+    format: str
+    tokenizer_sha256: str | None
+    data_fingerprint: Sha256
+    data_content: Sha256 | None = None
+    domains: list[Name] = Field(min_length=1)
+    seq_length: Positive
+    precision: Literal["float32", "bfloat16"] | None = None
+    reference: Sha256
+    reference_iteration: Count
+
+    @property
+    def old(self) -> bool:
+        """Whether version 0.1 wrote the folder, in float16."""
+        return self.format != self.FORMAT
+
+
+def read_scores_file(folder: Path, flag: str) -> tuple[ScoresFile, dict[str, Any]]:
+    """scores.json of a folder, checked, and all that it holds.
+
+    Raises:
+        ConfigError: with every fault of the file; a newer version's is refused as such.
+    """
+    subject = f"{flag} {folder}: scores.json"
+    entry = read_json_object(folder / "scores.json", subject)
+    checked = check_entry(entry, subject, ScoresFile, "give a folder that --phase score has written")
+    if not checked.old and checked.precision is None:
+        raise ConfigError(Fault(subject, "precision is missing", "float32 or bfloat16", _OWN_FOLDER))
+    return checked, entry
+
+
+def differences(entry: Mapping[str, Any], expected: Mapping[str, Any], subject: str) -> list[Fault]:
+    """A fault for each value of `expected` that is another in scores.json; what an older version left out fits."""
+    return [
+        Fault(subject, f"{key} {str(entry[key])[:60]}", f"{key} {str(value)[:60]}", _OWN_FOLDER)
+        for key, value in expected.items()
+        if key in entry and entry[key] != value
+    ]
+
+
+class LossFolder:
+    """A folder that --phase score writes to; several tasks may share it."""
+
+    def __init__(self, folder: Path, fingerprint: Mapping[str, Any]):
+        """Starts the folder, or checks that what is in it was scored by the same reference on the same data.
+
+        Raises:
+            ConfigError: it holds losses of something else, or of an older format.
+        """
+        self.folder = folder
+        self._text = json.dumps({"format": ScoresFile.FORMAT, **fingerprint}, indent=2) + "\n"
+        self.seq_length = int(fingerprint["seq_length"])
+        make_folder(folder, "--save")
+        if not _create(folder / "scores.json", self._text):
+            self._check(fingerprint)
+
+    def _check(self, fingerprint: Mapping[str, Any]) -> None:
+        subject = f"--save {self.folder}"
+        checked, entry = read_scores_file(self.folder, "--save")
+        faults = differences(entry, fingerprint, subject)
+        if checked.old:
+            value, rule = f"format {checked.format}, which is read only", f"format {ScoresFile.FORMAT}"
+            faults.append(Fault(subject, value, rule, "score into a new folder; proxies still read this one"))
+        if faults and not any(self.folder.glob("losses/*/*.safetensors")):
+            # A start that recorded nothing does not keep the folder for its reference.
+            atomic_write_text(self.folder / "scores.json", self._text)
+            return
+        raise_if_any(faults)
+        self._text = (self.folder / "scores.json").read_text(encoding="utf-8")
+
+    def add(self, domain: int, chunk: int, windows: NDArray[np.int64], losses: NDArray[np.floating]) -> None:
+        """Records windows of a chunk; see `add_windows`. Raises ConfigError where another reference took the folder."""
+        if (self.folder / "scores.json").read_text(encoding="utf-8") != self._text:
+            value, rule = "scores.json has changed", "one reference and data set a folder"
+            raise ConfigError(Fault(f"--save {self.folder}", value, rule, _OWN_FOLDER))
+        add_windows(self.folder, domain, chunk, windows, losses)
+
+    def missing(self, domain: int, chunk: int, wanted: int) -> int:
+        """Those of the wanted windows of a chunk (bits) that are not recorded yet."""
+        file = LossFile.open(self.folder, domain, chunk, self.seq_length)
+        if file is None:
+            return wanted
+        with file:
+            return wanted & ~file.bits
+
+
+def _create(path: Path, text: str) -> bool:
+    """Writes a file that is not there yet; of several that try only one does. Returns whether it did."""
+    if path.exists():
+        return False
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.new")
+    atomic_write_text(temporary, text)
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError:
+        # A file system without hard links.
+        temporary.replace(path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+    return True
+
+
+class RecordedLosses:
+    """The losses of a folder, read row by row as they are asked for; for one thread.
+
+    Attributes:
+        scores: its scores.json.
+    """
+
+    def __init__(self, folder: Path, names: Sequence[str], expected: Mapping[str, Any]):
+        """Reads scores.json.
+
+        Args:
+            names: of the domains, for messages.
+            expected: what the losses have to be of; see `differences`.
+
+        Raises:
+            ConfigError: with every difference.
+        """
+        self.folder, self.names = folder, names
+        self.scores, entry = read_scores_file(folder, "--reference-losses")
+        raise_if_any(differences(entry, expected, f"--reference-losses {folder}"))
+        self._open: OrderedDict[tuple[int, int], LossFile] = OrderedDict()
+
+    def losses(self, domains: NDArray[np.int64], windows: NDArray[np.int64]) -> Tensor:
+        """[batch, seq] losses in nats, float32.
+
+        Raises:
+            ConfigError: a window was never scored, or its row is damaged.
+            RunError: a file cannot be read any more.
+        """
+        rows = np.zeros((len(domains), self.scores.seq_length), np.float32)
+        for row, domain, window in zip(rows, domains.tolist(), windows.tolist(), strict=True):
+            file = self._file(domain, window // CHUNK_WINDOWS)
+            losses = None if file is None else file.losses(window)
+            if losses is None:
+                raise ConfigError(self._fault(domain, window, 1))
+            row[:] = losses
+        return torch.from_numpy(rows)
+
+    def _file(self, domain: int, chunk: int) -> LossFile | None:
+        """An open file of a chunk; the least recently used one is closed where too many are open."""
+        file = self._open.pop((domain, chunk), None) or self._opened(domain, chunk)
+        if file is not None:
+            self._open[domain, chunk] = file
+            if len(self._open) > _OPEN_FILES:
+                self._open.popitem(last=False)[1].close()
+        return file
+
+    def _opened(self, domain: int, chunk: int) -> LossFile | None:
+        return LossFile.open(self.folder, domain, chunk, self.scores.seq_length, self.scores.old)
+
+    def check(
+        self, needed: Iterable[Chunks], progress: Callable[[int, int], None] = lambda domain, files: None
+    ) -> list[Fault]:
+        """Checks that windows are recorded, by the headers of their files; rows are checked as they are read.
+
+        Args:
+            needed: the windows of each domain.
+            progress: called with a domain and the number of its files looked at since the last call.
+
+        Returns:
+            a fault for each domain of which windows are missing, and for each damaged file, the first ten of them.
+        """
+        faults: list[Fault] = []
+        broken: list[Fault] = []
+        # Threads: what a file costs on a shared file system is a wait.
+        with ThreadPoolExecutor(_THREADS, thread_name_prefix="recorded") as pool:
+            for domain, chunks in enumerate(needed):
+                count, first = 0, -1
+                look = functools.partial(self._missing, domain)
+                while turn := list(itertools.islice(chunks, _FILES_A_TURN)):
+                    for (chunk, _), (missing, found) in zip(turn, pool.map(look, turn), strict=True):
+                        broken += found
+                        count += missing.bit_count()
+                        if missing and first < 0:
+                            first = chunk * CHUNK_WINDOWS + (missing & -missing).bit_length() - 1
+                    progress(domain, len(turn))
+                if count:
+                    faults.append(self._fault(domain, first, count))
+        return [*faults, *broken[:_SHOWN_FILES]]
+
+    def _missing(self, domain: int, item: tuple[int, int]) -> tuple[int, Sequence[Fault]]:
+        """Those of a chunk's windows that are not recorded (bits), and what is wrong with its file."""
+        chunk, wanted = item
+        try:
+            file = self._opened(domain, chunk)
+        except ConfigError as error:
+            return 0, error.faults
+        if file is None:
+            return wanted, ()
+        with file:
+            return wanted & ~file.bits, ()
+
+    def _fault(self, domain: int, window: int, count: int) -> Fault:
+        """The fault of windows that were never scored."""
+        some = f"{count:,} windows of domain {self.names[domain]!r} are missing, the first is window {window:,}"
+        return Fault(
+            f"--reference-losses {self.folder}",
+            some if count > 1 else f"window {window:,} of domain {self.names[domain]!r} is missing",
+            "the losses of every window that the proxy reads",
+            "run --phase score with the proxy's --seed, --train-iters and --global-batch-size, or for all windows",
+        )
