@@ -1,0 +1,129 @@
+"""Every tensor of a step on a device that is not the CPU: an operation that mixes devices raises, without any GPU.
+
+Run alone: python -m pytest tests/device/test_fake_device.py
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from device.fake import fake_device
+from engines import make_config
+from ranks import on_ranks
+from training.test_gradients import GPT
+
+SEQ, MICRO_BATCHES = 32, 3
+
+
+def on_the_device(launch, work, *arguments):
+    """Calls work(device, *arguments) with one rank and a process group that only pretends to talk."""
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+    with fake_device() as device:
+        import deepspeed
+
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+        deepspeed.init_distributed(dist_backend="fake", dist_init_required=False)
+        return work(device, *arguments)
+
+
+def build(device, phase, zero_stage, bf16, chunk, doremi=None):
+    from megatron_doremi.parallel.groups import make_groups
+    from megatron_doremi.parallel.topology import Topology
+    from megatron_doremi.training.build import make_engine
+
+    topology = Topology(1, 1, 1, 0)
+    groups = make_groups(topology)
+    data = {"phase": phase, "seq_length": SEQ, "micro_batch_size": 2, "global_batch_size": 2 * MICRO_BATCHES}
+    parallel = {"zero_stage": zero_stage, "loss_chunk_tokens": chunk}
+    config = make_config(topology, data, parallel, doremi, clip_grad=1.0, bf16=bf16)
+    return topology, groups, make_engine(config, GPT, np.full(3, 1 / 3), topology, groups, device)
+
+
+def micro_batches():
+    """As the loader makes them: on the host."""
+    from megatron_doremi.data.loader import MicroBatch
+
+    ids = torch.zeros(2, SEQ, dtype=torch.long)
+    return [MicroBatch(ids, ids.clone(), ids[:, 0].clone(), ids[:, 1].clone()) for _ in range(MICRO_BATCHES)]
+
+
+def whole_step(device, phase, zero_stage, bf16, chunk, doremi):
+    """A step, its flags, its metrics, a comparison of ranks, the copies for a checkpoint and an evaluation's pass."""
+    from megatron_doremi.model.forward import forward_only
+    from megatron_doremi.model.weights import WeightsFolder, weights_file
+    from megatron_doremi.parallel.parameters import spec_of
+    from megatron_doremi.training.consensus import agree
+    from megatron_doremi.training.guard import digest
+    from megatron_doremi.training.optimizer_state import optimizer_file, owned_state, start_state
+
+    topology, _, engine = build(device, phase, zero_stage, bf16, chunk, doremi)
+    module, batches = engine.module, micro_batches()
+    assert {parameter.device for _, parameter in module.model_parameters()} == {device}
+    losses = forward_only(module, batches, MICRO_BATCHES, (2, SEQ), topology)
+    assert {loss.device for loss in losses} == {device}
+    seen = []
+    engine.train_step(
+        batches,
+        losses if phase == "proxy" else [],
+        torch.ones(3, dtype=torch.float64).to(device),
+        lambda norm: seen.append(agree(engine.objective.local_sums, norm, 0, False, False)),
+    )
+    assert len(seen) == 1
+    engine.grad_norm()
+    assert engine.objective.step_sums().device == device
+    digest(module, {}, topology)
+    files = [weights_file(module, topology), optimizer_file(engine, topology)]
+    assert {tensor.device.type for file in files for tensor in file.tensors.values()} == {"cpu"}
+
+    class Zeros(WeightsFolder):
+        def __init__(self):
+            self._specs = {name: spec_of(parameter) for name, parameter in module.model_parameters()}
+            self._parts = {name: [] for name in self._specs}
+
+        def whole(self, name):
+            return torch.zeros(self._specs[name].shape)
+
+    Zeros().load_into(module, topology)
+    start_state(engine, 1)
+    for owned in owned_state(engine, 0):
+        for tensor in owned.tensors.values():
+            tensor.copy_(torch.zeros(tensor.shape))
+    return True
+
+
+# Phase, ZeRO stage, bfloat16, tokens in a chunk of logits, DoReMi's settings. Not here: ZeRO 3, whose checks compare
+# numbers between ranks, and recomputation, which torch does not run on a device that was registered from Python.
+STEPS = {
+    "main, float32": ("main", 0, False, 8, None),
+    "main, bf16, all logits at once": ("main", 1, True, 0, None),
+    "main, bf16, ZeRO 2": ("main", 2, True, 8, None),
+    "proxy, bf16": ("proxy", 1, True, 8, {}),
+    "proxy, ZeRO 2, simultaneous, batch": (
+        *("proxy", 2, False, 8),
+        {"doremi_update": "simultaneous", "doremi_normalization": "batch"},
+    ),
+    "proxy, resample": ("proxy", 0, False, 8, {"doremi_weighting": "resample"}),
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_no_operation_mixes_devices(step):
+    assert on_ranks(1, on_the_device, whole_step, *STEPS[step]) == [True]
+
+
+def planted(device):
+    """What these tests are for: sums that were left on the host."""
+    _, _, engine = build(device, "main", 0, False, 8)
+    engine.objective.local_sums = torch.zeros(3, 3, dtype=torch.float64)
+    engine.train_step(micro_batches())
+
+
+def test_a_tensor_left_on_the_host_is_found():
+    with pytest.raises(AssertionError, match="FakeTensorDeviceMismatchError"):
+        on_ranks(1, on_the_device, planted)
