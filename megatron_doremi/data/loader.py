@@ -41,10 +41,19 @@ class MicroBatch:
         return self.tokens, labels if self.reference is None else (*labels, self.reference)
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same on a device."""
-        reference = None if self.reference is None else self.reference.to(device)
-        tokens, targets = self.tokens.to(device), self.targets.to(device)
-        return MicroBatch(tokens, targets, self.domains.to(device), self.windows.to(device), reference)
+        """The same on a device, but for the window numbers, which only messages read.
+
+        From page-locked memory (`pinned`) the copies run beside what the host does next.
+        """
+        return self._changed(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> MicroBatch:
+        """The same in page-locked memory of the host; needs a GPU."""
+        return self._changed(Tensor.pin_memory)
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> MicroBatch:
+        reference = None if self.reference is None else change(self.reference)
+        return MicroBatch(change(self.tokens), change(self.targets), change(self.domains), self.windows, reference)
 
 
 @dataclass(frozen=True)
@@ -130,7 +139,10 @@ def steps(
         batch, after = blend.next_batch(state, weights())
         parts = rank_slice(batch, micro_batch_size, data_rank, data_size) if reads else []
         targets = np.bincount(batch.domains, minlength=len(blend.names)) * seq_length
-        return Step(tuple(read_windows(datasets, part, seq_length, recorded) for part in parts), targets, after)
+        micro_batches = [read_windows(datasets, part, seq_length, recorded) for part in parts]
+        if torch.cuda.is_available():
+            micro_batches = [each.pinned() for each in micro_batches]
+        return Step(tuple(micro_batches), targets, after)
 
     def remains(state: BlendState) -> bool:
         return total is None or state.step < total

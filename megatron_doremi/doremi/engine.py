@@ -85,7 +85,8 @@ class PipelineTraining(TrainingEngine, PipelineEngine):
         self._held: dict[int, tuple[Tensor, Tensor]] = {}
 
     def _accumulate_and_step(self, micro_batches: Sequence[MicroBatch]) -> None:
-        self.set_dataiterator(iter([batch.as_pipe_batch() for batch in micro_batches]))
+        # Here and not one by one by DeepSpeed, which waits for each copy.
+        self.set_dataiterator(iter([batch.to(self.device).as_pipe_batch() for batch in micro_batches]))
         self.total_loss = None
         self._compute_loss = True
         self._exec_schedule(self._train_schedule())
@@ -114,6 +115,8 @@ class PipelineTraining(TrainingEngine, PipelineEngine):
         if buffer_id in self._held:
             self.loss = self.objective.loss(*self._held.pop(buffer_id))
         super()._exec_backward_pass(buffer_id)
+        # DeepSpeed keeps the last stage's hidden states until the buffer's next forward pass.
+        self.pipe_buffers["outputs"][buffer_id] = None
 
     def _exec_reduce_grads(self) -> None:
         # A single replica has nothing to reduce; a sharded optimizer collects its gradients here.

@@ -58,7 +58,17 @@ def join(launch: Launch, minutes: float = 8.0) -> tuple[torch.device, dist.Store
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=backend, dist_init_required=False)
     # A connection of its own, for that of the process group waits where a collective does.
-    return device, dist.PrefixStore("watchdog", store.clone())  # type: ignore[attr-defined]
+    return device, dist.PrefixStore("watchdog", second_connection(store))
+
+
+def second_connection(store: dist.Store) -> dist.Store:
+    """Another connection to a store, so that a wait on one does not block the other."""
+    if hasattr(store, "clone"):
+        return store.clone()
+    # Older versions of torch (2.11) cannot clone one. Stores in a file or in memory have no connection to share.
+    if isinstance(store, dist.TCPStore):
+        return dist.TCPStore(store.host, store.port, is_master=False, wait_for_workers=False)
+    return store
 
 
 def _meet(launch: Launch, timeout: timedelta) -> dist.Store:
