@@ -87,13 +87,14 @@ class GPTPipeline(NamedLayers, PipelineModule):
         gpt: GPTConfig,
         topology: Topology,
         tp: TensorParallel,
-        seed: int,
+        seed: int | None,
         recompute: str = "none",
         loss_chunk_tokens: int = 0,
     ):
         """Builds and fills this rank's layers.
 
         Args:
+            seed: None leaves the parameters as they are in memory, for weights that are about to be loaded.
             recompute: see `Block`.
             loss_chunk_tokens: see `token_losses` in parallel/cross_entropy.py.
         """
@@ -111,7 +112,8 @@ class GPTPipeline(NamedLayers, PipelineModule):
                 loss_fn=self.token_losses,
                 partition_method="uniform",
             )
-        self._start(seed)
+        if seed is not None:
+            self._start(seed)
         mark_for_gradient_norm((p for _, p in self.model_parameters()), topology)
 
     def _partition_layers(self, method: str = "uniform") -> None:

@@ -144,7 +144,8 @@ def load_frozen(
         weights: folder of the files of `weights_file`, at any layout.
         loss_chunk_tokens: see `token_losses` in parallel/cross_entropy.py.
     """
-    module = GPTPipeline(gpt, topology, tp, seed=0, loss_chunk_tokens=loss_chunk_tokens)
+    # Start values of an 8B model take minutes to draw, and would be thrown away.
+    module = GPTPipeline(gpt, topology, tp, seed=None, loss_chunk_tokens=loss_chunk_tokens)
     WeightsFolder(weights).load_into(module, topology)
     module.to(dtype).requires_grad_(False).eval()
     return module

@@ -1,0 +1,49 @@
+"""A frozen model is loaded without drawing the start values that its weights replace.
+
+Run alone: python -m pytest tests/model/test_load_frozen.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from model.test_against_plain_model import VARIANTS
+from ranks import on_ranks
+
+
+def load(launch, gpt, folder):
+    """Writes a model's weights and loads them at this layout; returns the names whose bits differ."""
+    import torch
+
+    from megatron_doremi.model.pipeline import GPTPipeline
+    from megatron_doremi.model.weights import load_frozen, weights_file
+    from megatron_doremi.parallel import parameters
+    from megatron_doremi.parallel.groups import make_groups
+    from megatron_doremi.parallel.layers import TensorParallel
+    from megatron_doremi.parallel.topology import Topology
+    from megatron_doremi.training.distributed import join
+
+    join(launch)
+    topology = Topology(tensor_size=launch.world_size, rank=launch.rank)
+    tp = TensorParallel(make_groups(topology).tensor)
+    trained = GPTPipeline(gpt, topology, tp, seed=3)
+    weights_file(trained, topology).write(folder)
+    torch.distributed.barrier()
+
+    def drawn(*arguments):
+        raise AssertionError("start values were drawn")
+
+    parameters.start_values = drawn
+    frozen = load_frozen(gpt, folder, topology, tp, torch.float32)
+    loaded = dict(frozen.model_parameters())
+    return [name for name, parameter in trained.model_parameters() if not torch.equal(parameter, loaded[name])]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_start_value_is_drawn(variant, tmp_path):
+    """With 53 ids padded to 56 rows, so that padding is filled too."""
+    for world in (1, 2):
+        folder = Path(tmp_path / str(world))
+        folder.mkdir()
+        assert on_ranks(world, load, VARIANTS[variant], folder) == [[]] * world
