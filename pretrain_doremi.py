@@ -14,12 +14,14 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 from megatron_doremi.arguments import parse_config
-from megatron_doremi.config import EVALUATE, PROXY, SCORE, Config, data_parallel_size
+from megatron_doremi.config import Config, data_parallel_size
 from megatron_doremi.errors import run_or_exit
 from megatron_doremi.parallel.topology import Topology
+from megatron_doremi.settings import EVALUATE, PROXY, SCORE, TRAINING
 from megatron_doremi.training.launch import Launch, read_launch
 from megatron_doremi.training.stopping import EXIT_STOPPED, StopRequest
 
@@ -122,10 +124,12 @@ def dry_run(config: Config, topology: Topology) -> None:
     if topology.rank == 0:
         print_warnings(data.manifest)
     repeated = check_repetition(config, data, topology.world_size)
-    if setup.needs_reference(config):
-        setup.read_reference(config, data)
+    loaded = setup.read_reference(config, data) if setup.needs_reference(config) else None
+    if config.data.phase == EVALUATE:
+        loaded = setup.read_trained(Path(config.run.load), "--load", data, config)
     if topology.rank == 0:
-        print(describe_run(config, setup.resolve_gpt(config, data), topology))
+        gpt = setup.resolve_gpt(config, data) if config.data.phase in TRAINING or loaded is None else loaded.gpt
+        print(describe_run(config, gpt, topology))
         if repeated:
             print(repeated)
 

@@ -39,8 +39,6 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from megatron_doremi.config import (
-    MAIN,
-    PROXY,
     Config,
     DataConfig,
     DoReMiConfig,
@@ -63,6 +61,7 @@ from megatron_doremi.parallel.exchange import broadcast_json
 from megatron_doremi.parallel.groups import ProcessGroups, make_groups
 from megatron_doremi.parallel.layers import TensorParallel
 from megatron_doremi.parallel.topology import Topology
+from megatron_doremi.settings import MAIN, PROXY
 from megatron_doremi.training.build import make_engine
 from megatron_doremi.training.distributed import join
 from megatron_doremi.training.launch import read_launch

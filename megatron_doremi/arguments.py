@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_doremi.config import SECTIONS, Config
 from megatron_doremi.errors import Fault, raise_if_any
-from megatron_doremi.validation import find_faults
+from megatron_doremi.validation import find_faults, phase_faults
 
 _TITLES = {
     "data": "phase and data",
@@ -84,6 +84,7 @@ def parse_config(argv: Sequence[str], world_size: int) -> Config:
         raise_if_any([Fault("command line", str(error), "each flag with its value", "see --help")])
         raise AssertionError from error
     faults = _unknown_faults(unknown)
+    faults += phase_faults(getattr(known, "phase", ""), vars(known))
     sections = {}
     for section, cls in SECTIONS.items():
         values = {}

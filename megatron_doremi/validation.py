@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Collection
 from pathlib import Path
 
 from megatron_doremi.config import (
-    EVALUATE,
     PAPER_SHAPES,
-    PHASES,
-    PROXY,
-    SCORE,
+    SECTIONS,
     Config,
     GPTConfig,
     ModelConfig,
@@ -18,6 +17,7 @@ from megatron_doremi.config import (
     gpt_config,
 )
 from megatron_doremi.errors import Fault
+from megatron_doremi.settings import EVALUATE, PHASES, PROXY, SCORE, TRAINING, phases_of
 
 
 def find_faults(config: Config, world_size: int) -> list[Fault]:
@@ -25,13 +25,17 @@ def find_faults(config: Config, world_size: int) -> list[Fault]:
     return [
         *_required(config),
         *_ranges(config),
-        *_model_faults(config.model, config.parallel),
+        *(_model_faults(config.model, config.parallel) if config.data.phase not in (SCORE, EVALUATE) else ()),
         *_layout_faults(config, world_size),
     ]
 
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def _without_effect(flag: str, rule: str) -> Fault:
+    return Fault(flag, "has no effect", rule, "leave it out")
 
 
 def _required(config: Config) -> list[Fault]:
@@ -54,6 +58,11 @@ def _required(config: Config) -> list[Fault]:
     online = config.doremi.reference_losses == "online"
     if data.phase == PROXY and config.doremi.doremi_objective != "hardest" and online:
         need("reference_load", config.doremi.reference_load, "a proxy is trained against a reference's losses")
+    if data.phase == PROXY and config.doremi.reference_load:
+        if not online:
+            faults.append(_without_effect("--reference-load", "--reference-losses names what its losses are read from"))
+        elif config.doremi.doremi_objective == "hardest":
+            faults.append(_without_effect("--reference-load", "--doremi-objective hardest reads no reference"))
     holds_run = any((Path(run.save) / "checkpoints").glob("iter_*")) if run.save else False
     if data.phase != EVALUATE and holds_run and not run.load:
         faults.append(
@@ -76,56 +85,51 @@ def _required(config: Config) -> list[Fault]:
     return faults
 
 
+def phase_faults(phase: str, given: Collection[str]) -> list[Fault]:
+    """A fault for each flag that was given although the phase does not read it: it would have no effect, silently."""
+    if phase not in PHASES:
+        return []
+    faults = []
+    for section, cls in SECTIONS.items():
+        for entry in dataclasses.fields(cls):
+            phases = phases_of(cls, entry)
+            if entry.name not in given or phase in phases:
+                continue
+            remedy = "leave it out"
+            if section == "model":
+                remedy += f"; the model is that of {'--load' if phase == EVALUATE else '--reference-load'}"
+            rule = f"a flag that --phase {phase} reads; this one is for {', '.join(phases)}"
+            faults.append(Fault(_flag(entry.name), "has no effect", rule, remedy))
+    return faults
+
+
 def _ranges(config: Config) -> list[Fault]:
     faults: list[Fault] = []
-    data, optim, doremi, run = config.data, config.optimizer, config.doremi, config.run
 
     def check(holds: bool, name: str, value: object, rule: str) -> None:
         if not holds:
             faults.append(Fault(_flag(name), str(value), rule, f"give {_flag(name)} a value in that range"))
 
-    for name in ("seq_length", "micro_batch_size"):
-        check(getattr(data, name) > 0, name, getattr(data, name), "at least 1")
-    for name in ("global_batch_size", "train_iters", "eval_iters", "eval_interval", "seed", "vocab_size"):
-        check(getattr(data, name) >= 0, name, getattr(data, name), "not negative")
-    for name in ("save_interval", "keep_checkpoints", "exit_interval", "check_ranks_interval"):
-        check(getattr(run, name) >= 0, name, getattr(run, name), "not negative")
-    for name in ("save_interval_in_mins", "exit_duration_in_mins", "exit_margin_in_mins"):
-        check(getattr(run, name) >= 0, name, getattr(run, name), "not negative")
-    minutes = run.distributed_timeout_minutes
-    check(minutes > 0, "distributed_timeout_minutes", minutes, "above 0")
-    epochs = data.max_epochs_per_domain
-    check(epochs >= 0, "max_epochs_per_domain", epochs, "not negative")
-    check(run.log_interval > 0, "log_interval", run.log_interval, "at least 1")
-    check(doremi.num_shards >= 1, "num_shards", doremi.num_shards, "at least 1")
-    check(0 <= doremi.shard < max(1, doremi.num_shards), "shard", doremi.shard, "from 0 to --num-shards - 1")
-    chunk = config.parallel.loss_chunk_tokens
-    check(chunk >= 0, "loss_chunk_tokens", chunk, "not negative")
-    check(optim.lr > 0, "lr", optim.lr, "above 0")
-    check(0 <= optim.min_lr <= optim.lr, "min_lr", optim.min_lr, f"between 0 and --lr {optim.lr}")
+    for section in SECTIONS:
+        values = getattr(config, section)
+        for entry in dataclasses.fields(values):
+            bounds, value = entry.metadata["bounds"], getattr(values, entry.name)
+            rule = bounds.broken_rule(value) if bounds is not None else None
+            check(rule is None, entry.name, value, rule or "")
+    doremi, optim, steps = config.doremi, config.optimizer, config.data.train_iters
+    check(doremi.shard < max(1, doremi.num_shards), "shard", doremi.shard, "from 0 to --num-shards - 1")
+    check(optim.min_lr <= optim.lr, "min_lr", optim.min_lr, f"between 0 and --lr {optim.lr}")
     if optim.lr_decay_style == "exponential":
         check(optim.min_lr > 0, "min_lr", optim.min_lr, "above 0 where the decay is exponential")
-    for name in ("lr_warmup_fraction", "lr_wsd_decay_fraction"):
-        check(0 <= getattr(optim, name) <= 1, name, getattr(optim, name), "between 0 and 1")
-    for name in ("weight_decay", "clip_grad", "lr_warmup_iters"):
-        check(getattr(optim, name) >= 0, name, getattr(optim, name), "not negative")
-    for name in ("adam_beta1", "adam_beta2"):
-        check(0 <= getattr(optim, name) < 1, name, getattr(optim, name), "at least 0, below 1")
-    check(optim.adam_eps > 0, "adam_eps", optim.adam_eps, "above 0")
-    check(doremi.doremi_step_size >= 0, "doremi_step_size", doremi.doremi_step_size, "not negative")
-    check(0 <= doremi.doremi_smoothing < 1, "doremi_smoothing", doremi.doremi_smoothing, "at least 0, below 1")
+    if steps > 0:
+        warmup = optim.lr_warmup_iters
+        check(warmup <= steps, "lr_warmup_iters", warmup, f"at most --train-iters {steps}: the peak is never reached")
     return faults
 
 
 def _model_faults(model: ModelConfig, parallel: ParallelConfig) -> list[Fault]:
     sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels")
     faults: list[Fault] = []
-    for name in (*sizes, "num_query_groups"):
-        if getattr(model, name) < 0:
-            faults.append(Fault(_flag(name), str(getattr(model, name)), "not negative", "give a positive size"))
-    for name in ("make_vocab_size_divisible_by", "norm_epsilon", "rotary_base", "init_method_std"):
-        if getattr(model, name) <= 0:
-            faults.append(Fault(_flag(name), str(getattr(model, name)), "above 0", "give a positive value"))
     given = [name for name in sizes if getattr(model, name)]
     needed = ("num_layers", "hidden_size", "num_attention_heads")
     if model.model_size and given:
@@ -147,7 +151,11 @@ def _model_faults(model: ModelConfig, parallel: ParallelConfig) -> list[Fault]:
                 f"give them, or --model-size {{{','.join(PAPER_SHAPES)}}}",
             )
         )
-    if faults:
+    wrong = any(
+        entry.metadata["bounds"] is not None and entry.metadata["bounds"].broken_rule(getattr(model, entry.name))
+        for entry in dataclasses.fields(model)
+    )
+    if faults or wrong:
         return faults
     return _shape_faults(gpt_config(model, seq_length=1, vocab_size=1), model, parallel)
 
@@ -201,13 +209,9 @@ def misfits(gpt: GPTConfig, parallel: ParallelConfig) -> list[tuple[str, int, st
 def _layout_faults(config: Config, world_size: int) -> list[Fault]:
     data, parallel = config.data, config.parallel
     tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    faults = [
-        Fault(_flag(name), str(getattr(parallel, name)), "at least 1", "give a positive size")
-        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size")
-        if getattr(parallel, name) < 1
-    ]
-    if faults:
-        return faults
+    if tensor < 1 or stages < 1:
+        return []
+    faults: list[Fault] = []
     if world_size % (tensor * stages):
         faults.append(
             Fault(
@@ -255,7 +259,7 @@ def _layout_faults(config: Config, world_size: int) -> list[Fault]:
                 "give --zero-stage 2 or 3, or leave it out",
             )
         )
-    if config.optimizer.bf16 and parallel.zero_stage == 0:
+    if config.optimizer.bf16 and parallel.zero_stage == 0 and data.phase in TRAINING:
         faults.append(
             Fault(
                 "--bf16",

@@ -13,14 +13,17 @@ VALID_FILES=("$PILE"/val.jsonl.zst)
 # A SentencePiece model of 256,000 pieces, such as tools/train_tokenizer.py makes.
 TOKENIZER=${TOKENIZER:-$PILE/tokenizer.model}
 
+# What a run reads, and in which precision; scoring has to agree with the proxy in all of it.
+WINDOWS=(--seq-length 1024 --global-batch-size 512 --train-iters 200000 --seed 1234 --bf16)
 TRAINING=(
-    --seq-length 1024 --global-batch-size 512 --train-iters 200000 --seed 1234
+    "${WINDOWS[@]}"
     --lr 1e-3 --min-lr 1e-4 --lr-decay-style exponential --lr-warmup-fraction 0.06
-    --weight-decay 0.01 --clip-grad 1.0 --bf16 --zero-stage 1
+    --weight-decay 0.01 --clip-grad 1.0 --zero-stage 1
     --save-interval 1000 --keep-checkpoints 3 --eval-interval 10000 --eval-iters 1
 )
 # One node of eight GPUs. The paper's 280M has a tied embedding of 256k rows.
 SMALL_MODEL=(--model-size 280m --micro-batch-size 8)
+SCORE=("${WINDOWS[@]}" --micro-batch-size 8)
 REFERENCE=(--domain-weights natural)
 PROXY=(--doremi-step-size 1.0 --doremi-smoothing 1e-3)
 # Eight nodes of eight GPUs with 80 GB: 4 ranks share a layer, 2 stages, 8 replicas of 16 micro-batches each.

@@ -7,8 +7,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from megatron_doremi.config import MAX_LAYERS, MAX_WIDTH, GPTConfig
+from megatron_doremi.config import GPTConfig
 from megatron_doremi.data.formats import Count, Name, Positive, Schema, read_checked
+from megatron_doremi.settings import MAX_LAYERS, MAX_WIDTH
 
 _Width = Annotated[int, Field(ge=1, le=MAX_WIDTH)]
 

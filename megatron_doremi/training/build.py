@@ -14,7 +14,7 @@ from deepspeed.utils import logger as deepspeed_logger
 from numpy.typing import NDArray
 from torch import nn
 
-from megatron_doremi.config import PROXY, Config, GPTConfig
+from megatron_doremi.config import Config, GPTConfig
 from megatron_doremi.doremi.engine import PipelineTraining, TrainingEngine, WholeTraining
 from megatron_doremi.doremi.objective import DoReMiSettings, GroupDRO, MeanLoss
 from megatron_doremi.model.pipeline import GPTPipeline
@@ -22,6 +22,7 @@ from megatron_doremi.model.whole import GPT, GPTModel
 from megatron_doremi.parallel.groups import ProcessGroups
 from megatron_doremi.parallel.layers import TensorParallel
 from megatron_doremi.parallel.topology import Topology
+from megatron_doremi.settings import PROXY
 from megatron_doremi.training.deepspeed_config import deepspeed_config
 from megatron_doremi.training.optimizer import make_optimizer
 from megatron_doremi.training.sizes import parameters_by_layer

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from megatron_doremi import __version__
-from megatron_doremi.config import PROXY, Config, GPTConfig, global_batch_size
+from megatron_doremi.config import Config, GPTConfig, global_batch_size
 from megatron_doremi.errors import ConfigError, Fault
 from megatron_doremi.parallel.exchange import gather_json
+from megatron_doremi.settings import PROXY
 from megatron_doremi.training.optimizer import learning_rate
 from megatron_doremi.training.setup import RunData
 

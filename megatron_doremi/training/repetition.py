@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_doremi.config import MAIN, PROXY, REFERENCE, Config, global_batch_size
+from megatron_doremi.config import Config, global_batch_size
 from megatron_doremi.data.blend import window_count
 from megatron_doremi.errors import Fault, raise_if_any
+from megatron_doremi.settings import MAIN, PROXY, REFERENCE
 from megatron_doremi.training.setup import RunData
 
 # A domain that is read once and a few windows more is not worth a word.

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_doremi.config import PROXY, Config
+from megatron_doremi.config import Config
 from megatron_doremi.data.blend import BlendState
 from megatron_doremi.doremi.domain_weights import DomainWeights
 from megatron_doremi.errors import Fault, raise_if_any
 from megatron_doremi.parallel.exchange import from_rank_0
 from megatron_doremi.parallel.topology import Topology
+from megatron_doremi.settings import PROXY
 from megatron_doremi.training.checkpoint import CheckpointState, check_files, newest_checkpoint, read_state
 from megatron_doremi.training.identity import (
     Identity,

@@ -13,14 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_doremi import __version__
-from megatron_doremi.config import (
-    PROXY,
-    SCORE,
-    Config,
-    GPTConfig,
-    global_batch_size,
-    gpt_config,
-)
+from megatron_doremi.config import Config, GPTConfig, global_batch_size, gpt_config
 from megatron_doremi.data.blend import too_short
 from megatron_doremi.data.content import content_hash
 from megatron_doremi.data.files import atomic_write_text, make_folder, sha256_of
@@ -38,6 +31,7 @@ from megatron_doremi.errors import ConfigError, Fault, raise_if_any
 from megatron_doremi.parallel.groups import ProcessGroups
 from megatron_doremi.parallel.layers import TensorParallel
 from megatron_doremi.parallel.topology import Topology
+from megatron_doremi.settings import PROXY, SCORE
 from megatron_doremi.training.checkpoint import newest_checkpoint, read_state
 from megatron_doremi.validation import misfits
 
@@ -86,6 +80,9 @@ def open_data(config: Config, training: bool) -> RunData:
                 "give it, or the domains.json that tools/preprocess_data.py writes",
             )
         )
+    elif manifest.tokenizer and config.data.vocab_size:
+        rule = f"the manifest's tokenizer has {vocab_size:,} ids; --vocab-size is for a list that names none"
+        faults.append(Fault("--vocab-size", f"{config.data.vocab_size:,} has no effect", rule, "leave it out"))
     train, valid = [], []
     warnings: list[str] = []
     seq_length = config.data.seq_length

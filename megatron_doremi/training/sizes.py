@@ -7,12 +7,19 @@ from itertools import pairwise
 
 import torch
 
-from megatron_doremi.config import PROXY, Config, GPTConfig, alternates, global_batch_size, micro_batches_per_step
+from megatron_doremi.config import (
+    Config,
+    GPTConfig,
+    alternates,
+    global_batch_size,
+    micro_batches_per_step,
+)
 from megatron_doremi.model.gpt import Block
 from megatron_doremi.model.pipeline import layer_names
 from megatron_doremi.parallel.groups import TensorGroup
 from megatron_doremi.parallel.layers import LearnedPositions, Norm, TensorParallel, VocabParallelEmbedding
 from megatron_doremi.parallel.topology import Topology, stage_bounds
+from megatron_doremi.settings import PROXY, TRAINING
 from megatron_doremi.training.activations import held_micro_batches, micro_batch_bytes
 
 
@@ -73,7 +80,12 @@ def describe_run(config: Config, gpt: GPTConfig, topology: Topology) -> str:
     if gpt.tied_embeddings and topology.pipe_size > 1:
         stages[-1] += counts[0]
     largest = max(stages)
-    gib = largest * state_bytes_per_parameter(config, topology.data_size) / 2**30
+    trains = config.data.phase in TRAINING
+    state = state_bytes_per_parameter(config, topology.data_size) if trains else 2 if config.optimizer.bf16 else 4
+    gib = largest * state / 2**30
+    holds = (
+        f"weights, gradients and optimiser state, and {_activations(config, gpt, topology)}" if trains else "weights"
+    )
     total = sum(parameters_by_layer(gpt, 1))
     batch = global_batch_size(config, topology.world_size)
     lines = [
@@ -81,8 +93,7 @@ def describe_run(config: Config, gpt: GPTConfig, topology: Topology) -> str:
         f"layout: tensor {topology.tensor_size} x pipeline {topology.pipe_size} x data {topology.data_size} "
         f"= {topology.world_size} ranks, ZeRO {config.parallel.zero_stage}",
         f"parameters: {total:,} (vocabulary {gpt.vocab_size:,} tokens), at most {largest:,} a rank",
-        f"memory a rank: {gib:.2f} GiB of weights, gradients and optimiser state, and "
-        f"{_activations(config, gpt, topology)} (docs/memory.md)",
+        f"memory a rank: {gib:.2f} GiB of {holds} (docs/memory.md)",
         f"a step: {batch:,} windows = {batch * config.data.seq_length:,} tokens in "
         f"{micro_batches_per_step(config, topology.world_size)} micro-batches a rank",
         f"the run: {config.data.train_iters:,} steps = "

@@ -35,8 +35,10 @@ OUT={folder}/run
 TRAIN_FILES=({folder}/corpus/train.jsonl)
 VALID_FILES=({folder}/corpus/valid.jsonl)
 TOKENIZER={folder}/t.model
+WINDOWS=(--seq-length 32 --micro-batch-size 4 --global-batch-size 16 --train-iters {iters} --seed 5)
+SCORE=("${{WINDOWS[@]}}" --pipeline-model-parallel-size 2)
 TRAINING=(
-    --seq-length 32 --micro-batch-size 4 --global-batch-size 16 --train-iters {iters} --lr 2e-3 --min-lr 2e-4 --seed 5
+    "${{WINDOWS[@]}}" --lr 2e-3 --min-lr 2e-4
     --save-interval 20 --log-interval 1 --eval-iters 1
 )
 SMALL_MODEL=(--num-layers 2 --hidden-size 32 --num-attention-heads 2 --pipeline-model-parallel-size 2)

@@ -19,6 +19,7 @@ SCRIPTS = ROOT / "examples" / "slurm"
 PHASES = ("reference", "score", "proxy", "main")
 SMALL = """
 TRAINING=(--seq-length 16 --global-batch-size 8 --micro-batch-size 2 --train-iters 2 --seed 11)
+SCORE=(--seq-length 16 --global-batch-size 8 --micro-batch-size 2 --train-iters 2 --seed 11)
 SMALL_MODEL=(--num-layers 2 --hidden-size 32 --num-attention-heads 4)
 REFERENCE=(--domain-weights natural)
 PROXY=(--doremi-step-size 0.5)

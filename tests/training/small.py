@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 import numpy as np
 from ranks import run_program
 
+from megatron_doremi.config import SECTIONS
 from megatron_doremi.data.indexed_dataset import IndexedDatasetWriter, dtype_for
 from megatron_doremi.data.manifest import Domain, Manifest, TokenizerInfo, save_manifest
+from megatron_doremi.settings import phases_of
 
 VOCAB = 61
 MODEL = shlex.split(
@@ -53,6 +56,23 @@ def write_data(
     tokenizer = TokenizerInfo("SentencePieceTokenizer", folder / "tokenizer.model", "0" * 64, VOCAB, 0)
     save_manifest(Manifest(tuple(domains), tokenizer, folder / "domains.json"))
     return folder / "domains.json"
+
+
+def read_by(phase: str, words: list[str]) -> list[str]:
+    """Those of some flags, with their values, that a phase reads: others are refused."""
+    phases = {
+        "--" + entry.name.replace("_", "-"): phases_of(cls, entry)
+        for cls in SECTIONS.values()
+        for entry in dataclasses.fields(cls)
+    }
+    kept: list[str] = []
+    reads = True
+    for word in words:
+        if word.startswith("--"):
+            reads = phase in phases.get(word, (phase,))
+        if reads:
+            kept.append(word)
+    return kept
 
 
 def train(

@@ -12,7 +12,7 @@ import struct
 
 import pytest
 from ranks import run_program
-from training.small import MODEL, train, write_data
+from training.small import MODEL, read_by, train, write_data
 from training.wrong_input import Case, cut, edit, patch, run_case
 
 pytestmark = pytest.mark.slow
@@ -431,7 +431,7 @@ def setup(tmp_path_factory):
     train(1, "reference", data, folder / "reference", 2)
     train(1, "main", data, folder / "main", 2)
     argv = ["--phase", "score", "--domains", str(data), "--reference-load", str(folder / "reference")]
-    run_program(1, [*argv, "--save", str(folder / "scores"), "--train-iters", "2", *MODEL])
+    run_program(1, [*argv, "--save", str(folder / "scores"), "--train-iters", "2", *read_by("score", MODEL)])
     return folder
 
 

@@ -10,7 +10,7 @@ import json
 import numpy as np
 import pytest
 from ranks import run_program
-from training.small import MODEL, metrics, train, write_data
+from training.small import MODEL, metrics, read_by, train, write_data
 from training.test_survival import poison
 
 from megatron_doremi.training.evaluate import evaluation_entries, evaluation_windows
@@ -52,7 +52,17 @@ def trained(tmp_path_factory):
 
 
 def evaluate(world, data, load, save, *flags):
-    argv = ["--phase", "evaluate", "--domains", str(data), "--load", str(load), "--save", str(save), *MODEL]
+    argv = [
+        "--phase",
+        "evaluate",
+        "--domains",
+        str(data),
+        "--load",
+        str(load),
+        "--save",
+        str(save),
+        *read_by("evaluate", MODEL),
+    ]
     run_program(world, [*argv, *flags])
     return [json.loads(line) for line in (save / "evaluations.jsonl").read_text().splitlines()]
 
@@ -90,7 +100,17 @@ def test_evaluations_of_several_runs_stand_side_by_side(trained, tmp_path):
     (save / "evaluations.jsonl").write_bytes(b'{"torn": ')
     evaluate_lines = ["run", "of_this_folder", "checkpoint", "iteration"]
     for load in (save, other):
-        argv = ["--phase", "evaluate", "--domains", str(data), "--load", str(load), "--save", str(save), *MODEL]
+        argv = [
+            "--phase",
+            "evaluate",
+            "--domains",
+            str(data),
+            "--load",
+            str(load),
+            "--save",
+            str(save),
+            *read_by("evaluate", MODEL),
+        ]
         run_program(1, argv)
     torn, *lines = (save / "evaluations.jsonl").read_text().splitlines()
     assert torn == '{"torn": '

@@ -11,7 +11,7 @@ import math
 import pytest
 import torch
 from ranks import run_program
-from training.small import MODEL, train, training_lines, write_data
+from training.small import MODEL, read_by, train, training_lines, write_data
 
 from megatron_doremi.model.weights import WeightsFolder
 
@@ -88,7 +88,8 @@ def prepared(tmp_path_factory):
         data = write_data(folder, num_domains=domains)
         train(1, "reference", data, folder / "reference", 15, model=DEEP)
         online = ["--reference-load", str(folder / "reference")]
-        argv = ["--phase", "score", "--domains", str(data), "--save", str(folder / "losses"), *online, *MODEL]
+        argv = ["--phase", "score", "--domains", str(data), "--save", str(folder / "losses"), *online]
+        argv += read_by("score", MODEL)
         run_program(1, [*argv, "--train-iters", str(STEPS)])
         found[domains] = (data, {"online": online, "recorded": ["--reference-losses", str(folder / "losses")]})
     return found

@@ -17,7 +17,7 @@ import torch
 from ranks import on_ranks, program, run_program
 from safetensors import safe_open
 from safetensors.torch import save_file
-from training.small import MODEL, train, training_lines, write_data
+from training.small import MODEL, read_by, train, training_lines, write_data
 
 from megatron_doremi.arguments import parse_config
 from megatron_doremi.data.loss_file import LossFile
@@ -41,7 +41,9 @@ def folder(tmp_path_factory):
 
 def score(folder, out, world=1, flags=""):
     argv = ["--phase", "score", "--domains", str(folder / "domains.json"), "--save", str(out)]
-    run_program(world, [*argv, "--reference-load", str(folder / "reference"), *MODEL, *shlex.split(flags)])
+    run_program(
+        world, [*argv, "--reference-load", str(folder / "reference"), *read_by("score", MODEL), *shlex.split(flags)]
+    )
 
 
 def files(out):

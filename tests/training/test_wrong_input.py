@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from training.small import MODEL, train, write_data
+from training.small import MODEL, read_by, train, write_data
 
 from megatron_doremi.arguments import parse_config
 from megatron_doremi.data.manifest import load_manifest
@@ -40,7 +40,7 @@ def reference(tmp_path_factory):
 
 def open_with(data: Path, *extra: str, phase: str = "main", world_size: int = 1):
     base = ["--phase", phase, "--domains", str(data), "--save", "unused", "--train-iters", "5"]
-    config = parse_config([*base, *MODEL, *extra], world_size)
+    config = parse_config([*read_by(phase, [*base, *MODEL]), *extra], world_size)
     return config, open_data(config, training=phase != "evaluate")
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ranks import start_ranks
-from training.small import MODEL
+from training.small import MODEL, read_by
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ def cut(path: Path, count: int) -> None:
 def argv_of(case: Case, folder: Path) -> list[str]:
     """The command line: a right one for the phase, with the case's flags."""
     words = ["--phase", case.phase, "--domains", f"{folder}/data/domains.json", "--train-iters", "3", *MODEL]
+    words = read_by(case.phase, words)
     if case.phase != "evaluate":
         words += ["--save", f"{folder}/save"]
     for flag in case.without:

@@ -1,0 +1,74 @@
+"""What a setting is: a dataclass field that is also a flag, for some phases, within bounds."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+REFERENCE, SCORE, PROXY, MAIN, EVALUATE = "reference", "score", "proxy", "main", "evaluate"
+PHASES = (REFERENCE, SCORE, PROXY, MAIN, EVALUATE)
+TRAINING = (REFERENCE, PROXY, MAIN)
+NO_EVALUATION = (*TRAINING, SCORE)
+MAX_LAYERS, MAX_WIDTH = 10_000, 1 << 20
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Where a number may lie. Far above anything in use, and low enough that a typing mistake takes no memory.
+
+    Attributes:
+        low, high: both allowed, unless above_low or below_high is set.
+    """
+
+    low: float
+    high: float
+    above_low: bool = False
+    below_high: bool = False
+
+    def broken_rule(self, value: float) -> str | None:
+        """The rule that a value breaks, or None."""
+        under = value <= self.low if self.above_low else value < self.low
+        over = value >= self.high if self.below_high else value > self.high
+        if not under and not over:
+            return None
+        if self.high == 1.0 and not self.above_low:
+            return "at least 0, below 1" if self.below_high else "between 0 and 1"
+        if under and self.above_low:
+            return f"above {self.low:g}"
+        if under:
+            return f"at least {self.low:g}" if self.low else "not negative"
+        return f"at most {self.high:,g}" if isinstance(self.high, float) else f"at most {self.high:,}"
+
+
+STEPS = Bounds(0, 10**9)
+WIDTH = Bounds(0, MAX_WIDTH)
+RANKS = Bounds(1, 1 << 20)
+SHARE = Bounds(0.0, 1.0)
+DECAY = Bounds(0.0, 1.0, below_high=True)
+RATE = Bounds(0.0, 1e6)
+POSITIVE_RATE = Bounds(0.0, 1e6, above_low=True)
+# Up to thirty days.
+MINUTES = Bounds(0.0, 43_200.0)
+
+
+def setting(
+    default: Any,
+    help: str,
+    choices: tuple[Any, ...] = (),
+    phases: tuple[str, ...] | None = None,
+    bounds: Bounds | None = None,
+) -> Any:
+    """A dataclass field that is also a flag.
+
+    Args:
+        choices: the values that it may have; empty where any will do.
+        phases: that read it, and outside of which it is refused; None: the `default_phases` of its section.
+        bounds: of a number.
+    """
+    return field(default=default, metadata={"help": help, "choices": choices, "phases": phases, "bounds": bounds})
+
+
+def phases_of(section: type, entry: dataclasses.Field[Any]) -> tuple[str, ...]:
+    """The phases that read a setting of a section."""
+    return entry.metadata["phases"] or section.default_phases  # type: ignore[attr-defined]

@@ -1,0 +1,46 @@
+"""Shapes of transformers: those of the paper by name, and one with every size resolved."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+# Shapes of Xie et al. 2023, Table 8: layers, heads, head width, hidden width, feed-forward width. The names
+# of the small sizes count a 256k-token embedding.
+PAPER_SHAPES: dict[str, tuple[int, int, int, int, int]] = {
+    "70m": (3, 4, 64, 256, 1024),
+    "150m": (6, 8, 64, 512, 2048),
+    "280m": (12, 12, 64, 768, 3072),
+    "510m": (12, 16, 64, 1024, 8192),
+    "760m": (12, 20, 64, 1280, 8192),
+    "1b": (16, 32, 64, 2048, 8192),
+    "8b": (32, 32, 128, 4096, 24576),
+}
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """A transformer with every size resolved: all that its forward pass and its parameters depend on."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    normalization: str
+    norm_epsilon: float
+    swiglu: bool
+    position_embedding_type: str
+    rotary_base: float
+    tied_embeddings: bool
+    bias_linear: bool
+    vocab_size: int
+    make_vocab_size_divisible_by: int
+    max_positions: int
+    init_method_std: float
+
+    def padded_vocab_size(self, tensor_size: int) -> int:
+        """Rows of the embedding table on `tensor_size` ranks together; rows past `vocab_size` stay unused."""
+        multiple = math.lcm(self.make_vocab_size_divisible_by, tensor_size)
+        return -(-self.vocab_size // multiple) * multiple
