@@ -264,7 +264,15 @@ def test_a_disk_that_fills_up_while_scoring(folder, tmp_path):
     """One message; here a file stands where a folder of losses belongs."""
     (tmp_path / "losses").mkdir()
     (tmp_path / "losses" / "0001").write_text("")
-    argv = ["--phase", "score", "--domains", str(folder / "domains.json"), "--save", str(tmp_path), *MODEL]
+    argv = [
+        "--phase",
+        "score",
+        "--domains",
+        str(folder / "domains.json"),
+        "--save",
+        str(tmp_path),
+        *read_by("score", MODEL),
+    ]
     with pytest.raises(AssertionError, match="losses/0001"):
         run_program(1, [*argv, "--reference-load", str(folder / "reference")])
 
@@ -273,7 +281,15 @@ def test_clipped_losses_are_said(folder, tmp_path):
     """A reference so sure of itself that its errors cost more than the grid holds."""
     shutil.copytree(folder / "reference", tmp_path / "reference")
     change_weights(tmp_path / "reference", "embedding", lambda rows: rows.mul_(60))
-    argv = ["--phase", "score", "--domains", str(folder / "domains.json"), "--save", str(tmp_path / "scores"), *MODEL]
+    argv = [
+        "--phase",
+        "score",
+        "--domains",
+        str(folder / "domains.json"),
+        "--save",
+        str(tmp_path / "scores"),
+        *read_by("score", MODEL),
+    ]
     printed = on_ranks(2, scored, [*argv, "--reference-load", str(tmp_path / "reference"), "--train-iters", "2"])
     found = re.search(r"score: ([\d,]+) of 336 token losses lay above 31.9995 nats", printed[0])
     assert not printed[1]
