@@ -14,7 +14,7 @@ from megatron_doremi.data.cutting import BLOCK_BYTES
 from megatron_doremi.data.decompression import CUT, BrokenFile, UnreadableFile
 
 # Bytes that one step of reading may make of a dictionary's values.
-_STEP_BYTES = 1 << 26
+_STEP_BYTES = 1 << 25
 # A dictionary gives its values to any number of rows. Where the file does not bound what they hold, a step has as many
 # rows as hold this much on average, and no more than this number.
 _USUAL_STEP_BYTES, _USUAL_STEP_ROWS = 1 << 15, 256

@@ -254,7 +254,9 @@ def _records(block: Block, content: bytes) -> Iterator[tuple[int, Any]]:
     lines = (line + b"\n" for line in content.removesuffix(b"\n").split(b"\n"))
     for data, fields in csv_records(lines):
         if isinstance(fields, csv.Error):
-            yield number, BadLine(f"not CSV ({fields})")
+            # A quote that is not closed takes the lines that follow along.
+            more = data.count(b"\n") - 1
+            yield number, BadLine(f"not CSV ({fields})" + (f", to line {number + more}" if more else ""))
         elif len(fields) not in (0, len(block.header)):
             yield number, BadLine(f"{len(fields)} fields where the header has {len(block.header)}")
         elif fields:

@@ -6,6 +6,10 @@ Run alone: python -m pytest tests/data/test_documents.py
 from __future__ import annotations
 
 import json
+import pickle
+import re
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow
@@ -18,10 +22,12 @@ from megatron_doremi.data.documents import (
     BadLine,
     DocumentReader,
     DomainKey,
+    count_timeouts,
     load_domain_list,
     load_rules,
     rule_by_file,
     share_of,
+    similar_names,
 )
 from megatron_doremi.data.sources import Block, read_blocks
 from megatron_doremi.errors import ConfigError
@@ -88,6 +94,10 @@ WRONG = {
     "an expression that is none": {"rules": [rule("a", "(", "b")]},
     "a group that is not there": {"rules": [rule("a", "b", r"\1")]},
     "a name that is not there": {"rules": [rule("a", "(b)", r"\g<c>")]},
+    "a template with an escape that is none": {"rules": [rule("a", "b", "a\\q")]},
+    "a template that ends in a backslash": {"rules": [rule("a", "b", "a\\")]},
+    "a template with a character that is none": {"rules": [rule("a", "b", r"\U00110000")]},
+    "half a surrogate pair": {"rules": [rule("a", "b", "\ud800")]},
     "an empty rest": {"otherwise": ""},
 }
 
@@ -120,6 +130,39 @@ def test_a_pattern_over_the_path():
         rule_by_file(r"other/(.*)").domain_of({}, "in/en/a.jsonl")
     with pytest.raises(ConfigError, match="--domain-from-file"):
         rule_by_file("no group")
+
+
+def test_a_rule_that_is_slow_again_and_again_stops_the_run(tmp_path, monkeypatch):
+    """In one block, and over several of them."""
+    monkeypatch.setattr("megatron_doremi.data.documents._PATIENCE", 0.05)
+    rules = rules_of(tmp_path, rule("a", "^(a|aa)+$", "c"), rule("a", "a", "d"))
+    lines = [json.dumps({"text": "x", "a": "a" * 60 + end}) + "\n" for end in "bbcb"]
+    reader = DocumentReader("text", rules)
+    block = Block("f", 1, "".join(lines[:2]).encode(), 0)
+    slow = [bad.rule for _, bad in reader.documents(block)]
+    assert slow == ["the pattern '^(a|aa)+$' over 'a'"] * 2
+    seen = Counter(slow)
+    for each in (
+        lambda: count_timeouts(seen, slow[:1]),
+        lambda: list(reader.documents(replace(block, data=block.data * 2))),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(slow[0])) as caught:
+            each()
+        # As a worker's error reaches the process that started it.
+        assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("names", "pairs"),
+    [
+        (["Web", "WEB", "Books"], [("Web", "WEB")]),
+        (["a b", "ab", "a  B"], [("a b", "ab"), ("a b", "a  B")]),
+        (["\u00e9", "e\u0301"], [("\u00e9", "e\u0301")]),
+        (["a-b", "a_b", "0", "00"], []),
+    ],
+)
+def test_names_that_are_nearly_the_same(names, pairs):
+    assert similar_names(names) == pairs
 
 
 # --- lists
