@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tqdm import tqdm
 
+from megatron_doremi.data.characters import describe_lost
 from megatron_doremi.data.cutting import BLOCK_BYTES
 from megatron_doremi.data.documents import Document, similar_names
 from megatron_doremi.data.encoding import TokenizerFiles, WorkerDied, bad_lines_error, encode_all
@@ -43,7 +44,7 @@ from megatron_doremi.data.outputs import (
 )
 from megatron_doremi.data.shards import Pair, ShardData, load_shard, run_of, save_shard, shard_folder
 from megatron_doremi.data.sources import Shard, read_blocks, read_shard, shard_bytes
-from megatron_doremi.data.tokenizer import KINDS, SENTENCEPIECE, Tokenizer
+from megatron_doremi.data.tokenizer import GPT2, KINDS, SENTENCEPIECE, Tokenizer
 from megatron_doremi.data.workspace import Workspace
 from megatron_doremi.errors import ConfigError, Fault, RunError, raise_if_any, run_or_exit
 
@@ -71,6 +72,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--tokenizer-model", required=True, type=Path, metavar="FILE", help="*.model, tokenizer.json or vocab.json")
     add("--merge-file", type=Path, metavar="FILE", help="GPT-2's merges.txt (default: beside its vocab.json)")
     add("--eod-token", metavar="TOKEN", help="what ends documents, where the tokenizer has no usual one")
+    add("--allow-special-tokens", action="store_true", help="text that spells a special token becomes that token")
+    lost_help = "refuse to publish if the tokenizer drops, or does not know, more of the characters (default: 0.001)"
+    add("--max-dropped-share", type=float, default=0.001, metavar="F", help=lost_help)
     add("--append-eod", action="store_true", help="end each document with the end-of-document id")
     add("--workers", type=int, default=2, metavar="N", help="encoding processes (default: 2)")
     add("--max-documents", type=int, metavar="N", help="stop after the first N documents")
@@ -96,6 +100,16 @@ def check(args: argparse.Namespace) -> list[Fault]:
         faults.append(Fault("--shard", str(args.shard), rule, "give the number of the task"))
     if not 0.0 <= args.valid_fraction < 1.0:
         faults.append(Fault("--valid-fraction", str(args.valid_fraction), "from 0 to below 1", "give such a number"))
+    if not 0.0 <= args.max_dropped_share <= 1.0:
+        faults.append(Fault("--max-dropped-share", str(args.max_dropped_share), "from 0 to 1", "give such a number"))
+    if not 0.0 <= args.journal_seconds <= 86_400.0:
+        faults.append(Fault("--journal-seconds", str(args.journal_seconds), "from 0 to 86400", "give such a number"))
+    if args.eod_token is not None and args.tokenizer_type == SENTENCEPIECE:
+        rule = "a tokenizer of another type; a SentencePiece model says itself what ends a document"
+        faults.append(Fault("--eod-token", args.eod_token, rule, "leave it out"))
+    if args.merge_file is not None and args.tokenizer_type != GPT2:
+        rule = f"--tokenizer-type {GPT2}, which alone has merges in a file of their own"
+        faults.append(Fault("--merge-file", str(args.merge_file), rule, "leave it out, or give that type"))
     if args.valid_fraction and args.split == "valid":
         rule = "the train split's run, which writes both"
         faults.append(Fault("--valid-fraction", "with --split valid", rule, "leave one of them out"))
@@ -145,6 +159,7 @@ def settings_of(args: argparse.Namespace, inputs: Inputs, tokenizer: Tokenizer) 
         "domains of folders": sorted({each.domain for each in inputs.files if each.domain is not None}),
         "domain list": sorted(reader.known) if reader.known is not None and args.domain_list else None,
         "tokenizer": [tokenizer.type, tokenizer.sha256, tokenizer.eod],
+        "--allow-special-tokens": args.allow_special_tokens,
         "--append-eod": args.append_eod,
         "--max-documents": args.max_documents,
         "--num-shards": args.num_shards,
@@ -182,7 +197,9 @@ def main() -> int:
     args = build_parser().parse_args()
     inputs = read_input_options(args, args.split, args.valid_fraction, check(args))
     shard = Shard(args.shard, args.num_shards)
-    files = TokenizerFiles(args.tokenizer_type, args.tokenizer_model, args.merge_file, args.eod_token)
+    files = TokenizerFiles(
+        args.tokenizer_type, args.tokenizer_model, args.merge_file, args.eod_token, args.allow_special_tokens
+    )
     tokenizer = files.load()
     folder = shard_folder(args.output_dir, args.split, shard) if shard.count > 1 else args.output_dir
     known = {}
@@ -197,7 +214,9 @@ def main() -> int:
     if args.resume and is_done(folder, settings, shard):
         print(f"shard {shard.index} of {shard.count} is there already")
         return 0
-    tokenizer.settle(sample(inputs))
+    texts = sample(inputs)
+    tokenizer.settle(texts)
+    warn_of_losses(args, tokenizer, texts)
     print(f"encoding with {tokenizer.encoder}, {tokenizer.vocab_size:,} ids, in {args.workers} processes", flush=True)
     partial = folder / f".partial-{args.split}"
     outputs = Outputs(folder, partial, dtype_for(tokenizer.vocab_size), known)
@@ -224,6 +243,14 @@ def main() -> int:
         return say_resume(partial)
     report(outputs)
     return 0
+
+
+def warn_of_losses(args: argparse.Namespace, tokenizer: Tokenizer, texts: list[str]) -> None:
+    """Says before everything is encoded that it will hardly be published."""
+    lost, characters = tokenizer.lost_characters(texts), sum(map(len, texts))
+    if lost.total() > args.max_dropped_share * characters:
+        said = f"of the beginnings of the input, the tokenizer loses {describe_lost(lost, characters)}"
+        print(f"warning: {said}; see --max-dropped-share", file=sys.stderr, flush=True)
 
 
 def load_train_split(path: Path) -> Any:
@@ -259,6 +286,15 @@ def finish(
         workspace.note(now=True)
         remedy = "mend the input, or give --on-error skip --resume to leave them out; nothing is encoded again then"
         raise bad_lines_error([*outputs.bad_files, *outputs.bad], outputs.bad_total, remedy)
+    if outputs.lost_share > args.max_dropped_share:
+        workspace.note(now=True)
+        value = f"loses {describe_lost(outputs.lost, outputs.characters)}"
+        remedy = (
+            "take a tokenizer that spells unknown characters in bytes (tools/train_tokenizer.py makes such), or give "
+            "--resume with a higher --max-dropped-share; nothing is encoded again then"
+        )
+        rule = f"a part of at most --max-dropped-share {args.max_dropped_share:g}"
+        raise ConfigError(Fault(f"--tokenizer-model {args.tokenizer_model}", value, rule, remedy))
     if not outputs.by_key and shard.count == 1:
         workspace.remove()
         said = "; ".join(["no documents", *left_out(outputs)])
@@ -305,6 +341,8 @@ def left_out(outputs: Outputs) -> list[str]:
     if outputs.bad_total:
         named = [*outputs.bad_files, *outputs.bad]
         said.append(f"left out {outputs.bad_total:,} bad lines, among them: " + "; ".join(named))
+    if outputs.lost:
+        said.append(f"the tokenizer lost {describe_lost(outputs.lost, outputs.characters)}")
     return said
 
 

@@ -10,7 +10,7 @@ from collections import Counter, deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +64,8 @@ class Encoded:
         bad_files: descriptions of what is wrong with files, each once.
         empty: texts that are empty, and were left out.
         slow: rules whose expression took too long, once for each time.
+        characters: of all texts of the block.
+        lost: how many of each character the tokenizer drops or does not know.
     """
 
     chunks: dict[tuple[str, str], Chunk]
@@ -73,6 +75,8 @@ class Encoded:
     bad_files: tuple[str, ...] = ()
     empty: int = 0
     slow: tuple[str, ...] = ()
+    characters: int = 0
+    lost: Counter[str] = field(default_factory=Counter)
 
     @property
     def documents(self) -> int:
@@ -123,12 +127,14 @@ class Encoder:
                 bad_files[describe(block, number, document)] = None
             elif len(bad) < NAMED_BAD_LINES:
                 bad.append(describe(block, number, document))
-        ids = self.tokenizer.encode_batch([document.text for document in documents])
+        texts = [document.text for document in documents]
+        ids = self.tokenizer.encode_batch(texts)
+        characters, lost = sum(map(len, texts)), self.tokenizer.lost_characters(texts)
         places: dict[tuple[str, str], list[int]] = {}
         for place, document in enumerate(documents):
             places.setdefault((document.domain, document.split), []).append(place)
         chunks = {key: self._chunk(documents, ids, chosen) for key, chosen in places.items()}
-        return Encoded(chunks, bad, bad_total, progress, tuple(bad_files), empty, tuple(slow))
+        return Encoded(chunks, bad, bad_total, progress, tuple(bad_files), empty, tuple(slow), characters, lost)
 
     def _chunk(self, documents: list[Document], ids: list[NDArray[np.int32]], places: list[int]) -> Chunk:
         end = [np.array([self.tokenizer.eod], dtype=np.int32)] if self.append_eod else []
@@ -153,10 +159,11 @@ class TokenizerFiles:
     file: Path
     merges: Path | None = None
     eod: str | None = None
+    allow_special: bool = False
 
     def load(self, fast: bool = True) -> Tokenizer:
         """The tokenizer. Raises ConfigError where it cannot be read."""
-        return load_tokenizer(self.kind, self.file, self.merges, self.eod, fast)
+        return load_tokenizer(self.kind, self.file, self.merges, self.eod, fast, self.allow_special)
 
 
 # The one encoder of a worker process: a pool hands each task to a module-level function.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -53,6 +54,8 @@ class Outputs:
         bad_total: lines and files that hold no document.
         empty: empty texts, which were left out.
         blocks: blocks of the input that are in.
+        characters: of all texts.
+        lost: how many of each character the tokenizer dropped or did not know.
     """
 
     folder: Path
@@ -65,6 +68,8 @@ class Outputs:
     blocks: int = 0
     bad_files: list[str] = field(default_factory=list)
     empty: int = 0
+    characters: int = 0
+    lost: Counter[str] = field(default_factory=Counter)
 
     def add(self, encoded: Encoded) -> None:
         """Appends a block."""
@@ -73,6 +78,8 @@ class Outputs:
         new = [said for said in encoded.bad_files if said not in self.bad_files]
         self.bad_files += new[: _NAMED_BAD_FILES - len(self.bad_files)]
         self.empty += encoded.empty
+        self.characters += encoded.characters
+        self.lost.update(encoded.lost)
         for key, chunk in encoded.chunks.items():
             output = self.output(key)
             output.writer.add_documents(chunk.ids, chunk.lengths)
@@ -126,7 +133,13 @@ class Outputs:
             | {"bytes": output.bytes, **vars(output.writer.flush())}
             for (domain, split), output in self.by_key.items()
         ]
-        said = {"bad": self.bad[:], "bad_files": self.bad_files[:], "bad_total": self.bad_total, "empty": self.empty}
+        said: dict[str, Any] = {
+            "bad": self.bad[:],
+            "bad_files": self.bad_files[:],
+            "bad_total": self.bad_total,
+            "empty": self.empty,
+        }
+        said |= {"characters": self.characters, "lost": dict(self.lost)}
         return {"blocks": self.blocks, **said, "pairs": pairs}
 
     def restore(self, entry: Mapping[str, Any]) -> None:
@@ -137,7 +150,13 @@ class Outputs:
             writer = IndexedDatasetWriter(prefix, self.dtype, self.partial / prefix.name, written)
             self.by_key[pair["domain"], pair["split"]] = Output(writer, prefix, written.documents, pair["bytes"])
         self.bad, self.bad_total, self.blocks = list(entry["bad"]), entry["bad_total"], entry["blocks"]
-        self.bad_files, self.empty = list(entry.get("bad_files", ())), entry.get("empty", 0)
+        self.bad_files, self.empty = list(entry["bad_files"]), entry["empty"]
+        self.characters, self.lost = entry["characters"], Counter(entry["lost"])
+
+    @property
+    def lost_share(self) -> float:
+        """The part of all characters that the tokenizer lost."""
+        return self.lost.total() / max(1, self.characters)
 
     def keep_in_train(self) -> list[str]:
         """Moves held-out pairs of domains without train text to the train split: what all fell to the held-out part

@@ -16,7 +16,7 @@ from pydantic_core import PydanticCustomError
 
 from megatron_doremi.data.files import atomic_write_text, make_folder, read_json_object
 from megatron_doremi.data.folder_lock import FolderLock
-from megatron_doremi.data.formats import Count, FileName, Name, Schema, check_entry, check_seal, sealed
+from megatron_doremi.data.formats import Count, FileName, Name, Positive, Schema, check_entry, check_seal, sealed
 from megatron_doremi.data.indexed_dataset import IndexedDatasetWriter
 from megatron_doremi.data.outputs import Outputs
 from megatron_doremi.errors import ConfigError, Fault
@@ -44,6 +44,10 @@ class Journal(Schema):
     blocks: Count
     bad: list[str]
     bad_total: Count
+    bad_files: list[str]
+    empty: Count
+    characters: Count
+    lost: dict[Name, Positive]
     pairs: list[JournalPair]
 
     @model_validator(mode="after")
