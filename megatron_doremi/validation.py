@@ -86,20 +86,22 @@ def _required(config: Config) -> list[Fault]:
 
 
 def phase_faults(phase: str, given: Collection[str]) -> list[Fault]:
-    """A fault for each flag that was given although the phase does not read it: it would have no effect, silently."""
+    """Faults of flags that were given although the phase does not read them: they would have no effect, silently."""
     if phase not in PHASES:
         return []
-    faults = []
+    unread: dict[tuple[bool, tuple[str, ...]], list[str]] = {}
     for section, cls in SECTIONS.items():
         for entry in dataclasses.fields(cls):
             phases = phases_of(cls, entry)
-            if entry.name not in given or phase in phases:
-                continue
-            remedy = "leave it out"
-            if section == "model":
-                remedy += f"; the model is that of {'--load' if phase == EVALUATE else '--reference-load'}"
-            rule = f"a flag that --phase {phase} reads; this one is for {', '.join(phases)}"
-            faults.append(Fault(_flag(entry.name), "has no effect", rule, remedy))
+            if entry.name in given and phase not in phases:
+                unread.setdefault((section == "model", phases), []).append(_flag(entry.name))
+    faults = []
+    for (is_model, phases), flags in unread.items():
+        remedy = "leave it out" if len(flags) == 1 else "leave them out"
+        if is_model:
+            remedy += f"; the model is that of {'--load' if phase == EVALUATE else '--reference-load'}"
+        rule = f"flags that --phase {phase} reads; {'this one is' if len(flags) == 1 else 'these are'} for "
+        faults.append(Fault(", ".join(flags), "no effect in this phase", rule + ", ".join(phases), remedy))
     return faults
 
 

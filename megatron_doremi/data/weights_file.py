@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from megatron_doremi.data.files import atomic_write_text, read_json_object
-from megatron_doremi.data.formats import Name, Schema, check_entry, format_fault
+from megatron_doremi.data.formats import Count, Name, Schema, check_entry, format_fault
 from megatron_doremi.data.manifest import Manifest
 from megatron_doremi.data.prefix_list import LARGEST_WEIGHT
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any
 
 WEIGHTS_FORMAT = "megatron-doremi-weights/1"
 # A smaller share is a window in 10^12, and soon nothing but a rounding of the others.
-_SMALLEST_SHARE = 1e-12
+SMALLEST_SHARE = 1e-12
 _REMEDY = "leave a domain out of the manifest to train without it"
 Weight = Annotated[float, Field(gt=0.0, lt=LARGEST_WEIGHT)]
 
@@ -31,12 +31,19 @@ class BareWeights(Schema):
     weights: dict[Name, Weight]
 
 
+class Provenance(Schema):
+    """How weights were learned, as far as it is checked; the rest of it is for people."""
+
+    steps: Count | None = None
+    train_iters: Count | None = None
+
+
 class WeightsEntry(BareWeights):
     """domain_weights.json."""
 
     FORMAT: ClassVar[str] = WEIGHTS_FORMAT
     tokenizer_sha256: str | None = None
-    provenance: dict[str, Any] = Field(default_factory=dict)
+    provenance: Provenance = Field(default_factory=Provenance)
 
 
 def save_weights(
@@ -52,8 +59,13 @@ def save_weights(
     atomic_write_text(path, json.dumps(entry, indent=2) + "\n")
 
 
-def resolve_weights(setting: str, manifest: Manifest, allow_tokenizer_mismatch: bool) -> NDArray[np.float64]:
+def resolve_weights(
+    setting: str, manifest: Manifest, allow_tokenizer_mismatch: bool, allow_unfinished: bool = True
+) -> NDArray[np.float64]:
     """[k] sampling weights, sum 1, for --domain-weights uniform, natural, given or FILE.
+
+    Args:
+        allow_tokenizer_mismatch, allow_unfinished: see `load_weights`.
 
     Raises:
         ConfigError: `given` for a manifest without weights, or what `load_weights` raises.
@@ -78,14 +90,20 @@ def resolve_weights(setting: str, manifest: Manifest, allow_tokenizer_mismatch: 
             remedy = "use a domains.json of tools/preprocess_data.py, or uniform, or a weights file"
             raise ConfigError(Fault(what, value, "domains whose sizes are known", remedy))
         return manifest.natural_weights()
-    return load_weights(Path(setting), manifest, allow_tokenizer_mismatch)
+    return load_weights(Path(setting), manifest, allow_tokenizer_mismatch, allow_unfinished)
 
 
-def load_weights(path: Path, manifest: Manifest, allow_tokenizer_mismatch: bool) -> NDArray[np.float64]:
+def load_weights(
+    path: Path, manifest: Manifest, allow_tokenizer_mismatch: bool, allow_unfinished: bool = True
+) -> NDArray[np.float64]:
     """Reads weights for the manifest's domains, in its order, normalised.
 
     Takes this program's file, a bare {name: weight}, and {"train_domain_weights": {name: weight}, ...}, the
     form of the DoReMi authors' repository.
+
+    Args:
+        allow_tokenizer_mismatch: take weights that were learned with another tokenizer.
+        allow_unfinished: take weights of a proxy that has not taken all of its steps.
 
     Raises:
         ConfigError: with every fault, names that are unknown or missing and another tokenizer among them.
@@ -105,11 +123,21 @@ def load_weights(path: Path, manifest: Manifest, allow_tokenizer_mismatch: bool)
     if isinstance(entry.get("weights"), dict):
         faults += _name_faults(subject, entry["weights"], manifest)
     try:
-        weights = check_entry(entry, subject, schema, _REMEDY).weights
+        checked = check_entry(entry, subject, schema, _REMEDY)
     except ConfigError as error:
         raise ConfigError([*faults, *error.faults]) from error
+    if isinstance(checked, WeightsEntry) and not allow_unfinished:
+        faults += _unfinished_faults(subject, checked.provenance)
     raise_if_any(faults)
-    return _shares(subject, manifest, [weights[name] for name in manifest.names])
+    return _shares(subject, manifest, [checked.weights[name] for name in manifest.names])
+
+
+def _unfinished_faults(subject: str, provenance: Provenance) -> list[Fault]:
+    steps, planned = provenance.steps, provenance.train_iters
+    if steps is None or planned is None or steps >= planned:
+        return []
+    remedy = "run the proxy to its end, or give --allow-unfinished to take the mean so far"
+    return [Fault(subject, f"the mean of {steps:,} of the proxy's {planned:,} steps", "a finished proxy", remedy)]
 
 
 def _shares(what: str, manifest: Manifest, weights: Sequence[float]) -> NDArray[np.float64]:
@@ -120,11 +148,11 @@ def _shares(what: str, manifest: Manifest, weights: Sequence[float]) -> NDArray[
             Fault(
                 what,
                 f"{name!r}: a share of {share:.1e}",
-                f"shares of at least {_SMALLEST_SHARE}",
+                f"shares of at least {SMALLEST_SHARE}",
                 _REMEDY,
             )
             for name, share in zip(manifest.names, shares, strict=True)
-            if share < _SMALLEST_SHARE
+            if share < SMALLEST_SHARE
         ]
     )
     return shares

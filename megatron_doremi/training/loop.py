@@ -17,7 +17,7 @@ from megatron_doremi.console import Guard
 from megatron_doremi.data.blend import Blend, BlendState, window_count
 from megatron_doremi.data.loader import Step, steps
 from megatron_doremi.data.reference_losses import RecordedLosses
-from megatron_doremi.data.weights_file import save_weights
+from megatron_doremi.data.weights_file import SMALLEST_SHARE, save_weights
 from megatron_doremi.doremi.domain_weights import DomainWeights
 from megatron_doremi.doremi.engine import TrainingEngine
 from megatron_doremi.doremi.objective import GroupDRO
@@ -30,6 +30,7 @@ from megatron_doremi.training.checkpoint import load_training
 from megatron_doremi.training.consensus import Agreement, agree, explain_gradient, explain_loss
 from megatron_doremi.training.evaluate import HeldOut, evaluate
 from megatron_doremi.training.guard import check_ranks_agree
+from megatron_doremi.training.identity import identity_hash
 from megatron_doremi.training.metrics import (
     RunLog,
     domain_entries,
@@ -90,6 +91,8 @@ class Trainer:
         # What only a proxy has.
         self.dro = engine.objective if isinstance(engine.objective, GroupDRO) else None
         self._on_domain_weights = Guard(str(self.save_dir / "domain_weights.json"))
+        # Domains whose weights have vanished.
+        self._vanished: set[str] = set()
         if resume is not None:
             self._go_on(resume)
 
@@ -134,6 +137,8 @@ class Trainer:
                 entry |= self._rates((time.perf_counter() - began) / (self.iteration - last))
                 last, began = self.iteration, time.perf_counter()
             log.step(entry)
+            if self.dro is not None and entry is not None:
+                self._say_vanished(entry["domain_weights"], log)
             if on_console and entry is not None:
                 log.line(entry)
             # What follows is no part of a step's time.
@@ -161,6 +166,17 @@ class Trainer:
             log.say(f"stopped and saved after iteration {self.iteration:,} of {total:,}: {REASONS[stop]}")
         log.close()
         return stop != GO_ON and self.iteration < total
+
+    def _say_vanished(self, weights: dict[str, float], log: RunLog) -> None:
+        """Says once of each domain that its weight has all but vanished: the result could not be trained on."""
+        for name, weight in weights.items():
+            if weight < SMALLEST_SHARE and name not in self._vanished:
+                self._vanished.add(name)
+                log.say(
+                    f"warning: iteration {self.iteration:,}: the weight of {name!r} is {weight:.1e}; shares below "
+                    f"{SMALLEST_SHARE} are refused in a mixture: give --doremi-smoothing above 0, or a smaller "
+                    "--doremi-step-size"
+                )
 
     def _due(self, interval: int) -> bool:
         return interval > 0 and self.iteration % interval == 0
@@ -314,10 +330,13 @@ class Trainer:
             "method": f"doremi, {doremi.doremi_update}, {doremi.doremi_objective}, {doremi.doremi_weighting}, "
             f"{doremi.doremi_normalization}",
             "steps": learned.steps,
+            "train_iters": self.config.data.train_iters,
             "step_size": doremi.doremi_step_size,
             "smoothing": doremi.doremi_smoothing,
             "seed": self.config.data.seed,
             "reference": doremi.reference_load if doremi.reference_losses == "online" else doremi.reference_losses,
+            "identity_sha256": identity_hash(self.run["identity"]),
+            "overrides": self.run["overrides"],
             "code_version": __version__,
         }
         weights = dict(zip(self.data.names, learned.mean().tolist(), strict=True))

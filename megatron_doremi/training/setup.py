@@ -101,7 +101,12 @@ def open_data(config: Config, training: bool) -> RunData:
             train.append(dataset)
         valid.append(_open_held_out(domain, seq_length, vocab_size, faults, warnings))
     try:
-        weights = resolve_weights(sampling_setting(config, manifest), manifest, config.data.allow_tokenizer_mismatch)
+        weights = resolve_weights(
+            sampling_setting(config, manifest),
+            manifest,
+            config.data.allow_tokenizer_mismatch,
+            config.run.allow_unfinished,
+        )
     except ConfigError as error:
         faults += error.faults
     if not training and not faults and not any(dataset is not None for dataset in valid):

@@ -210,6 +210,26 @@ WEIGHTS = {
                 {"format": "megatron-doremi-weights/1", "weights": THIRDS, "tokenizer_sha256": "f" * 64},
                 ("learned with tokenizer ffffffffffff", "--allow-tokenizer-mismatch"),
             ),
+            (
+                "of a proxy that is not finished",
+                {
+                    "format": "megatron-doremi-weights/1",
+                    "weights": THIRDS,
+                    "tokenizer_sha256": "0" * 64,
+                    "provenance": {"steps": 5, "train_iters": 9},
+                },
+                ("the mean of 5 of the proxy's 9 steps", "--allow-unfinished"),
+            ),
+            (
+                "of steps in words",
+                {
+                    "format": "megatron-doremi-weights/1",
+                    "weights": THIRDS,
+                    "tokenizer_sha256": "0" * 64,
+                    "provenance": {"steps": "many"},
+                },
+                ("provenance.steps: 'many'",),
+            ),
             ("the authors' without domains", {"train_domain_weights": 3}, ("weights: 3", "valid dictionary")),
         )
     },

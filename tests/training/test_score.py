@@ -252,7 +252,7 @@ def test_a_reference_that_gives_no_losses_on_a_domain(tmp_path):
     train(1, "reference", data, tmp_path / "reference", 1, model=model)
     # Ids from 40 on are those of domain 2.
     change_weights(tmp_path / "reference", "embedding", lambda rows: rows[40:].fill_(float("nan")))
-    argv = ["--phase", "score", "--domains", str(data), "--save", str(tmp_path / "scores"), *model]
+    argv = ["--phase", "score", "--domains", str(data), "--save", str(tmp_path / "scores"), *read_by("score", model)]
     said = on_ranks(2, scored, [*argv, "--reference-load", str(tmp_path / "reference")])
     for words in said:
         assert re.search(r"the reference's loss is nan in window 0 of domain 'domain 2'", words)
