@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ def run(config: Config, topology: Topology, launch: Launch) -> int:
     from megatron_doremi.training.loop import Trainer
     from megatron_doremi.training.repetition import check_repetition
     from megatron_doremi.training.resume import resume_point
+    from megatron_doremi.training.run_lock import run_lock
     from megatron_doremi.training.score import check_recorded, open_recorded, reference_hash, score
     from megatron_doremi.training.standalone import evaluate_run
     from megatron_doremi.training.watchdog import Watchdog
@@ -82,15 +84,18 @@ def run(config: Config, topology: Topology, launch: Launch) -> int:
         recorded = open_recorded(config, data)
     minutes, stopped = config.run.distributed_timeout_minutes, False
     device, signs = join(launch, minutes)
-    with Watchdog(signs, launch.rank, launch.world_size, 60.0 * minutes) as watchdog:
+    with Watchdog(signs, launch.rank, launch.world_size, 60.0 * minutes) as watchdog, ExitStack() as held:
         check_ranks_start_alike(config, setup.what_is_read(data, reference_run, recorded))
         groups = make_groups(topology)
+        save, waiting = Path(config.run.save), lambda: watchdog.mark("waiting to see whether another run is alive")
         if phase == EVALUATE:
             evaluate_run(config, data, topology, groups, device, watchdog)
         elif phase == SCORE:
             assert reference_run is not None
+            held.enter_context(run_lock(save, f"shard-{config.doremi.shard}", os.environ, waiting))
             stopped = score(config, data, reference_run, topology, groups, stop, watchdog, signs)
         else:
+            lock = held.enter_context(run_lock(save, "run", os.environ, waiting))
             if recorded is not None:
                 check_recorded(recorded, config, data, topology, signs, watchdog)
             gpt = setup.resolve_gpt(config, data)
@@ -105,7 +110,7 @@ def run(config: Config, topology: Topology, launch: Launch) -> int:
             engine = make_engine(config, gpt, data.weights, topology, groups, device)
             reference = setup.make_reference(config, reference_run, topology, groups)
             trainer = Trainer(
-                config, gpt, data, engine, reference, recorded, own, resume, topology, groups, stop, watchdog
+                config, gpt, data, engine, reference, recorded, own, resume, topology, groups, stop, watchdog, lock
             )
             stopped = trainer.train()
         dist.barrier()

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_doremi.errors import ConfigError, Fault
+from megatron_doremi.errors import ConfigError, Fault, RunError, machine_failure
 
 
 def gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
@@ -62,6 +62,7 @@ def from_rank_0(work: Callable[[], Any]) -> Any:
 
     Raises:
         ConfigError: on every rank, where `work` raises one.
+        RunError: on every rank, where `work` raises one, or an OSError.
     """
     entry: dict[str, Any] = {}
     if dist.get_rank() == 0:
@@ -69,9 +70,15 @@ def from_rank_0(work: Callable[[], Any]) -> Any:
             entry = {"result": work()}
         except ConfigError as error:
             entry = {"faults": [asdict(fault) for fault in error.faults]}
+        except RunError as error:
+            entry = {"failure": str(error)}
+        except OSError as error:
+            entry = {"failure": str(machine_failure(error))}
     entry = broadcast_json(entry)
     if "faults" in entry:
         raise ConfigError([Fault(**fault) for fault in entry["faults"]])
+    if "failure" in entry:
+        raise RunError(entry["failure"])
     return entry["result"]
 
 

@@ -40,6 +40,7 @@ from megatron_doremi.training.metrics import (
 )
 from megatron_doremi.training.optimizer import learning_rate
 from megatron_doremi.training.resume import ResumePoint
+from megatron_doremi.training.run_lock import HeldLock
 from megatron_doremi.training.saving import Checkpointer, SaveTimer
 from megatron_doremi.training.setup import RunData, held_out
 from megatron_doremi.training.stopping import GO_ON, REASONS, StopRequest
@@ -63,6 +64,7 @@ class Trainer:
         groups: ProcessGroups,
         stop: StopRequest,
         watchdog: Watchdog,
+        lock: HeldLock,
     ):
         """
         Args:
@@ -76,8 +78,14 @@ class Trainer:
         self.run, self.stop, self.watchdog = run, stop, watchdog
         self.save_dir = Path(config.run.save)
         keep = config.run.keep_checkpoints
+        self.lock = lock
         self.checkpoints = Checkpointer(
-            self.save_dir, keep, topology, lambda: watchdog.mark("waiting for a checkpoint to be written")
+            self.save_dir,
+            keep,
+            topology,
+            lambda: watchdog.mark("waiting for a checkpoint to be written"),
+            lock.token,
+            lock.lost_to,
         )
         # One rank's clock decides for all.
         self.save_timer = SaveTimer(config.run.save_interval_in_mins if topology.rank == 0 else 0.0)
@@ -122,6 +130,7 @@ class Trainer:
             total,
             config.data.phase,
             self.metrics_bytes,
+            self.lock.lost_to,
         )
         last, began = self.iteration, time.perf_counter()
         stop = GO_ON
@@ -300,7 +309,12 @@ class Trainer:
             state["metrics_bytes"] = metrics_bytes
         if ephemeral:
             state["ephemeral"] = True
-        self.checkpoints.start(self.engine, self.iteration, state, log.make_durable)
+
+        def before_publishing() -> None:
+            log.make_durable()
+            self.lock.check()
+
+        self.checkpoints.start(self.engine, self.iteration, state, before_publishing)
         if self.dro is not None and self.topology.rank == 0:
             learned = self.dro.state
             self._on_domain_weights(lambda: self._write_domain_weights(learned))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,14 +106,16 @@ class RunLog:
         train_iters: int,
         title: str,
         metrics_bytes: int | None = None,
+        lost_to: Callable[[], str | None] = lambda: None,
     ):
         """Opens the files; raises OSError where one cannot be opened.
 
         Args:
             title: of the progress bar.
             metrics_bytes: size of metrics.jsonl in the checkpoint from which the run resumes; see `MetricsFile`.
+            lost_to: who has taken the run's lock over, in which case nothing more is written.
         """
-        self.active = is_rank_0
+        self.active, self._lost_to = is_rank_0, lost_to
         if not self.active:
             return
         self._metrics = MetricsFile(save / "metrics.jsonl", iteration, metrics_bytes)
@@ -204,5 +206,7 @@ class RunLog:
         return tqdm.format_interval((total - done) / rate) if rate else "unknown time"
 
     def _write(self, entry: dict[str, Any]) -> None:
+        if self._lost_to() is not None:
+            return
         self._on_metrics(lambda: self._metrics.write(entry))
         self._on_events(lambda: self._events.write(entry))

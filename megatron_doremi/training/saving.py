@@ -25,6 +25,7 @@ from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.training.checkpoint import FORMAT, checkpoint_name, checkpoints, checkpoints_folder
 from megatron_doremi.training.optimizer_state import index_part, optimizer_file
 from megatron_doremi.training.publishing import WRITING, Retention, clear_leftovers, publish_checkpoint
+from megatron_doremi.training.run_lock import lost_message
 
 OPTIMIZER = "optimizer"
 _SECONDS_A_TURN = 20.0
@@ -69,6 +70,7 @@ class Checkpointer:
         topology: Topology,
         progress: Callable[[], None] = lambda: None,
         run_token: str = "",
+        lost_to: Callable[[], str | None] = lambda: None,
     ):
         """Clears what a killed run left half-written.
 
@@ -76,8 +78,10 @@ class Checkpointer:
             keep: keep this many of the newest complete checkpoints; 0 keeps all.
             progress: called now and then while others are waited for.
             run_token: the same on all ranks, of this start only: two starts never write into one folder.
+            lost_to: asked on rank 0: who has taken the run's lock over, in which case nothing is published any more.
         """
         self.save, self.topology, self._progress, self._run_token = save, topology, progress, run_token
+        self._lost_to = lost_to
         self._retention = Retention(save, keep)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: _Pending | None = None
@@ -117,9 +121,9 @@ class Checkpointer:
     def progress(self) -> tuple[bool, bool]:
         """(this rank still writes, its writing failed): what the ranks have to agree on."""
         work = self._pending.work if self._pending else None
-        if work is None or not work.done():
-            return work is not None, False
-        return False, work.exception() is not None
+        writing = work is not None and not work.done()
+        failed = work is not None and not writing and work.exception() is not None
+        return writing, failed or self._lost_to() is not None
 
     def all_written(self) -> None:
         """Every rank has written its files: rank 0 publishes, in its thread. A collective call."""
@@ -155,8 +159,10 @@ class Checkpointer:
             self._progress()
             done = work is None or work.done()
             error = work.exception() if work is not None and done else None
-            own = (done, None if error is None else f"rank {self.topology.rank}: {error}")
-            everyone = gather_json(own)
+            failure = None if error is None else f"rank {self.topology.rank}: {error}"
+            if (lost_to := self._lost_to()) is not None:
+                failure = lost_message(self.save, lost_to)
+            everyone = gather_json((done, failure))
             found = [said for _, said in everyone if said]
             if found:
                 newest = checkpoints(self.save)
