@@ -47,7 +47,8 @@ def score(folder, out, world=1, flags=""):
 
 
 def files(out):
-    return {path.relative_to(out): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+    found = [path for path in sorted(out.rglob("*")) if path.is_file() and path.parent.name != ".lock"]
+    return {path.relative_to(out): path.read_bytes() for path in found}
 
 
 def proxy(folder, out, *flags, world=1):
