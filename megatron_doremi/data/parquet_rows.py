@@ -13,11 +13,11 @@ import pyarrow.parquet
 from megatron_doremi.data.cutting import BLOCK_BYTES
 from megatron_doremi.data.decompression import CUT, BrokenFile, UnreadableFile
 
-# Bytes that one step of reading may make of a dictionary's values.
-_STEP_BYTES = 1 << 25
-# A dictionary gives its values to any number of rows. Where the file does not bound what they hold, a step has as many
-# rows as hold this much on average, and no more than this number.
-_USUAL_STEP_BYTES, _USUAL_STEP_ROWS = 1 << 15, 256
+# Rows of a row group of which the size is measured, bytes that one step of reading should have by that, and the rows
+# that it may have whatever they say.
+_FIRST_ROWS, _STEP_BYTES, _MOST_ROWS = 16, 1 << 23, 256
+# What the library raises of a damaged file: besides its own, what decoding its names and numbers raises.
+_FAULTS = (pyarrow.ArrowException, OSError, ValueError, OverflowError)
 
 
 def open_parquet(path: Path) -> pyarrow.parquet.ParquetFile:
@@ -28,9 +28,12 @@ def open_parquet(path: Path) -> pyarrow.parquet.ParquetFile:
         raise UnreadableFile("the file is not Parquet: give it its true name")
     try:
         # Not mapped, and pages read one after the other: a row group need not fit into memory.
-        return pyarrow.parquet.ParquetFile(path, memory_map=False, buffer_size=BLOCK_BYTES)
-    except (pyarrow.ArrowException, OSError) as error:
+        options = {"memory_map": False, "buffer_size": BLOCK_BYTES, "page_checksum_verification": True}
+        file = pyarrow.parquet.ParquetFile(path, **options)
+        file.schema_arrow.names  # noqa: B018 - of a damaged file it cannot be made
+    except _FAULTS as error:
         raise _fault(error) from error
+    return file
 
 
 def _fault(error: Exception) -> Exception:
@@ -45,14 +48,18 @@ def _fault(error: Exception) -> Exception:
 def row_batches(file: pyarrow.parquet.ParquetFile, columns: Sequence[str]) -> Iterator[pyarrow.RecordBatch]:
     """Batches of about `BLOCK_BYTES`, or of one row where that has more. Raises BrokenFile, or OSError."""
     held: list[pyarrow.RecordBatch] = []
-    size = 0
-    steps = file.iter_batches(_rows_at_once(file, columns), columns=list(columns), use_threads=False)
+    size = rows = 0
+    steps = _steps(file, columns)
     while True:
         fault: Exception | None = None
         try:
             step = next(steps, None)
-        except (pyarrow.ArrowException, OSError) as error:
+        except _FAULTS as error:
             step, fault = None, _fault(error)
+        rows += step.num_rows if step is not None else 0
+        if step is None and fault is None and rows != file.metadata.num_rows:
+            # The library trusts the numbers of a damaged footer.
+            fault = BrokenFile(f"{CUT} (Parquet: it holds {rows:,} of {file.metadata.num_rows:,} rows)")
         for batch in _cut(step) if step is not None else ():
             if held and size + batch.nbytes > BLOCK_BYTES:
                 yield pyarrow.concat_batches(held)
@@ -65,6 +72,20 @@ def row_batches(file: pyarrow.parquet.ParquetFile, columns: Sequence[str]) -> It
             raise fault
         if step is None:
             return
+
+
+def _steps(file: pyarrow.parquet.ParquetFile, columns: Sequence[str]) -> Iterator[pyarrow.RecordBatch]:
+    """The rows of each row group, as many at a time as its first ones suggest.
+
+    The footer does not say what rows hold: a dictionary gives its values to any number of them. And to ask it about
+    the columns of a damaged file ends the process (pyarrow 26), where reading them raises.
+    """
+    for group in range(file.num_row_groups):
+        chosen = {"row_groups": [group], "columns": list(columns), "use_threads": False}
+        first = next(file.iter_batches(_FIRST_ROWS, **chosen), None)
+        if first is not None and first.num_rows:
+            largest = max(first.slice(row, 1).nbytes for row in range(first.num_rows))
+            yield from file.iter_batches(max(1, min(_MOST_ROWS, _STEP_BYTES // max(1, largest))), **chosen)
 
 
 def _cut(batch: pyarrow.RecordBatch) -> Iterator[pyarrow.RecordBatch]:
@@ -83,19 +104,3 @@ def _cut(batch: pyarrow.RecordBatch) -> Iterator[pyarrow.RecordBatch]:
         # A copy: a slice takes all of its batch along on its way to a worker.
         yield pyarrow.concat_batches([batch.slice(start, end - start)])
         start = end
-
-
-def _rows_at_once(file: pyarrow.parquet.ParquetFile, columns: Sequence[str]) -> int:
-    """Rows that one step of reading takes, from what the file's metadata bounds."""
-    metadata = file.metadata
-    rows, largest, total = max(1, metadata.num_rows), 1, 1
-    for group in range(metadata.num_row_groups):
-        for number in range(metadata.num_columns):
-            column = metadata.row_group(group).column(number)
-            if column.path_in_schema.split(".")[0] in columns:
-                largest = max(largest, column.total_uncompressed_size)
-                total += column.total_uncompressed_size
-    plain = max(1, rows * BLOCK_BYTES // total)
-    bounded = _STEP_BYTES // largest
-    usual = min(_USUAL_STEP_ROWS, rows * _USUAL_STEP_BYTES // total)
-    return max(1, min(plain, max(bounded, usual)))

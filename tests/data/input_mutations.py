@@ -1,0 +1,128 @@
+"""Mutated input files, and what a plain reading by other code makes of them."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import random
+import zlib
+
+import pyarrow
+import pyarrow.parquet
+import zstandard
+from input_files import lines, read, records, table
+from test_fuzz import mutated_bytes
+
+from megatron_doremi.errors import ConfigError
+
+ROWS = records(25)
+TEXTS = [(row["text"], row["domain"]) for row in ROWS]
+
+
+def _parquet():
+    out = io.BytesIO()
+    rows = pyarrow.Table.from_pylist(ROWS)
+    pyarrow.parquet.write_table(rows, out, row_group_size=10, data_page_size=300, write_page_checksum=True)
+    return out.getvalue()
+
+
+FILES = {
+    "jsonl": lines(ROWS, ascii_only=False),
+    "json": json.dumps(ROWS, ensure_ascii=False, indent=1).encode(),
+    "csv": table(ROWS),
+    "jsonl.zst": zstandard.ZstdCompressor(write_checksum=True).compress(lines(ROWS)),
+    "jsonl.gz": gzip.compress(lines(ROWS)[:900], mtime=0) + gzip.compress(lines(ROWS)[900:], mtime=0),
+    "parquet": _parquet(),
+}
+
+
+class Unknown(Exception):
+    """The plain reading fails: whatever we read, something has to be said of the file."""
+
+
+def _lines(data):
+    documents = []
+    for line in data.split(b"\n"):
+        if line.strip():
+            entry = json.loads(line.decode("utf-8"))
+            documents.append((entry["text"], entry["domain"]))
+    return documents
+
+
+def _reference(name, data):
+    """The documents of a file by the libraries alone, all of it at once."""
+    if name == "json":
+        return [(entry["text"], entry["domain"]) for entry in json.loads(data.decode("utf-8"))]
+    if name == "csv":
+        # Lines end with a newline, and whatever a quote holds stays as it is.
+        rows = list(csv.reader(io.StringIO(data.decode("utf-8"), newline=""), strict=True))
+        header, rows = rows[0], [row for row in rows[1:] if row]
+        if any(len(row) != len(header) for row in rows):
+            raise Unknown
+        return [(entry["text"], entry["domain"]) for entry in (dict(zip(header, row, strict=True)) for row in rows)]
+    if name == "jsonl.zst" and data:
+        frame = zstandard.ZstdDecompressor().decompressobj(read_across_frames=True)
+        content = frame.decompress(data)
+        if not data.startswith(b"\x28\xb5\x2f\xfd") or frame.unconsumed_tail:
+            raise Unknown
+        return _lines(content)
+    if name == "jsonl.gz":
+        return _lines(gzip.decompress(data))
+    if name == "parquet":
+        rows = pyarrow.parquet.read_table(io.BytesIO(data), columns=["text", "domain"]).to_pylist()
+        # Text without a mark of its encoding is UTF-8.
+        return [[x.decode() if isinstance(x, bytes) else x for x in (row["text"], row["domain"])] for row in rows]
+    return _lines(data)
+
+
+def reference(name, data):
+    """Documents, or None where the plain reading fails or finds what is no document."""
+    try:
+        found = _reference(name, data)
+    except (Unknown, ValueError, KeyError, TypeError, IndexError, RecursionError, OSError, EOFError, csv.Error):
+        return None
+    except (zlib.error, zstandard.ZstdError, pyarrow.ArrowException):
+        return None
+    good = [
+        (text, domain.strip())
+        for text, domain in found
+        if isinstance(text, str) and isinstance(domain, str) and domain.strip()
+    ]
+    return good if len(good) == len(found) else None
+
+
+def one(name, path, data):
+    """Reads one mutated file. Returns "same", "other" or "refused"; fails where that is not what the file holds."""
+    path.write_bytes(data)
+    expected = reference(name, data)
+    try:
+        documents, bad = read(path, "--domain-key", "domain")
+    except ConfigError:
+        documents, bad = [], ["refused"]
+    if bad:
+        # What was read beside the fault is what stands in the file: one of its texts unless bytes of it were changed.
+        assert expected is None or "refused" in bad or len(documents) <= len(expected), (bad, expected)
+        return "refused"
+    if expected is not None:
+        assert documents == expected
+    else:
+        assert name in ("jsonl", "json", "csv"), f"{len(documents)} documents of a file that {name} does not read"
+        return "lenient"
+    return "same" if documents == TEXTS else "other"
+
+
+def fuzz(folder, name, cases, seed=0):
+    """Reads so many mutations of a file; returns how often each answer came."""
+    dice = random.Random(f"{name} {seed}")
+    answers = {}
+    for case in range(cases):
+        data = mutated_bytes(FILES[name], dice)
+        try:
+            answer = one(name, folder / f"d.{name}", data)
+        except BaseException as error:
+            error.add_note(f"{name}, seed {seed}, case {case}: {data!r:.2000}")
+            raise
+        answers[answer] = answers.get(answer, 0) + 1
+    return answers
