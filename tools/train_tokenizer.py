@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import heapq
 import io
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +31,7 @@ from megatron_doremi.data.documents import Document, describe
 from megatron_doremi.data.encoding import NAMED_BAD_LINES, bad_lines_error
 from megatron_doremi.data.files import atomic_write_bytes, make_folder
 from megatron_doremi.data.input_options import Inputs, add_input_options, read_input_options
+from megatron_doremi.data.samples import DomainSamples
 from megatron_doremi.data.sources import read_blocks
 from megatron_doremi.errors import ConfigError, Fault, run_or_exit
 
@@ -45,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_input_options(parser)
     add("--output", required=True, type=Path, metavar="FILE", help="*.model: SentencePiece; *.json: byte-level BPE")
     add("--vocab-size", type=int, default=32000, help="pieces (default: 32000)")
+    add("--allow-smaller", action="store_true", help="take fewer pieces where the text is not enough for --vocab-size")
     add("--model-type", choices=("unigram", "bpe"), default="unigram", help="of SentencePiece (default: unigram)")
     add("--sample-bytes", type=int, default=50_000_000, help="text to train on (default: 50000000)")
     add("--seed", type=int, default=1234, help="chooses the sample (default: 1234)")
@@ -52,33 +54,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-class Sample:
-    """A sample of one domain's documents, uniform by a hash of their text, up to a number of bytes."""
-
-    def __init__(self, most_bytes: int):
-        self.most_bytes, self.size = most_bytes, 0
-        self._heap: list[tuple[int, bytes]] = []
-
-    def offer(self, order: int, text: bytes) -> None:
-        """Takes a document while there is room; later ones of a lower order push out those of the highest."""
-        heapq.heappush(self._heap, (-order, text))
-        self.size += len(text)
-        while self.size - len(self._heap[0][1]) >= self.most_bytes:
-            self.size -= len(heapq.heappop(self._heap)[1])
-
-    def documents(self) -> list[bytes]:
-        """The sample in the order of its hashes, the last document cut at the limit."""
-        ordered = [text for _, text in sorted(self._heap, reverse=True)]
-        left, result = self.most_bytes, []
-        for text in ordered:
-            result.append(text[:left])
-            left -= len(result[-1])
-        return result
-
-
-def sample_documents(args: argparse.Namespace, inputs: Inputs) -> dict[str, Sample]:
+def sample_documents(args: argparse.Namespace, inputs: Inputs) -> DomainSamples:
     """Reads all inputs once and keeps an equal sample of each domain. Raises ConfigError where lines are bad."""
-    samples: dict[str, Sample] = {}
+    samples = DomainSamples(args.sample_bytes)
     reader = inputs.reader
     size = sum(path.stat().st_size for path in inputs.paths)
     bad: dict[str, None] = {}
@@ -94,9 +72,8 @@ def sample_documents(args: argparse.Namespace, inputs: Inputs) -> dict[str, Samp
                             bad[describe(block, number, document)] = None
                         continue
                     digest = hashlib.sha256(f"{args.seed}/{document.text}".encode()).digest()
-                    # How many domains there are is known at the end; each sample is cut down then.
-                    sample = samples.setdefault(document.domain, Sample(args.sample_bytes))
-                    sample.offer(int.from_bytes(digest[:8], "big"), document.text.encode("utf-8"))
+                    order = int.from_bytes(digest[:8], "big")
+                    samples.offer(document.domain, order, document.text.encode("utf-8"))
                 if bad and args.on_error == "fail":
                     remedy = "mend the input, or give --on-error skip to leave them out"
                     raise bad_lines_error(list(bad), bad_total, remedy)
@@ -104,60 +81,74 @@ def sample_documents(args: argparse.Namespace, inputs: Inputs) -> dict[str, Samp
             done += file.path.stat().st_size
     if bad_total:
         print(f"left out {bad_total:,} bad lines, among them: " + "; ".join(bad))
-    share = args.sample_bytes // max(1, len(samples))
-    for sample in samples.values():
-        sample.most_bytes = share
     return samples
 
 
-def sentences(samples: dict[str, Sample]) -> Iterator[str]:
-    """The samples' documents in pieces that SentencePiece takes whole."""
-    for name in sorted(samples):
-        for document in samples[name].documents():
-            text = document.decode("utf-8", errors="ignore")
-            for start in range(0, len(text), _SENTENCE_CHARACTERS):
-                yield text[start : start + _SENTENCE_CHARACTERS]
+def sentences(texts: list[bytes]) -> Iterator[str]:
+    """The texts in pieces that SentencePiece takes whole."""
+    for document in texts:
+        text = document.decode("utf-8", errors="ignore")
+        for start in range(0, len(text), _SENTENCE_CHARACTERS):
+            yield text[start : start + _SENTENCE_CHARACTERS]
 
 
-def train_sentencepiece(args: argparse.Namespace, samples: dict[str, Sample]) -> bytes:
+def train_sentencepiece(args: argparse.Namespace, texts: list[bytes]) -> bytes:
     """Trains a SentencePiece model and returns its file. Raises ConfigError where the text does not fill it."""
+    size = args.vocab_size
+    while True:
+        try:
+            return sentencepiece_of(args, texts, size)
+        except RuntimeError as error:
+            reached = re.search(r"too high.*value <= (\d+)", str(error))
+            needed = re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error))
+            if reached is None or int(reached[1]) >= size:
+                rule = f"at least {needed[1] if needed else 260}: single bytes and the characters of the sample"
+                remedy = f"give --vocab-size {needed[1]} or more" if needed else "give more text"
+                said = "" if needed or not texts else f": {error}"
+                raise ConfigError(Fault("--vocab-size", f"{args.vocab_size}{said}", rule, remedy)) from error
+            size = smaller(args, int(reached[1]))
+
+
+def smaller(args: argparse.Namespace, reached: int) -> int:
+    """The size that the text reaches, where --allow-smaller takes it. Raises ConfigError otherwise."""
+    if not args.allow_smaller:
+        rule = f"at most {reached:,}, all that can be learned from {args.sample_bytes:,} bytes of this text"
+        remedy = f"give --vocab-size {reached}, more text or --sample-bytes, or --allow-smaller"
+        raise ConfigError(Fault("--vocab-size", str(args.vocab_size), rule, remedy))
+    print(f"the text is enough for {reached:,} pieces, not for {args.vocab_size:,}", flush=True)
+    return reached
+
+
+def sentencepiece_of(args: argparse.Namespace, texts: list[bytes], size: int) -> bytes:
+    """A SentencePiece model of `size` pieces. Raises RuntimeError where the text does not fill it."""
     model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            # NUL would end the sentence for SentencePiece; it falls to the byte pieces.
-            sentence_iterator=(text.replace("\0", "") for text in sentences(samples)),
-            model_writer=model,
-            vocab_size=args.vocab_size,
-            model_type=args.model_type,
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            allow_whitespace_only_pieces=True,
-            split_digits=True,
-            user_defined_symbols=["\n"],
-            max_sentence_length=4 * _SENTENCE_CHARACTERS,
-            bos_id=-1,
-            pad_id=-1,
-            unk_id=0,
-            eos_id=1,
-            num_threads=args.threads,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        raise ConfigError(
-            Fault(
-                "--vocab-size",
-                f"{args.vocab_size}: {error}",
-                "a vocabulary that the sample fills (at least 260)",
-                "give another --vocab-size or more text",
-            )
-        ) from error
+    sentencepiece.SentencePieceTrainer.train(
+        # NUL would end the sentence for SentencePiece; it falls to the byte pieces.
+        sentence_iterator=(text.replace("\0", "") for text in sentences(texts)),
+        model_writer=model,
+        vocab_size=size,
+        model_type=args.model_type,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
+        allow_whitespace_only_pieces=True,
+        split_digits=True,
+        user_defined_symbols=["\n"],
+        max_sentence_length=4 * _SENTENCE_CHARACTERS,
+        bos_id=-1,
+        pad_id=-1,
+        unk_id=0,
+        eos_id=1,
+        num_threads=args.threads,
+        minloglevel=2,
+    )
     return model.getvalue()
 
 
-def train_byte_level(args: argparse.Namespace, samples: dict[str, Sample]) -> bytes:
-    """Trains a byte-level BPE and returns its tokenizer.json. Raises ConfigError where the vocabulary is too small."""
+def train_byte_level(args: argparse.Namespace, texts: list[bytes]) -> bytes:
+    """Trains a byte-level BPE and returns its tokenizer.json. Raises ConfigError where the vocabulary is too small, or
+    there are no more pairs of pieces to merge before it is full."""
     os.environ.setdefault("RAYON_NUM_THREADS", str(args.threads))
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -172,7 +163,9 @@ def train_byte_level(args: argparse.Namespace, samples: dict[str, Sample]) -> by
         initial_alphabet=alphabet,
         show_progress=False,
     )
-    tokenizer.train_from_iterator(sentences(samples), trainer)
+    tokenizer.train_from_iterator(sentences(texts), trainer)
+    if tokenizer.get_vocab_size() < args.vocab_size:
+        smaller(args, tokenizer.get_vocab_size())
     return str(tokenizer.to_str()).encode("utf-8")
 
 
@@ -182,21 +175,29 @@ def main() -> int:
     faults = []
     if args.output.suffix not in (".model", ".json"):
         faults.append(Fault("--output", str(args.output), "a path that ends in .model or .json", "name it so"))
-    for flag, number in (("--sample-bytes", args.sample_bytes), ("--threads", args.threads)):
-        if number < 1:
-            faults.append(Fault(flag, str(number), "at least 1", "give a positive number"))
+    if args.output.is_dir():
+        faults.append(Fault("--output", f"{args.output} is a folder", "a file", "give another path"))
+    for flag, number, least, most in (
+        ("--vocab-size", args.vocab_size, 1, 10_000_000),
+        ("--sample-bytes", args.sample_bytes, 1, 1 << 40),
+        ("--threads", args.threads, 1, 1024),
+    ):
+        if not least <= number <= most:
+            faults.append(Fault(flag, str(number), f"from {least} to {most:,}", "give a number in that range"))
     inputs = read_input_options(args, more=faults)
     make_folder(args.output.parent, "--output")
     samples = sample_documents(args, inputs)
-    if not samples:
+    if not samples.names:
         raise ConfigError(Fault("--input", "no documents", "text to train on", "give files that hold documents"))
+    texts = list(samples.documents())
     kind = "byte-level BPE" if args.output.suffix == ".json" else args.model_type
     print(
         f"training a {kind} tokenizer of {args.vocab_size:,} pieces on "
-        f"{sum(min(s.size, s.most_bytes) for s in samples.values()) / 1e6:.1f} MB of {len(samples)} domains"
+        f"{sum(map(len, texts)) / 1e6:.1f} MB of {len(samples.names)} domains",
+        flush=True,
     )
     train = train_byte_level if args.output.suffix == ".json" else train_sentencepiece
-    atomic_write_bytes(args.output, train(args, samples))
+    atomic_write_bytes(args.output, train(args, texts))
     print(f"wrote {args.output}")
     return 0
 

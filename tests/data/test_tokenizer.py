@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_doremi.data.files import sha256_of
+from megatron_doremi.data.samples import DomainSamples
 from megatron_doremi.data.tokenizer import SentencePieceTokenizer, load_tokenizer
 from megatron_doremi.errors import ConfigError
 
@@ -211,9 +214,65 @@ def test_sample_too_small_to_learn_from_is_refused(tmp_path):
     fails(train(tmp_path, "--sample-bytes", 1), "--vocab-size")
 
 
-def test_numbers_below_one_are_refused(folder):
-    done = train(folder, "--sample-bytes", 0, "--threads", -1, name="never.model")
-    fails(done, "--sample-bytes: 0", "--threads: -1", "2 faults")
+@pytest.mark.parametrize("name", ["t.model", "t.json"])
+def test_text_that_is_not_enough_for_the_vocabulary_names_the_size_that_it_reaches(tmp_path, name):
+    """Version 0.1 gave a byte-level BPE of fewer pieces silently, and SentencePiece's own words of its source code."""
+    line = json.dumps({"text": "abc def ghi abc abd " * 30, "meta": {"pile_set_name": "Tales"}})
+    (tmp_path / "sample.jsonl").write_text(f"{line}\n")
+    done = train(tmp_path, name=name, vocabulary=5000)
+    fails(done, "--vocab-size: 5000", "--allow-smaller", "at most ")
+    assert "trainer_interface" not in done.stderr
+    reached = int(re.search(r"give --vocab-size (\d+),", done.stderr)[1])
+    done = train(tmp_path, "--allow-smaller", name=name, vocabulary=5000)
+    assert done.returncode == 0, done.stderr
+    assert f"enough for {reached} pieces, not for 5,000" in done.stdout
+    allowed = (tmp_path / name).read_bytes()
+    done = train(tmp_path, name=name, vocabulary=reached)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / name).read_bytes() == allowed
+    kind = "SentencePieceTokenizer" if name == "t.model" else "HuggingFaceTokenizer"
+    assert load_tokenizer(kind, tmp_path / name).vocab_size == reached
+
+
+def test_the_sample_does_not_depend_on_when_the_number_of_domains_is_known():
+    """An oracle that keeps everything, as version 0.1 did."""
+    generator = random.Random(3)
+    offered = []
+    samples = DomainSamples(20_000)
+    for number in range(3000):
+        # New domains come all the time; some documents are longer than the whole sample.
+        domain = str(int(number**0.5) if number % 2 else 0)
+        text = generator.randbytes(generator.choice([40, 100, 700, 30_000 if number % 50 == 0 else 200]))
+        offered.append((domain, generator.getrandbits(64), text))
+        samples.offer(*offered[-1])
+        assert samples.held_bytes <= 3 * 20_000
+    names = sorted({domain for domain, _, _ in offered})
+    expected = []
+    for name in names:
+        left = 20_000 // len(names)
+        for _, text in sorted((order, text) for domain, order, text in offered if domain == name):
+            expected += [text[:left]] if left else []
+            left -= len(text[:left])
+    assert samples.names == names
+    assert list(samples.documents()) == expected
+
+
+@pytest.mark.parametrize(("domains", "size"), [(1, 1), (20_000, 40), (1, 2_000_000), (3, 0)])
+def test_the_sample_takes_bounded_memory(domains, size):
+    """Many tiny documents, many domains, documents longer than the sample. Version 0.1 kept the sample a domain."""
+    samples = DomainSamples(100_000)
+    tracemalloc.start()
+    for number in range(40 if size > 1000 else 60_000):
+        samples.offer(str(number % domains), random.Random(number).getrandbits(64) if size else 0, b"x" * size)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 100_000 * 12 + domains * 600 + 2 * size
+    assert sum(map(len, samples.documents())) <= max(100_000, domains)
+
+
+def test_numbers_out_of_range_are_refused(folder):
+    done = train(folder, "--sample-bytes", 0, "--threads", -1, name="never.model", vocabulary=10**12)
+    fails(done, "--sample-bytes: 0", "--threads: -1", f"--vocab-size: {10**12}", "3 faults")
 
 
 def test_output_must_be_named_a_model(folder):
