@@ -1,0 +1,223 @@
+"""The checks of gpu_smoke.py: these, which are right or wrong, and those of gpu_timings.py.
+
+Each takes a place and a function that reports findings, and returns whether all is well. Only documented interfaces
+of torch 2.11 and later are used.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gpu_timings
+import numpy as np
+import torch
+from gpu_place import Place, Report, attempt, single
+
+ROOT = Path(__file__).resolve().parent.parent
+VOCAB = 1000
+FLAGS = shlex.split(
+    "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --ffn-hidden-size 128 --swiglu --disable-bias-linear "
+    "--bf16 --zero-stage 1 --seq-length 64 --micro-batch-size 4 --global-batch-size 8 --lr 3e-3 --log-interval 1 "
+    "--seed 3"
+)
+
+
+def versions(place: Place, report: Report) -> bool:
+    """What is here, and whether a process joins: cuda:0 and nccl."""
+    import torch.distributed as dist
+
+    packages = ("torch", "deepspeed", "numpy", "safetensors", "pydantic", "tqdm", "tensorboard", "orjson", "zstandard")
+    found = {}
+    for name in packages:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "importable" if importlib.util.find_spec(name) else "missing"
+    report(python=platform.python_version(), packages=found, cuda=torch.version.cuda, threads=os.cpu_count())
+    if not place.cpu:
+        gpu = torch.cuda.get_device_properties(0)
+        report(gpu=gpu.name, memory_gib=round(gpu.total_memory / 2**30, 1), gpus=torch.cuda.device_count())
+        report(capability=f"{gpu.major}.{gpu.minor}", cudnn=torch.backends.cudnn.version())
+    _, groups, device = single(place)
+    value = torch.ones(3).to(device)
+    dist.all_reduce(value, group=groups.data)
+    report(device=str(device), backend=dist.get_backend(), reduced=value.tolist())
+    if not place.cpu:
+        from megatron_doremi.training.metrics import peak_tflops
+
+        report(peak_tflops=peak_tflops(torch.cuda.get_device_name()))
+    return True
+
+
+def float32(place: Place, report: Report) -> bool:
+    """Losses and gradients of tiny models, the device against the CPU; the head's bfloat16 gradient against float64."""
+    from megatron_doremi.config import GPTConfig
+    from megatron_doremi.model.whole import GPTModel
+    from megatron_doremi.parallel.cross_entropy import token_losses
+    from megatron_doremi.parallel.groups import TensorGroup
+    from megatron_doremi.parallel.layers import TensorParallel
+
+    topology, _, device = single(place)
+    base = GPTConfig(2, 64, 128, 4, 2, 16, "RMSNorm", 1e-5, True, "rope", 1e4, True, False, 501, 128, 128, 0.1)
+    other = replace(
+        base, num_query_groups=4, normalization="LayerNorm", swiglu=False, bias_linear=True, tied_embeddings=False
+    )
+    shapes = {"grouped": base, "biases": replace(other, position_embedding_type="learned_absolute")}
+    ids = torch.randint(0, 501, (4, 129), generator=torch.Generator().manual_seed(5))
+
+    def compare(gpt: GPTConfig, recompute: str) -> dict[str, float]:
+        found = []
+        for where in (torch.device("cpu"), device):
+            model = GPTModel(gpt, topology, TensorParallel(), 3, recompute, 64).to(where)
+            losses = model(ids[:, :-1].to(where), ids[:, 1:].to(where))
+            losses.mean().backward()
+            gradients = {name: each.grad.cpu() for name, each in model.named_parameters() if each.grad is not None}
+            found.append((losses.detach().cpu(), gradients))
+        (losses, gradients), (theirs, others) = found
+        apart = [float((gradients[n] - others[n]).abs().max() / gradients[n].abs().max()) for n in gradients]
+        result = {"loss": float((losses - theirs).abs().max()), "gradient": max(apart)}
+        assert result["loss"] < 1e-4, result
+        assert result["gradient"] < 1e-4, result
+        return result
+
+    def head() -> float:
+        generator = torch.Generator().manual_seed(0)
+        hidden = torch.randn(1, 512, 64, generator=generator).bfloat16()
+        weight = (0.1 * torch.randn(128, 64, generator=generator)).bfloat16()
+        targets = torch.randint(0, 100, (1, 512), generator=generator)
+        gradients = []
+        for dtype, where, chunk in ((torch.float64, torch.device("cpu"), 0), (torch.bfloat16, device, 16)):
+            rows = weight.to(where, dtype, copy=True).requires_grad_()
+            losses = token_losses(hidden.to(where, dtype), rows, targets.to(where), 100, TensorGroup(None, 1, 0), chunk)
+            losses.sum().backward()
+            assert rows.grad is not None
+            gradients.append(rows.grad.double().cpu())
+        error = float((gradients[0] - gradients[1]).abs().max() / gradients[0].abs().max())
+        assert error < 1e-2, error
+        return error
+
+    good = [attempt(report, name, partial(compare, gpt, "none")) for name, gpt in shapes.items()]
+    good.append(attempt(report, "recomputed", partial(compare, base, "full")))
+    return all([*good, attempt(report, "head_gradient_bf16", head)])
+
+
+def tiny_data(place: Place) -> Path:
+    """A data set of three domains that can be learned; made once."""
+    from megatron_doremi.data.indexed_dataset import IndexedDatasetWriter, dtype_for
+    from megatron_doremi.data.manifest import Domain, Manifest, TokenizerInfo, save_manifest
+
+    folder = place.work / "data"
+    if (folder / "domains.json").exists():
+        return folder / "domains.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    generator, domains = np.random.default_rng(3), []
+    for number in range(3):
+        prefixes, cycle = {}, generator.permutation(VOCAB)[: 50 * (1 + number)]
+        for split, count in (("train", 60000), ("valid", 3000)):
+            ids = np.resize(cycle, count)
+            prefixes[split] = folder / f"domain{number}_{split}"
+            with IndexedDatasetWriter(prefixes[split], dtype_for(VOCAB)) as writer:
+                writer.add_document(ids)
+        domains.append(Domain(f"domain{number}", prefixes["train"], prefixes["valid"], 60000, 1, 60000))
+    (folder / "tokenizer.model").write_text("none: ids were drawn")
+    tokenizer = TokenizerInfo("SentencePieceTokenizer", folder / "tokenizer.model", "0" * 64, VOCAB, 0)
+    save_manifest(Manifest(tuple(domains), tokenizer, folder / "domains.json"))
+    return folder / "domains.json"
+
+
+def run_program(place: Place, phase: str, save: Path, *flags: str) -> list[dict[str, Any]]:
+    """Runs pretrain_doremi.py as a user would; the lines of its metrics. The precision is bfloat16 with ZeRO 1."""
+    argv = ["--phase", phase, "--domains", str(tiny_data(place)), "--save", str(save), *FLAGS, *flags]
+    command = [sys.executable, str(ROOT / "pretrain_doremi.py"), *argv]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=80)
+    assert done.returncode == 0, f"{phase}: exit {done.returncode}: {done.stderr[-500:]}"
+    path = save / ("evaluations.jsonl" if phase == "evaluate" else "metrics.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def reference_run(place: Place) -> tuple[Path, list[dict[str, Any]]]:
+    """Twelve steps of the reference; made once."""
+    save = place.work / "reference"
+    if (save / "done").exists():
+        return save, [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
+    lines = run_program(place, "reference", save, "--train-iters", "12")
+    (save / "done").touch()
+    return save, lines
+
+
+def program(place: Place, report: Report) -> bool:
+    """Reference, score, proxy, evaluate: exit 0, losses that fall, weights, MFU in the metrics."""
+
+    def train() -> dict[str, Any]:
+        _, lines = reference_run(place)
+        steps = [line for line in lines if "loss" in line]
+        shown = ("tokens_per_second", "tflops_per_gpu", "mfu", "memory_gib")
+        assert place.cpu or {"tflops_per_gpu", "memory_gib"} <= steps[-1].keys(), steps[-1].keys()
+        return {"first": steps[0]["loss"], "last": steps[-1]["loss"], **{k: steps[-1].get(k) for k in shown}}
+
+    reference, scores = place.work / "reference", place.work / "scores"
+    given = ["--reference-load", str(reference)]
+
+    def learn() -> dict[str, Any]:
+        flags = ["--reference-losses", str(scores), "--train-iters", "8"]
+        lines = run_program(place, "proxy", place.work / "proxy", *flags)
+        weights = json.loads((place.work / "proxy" / "domain_weights.json").read_text())["weights"]
+        assert abs(sum(weights.values()) - 1.0) < 1e-9
+        return {"weights": weights, "loss": [line["loss"] for line in lines if "loss" in line][-1]}
+
+    def evaluate() -> dict[str, Any]:
+        line = run_program(place, "evaluate", place.work / "evaluated", "--load", str(reference))[-1]
+        return {key: line[key] for key in ("iteration", "eval_uniform_mean", "eval_token_mean")}
+
+    def score() -> str:
+        run_program(place, "score", scores, *given, "--train-iters", "8")
+        return "exit 0"
+
+    parts = {"reference": train, "score": score, "proxy": learn, "evaluate": evaluate}
+    good = [attempt(report, name, work) for name, work in parts.items()]
+    return all(good)
+
+
+def resume(place: Place, report: Report) -> bool:
+    """Stops at 6 of 12 steps and resumes: how far the losses are from those of one run."""
+
+    def compare() -> dict[str, Any]:
+        save = place.work / "broken"
+        flags = ["--train-iters", "12", "--load", str(save)]
+        run_program(place, "reference", save, *flags, "--exit-interval", "6")
+        lines = run_program(place, "reference", save, *flags)
+        pairs = [
+            [line["loss"] for line in run if "loss" in line and line["iteration"] > 6]
+            for run in (reference_run(place)[1], lines)
+        ]
+        apart = max(abs(a - b) for a, b in zip(*pairs, strict=True))
+        assert apart < 1e-2, apart
+        return {"largest_difference": apart, "bits_match": pairs[0] == pairs[1]}
+
+    return attempt(report, "resume", compare)
+
+
+CHECKS: dict[str, Callable[[Place, Report], bool]] = {
+    "versions": versions,
+    "float32": float32,
+    "program": program,
+    "resume": resume,
+    "sync": gpu_timings.sync,
+    "1b": gpu_timings.one_billion,
+    "kernels": gpu_timings.kernels,
+    "compiled": gpu_timings.compiled,
+    "proxy_280m": gpu_timings.proxy_280m,
+    "checkpoint": gpu_timings.checkpoint,
+}

@@ -1,0 +1,141 @@
+"""What the checks of gpu_smoke.py share: where they run, how they time and report, engines of the sizes in question."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Report = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the checks run.
+
+    Attributes:
+        cpu: tiny models on the CPU.
+        work: a scratch folder that checks share.
+    """
+
+    cpu: bool
+    work: Path
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu" if self.cpu else "cuda")
+
+    def pick(self, on_gpu: Any, on_cpu: Any) -> Any:
+        return on_cpu if self.cpu else on_gpu
+
+    def wait(self) -> None:
+        """Until the device is done."""
+        if not self.cpu:
+            torch.cuda.synchronize()
+
+    def milliseconds(self, work: Callable[[], Any], warm: int = 2, repeat: int = 5) -> float:
+        """The median time of a call."""
+        took = []
+        for turn in range(warm + repeat):
+            self.wait()
+            began = time.perf_counter()
+            work()
+            self.wait()
+            if turn >= warm:
+                took.append(1e3 * (time.perf_counter() - began))
+        return round(float(np.median(took)), 3)
+
+
+def attempt(report: Report, name: str, work: Callable[[], Any]) -> bool:
+    """Reports name=work(), or its error: one finding of a check that fails does not cost the others."""
+    try:
+        report(**{name: work()})
+        return True
+    except Exception as error:
+        report(**{name: {"error": f"{type(error).__name__}: {error}"[:600]}})
+        return False
+
+
+def single(place: Place) -> tuple[Any, Any, torch.device]:
+    """(topology, groups, device) of this one process, joined as the program joins."""
+    from megatron_doremi.parallel.groups import make_groups
+    from megatron_doremi.parallel.topology import Topology
+    from megatron_doremi.training.distributed import join
+    from megatron_doremi.training.launch import Launch
+
+    device = join(Launch())[0]
+    topology = Topology(1, 1, 1, 0)
+    assert (device.type == "cpu") == place.cpu, device
+    return topology, make_groups(topology), device
+
+
+def make(
+    place: Place,
+    size: str,
+    vocab: int,
+    batch: tuple[int, int, int],
+    phase: str = "main",
+    recompute: str = "none",
+    joined: tuple[Any, Any, torch.device] | None = None,
+) -> tuple[Any, Any, Sequence[Any]]:
+    """(engine, shape, micro-batches) in bfloat16 with ZeRO 1; `batch` is (micro-batches, windows in each, length)."""
+    from megatron_doremi.config import (
+        Config,
+        DataConfig,
+        DoReMiConfig,
+        ModelConfig,
+        OptimizerConfig,
+        ParallelConfig,
+        RunConfig,
+        gpt_config,
+    )
+    from megatron_doremi.data.loader import MicroBatch
+    from megatron_doremi.training.build import make_engine
+
+    topology, groups, device = joined or single(place)
+    if place.cpu:
+        vocab, batch = 500, (batch[0], 2, 64)
+        model = ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, swiglu=True)
+    else:
+        model = ModelConfig(model_size=size, swiglu=True, disable_bias_linear=True)
+    count, windows, seq = batch
+    config = Config(
+        DataConfig(
+            phase=phase, seq_length=seq, micro_batch_size=windows, global_batch_size=windows * count, train_iters=100
+        ),
+        model,
+        ParallelConfig(zero_stage=1, recompute_granularity=recompute),
+        DoReMiConfig(),
+        OptimizerConfig(bf16=True),
+        RunConfig(),
+    )
+    gpt = gpt_config(model, seq, vocab)
+    engine = make_engine(config, gpt, np.full(8, 1 / 8), topology, groups, device)
+    generator = torch.Generator().manual_seed(1)
+    batches = []
+    for number in range(count):
+        ids = torch.randint(0, vocab, (windows, seq + 1), generator=generator)
+        domains = (torch.arange(windows) + number) % 8
+        each = MicroBatch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), domains, torch.arange(windows))
+        if phase == "proxy":
+            each = replace(each, reference=torch.full((windows, seq), 3.0))
+        batches.append(each if place.cpu else each.pinned())
+    return engine, gpt, batches
+
+
+def step_of(place: Place, engine: Any, batches: Sequence[Any]) -> Callable[[], None]:
+    """A step as the training loop takes it."""
+    from megatron_doremi.training.consensus import agree
+
+    targets = torch.ones(8, dtype=torch.float64).to(engine.device)
+
+    def before_step(norm: Tensor | None) -> None:
+        agree(engine.objective.local_sums, norm, 0, False, False)
+
+    return lambda: engine.train_step(batches, targets, before_step)

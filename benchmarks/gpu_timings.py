@@ -1,0 +1,231 @@
+"""The checks of gpu_smoke.py that measure: waits for the device, steps, kernels, compilation, copies.
+
+Only documented interfaces of torch 2.11 and later are used.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from gpu_place import Place, Report, attempt, make, single, step_of
+from torch import Tensor
+
+
+def sync(place: Place, report: Report) -> bool:
+    """Where one proxy's step waits for the device, by file and line."""
+    engine, _, batches = make(place, "70m", 50257, (4, 2, 512), "proxy")
+    step = step_of(place, engine, batches)
+    for _ in range(2):
+        step()
+    place.wait()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if not place.cpu:
+            torch.cuda.set_sync_debug_mode("warn")
+        step()
+        if not place.cpu:
+            torch.cuda.set_sync_debug_mode("default")
+    lines = Counter(
+        "/".join(Path(each.filename).parts[-3:]) + f":{each.lineno}"
+        for each in caught
+        if "synchroniz" in str(each.message)
+    )
+    report(waits=dict(lines.most_common(25)), in_all=sum(lines.values()))
+    return True
+
+
+def speed(place: Place, engine: Any, gpt: Any, batches: Sequence[Any], repeat: int) -> dict[str, Any]:
+    """Milliseconds, tokens and MFU of a step, and the peak of memory."""
+    from megatron_doremi.training.metrics import flops_per_token, peak_tflops
+
+    if not place.cpu:
+        torch.cuda.reset_peak_memory_stats()
+    took = place.milliseconds(step_of(place, engine, batches), warm=2, repeat=repeat)
+    count, (windows, seq) = len(batches), batches[0].tokens.shape
+    tokens = count * windows * seq
+    result = {"ms_a_step": took, "ms_a_micro_batch": round(took / count, 2), "tokens_per_second": tokens / took * 1e3}
+    if not place.cpu:
+        tflops = tokens * flops_per_token(gpt, seq) / took / 1e9
+        peak = peak_tflops(torch.cuda.get_device_name())
+        result |= {"tflops": round(tflops, 1), "memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)}
+        result |= {"mfu": round(tflops / peak, 4)} if peak else {}
+    return result
+
+
+def one_billion(place: Place, report: Report) -> bool:
+    """1b, vocabulary 50,257, two micro-batches of 8 x 2048: expected 290 ms each, 30 to 35 %, 42 GiB."""
+    engine, gpt, batches = make(place, "1b", 50257, (2, 8, 2048))
+    good = attempt(report, "step", lambda: speed(place, engine, gpt, batches, 4))
+
+    def kernels() -> list[list[Any]]:
+        from torch.profiler import ProfilerActivity, profile
+
+        activities = [ProfilerActivity.CPU] if place.cpu else [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+        with profile(activities=activities) as recorded:
+            step_of(place, engine, batches)()
+            place.wait()
+        key = "self_cpu_time_total" if place.cpu else "self_device_time_total"
+        rows = sorted(recorded.key_averages(), key=lambda row: -getattr(row, key))[:25]
+        return [[row.key[:70], round(getattr(row, key) / 1e3, 2), row.count] for row in rows]
+
+    return good & attempt(report, "top_25_ms", kernels)
+
+
+def kernels(place: Place, report: Report) -> bool:
+    """Norm with and without casts; the head by chunk; attention by kernel and width; adding a gradient."""
+    device, dtype = place.device, torch.bfloat16
+    tokens, hidden, vocab = place.pick((16384, 2048, 50304), (128, 64, 512))
+
+    def norm(cast: bool) -> Callable[[], float]:
+        x = torch.randn(tokens, hidden, device=device, dtype=dtype, requires_grad=True)
+        weight = torch.ones(hidden, device=device, dtype=dtype, requires_grad=True)
+
+        def work() -> None:
+            kind = torch.float32 if cast else dtype
+            F.rms_norm(x.to(kind), (hidden,), weight.to(kind), 1e-5).to(dtype).sum().backward()
+
+        return lambda: place.milliseconds(work)
+
+    def loss(chunk: int) -> float:
+        from megatron_doremi.parallel.cross_entropy import token_losses
+        from megatron_doremi.parallel.groups import TensorGroup
+
+        rows = torch.randn(1, tokens, hidden, device=device, dtype=dtype, requires_grad=True)
+        weight = (0.02 * torch.randn(vocab, hidden, device=device)).to(dtype).requires_grad_()
+        targets = torch.randint(0, vocab - 47, (1, tokens), device=device)
+        group = TensorGroup(None, 1, 0)
+
+        def work() -> None:
+            token_losses(rows, weight, targets, vocab - 47, group, chunk).mean().backward()
+
+        return place.milliseconds(work, 1, 3)
+
+    def attention(backend: Any, width: int, kind: torch.dtype, groups: int) -> Callable[[], float]:
+        from torch.nn.attention import sdpa_kernel
+
+        windows, seq, heads = place.pick((8, 2048, 32 * 64 // width), (1, 64, 4))
+
+        def work() -> None:
+            with sdpa_kernel([backend]):
+                F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=groups > 1).sum().backward()
+
+        shapes = [(windows, count, seq, width) for count in (heads, heads // groups, heads // groups)]
+        q, k, v = (torch.randn(shape, device=device, dtype=kind, requires_grad=True) for shape in shapes)
+        return lambda: place.milliseconds(work, 1, 3)
+
+    def add(cast: bool) -> Callable[[], float]:
+        total = torch.zeros(vocab, hidden, device=device)
+        gradient = torch.ones(vocab, hidden, device=device, dtype=dtype)
+        return lambda: place.milliseconds(lambda: total.add_(gradient.float() if cast else gradient))
+
+    from torch.nn.attention import SDPBackend
+
+    good = [attempt(report, f"norm_{'cast' if cast else 'plain'}_ms", norm(cast)) for cast in (True, False)]
+    good += [attempt(report, f"loss_chunk_{chunk}_ms", partial(loss, chunk)) for chunk in (0, 1024, 4096)]
+    good += [attempt(report, f"gradient_add_{'cast' if cast else 'plain'}_ms", add(cast)) for cast in (True, False)]
+    backends = place.pick(("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION"), ("MATH",))
+    for name, width in itertools.product(backends, (64, 128)):
+        # Not every kernel exists on every GPU: what it says is a finding, not a fault.
+        work = attention(getattr(SDPBackend, name), width, dtype, 1)
+        try:
+            report(**{f"attention_{name.lower()}_{width}_ms": work()})
+        except Exception as error:
+            report(**{f"attention_{name.lower()}_{width}_ms": str(error)[:200]})
+    work = attention(SDPBackend.MATH, 64, torch.float32, 4)
+    good.append(attempt(report, "attention_float32_grouped_math_ms", work))
+    return all(good)
+
+
+def compiled(place: Place, report: Report) -> bool:
+    """A block and the head's row losses, as they are and compiled, forward and backward."""
+    from megatron_doremi.config import ModelConfig, gpt_config
+    from megatron_doremi.model.gpt import Block
+    from megatron_doremi.parallel.cross_entropy import _logits, _losses_of
+    from megatron_doremi.parallel.groups import TensorGroup
+    from megatron_doremi.parallel.layers import TensorParallel
+
+    backend = place.pick("inductor", "aot_eager")
+    size = {"model_size": "1b"} if not place.cpu else {"num_layers": 1, "hidden_size": 64, "num_attention_heads": 4}
+    windows, seq, vocab = place.pick((8, 2048, 50257), (1, 64, 500))
+    gpt = gpt_config(ModelConfig(**size, swiglu=True, disable_bias_linear=True), seq, vocab)
+    device, group = place.device, TensorGroup(None, 1, 0)
+
+    def block() -> dict[str, float]:
+        layer = Block(gpt, TensorParallel())
+        torch.nn.utils.vector_to_parameters(
+            0.02 * torch.randn(sum(p.numel() for p in layer.parameters())), layer.parameters()
+        )
+        layer.to(device, torch.bfloat16)
+        x = torch.randn(windows, seq, gpt.hidden_size, device=device, dtype=torch.bfloat16, requires_grad=True)
+        fast = torch.compile(layer, backend=backend, fullgraph=True)
+
+        def work(run: Callable[[Tensor], Tensor]) -> None:
+            run(x).sum().backward()
+
+        return {n: place.milliseconds(partial(work, each)) for n, each in (("eager", layer), ("compiled", fast))}
+
+    def losses() -> dict[str, float]:
+        rows = torch.randn(place.pick(4096, 64), gpt.hidden_size, device=device, dtype=torch.bfloat16)
+        weight = torch.randn(gpt.padded_vocab_size(1), gpt.hidden_size, device=device, dtype=torch.bfloat16)
+        targets = torch.randint(0, vocab, (len(rows),), device=device)
+        weight = (0.02 * weight).requires_grad_()
+
+        def run(rows: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+            return _losses_of(_logits(rows, weight, vocab, group), targets, group)
+
+        fast = torch.compile(run, backend=backend, fullgraph=True)
+
+        def work(run: Callable[..., Tensor]) -> None:
+            run(rows, weight, targets).sum().backward()
+
+        return {n: place.milliseconds(partial(work, each)) for n, each in (("eager", run), ("compiled", fast))}
+
+    return all([attempt(report, "block_ms", block), attempt(report, "row_losses_ms", losses)])
+
+
+def proxy_280m(place: Place, report: Report) -> bool:
+    """A proxy of 280m, vocabulary 256,000, eight micro-batches of 8 x 1024: without and with full recomputation."""
+    joined, good = single(place), []
+    for recompute in ("none", "full"):
+
+        def measure(recompute: str = recompute) -> dict[str, Any]:
+            engine, gpt, batches = make(place, "280m", 256000, (8, 8, 1024), "proxy", recompute, joined)
+            return speed(place, engine, gpt, batches, 3)
+
+        good.append(attempt(report, recompute, measure))
+        gc.collect()
+        if not place.cpu:
+            torch.cuda.empty_cache()
+    return all(good)
+
+
+def checkpoint(place: Place, report: Report) -> bool:
+    """The copies to the host for a checkpoint, three times: the first pins memory, the others run at the bus's rate."""
+    from megatron_doremi.model.weights import weights_file
+    from megatron_doremi.training.optimizer_state import optimizer_file
+
+    engine, _, batches = make(place, "280m", 50257, (1, 2, 1024))
+    step_of(place, engine, batches)()
+    topology = engine.objective.topology
+
+    def copies() -> Iterator[dict[str, float]]:
+        for _ in range(3):
+            place.wait()
+            began = time.perf_counter()
+            files = [weights_file(engine.module, topology), optimizer_file(engine, topology)]
+            place.wait()
+            seconds = time.perf_counter() - began
+            size = sum(tensor.nbytes for file in files if file is not None for tensor in file.tensors.values())
+            yield {"gib": round(size / 2**30, 2), "ms": round(1e3 * seconds, 1), "gb_a_second": size / seconds / 1e9}
+
+    return attempt(report, "copies", lambda: list(copies()))
