@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,12 +27,16 @@ from tqdm import tqdm
 from megatron_doremi.data.blend import Blend, BlendState, too_short, window_count
 from megatron_doremi.data.files import atomic_write_text, sha256_of
 from megatron_doremi.data.indexed_dataset import IndexedDataset, paths_of
-from megatron_doremi.data.manifest import Manifest, load_manifest
+from megatron_doremi.data.manifest import Manifest, load_manifest, print_warnings
 from megatron_doremi.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_doremi.data.weights_file import resolve_weights
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any, run_or_exit
 
 _IDS_AT_ONCE = 1 << 22
+# Steps that a blend is played through to find a window: some hours.
+_MOST_STEPS = 100_000_000
+_CHECKSUM = re.compile(rb"[0-9a-f]{64}  .+\.(bin|idx)\r?\n?")
+_LONGEST_LINE = 1 << 14
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -65,12 +70,23 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def open_manifest(path: Path) -> Manifest:
+    """Reads a manifest, and prints what it warns of. Raises ConfigError."""
+    manifest = load_manifest(path)
+    print_warnings(manifest)
+    return manifest
+
+
 def open_tokenizer(manifest: Manifest) -> Tokenizer | None:
     """The manifest's tokenizer, None where it names none. Raises ConfigError where it is another file by now."""
     info = manifest.tokenizer
     if info is None:
         return None
     tokenizer = load_tokenizer(info.type, info.file, eod=info.eod)
+    if tokenizer.sha256 == info.sha256 and (tokenizer.vocab_size, tokenizer.eod) != (info.vocab_size, info.eod):
+        value = f"vocab_size {info.vocab_size}, eod {info.eod}"
+        rule = f"what {info.file.name} has: {tokenizer.vocab_size}, {tokenizer.eod}"
+        raise ConfigError(Fault(f"tokenizer of {manifest.path}", value, rule, "make the manifest again"))
     if tokenizer.sha256 != info.sha256:
         raise ConfigError(
             Fault(
@@ -105,12 +121,13 @@ def document_lengths(dataset: IndexedDataset) -> NDArray[np.int64]:
 
 def counts(args: argparse.Namespace) -> None:
     """Prints a table."""
-    manifest = load_manifest(args.domains)
+    manifest = open_manifest(args.domains)
     sizes = {domain.name: domain.bytes for domain in manifest.domains}
     width = max(map(len, (*manifest.names, "domain")))
     columns = ("documents", "tokens", "bytes/token", "shortest", "median", "longest")
     print(f"{'domain':<{width}}" + "".join(f"{column:>16}" for column in columns))
     for name, dataset in open_split(manifest, args.split):
+        dataset.check_index()
         lengths = document_lengths(dataset)
         # The manifest keeps the bytes of the train split.
         known = args.split == "train" and dataset.num_tokens
@@ -122,7 +139,7 @@ def counts(args: argparse.Namespace) -> None:
 
 def documents(args: argparse.Namespace) -> None:
     """Prints documents, each under a line that says which it is."""
-    manifest = load_manifest(args.domains)
+    manifest = open_manifest(args.domains)
     found = dict(open_split(manifest, args.split))
     if args.domain not in found:
         rule = f"a domain with {args.split} data: " + ", ".join(map(repr, found))
@@ -142,17 +159,17 @@ def documents(args: argparse.Namespace) -> None:
 def window(args: argparse.Namespace) -> None:
     """Prints what sample `--number` of a blend is."""
     faults = [
-        Fault(flag, str(value), f"at least {least}", "give such a number")
-        for flag, value, least in (
-            ("--number", args.number, 0),
-            ("--seq-length", args.seq_length, 1),
-            ("--global-batch-size", args.global_batch_size, 1),
-            ("--seed", args.seed, 0),
+        Fault(flag, str(value), f"from {least} to {most:,}", "give such a number")
+        for flag, value, least, most in (
+            ("--number", args.number, 0, _MOST_STEPS * max(1, args.global_batch_size) - 1),
+            ("--seq-length", args.seq_length, 1, 1 << 31),
+            ("--global-batch-size", args.global_batch_size, 1, 1 << 24),
+            ("--seed", args.seed, 0, (1 << 63) - 1),
         )
-        if value < least
+        if not least <= value <= most
     ]
     raise_if_any(faults)
-    manifest = load_manifest(args.domains)
+    manifest = open_manifest(args.domains)
     weights = resolve_weights(args.domain_weights, manifest, args.allow_tokenizer_mismatch)
     datasets = [dataset for _, dataset in open_split(manifest, "train")]
     short = [
@@ -182,10 +199,13 @@ def window(args: argparse.Namespace) -> None:
 
 def verify(args: argparse.Namespace) -> None:
     """Reads every id of every pair, and compares sizes and checksums."""
-    manifest = load_manifest(args.domains)
+    manifest = open_manifest(args.domains)
     faults: list[Fault] = []
     files: list[Path] = []
     total = 0
+    if args.write_checksums:
+        faults += listing_faults(args.write_checksums, manifest)
+        raise_if_any(faults)
     try:
         open_tokenizer(manifest)
     except ConfigError as error:
@@ -212,10 +232,35 @@ def verify(args: argparse.Namespace) -> None:
         faults += compare_checksums(args.checksums, files)
     raise_if_any(faults)
     if args.write_checksums:
-        folder = args.write_checksums.resolve().parent
+        listing = args.write_checksums.resolve()
+        folder = listing.parent
         lines = [f"{sha256_of(path)}  {os.path.relpath(path.resolve(), folder)}\n" for path in files]
-        atomic_write_text(args.write_checksums, "".join(lines))
+        atomic_write_text(listing, "".join(lines))
     print(f"whole: {len(files)} files of {len(manifest.domains)} domains, {total:,} tokens")
+
+
+def listing_faults(listing: Path, manifest: Manifest) -> list[Fault]:
+    """A fault where a list of checksums would overwrite anything but an earlier one, or cannot be written."""
+    what = f"--write-checksums {listing}"
+    rule, remedy = "a new file, or an earlier list of checksums of .bin and .idx files", "give another path"
+    prefixes = [prefix for domain in manifest.domains for prefix in (domain.train, domain.valid) if prefix is not None]
+    ours = [manifest.path, *(path for prefix in prefixes for path in paths_of(prefix))]
+    ours += [manifest.tokenizer.file] if manifest.tokenizer else []
+    try:
+        real = listing.resolve()
+        if real in {path.resolve() for path in ours}:
+            return [Fault(what, "a file of the data set", rule, remedy)]
+        if not real.exists():
+            return [] if real.parent.is_dir() else [Fault(what, "no such folder", "an existing folder", "make it")]
+        if not real.is_file():
+            return [Fault(what, "no regular file", rule, remedy)]
+        with real.open("rb") as file:
+            lines = iter(lambda: file.readline(_LONGEST_LINE), b"")
+            first = next(lines, b"")
+            good = bool(_CHECKSUM.fullmatch(first)) and all(_CHECKSUM.fullmatch(line) for line in lines)
+    except (OSError, ValueError) as error:
+        return [Fault(what, str(error), rule, remedy)]
+    return [] if good else [Fault(what, "another file is there already", rule, remedy)]
 
 
 def compare_checksums(listing: Path, files: list[Path]) -> list[Fault]:

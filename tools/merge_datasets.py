@@ -20,11 +20,11 @@ from tqdm import tqdm
 
 from megatron_doremi.data.files import atomic_write_bytes, sha256_of
 from megatron_doremi.data.indexed_dataset import dtype_for, paths_of
-from megatron_doremi.data.manifest import load_manifest, print_warnings
+from megatron_doremi.data.manifest import load_manifest, overwriting_faults, print_warnings
 from megatron_doremi.data.outputs import Outputs, check_same_tokenizer, manifest_after, publish, train_prefixes
 from megatron_doremi.data.shards import SHARDS, load_shards, merge, passed_over
 from megatron_doremi.data.workspace import Workspace
-from megatron_doremi.errors import ConfigError, Fault, run_or_exit
+from megatron_doremi.errors import ConfigError, Fault, raise_if_any, run_or_exit
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -48,7 +48,9 @@ def main() -> int:
     tokenizer = replace(source, file=args.output_dir / source.file.name)
     manifest_path = args.output_dir / "domains.json"
     known = {}
-    if args.split == "valid":
+    if args.split == "train":
+        raise_if_any(overwriting_faults(manifest_path))
+    else:
         train = load_manifest(manifest_path)
         check_same_tokenizer(train, tokenizer)
         known = train_prefixes(train, args.output_dir)

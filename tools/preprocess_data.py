@@ -33,7 +33,7 @@ from megatron_doremi.data.encoding import TokenizerFiles, WorkerDied, bad_lines_
 from megatron_doremi.data.files import make_folder
 from megatron_doremi.data.indexed_dataset import dtype_for
 from megatron_doremi.data.input_options import Inputs, add_input_options, read_input_options
-from megatron_doremi.data.manifest import TokenizerInfo, load_manifest
+from megatron_doremi.data.manifest import TokenizerInfo, load_manifest, overwriting_faults
 from megatron_doremi.data.outputs import (
     Outputs,
     keep_tokenizer,
@@ -113,9 +113,8 @@ def check(args: argparse.Namespace) -> list[Fault]:
     if args.valid_fraction and args.split == "valid":
         rule = "the train split's run, which writes both"
         faults.append(Fault("--valid-fraction", "with --split valid", rule, "leave one of them out"))
-    if (args.output_dir / "domains.json").is_dir():
-        rule = "no folder where the manifest has to go"
-        faults.append(Fault(str(args.output_dir / "domains.json"), "a folder", rule, "move it"))
+    if args.split == "train":
+        faults += overwriting_faults(args.output_dir / "domains.json")
     if args.max_documents and args.num_shards > 1:
         rule = "one process, which alone can count them"
         faults.append(Fault("--max-documents", "with --num-shards", rule, "leave one of them out"))

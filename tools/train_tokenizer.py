@@ -169,14 +169,27 @@ def train_byte_level(args: argparse.Namespace, texts: list[bytes]) -> bytes:
     return str(tokenizer.to_str()).encode("utf-8")
 
 
+def is_tokenizer(path: Path) -> bool:
+    """Whether a file is what this program writes under such a name."""
+    try:
+        if path.suffix == ".json":
+            Tokenizer.from_file(str(path))
+        else:
+            sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except Exception:  # the library raises Exception itself
+        return False
+    return True
+
+
 def main() -> int:
     """Samples, trains, writes."""
     args = build_parser().parse_args()
     faults = []
     if args.output.suffix not in (".model", ".json"):
         faults.append(Fault("--output", str(args.output), "a path that ends in .model or .json", "name it so"))
-    if args.output.is_dir():
-        faults.append(Fault("--output", f"{args.output} is a folder", "a file", "give another path"))
+    if args.output.exists() and not is_tokenizer(args.output):
+        value, rule = f"{args.output} is there already", "a new path, or an earlier tokenizer of that kind"
+        faults.append(Fault("--output", value, rule, "give another path"))
     for flag, number, least, most in (
         ("--vocab-size", args.vocab_size, 1, 10_000_000),
         ("--sample-bytes", args.sample_bytes, 1, 1 << 40),

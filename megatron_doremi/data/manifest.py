@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from megatron_doremi.data.files import atomic_write_text, read_json_object
-from megatron_doremi.data.formats import Count, Name, PathText, Positive, Schema, Sha256, check_entry
+from megatron_doremi.data.formats import Count, Name, PathText, Positive, Schema, Sha256, check_entry, format_fault
 from megatron_doremi.data.indexed_dataset import IndexedDataset
 from megatron_doremi.data.prefix_list import Listed, is_split_lists, pair_identity, read_split_lists, read_words
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any
@@ -169,6 +169,18 @@ def load_manifest(path: Path) -> Manifest:
     if not sum(domain.tokens for domain in domains):
         raise ConfigError(Fault(subject, "no tokens in any domain", "text to train on", _REMEDY))
     return manifest
+
+
+def overwriting_faults(path: Path) -> list[Fault]:
+    """A fault where a manifest would be written over a file that is none, such as a list of domains of that name."""
+    subject, remedy = str(path), "move that file, or give another folder"
+    if not os.path.lexists(path):
+        return []
+    try:
+        fault = format_fault(read_json_object(path, subject), subject, ManifestEntry, remedy)
+    except ConfigError:
+        fault = Fault(subject, "a folder or another file is there", "a path for the manifest", remedy)
+    return [] if fault is None else [fault]
 
 
 def tokenizer_info(entry: TokenizerEntry, folder: Path) -> TokenizerInfo:

@@ -163,3 +163,92 @@ def test_another_tokenizer_is_refused(copy):
     copy.write_text(text.replace(sha256, "0" * 64))
     assert model.name in refused("verify", copy)
     assert "the one that made the ids" in refused("documents", copy, "--domain", "Books")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda copy: copy,
+        lambda copy: copy.parent / "Books_train.bin",
+        lambda copy: copy.parent / ".." / copy.parent.name / "Books_valid.idx",
+        lambda copy: next(copy.parent.glob("tokenizer-*.model")),
+        lambda copy: copy.parent / "link",
+        lambda copy: copy.parent / "notes.txt",
+        lambda copy: copy.parent / "empty",
+        lambda copy: copy.parent / "half",
+        lambda copy: copy.parent / "elsewhere" / "SHA256SUMS",
+        lambda copy: copy.parent,
+    ],
+)
+def test_a_list_of_checksums_overwrites_nothing_else(make, copy):
+    """Version 0.1 wrote it over the manifest."""
+    (copy.parent / "link").symlink_to(copy)
+    (copy.parent / "notes.txt").write_text("mine\n")
+    (copy.parent / "empty").write_text("")
+    (copy.parent / "half").write_text("a" * 64 + "  Books_train.bin\nmine\n")
+    before = {path.name: path.read_bytes() for path in copy.parent.iterdir()}
+    said = refused("verify", copy, "--write-checksums", make(copy))
+    assert "--write-checksums" in said
+    assert "1 fault" in said
+    assert {path.name: path.read_bytes() for path in copy.parent.iterdir()} == before
+
+
+def test_an_earlier_list_of_checksums_is_written_again_through_a_link_too(copy):
+    listing = copy.parent / "SHA256SUMS"
+    inspect("verify", copy, "--write-checksums", listing)
+    first = listing.read_text()
+    listing.write_text(first.splitlines()[0])
+    (copy.parent / "link").symlink_to(listing)
+    inspect("verify", copy, "--write-checksums", copy.parent / "link")
+    assert listing.read_text() == first
+    assert (copy.parent / "link").is_symlink()
+
+
+def test_numbers_that_no_run_reaches_are_refused(data):
+    flags = ["--number", 10**18, "--seq-length", 10**12, "--global-batch-size", 10**9, "--seed", -1]
+    said = refused("window", data, *flags)
+    for flag in flags[::2]:
+        assert flag in said
+    assert "4 faults" in said
+
+
+def test_a_manifest_with_another_vocabulary_than_its_tokenizer_is_refused(copy):
+    """Ids that the tokenizer does not have ended in a traceback."""
+    entry = json.loads(copy.read_text())
+    entry["tokenizer"]["vocab_size"] += 1
+    copy.write_text(json.dumps(entry))
+    damage_last = copy.parent / "Books_train.bin"
+    damage_last.write_bytes(
+        damage_last.read_bytes()[:-2] + (entry["tokenizer"]["vocab_size"] - 1).to_bytes(2, "little")
+    )
+    for command, *flags in (("documents", "--domain", "Books"), ("verify",)):
+        assert "vocab_size 321" in refused(command, copy, *flags)
+
+
+def test_warnings_of_the_manifest_are_printed(copy):
+    entry = json.loads(copy.read_text())
+    entry["domains"][0]["valid"] = entry["domains"][0]["train"]
+    copy.write_text(json.dumps(entry))
+    done = run("inspect_data.py", "counts", "--domains", copy)
+    assert done.returncode == 0
+    assert "warning: " in done.stderr
+    assert "held-out loss is a training loss" in done.stderr
+
+
+def test_tools_write_over_no_file_of_another_kind(copy, tmp_path):
+    """Siblings of the checksums: a tokenizer over a manifest, a manifest over a list of domains."""
+    before, source = copy.read_bytes(), tmp_path / "one.jsonl"
+    source.write_bytes(jsonl_of(TRAIN[:3]))
+    done = run("train_tokenizer.py", "--input", source, "--output", copy, "--vocab-size", 300)
+    assert done.returncode == 2
+    assert "there already" in done.stderr
+    assert copy.read_bytes() == before
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "domains.json").write_text('{"format": "megatron-doremi-domain-list/1", "domains": ["Books"]}')
+    model = next(copy.parent.glob("tokenizer-*.model"))
+    flags = ["--input", source, "--output-dir", out, "--tokenizer-model", model]
+    done = run("preprocess_data.py", *flags)
+    assert done.returncode == 2
+    assert "megatron-doremi-domain-list/1" in done.stderr
+    assert [path.name for path in out.iterdir()] == ["domains.json"]
