@@ -20,6 +20,7 @@ from typing import Any
 
 from megatron_doremi.arguments import parse_config
 from megatron_doremi.config import Config, data_parallel_size
+from megatron_doremi.console import say
 from megatron_doremi.errors import run_or_exit
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.settings import EVALUATE, PROXY, SCORE, TRAINING
@@ -60,12 +61,14 @@ def run(config: Config, topology: Topology, launch: Launch) -> int:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
     from megatron_doremi.data.manifest import print_warnings
+    from megatron_doremi.parallel.exchange import from_rank_0
     from megatron_doremi.parallel.groups import make_groups
     from megatron_doremi.training import setup
     from megatron_doremi.training.build import make_engine
     from megatron_doremi.training.distributed import join
     from megatron_doremi.training.identity import check_ranks_start_alike, run_identity
     from megatron_doremi.training.loop import Trainer
+    from megatron_doremi.training.output_checks import check_outputs
     from megatron_doremi.training.repetition import check_repetition
     from megatron_doremi.training.resume import resume_point
     from megatron_doremi.training.run_lock import run_lock
@@ -87,6 +90,7 @@ def run(config: Config, topology: Topology, launch: Launch) -> int:
     with Watchdog(signs, launch.rank, launch.world_size, 60.0 * minutes) as watchdog, ExitStack() as held:
         check_ranks_start_alike(config, setup.what_is_read(data, reference_run, recorded))
         groups = make_groups(topology)
+        from_rank_0(lambda: check_outputs(config))
         save, waiting = Path(config.run.save), lambda: watchdog.mark("waiting to see whether another run is alive")
         if phase == EVALUATE:
             evaluate_run(config, data, topology, groups, device, watchdog)
@@ -103,10 +107,9 @@ def run(config: Config, topology: Topology, launch: Launch) -> int:
             identity = run_identity(config, gpt, data, topology.world_size, reference_sha256)
             resume = resume_point(config, identity, data.names, topology)
             own: dict[str, Any] = {"identity": identity, "overrides": list(resume.overrides) if resume else []}
-            if topology.rank == 0:
-                setup.write_run_config(config, gpt, data, topology, **own)
-                if repeated:
-                    print(repeated)
+            from_rank_0(lambda: setup.write_run_config(config, gpt, data, topology, **own))
+            if topology.rank == 0 and repeated:
+                say(repeated)
             engine = make_engine(config, gpt, data.weights, topology, groups, device)
             reference = setup.make_reference(config, reference_run, topology, groups)
             trainer = Trainer(
@@ -136,7 +139,7 @@ def dry_run(config: Config, topology: Topology) -> None:
         gpt = setup.resolve_gpt(config, data) if config.data.phase in TRAINING or loaded is None else loaded.gpt
         print(describe_run(config, gpt, topology))
         if repeated:
-            print(repeated)
+            say(repeated)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,14 @@ def _without_effect(flag: str, rule: str) -> Fault:
     return Fault(flag, "has no effect", rule, "leave it out")
 
 
+def _holds_run(save: Path) -> bool:
+    try:
+        return any((save / "checkpoints").glob("iter_*"))
+    except (OSError, ValueError):
+        # No path at all; said when the outputs are tried.
+        return False
+
+
 def _required(config: Config) -> list[Fault]:
     data, run, faults = config.data, config.run, []
 
@@ -63,7 +71,7 @@ def _required(config: Config) -> list[Fault]:
             faults.append(_without_effect("--reference-load", "--reference-losses names what its losses are read from"))
         elif config.doremi.doremi_objective == "hardest":
             faults.append(_without_effect("--reference-load", "--doremi-objective hardest reads no reference"))
-    holds_run = any((Path(run.save) / "checkpoints").glob("iter_*")) if run.save else False
+    holds_run = bool(run.save) and _holds_run(Path(run.save))
     if data.phase != EVALUATE and holds_run and not run.load:
         faults.append(
             Fault(

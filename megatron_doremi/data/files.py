@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -92,10 +93,17 @@ def make_durable(path: Path) -> None:
 
 
 def make_folder(path: Path, flag: str) -> None:
-    """Makes a folder for output, and those above it. Raises ConfigError, naming `flag`, where that cannot be."""
+    """Makes a folder for output, and those above it.
+
+    Raises:
+        ConfigError: that cannot be, naming `flag`.
+        OSError: the disk is full.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
         raise ConfigError(
             Fault(flag, str(error), "a folder that is there or can be made", "give another path")
         ) from error

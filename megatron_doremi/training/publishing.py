@@ -21,6 +21,7 @@ from megatron_doremi.training.optimizer_state import write_index
 
 # Names of what is being written, given up for a newer one of the same name, or deleted.
 WRITING, REPLACED, DELETING = ".writing-", ".replaced-", ".deleting-"
+_LATEST = ".latest."
 # Files that other ranks made durable may reach rank 0's view of a shared file system a little later.
 PATIENCE_SECONDS = 10.0
 
@@ -156,10 +157,15 @@ def _state(checkpoint: Path) -> dict[str, Any]:
 
 
 def clear_leftovers(save: Path) -> None:
-    """Removes what a killed run left half-written or half-deleted, as far as that can be done."""
+    """Removes what a killed run left half-written or half-deleted in its --save, as far as that can be done.
+
+    The caller holds the run's lock: nobody else writes these files.
+    """
+    for path in [*save.glob(".config.json.*.tmp"), *save.glob(".domain_weights.json.*.tmp")]:
+        _remove_or_warn(path)
     folder = checkpoints_folder(save)
     try:
-        hidden = [path for path in folder.iterdir() if path.name.startswith((WRITING, REPLACED, DELETING))]
+        hidden = [path for path in folder.iterdir() if path.name.startswith((WRITING, REPLACED, DELETING, _LATEST))]
     except FileNotFoundError:
         return
     except OSError as error:
