@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection
+from os.path import realpath
 from pathlib import Path
 
 from megatron_doremi.config import (
@@ -81,7 +82,7 @@ def _required(config: Config) -> list[Fault]:
                 f"add --load {run.save} to go on with it, or give another folder",
             )
         )
-    if run.load and run.save and data.phase != EVALUATE and Path(run.load).resolve() != Path(run.save).resolve():
+    if run.load and run.save and data.phase != EVALUATE and realpath(run.load) != realpath(run.save):
         faults.append(
             Fault(
                 "--load",
