@@ -36,7 +36,7 @@ from megatron_doremi.data.loss_file import (
 )
 from megatron_doremi.data.reference_losses import LossFolder, RecordedLosses
 from megatron_doremi.doremi.reference import ReferenceRun
-from megatron_doremi.errors import ConfigError, RunError, raise_if_any
+from megatron_doremi.errors import ConfigError, RunError, machine_failure, raise_if_any
 from megatron_doremi.model.forward import forward_only
 from megatron_doremi.model.pipeline import GPTPipeline
 from megatron_doremi.model.weights import load_frozen
@@ -291,8 +291,7 @@ class _Replica:
         except (ConfigError, RunError) as error:
             self.store.set("stop", error_text(error))
         except OSError as error:
-            text = f"{self.folder.folder}: {error.strerror or error}; what was recorded before is complete"
-            self.store.set("stop", error_text(RunError(text)))
+            self.store.set("stop", error_text(machine_failure(error)))
         else:
             self.windows += len(windows)
             self.clipped += clipped(losses)

@@ -1,0 +1,97 @@
+"""Mutations of recorded losses: whatever stands in a file, its right losses or a ConfigError.
+
+`tests/data/test_fuzz_losses.py` runs some of them; `python tests/soak/fuzz_losses.py` runs more.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+
+import numpy as np
+from data.test_fuzz import mutated_bytes, mutated_json
+from safetensors.numpy import save_file
+
+from megatron_doremi.data.loss_file import chunk_path, chunks_of, from_codes
+from megatron_doremi.data.reference_losses import LossFolder, RecordedLosses
+from megatron_doremi.errors import ConfigError
+
+SEQ = 4
+FINGERPRINT = {
+    "tokenizer_sha256": "0" * 64,
+    "data_fingerprint": "1" * 64,
+    "data_content": "2" * 64,
+    "domains": ["a", "b"],
+    "seq_length": SEQ,
+    "precision": "float32",
+}
+WINDOWS = np.array([0, 1, 63, 64, 700, 4095])
+OLD_KEYS = ("tokenizer_sha256", "data_fingerprint", "domains", "seq_length")
+# What is mutated, and how: (file, of version 0.1, way).
+TARGETS = [
+    ("losses", False, "bytes"),
+    ("losses", False, "header"),
+    ("losses", True, "bytes"),
+    ("losses", True, "header"),
+    ("scores.json", False, "bytes"),
+    ("scores.json", False, "values"),
+    ("scores.json", True, "bytes"),
+    ("scores.json", True, "values"),
+]
+
+
+def rows(old):
+    losses = from_codes((np.arange(len(WINDOWS) * SEQ) * 251).astype(np.uint16)).reshape(-1, SEQ)
+    return losses.astype(np.float16) if old else losses
+
+
+def write(folder, old):
+    """Six windows of the first domain, as this version or as version 0.1 writes them; the paths of both files."""
+    of = {"reference": "3" * 64, "reference_iteration": 7}
+    path = chunk_path(folder, 0, 0)
+    if old:
+        path.parent.mkdir(parents=True)
+        save_file({"windows": WINDOWS, "losses": rows(old)}, path)
+        entry = {key: FINGERPRINT[key] for key in OLD_KEYS}
+        (folder / "scores.json").write_text(json.dumps({"format": "megatron-doremi-scores/1", **entry, **of}))
+    else:
+        LossFolder(folder, {**FINGERPRINT, **of}).add(0, 0, WINDOWS, rows(old))
+    return {"losses": path, "scores.json": folder / "scores.json"}
+
+
+def with_another_header(data, dice):
+    """A safetensors file in whose header one or two values are something else."""
+    length = int.from_bytes(data[:8], "little")
+    header = mutated_json(json.loads(data[8 : 8 + length]), dice).encode()
+    return len(header).to_bytes(8, "little") + header + data[8 + length :]
+
+
+def fuzz(folder, file, old, way, cases, seed=0):
+    """Mutates a file so many times. Returns how many mutations were refused."""
+    dice, refused = random.Random(f"{seed} {file} {old} {way}"), 0
+    path, expected = write(folder, old)[file], rows(old).astype(np.float32)
+    original = path.read_bytes()
+    for _ in range(cases):
+        if way == "bytes":
+            data = mutated_bytes(original, dice)
+        elif way == "header":
+            data = with_another_header(original, dice)
+        else:
+            data = mutated_json(json.loads(original), dice).encode()
+        path.write_bytes(data)
+        try:
+            recorded = RecordedLosses(folder, FINGERPRINT["domains"], FINGERPRINT)
+            faults = recorded.check([chunks_of([WINDOWS], 5000)])
+            found = recorded.losses(np.zeros(len(WINDOWS), np.int64), WINDOWS).numpy()
+        except ConfigError:
+            refused += 1
+            continue
+        assert not faults, "what the check refuses is not read"
+        if old and file == "losses":
+            # float16 files have no checksums: what is read is at least possible.
+            assert found.shape == expected.shape
+            assert np.isfinite(found).all()
+            assert (found >= 0).all()
+        else:
+            assert np.array_equal(found, expected), data
+    return refused
