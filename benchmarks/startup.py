@@ -15,12 +15,16 @@ import struct
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+
+import numpy as np
 
 from megatron_doremi.arguments import parse_config
 from megatron_doremi.data.blend import Blend, BlendState, window_count
@@ -29,37 +33,53 @@ from megatron_doremi.data.manifest import MANIFEST_FORMAT
 from megatron_doremi.training.setup import open_data
 
 TOKENS_A_DOCUMENT = 1000
+# An index of no more is read as a whole when it is opened.
+CHECKED_DOCUMENTS = 1 << 18
 
 
 def write_sparse(folder: Path, domains: int, tokens: int) -> Path:
     """Pairs of uint16 ids, all 0, that take no room on the disk; returns the manifest's path."""
+    # Of unequal sizes, as domains are.
+    sizes = {f"domain {n}": 2 * tokens * (n + 1) // (domains * (domains + 1)) for n in range(domains)}
+    return write_sparse_domains(folder, {name: (size, size // TOKENS_A_DOCUMENT) for name, size in sizes.items()})
+
+
+def write_sparse_domains(folder: Path, sizes: Mapping[str, tuple[int, int]]) -> Path:
+    """Sparse pairs of domains of so many (tokens, documents); returns the manifest's path."""
     entries = []
-    for number in range(domains):
-        # Of unequal sizes, as domains are.
-        size = 2 * tokens * (number + 1) // (domains * (domains + 1))
-        documents = size // TOKENS_A_DOCUMENT
+    for number, (name, (size, documents)) in enumerate(sizes.items()):
         prefix = folder / f"domain{number}_train"
         with Path(f"{prefix}.bin").open("wb") as file:
             file.truncate(2 * size)
         with Path(f"{prefix}.idx").open("wb") as file:
             file.write(struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, 8, documents, documents + 1))
-            start = file.tell()
-            last = size - (documents - 1) * TOKENS_A_DOCUMENT
-            # The ends of the three lists; between them zeros, which nobody reads.
-            for place, entry in (
-                (4 * documents - 4, struct.pack("<i", last)),
-                (12 * documents - 8, struct.pack("<q", 2 * (size - last))),
-                (20 * documents, struct.pack("<q", documents)),
-            ):
-                file.seek(start + place)
-                file.write(entry)
-        sizes = {"tokens": size, "documents": documents, "bytes": 4 * size}
-        entries.append({"name": f"domain {number}", "train": prefix.name, "valid": None, **sizes})
+            if documents > CHECKED_DOCUMENTS:
+                _write_ends(file, size, documents)
+            else:
+                lengths = np.full(documents, size // documents)
+                lengths[-1] += size % documents
+                places = 2 * (np.cumsum(lengths) - lengths)
+                file.write(lengths.astype("<i4").tobytes() + places.astype("<i8").tobytes())
+                file.write(np.arange(documents + 1, dtype="<i8").tobytes())
+        entry = {"name": name, "train": prefix.name, "valid": None, "tokens": size, "documents": documents}
+        entries.append({**entry, "bytes": 4 * size})
     tokenizer = {"type": "SentencePieceTokenizer", "file": "none", "sha256": "0" * 64, "vocab_size": 50_000, "eod": 0}
     manifest = {"format": MANIFEST_FORMAT, "tokenizer": tokenizer, "domains": entries}
     path = folder / "domains.json"
     path.write_text(json.dumps(manifest))
     return path
+
+
+def _write_ends(file: BinaryIO, size: int, documents: int) -> None:
+    """The ends of the three lists of an index; between them zeros, which nobody reads."""
+    start, last = file.tell(), size // documents
+    for place, data in (
+        (4 * documents - 4, struct.pack("<i", last)),
+        (12 * documents - 8, struct.pack("<q", 2 * (size - last))),
+        (20 * documents, struct.pack("<q", documents)),
+    ):
+        file.seek(start + place)
+        file.write(data)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,106 @@
+"""A proxy on recorded losses at The Pile's counts: start, check, first rows, metrics; files are sparse.
+
+Figures are benchmarks/recorded_losses.py's. Run alone: python -m pytest tests/data/test_recorded_losses_at_size.py
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import resource
+
+import numpy as np
+import pytest
+from ranks import on_ranks
+
+from benchmarks.startup import write_sparse_domains
+
+TRAIN_ITERS = 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """22 domains of 300 billion tokens, and what a proxy of four steps reads: files of losses all over them."""
+    from benchmarks.recorded_losses import pile_counts, proxy_of, write_losses
+
+    folder = tmp_path_factory.mktemp("pile")
+    try:
+        write_sparse_domains(folder, pile_counts())
+    except OSError as error:
+        pytest.skip(f"this file system holds no sparse files of 170 GB: {error}")
+    config, data = proxy_of(folder, TRAIN_ITERS)
+    assert write_losses(folder / "losses", config, data) > 1800
+    assert sum(path.stat().st_blocks for path in folder.rglob("*")) * 512 < 100 * 2**20
+    return folder
+
+
+def proxy(launch, folder):
+    """What the only rank of a proxy does before its first step, and what it reads for two; in a process of its own."""
+    from benchmarks.recorded_losses import (
+        bytes_read,
+        check,
+        first_steps,
+        open_recorded,
+        proxy_of,
+        resume_metrics,
+        row_of,
+        window_count,
+        windows_needed,
+    )
+
+    config, data = proxy_of(folder, TRAIN_ITERS)
+    recorded = open_recorded(config, data)
+    marks = check(recorded, config, data)
+    before, rows = bytes_read(), 0
+    for step in itertools.islice(first_steps(recorded, config, data), 2):
+        for batch in step.micro_batches:
+            for domain, window, losses in zip(batch.domains, batch.windows, batch.reference, strict=True):
+                assert np.array_equal(losses.numpy() * 2048, row_of(int(domain), int(window)))
+                rows += 1
+    read = (bytes_read() - before) / rows
+    files = len(os.listdir("/proc/self/fd"))
+    # The largest domain's windows in the paper's 200,000 steps; version 0.1 compared all of them with each chunk.
+    config, data = proxy_of(folder, 200_000)
+    chunks = list(next(windows_needed(config, data, 1)))
+    before = bytes_read()
+    resume_metrics(folder / "metrics.jsonl")
+    return {
+        "windows": [window_count(dataset.num_tokens, 1024) for dataset in data.train],
+        "marks": marks,
+        "rows": rows,
+        "bytes a row": read,
+        "files": files,
+        "chunks": (len(chunks), sum(bits.bit_count() for _, bits in chunks)),
+        "metrics": bytes_read() - before,
+        "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+
+
+def test_a_proxy_starts_and_reads(folder):
+    [found] = on_ranks(1, proxy, folder)
+    print(found)
+    assert sum(found["windows"]) > 290e6
+    assert found["rows"] == 1024
+    # One sign of progress a domain at least.
+    assert found["marks"] >= 22
+    # Text, header, checksum and row of losses; version 0.1 read whole files of up to 8.4 MB.
+    assert found["bytes a row"] < 10_000
+    assert found["files"] < 300
+    assert found["chunks"] == (-(-80_635_815 // 4096), 200_000 * 512 // 22 + 2)
+    # Of 628 MB.
+    assert found["metrics"] < 2e6
+    assert found["peak"] < 1024
+
+
+def test_one_file_of_thousands_is_missing(folder):
+    from benchmarks.recorded_losses import check, chunk_path, open_recorded, proxy_of
+
+    config, data = proxy_of(folder, TRAIN_ITERS)
+    recorded = open_recorded(config, data)
+    paths = [next(chunk_path(folder / "losses", domain, 0).parent.iterdir()) for domain in (0, 21)]
+    hidden = [path.rename(path.with_suffix(".hidden")) for path in paths]
+    with pytest.raises(Exception, match=r"of domain 'Pile-CC' (is|are) missing") as caught:
+        check(recorded, config, data)
+    assert "of domain 'Enron Emails'" in str(caught.value)
+    for path, name in zip(hidden, paths, strict=True):
+        path.rename(name)
