@@ -23,7 +23,7 @@ from megatron_doremi.config import Config, data_parallel_size
 from megatron_doremi.console import say
 from megatron_doremi.errors import run_or_exit
 from megatron_doremi.parallel.topology import Topology
-from megatron_doremi.settings import EVALUATE, PROXY, SCORE, TRAINING
+from megatron_doremi.settings import EVALUATE, SCORE, TRAINING
 from megatron_doremi.training.launch import Launch, read_launch
 from megatron_doremi.training.stopping import EXIT_STOPPED, StopRequest
 
@@ -83,7 +83,7 @@ def run(config: Config, topology: Topology, launch: Launch) -> int:
     repeated = check_repetition(config, data, topology.world_size)
     reference_run = setup.read_reference(config, data) if setup.needs_reference(config) else None
     recorded = None
-    if phase == PROXY and setup.scores_batches(config) and config.doremi.reference_losses != "online":
+    if setup.reads_recorded_losses(config):
         recorded = open_recorded(config, data)
     minutes, stopped = config.run.distributed_timeout_minutes, False
     device, signs = join(launch, minutes)
@@ -126,6 +126,7 @@ def dry_run(config: Config, topology: Topology) -> None:
     from megatron_doremi.data.manifest import print_warnings
     from megatron_doremi.training import setup
     from megatron_doremi.training.repetition import check_repetition
+    from megatron_doremi.training.score import open_recorded
     from megatron_doremi.training.sizes import describe_run
 
     data = setup.open_data(config, training=config.data.phase != EVALUATE)
@@ -135,6 +136,8 @@ def dry_run(config: Config, topology: Topology) -> None:
     loaded = setup.read_reference(config, data) if setup.needs_reference(config) else None
     if config.data.phase == EVALUATE:
         loaded = setup.read_trained(Path(config.run.load), "--load", data, config)
+    if setup.reads_recorded_losses(config):
+        open_recorded(config, data)
     if topology.rank == 0:
         gpt = setup.resolve_gpt(config, data) if config.data.phase in TRAINING or loaded is None else loaded.gpt
         print(describe_run(config, gpt, topology))

@@ -14,7 +14,6 @@ import functools
 import itertools
 import json
 import os
-import socket
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +26,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from megatron_doremi.data.files import atomic_write_text, make_folder, read_json_object
+from megatron_doremi.data.files import atomic_write_text, make_folder, read_json_object, temporary_beside
 from megatron_doremi.data.formats import Count, Name, Positive, Schema, Sha256, check_entry
 from megatron_doremi.data.loss_file import CHUNK_WINDOWS, Chunks, LossFile, add_windows
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any
@@ -134,7 +133,7 @@ def _create(path: Path, text: str) -> bool:
     """Writes a file that is not there yet; of several that try only one does. Returns whether it did."""
     if path.exists():
         return False
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.new")
+    temporary = temporary_beside(path)
     atomic_write_text(temporary, text)
     try:
         os.link(temporary, path)

@@ -12,7 +12,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -53,6 +53,7 @@ from megatron_doremi.training.watchdog import Watchdog
 _PART = 1 << 18
 _CHUNKS_A_TURN = 256
 _STOP, _FAILED = 1, 2
+T = TypeVar("T")
 
 
 def data_fingerprint(config: Config, data: RunData) -> dict[str, Any]:
@@ -255,15 +256,32 @@ class _Replica:
         mine = itertools.islice(chunks, place, None, self._shares())
         while True:
             found: list[Any] | None = None
-            if self.folder is not None and (turn := list(itertools.islice(mine, _CHUNKS_A_TURN))):
+            if self.folder is not None:
                 self.watchdog.mark("looking for what is recorded")
-                left = [(d, c, bits, self.folder.missing(d, c, bits)) for d, c, bits in turn]
-                recorded = sum((bits & ~missing).bit_count() for _, _, bits, missing in left)
-                found = [[(d, c, f"{missing:x}") for d, c, _, missing in left if missing], recorded]
+                found = self._telling(lambda: self._next_turn(mine))
             found = broadcast_json(found, self.topology.loss_rank(), self.groups.model)
             if found is None:
                 return
             yield found[0], found[1]
+
+    def _next_turn(self, mine: Iterator[tuple[int, int, int]]) -> list[Any] | None:
+        """The next entry of `_turns`; None at the end."""
+        turn = list(itertools.islice(mine, _CHUNKS_A_TURN))
+        if self.folder is None or not turn:
+            return None
+        left = [(domain, chunk, bits, self.folder.missing(domain, chunk, bits)) for domain, chunk, bits in turn]
+        recorded = sum((bits & ~missing).bit_count() for _, _, bits, missing in left)
+        return [[(domain, chunk, f"{missing:x}") for domain, chunk, _, missing in left if missing], recorded]
+
+    def _telling(self, work: Callable[[], T]) -> T | None:
+        """What some work gives; None where it fails, which all ranks then hear of."""
+        try:
+            return work()
+        except (ConfigError, RunError) as error:
+            self.store.set("stop", error_text(error))
+        except OSError as error:
+            self.store.set("stop", error_text(machine_failure(error)))
+        return None
 
     def _losses(self, domain: int, windows: NDArray[np.int64]) -> NDArray[np.float32]:
         """[n, seq] losses of windows of one domain, on the last stage; elsewhere nothing."""
@@ -282,19 +300,16 @@ class _Replica:
         return np.concatenate(rows)[: len(windows)] if rows else np.empty((0, seq_length), np.float32)
 
     def _record(self, domain: int, chunk: int, windows: NDArray[np.int64], losses: NDArray[np.float32]) -> None:
-        """Records a chunk on the rank that does; a failure is told to all others."""
-        if self.folder is None:
-            return
-        try:
-            self._check(domain, windows, losses)
-            self.folder.add(domain, chunk, windows, losses)
-        except (ConfigError, RunError) as error:
-            self.store.set("stop", error_text(error))
-        except OSError as error:
-            self.store.set("stop", error_text(machine_failure(error)))
-        else:
+        """Records a chunk on the rank that does; of a failure all ranks hear."""
+        if self.folder is not None and self._telling(lambda: self._add(domain, chunk, windows, losses)):
             self.windows += len(windows)
             self.clipped += clipped(losses)
+
+    def _add(self, domain: int, chunk: int, windows: NDArray[np.int64], losses: NDArray[np.float32]) -> bool:
+        assert self.folder is not None
+        self._check(domain, windows, losses)
+        self.folder.add(domain, chunk, windows, losses)
+        return True
 
     def _check(self, domain: int, windows: NDArray[np.int64], losses: NDArray[np.float32]) -> None:
         good = np.isfinite(losses) & (losses > SMALLEST_LOSS)

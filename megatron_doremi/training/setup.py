@@ -177,6 +177,11 @@ def scores_batches(config: Config) -> bool:
     return config.doremi.doremi_objective != "hardest"
 
 
+def reads_recorded_losses(config: Config) -> bool:
+    """Whether a run is a proxy whose reference losses are recorded."""
+    return config.data.phase == PROXY and scores_batches(config) and config.doremi.reference_losses != "online"
+
+
 def read_trained(folder: Path, flag: str, data: RunData, config: Config, needs_all_steps: bool = False) -> ReferenceRun:
     """Finds the newest model of a run, `folder` given by `flag`, and checks that it fits this data and layout.
 

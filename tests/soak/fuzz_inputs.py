@@ -17,7 +17,7 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS.parent), str(TESTS), str(TESTS / "data")]
 
-from input_mutations import FILES, fuzz  # noqa: E402
+from input_mutations import FILES, fuzz
 
 
 def main() -> None:

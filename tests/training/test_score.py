@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from training.small import MODEL, read_by, train, training_lines, write_data
 
 from megatron_doremi.arguments import parse_config
-from megatron_doremi.data.loss_file import LossFile
+from megatron_doremi.data.loss_file import LossFile, chunk_path
 from megatron_doremi.errors import ConfigError, RunError
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.training.score import check_recorded, open_recorded, windows_needed
@@ -241,7 +241,7 @@ def scored(launch, argv):
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         try:
             program(launch, argv)
-        except RunError as error:
+        except (ConfigError, RunError) as error:
             return printed.getvalue() + str(error)
     return printed.getvalue()
 
@@ -302,3 +302,15 @@ def test_clipped_losses_are_said(folder, tmp_path):
             assert (largest == np.float32(65535 / 2048)) == (file.clipped > 0)
     assert sum(counts) > 0
     assert int(found[1].replace(",", "")) == sum(counts)
+
+
+def test_a_damaged_file_is_said_by_every_rank(folder, tmp_path):
+    """Only one rank of a replica reads it; here the other one holds the first stage."""
+    score(folder, tmp_path, flags="--train-iters 2")
+    path = chunk_path(tmp_path, 1, 0)
+    path.write_bytes(path.read_bytes()[:-1])
+    argv = ["--phase", "score", "--domains", str(folder / "domains.json"), "--save", str(tmp_path), *MODEL]
+    argv += ["--reference-load", str(folder / "reference"), "--pipeline-model-parallel-size", "2"]
+    for words in on_ranks(2, scored, argv):
+        assert str(path) in words
+        assert "delete it and run --phase score again" in words
