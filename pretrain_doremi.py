@@ -99,9 +99,9 @@ def run(config: Config, topology: Topology, launch: Launch) -> int:
             held.enter_context(run_lock(save, f"shard-{config.doremi.shard}", os.environ, waiting))
             stopped = score(config, data, reference_run, topology, groups, stop, watchdog, signs)
         else:
-            lock = held.enter_context(run_lock(save, "run", os.environ, waiting))
             if recorded is not None:
                 check_recorded(recorded, config, data, topology, signs, watchdog)
+            lock = held.enter_context(run_lock(save, "run", os.environ, waiting))
             gpt = setup.resolve_gpt(config, data)
             reference_sha256 = reference_hash(reference_run, recorded, topology, watchdog)
             identity = run_identity(config, gpt, data, topology.world_size, reference_sha256)

@@ -309,7 +309,15 @@ def test_a_damaged_file_is_said_by_every_rank(folder, tmp_path):
     score(folder, tmp_path, flags="--train-iters 2")
     path = chunk_path(tmp_path, 1, 0)
     path.write_bytes(path.read_bytes()[:-1])
-    argv = ["--phase", "score", "--domains", str(folder / "domains.json"), "--save", str(tmp_path), *MODEL]
+    argv = [
+        "--phase",
+        "score",
+        "--domains",
+        str(folder / "domains.json"),
+        "--save",
+        str(tmp_path),
+        *read_by("score", MODEL),
+    ]
     argv += ["--reference-load", str(folder / "reference"), "--pipeline-model-parallel-size", "2"]
     for words in on_ranks(2, scored, argv):
         assert str(path) in words
