@@ -66,24 +66,35 @@ def _add_flag(group: argparse._ArgumentGroup, entry: dataclasses.Field[Any]) -> 
 
 
 def parse_config(argv: Sequence[str], world_size: int) -> Config:
-    """Reads and checks the command line.
-
-    Args:
-        argv: the arguments without the program's name.
-        world_size: number of processes of the run.
+    """Reads and checks the command line; `read_command_line` without its faults.
 
     Raises:
         ConfigError: with every fault of the command line.
     """
+    config, faults = read_command_line(argv, world_size)
+    raise_if_any(faults)
+    return config
+
+
+def read_command_line(argv: Sequence[str], world_size: int) -> tuple[Config, list[Fault]]:
+    """The settings, and every fault of the command line. Where one has a fault its default, or its value, stands.
+
+    Args:
+        argv: the arguments without the program's name.
+        world_size: number of processes of the run.
+    """
     parser = build_parser()
+    faults: list[Fault] = []
+    known, readable = argparse.Namespace(), True
+    unknown: list[str] = []
     try:
         # The deepspeed launcher adds --local_rank; launch.py reads LOCAL_RANK, which it sets as well.
         own = [word for word in argv if not word.startswith("--local_rank=")]
         known, unknown = parser.parse_known_args(own)
     except argparse.ArgumentError as error:
-        raise_if_any([Fault("command line", str(error), "each flag with its value", "see --help")])
-        raise AssertionError from error
-    faults = _unknown_faults(unknown)
+        faults.append(Fault("command line", str(error), "each flag with its value", "see --help"))
+        readable = False
+    faults += _unknown_faults(unknown)
     faults += phase_faults(getattr(known, "phase", ""), vars(known))
     sections = {}
     for section, cls in SECTIONS.items():
@@ -95,8 +106,7 @@ def parse_config(argv: Sequence[str], world_size: int) -> Config:
                 faults += fault
         sections[section] = cls(**values)
     config = Config(**sections)
-    raise_if_any(faults + find_faults(config, world_size))
-    return config
+    return config, faults + (find_faults(config, world_size) if readable else [])
 
 
 def _unknown_faults(unknown: Sequence[str]) -> list[Fault]:

@@ -9,9 +9,7 @@ this code base is always about our own mistakes.
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +18,6 @@ from megatron_doremi.open_files import raise_open_files_limit
 
 EXIT_USER_ERROR = 2
 EXIT_NO_READER = 141
-_SECONDS_FOR_RANK_0 = 5.0
 # What taking apart a value of the wrong shape or size raises.
 MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError)
 
@@ -68,6 +65,14 @@ class RunError(Exception):
     """A run cannot go on for a reason that lies in the machine or in the training: said without a traceback, exit 1."""
 
 
+class SaidElsewhere(Exception):
+    """The program ends with `code`; another process of the run says why."""
+
+    def __init__(self, code: int):
+        super().__init__(code)
+        self.code = code
+
+
 def machine_failure(error: OSError) -> RunError:
     """What an error of the operating system (full disk, lost file) says to the user."""
     names = [str(name) for name in (error.filename, error.filename2) if name is not None]
@@ -84,8 +89,7 @@ def run_or_exit(main: Callable[[], int | None]) -> None:
     """Runs `main` as a program: exits with its result, or with one clear message: 2 on a ConfigError, 1 on a RunError
     or an OSError. Where the reader of stdout is gone (`| head`), it exits silently with 141, as after SIGPIPE.
 
-    Under a launcher most faults are found by every rank. Rank 0 says them and leaves, upon which the launcher ends
-    the others; a rank that is still there after a moment has found a fault of its own and says it.
+    A SaidElsewhere exits with its code and prints nothing: of the ranks of a run one speaks (training/voice.py).
     """
     tolerate_any_character()
     raise_open_files_limit()
@@ -95,13 +99,11 @@ def run_or_exit(main: Callable[[], int | None]) -> None:
         code = EXIT_NO_READER
     except (ConfigError, RunError, OSError) as error:
         error = machine_failure(error) if isinstance(error, OSError) else error
-        place = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-        rank = int(place) if place.isdecimal() else 0
-        if rank:
-            time.sleep(_SECONDS_FOR_RANK_0)
         with contextlib.suppress(*CONSOLE_ERRORS):
-            print(f"error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
+            print(f"error: {error}", file=sys.stderr, flush=True)
         code = EXIT_USER_ERROR if isinstance(error, ConfigError) else 1
+    except SaidElsewhere as error:
+        code = error.code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         code = 130

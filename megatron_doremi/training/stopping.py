@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Mapping
-from types import FrameType
 
 from megatron_doremi.config import RunConfig
 from megatron_doremi.errors import ConfigError, Fault
+from megatron_doremi.training.signals import EXIT_STOPPED, Signals
 
-EXIT_STOPPED = 3
+__all__ = ["EXIT_STOPPED", "GO_ON", "REASONS", "StopRequest"]
 # Reasons, in the order of which one is said where ranks know of several.
 GO_ON, DURATION, ALLOCATION, SIGNAL = range(4)
 REASONS = {
@@ -18,22 +17,18 @@ REASONS = {
     ALLOCATION: "the SLURM allocation ends soon",
     SIGNAL: "a signal asked for it",
 }
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """What this rank knows of reasons to stop; ranks agree on them with each step (consensus.py).
+    """What this rank knows of reasons to stop; ranks agree on them with each step (consensus.py)."""
 
-    A handler only takes a note, so that further signals change nothing about a save that is under way.
-    """
-
-    def __init__(self, run: RunConfig, environ: Mapping[str, str]):
+    def __init__(self, run: RunConfig, environ: Mapping[str, str], signals: Signals):
         """Starts the clock of --exit-duration-in-mins, and reads the allocation's end from SLURM_JOB_END_TIME.
 
         Raises:
-            ConfigError: the environment's time is no number.
+            ConfigError: the environment's time is not a number.
         """
-        self._signalled = False
+        self.signals = signals
         self._leave_at = time.monotonic() + 60.0 * run.exit_duration_in_mins if run.exit_duration_in_mins else None
         self._allocation_at: float | None = None
         end = environ.get("SLURM_JOB_END_TIME")
@@ -46,18 +41,10 @@ class StopRequest:
             # Of a short allocation the margin must not be all.
             self._allocation_at = time.monotonic() + left - min(60.0 * run.exit_margin_in_mins, left / 10)
 
-    def install(self) -> None:
-        """Catches SIGTERM and SIGUSR1 from here on, in the main thread."""
-        for number in _SIGNALS:
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self._signalled = True
-
     def reason(self) -> int:
         """One of the reasons above; GO_ON where there is none."""
         now = time.monotonic()
-        if self._signalled:
+        if self.signals.asked:
             return SIGNAL
         if self._allocation_at is not None and now >= self._allocation_at:
             return ALLOCATION

@@ -7,7 +7,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from megatron_doremi.training.distributed import second_connection
+from megatron_doremi.training.rendezvous import second_connection
 
 
 class OlderStore(dist.TCPStore):

@@ -160,7 +160,7 @@ def test_a_loss_that_is_no_number_stops_all_ranks_and_names_the_domain(phase, wh
 
 @pytest.mark.parametrize(("hurt", "number"), [(1, signal.SIGSTOP), (0, signal.SIGSTOP), (1, signal.SIGKILL)])
 def test_a_rank_that_hangs_or_dies_is_named(hurt, number, data, tmp_path):
-    run = Run(2, "main", data, tmp_path / "run", 100_000, "--distributed-timeout-minutes", "0.05", log=tmp_path / "log")
+    run = Run(2, "main", data, tmp_path / "run", 100_000, "--distributed-timeout-minutes", "0.2", log=tmp_path / "log")
     try:
         wait_for((tmp_path / "run" / "config.json").exists)
         wait_for(lambda: lines_in(tmp_path / "run") >= 1)

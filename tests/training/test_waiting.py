@@ -23,16 +23,17 @@ def wait_for_the_last(launch):
     import torch
     import torch.distributed as dist
 
+    from megatron_doremi.training.meeting import Meeting
     from megatron_doremi.training.waiting import from_rank_0, wait_for_all
     from megatron_doremi.training.watchdog import Watchdog
 
     path = launch.rendezvous.removeprefix("file://")
-    store, group, signs = (dist.FileStore(f"{path}-{name}", launch.world_size) for name in ("wait", "group", "signs"))
+    store, group = (dist.FileStore(f"{path}-{name}", launch.world_size) for name in ("wait", "group"))
     dist.init_process_group(
         "gloo", store=group, rank=launch.rank, world_size=launch.world_size, timeout=timedelta(seconds=COLLECTIVE)
     )
     began, heard = time.monotonic(), []
-    with Watchdog(signs, launch.rank, launch.world_size, WATCHDOG) as watchdog:
+    with Watchdog(Meeting(launch), WATCHDOG) as watchdog:
         if launch.rank == 1:
             while time.monotonic() < began + WORK:
                 time.sleep(0.1)
