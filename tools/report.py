@@ -23,7 +23,7 @@ from megatron_doremi.data.manifest import load_manifest
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any, run_or_exit
 from megatron_doremi.reporting.assemble import Report, comparison_report, runs_report
 from megatron_doremi.reporting.comparison import compare
-from megatron_doremi.reporting.runs import Run, read_all, read_run
+from megatron_doremi.reporting.runs import Run, read_all, read_run, read_runs
 
 NEEDED = ("proxy", "main", "baseline", "domains", "output_dir")
 
@@ -32,7 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Reads the runs, prints the table and writes the report; returns the exit code."""
     options = parse(arguments)
     if options.runs:
-        report = runs_report(read_all([partial(read_run, path) for path in options.runs]))
+        found = read_all([partial(read_runs, path) for path in options.runs])
+        report = runs_report([run for folder_runs in found for run in folder_runs])
         folder = options.output_dir or options.runs[0] / "report"
     else:
         report = _comparison(options)

@@ -20,6 +20,7 @@ from megatron_doremi.reporting.comparison import (
     mean_and_last_weights,
     smoothing_floor,
 )
+from megatron_doremi.reporting.differences import differences, look_alike
 from megatron_doremi.reporting.html import Image, Section, page
 from megatron_doremi.reporting.runs import Run, flatten
 from megatron_doremi.reporting.tables import (
@@ -113,10 +114,11 @@ def runs_report(runs: Sequence[Run]) -> Report:
     labelled = dict(zip(labels, runs, strict=True))
     sections, text, images = [], [], []
     together = across_runs_table(labels, runs)
+    notes = _notes(labelled)
     if together is not None:
         overlay = _evaluation_image(labelled, "held_out_over_time.png")
-        sections.append(Section("Held-out losses side by side", tables=[together], images=overlay))
-        text.append(format_text(together))
+        sections.append(Section("Held-out losses side by side", notes, [together], overlay))
+        text.append("\n".join([format_text(together), *(f"- {note}" for note in notes)]))
         images += overlay
     for label, run in labelled.items():
         table, figures = run_table(run), _run_images(f"{label}_", run)
@@ -131,18 +133,26 @@ def runs_report(runs: Sequence[Run]) -> Report:
         "format": RESULTS_FORMAT,
         "kind": "runs",
         "runs": {label: _run_as_data(run) for label, run in labelled.items()},
+        "notes": notes,
     }
     html = page("Training report", f"Report on {count}: {', '.join(labels)}", sections)
     return Report("\n\n".join(text), html, tuple(images), plain_numbers(data))
 
 
+def _notes(runs: Mapping[str, Run]) -> list[str]:
+    """What limits a comparison of the evaluated runs, in sentences."""
+    evaluated = {label: run for label, run in runs.items() if run.evaluations}
+    alike = look_alike(list(dict.fromkeys(name for run in runs.values() for name in run.domain_names())))
+    return [*(found.sentence() for found in differences(evaluated)), *([alike] if alike else [])]
+
+
 def unique_labels(names: Sequence[str]) -> list[str]:
-    """Returns labels that are fit for file names and differ from each other."""
+    """Returns labels that are fit for file names and differ from each other, also where case does not count."""
     labels: list[str] = []
     for name in names:
         plain = re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip(".") or "run"
         label, number = plain, 2
-        while label in labels:
+        while label.casefold() in {each.casefold() for each in labels}:
             label, number = f"{plain}-{number}", number + 1
         labels.append(label)
     return labels

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from megatron_doremi.data.manifest import Domain
 from megatron_doremi.errors import Fault, raise_if_any
-from megatron_doremi.reporting.runs import Evaluation, Floats, Run, find_number
+from megatron_doremi.reporting.differences import Difference, differences, look_alike
+from megatron_doremi.reporting.evaluations import Evaluation
+from megatron_doremi.reporting.runs import Floats, Run, find_number
 
 # Two planted domains of the embedded corpus need little weight: one cannot be learned, one is at once.
 PLANTED = ("noise", "boilerplate")
@@ -69,6 +71,7 @@ class Comparison:
         token_mean: mean over held-out tokens as the runs wrote it.
         iterations: step of the last evaluation of baseline and main.
         notes: what limits the comparison, in sentences.
+        differences: what baseline and main do not have in common.
     """
 
     domains: tuple[DomainResult, ...]
@@ -78,6 +81,7 @@ class Comparison:
     token_mean: Pair
     iterations: tuple[int, int]
     notes: tuple[str, ...]
+    differences: tuple[Difference, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -151,6 +155,7 @@ def compare(manifest: Sequence[Domain], proxy: Run, main: Run, baseline: Run) ->
         Pair(of_baseline.token_mean, of_main.token_mean),
         (of_baseline.iteration, of_main.iteration),
         tuple(_notes(names, shared, proxy, main, baseline)),
+        differences({"baseline": baseline, "main": main}),
     )
 
 
@@ -166,7 +171,7 @@ def uniform_mean_without(comparison: Comparison, left_out: Iterable[str]) -> Pai
 
 def _only(evaluation: Evaluation, names: Sequence[str]) -> Evaluation:
     losses = {name: evaluation.losses[name] for name in names}
-    return Evaluation(evaluation.iteration, losses, evaluation.token_mean)
+    return replace(evaluation, losses=losses)
 
 
 def _faults(names: Sequence[str], proxy: Run, main: Run, baseline: Run) -> list[Fault]:
@@ -185,7 +190,7 @@ def _faults(names: Sequence[str], proxy: Run, main: Run, baseline: Run) -> list[
             faults += _name_faults(what, f"{run.path}/metrics.jsonl", names, evaluated, False)
             faults += _diverged_faults(what, run)
         else:
-            remedy = "train with --eval-interval and --eval-iters, or run --phase evaluate into this folder"
+            remedy = "train it with held-out text, or run --phase evaluate --load DIR --save DIR with this folder"
             rule = "needs at least one evaluation line in metrics.jsonl"
             faults.append(Fault(what, str(run.path), rule, remedy))
     if not faults and not set(main.evaluations[-1].losses) & set(baseline.evaluations[-1].losses):
@@ -224,6 +229,11 @@ def _notes(names: Sequence[str], shared: Sequence[str], proxy: Run, main: Run, b
         yield f"The budgets differ: the baseline was evaluated at step {steps[0]}, main at step {steps[1]}."
     elif None not in tokens and tokens[0] != tokens[1]:
         yield f"The budgets differ: {tokens[0]:,.0f} tokens for the baseline, {tokens[1]:,.0f} for main."
+    for difference in differences({"baseline": baseline, "main": main}):
+        yield difference.sentence()
+    alike = look_alike(names)
+    if alike is not None:
+        yield alike
     if len(shared) < len(names):
         missing = ", ".join(name for name in names if name not in shared)
         yield f"Not evaluated for both models, and so left out of uniform mean and worst domain: {missing}."
@@ -265,6 +275,7 @@ def comparison_as_data(comparison: Comparison) -> dict[str, Any]:
         "uniform_mean": _pair_as_data(comparison.uniform_mean),
         "worst": worst,
         "token_mean": _pair_as_data(comparison.token_mean),
+        "differences": {difference.name: difference.values for difference in comparison.differences},
         "evaluated_at": {"baseline": comparison.iterations[0], "main": comparison.iterations[1]},
     }
 

@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatterMathtext, MaxNLocator
 
 from megatron_doremi.reporting.comparison import Comparison, running_mean
-from megatron_doremi.reporting.runs import Evaluation, Floats, Integers
+from megatron_doremi.reporting.evaluations import Evaluation
+from megatron_doremi.reporting.runs import Floats, Integers
 from megatron_doremi.reporting.tables import format_difference
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#5b3a8c", "#3d3d3d")
@@ -97,8 +98,10 @@ def weights_over_time(iterations: Integers, weights: Floats, names: Sequence[str
             axes.set_title(f"Domain weights, {_scale_name(scale)} scale")
         panels[0].set_ylim(bottom=0.0)
         panels[0].set_ylabel("weight")
-        lowest = float(np.nanmin(_positive(weights)))
-        panels[1].set_ylim(bottom=0.7 * min(lowest, floor or lowest))
+        positive = _positive(weights)
+        if np.isfinite(positive).any():
+            lowest = float(np.nanmin(positive))
+            panels[1].set_ylim(bottom=0.7 * min(lowest, floor or lowest))
         guides = [("--", f"uniform 1/{len(names)} = {1 / len(names):.3g}")]
         guides += [(":", f"floor c/{len(names)} = {floor:.2g}")] if floor else []
         _legend(figure, panels, mean, names, "running mean (end); faint: each step", guides)
@@ -158,7 +161,7 @@ def weight_bars(natural: Floats, doremi: Floats, names: Sequence[str]) -> Figure
         axes.axvline(1 / len(names), color=GUIDE_COLOR, linewidth=1, linestyle="--", zorder=0.9)
         axes.plot([], [], color=GUIDE_COLOR, linewidth=1, linestyle="--", label=f"uniform 1/{len(names)}")
         _row_labels(axes, [names[index] for index in order], "weight", "Domain weights")
-        axes.set_xlim(0, 1.1 * max(doremi.max(), natural.max()))
+        axes.set_xlim(0, 1.1 * max(doremi.max(), natural.max()) or 1.0)
         _legend_below(figure, axes, 3)
         return figure
 
@@ -348,5 +351,6 @@ def _legend_below(figure: Figure, axes: Axes, columns: int) -> None:
 def _label(name: str) -> str:
     """Returns a name that matplotlib shows as it is: short, no formula, not hidden from a legend."""
     short = name if len(name) <= MAX_LABEL else f"{name[: MAX_LABEL - 3]}..."
-    plain = short.replace("$", r"\$")
+    # A lone surrogate cannot be drawn.
+    plain = short.replace("$", r"\$").encode("utf-8", "backslashreplace").decode("utf-8")
     return f" {plain}" if plain.startswith("_") else plain

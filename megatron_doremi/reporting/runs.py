@@ -18,13 +18,23 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_doremi.errors import ConfigError, Fault, raise_if_any
+from megatron_doremi.errors import MALFORMED, ConfigError, Fault, raise_if_any
+from megatron_doremi.reporting.evaluations import (
+    FILE,
+    Evaluation,
+    EvaluationLine,
+    evaluation_of,
+    number,
+    read_evaluations,
+    step,
+)
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 T = TypeVar("T")
 
 SCALARS = ("loss", "lr", "grad_norm", "dro_loss", "consumed_tokens", "tokens_per_second")
+MAX_DEPTH = 50
 PHASES = ("reference", "score", "proxy", "main", "evaluate")
 
 
@@ -46,32 +56,6 @@ class Series:
         missing = np.full(self.values.shape[0], np.nan)
         columns = [self.values[:, position[name]] if name in position else missing for name in names]
         return np.stack(columns, axis=1) if columns else np.empty((self.values.shape[0], 0))
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One evaluation on held-out text; losses in nats a token.
-
-    Attributes:
-        iteration: training step after which it was made.
-        losses: held-out loss by domain.
-        token_mean: mean over all held-out tokens, None where the line has none.
-    """
-
-    iteration: int
-    losses: dict[str, float]
-    token_mean: float | None
-
-    @property
-    def uniform_mean(self) -> float:
-        """Mean over domains, each counting alike, in nats a token."""
-        return sum(self.losses.values()) / len(self.losses)
-
-    @property
-    def worst(self) -> tuple[str, float]:
-        """The domain with the highest loss, and that loss in nats a token."""
-        name = max(self.losses, key=lambda each: self.losses[each])
-        return name, self.losses[name]
 
 
 @dataclass(frozen=True)
@@ -123,16 +107,15 @@ class _Columns:
         self.columns: dict[str, array[float]] = {}
 
     def append(self, row: Mapping[str, Any]) -> None:
-        numbers = {name: float("nan") if value is None else float(value) for name, value in row.items()}
-        numbers = {name: each if math.isfinite(each) else float("nan") for name, each in numbers.items()}
-        for name, number in numbers.items():
+        numbers = {name: math.nan if value is None else number(value) for name, value in row.items()}
+        for name, each in numbers.items():
             if name not in self.columns:
-                self.columns[name] = array("d", [float("nan")]) * self.rows
-            self.columns[name].append(number)
+                self.columns[name] = array("d", [math.nan]) * self.rows
+            self.columns[name].append(each)
         self.rows += 1
         for column in self.columns.values():
             if len(column) < self.rows:
-                column.append(float("nan"))
+                column.append(math.nan)
 
     def series(self, keep: Integers) -> Series:
         values = [np.frombuffer(column, dtype=np.float64)[keep] for column in self.columns.values()]
@@ -165,8 +148,8 @@ def read_all(readers: Iterable[Callable[[], T]]) -> list[T]:
     return results
 
 
-def read_run(path: Path, what: str = "RUN") -> Run:
-    """Reads a --save folder.
+def read_runs(path: Path, what: str = "RUN") -> list[Run]:
+    """Reads a --save folder: its own run, if it holds one, and every other run that was evaluated into it.
 
     Args:
         path: the folder.
@@ -175,8 +158,42 @@ def read_run(path: Path, what: str = "RUN") -> Run:
     if not path.is_dir():
         remedy = "give the --save folder of a run of pretrain_doremi.py"
         raise ConfigError(Fault(what, str(path), "must be an existing folder", remedy))
+    lines = read_evaluations(path)
+    own = [line.evaluation() for line in lines if line.of_this_folder]
+    others: dict[str, list[EvaluationLine]] = {}
+    for line in lines:
+        if not line.of_this_folder:
+            others.setdefault(line.run, []).append(line)
+    runs = [_evaluated(Path(name), each) for name, each in others.items()]
+    if (path / "metrics.jsonl").exists() or (path / "config.json").exists() or not runs:
+        runs.insert(0, _read_trained(path, own))
+    return runs
+
+
+def read_run(path: Path, what: str = "RUN") -> Run:
+    """Reads a --save folder that is to hold one run: its own, or the only one that was evaluated into it."""
+    first, *rest = read_runs(path, what)
+    if rest and first.phase == "evaluate":
+        names = ", ".join(str(run.path) for run in (first, *rest))
+        raise ConfigError(Fault(what, f"{path / FILE}: {names}", "must be of one run", "give the folder of one run"))
+    return first
+
+
+def _evaluated(path: Path, lines: Sequence[EvaluationLine]) -> Run:
+    """A run of which only evaluations are at hand."""
+    newest = max(lines, key=lambda line: line.iteration)
+    config = {key: getattr(newest, key) for key in ("checkpoint", "seq_length", "held_out_content", "bf16")}
+    evaluations = {line.iteration: line.evaluation() for line in lines}
+    none = Series((), np.empty((0, 0)))
+    history = tuple(evaluations[iteration] for iteration in sorted(evaluations))
+    return Run(path, "evaluate", config, np.empty(0, np.int64), {}, none, none, none, history, None, {})
+
+
+def _read_trained(path: Path, evaluated: Sequence[Evaluation]) -> Run:
+    """A run's own folder; `evaluated` after training, which counts before what training wrote at the same step."""
     config = _read_json_object(path / "config.json", "give the folder that the run got as --save")
     metrics = _read_metrics(path / "metrics.jsonl")
+    history = {each.iteration: each for each in (*metrics.evaluations, *evaluated)}
     weights_file = path / "domain_weights.json"
     recorded, provenance = (None, {}) if not weights_file.is_file() else _read_weights(weights_file)
     return Run(
@@ -188,7 +205,7 @@ def read_run(path: Path, what: str = "RUN") -> Run:
         metrics.loss,
         metrics.excess,
         metrics.weights,
-        metrics.evaluations,
+        tuple(history[iteration] for iteration in sorted(history)),
         recorded,
         provenance,
     )
@@ -223,6 +240,20 @@ def find_number(config: Mapping[str, Any], leaf: str) -> float | None:
     return None
 
 
+def _depth(document: Any) -> int:
+    """Levels of nesting, without recursion."""
+    level, depth = [document], 0
+    while level:
+        level = [
+            each
+            for value in level
+            if isinstance(value, dict | list)
+            for each in (value.values() if isinstance(value, dict) else value)
+        ]
+        depth += 1
+    return depth
+
+
 def _read_text(path: Path, remedy: str) -> str:
     try:
         return path.read_text(encoding="utf-8", errors="replace")
@@ -234,8 +265,10 @@ def _read_json_object(path: Path, remedy: str) -> dict[str, Any]:
     text = _read_text(path, remedy)
     try:
         document = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(Fault(str(path), str(error), "must be JSON", remedy)) from error
+    if _depth(document) > MAX_DEPTH:
+        raise ConfigError(Fault(str(path), "", f"must not be nested deeper than {MAX_DEPTH} levels", remedy))
     if not isinstance(document, dict):
         raise ConfigError(Fault(str(path), type(document).__name__, "must be a JSON object", remedy))
     return document
@@ -245,10 +278,12 @@ def _read_weights(path: Path) -> tuple[dict[str, float], dict[str, Any]]:
     remedy = "remove the file: the report then takes the mean of the weights in metrics.jsonl"
     document = _read_json_object(path, remedy)
     try:
-        weights = {str(name): float(value) for name, value in document["weights"].items()}
-    except (KeyError, AttributeError, TypeError, ValueError) as error:
-        rule = 'needs "weights": {NAME: number}'
-        raise ConfigError(Fault(str(path), repr(error), rule, remedy)) from error
+        weights = {str(name): number(value) for name, value in document["weights"].items()}
+        if not math.isclose(sum(weights.values()), 1.0, rel_tol=1e-6) or min(weights.values()) < 0.0:
+            raise ValueError(f"weights with sum {sum(weights.values()):g}")
+    except MALFORMED as error:
+        rule = 'needs "weights": {NAME: number}, not negative, with sum 1'
+        raise ConfigError(Fault(str(path), str(error), rule, remedy)) from error
     provenance = document.get("provenance")
     return weights, provenance if isinstance(provenance, dict) else {}
 
@@ -269,7 +304,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 raise ConfigError(_bad_line(path, *torn))
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 torn = (number, str(error))
                 continue
             if not isinstance(row, dict):
@@ -287,19 +322,19 @@ def _read_metrics(path: Path) -> _Metrics:
     scalars, loss, excess, weights = _Columns(), _Columns(), _Columns(), _Columns()
     iterations: array[int] = array("q")
     evaluations: dict[int, Evaluation] = {}
-    for number, row in _json_lines(path):
+    for place, row in _json_lines(path):
         try:
-            iteration = int(row["iteration"])
+            iteration = step(row)
             if row.get("eval"):
-                evaluations[iteration] = _evaluation(iteration, row)
+                evaluations[iteration] = evaluation_of(row)
             if "loss" in row:
                 scalars.append({name: row.get(name) for name in SCALARS})
                 loss.append(row.get("domain_loss") or {})
                 excess.append(row.get("domain_excess") or {})
                 weights.append(row.get("domain_weights") or {})
                 iterations.append(iteration)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ConfigError(_bad_line(path, number, repr(error))) from error
+        except MALFORMED as error:
+            raise ConfigError(_bad_line(path, place, f"{type(error).__name__}: {error}")) from error
     if not iterations and not evaluations:
         remedy = "wait for the run's first log interval, or give another run"
         raise ConfigError(Fault(str(path), "", "needs at least one training or evaluation line", remedy))
@@ -314,14 +349,6 @@ def _read_metrics(path: Path) -> _Metrics:
         weights.series(keep),
         tuple(evaluations[iteration] for iteration in sorted(evaluations)),
     )
-
-
-def _evaluation(iteration: int, row: Mapping[str, Any]) -> Evaluation:
-    losses = {str(name): float(value) for name, value in row["eval"].items() if value is not None}
-    if not losses:
-        raise ValueError("an evaluation without a loss")
-    token_mean = row.get("eval_token_mean")
-    return Evaluation(iteration, losses, None if token_mean is None else float(token_mean))
 
 
 def _last_of_each(iterations: Integers) -> Integers:

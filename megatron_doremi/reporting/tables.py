@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from megatron_doremi.reporting.comparison import Comparison, DomainResult, Pair, mean_and_last_weights
+from megatron_doremi.reporting.differences import differences
 from megatron_doremi.reporting.runs import Run
 
 NOT_MEASURED = "-"
@@ -92,6 +93,10 @@ def comparison_table(comparison: Comparison) -> Table:
             _summary_cells("uniform mean", comparison.uniform_mean),
             _summary_cells(worst_label, comparison.worst),
             _summary_cells("token mean", comparison.token_mean),
+            *(
+                (f"differs: {each.name}", "", "", "", "", each.values["baseline"], each.values["main"], "")
+                for each in comparison.differences
+            ),
         ),
         "Held-out loss of baseline and main in nats a token, lower is better; difference: main - baseline.",
     )
@@ -166,7 +171,8 @@ def _run_summary(run: Run, header: Sequence[str]) -> tuple[tuple[str, ...], ...]
 
 def across_runs_table(labels: Sequence[str], runs: Sequence[Run]) -> Table | None:
     """Returns the last held-out losses of several runs side by side; None with fewer than two evaluated."""
-    evaluated = [(label, run.evaluations[-1]) for label, run in zip(labels, runs, strict=True) if run.evaluations]
+    shown = {label: run for label, run in zip(labels, runs, strict=True) if run.evaluations}
+    evaluated = [(label, run.evaluations[-1]) for label, run in shown.items()]
     if len(evaluated) < 2:
         return None
     names = dict.fromkeys(name for _, evaluation in evaluated for name in evaluation.losses)
@@ -175,6 +181,10 @@ def across_runs_table(labels: Sequence[str], runs: Sequence[Run]) -> Table | Non
         ("uniform mean", *(format_loss(each.uniform_mean) for _, each in evaluated)),
         ("worst domain", *(format_loss(each.worst[1]) for _, each in evaluated)),
         ("token mean", *(format_loss(each.token_mean) for _, each in evaluated)),
+        *(
+            (f"differs: {found.name}", *(found.values.get(label, NOT_MEASURED) for label in shown))
+            for found in differences(shown)
+        ),
     )
     header = ("domain", *(f"{label} @{each.iteration}" for label, each in evaluated))
     return Table(header, rows, summary, "Held-out loss in nats a token (run @step of its last evaluation)")

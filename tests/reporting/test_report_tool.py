@@ -17,7 +17,7 @@ import pytest
 from megatron_doremi.errors import ConfigError
 from megatron_doremi.reporting import plots
 from megatron_doremi.reporting.assemble import plain_numbers, unique_labels
-from megatron_doremi.reporting.runs import Evaluation
+from megatron_doremi.reporting.evaluations import Evaluation
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "report.py"
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"

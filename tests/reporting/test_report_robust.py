@@ -1,0 +1,219 @@
+"""What a report says of runs that cannot be compared, and of files that are damaged: an answer or one message.
+
+Run alone: python -m pytest tests/reporting/test_report_robust.py
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_doremi.errors import ConfigError
+from megatron_doremi.reporting.assemble import unique_labels
+from megatron_doremi.reporting.differences import differences, look_alike
+from megatron_doremi.reporting.runs import read_run, read_runs
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "report.py"
+NAMES = ("code", "noise", "boilerplate")
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("report_tool_robust", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def config(**changes):
+    """config.json as the program writes it, as far as a comparison reads it."""
+    entry = {
+        "phase": "main",
+        "gpt": {"num_layers": 2, "hidden_size": 64, "vocab_size": 1000},
+        "tokenizer_sha256": "a" * 64,
+        "data_fingerprint": "b" * 64,
+        "held_out_content": "c" * 64,
+        "identity": {"seq_length": 7},
+        "settings": {"data": {"seq_length": 64}, "optimizer": {"bf16": False}},
+    }
+    return {**entry, **changes}
+
+
+def evaluated(iteration, windows=(5, 5, 5), losses=(2.0, 5.0, 1.0)):
+    line = {"iteration": iteration, "eval": dict(zip(NAMES, losses, strict=True)), "eval_token_mean": 2.0}
+    return {**line, "eval_windows": dict(zip(NAMES, windows, strict=True))}
+
+
+def evaluation_line(run, iteration, own, **changes):
+    line = {
+        "format": "megatron-doremi-evaluation/1",
+        "run": str(run),
+        "of_this_folder": own,
+        "checkpoint": f"iter_{iteration:07d}",
+        **evaluated(iteration),
+        "seq_length": 64,
+        "held_out_content": "c" * 64,
+        "bf16": False,
+    }
+    return json.dumps({**line, **changes}) + "\n"
+
+
+def test_every_difference_of_what_is_compared_is_said(tool, three_runs, write_run, write_manifest, tmp_path, capsys):
+    """In the table, in the sentences, in results.json and in the HTML."""
+    wide = {"num_layers": 2, "hidden_size": 128, "vocab_size": 1000}
+    longer = {"data": {"seq_length": 128}, "optimizer": {"bf16": False}}
+    three_runs["baseline"] = write_run("b", [evaluated(2)], config=config())
+    three_runs["main"] = write_run(
+        "m", [evaluated(2, (5, 9, 5))], config=config(gpt=wide, settings=longer, data_fingerprint="d" * 64)
+    )
+    flags = [f"--{name}={path}" for name, path in three_runs.items()]
+    manifest = write_manifest(dict.fromkeys(NAMES, 100))
+    assert tool.main([*flags, f"--domains={manifest}", f"--output-dir={tmp_path / 'out'}"]) == 0
+    printed, html = capsys.readouterr().out, (tmp_path / "out" / "report.html").read_text()
+    for sentence in (
+        "The runs differ in hidden_size: baseline 64, main 128.",
+        "The runs differ in sequence length: baseline 64, main 128. Their held-out losses cannot be compared.",
+        "The runs differ in data fingerprint: baseline bbbbbbbbbbbb..., main dddddddddddd....",
+        "The runs differ in held-out windows: baseline noise 5, main noise 9. Their held-out losses",
+    ):
+        assert sentence in printed
+        assert sentence in html
+    assert "differs: sequence length" in printed
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["differences"]
+    assert found["sequence length"] == {"baseline": "64", "main": "128"}
+    assert set(found) == {"hidden_size", "sequence length", "data fingerprint", "held-out windows"}
+
+
+def test_runs_side_by_side_say_it_too(tool, write_run, tmp_path, capsys):
+    paths = [write_run(name, [evaluated(2, losses=(x, x, x))], config=config()) for name, x in (("a", 1.0), ("b", 2.0))]
+    longer = {"data": {"seq_length": 128}, "optimizer": {"bf16": True}}
+    paths.append(write_run("c", [evaluated(2)], config=config(settings=longer)))
+    assert tool.main([*map(str, paths), f"--output-dir={tmp_path / 'out'}"]) == 0
+    printed = capsys.readouterr().out
+    assert "The runs differ in sequence length: a 64, b 64, c 128. Their held-out losses cannot be compared." in printed
+    assert "differs: bfloat16" in printed
+
+
+def test_what_an_older_run_did_not_record_is_no_difference(write_run):
+    runs = {"new": read_run(write_run("n", [evaluated(2)], config=config()))}
+    runs["old"] = read_run(write_run("o", [{"iteration": 2, "eval": {"code": 1.0}}]))
+    assert differences(runs) == ()
+
+
+def test_names_that_look_alike_are_said():
+    assert look_alike(["Code", "code", "web", "w eb", "law"]) == (
+        "Domain names that differ only by case or spaces: 'Code', 'code', 'web', 'w eb'."
+    )
+    assert look_alike(["code", "law"]) is None
+    # Files of two runs must not be one file where case does not count.
+    assert unique_labels(["Run", "run"]) == ["Run", "run-2"]
+
+
+def test_evaluations_of_several_runs(write_run, tool, tmp_path, capsys):
+    """A run's own after training counts before what training wrote; others stand beside it; torn lines are left out."""
+    path = write_run("r", [evaluated(2), {"iteration": 2, "loss": 3.0}], config=config())
+    lines = evaluation_line(path, 2, True, eval=dict.fromkeys(NAMES, 1.5)) + '{"torn\n'
+    lines += evaluation_line("/other/x", 4, False) + evaluation_line("/other/x", 8, False)
+    (path / "evaluations.jsonl").write_text(lines)
+    own, other = read_runs(path)
+    assert [each.uniform_mean for each in own.evaluations] == [1.5]
+    assert (str(other.path), [each.iteration for each in other.evaluations]) == ("/other/x", [4, 8])
+    assert read_run(path).path == path
+    assert tool.main([str(path), f"--output-dir={tmp_path / 'out'}"]) == 0
+    assert "x @8" in capsys.readouterr().out
+
+
+def test_a_folder_of_evaluations_alone(tmp_path, tool, capsys):
+    (tmp_path / "evaluations.jsonl").write_text(evaluation_line("/a/x", 4, False))
+    assert read_run(tmp_path).evaluations[0].windows == dict.fromkeys(NAMES, 5)
+    with (tmp_path / "evaluations.jsonl").open("a") as file:
+        file.write(evaluation_line("/b/y", 6, False, seq_length=32))
+    with pytest.raises(ConfigError, match="must be of one run"):
+        read_run(tmp_path)
+    assert tool.main([str(tmp_path)]) == 0
+    assert "The runs differ in sequence length: x 64, y 32." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": "megatron-doremi-evaluation/2"}, "newer version"),
+        ({"iteration": -1}, "greater than or equal to 0"),
+        ({"eval": {"code": float("nan")}}, "finite number"),
+        ({"eval_windows": {"code": "5"}}, "valid integer"),
+    ],
+)
+def test_a_wrong_evaluation_is_named_with_its_line(tmp_path, changes, message):
+    wrong = json.loads(evaluation_line("/a/x", 4, False)) | changes
+    (tmp_path / "evaluations.jsonl").write_text(evaluation_line("/a/x", 4, False) + json.dumps(wrong) + "\n")
+    with pytest.raises(ConfigError, match=message) as caught:
+        read_run(tmp_path)
+    assert "line 2" in str(caught.value)
+
+
+# Each line replaces the second of a proxy's metrics.jsonl.
+LINES = {
+    "iteration 1e23": '{"iteration": 1e23, "loss": 1.0}',
+    "iteration of 24 digits": '{"iteration": 100000000000000000000000, "loss": 1.0}',
+    "infinite iteration": '{"iteration": Infinity, "loss": 1.0}',
+    "iteration true": '{"iteration": true, "loss": 1.0}',
+    "negative iteration": '{"iteration": -3, "loss": 1.0}',
+    "400 digits": '{"iteration": 2, "loss": 1' + "0" * 400 + "}",
+    "400 digits in a domain": '{"iteration": 2, "loss": 1.0, "domain_loss": {"a": 1' + "0" * 400 + "}}",
+    "5000 digits": '{"iteration": 2, "loss": 1' + "0" * 5000 + "}",
+    "text": '{"iteration": 2, "loss": "1.0"}',
+    "list": '{"iteration": 2, "loss": 1.0, "domain_weights": [1]}',
+    "deep": '{"iteration": 2, "loss": ' + "[" * 100000 + "]" * 100000 + "}",
+    "windows": '{"iteration": 2, "eval": {"a": 1.0}, "eval_windows": {"a": Infinity}}',
+}
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_a_line_that_holds_no_numbers_is_one_message(line, write_run):
+    tail = LINES[line] + '\n{"iteration": 3, "loss": 1.0}\n'
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl, line 2") as caught:
+        read_run(write_run("r", [{"iteration": 1, "loss": 1.0}], tail=tail))
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("text", ["[" * 100000, '{"a": ' * 900 + "1" + "}" * 900, "[]", '{"a": 1' + "0" * 5000 + "}"])
+def test_a_config_that_is_no_object_is_one_message(text, write_run):
+    path = write_run("r", [{"iteration": 1, "loss": 1.0}])
+    (path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"config\.json") as caught:
+        read_run(path)
+    assert len(caught.value.faults) == 1
+
+
+@pytest.mark.parametrize(
+    "weights", [{"a": 0.0, "b": 0.0}, {"a": float("nan"), "b": 1.0}, {"a": "1"}, {"a": -1.0, "b": 2.0}]
+)
+def test_weights_that_are_none_are_one_message(weights, write_run, rows):
+    path = write_run("p", [rows[0](1, {"a": 0.5, "b": 0.5})], "proxy", weights=weights)
+    with pytest.raises(ConfigError, match=r"domain_weights\.json"):
+        read_run(path)
+
+
+def test_numbers_at_their_edges_are_reported(write_run, rows, tmp_path):
+    """All weights 0, an evaluation all NaN, a name with a lone surrogate, names that differ by case."""
+    proxy_row, evaluation_row = rows
+    nan, odd = float("nan"), "\ud800 $x"
+    names = [odd, "Code", "code"]
+    lines = [proxy_row(n, dict.fromkeys(names, 0.0)) for n in (1, 2, 3)]
+    lines += [{**evaluation_row(n, dict.fromkeys(names, nan), 1.0), "eval_token_mean": nan} for n in (1, 2)]
+    path = write_run("p", lines, "proxy")
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    other = write_run("Q", [evaluation_row(n, {"Code": 1.0, "code": float("inf")}, 1.0) for n in (1, 2)])
+    command = [sys.executable, str(TOOL), str(path), str(other), f"--output-dir={tmp_path / 'out'}"]
+    console = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, env=console, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Domain names that differ only by case or spaces: 'Code', 'code'." in done.stdout
+    json.loads((tmp_path / "out" / "results.json").read_text())
