@@ -16,7 +16,7 @@ from megatron_doremi.data.decompression import CUT, BrokenFile
 # Of a block: enough to hide its way to a worker and back.
 BLOCK_BYTES = 1 << 21
 # The longest record; what holds more than this is not a document but a mistake, such as a missing newline.
-RECORD_BYTES = 1 << 29
+RECORD_BYTES = 1 << 28
 # Ends each element of an array in a block: JSON holds no such byte.
 ELEMENT_END = b"\0"
 _STRING = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)

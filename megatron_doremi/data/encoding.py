@@ -23,6 +23,8 @@ from megatron_doremi.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_doremi.errors import ConfigError, Fault
 
 NAMED_BAD_LINES = 10
+# Of blocks that wait for a worker or are with one.
+_UNDER_WAY_BYTES = 1 << 28
 
 
 class WorkerDied(Exception):
@@ -207,18 +209,21 @@ def encode_all(
     context = multiprocessing.get_context("spawn")
     settings = (files, fast, reader, append_eod)
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=settings)
-    under_way: deque[Future[Encoded]] = deque()
+    under_way: deque[tuple[Future[Encoded], int]] = deque()
     slow: Counter[str] = Counter()
 
     def oldest() -> Encoded:
-        encoded = under_way.popleft().result()
+        encoded = under_way.popleft()[0].result()
         count_timeouts(slow, encoded.slow)
         return encoded
 
     try:
         for block, progress in blocks:
-            under_way.append(pool.submit(_encode, block, progress))
-            if len(under_way) >= 4 * workers:
+            under_way.append((pool.submit(_encode, block, progress), block.size))
+            # Of blocks that are one huge document, fewer.
+            while len(under_way) >= 4 * workers or (
+                under_way and sum(size for _, size in under_way) > _UNDER_WAY_BYTES
+            ):
                 yield oldest()
         while under_way:
             yield oldest()

@@ -88,6 +88,11 @@ class Block:
             return self.first + self.data.count(ELEMENT_END if self.kind == "elements" else b"\n")
         return self.first + self.data.num_rows
 
+    @property
+    def size(self) -> int:
+        """Bytes of the data."""
+        return len(self.data) if isinstance(self.data, bytes) else int(self.data.nbytes)
+
     def place(self, number: int) -> str:
         """How messages call an entry."""
         return f"{_UNITS.get(self.kind, 'line')} {number:d}"

@@ -12,8 +12,8 @@ import zlib
 import pyarrow
 import pyarrow.parquet
 import zstandard
+from file_mutations import mutated_bytes
 from input_files import lines, read, records, table
-from test_fuzz import mutated_bytes
 
 from megatron_doremi.errors import ConfigError
 

@@ -18,7 +18,7 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS.parent), str(TESTS / "data")]
 
-from file_mutations import FUZZERS, fuzz  # noqa: E402
+from file_mutations import FUZZERS, fuzz
 
 
 def main() -> None:
