@@ -181,7 +181,7 @@ def compiled(place: Place, report: Report) -> bool:
         weight = (0.02 * weight).requires_grad_()
 
         def run(rows: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-            return _losses_of(_logits(rows, weight, vocab, group), targets, group)
+            return _losses_of(_logits(rows, weight, vocab, group), targets, 0, group)
 
         fast = torch.compile(run, backend=backend, fullgraph=True)
 

@@ -60,8 +60,8 @@ class _ChunkedLosses(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(hidden, weight, targets)
         ctx.vocab_size, ctx.tensor, ctx.chunk = vocab_size, tensor, chunk
-        parts = zip(hidden.split(chunk), targets.split(chunk), strict=True)
-        return torch.cat([_losses_of(_logits(h, weight, vocab_size, tensor), t, tensor) for h, t in parts])
+        parts, first = zip(hidden.split(chunk), targets.split(chunk), strict=True), tensor.rank * len(weight)
+        return torch.cat([_losses_of(_logits(h, weight, vocab_size, tensor), t, first, tensor) for h, t in parts])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
@@ -73,16 +73,19 @@ class _ChunkedLosses(torch.autograd.Function):
         for rows, aims, factors in reversed(list(zip(*chunks, strict=True))):
             logits = _logits(rows, weight, ctx.vocab_size, ctx.tensor).requires_grad_()
             with torch.enable_grad():
-                losses = _losses_of(logits, aims, ctx.tensor)
+                losses = _losses_of(logits, aims, ctx.tensor.rank * len(weight), ctx.tensor)
             logits_grad = torch.autograd.grad(losses, logits, factors)[0].to(weight.dtype)
             del logits, losses
+            columns = logits_grad.shape[1]
             if wants_hidden:
-                hidden_grads.append(logits_grad.mm(weight))
+                hidden_grads.append(logits_grad.mm(weight[:columns]))
             if wants_weight:
                 part = _float32_product(logits_grad.t(), rows)
                 weight_grad = part if weight_grad is None else weight_grad.add_(part)
         hidden_grad = torch.cat(hidden_grads[::-1]) if wants_hidden else None
-        return hidden_grad, None if weight_grad is None else weight_grad.to(weight.dtype), None, None, None, None
+        if weight_grad is not None:
+            weight_grad = F.pad(weight_grad.to(weight.dtype), (0, 0, 0, len(weight) - len(weight_grad)))
+        return hidden_grad, weight_grad, None, None, None, None
 
 
 def _float32_product(a: Tensor, b: Tensor) -> Tensor:
@@ -103,7 +106,7 @@ def token_losses(
             rows' share and has to be summed by whatever handed it in (`TensorParallel.enter`).
         weight: [padded vocabulary / t, hidden], this rank's rows of the output layer.
         targets: [batch, seq] token ids below `vocab_size`.
-        vocab_size: rows from here on are padding: their logits are -inf, whatever they hold (finite).
+        vocab_size: rows from here on are padding and never enter the softmax, whatever they hold (finite).
         tensor: the group over which the vocabulary is sharded.
         chunk_tokens: hold the logits of at most this many tokens at a time, none between the forward and the
             backward pass, which computes them again; 0: hold the logits of all tokens, computed once.
@@ -114,24 +117,27 @@ def token_losses(
     rows, flat = hidden.flatten(0, 1), targets.flatten()
     if chunk_tokens:
         return _ChunkedLosses.apply(rows, weight, flat, vocab_size, tensor, chunk_tokens).view_as(targets)
-    return _losses_of(_logits(rows, weight, vocab_size, tensor), flat, tensor).view_as(targets)
+    logits = _logits(rows, weight, vocab_size, tensor)
+    return _losses_of(logits, flat, tensor.rank * len(weight), tensor).view_as(targets)
 
 
 def _logits(hidden: Tensor, weight: Tensor, vocab_size: int, tensor: TensorGroup) -> Tensor:
-    """[n, hidden] to [n, padded vocabulary / t] float32, -inf in the columns of padding.
+    """[n, hidden] to [n, columns] float32 logits of this rank's rows.
 
-    The product takes all rows: without the padding, its strides would be odd, which makes slow kernels of 16 bits.
+    In 16 bits the product takes the rows of padding too, whose logits become -inf: without them its strides would be
+    odd, for which kernels are slow. In float32 they are left out, unless the rank holds nothing else.
     """
-    logits = F.linear(hidden, weight).float()
-    used = max(0, vocab_size - tensor.rank * weight.shape[0])
-    if used < weight.shape[0]:
-        padding = torch.arange(weight.shape[0], device=weight.device) >= used
-        logits = logits.masked_fill_(padding, float("-inf"))
-    return logits
+    rows, used = weight.shape[0], max(0, vocab_size - tensor.rank * weight.shape[0])
+    if used >= rows:
+        return F.linear(hidden, weight).float()
+    if used and weight.dtype.itemsize > 2:
+        return F.linear(hidden, weight[:used])
+    padding = torch.arange(rows, device=weight.device) >= used
+    return F.linear(hidden, weight).float().masked_fill_(padding, float("-inf"))
 
 
-def _losses_of(logits: Tensor, targets: Tensor, tensor: TensorGroup) -> Tensor:
-    """[n, columns of this rank] logits, float32, and [n] targets to [n] losses."""
+def _losses_of(logits: Tensor, targets: Tensor, first: int, tensor: TensorGroup) -> Tensor:
+    """[n, columns of this rank] logits, float32, and [n] targets to [n] losses; `first` is the first column's id."""
     if tensor.size == 1:
         return F.cross_entropy(logits, targets, reduction="none")
-    return _VocabParallelCrossEntropy.apply(logits, targets, tensor.rank * logits.shape[-1], tensor)
+    return _VocabParallelCrossEntropy.apply(logits, targets, first, tensor)

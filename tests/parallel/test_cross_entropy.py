@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ranks import on_ranks
+from torch.utils.checkpoint import checkpoint
 
 from megatron_doremi.parallel.cross_entropy import token_losses
 from megatron_doremi.parallel.groups import TensorGroup
@@ -27,7 +28,7 @@ def example():
     return hidden, rows, targets, scale
 
 
-def on_rank(launch, padded):
+def on_rank(launch, padded, dtype=torch.float32, chunk=0):
     import torch.distributed as dist
 
     from megatron_doremi.training.distributed import join
@@ -35,14 +36,14 @@ def on_rank(launch, padded):
     join(launch)
     hidden, rows, targets, scale = example()
     spec = ParameterSpec((VOCAB, HIDDEN), dim=0, padded=padded)
-    own = shard(rows.float(), spec, launch.world_size, launch.rank)
+    own = shard(rows.to(dtype), spec, launch.world_size, launch.rank)
     # What the padding holds must not matter.
     first = launch.rank * own.shape[0]
     own[max(0, VOCAB - first) :] = 50.0
     own.requires_grad_()
-    hidden = hidden.float().requires_grad_()
+    hidden = hidden.to(dtype).requires_grad_()
     group = TensorGroup(dist.group.WORLD, launch.world_size, launch.rank)
-    losses = token_losses(hidden, own, targets, VOCAB, group)
+    losses = token_losses(hidden, own, targets, VOCAB, group, chunk)
     (losses * scale.float()).sum().backward()
     return losses.detach(), hidden.grad, own.grad
 
@@ -63,3 +64,42 @@ def test_losses_and_gradients(world, padded):
     row_gradient = torch.cat([r[2] for r in results])
     torch.testing.assert_close(row_gradient[:VOCAB].double(), rows.grad, rtol=1e-5, atol=1e-5)
     assert row_gradient[VOCAB:].abs().max() == 0 if padded > VOCAB else True
+
+
+@pytest.mark.parametrize(("world", "padded", "chunk"), [(1, 32, 0), (1, 32, 3), (2, 32, 3), (3, 48, 3), (3, 48, 0)])
+def test_bfloat16_leaves_padding_out_too(world, padded, chunk):
+    """There the product takes the rows of padding; a rank that holds nothing else is among these."""
+    hidden, rows, targets, scale = example()
+    hidden, rows = (value.bfloat16().double().requires_grad_() for value in (hidden, rows))
+    expected = F.cross_entropy((hidden @ rows.T).flatten(0, 1), targets.flatten(), reduction="none").view(2, 5)
+    (expected * scale).sum().backward()
+    results = on_ranks(world, on_rank, padded, torch.bfloat16, chunk)
+    for losses, _, _ in results:
+        torch.testing.assert_close(losses.double(), expected.detach(), rtol=2e-2, atol=5e-2)
+    row_gradient = torch.cat([r[2] for r in results])
+    torch.testing.assert_close(row_gradient[:VOCAB].double(), rows.grad, rtol=2e-2, atol=5e-2)
+    torch.testing.assert_close(sum(r[1].double() for r in results), hidden.grad, rtol=2e-2, atol=5e-2)
+    assert row_gradient[VOCAB:].abs().max() == 0
+
+
+@pytest.mark.parametrize("vocab", [VOCAB, 32])
+def test_chunks_in_float32_are_what_recomputation_by_autograd_gives(vocab):
+    """To the bit: losses and gradients of runs in float32 are those of version 0.1."""
+    generator = torch.Generator().manual_seed(1)
+    hidden, rows = torch.randn(2, 24, 16, generator=generator), torch.randn(32, 16, generator=generator)
+    targets, scale = torch.randint(0, vocab, (2, 24), generator=generator), torch.rand(2, 24, generator=generator)
+
+    def by_autograd(hidden, weight):
+        def part(h, t):
+            return F.cross_entropy(F.linear(h, weight[:vocab]), t, reduction="none")
+
+        chunks = zip(hidden.flatten(0, 1).split(5), targets.flatten().split(5), strict=True)
+        return torch.cat([checkpoint(part, h, t, use_reentrant=False) for h, t in chunks]).view_as(targets)
+
+    found = []
+    for losses_of in (by_autograd, lambda h, w: token_losses(h, w, targets, vocab, TensorGroup(None, 1, 0), 5)):
+        h, w = hidden.clone().requires_grad_(), rows.clone().requires_grad_()
+        losses = losses_of(h, w)
+        (losses * scale).sum().backward()
+        found.append((losses.detach(), h.grad, w.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
