@@ -62,12 +62,14 @@ class Schema(BaseModel):
         FORMAT: "family/version" that the key `format` holds; "" where the file has no such key.
         FORMAT_SINCE_LATER: whether early versions of the program wrote this file without the key.
         OLDER_FORMATS: earlier formats that are still read.
+        SEALED: whether the file is written by `sealed`; early versions wrote it without.
     """
 
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore", allow_inf_nan=False)
     FORMAT: ClassVar[str] = ""
     FORMAT_SINCE_LATER: ClassVar[bool] = False
     OLDER_FORMATS: ClassVar[tuple[str, ...]] = ()
+    SEALED: ClassVar[bool] = False
 
 
 SchemaType = TypeVar("SchemaType", bound=Schema)
@@ -92,9 +94,12 @@ def check_entry(entry: Mapping[str, Any], subject: str, schema: type[SchemaType]
     if fault is not None:
         raise ConfigError(fault)
     try:
-        return schema.model_validate(dict(entry))
+        checked = schema.model_validate(dict(entry))
     except ValidationError as error:
         raise ConfigError(_faults(error, subject, remedy)) from error
+    if schema.SEALED and "sha256" in entry:
+        check_seal(entry, subject, remedy)
+    return checked
 
 
 def sealed(entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,10 +24,12 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from pydantic import ConfigDict, Field, model_validator
 
+from megatron_doremi.data.files import sha256_of
 from megatron_doremi.data.formats import Count, Name, Schema, format_fault, read_checked
-from megatron_doremi.errors import ConfigError, Fault
+from megatron_doremi.errors import ConfigError, Fault, raise_if_any
 from megatron_doremi.model.weights import WeightsFolder
 from megatron_doremi.model.whole import writable
+from megatron_doremi.parallel.exchange import gather_json
 from megatron_doremi.parallel.parameters import spec_of
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.training.optimizer_state import MASTER, OptimizerFolder, owned_state, start_state
@@ -109,10 +111,13 @@ class CheckpointState(Schema):
     """state.json of a checkpoint. What version 0.1 wrote of a run stands beside `identity`, which it lacks."""
 
     FORMAT: ClassVar[str] = FORMAT
+    SEALED: ClassVar[bool] = True
     model_config = ConfigDict(extra="allow")
 
     iteration: Count
     files: dict[Name, Count]
+    # SHA-256 of each file; version 0.1 took none.
+    checksums: dict[Name, str] = Field(default_factory=dict)
     blend: BlendEntry
     doremi: DomainWeightsEntry | None = None
     identity: dict[str, Any] | None = None
@@ -189,6 +194,41 @@ def check_files(checkpoint: Path) -> None:
     """Raises ConfigError where a checkpoint's weights or optimiser state are damaged, as far as headers tell."""
     WeightsFolder(checkpoint / "weights")
     OptimizerFolder(checkpoint / "optimizer").check_files()
+
+
+def changed_files(
+    checkpoint: Path, state: CheckpointState, part: int = 0, parts: int = 1, progress: Callable[[], None] = lambda: None
+) -> list[str]:
+    """Files whose content is not what was written, by the checksums in state.json.
+
+    Args:
+        part, parts: which share of the files is read.
+        progress: called with each file.
+    """
+    changed = []
+    for name, value in sorted(state.checksums.items())[part::parts]:
+        progress()
+        if sha256_of(checkpoint / name) != value:
+            changed.append(name)
+    return changed
+
+
+def check_contents(
+    checkpoint: Path, state: CheckpointState, rank: int, world_size: int, progress: Callable[[], None] = lambda: None
+) -> None:
+    """Reads every file of a checkpoint and compares its checksum; a collective call in which ranks share the files.
+
+    Raises:
+        ConfigError: on every rank, with every file whose content changed after it was written.
+    """
+    remedy = f"copy {checkpoint} again, or delete it to resume from an older one"
+    raise_if_any(
+        [
+            Fault(str(checkpoint / name), "changed after it was written", "the checksum in state.json", remedy)
+            for part in gather_json(changed_files(checkpoint, state, rank, world_size, progress))
+            for name in part
+        ]
+    )
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from megatron_doremi.data.files import atomic_write_text
-from megatron_doremi.data.formats import Count, Name, Positive, Schema, read_checked
+from megatron_doremi.data.formats import Count, Name, Positive, Schema, read_checked, sealed
 from megatron_doremi.data.tensor_file import TensorFile, to_host
 from megatron_doremi.errors import ConfigError, Fault
 from megatron_doremi.model.weights import read_spec, writes_parameter
@@ -137,7 +137,7 @@ def write_index(folder: Path, parts: Sequence[Mapping[str, Any]]) -> Path:
             parameters.setdefault(name, {**spec, "pieces": []})["pieces"].append([part["file"], *entry["piece"]])
     keys = sorted({key for part in parts for key in part["keys"]})
     entry = {"format": OptimizerIndex.FORMAT, "keys": keys, "parameters": parameters}
-    atomic_write_text(folder / "index.json", json.dumps(entry))
+    atomic_write_text(folder / "index.json", json.dumps(sealed(entry)))
     return folder / "index.json"
 
 
@@ -186,6 +186,7 @@ class OptimizerIndex(Schema):
     """index.json of a checkpoint's optimizer folder."""
 
     FORMAT: ClassVar[str] = "megatron-doremi-optimizer/1"
+    SEALED: ClassVar[bool] = True
     FORMAT_SINCE_LATER: ClassVar[bool] = True
 
     keys: list[Literal["exp_avg", "exp_avg_sq", "master"]]

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_doremi.console import warn
-from megatron_doremi.data.files import atomic_write_text, make_durable
+from megatron_doremi.data.files import atomic_write_text, make_durable, sha256_of
+from megatron_doremi.data.formats import sealed
 from megatron_doremi.errors import RunError
 from megatron_doremi.training.checkpoint import FORMAT, checkpoints, checkpoints_folder, incompleteness
 from megatron_doremi.training.optimizer_state import write_index
@@ -52,7 +53,10 @@ def publish_checkpoint(
             path.unlink()
     index = write_index(temporary / "optimizer", [part["optimizer"] for part in parts])
     files[str(index.relative_to(temporary))] = index.stat().st_size
-    atomic_write_text(temporary / "state.json", json.dumps({**entry, "files": dict(sorted(files.items()))}, indent=1))
+    checksums = {file: str(value) for part in parts for file, value in part["checksums"].items()}
+    checksums[str(index.relative_to(temporary))] = sha256_of(index)
+    state = {**entry, "files": dict(sorted(files.items())), "checksums": dict(sorted(checksums.items()))}
+    atomic_write_text(temporary / "state.json", json.dumps(sealed(state), indent=1))
     for path in (temporary / "weights", temporary / "optimizer", temporary):
         make_durable(path)
     before_publishing()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,13 @@ from megatron_doremi.errors import Fault, raise_if_any
 from megatron_doremi.parallel.exchange import from_rank_0
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.settings import PROXY
-from megatron_doremi.training.checkpoint import CheckpointState, check_files, newest_checkpoint, read_state
+from megatron_doremi.training.checkpoint import (
+    CheckpointState,
+    check_contents,
+    check_files,
+    newest_checkpoint,
+    read_state,
+)
 from megatron_doremi.training.identity import (
     Identity,
     differences,
@@ -46,12 +52,19 @@ class ResumePoint:
     overrides: tuple[dict[str, Any], ...] = ()
 
 
-def resume_point(config: Config, identity: Identity, names: tuple[str, ...], topology: Topology) -> ResumePoint | None:
+def resume_point(
+    config: Config,
+    identity: Identity,
+    names: tuple[str, ...],
+    topology: Topology,
+    progress: Callable[[], None] = lambda: None,
+) -> ResumePoint | None:
     """Where the run resumes; None where it starts. A collective call.
 
     Args:
         identity: of this run.
         names: the domains.
+        progress: called with each file of the checkpoint that is read.
 
     Raises:
         ConfigError: the checkpoint is of another run, with everything that differs, or is damaged.
@@ -77,6 +90,7 @@ def resume_point(config: Config, identity: Identity, names: tuple[str, ...], top
     faults += _domain_faults(state, config, names, subject)
     raise_if_any(faults)
     check_files(checkpoint)
+    check_contents(checkpoint, state, topology.rank, topology.world_size, progress)
     for line in _statements(before, identity, overridden, config, state.iteration, topology.rank):
         print(line, file=sys.stderr, flush=True)
     changed = [name for name in identity if name in before and before[name] != identity[name]]

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
+from megatron_doremi.data.files import sha256_of
 from megatron_doremi.data.tensor_file import TensorFile
 from megatron_doremi.errors import RunError
 from megatron_doremi.model.weights import weights_file
@@ -175,14 +176,17 @@ def _write(temporary: Path, files: Sequence[tuple[str, TensorFile | None]]) -> d
     """Writes a rank's files into folders of a checkpoint.
 
     Returns:
-        what rank 0 has to know of them: {"files": {path within the checkpoint: bytes}, "optimizer": part of the index}.
+        what rank 0 has to know of them: {"files": {path within the checkpoint: bytes}, "checksums": {path: SHA-256},
+        "optimizer": part of the index}.
     """
-    part: dict[str, Any] = {"files": {}, "optimizer": None}
+    part: dict[str, Any] = {"files": {}, "checksums": {}, "optimizer": None}
     for folder, file in files:
         (temporary / folder).mkdir(parents=True, exist_ok=True)
         if file is not None:
             file.write(temporary / folder)
-            part["files"][f"{folder}/{file.name}"] = (temporary / folder / file.name).stat().st_size
+            path = temporary / folder / file.name
+            part["files"][f"{folder}/{file.name}"] = path.stat().st_size
+            part["checksums"][f"{folder}/{file.name}"] = sha256_of(path)
             if folder == OPTIMIZER:
                 part["optimizer"] = index_part(file)
     return part

@@ -36,14 +36,16 @@ from megatron_doremi.data.loss_file import (
 )
 from megatron_doremi.data.reference_losses import LossFolder, RecordedLosses
 from megatron_doremi.doremi.reference import ReferenceRun
-from megatron_doremi.errors import ConfigError, RunError, machine_failure, raise_if_any
+from megatron_doremi.errors import ConfigError, Fault, RunError, machine_failure, raise_if_any
 from megatron_doremi.model.forward import forward_only
 from megatron_doremi.model.pipeline import GPTPipeline
 from megatron_doremi.model.weights import load_frozen
+from megatron_doremi.parallel import exchange
 from megatron_doremi.parallel.exchange import broadcast_json, gather_json
 from megatron_doremi.parallel.groups import ProcessGroups
 from megatron_doremi.parallel.layers import TensorParallel
 from megatron_doremi.parallel.topology import Topology
+from megatron_doremi.training.checkpoint import read_state
 from megatron_doremi.training.setup import RunData
 from megatron_doremi.training.stopping import GO_ON, StopRequest
 from megatron_doremi.training.waiting import error_of, error_text, from_rank_0, wait_for_all
@@ -69,11 +71,17 @@ def data_fingerprint(config: Config, data: RunData) -> dict[str, Any]:
 
 
 def weights_hash(folder: Path, watchdog: Watchdog) -> str:
-    """A hash of a checkpoint's weights files."""
-    lines = []
+    """A hash of a checkpoint's weights files. Raises ConfigError where one was changed after it was written."""
+    recorded = read_state(folder.parent).checksums
+    lines, faults = [], []
     for path in sorted(folder.glob("*.safetensors")):
         watchdog.mark(f"reading {path}")
-        lines.append(f"{path.name} {sha256_of(path)}\n")
+        found = sha256_of(path)
+        lines.append(f"{path.name} {found}\n")
+        if recorded.get(f"weights/{path.name}", found) != found:
+            value, rule = "changed after it was written", "the checksum in state.json"
+            faults.append(Fault(str(path), value, rule, "copy the checkpoint again, or take another"))
+    raise_if_any(faults)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -86,7 +94,7 @@ def reference_hash(
     if run is None:
         return None
     # Read by one rank: a reference may be gigabytes.
-    return str(broadcast_json(weights_hash(run.weights, watchdog) if topology.rank == 0 else None))
+    return str(exchange.from_rank_0(lambda: weights_hash(run.weights, watchdog)))
 
 
 def windows_needed(

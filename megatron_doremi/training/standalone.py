@@ -17,10 +17,12 @@ from megatron_doremi.config import Config, global_batch_size
 from megatron_doremi.data.files import make_folder
 from megatron_doremi.errors import RunError
 from megatron_doremi.model.weights import load_frozen
+from megatron_doremi.parallel.exchange import from_rank_0
 from megatron_doremi.parallel.groups import ProcessGroups
 from megatron_doremi.parallel.layers import TensorParallel
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.training.evaluate import HeldOut, evaluate
+from megatron_doremi.training.score import weights_hash
 from megatron_doremi.training.setup import RunData, read_trained
 from megatron_doremi.training.watchdog import Watchdog
 
@@ -44,6 +46,7 @@ def evaluate_run(
     """
     data_config, save = config.data, Path(config.run.save) if config.run.save else None
     run = read_trained(Path(config.run.load), "--load", data, config)
+    from_rank_0(lambda: weights_hash(run.weights, watchdog))
     if save is not None and topology.rank == 0:
         # Tried before the work, not after it.
         append_line(save, "")

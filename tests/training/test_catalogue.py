@@ -38,8 +38,14 @@ def index(at, data):
     return lambda folder: patch(folder / "data" / "domain1_train.idx", at, data)
 
 
-def state(change):
-    return lambda folder: edit(checkpoint(folder) / "state.json", change)
+def state(change, run="main"):
+    """Edits a state as no run writes it; without its seal, so that what is wrong with the values is what is found."""
+
+    def edited(entry):
+        change(entry)
+        entry.pop("sha256", None)
+
+    return lambda folder: edit(checkpoint(folder, run) / "state.json", edited)
 
 
 def checkpoint(folder, run="main"):
@@ -51,9 +57,14 @@ def index_json(change):
 
     def damage(folder):
         path = checkpoint(folder) / "optimizer" / "index.json"
-        edit(path, change)
+
+        def edited(entry):
+            change(entry)
+            entry.pop("sha256")
+
+        edit(path, edited)
         size = {"optimizer/index.json": path.stat().st_size}
-        edit(checkpoint(folder) / "state.json", lambda entry: entry["files"].update(size))
+        state(lambda entry: entry["files"].update(size))(folder)
 
     return damage
 
@@ -87,6 +98,11 @@ def integer_moments(folder):
 def only_one(folder):
     """The single weights file of the main run."""
     return next((checkpoint(folder) / "weights").iterdir())
+
+
+def flip(path):
+    """Flips one bit of the last number in a file."""
+    patch(path, path.stat().st_size - 3, bytes([path.read_bytes()[-3] ^ 1]))
 
 
 def same_size(path):
@@ -304,6 +320,17 @@ CHECKPOINTS = {
             ("an iteration in words", ("iteration: '2'",), lambda e: e.update(iteration="2")),
         )
     },
+    "a state that was changed within its ranges": Case(
+        ("state.json: damaged or edited",),
+        flags=RUN,
+        damage=lambda f: edit(checkpoint(f) / "state.json", lambda e: e["blend"]["cursors"].update(D0(3))),
+    ),
+    "weights that were changed": Case(("changed after it was written",), flags=RUN, damage=lambda f: flip(only_one(f))),
+    "moments that were changed": Case(
+        ("optimizer/rank-00000.safetensors: changed after it was written",),
+        flags=RUN,
+        damage=lambda f: flip(checkpoint(f) / "optimizer" / "rank-00000.safetensors"),
+    ),
     "pieces that overlap": Case(
         ("index.json", "overlap or leave a gap"),
         flags=RUN,
@@ -384,7 +411,13 @@ REFERENCES = {
         ("2 of its 9 steps taken", "--allow-unfinished"),
         phase="proxy",
         flags=PROXY,
-        damage=lambda f: edit(checkpoint(f, "reference") / "state.json", lambda e: e["identity"].update(train_iters=9)),
+        damage=state(lambda e: e["identity"].update(train_iters=9), "reference"),
+    ),
+    "weights that were changed": Case(
+        ("changed after it was written", "copy the checkpoint again"),
+        phase="proxy",
+        flags=PROXY,
+        damage=lambda f: flip(next((checkpoint(f, "reference") / "weights").iterdir())),
     ),
     "a checkpoint cut off in copying": Case(
         ("no complete checkpoint",),

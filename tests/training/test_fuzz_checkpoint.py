@@ -1,11 +1,13 @@
-"""Damaged checkpoints of unknown origin: an error that a user can read, or a right answer; never anything else.
+"""Damaged checkpoints of unknown origin: an error that a user can read, or the same result; never anything else.
 
 Run alone: python -m pytest tests/training/test_fuzz_checkpoint.py
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -13,13 +15,14 @@ from pathlib import Path
 import pytest
 from training.small import train, write_data
 
-from megatron_doremi.errors import ConfigError
+from megatron_doremi.errors import ConfigError, Fault
 from megatron_doremi.model.weights import WeightsFolder
 from megatron_doremi.parallel.topology import Topology
-from megatron_doremi.training.checkpoint import newest_checkpoint, read_state
+from megatron_doremi.training.checkpoint import changed_files, newest_checkpoint, read_state
 from megatron_doremi.training.optimizer_state import OptimizerFolder
 
-CASES = 600
+# More of them: MEGATRON_DOREMI_FUZZ=5000.
+CASES = int(os.environ.get("MEGATRON_DOREMI_FUZZ", "600"))
 VALUES = (None, -1, 0, 2**70, 1.5, float("nan"), "x", "../../etc/passwd", [], [1], {}, {"a": 1}, True)
 
 
@@ -36,20 +39,28 @@ def specs(checkpoint):
     return {name: weights.spec(name) for name in sorted(weights.names())[::4]}
 
 
-def read_all(folder: Path, specs) -> None:
-    """Everything that a run of another layout reads."""
-    read_state(folder)
+def read_all(folder: Path, specs) -> str:
+    """Everything that a run of another layout reads; returns a hash of it. Raises ConfigError as such a run does."""
+    state = read_state(folder)
+    if changed := changed_files(folder, state):
+        raise ConfigError(Fault(changed[0], "changed", "", ""))
+    digest = hashlib.sha256(json.dumps(state.model_dump(exclude={"sha256"}), sort_keys=True).encode())
+
+    def add(tensor) -> None:
+        digest.update(tensor.contiguous().numpy().tobytes())
+
     newest_checkpoint(folder.parent.parent)
     weights, states = WeightsFolder(folder / "weights"), OptimizerFolder(folder / "optimizer")
     states.check_files()
     for name, spec in specs.items():
-        weights.part(name, spec, Topology())
+        add(weights.part(name, spec, Topology()))
         for key in ("exp_avg", "exp_avg_sq"):
             for rank in range(2):
                 shape = spec.local_shape(2)
                 count = max(1, shape[0])
-                states.part(name, key, spec, Topology(tensor_size=2, rank=rank), 0, count)
-            states.part(name, key, spec, Topology(), 1, 7)
+                add(states.part(name, key, spec, Topology(tensor_size=2, rank=rank), 0, count))
+            add(states.part(name, key, spec, Topology(), 1, 7))
+    return digest.hexdigest()
 
 
 def change_json(entry, generator):
@@ -83,7 +94,7 @@ def test_damaged_files(checkpoint, specs, tmp_path):
     files = sorted(str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file())
     folder = tmp_path / "checkpoints" / checkpoint.name
     shutil.copytree(checkpoint, folder)
-    refused = 0
+    refused, whole = 0, read_all(checkpoint, specs)
     for case in range(CASES):
         name = generator.choice(files)
         path, original = folder / name, (checkpoint / name).read_bytes()
@@ -100,12 +111,14 @@ def test_damaged_files(checkpoint, specs, tmp_path):
         else:
             path.write_bytes(change_header(original, generator))
         try:
-            read_all(folder, specs)
+            assert read_all(folder, specs) == whole, f"case {case}, {name}: another result"
         except ConfigError:
             refused += 1
+        except AssertionError:
+            raise
         except Exception as error:
             raise AssertionError(f"case {case}, {name}: {error!r}") from error
         path.write_bytes(original)
-    read_all(folder, specs)
+    assert read_all(folder, specs) == whole
     print(f"{refused} of {CASES} refused")
     assert refused > CASES // 3
