@@ -24,10 +24,17 @@ from megatron_doremi.errors import EXIT_USER_ERROR, ConfigError, RunError, SaidE
 from megatron_doremi.training.signals import EXIT_STOPPED, Signals
 
 if TYPE_CHECKING:
+    import torch
+
     from megatron_doremi.config import Config
+    from megatron_doremi.parallel.groups import ProcessGroups
     from megatron_doremi.parallel.topology import Topology
+    from megatron_doremi.training.inputs import Inputs
     from megatron_doremi.training.launch import Launch
+    from megatron_doremi.training.loop import Trainer
     from megatron_doremi.training.meeting import Meeting
+    from megatron_doremi.training.run_lock import HeldLock
+    from megatron_doremi.training.stopping import StopRequest
     from megatron_doremi.training.watchdog import Watchdog
 
 # What DeepSpeed notes about itself is not about this program's input.
@@ -133,19 +140,15 @@ def run_phase(
     Args:
         held: takes the lock of the run's folder.
     """
-    from megatron_doremi.console import say
     from megatron_doremi.data.manifest import print_warnings
     from megatron_doremi.parallel.exchange import from_rank_0
     from megatron_doremi.parallel.groups import make_groups
-    from megatron_doremi.settings import EVALUATE, SCORE
+    from megatron_doremi.settings import EVALUATE, SCORE, TRAINING
     from megatron_doremi.training import setup
-    from megatron_doremi.training.build import make_engine
     from megatron_doremi.training.distributed import any_rank, device_faults, join_group
-    from megatron_doremi.training.identity import check_ranks_start_alike, run_identity
+    from megatron_doremi.training.identity import check_ranks_start_alike
     from megatron_doremi.training.inputs import open_inputs
-    from megatron_doremi.training.loop import Trainer
     from megatron_doremi.training.output_checks import check_outputs
-    from megatron_doremi.training.resume import resume_point
     from megatron_doremi.training.run_lock import run_lock
     from megatron_doremi.training.score import check_recorded, reference_hash, score
     from megatron_doremi.training.standalone import evaluate_run
@@ -171,41 +174,70 @@ def run_phase(
     device = join_group(meeting, minutes)
     check_ranks_start_alike(config, setup.what_is_read(data, inputs.reference, inputs.recorded))
     groups = make_groups(topology)
+    reference_sha256 = None
+    if phase in TRAINING:
+        if inputs.recorded is not None:
+            check_recorded(inputs.recorded, config, data, topology, meeting.store, watchdog)
+        reference_sha256 = reference_hash(inputs.reference, inputs.recorded, topology, watchdog)
+    # Nothing is written before all that is read has been checked.
     from_rank_0(lambda: check_outputs(config))
-    save = Path(config.run.save)
-
-    def waiting() -> None:
-        watchdog.mark("waiting to see whether another run is alive")
-
     if phase == EVALUATE:
         evaluate_run(config, data, topology, groups, device, watchdog)
         return False
+    kind = f"shard-{config.doremi.shard}" if phase == SCORE else "run"
+    lock = held.enter_context(
+        run_lock(
+            Path(config.run.save),
+            kind,
+            os.environ,
+            lambda: watchdog.mark("waiting to see whether another run is alive"),
+        )
+    )
     if phase == SCORE:
         assert inputs.reference is not None
-        held.enter_context(run_lock(save, f"shard-{config.doremi.shard}", os.environ, waiting))
         if any_rank(signals.begin(), device):
             return True
         return score(config, data, inputs.reference, topology, groups, stop, watchdog, meeting.store)
-    if inputs.recorded is not None:
-        check_recorded(inputs.recorded, config, data, topology, meeting.store, watchdog)
-    lock = held.enter_context(run_lock(save, "run", os.environ, waiting))
+    trainer = make_trainer(config, inputs, reference_sha256, topology, groups, device, stop, watchdog, lock)
+    # From here on there is something to save. Ranks that were asked before are followed by those that were not.
+    if any_rank(signals.begin(), device):
+        return True
+    return trainer.train()
+
+
+def make_trainer(
+    config: Config,
+    inputs: Inputs,
+    reference_sha256: str | None,
+    topology: Topology,
+    groups: ProcessGroups,
+    device: torch.device,
+    stop: StopRequest,
+    watchdog: Watchdog,
+    lock: HeldLock,
+) -> Trainer:
+    """Finds where the run resumes, writes its config.json and builds it."""
+    from megatron_doremi.console import say
+    from megatron_doremi.parallel.exchange import from_rank_0
+    from megatron_doremi.training import setup
+    from megatron_doremi.training.build import make_engine
+    from megatron_doremi.training.identity import run_identity
+    from megatron_doremi.training.loop import Trainer
+    from megatron_doremi.training.resume import resume_point
+
+    data = inputs.data
     gpt = setup.resolve_gpt(config, data)
-    reference_sha256 = reference_hash(inputs.reference, inputs.recorded, topology, watchdog)
     identity = run_identity(config, gpt, data, topology.world_size, reference_sha256)
-    resume = resume_point(config, identity, data.names, topology)
+    resume = resume_point(config, identity, data.names, topology, lambda: watchdog.mark("reading a checkpoint"))
     own: dict[str, Any] = {"identity": identity, "overrides": list(resume.overrides) if resume else []}
     from_rank_0(lambda: setup.write_run_config(config, gpt, data, topology, **own))
     if topology.rank == 0 and inputs.repeated:
         say(inputs.repeated)
     engine = make_engine(config, gpt, data.weights, topology, groups, device)
     reference = setup.make_reference(config, inputs.reference, topology, groups)
-    trainer = Trainer(
+    return Trainer(
         config, gpt, data, engine, reference, inputs.recorded, own, resume, topology, groups, stop, watchdog, lock
     )
-    # From here on there is something to save. Ranks that were asked before are followed by those that were not.
-    if any_rank(signals.begin(), device):
-        return True
-    return trainer.train()
 
 
 def dry_run(config: Config, topology: Topology) -> None:

@@ -114,9 +114,11 @@ def run_case(case: Case, setup: Path, folder: Path) -> tuple[str, str, list[str]
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """A hash of every file below a folder, and its folders."""
+    """A hash of every file below a folder, and its folders; who held the lock of a run is no part of it."""
     found = {}
     for path in folder.rglob("*"):
+        if ".lock" in path.relative_to(folder).parts:
+            continue
         data = path.read_bytes() if path.is_file() else b"folder"
         found[str(path.relative_to(folder))] = hashlib.sha256(data).hexdigest()
     return found
