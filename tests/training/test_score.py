@@ -17,7 +17,7 @@ import torch
 from ranks import on_ranks, program, run_program
 from safetensors import safe_open
 from safetensors.torch import save_file
-from training.small import MODEL, read_by, train, training_lines, write_data
+from training.small import MODEL, read_by, train, training_lines, unseal, write_data
 
 from megatron_doremi.arguments import parse_config
 from megatron_doremi.data.loss_file import LossFile, chunk_path
@@ -224,6 +224,7 @@ def test_losses_of_another_precision_are_refused(folder, tmp_path):
 
 def change_weights(run, name, change):
     """Changes parameters of a run's checkpoint in place, in files of the same size."""
+    unseal(run)
     for path in run.rglob("weights/*.safetensors"):
         with safe_open(path, framework="pt") as file:
             metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in list(file.keys())}

@@ -21,7 +21,7 @@ import pytest
 from ranks import on_ranks, program, start_ranks
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from training.small import MODEL, metrics, train, training_lines, write_data
+from training.small import MODEL, metrics, train, training_lines, unseal, write_data
 
 from megatron_doremi.errors import RunError
 from megatron_doremi.model.weights import WeightsFolder
@@ -112,6 +112,7 @@ def test_limits_of_time(data, tmp_path):
 
 def poison(save: Path, row: int) -> None:
     """Writes NaN into the embedding of one id, in a run's newest checkpoint."""
+    unseal(save)
     for path in (newest_checkpoint(save) / "weights").glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             header = file.metadata()
