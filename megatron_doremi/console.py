@@ -27,13 +27,17 @@ def say(text: str) -> None:
         mend_streams()
 
 
-def warn(text: str) -> None:
-    """Prints a warning on stderr, or on stdout where stderr cannot be written."""
-    line = f"warning: {text}"
+def note(text: str) -> None:
+    """Prints a line on stderr, or on stdout where stderr cannot be written."""
     for stream in (sys.stderr, sys.stdout):
-        if stream is not None and _written(stream, line):
+        if stream is not None and _written(stream, text):
             return
     mend_streams()
+
+
+def warn(text: str) -> None:
+    """Prints a warning; see `note`."""
+    note(f"warning: {text}")
 
 
 def _written(stream: TextIO, line: str) -> bool:

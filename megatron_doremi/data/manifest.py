@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from megatron_doremi.console import warn
 from megatron_doremi.data.files import atomic_write_text, read_json_object
 from megatron_doremi.data.formats import Count, Name, PathText, Positive, Schema, Sha256, check_entry, format_fault
 from megatron_doremi.data.indexed_dataset import IndexedDataset
@@ -239,7 +239,7 @@ def _checked(manifest: Manifest, subject: str) -> Manifest:
 def print_warnings(manifest: Manifest) -> None:
     """Prints a manifest's warnings on stderr."""
     for warning in manifest.warnings:
-        print(f"warning: {warning}", file=sys.stderr, flush=True)
+        warn(warning)
 
 
 def save_manifest(manifest: Manifest) -> None:

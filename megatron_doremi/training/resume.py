@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_doremi.config import Config
+from megatron_doremi.console import note
 from megatron_doremi.data.blend import BlendState
 from megatron_doremi.doremi.domain_weights import DomainWeights
 from megatron_doremi.errors import Fault, raise_if_any
@@ -92,7 +92,7 @@ def resume_point(
     check_files(checkpoint)
     check_contents(checkpoint, state, topology.rank, topology.world_size, progress)
     for line in _statements(before, identity, overridden, config, state.iteration, topology.rank):
-        print(line, file=sys.stderr, flush=True)
+        note(line)
     changed = [name for name in identity if name in before and before[name] != identity[name]]
     overrides = [
         *state.overrides,
@@ -117,7 +117,7 @@ def _find_checkpoint(load: Path) -> str | None:
         raise_if_any([Fault(what, f"no complete one: {line}", rule, remedy) for line in passed_over])
         return None
     for line in passed_over:
-        print(line, file=sys.stderr, flush=True)
+        note(line)
     return str(newest)
 
 

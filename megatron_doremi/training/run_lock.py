@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from megatron_doremi.console import note
 from megatron_doremi.data.files import make_folder
 from megatron_doremi.data.formats import Count, Name, Schema
 from megatron_doremi.errors import ConfigError, Fault, RunError
@@ -194,7 +195,7 @@ class RunLock:
         if self._left.is_set():
             return
         self._left.set()
-        self._thread.join()
+        self._thread.join(self._poll)
         if self._lost_to is None:
             with contextlib.suppress(OSError):
                 os.utime(self._descriptor, (0, 0))
@@ -233,10 +234,10 @@ class RunLock:
         dead = is_dead(holder, self.own) if holder is not None else None
         if dead is None and _is_flocked(path):
             dead = False
+        whom = str(holder) if holder is not None else f"another process (see {path})"
         if dead is None:
-            dead = self._stays_silent(path, time_of_file)
+            dead = self._stays_silent(path, time_of_file, whom)
         if not dead:
-            whom = str(holder) if holder is not None else f"another process (see {path})"
             raise ConfigError(
                 Fault(
                     f"--save {self._save}",
@@ -247,8 +248,9 @@ class RunLock:
             )
         return True
 
-    def _stays_silent(self, path: Path, time_of_file: int) -> bool:
+    def _stays_silent(self, path: Path, time_of_file: int, whom: str) -> bool:
         """Watches a holder's file. A look that hangs, as everything on its file system does, counts once."""
+        note(f"{self._save} was in use by {whom}; watching for up to {self._dead_after:g} s whether it is alive")
         for _ in range(max(1, round(self._dead_after / self._poll))):
             time.sleep(self._poll)
             self._progress()

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from megatron_doremi.config import Config, global_batch_size
+from megatron_doremi.console import say
 from megatron_doremi.data.blend import Blend, GlobalBatch, window_count
 from megatron_doremi.data.files import sha256_of
 from megatron_doremi.data.loader import read_windows
@@ -201,7 +202,7 @@ def score(
     outcomes = gather_json([int(replica.stopped), replica.windows, replica.clipped])
     stopped, windows, cut = (sum(values) for values in zip(*outcomes, strict=True))
     if cut and topology.rank == 0:
-        print(
+        say(
             f"score: {cut:,} of {windows * config.data.seq_length:,} token losses lay above {LARGEST_LOSS:.4f} nats "
             "and were recorded as that"
         )

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from megatron_doremi.config import Config, global_batch_size
+from megatron_doremi.console import say
 from megatron_doremi.data.files import make_folder
 from megatron_doremi.errors import RunError
 from megatron_doremi.model.weights import load_frozen
@@ -101,10 +102,10 @@ def append_line(folder: Path, line: str) -> None:
 
 def _print(entry: dict[str, Any], checkpoint: Path) -> None:
     width = max(map(len, entry["eval"]))
-    print(f"held-out loss of {checkpoint}, nats a token")
+    say(f"held-out loss of {checkpoint}, nats a token")
     for name, loss in entry["eval"].items():
-        print(f"  {name:<{width}}  {loss:.4f}")
-    print(
+        say(f"  {name:<{width}}  {loss:.4f}")
+    say(
         f"uniform mean {entry['eval_uniform_mean']:.4f}, worst {entry['eval_worst']:.4f}, "
         f"token mean {entry['eval_token_mean']:.4f}"
     )
