@@ -84,7 +84,8 @@ def kept_bytes(file: AppendFile, last_iteration: float, recorded_bytes: int | No
     """How much of a metrics file stays where a run resumes after `last_iteration`; see `MetricsFile`.
 
     Without a recorded size the lines are read from the end: iterations rise, so the file is cut where the fewest lines
-    contradict it, for a damaged line may give another iteration than was written.
+    contradict it, for a damaged line may give another iteration than was written. Of two such places the first is
+    taken: rather a line too few than an iteration twice.
     """
     size = file.size()
     if recorded_bytes is not None and _confirmed(file, recorded_bytes, last_iteration):
@@ -96,11 +97,12 @@ def kept_bytes(file: AppendFile, last_iteration: float, recorded_bytes: int | No
     # Lines that contradict a cut before this line, less those that contradict a cut at the end.
     contradictions = fewest = 0
     for start in _line_starts(file, end):
-        iteration = _iteration(file, start, following)
+        iteration = _iteration(file, start, following, last_iteration)
         following = start
-        if iteration is not None:
-            contradictions += 1 if iteration <= last_iteration else -1
-        if contradictions < fewest:
+        if iteration is None:
+            continue
+        contradictions += 1 if iteration <= last_iteration else -1
+        if contradictions <= fewest:
             fewest, kept = contradictions, start
         elif contradictions > fewest + _ENOUGH_LINES:
             break
@@ -112,15 +114,19 @@ def _confirmed(file: AppendFile, recorded: int, last_iteration: float) -> bool:
     size = file.size()
     if recorded > size or (recorded and file.read(recorded - 1, recorded) != b"\n"):
         return False
-    if recorded:
-        before = _iteration(file, next(_line_starts(file, recorded)), recorded)
-        if before is not None and before > last_iteration:
-            return False
-    following = file.read(recorded, recorded + _LONGEST_LINE).find(b"\n") + 1
-    if not following:
+    following = recorded
+    for start in _line_starts(file, recorded):
+        before = _iteration(file, start, following, last_iteration)
+        following = start
+        if before is not None:
+            if before > last_iteration:
+                return False
+            break
+    length = file.read(recorded, recorded + _LONGEST_LINE).find(b"\n") + 1
+    if not length:
         # Nothing but a torn line may follow.
         return size - recorded < _LONGEST_LINE
-    after = _iteration(file, recorded, recorded + following)
+    after = _iteration(file, recorded, recorded + length, last_iteration)
     return after is not None and after > last_iteration
 
 
@@ -138,8 +144,11 @@ def _line_starts(file: AppendFile, end: int) -> Iterator[int]:
         yield 0
 
 
-def _iteration(file: AppendFile, start: int, end: int) -> float | None:
-    """The iteration of the line between two places, also where the rest of it is damaged; None where it has none."""
+def _iteration(file: AppendFile, start: int, end: int, last_iteration: float) -> float | None:
+    """The iteration of the line between two places; None where it has none that can be trusted.
+
+    Of a line that is damaged elsewhere the number counts where it lies past `last_iteration`, for such a line goes.
+    """
     line = file.read(start, min(end, start + _LONGEST_LINE))
     try:
         found = json.loads(line)["iteration"]
@@ -148,7 +157,8 @@ def _iteration(file: AppendFile, start: int, end: int) -> float | None:
     except (ValueError, KeyError, TypeError, IndexError, RecursionError):
         pass
     match = _ITERATION.search(line)
-    return int(match.group(1)) if match else None
+    number = int(match.group(1)) if match else None
+    return number if number is not None and number > last_iteration else None
 
 
 class EventsFile:
