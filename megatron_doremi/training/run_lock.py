@@ -20,104 +20,23 @@ import fcntl
 import json
 import os
 import re
-import secrets
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 from megatron_doremi.console import note
 from megatron_doremi.data.files import make_folder
-from megatron_doremi.data.formats import Count, Name, Schema
 from megatron_doremi.errors import ConfigError, Fault, RunError
 from megatron_doremi.parallel.exchange import from_rank_0
+from megatron_doremi.training.lock_holder import Holder, is_dead, this_process
 
 BEAT_SECONDS = 10.0
 DEAD_AFTER_SECONDS = 60.0
 _POLL_SECONDS = 2.0
 # What a file system without hard links answers.
 _NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
-
-
-class Holder(Schema):
-    """Who holds a lock.
-
-    Attributes:
-        token: drawn at the start; tells two starts apart.
-        boot, pid_namespace: tell whether `pid` means the same process to a reader; "" where unknown.
-        started: the process's start in clock ticks since boot; 0 where unknown.
-        job: of SLURM, with its cluster; "" outside.
-        restart: how often SLURM has requeued the job.
-    """
-
-    FORMAT: ClassVar[str] = "megatron-doremi-lock/1"
-
-    token: Name
-    host: str
-    boot: str
-    pid_namespace: str
-    pid: Count
-    started: Count
-    job: str
-    step: str
-    restart: Count
-
-    def __str__(self) -> str:
-        job = f", SLURM job {self.job}" + (f" step {self.step}" if self.step else "") if self.job else ""
-        return f"process {self.pid} on host {self.host}{job}"
-
-
-def this_process(environ: Mapping[str, str]) -> Holder:
-    """This process as a holder."""
-    restart = environ.get("SLURM_RESTART_COUNT", "0")
-    job, cluster = environ.get("SLURM_JOB_ID", ""), environ.get("SLURM_CLUSTER_NAME", "")
-    return Holder(
-        token=secrets.token_hex(8),
-        host=socket.gethostname(),
-        boot=_text("/proc/sys/kernel/random/boot_id"),
-        pid_namespace=_pid_namespace(),
-        pid=os.getpid(),
-        started=process_start(os.getpid()) or 0,
-        job=f"{job} of cluster {cluster}" if job and cluster else job,
-        step=environ.get("SLURM_STEP_ID", ""),
-        restart=int(restart) if restart.isdecimal() else 0,
-    )
-
-
-def _text(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="ascii", errors="replace").strip()
-    except OSError:
-        return ""
-
-
-def _pid_namespace() -> str:
-    try:
-        return os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return ""
-
-
-def process_start(pid: int) -> int | None:
-    """When a process of this host started, in clock ticks since boot; None where it has ended."""
-    # pid (name) state ppid ...; the name may hold anything.
-    fields = _text(f"/proc/{pid}/stat").rpartition(")")[2].split()
-    return int(fields[19]) if len(fields) > 19 and fields[0] not in ("Z", "X") else None
-
-
-def is_dead(holder: Holder, reader: Holder) -> bool | None:
-    """Whether a holder has ended, as far as `reader` can know at once; None where its file has to be watched."""
-    same_kernel = holder.boot and (holder.host, holder.boot) == (reader.host, reader.boot)
-    if same_kernel and holder.pid_namespace == reader.pid_namespace:
-        start = process_start(holder.pid)
-        return start is None or (holder.started != 0 and start != holder.started)
-    # SLURM starts a requeued job when all of its former processes are gone.
-    if holder.job and holder.job == reader.job and holder.restart < reader.restart:
-        return True
-    return None
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from training.small import MODEL, train
 from training.test_survival import lines_in, wait_for
 
 from megatron_doremi.errors import ConfigError, RunError
-from megatron_doremi.training.run_lock import Holder, RunLock, is_dead, process_start, this_process
+from megatron_doremi.training.lock_holder import Holder, is_dead, process_start, this_process
+from megatron_doremi.training.run_lock import RunLock
 
 TAKERS = 12
 ROUNDS = 4 * int(os.environ.get("MEGATRON_DOREMI_FUZZ", "1"))
