@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by quickstart.sh and tests/run.sh: finds a Python that has what a requirements file pins.
 #
 #     use_environment requirements.txt

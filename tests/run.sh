@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every check: lint, format, types, tests. `bash tests/run.sh -k layouts` hands arguments to pytest.
+# Every check: lint, format, types, shell scripts, tests. `bash tests/run.sh -k layouts` hands arguments to pytest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source examples/environment.sh
@@ -7,4 +7,6 @@ use_environment requirements-dev.txt
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m mypy
+"$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')/shellcheck" --external-sources \
+    examples/*.sh examples/*/*.s* benchmarks/*.sh tests/*.sh
 "$PYTHON" -m pytest "$@"

@@ -1,3 +1,4 @@
+# shellcheck shell=bash disable=SC2034  # read by the scripts that source it
 # DoReMi on The Pile with the paper's hyperparameters (Xie et al. 2023, section 3 and appendix C): a reference and a
 # proxy of 280M, a main model of 8B, each for 200,000 steps of 512 windows of 1,024 tokens.
 #

@@ -1,10 +1,39 @@
+# shellcheck shell=bash
 # Sourced by the batch scripts, in the folder from which they were submitted: the repository's root.
 #
 # SITE names what differs between clusters (site.sh), EXPERIMENT what is trained (../pile/pile.sh). With DRY_RUN=N a
 # training script does not train: it prints what one of N ranks would hold, checks flags and files, and needs no SLURM.
 
+# shellcheck source=examples/slurm/site.sh
 source "${SITE:-examples/slurm/site.sh}"
+# shellcheck source=examples/pile/pile.sh
 source "${EXPERIMENT:-examples/pile/pile.sh}"
+
+# matching PATTERN COMMAND...: the lines of a command's output that match all of PATTERN. Some sites' commands print
+# banners too. All of the output is read: a reader that leaves early (head) ends the command by SIGPIPE. Empty where the
+# command fails.
+matching() {
+    local pattern=$1 output
+    shift
+    output=$("$@") || return 0
+    grep -E -x -- "$pattern" <<< "$output" || true
+}
+
+# end_of JOB: when SLURM will end a job, in seconds since 1970; empty where it does not say. Of several lines (arrays,
+# heterogeneous jobs) the earliest counts.
+end_of() {
+    local ends
+    ends=$(matching '[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:]+' squeue --noheader --jobs="$1" --format=%e | sort)
+    if [ -n "$ends" ]; then
+        date --date="${ends%%$'\n'*}" +%s || true
+    fi
+}
+
+# stopped_everywhere FILE: whether every task of which srun's errors in FILE tell was stopped (exit code 3). srun itself
+# leaves with the highest code of all tasks.
+stopped_everywhere() {
+    ! grep -E ': tasks? [0-9]' "$1" | grep -v -q 'Exited with exit code 3$'
+}
 
 # pretrain PHASE SAVE FLAGS...: runs a phase on all tasks of the job; requeues the job where the run was stopped.
 pretrain() {
@@ -19,26 +48,44 @@ pretrain() {
     if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then
         job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
     fi
-    # Where the ranks meet. No node's name is known before, and no ssh is needed: srun starts one task a rank.
-    MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
-    MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
-    export MASTER_ADDR MASTER_PORT
-    # When the allocation ends; older SLURMs do not set it. Where squeue says no time, none is known: an empty date would
-    # be read as last midnight.
+    # Where the ranks meet: the first node. No ssh is needed, for srun starts one task a rank. Where scontrol does not
+    # answer, the program takes the node that srun names, and a port made of the job's and the step's number.
+    if [ -z "${MASTER_ADDR:-}" ]; then
+        local hosts
+        hosts=$(matching '[A-Za-z0-9][A-Za-z0-9._-]*' scontrol show hostnames "$SLURM_JOB_NODELIST")
+        MASTER_ADDR=${hosts%%$'\n'*}
+    fi
+    export MASTER_ADDR
+    # When the allocation ends; older SLURMs do not set it.
     if [ -z "${SLURM_JOB_END_TIME:-}" ]; then
-        local end
-        end=$(squeue --noheader --jobs="$job" --format=%e || true)
-        if [[ $end == [0-9]*T* ]]; then
-            SLURM_JOB_END_TIME=$(date --date="$end" +%s)
-            export SLURM_JOB_END_TIME
-        fi
+        SLURM_JOB_END_TIME=$(end_of "$job")
+        export SLURM_JOB_END_TIME
     fi
+    # Since 22.05 srun does not take the job's --cpus-per-task by itself.
+    if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then
+        export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+    fi
+    local errors
+    errors=$(mktemp)
     # No shell between srun and Python: signals reach Python itself. A rank that dies is named by the others, which end
-    # by themselves; --wait is for those that cannot.
-    srun --kill-on-bad-exit=0 --wait=120 --label "${command[@]}" || code=$?
-    if [ "$code" -eq 3 ]; then
-        echo "stopped before its end and saved: requeued"
-        scontrol requeue "$job"
+    # by themselves within about a minute; --wait is for those that cannot. What srun says of its tasks is kept.
+    {
+        srun --kill-on-bad-exit=0 --wait=90 --label --cpu-bind="${CPU_BIND:-cores}" "${command[@]}" 2>&1 >&3 \
+            | sed -u -n -e p -e "/^srun: error: /w $errors" >&2
+    } 3>&1 || code=$?
+    if [ "$code" -eq 3 ] && stopped_everywhere "$errors"; then
+        echo "stopped before its end and saved: asking for a requeue"
+        # A requeue ends this script too.
+        trap '' TERM
+        if scontrol requeue "$job"; then
+            echo "requeued"
+        else
+            echo "error: scontrol requeue $job failed: submit the job again to resume" >&2
+        fi
+    elif [ "$code" -eq 3 ]; then
+        echo "error: some tasks were stopped and others failed: not requeued; see above" >&2
+        code=1
     fi
+    rm -f "$errors"
     exit "$code"
 }

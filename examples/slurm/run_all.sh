@@ -14,10 +14,30 @@ STAGES=${STAGES:-preprocess reference score proxy main}
 source examples/slurm/common.sh
 mkdir -p "$OUT/logs"
 
+# First of all: a name that is wrong must not be found after others were submitted.
+for stage in $STAGES; do
+    case $stage in
+    preprocess | reference | score | proxy | main) ;;
+    *)
+        echo "error: STAGES holds '$stage'; there are preprocess, reference, score, proxy, main; nothing was submitted" >&2
+        exit 2
+        ;;
+    esac
+done
+
 previous=
+submitted=()
+# failed MESSAGE: says what is in the queue already, and how to take it out.
+failed() {
+    echo "error: $1" >&2
+    if [ "${#submitted[@]}" -gt 0 ]; then
+        echo "these jobs were submitted before and wait: ${submitted[*]}; to cancel them: scancel ${submitted[*]}" >&2
+    fi
+    exit 1
+}
 # submit NAME SBATCH-OPTIONS... -- ARGUMENTS...: submits NAME.sbatch after the job before it.
 submit() {
-    local name=$1 options=()
+    local name=$1 options=() output numbers
     shift
     while [ "$1" != -- ]; do
         options+=("$1")
@@ -26,8 +46,13 @@ submit() {
     shift
     # Once a job has failed, those that wait for it leave the queue too.
     options+=(${previous:+"--dependency=afterok:$previous"} --kill-on-invalid-dep=yes --export=ALL)
-    previous=$(sbatch --parsable "${options[@]}" --output="$OUT/logs/%x-%j.log" "examples/slurm/$name.sbatch" "$@")
+    output=$(sbatch --parsable "${options[@]}" --output="$OUT/logs/%x-%j.log" "examples/slurm/$name.sbatch" "$@") \
+        || failed "sbatch refused $name $*"
+    # The number, with the cluster's name after a semicolon; some sites' sbatch prints more.
+    numbers=$(grep -E -x '[0-9]+(;.*)?' <<< "$output") || failed "sbatch named no job for $name: $output"
+    previous=${numbers##*$'\n'}
     previous=${previous%%;*}
+    submitted+=("$previous")
     echo "$name $*: job $previous"
 }
 
@@ -43,10 +68,6 @@ for stage in $STAGES; do
     score) submit score "${SMALL_JOB[@]}" "${SIGNAL[@]}" --array="0-$((SCORE_TASKS - 1))" -- ;;
     reference | proxy) submit "$stage" "${SMALL_JOB[@]}" "${SIGNAL[@]}" -- ;;
     main) submit main "${MAIN_JOB[@]}" "${SIGNAL[@]}" -- ;;
-    *)
-        echo "error: STAGES holds '$stage'; there are preprocess, reference, score, proxy, main" >&2
-        exit 2
-        ;;
     esac
 done
 echo "squeue --me shows them; logs are in $OUT/logs. At the end: $PYTHON tools/report.py $OUT/proxy $OUT/main"

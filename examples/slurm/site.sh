@@ -1,3 +1,4 @@
+# shellcheck shell=bash disable=SC2034  # read by the scripts that source it
 # What differs between clusters, and nothing else. Copy it, change it, and name it: export SITE=/path/to/my_site.sh
 # Account and partition go the way sbatch knows itself: export SBATCH_ACCOUNT=... SBATCH_PARTITION=...
 

@@ -125,23 +125,3 @@ def test_what_is_wrong_is_said(small, tmp_path):
     done = script("run_all.sh", str(small / "small.sh"), STAGES="train", OUT=tmp_path)
     assert done.returncode == 2
     assert "STAGES holds 'train'" in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("said", "end"), [("2033-05-18T03:33:20", "2000000000"), ("", "none"), ("N/A", "none"), (None, "none")]
-)
-def test_the_end_of_an_allocation_where_slurm_does_not_set_it(said, end, small, tmp_path):
-    """By stand-ins for SLURM's commands; None: squeue fails."""
-    for name, does in (
-        ("squeue", "exit 1" if said is None else f"[[ $* == *--jobs=7_1* ]] && echo '{said}'"),
-        ("scontrol", "echo n1"),
-        ("srun", 'echo "end: ${SLURM_JOB_END_TIME-none}"'),
-    ):
-        path = tmp_path / name
-        path.write_text(f"#!/bin/bash\n{does}\n")
-        path.chmod(0o755)
-    job = {"SLURM_JOB_ID": 7, "SLURM_ARRAY_JOB_ID": 7, "SLURM_ARRAY_TASK_ID": 1, "SLURM_JOB_NODELIST": "n[1-2]"}
-    job |= {"TZ": "UTC", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    done = script("score.sbatch", EXPERIMENT=small / "small.sh", **job)
-    assert done.returncode == 0, done.stderr
-    assert f"end: {end}" in done.stdout

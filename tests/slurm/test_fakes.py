@@ -1,0 +1,199 @@
+"""The batch scripts against stand-ins for SLURM's commands that are slow, split, verbose or failing.
+
+Run alone: python -m pytest tests/slurm/test_fakes.py
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from slurm.test_scripts import ROOT, SCRIPTS
+
+EXPERIMENT = """
+DATA={folder}/data
+OUT={folder}/run
+TRAINING=() SMALL_MODEL=() REFERENCE=() PROXY=() MAIN_MODEL=() SCORE=(--seq-length 16)
+TRAIN_FILES=(a.jsonl) VALID_FILES=(b.jsonl) TOKENIZER=t
+"""
+# Says what it was told.
+SRUN = 'echo "srun: $* addr=$MASTER_ADDR port=${MASTER_PORT-} end=${SLURM_JOB_END_TIME-} cpus=${SRUN_CPUS_PER_TASK-}"'
+QUIET = {"squeue": "exit 1", "scontrol": "[ $1 = requeue ] || echo n1", "srun": SRUN, "sbatch": "echo 7"}
+
+
+class Slurm:
+    """A folder of stand-ins; `run` runs a script with them."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.calls = folder / "calls"
+        (folder / "experiment.sh").write_text(EXPERIMENT.format(folder=folder))
+
+    def run(self, script: str, *words: str, environ=None, **commands: str) -> subprocess.CompletedProcess:
+        for name, does in {**QUIET, **commands}.items():
+            path = self.folder / name
+            path.write_text(f'#!/bin/bash\necho "{name} $*" >> "{self.calls}"\n{does}\n')
+            path.chmod(0o755)
+        told = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "MASTER"))}
+        told |= {"PATH": f"{self.folder}:{os.environ['PATH']}", "PYTHON": "python", "SLURM_SUBMIT_DIR": str(ROOT)}
+        told |= {"EXPERIMENT": str(self.folder / "experiment.sh"), "TZ": "UTC", "SLURM_JOB_ID": "7"}
+        told |= {"SLURM_JOB_NODELIST": "n[1-2]", **(environ or {})}
+        command = ["bash", str(SCRIPTS / script), *words]
+        return subprocess.run(command, env=told, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+
+    def called(self, name: str) -> list[str]:
+        lines = self.calls.read_text().splitlines() if self.calls.exists() else []
+        return [line for line in lines if line.startswith(name)]
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    return Slurm(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("scontrol", "host"),
+    [
+        # Names of more than a pipe holds: version 0.1's `head -n 1` ended scontrol by SIGPIPE, exit code 141.
+        ("for k in $(seq 9000); do echo a-node-with-a-long-name-$k; done", "a-node-with-a-long-name-1"),
+        ("echo n1; sleep 1; echo n2", "n1"),
+        ("echo 'Welcome to the cluster!'; echo; echo n1; echo n2", "n1"),
+        ("echo n1; exit 1", ""),
+        ("exit 1", ""),
+    ],
+    ids=["many", "slow", "verbose", "half", "failing"],
+)
+def test_the_first_node(scontrol, host, slurm):
+    done = slurm.run("main.sbatch", scontrol=scontrol)
+    assert done.returncode == 0, done.stderr
+    assert f"addr={host} port= " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("squeue", "end"),
+    [
+        ("[[ $* == *--jobs=7_1* ]] && echo 2033-05-18T03:33:20", "2000000000"),
+        ("sleep 1; echo 2033-05-18T03:33:21; echo 2033-05-18T03:33:20", "2000000000"),
+        ("echo 'squeue: use --me, please'; echo 2033-05-18T03:33:20; echo N/A", "2000000000"),
+        ("echo", ""),
+        ("echo N/A", ""),
+        ("echo 2033-99-99T03:33:20", ""),
+        ("exit 1", ""),
+    ],
+    ids=["plain", "two lines", "verbose", "empty", "unknown", "not a date", "failing"],
+)
+def test_the_end_of_an_allocation_where_slurm_does_not_set_it(squeue, end, slurm):
+    task = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"}
+    done = slurm.run("score.sbatch", environ=task, squeue=squeue)
+    assert done.returncode == 0, done.stderr
+    assert f"end={end} " in done.stdout
+
+
+def test_srun_takes_the_cores_of_the_job(slurm):
+    done = slurm.run("main.sbatch", environ={"SLURM_CPUS_PER_TASK": "8"})
+    assert "cpus=8" in done.stdout
+    assert "--cpu-bind=cores" in done.stdout
+
+
+def tasks_end(*codes: int) -> str:
+    """srun whose tasks leave with these codes; negative: by a signal."""
+    says = [
+        f"srun: error: n1: task {k}: {'Killed' if code < 0 else f'Exited with exit code {code}'}"
+        for k, code in enumerate(codes)
+        if code
+    ]
+    lines = "; ".join(f"echo '{line}' >&2" for line in says) or "true"
+    return f"echo 0: a line; echo '1: srun: error: n1: task 9: Killed' >&2; {lines}; exit {max(map(abs, codes))}"
+
+
+@pytest.mark.parametrize(
+    ("codes", "code", "requeued"),
+    [
+        ((0, 0), 0, False),
+        ((3, 3), 3, True),
+        ((3, 0), 3, True),
+        ((1, 1), 1, False),
+        ((3, 1), 1, False),
+        ((-3, 3), 1, False),
+    ],
+)
+def test_only_a_job_that_was_stopped_everywhere_is_requeued(codes, code, requeued, slurm):
+    """srun leaves with the highest code: 3, also where another rank failed with 1."""
+    done = slurm.run("main.sbatch", srun=tasks_end(*codes))
+    assert done.returncode == code, done.stderr
+    assert bool(slurm.called("scontrol requeue 7")) == requeued
+    assert ("\nrequeued\n" in done.stdout) == requeued
+    assert "0: a line" in done.stdout
+    assert done.stderr.count("Exited with exit code") == sum(code > 0 for code in codes)
+
+
+def test_a_requeue_that_fails_is_not_said_to_have_happened(slurm):
+    done = slurm.run("main.sbatch", srun=tasks_end(3, 3), scontrol="[ $1 = show ] && echo n1 || exit 1")
+    assert done.returncode == 3
+    assert "\nrequeued\n" not in done.stdout
+    assert "scontrol requeue 7 failed: submit the job again to resume" in done.stderr
+
+
+def test_a_wrong_stage_is_found_before_anything_is_submitted(slurm):
+    done = slurm.run("run_all.sh", str(slurm.folder / "experiment.sh"), environ={"STAGES": "proxy mian"})
+    assert done.returncode == 2
+    assert "STAGES holds 'mian'" in done.stderr
+    assert not slurm.called("sbatch")
+
+
+@pytest.mark.parametrize("sbatch", ["echo 'Welcome!'; echo '{n};cluster'", "sleep 0.3; echo '{n}'"])
+def test_jobs_are_chained_by_their_numbers(sbatch, slurm):
+    numbered = f"n=$(($(wc -l < {slurm.calls}) + 10)); " + sbatch.replace("'{n};cluster'", '"$n;cluster"').replace(
+        "'{n}'", '"$n"'
+    )
+    done = slurm.run(
+        "run_all.sh", str(slurm.folder / "experiment.sh"), environ={"STAGES": "proxy main"}, sbatch=numbered
+    )
+    assert done.returncode == 0, done.stderr
+    assert "proxy : job 11" in done.stdout
+    first, second = slurm.called("sbatch")
+    assert "--dependency" not in first
+    assert "--dependency=afterok:11 " in second
+
+
+@pytest.mark.parametrize("failure", ["echo 'sbatch: error: no such partition' >&2; exit 1", "echo queued, thank you"])
+def test_a_failed_sbatch_names_what_was_submitted(failure, slurm):
+    third = f"[ $(wc -l < {slurm.calls}) -lt 3 ] && echo $((10 + $(wc -l < {slurm.calls}))) || {{ {failure}; }}"
+    done = slurm.run(
+        "run_all.sh", str(slurm.folder / "experiment.sh"), environ={"STAGES": "reference score proxy"}, sbatch=third
+    )
+    assert done.returncode == 1
+    assert "to cancel them: scancel 11 12\n" in done.stderr
+    assert len(slurm.called("sbatch")) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ('--domain-key "my key"', ["--domain-key", "my key"]),
+        ("--a 'x  y' --b \"it's\" \\$HOME *", ["--a", "x  y", "--b", "it's", "$HOME", "*"]),
+        ("--empty ''", ["--empty", ""]),
+        ("", []),
+    ],
+)
+def test_options_keep_their_quotes(options, words, slurm):
+    python = f'{sys.executable} -c "import sys; print(sys.argv[1:])" "$@"'
+    task = {"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_TASK_COUNT": "1", "OPTIONS": options}
+    done = slurm.run("preprocess.sbatch", "train", "a.jsonl", environ=task, python=python)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.rstrip().endswith(f"'--num-shards', '1'{''.join(f', {word!r}' for word in words)}]")
+
+
+def test_options_of_an_experiment_may_be_an_array_and_an_open_quote_is_said(slurm):
+    python = f'{sys.executable} -c "import sys; print(sys.argv[1:])" "$@"'
+    task = {"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_TASK_COUNT": "1"}
+    done = slurm.run("preprocess.sbatch", "train", "a", environ={**task, "OPTIONS": "--a 'b"}, python=python)
+    assert done.returncode == 2
+    assert "a quote is not closed" in done.stderr
+    with (slurm.folder / "experiment.sh").open("a") as file:
+        file.write('OPTIONS=(--domain-key "my key")\n')
+    done = slurm.run("preprocess.sbatch", "train", "a", environ=task, python=python)
+    assert done.stdout.rstrip().endswith("'--domain-key', 'my key']")
