@@ -14,6 +14,11 @@ from pathlib import Path
 import pytest
 from training.small import train, write_data
 
+from megatron_doremi.arguments import parse_config
+from megatron_doremi.data.reference_losses import LossFolder
+from megatron_doremi.training.score import data_fingerprint
+from megatron_doremi.training.setup import open_data
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "examples" / "slurm"
 PHASES = ("reference", "score", "proxy", "main")
@@ -43,6 +48,14 @@ def test_bash_parses_it_and_stops_at_errors(path):
     assert sourced != ("set -euo pipefail" in text)
 
 
+def record_nothing(data: Path, save: Path, *flags: str) -> None:
+    """Leaves what --phase score leaves before its first window."""
+    argv = ["--phase", "proxy", "--domains", str(data), "--reference-losses", "r", "--save", "s", "--train-iters", "2"]
+    config = parse_config([*argv, *flags], 1)
+    fingerprint = data_fingerprint(config, open_data(config, training=True))
+    LossFolder(save, {**fingerprint, "reference": "0" * 64, "reference_iteration": 2})
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """A run of every phase that the later ones ask for, and its experiment."""
@@ -55,6 +68,7 @@ def small(tmp_path_factory):
     (folder / "run" / "proxy").mkdir()
     weights = {"domain 0": 0.2, "domain 1": 0.3, "domain 2": 0.5}
     (folder / "run" / "proxy" / "domain_weights.json").write_text(json.dumps(weights))
+    record_nothing(data, folder / "run" / "scores", *model)
     (folder / "small.sh").write_text(f"DATA={folder}/data\nOUT={folder}/run\n{SMALL}")
     return folder
 
@@ -93,6 +107,9 @@ def pile(tmp_path_factory):
     manifest.write_text(json.dumps(entry))
     (folder / "proxy").mkdir()
     (folder / "proxy" / "domain_weights.json").write_text(json.dumps(dict.fromkeys(names, 1 / 22)))
+    record_nothing(
+        manifest, folder / "scores", "--model-size", "280m", "--seq-length", "1024", "--bf16", "--zero-stage", "1"
+    )
     return folder
 
 
