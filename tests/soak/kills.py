@@ -27,7 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from training.small import MODEL, write_data  # noqa: E402
+from training.small import MODEL, write_data
 
 SECONDS_TO_GO = 30.0
 STEPS_A_KILL = 30
@@ -159,10 +159,11 @@ def soak(run: Soak, kills: int, kinds: list[str], generator: random.Random) -> N
         other = newest(save) / path.relative_to(last)  # type: ignore[operator]
         assert path.read_bytes() == other.read_bytes(), path.name
         compared += 1
+    kinds_killed = ", ".join(f"{count} {kind}" for kind, count in ended.items())
     print(
-        f"{kills} kills ({', '.join(f'{count} {kind}' for kind, count in ended.items())}), {dict(where)}: all gone after "
-        f"{statistics.median(took):.1f} s (median), {max(took):.1f} s (most); {len(lines(save))} lines and {compared} "
-        f"files bit-equal; {time.monotonic() - began:.0f} s in all"
+        f"{kills} kills ({kinds_killed}), {dict(where)}: all gone after {statistics.median(took):.1f} s (median), "
+        f"{max(took):.1f} s (most); {len(lines(save))} lines and {compared} files bit-equal; "
+        f"{time.monotonic() - began:.0f} s in all"
     )
 
 
