@@ -9,7 +9,7 @@ import json
 import random
 
 import numpy as np
-from data.test_fuzz import mutated_bytes, mutated_json
+from data.file_mutations import mutated_bytes, mutated_json
 from safetensors.numpy import save_file
 
 from megatron_doremi.data.loss_file import chunk_path, chunks_of, from_codes

@@ -1,6 +1,6 @@
 """Checkpoints on disk: complete is what every rank wrote, and retention can never end a run or take a good one.
 
-Run alone: python -m pytest tests/training/test_publishing.py
+Run alone: python -m pytest tests/training/test_checkpoint_publishing.py
 """
 
 from __future__ import annotations
