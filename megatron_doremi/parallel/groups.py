@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -35,29 +34,20 @@ class ProcessGroups:
 
 
 def make_groups(topology: Topology) -> ProcessGroups:
-    """Makes the groups; a collective call: every rank makes every group, in the same order."""
+    """Makes the groups of this rank, whose members meet among themselves; a collective call of all ranks.
+
+    Each rank makes its own three at most, whatever the number of ranks: 512 ranks that each took part in making every
+    group would make a thousand one after the other.
+    """
     t = topology
-    tensor = _own(
-        t,
-        [[t.rank_at(p, d, k) for k in range(t.tensor_size)] for p in range(t.pipe_size) for d in range(t.data_size)],
-    )
-    data = _own(
-        t,
-        [[t.rank_at(p, d, k) for d in range(t.data_size)] for p in range(t.pipe_size) for k in range(t.tensor_size)],
-    )
-    model = _own(
-        t,
-        [[t.rank_at(p, d, k) for p in range(t.pipe_size) for k in range(t.tensor_size)] for d in range(t.data_size)],
-    )
-    whole = TensorGroup() if t.tensor_size == 1 else TensorGroup(tensor, t.tensor_size, t.tensor_rank)
-    return ProcessGroups(whole, data, model)
+    tensor = TensorGroup()
+    if t.tensor_size > 1:
+        ranks = [t.rank_at(t.pipe_rank, t.data_rank, k) for k in range(t.tensor_size)]
+        tensor = TensorGroup(_group(ranks), t.tensor_size, t.tensor_rank)
+    data = _group([t.rank_at(t.pipe_rank, d, t.tensor_rank) for d in range(t.data_size)])
+    model = _group([t.rank_at(p, t.data_rank, k) for p in range(t.pipe_size) for k in range(t.tensor_size)])
+    return ProcessGroups(tensor, data, model)
 
 
-def _own(topology: Topology, lists: Sequence[list[int]]) -> dist.ProcessGroup:
-    own = None
-    for ranks in lists:
-        group = dist.new_group(ranks=ranks)
-        if topology.rank in ranks:
-            own = group
-    assert own is not None
-    return own
+def _group(ranks: list[int]) -> dist.ProcessGroup:
+    return dist.new_group(ranks=ranks, use_local_synchronization=True)
