@@ -13,6 +13,7 @@ import pytest
 from ranks import on_ranks, program
 from training.small import MODEL, train, training_lines
 
+from megatron_doremi.data.files import sha256_of
 from megatron_doremi.errors import RunError
 from megatron_doremi.training import publishing
 from megatron_doremi.training.checkpoint import checkpoint_name, checkpoints
@@ -30,7 +31,8 @@ def write_rank(temporary: Path, rank: int) -> dict:
         files[f"{folder}/{path.name}"] = 10 + rank
     pieces = {"a": {"shape": [4], "dim": None, "blocks": 1, "padded": 0, "size": 1, "piece": [0, 2 * rank, 2]}}
     optimizer = {"file": f"rank-{rank}.safetensors", "keys": ["exp_avg", "exp_avg_sq"], "pieces": pieces}
-    return {"files": files, "optimizer": optimizer}
+    checksums = {name: sha256_of(temporary / name) for name in files}
+    return {"files": files, "checksums": checksums, "optimizer": optimizer}
 
 
 def publish(save: Path, iteration: int, keep: int = 0, retention: Retention | None = None, **entry) -> Path:
