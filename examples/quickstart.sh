@@ -5,7 +5,7 @@
 #     bash examples/quickstart.sh TRAIN.jsonl.zst VALID.jsonl    # your own, with meta.pile_set_name
 #
 # Every number below is a variable with a default: PROXY_ITERS=3000 OUT=runs/longer bash examples/quickstart.sh
-# A run that was interrupted goes on where it stopped.
+# An interrupted run resumes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

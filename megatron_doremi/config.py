@@ -276,7 +276,8 @@ class RunConfig:
     )
     exit_margin_in_mins: float = setting(
         5.0,
-        "the same so long before SLURM_JOB_END_TIME, a tenth of what is left at the most; 0: never",
+        "save and exit (code 3) this many minutes before SLURM_JOB_END_TIME, at most 10 % of the remaining allocation; "
+        "0: never",
         phases=NO_EVALUATION,
         bounds=MINUTES,
     )

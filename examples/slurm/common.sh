@@ -29,10 +29,11 @@ end_of() {
     fi
 }
 
-# stopped_everywhere FILE: whether every task of which srun's errors in FILE tell was stopped (exit code 3). srun itself
-# leaves with the highest code of all tasks.
+# stopped_everywhere CODE FILE: whether srun exited with 3 (the highest exit code of all tasks) and no line of its errors
+# in FILE names a task that ended otherwise. Where FILE names no task (srun --quiet), srun's own CODE decides.
+# All of FILE is read: a reader that leaves early ends the one before it in a pipe by SIGPIPE.
 stopped_everywhere() {
-    ! grep -E ': tasks? [0-9]' "$1" | grep -v -q 'Exited with exit code 3$'
+    [ "$1" -eq 3 ] && awk '/: tasks? [0-9]/ && !/Exited with exit code 3$/ { others++ } END { exit others > 0 }' "$2"
 }
 
 # pretrain PHASE SAVE FLAGS...: runs a phase on all tasks of the job; requeues the job where the run was stopped.
@@ -73,7 +74,7 @@ pretrain() {
         srun --kill-on-bad-exit=0 --wait=90 --label --cpu-bind="${CPU_BIND:-cores}" "${command[@]}" 2>&1 >&3 \
             | sed -u -n -e p -e "/^srun: error: /w $errors" >&2
     } 3>&1 || code=$?
-    if [ "$code" -eq 3 ] && stopped_everywhere "$errors"; then
+    if stopped_everywhere "$code" "$errors"; then
         echo "stopped before its end and saved: asking for a requeue"
         # A requeue ends this script too.
         trap '' TERM

@@ -4,7 +4,7 @@
 #     export SITE=my_site.sh SBATCH_ACCOUNT=... SBATCH_PARTITION=...
 #     bash examples/slurm/run_all.sh examples/pile/pile.sh
 #
-# Given again after a job failed, it goes on where that was: what is complete does nothing. STAGES submits some only:
+# Run again after a job failed, it resumes that job; finished stages are skipped. STAGES submits only some stages:
 #     STAGES="proxy main" bash examples/slurm/run_all.sh examples/pile/pile.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."

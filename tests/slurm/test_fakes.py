@@ -130,6 +130,25 @@ def test_only_a_job_that_was_stopped_everywhere_is_requeued(codes, code, requeue
     assert done.stderr.count("Exited with exit code") == sum(code > 0 for code in codes)
 
 
+@pytest.mark.parametrize(
+    ("lines", "code", "requeued"),
+    [
+        ("seq -f 'srun: error: n1: task %g: Exited with exit code 1' 5000", 3, False),
+        ("seq -f 'srun: error: n1: task %g: Exited with exit code 3' 5000", 3, True),
+        ("true", 3, True),
+        ("echo srun: error: n1: some other trouble", 3, True),
+        ("true", 1, False),
+    ],
+    ids=["5000 failed", "5000 stopped", "no line", "no task", "failed without a line"],
+)
+def test_every_line_of_srun_is_read(lines, code, requeued, slurm):
+    """A reader that left at the first failed task made "all stopped" of 80 lines and more. Where srun names no task
+    (--quiet), its own exit code, the highest of all tasks, decides."""
+    done = slurm.run("main.sbatch", srun=f"{lines} >&2; exit {code}")
+    assert done.returncode == (code if requeued or code != 3 else 1), done.stderr[-1000:]
+    assert bool(slurm.called("scontrol requeue 7")) == requeued
+
+
 def test_a_requeue_that_fails_is_not_said_to_have_happened(slurm):
     done = slurm.run("main.sbatch", srun=tasks_end(3, 3), scontrol="[ $1 = show ] && echo n1 || exit 1")
     assert done.returncode == 3
