@@ -182,7 +182,8 @@ def run_phase(
     # Nothing is written before all that is read has been checked.
     from_rank_0(lambda: check_outputs(config))
     if phase == EVALUATE:
-        evaluate_run(config, data, topology, groups, device, watchdog)
+        assert inputs.reference is not None
+        evaluate_run(config, data, inputs.reference, topology, groups, device, watchdog)
         return False
     kind = f"shard-{config.doremi.shard}" if phase == SCORE else "run"
     lock = held.enter_context(

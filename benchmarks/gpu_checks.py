@@ -27,7 +27,7 @@ from gpu_place import Place, Report, attempt, single
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB = 1000
-FLAGS = shlex.split("--bf16 --seq-length 64 --micro-batch-size 4 --global-batch-size 8")
+FLAGS = shlex.split("--bf16 --seq-length 64 --micro-batch-size 4")
 TRAINING_FLAGS = shlex.split(
     "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --ffn-hidden-size 128 --swiglu --disable-bias-linear "
     "--zero-stage 1 --lr 3e-3 --log-interval 1"
@@ -143,7 +143,7 @@ def run_program(place: Place, phase: str, save: Path, *flags: str) -> list[dict[
 
     argv = ["--phase", phase, "--domains", str(tiny_data(place)), "--save", str(save), *FLAGS, *flags]
     argv += TRAINING_FLAGS if phase in TRAINING else []
-    argv += ["--seed", "3"] if phase != EVALUATE else []
+    argv += ["--seed", "3", "--global-batch-size", "8"] if phase != EVALUATE else []
     command = [sys.executable, str(ROOT / "pretrain_doremi.py"), *argv]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=80)
     assert done.returncode == 0, f"{phase}: exit {done.returncode}: {done.stderr[-500:]}"

@@ -72,7 +72,10 @@ class DataConfig:
         1, "windows in one forward pass of one data-parallel rank", bounds=Bounds(1, 1 << 20)
     )
     global_batch_size: int = setting(
-        0, "windows in one step over all ranks (default: one micro-batch a rank)", bounds=Bounds(0, 1 << 30)
+        0,
+        "windows in one step over all ranks (default: one micro-batch a rank)",
+        phases=NO_EVALUATION,
+        bounds=Bounds(0, 1 << 30),
     )
     train_iters: int = setting(
         0,
@@ -88,8 +91,8 @@ class DataConfig:
     )
     eval_iters: int = setting(
         0,
-        "an evaluation reads at most this many global batches of held-out windows a domain, spread evenly over its "
-        "held-out text; 0: all windows",
+        "an evaluation reads at most this many global batches (evaluate: those of the run that it loads) of held-out "
+        "windows a domain, spread evenly over its held-out text; 0: all windows",
         phases=(*TRAINING, EVALUATE),
         bounds=STEPS,
     )
@@ -257,7 +260,9 @@ class RunConfig:
         "accept a reference or learned domain weights whose run has not taken all of its steps",
         phases=NO_EVALUATION,
     )
-    save_interval: int = setting(0, "steps between two checkpoints; 0: only at the end", bounds=STEPS)
+    save_interval: int = setting(
+        0, "steps between two checkpoints, besides those by time and at the end; 0: none", bounds=STEPS
+    )
     save_interval_in_mins: float = setting(
         10.0,
         "minutes between two checkpoints, besides those of --save-interval; one taken for this alone is deleted as "
@@ -289,7 +294,7 @@ class RunConfig:
     )
     check_ranks_interval: int = setting(
         1000,
-        "steps between two comparisons of what ranks have to hold alike; a difference stops the run; 0: never",
+        "steps between two comparisons of what ranks must hold alike; a difference stops the run; 0: only before saves",
         bounds=STEPS,
     )
     log_interval: int = setting(

@@ -27,11 +27,13 @@ class ReferenceRun:
         gpt: shape of the model.
         weights: folder of its newest complete checkpoint's weights.
         iteration: step of that checkpoint.
+        global_batch_size: windows in a step of that run.
     """
 
     gpt: GPTConfig
     weights: Path
     iteration: int
+    global_batch_size: int
 
 
 def check_reference(

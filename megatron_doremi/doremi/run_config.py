@@ -50,6 +50,29 @@ class GPTEntry(Schema):
         return GPTConfig(**self.model_dump())
 
 
+class IdentityEntry(Schema):
+    """A run's identity in a file (training/identity.py), as far as its entries are used; none of them is required,
+    because version 0.1 recorded fewer."""
+
+    model_config = ConfigDict(extra="allow")
+
+    phase: Name | None = None
+    gpt: GPTEntry | None = None
+    domains: list[Name] | None = None
+    tokenizer_sha256: str | None = None
+    data_fingerprint: str | None = None
+    data_content: str | None = None
+    sampling_weights: dict[Name, Annotated[float, Field(gt=0, le=1)]] | None = None
+    seq_length: Positive | None = None
+    global_batch_size: Positive | None = None
+    seed: Count | None = None
+    train_iters: Count | None = None
+
+    def entries(self) -> dict[str, Any]:
+        """What the file holds, and nothing else."""
+        return self.model_dump(exclude_unset=True)
+
+
 class RunConfigFile(Schema):
     """config.json of a training run. Attributes as `write_run_config` writes them."""
 
@@ -66,7 +89,7 @@ class RunConfigFile(Schema):
     global_batch_size: Positive
     topology: dict[str, Count] = Field(default_factory=dict)
     settings: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    identity: dict[str, Any] | None = None
+    identity: IdentityEntry | None = None
     overrides: list[dict[str, Any]] = Field(default_factory=list)
 
     def train_iters(self) -> int:

@@ -27,6 +27,7 @@ from megatron_doremi.parallel.parameters import ParameterSpec, shard, spec_of, u
 from megatron_doremi.parallel.topology import Topology
 
 _CUT = "cut"
+_TYPES = ("F32", "BF16", "F16")
 
 
 def writes_parameter(parameter: nn.Parameter, topology: Topology) -> bool:
@@ -90,8 +91,13 @@ class WeightsFolder:
         try:
             with safe_open(path, framework="pt") as file:
                 for name, cut in json.loads(file.metadata()[_CUT]).items():
-                    self._specs[name], self._sizes[name] = read_spec(cut)
+                    spec, size = self._specs[name], self._sizes[name] = read_spec(cut)
                     self._parts[name].append(path)
+                    entry = file.get_slice(name)
+                    if entry.get_dtype() not in _TYPES or tuple(entry.get_shape()) != spec.local_shape(size):
+                        found = f"{name} is {entry.get_dtype()} {entry.get_shape()}"
+                        rule = f"one of {', '.join(_TYPES)} of shape {list(spec.local_shape(size))}"
+                        raise self._error(f"{path.name}: {found}", rule)
         except (SafetensorError, OSError, *MALFORMED) as error:
             raise self._error(f"{path.name}: {error}", "a safetensors file of this program") from error
 

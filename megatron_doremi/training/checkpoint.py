@@ -26,6 +26,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from megatron_doremi.data.files import sha256_of
 from megatron_doremi.data.formats import Count, Name, Schema, format_fault, read_checked
+from megatron_doremi.doremi.run_config import IdentityEntry
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any
 from megatron_doremi.model.weights import WeightsFolder
 from megatron_doremi.model.whole import writable
@@ -120,7 +121,7 @@ class CheckpointState(Schema):
     checksums: dict[Name, str] = Field(default_factory=dict)
     blend: BlendEntry
     doremi: DomainWeightsEntry | None = None
-    identity: dict[str, Any] | None = None
+    identity: IdentityEntry | None = None
     overrides: list[dict[str, Any]] = Field(default_factory=list)
     # Size of metrics.jsonl when the checkpoint was taken.
     metrics_bytes: Count | None = None
@@ -129,6 +130,9 @@ class CheckpointState(Schema):
 
     @model_validator(mode="after")
     def _one_step(self) -> CheckpointState:
+        if self.identity is not None and "sha256" not in (self.model_extra or {}):
+            raise ValueError("sha256 is missing: every state that holds an identity is sealed")
+        self._early_identity()
         if self.blend.step != self.iteration:
             raise ValueError(f"blend.step {self.blend.step} must equal iteration {self.iteration}")
         if self.doremi is not None and self.doremi.steps != self.iteration:
@@ -138,10 +142,12 @@ class CheckpointState(Schema):
     def recorded_identity(self) -> dict[str, Any]:
         """The identity of the run that wrote the checkpoint; of version 0.1, as much of it as that recorded."""
         if self.identity is not None:
-            return self.identity
+            return self.identity.entries()
+        return self._early_identity().entries() | {"domains": list(self.blend.cursors)}
+
+    def _early_identity(self) -> IdentityEntry:
         known = self.model_extra or {}
-        identity = {key: known[key] for key in _EARLY_IDENTITY if key in known}
-        return identity | {"domains": list(self.blend.cursors)}
+        return IdentityEntry.model_validate({key: known[key] for key in _EARLY_IDENTITY if key in known})
 
 
 def newest_checkpoint(save: Path, say: Callable[[str], None] = lambda _: None) -> Path | None:
@@ -172,7 +178,8 @@ def incompleteness(checkpoint: Path) -> str | None:
     for name, size in files.items() if isinstance(files, dict) else ():
         try:
             found = (checkpoint / name).stat().st_size
-        except OSError:
+        except (OSError, ValueError):
+            # ValueError: a name with a NUL or a lone surrogate, which no run writes.
             found = 0
         if found != size:
             return f"{name} has {found:,} of {size} bytes"

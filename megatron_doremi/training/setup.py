@@ -213,7 +213,7 @@ def read_trained(folder: Path, flag: str, data: RunData, config: Config, needs_a
         remedy = "train it to its end, or give --allow-unfinished to take it as it is"
         faults.append(Fault(f"{flag} {folder}", value, "a finished run", remedy))
     raise_if_any(faults)
-    return ReferenceRun(gpt, checkpoint / "weights", state.iteration)
+    return ReferenceRun(gpt, checkpoint / "weights", state.iteration, run_config.global_batch_size)
 
 
 def read_reference(config: Config, data: RunData) -> ReferenceRun:

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from megatron_doremi.config import Config, global_batch_size
+from megatron_doremi.config import Config
 from megatron_doremi.console import say
 from megatron_doremi.data.files import make_folder
+from megatron_doremi.doremi.reference import ReferenceRun
 from megatron_doremi.errors import RunError
 from megatron_doremi.model.weights import load_frozen
 from megatron_doremi.parallel.exchange import from_rank_0
@@ -24,7 +25,7 @@ from megatron_doremi.parallel.layers import TensorParallel
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.training.evaluate import HeldOut, evaluate
 from megatron_doremi.training.score import weights_hash
-from megatron_doremi.training.setup import RunData, read_trained
+from megatron_doremi.training.setup import RunData
 from megatron_doremi.training.watchdog import Watchdog
 
 EVALUATION_FORMAT = "megatron-doremi-evaluation/1"
@@ -33,12 +34,13 @@ EVALUATION_FORMAT = "megatron-doremi-evaluation/1"
 def evaluate_run(
     config: Config,
     data: RunData,
+    run: ReferenceRun,
     topology: Topology,
     groups: ProcessGroups,
     device: torch.device,
     watchdog: Watchdog,
 ) -> None:
-    """Evaluates the newest checkpoint of --load at any layout.
+    """Evaluates a checkpoint of --load, the newest when the program started, at any layout.
 
     Rank 0 prints the losses and, with --save, appends a line to that folder's evaluations.jsonl.
 
@@ -46,7 +48,6 @@ def evaluate_run(
         NonFinite: a held-out loss is NaN or Inf; nothing is recorded.
     """
     data_config, save = config.data, Path(config.run.save) if config.run.save else None
-    run = read_trained(Path(config.run.load), "--load", data, config)
     from_rank_0(lambda: weights_hash(run.weights, watchdog))
     if save is not None and topology.rank == 0:
         # Tried before the work, not after it.
@@ -54,7 +55,8 @@ def evaluate_run(
     tp = TensorParallel(groups.tensor, config.parallel.sequence_parallel)
     dtype = torch.bfloat16 if config.optimizer.bf16 else torch.float32
     module = load_frozen(run.gpt, run.weights, topology, tp, dtype, config.parallel.loss_chunk_tokens)
-    most = data_config.eval_iters * global_batch_size(config, topology.world_size)
+    # In batches of the run itself: what is read depends neither on this layout nor on its batch.
+    most = data_config.eval_iters * run.global_batch_size
     checkpoint = run.weights.parent
     entries = evaluate(
         module,

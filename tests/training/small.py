@@ -12,6 +12,7 @@ import numpy as np
 from ranks import run_program
 
 from megatron_doremi.config import SECTIONS
+from megatron_doremi.data.formats import sealed
 from megatron_doremi.data.indexed_dataset import IndexedDatasetWriter, dtype_for
 from megatron_doremi.data.manifest import Domain, Manifest, TokenizerInfo, save_manifest
 from megatron_doremi.settings import phases_of
@@ -88,7 +89,8 @@ def unseal(run: Path) -> None:
     """Takes the checksums from a run's checkpoints, for a test that changes their files on purpose."""
     for path in run.rglob("state.json"):
         state = json.loads(path.read_text())
-        path.write_text(json.dumps({key: value for key, value in state.items() if key not in ("checksums", "sha256")}))
+        rest = {key: value for key, value in state.items() if key not in ("checksums", "sha256")}
+        path.write_text(json.dumps(sealed(rest)))
 
 
 def metrics(save: Path) -> list[dict[str, Any]]:

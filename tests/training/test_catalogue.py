@@ -15,6 +15,8 @@ from ranks import run_program
 from training.small import MODEL, read_by, train, write_data
 from training.wrong_input import Case, cut, edit, patch, run_case
 
+from megatron_doremi.data.formats import sealed
+
 pytestmark = pytest.mark.slow
 
 RUN = "--save @/main --load @/main"
@@ -39,13 +41,17 @@ def index(at, data):
 
 
 def state(change, run="main"):
-    """Edits a state as no run writes it; without its seal, so that what is wrong with the values is what is found."""
+    """Edits a state and seals it again, so that what is wrong with the values is what is found."""
+    return lambda folder: edit(checkpoint(folder, run) / "state.json", resealed(change))
 
+
+def resealed(change):
     def edited(entry):
         change(entry)
         entry.pop("sha256", None)
+        entry.update(sealed(entry))
 
-    return lambda folder: edit(checkpoint(folder, run) / "state.json", edited)
+    return edited
 
 
 def checkpoint(folder, run="main"):
@@ -57,12 +63,7 @@ def index_json(change):
 
     def damage(folder):
         path = checkpoint(folder) / "optimizer" / "index.json"
-
-        def edited(entry):
-            change(entry)
-            entry.pop("sha256")
-
-        edit(path, edited)
+        edit(path, resealed(change))
         size = {"optimizer/index.json": path.stat().st_size}
         state(lambda entry: entry["files"].update(size))(folder)
 
@@ -317,6 +318,10 @@ CHECKPOINTS = {
             ("a cursor below zero", ("blend.cursors.domain 0: -5",), lambda e: e["blend"]["cursors"].update(D0(-5))),
             ("a credit without end", ("blend.credits.domain 0",), lambda e: e["blend"]["credits"].update(D0(1e300))),
             ("a credit that is NaN", ("domain 0: nan",), lambda e: e["blend"]["credits"].update(D0(math.nan))),
+            ("an identity in words", ("identity.train_iters: 'x'",), lambda e: e["identity"].update(train_iters="x")),
+            ("a list for a shape", ("identity.gpt: [1]",), lambda e: e["identity"].update(gpt=[1])),
+            ("a NUL in a name", ("no complete one",), lambda e: e["files"].update({"a\0b": 1})),
+            ("a surrogate in a name", ("no complete one",), lambda e: e["files"].update({"\ud800": 1})),
             ("an iteration in words", ("iteration: '2'",), lambda e: e.update(iteration="2")),
         )
     },

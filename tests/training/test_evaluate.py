@@ -52,18 +52,8 @@ def trained(tmp_path_factory):
 
 
 def evaluate(world, data, load, save, *flags):
-    argv = [
-        "--phase",
-        "evaluate",
-        "--domains",
-        str(data),
-        "--load",
-        str(load),
-        "--save",
-        str(save),
-        *read_by("evaluate", MODEL),
-    ]
-    run_program(world, [*argv, *flags])
+    argv = ["--phase", "evaluate", "--domains", str(data), "--load", str(load), "--save", str(save)]
+    run_program(world, [*argv, *read_by("evaluate", MODEL), *flags])
     return [json.loads(line) for line in (save / "evaluations.jsonl").read_text().splitlines()]
 
 
@@ -74,9 +64,9 @@ def test_the_same_at_any_batch_and_layout(trained, tmp_path):
     in_training = metrics(save)[-1]
     assert in_training["eval_windows"] == {"domain 0": 37, "domain 1": 37, "domain 2": 5}
     for world, flags in (
-        (1, ["--micro-batch-size", "1", "--global-batch-size", "1"]),
-        (1, ["--micro-batch-size", "4", "--global-batch-size", "4"]),
-        (2, [*PP2, "--micro-batch-size", "3", "--global-batch-size", "3"]),
+        (1, ["--micro-batch-size", "1"]),
+        (1, ["--micro-batch-size", "4"]),
+        (2, [*PP2, "--micro-batch-size", "3"]),
         (2, TP2),
         (2, ["--micro-batch-size", "1"]),
     ):
@@ -91,6 +81,19 @@ def test_the_same_at_any_batch_and_layout(trained, tmp_path):
 
 
 @pytest.mark.slow
+def test_fewer_windows_are_the_same_at_any_batch_and_layout_too(trained, tmp_path):
+    """--eval-iters counts batches of the run that is evaluated (8 windows), not of this program's layout."""
+    data, save = trained
+    lines = []
+    for world, size in ((1, "1"), (1, "2"), (2, "4")):
+        flags = ["--eval-iters", "2", "--micro-batch-size", size]
+        lines.append(evaluate(world, data, save, tmp_path / size, *flags)[-1])
+    for line in lines:
+        assert line["eval_windows"] == {"domain 0": 16, "domain 1": 16, "domain 2": 5}
+        assert line["eval"] == pytest.approx(lines[0]["eval"], rel=1e-6)
+
+
+@pytest.mark.slow
 def test_evaluations_of_several_runs_stand_side_by_side(trained, tmp_path):
     """Into the folder of a run that may still be training, and of two runs into one folder."""
     data, save = trained
@@ -100,18 +103,8 @@ def test_evaluations_of_several_runs_stand_side_by_side(trained, tmp_path):
     (save / "evaluations.jsonl").write_bytes(b'{"torn": ')
     evaluate_lines = ["run", "of_this_folder", "checkpoint", "iteration"]
     for load in (save, other):
-        argv = [
-            "--phase",
-            "evaluate",
-            "--domains",
-            str(data),
-            "--load",
-            str(load),
-            "--save",
-            str(save),
-            *read_by("evaluate", MODEL),
-        ]
-        run_program(1, argv)
+        argv = ["--phase", "evaluate", "--domains", str(data), "--load", str(load), "--save", str(save)]
+        run_program(1, [*argv, *read_by("evaluate", MODEL)])
     torn, *lines = (save / "evaluations.jsonl").read_text().splitlines()
     assert torn == '{"torn": '
     assert [[json.loads(line)[key] for key in evaluate_lines] for line in lines] == [
