@@ -200,6 +200,8 @@ def run_phase(
             return True
         return score(config, data, inputs.reference, topology, groups, stop, watchdog, meeting.store)
     trainer = make_trainer(config, inputs, reference_sha256, topology, groups, device, stop, watchdog, lock)
+    # Before the lock is released: its thread may be publishing.
+    held.callback(trainer.checkpoints.close)
     # From here on there is something to save. Ranks that were asked before are followed by those that were not.
     if any_rank(signals.begin(), device):
         return True
@@ -217,18 +219,21 @@ def make_trainer(
     watchdog: Watchdog,
     lock: HeldLock,
 ) -> Trainer:
-    """Finds where the run resumes, writes its config.json and builds it."""
+    """Tidies the run's folder, finds where the run resumes, writes its config.json and builds it."""
     from megatron_doremi.console import say
     from megatron_doremi.parallel.exchange import from_rank_0
     from megatron_doremi.training import setup
     from megatron_doremi.training.build import make_engine
     from megatron_doremi.training.identity import run_identity
     from megatron_doremi.training.loop import Trainer
+    from megatron_doremi.training.publishing import clear_leftovers
     from megatron_doremi.training.resume import resume_point
 
     data = inputs.data
     gpt = setup.resolve_gpt(config, data)
     identity = run_identity(config, gpt, data, topology.world_size, reference_sha256)
+    # It may bring back the newest checkpoint.
+    from_rank_0(lambda: clear_leftovers(Path(config.run.save)))
     resume = resume_point(config, identity, data.names, topology, lambda: watchdog.mark("reading a checkpoint"))
     own: dict[str, Any] = {"identity": identity, "overrides": list(resume.overrides) if resume else []}
     from_rank_0(lambda: setup.write_run_config(config, gpt, data, topology, **own))

@@ -98,16 +98,25 @@ class RunLock:
         """Who has taken the lock over from this process, which must not write any more; None while it holds it.
 
         Cheap: the thread looks with each beat; after a time in which the process was suspended, it looks itself.
+
+        Raises:
+            RunError: this process has released the lock.
         """
+        self._must_hold()
         if self._lost_to is None and time.monotonic() - self._seen_at > 2 * self._beat:
             self._look()
         return self._lost_to
 
     def check(self) -> None:
-        """Raises RunError where another process has taken the lock over."""
+        """Raises RunError where another process has taken the lock over, or this one has released it."""
+        self._must_hold()
         self._look()
         if self._lost_to is not None:
             raise RunError(lost_message(self._save, self._lost_to))
+
+    def _must_hold(self) -> None:
+        if self._left.is_set():
+            raise RunError(f"this run has released its lock on {self._save}; it writes nothing more")
 
     def release(self) -> None:
         """Leaves the lock to the next."""
@@ -218,8 +227,10 @@ class RunLock:
 
     def _look(self) -> None:
         """Gives a sign of life, and finds out whether another process has taken over."""
-        try:
+        # A successor deletes this file; on NFS its descriptor is stale from then on, which hides no newer number.
+        with contextlib.suppress(OSError):
             os.utime(self._descriptor)
+        try:
             entries = self._entries()
         except OSError:
             # The folder was renamed, or its file system hangs: nobody has taken anything over.
@@ -230,7 +241,9 @@ class RunLock:
         newer = [entry for entry in entries if entry.number > self._entry.number or not ours_is_there]
         if newer:
             holder, _ = _read(max(newer, key=lambda entry: entry.number).path)
-            self._lost_to = str(holder) if holder is not None else "another process"
+            # The descriptor may be stale where the file is still this process's own.
+            if holder is None or holder.token != self.token:
+                self._lost_to = str(holder) if holder is not None else "another process"
 
     def _is_ours(self) -> bool:
         try:

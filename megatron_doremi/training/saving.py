@@ -7,6 +7,7 @@ names and sizes of what they wrote, and rank 0 publishes the checkpoint by a sin
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -25,11 +26,13 @@ from megatron_doremi.parallel.exchange import gather_json
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.training.checkpoint import FORMAT, checkpoint_name, checkpoints, checkpoints_folder
 from megatron_doremi.training.optimizer_state import index_part, optimizer_file
-from megatron_doremi.training.publishing import WRITING, Retention, clear_leftovers, publish_checkpoint
+from megatron_doremi.training.publishing import WRITING, Retention, publish_checkpoint
 from megatron_doremi.training.run_lock import lost_message
 
 OPTIMIZER = "optimizer"
 _SECONDS_A_TURN = 20.0
+# How long a run that ends by an error waits for a checkpoint that every rank has written.
+SECONDS_TO_CLOSE = 20.0
 
 
 class SaveTimer:
@@ -73,8 +76,7 @@ class Checkpointer:
         run_token: str = "",
         lost_to: Callable[[], str | None] = lambda: None,
     ):
-        """Clears what a killed run left half-written.
-
+        """
         Args:
             keep: keep this many of the newest complete checkpoints; 0 keeps all.
             progress: called now and then while others are waited for.
@@ -86,8 +88,7 @@ class Checkpointer:
         self._retention = Retention(save, keep)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: _Pending | None = None
-        if topology.rank == 0:
-            clear_leftovers(save)
+        self._closed = threading.Event()
 
     def start(
         self,
@@ -113,9 +114,15 @@ class Checkpointer:
         del layout["rank"]
         entry = {"format": FORMAT, "iteration": iteration, "layout": layout, **state}
 
+        def last_check() -> None:
+            before_publishing()
+            if self._closed.is_set():
+                raise RunError(f"the run ended before {checkpoint_name(iteration)} was published")
+
         def publish(parts: list[Any]) -> None:
-            publish_checkpoint(temporary, checkpoint_name(iteration), entry, parts, before_publishing)
-            self._retention.apply(iteration)
+            publish_checkpoint(temporary, checkpoint_name(iteration), entry, parts, last_check)
+            if not self._closed.is_set():
+                self._retention.apply(iteration)
 
         self._pending = _Pending(self._thread.submit(_write, temporary, files), publish)
 
@@ -145,11 +152,25 @@ class Checkpointer:
         Raises:
             RunError: on every rank, where one could not write, with its reason.
         """
-        pending, self._pending = self._pending, None
+        pending = self._pending
         if pending is not None and not pending.written_everywhere:
             self._wait_everywhere(pending.work)
             self._publish(pending)
         self._wait_everywhere(pending.work if pending is not None else None)
+        # Only now: where waiting failed, `close` waits for what is being published.
+        self._pending = None
+
+    def close(self) -> None:
+        """Ends the work before the run's lock is released; not a collective call.
+
+        A checkpoint that every rank has written is published if that takes up to `SECONDS_TO_CLOSE`. Any other is
+        never published. After `finish` there is nothing to wait for.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None and pending.written_everywhere:
+            wait([pending.work], timeout=SECONDS_TO_CLOSE)
+        self._closed.set()
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _wait_everywhere(self, work: Future[Any] | None) -> None:
         """Waits for every rank's work, in turns short enough for a collective's patience and the watchdog's."""

@@ -135,6 +135,17 @@ def test_a_deletion_that_fails_is_a_warning(tmp_path, monkeypatch, capsys):
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["iter_0000003", "latest"]
 
 
+def test_a_run_resumes_from_a_checkpoint_that_was_being_replaced(data, tmp_path):
+    train(1, "main", data, tmp_path, 2)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    folder = tmp_path / "checkpoints"
+    (folder / "iter_0000002").rename(folder / f"{REPLACED}iter_0000002")
+    train(1, "main", data, tmp_path, 3, "--load", str(tmp_path))
+    after = (tmp_path / "metrics.jsonl").read_bytes()
+    assert after.startswith(before)
+    assert {json.loads(line)["iteration"] for line in after[len(before) :].splitlines()} == {3}
+
+
 def test_leftovers_of_any_kind_do_not_end_a_start(tmp_path):
     folder = tmp_path / "checkpoints"
     good = publish(tmp_path, 4)

@@ -5,6 +5,7 @@ Run alone: python -m pytest tests/training/test_run_lock.py
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -189,7 +190,7 @@ def test_of_many_that_take_over_exactly_one_wins(tmp_path):
 def test_a_suspended_holder_notices_before_it_writes(tmp_path):
     lock = RunLock(tmp_path, {}, beat=10**6)
     taken = files(tmp_path)[0].with_name("run-0000002.json")
-    holder = {**lock.own.model_dump(), "host": "other", "job": "5"}
+    holder = {**lock.own.model_dump(), "host": "other", "job": "5", "token": "another"}
     assert lock.lost_to() is None
     taken.write_text(json.dumps({"format": Holder.FORMAT, **holder}))
     with pytest.raises(RunError, match=r"process \d+ on host other, SLURM job 5 has taken .* over"):
@@ -199,6 +200,38 @@ def test_a_suspended_holder_notices_before_it_writes(tmp_path):
     lock.release()
     assert taken.stat().st_mtime_ns == before
     assert files(tmp_path)[0].stat().st_mtime_ns > 0
+
+
+def test_a_stale_descriptor_hides_no_successor(tmp_path, monkeypatch):
+    """On NFS: the successor has deleted the file through which the old holder gives signs."""
+    lock, fstat = RunLock(tmp_path, {}, beat=10**6), os.fstat
+
+    def stale(*_, **__):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "utime", stale)
+        patch.setattr(os, "fstat", lambda file: stale() if file == lock._descriptor else fstat(file))
+        # A server that answers so for a moment takes nothing from the holder.
+        lock._look()
+    assert lock.lost_to() is None
+    (held,) = files(tmp_path)
+    other = {**lock.own.model_dump(), "host": "other", "token": "another"}
+    held.with_name("run-0000002.json").write_text(json.dumps({"format": Holder.FORMAT, **other}))
+    held.unlink()
+    monkeypatch.setattr(os, "utime", stale)
+    with pytest.raises(RunError, match="on host other has taken"):
+        lock.check()
+    monkeypatch.undo()
+    lock.release()
+
+
+def test_a_released_lock_permits_nothing(tmp_path):
+    lock = RunLock(tmp_path, {}, **QUICK)
+    lock.release()
+    for question in (lock.check, lock.lost_to):
+        with pytest.raises(RunError, match="has released its lock"):
+            question()
 
 
 def test_a_renamed_or_emptied_folder_takes_no_lock_away(tmp_path):
@@ -260,7 +293,8 @@ def test_a_run_whose_lock_was_taken_over_ends_without_a_checkpoint(data, tmp_pat
         wait_for(lambda: lines_in(save) >= 3)
         os.kill(run.pid, signal.SIGSTOP)
         held = files(save)[0]
-        held.with_name("run-0000002.json").write_text(held.read_text().replace(os.uname().nodename, "other"))
+        other = {**json.loads(held.read_text()), "host": "other", "token": "another"}
+        held.with_name("run-0000002.json").write_text(json.dumps(other))
         published = len(list((save / "checkpoints").glob("iter_*")))
         os.kill(run.pid, signal.SIGCONT)
         assert pipe.poll(60)
@@ -272,3 +306,43 @@ def test_a_run_whose_lock_was_taken_over_ends_without_a_checkpoint(data, tmp_pat
     assert f"has taken {save} over" in said
     # At most the one whose rename was under way when the process was suspended.
     assert len(list((save / "checkpoints").glob("iter_*"))) <= published + 1
+
+
+def fail_while_publishing(launch, argv, seconds, patience):
+    """A run that fails while its thread takes `seconds` to publish; checkpoints when the lock goes, and at the end."""
+    from megatron_doremi.training import run_lock, saving
+    from megatron_doremi.training.checkpoint import checkpoints
+    from megatron_doremi.training.publishing import publish_checkpoint
+
+    saving.SECONDS_TO_CLOSE = patience
+    at_release, threads = [], []
+    all_written, release = saving.Checkpointer.all_written, run_lock.RunLock.release
+
+    def slowly(*arguments):
+        threads.append(threading.current_thread())
+        time.sleep(seconds)
+        return publish_checkpoint(*arguments)
+
+    def written(self):
+        all_written(self)
+        if self._pending is not None and self._pending.written_everywhere:
+            raise RunError("another fault")
+
+    def released(self):
+        at_release.append(len(checkpoints(self._save)))
+        release(self)
+
+    saving.publish_checkpoint = slowly
+    saving.Checkpointer.all_written, run_lock.RunLock.release = written, released
+    with pytest.raises(RunError, match="another fault"):
+        program(launch, argv)
+    for thread in threads:
+        thread.join()
+    save = Path(argv[argv.index("--save") + 1])
+    return at_release, len(checkpoints(save))
+
+
+@pytest.mark.parametrize(("patience", "published"), [(20.0, 1), (0.1, 0)])
+def test_nothing_is_published_after_the_lock_was_released(patience, published, data, tmp_path):
+    argv = arguments_of(data, tmp_path / "run", 100_000, "--save-interval", "1")
+    assert on_ranks(1, fail_while_publishing, argv, 1.0, patience) == [([published], published)]
