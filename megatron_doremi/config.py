@@ -64,7 +64,7 @@ class DataConfig:
     )
     change_domain_weights: bool = setting(
         False,
-        "go on from a checkpoint with other domain weights than before; nothing is read twice or left out",
+        "resume with other domain weights than before; no window is repeated or left out",
         phases=TRAINING,
     )
     seq_length: int = setting(1024, "length S of a window in tokens (next-token targets)", bounds=Bounds(1, 1 << 24))
@@ -247,7 +247,7 @@ class RunConfig:
     save: str = setting("", "folder of the results: config, metrics, checkpoints, domain weights", phases=PHASES)
     load: str = setting(
         "",
-        "go on from this folder's newest complete checkpoint, or start where it has none",
+        "resume from this folder's newest complete checkpoint, or start where it has none",
         phases=(*TRAINING, EVALUATE),
     )
     override_resume: tuple[str, ...] = setting(

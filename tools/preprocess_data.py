@@ -6,7 +6,7 @@
 
 The train split starts the manifest, data/domains.json; the valid split adds its pairs to it. Documents keep the
 order of the input whatever the number of workers. Nothing appears under a final name before all of it is good; a run
-that was stopped goes on with --resume. In an array job each task takes --shard I of --num-shards N, and
+that was stopped resumes with --resume. In an array job each task takes --shard I of --num-shards N, and
 tools/merge_datasets.py joins what they leave.
 """
 
@@ -78,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--append-eod", action="store_true", help="end each document with the end-of-document id")
     add("--workers", type=int, default=2, metavar="N", help="encoding processes (default: 2)")
     add("--max-documents", type=int, metavar="N", help="stop after the first N documents")
-    add("--resume", action="store_true", help="go on where an earlier run was stopped; where there is none, start")
+    add("--resume", action="store_true", help="resume where an earlier run was stopped; where there is none, start")
     add("--journal-seconds", type=float, default=15.0, metavar="S", help="what a killed run loses (default: 15)")
     add("--shard", type=int, default=0, metavar="I", help="the task of an array job, from 0 on")
     add("--num-shards", type=int, default=1, metavar="N", help="how many tasks it has (default: 1)")
@@ -148,7 +148,7 @@ def sample(inputs: Inputs) -> list[str]:
 
 
 def settings_of(args: argparse.Namespace, inputs: Inputs, tokenizer: Tokenizer) -> dict[str, Any]:
-    """All that the result depends on, as JSON: what a run that goes on, and the tasks of an array, have in common."""
+    """All that the result depends on, as JSON: what a run that resumes, and the tasks of an array, have in common."""
     stats = [(path, path.stat()) for path in inputs.paths]
     reader = inputs.reader
     return {
@@ -268,7 +268,7 @@ def is_done(folder: Path, settings: dict[str, Any], shard: Shard) -> bool:
 def say_resume(partial: Path) -> int:
     """Says how to go on. Returns the exit code of a fault of the machine."""
     if partial.is_dir():
-        print(f"What was encoded is in {partial}; the same command with --resume goes on from there.", file=sys.stderr)
+        print(f"What was encoded is in {partial}; the same command with --resume resumes from there.", file=sys.stderr)
     return 1
 
 

@@ -1,6 +1,6 @@
 """Do the ranks still agree? What has to be the same on several ranks is hashed and compared every so often.
 
-Three things can drift apart without a word: the domain weights and the blend's state, which every rank computes
+Three things can drift apart silently: the domain weights and the blend's state, which every rank computes
 for itself; the parameters of replicas, which differ only if a gradient was not reduced; and, within a stage, the
 parameters that every tensor rank holds whole. A run whose ranks disagree is stopped: its numbers mean nothing.
 """

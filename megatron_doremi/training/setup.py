@@ -201,11 +201,13 @@ def read_trained(folder: Path, flag: str, data: RunData, config: Config, needs_a
     state = read_state(checkpoint)
     # config.json can be edited; the checkpoint says what was trained.
     recorded = state.recorded_identity()
-    trained = recorded.get("gpt", asdict(gpt))
-    if trained != asdict(gpt):
-        names = [name for name, value in asdict(gpt).items() if trained.get(name) != value]
-        value = ", ".join(f"{name} {getattr(gpt, name)!r}" for name in names)
-        rule = "the shape in its checkpoint: " + ", ".join(f"{name} {trained.get(name)!r}" for name in names)
+    told = {"domains": run_config.domains, "tokenizer_sha256": run_config.tokenizer_sha256, **asdict(gpt)}
+    trained = {name: recorded[name] for name in ("domains", "tokenizer_sha256") if name in recorded}
+    trained |= recorded.get("gpt", {})
+    names = [name for name, value in trained.items() if told[name] != value]
+    if names:
+        value = ", ".join(f"{name} {told.get(name)!r}" for name in names)
+        rule = "what its checkpoint says: " + ", ".join(f"{name} {trained[name]!r}" for name in names)
         faults.append(Fault(f"{flag} {folder}: config.json", value, rule, "restore config.json, or train it again"))
     planned = recorded.get("train_iters", run_config.train_iters())
     if needs_all_steps and state.iteration < planned and not config.run.allow_unfinished:
@@ -213,7 +215,8 @@ def read_trained(folder: Path, flag: str, data: RunData, config: Config, needs_a
         remedy = "train it to its end, or give --allow-unfinished to take it as it is"
         faults.append(Fault(f"{flag} {folder}", value, "a finished run", remedy))
     raise_if_any(faults)
-    return ReferenceRun(gpt, checkpoint / "weights", state.iteration, run_config.global_batch_size)
+    batch = recorded.get("global_batch_size", run_config.global_batch_size)
+    return ReferenceRun(gpt, checkpoint / "weights", state.iteration, batch)
 
 
 def read_reference(config: Config, data: RunData) -> ReferenceRun:

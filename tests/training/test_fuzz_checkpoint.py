@@ -13,13 +13,15 @@ import shutil
 from pathlib import Path
 
 import pytest
-from training.small import train, write_data
+from training.small import MODEL, train, write_data
 
+from megatron_doremi.arguments import parse_config
 from megatron_doremi.errors import ConfigError, Fault
 from megatron_doremi.model.weights import WeightsFolder
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.training.checkpoint import changed_files, newest_checkpoint, read_state
 from megatron_doremi.training.optimizer_state import OptimizerFolder
+from megatron_doremi.training.setup import open_data, read_trained
 
 # More of them: MEGATRON_DOREMI_FUZZ=5000.
 CASES = int(os.environ.get("MEGATRON_DOREMI_FUZZ", "600"))
@@ -61,6 +63,14 @@ def read_all(folder: Path, specs) -> str:
                 add(states.part(name, key, spec, Topology(tensor_size=2, rank=rank), 0, count))
             add(states.part(name, key, spec, Topology(), 1, 7))
     return digest.hexdigest()
+
+
+def read_as_reference(run: Path, folder: Path) -> tuple:
+    """What a proxy makes of a run's config.json and newest checkpoint."""
+    flags = ["--phase", "proxy", "--domains", str(folder / "domains.json"), "--save", "s", "--train-iters", "1"]
+    config = parse_config([*flags, *MODEL, "--reference-load", str(run)], 1)
+    reference = read_trained(run, "--reference-load", open_data(config, training=True), config)
+    return reference.gpt, reference.iteration, reference.global_batch_size
 
 
 def change_json(entry, generator):
@@ -122,3 +132,30 @@ def test_damaged_files(checkpoint, specs, tmp_path):
     assert read_all(folder, specs) == whole
     print(f"{refused} of {CASES} refused")
     assert refused > CASES // 3
+
+
+def test_damaged_configurations(checkpoint, tmp_path):
+    """config.json of a reference: what it says is compared with the checkpoint: no mutation is another model."""
+    generator = random.Random(8)
+    run = tmp_path / "run"
+    shutil.copytree(checkpoint.parents[1], run)
+    path, data = run / "config.json", checkpoint.parents[2]
+    original, whole = path.read_bytes(), read_as_reference(run, data)
+    refused = 0
+    for case in range(CASES):
+        if generator.random() < 0.3:
+            damaged = bytearray(original)
+            damaged[generator.randrange(len(damaged))] = generator.randrange(256)
+            path.write_bytes(bytes(damaged))
+        else:
+            path.write_text(json.dumps(change_json(json.loads(original), generator)))
+        try:
+            assert read_as_reference(run, data) == whole, f"case {case}: another result"
+        except ConfigError:
+            refused += 1
+        except Exception as error:
+            if isinstance(error, AssertionError):
+                raise
+            raise AssertionError(f"case {case}: {error!r}") from error
+    print(f"{refused} of {CASES} configurations refused")
+    assert refused > CASES // 10
