@@ -12,7 +12,6 @@ to resume; 128 + N ended by a second signal N; any other: a fault of ours or of 
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -39,7 +38,8 @@ if TYPE_CHECKING:
 
 # What DeepSpeed notes about itself is not about this program's input.
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
-_SECONDS_TO_EXIT = 25
+# From the run's end to the process's, whatever library hangs in between.
+_SECONDS_TO_EXIT = 25.0
 
 
 def main() -> int:
@@ -47,10 +47,9 @@ def main() -> int:
     # First of all: a signal may come at any moment.
     signals = Signals(os.environ)
     signals.install()
+    signals.seconds_to_exit = _SECONDS_TO_EXIT
     code = start(sys.argv[1:], signals)
     signals.finish(code)
-    # What the interpreter does at its end must not keep the process, with whatever library hangs there.
-    signal.alarm(_SECONDS_TO_EXIT)
     return code
 
 
@@ -267,4 +266,5 @@ def dry_run(config: Config, topology: Topology) -> None:
 
 
 if __name__ == "__main__":
-    run_or_exit(main)
+    # The trainer has closed the metrics' files and `run` has released the lock: no thread that hangs is waited for.
+    run_or_exit(main, at_once=True)

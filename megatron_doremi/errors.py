@@ -9,7 +9,10 @@ this code base is always about our own mistakes.
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
+import threading
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +21,8 @@ from megatron_doremi.open_files import raise_open_files_limit
 
 EXIT_USER_ERROR = 2
 EXIT_NO_READER = 141
+# For the last words and the flush of both streams, which nobody may read any more.
+_SECONDS_FOR_LAST_WORDS = 10.0
 # What taking apart a value of the wrong shape or size raises.
 MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError)
 
@@ -85,27 +90,54 @@ def raise_if_any(faults: Sequence[Fault]) -> None:
         raise ConfigError(faults)
 
 
-def run_or_exit(main: Callable[[], int | None]) -> None:
+def run_or_exit(main: Callable[[], int | None], at_once: bool = False) -> None:
     """Runs `main` as a program: exits with its result, or with one clear message: 2 on a ConfigError, 1 on a RunError
     or an OSError. Where the reader of stdout is gone (`| head`), it exits silently with 141, as after SIGPIPE.
 
     A SaidElsewhere exits with its code and prints nothing: of the ranks of a run one speaks (training/voice.py).
+
+    Args:
+        at_once: end the process without waiting for other threads or running atexit functions: the interpreter joins
+            every ThreadPoolExecutor's thread, also one that hangs in a file system. Whatever has to be closed, `main`
+            closes; an exception that is not caught ends with its traceback and 1.
     """
     tolerate_any_character()
     raise_open_files_limit()
+    # Held to the end: its frames hold generators, and closing one may wait for a thread.
+    held: list[BaseException] = []
+    words = ""
     try:
-        code = main()
-    except BrokenPipeError:
+        code = main() or 0
+    except BrokenPipeError as error:
+        held.append(error)
         code = EXIT_NO_READER
     except (ConfigError, RunError, OSError) as error:
-        error = machine_failure(error) if isinstance(error, OSError) else error
-        with contextlib.suppress(*CONSOLE_ERRORS):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        held.append(error)
+        words = f"error: {machine_failure(error) if isinstance(error, OSError) else error}"
         code = EXIT_USER_ERROR if isinstance(error, ConfigError) else 1
     except SaidElsewhere as error:
+        held.append(error)
         code = error.code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        code = 130
+    except KeyboardInterrupt as error:
+        held.append(error)
+        words, code = "interrupted", 130
+    except Exception as error:
+        if not at_once:
+            raise
+        held.append(error)
+        words, code = traceback.format_exc().rstrip(), 1
+    if not at_once:
+        _end_streams(words)
+        sys.exit(code)
+    last = threading.Thread(target=_end_streams, args=(words,), daemon=True)
+    last.start()
+    last.join(_SECONDS_FOR_LAST_WORDS)
+    os._exit(code)
+
+
+def _end_streams(words: str) -> None:
+    """Prints the last words on stderr, if any, and flushes both streams."""
+    if words:
+        with contextlib.suppress(*CONSOLE_ERRORS):
+            print(words, file=sys.stderr, flush=True)
     mend_streams()
-    sys.exit(code or 0)

@@ -35,6 +35,10 @@ _SECONDS_OF_ONE_REQUEST = 1.0
 # From the launcher's death to the end of its workers, a save included.
 _SECONDS_WITHOUT_LAUNCHER = 25
 _SECONDS_BETWEEN_LOOKS = 1.0
+# For the words, the marker and for telling the others (watchdog.tell: at most 12 s), whatever of them hangs.
+_SECONDS_TO_LEAVE = 15.0
+# Should the interpreter itself hang meanwhile, the kernel ends the process by SIGALRM.
+_SECONDS_OF_ALARM = 20
 _PR_SET_PDEATHSIG = 1
 
 
@@ -45,7 +49,7 @@ class Signals:
         self._environ, self._rank = environ, rank_of(environ)
         self._lock = threading.Lock()
         self._asked_at: float | None = None
-        self._saves, self._done = False, -1
+        self._saves, self._done, self._done_at = False, -1, 0.0
         # Of a launcher only: a shell may go before its jobs do (nohup, setsid).
         launcher = launcher_of(environ)
         self._parent = 0 if launcher == BY_HAND else os.getppid()
@@ -54,6 +58,8 @@ class Signals:
         self._by_main_thread = launcher in (TORCHRUN, DEEPSPEED)
         self.asked = 0
         self.before_leaving: Callable[[int], None] = lambda code: None
+        # From `finish` to the end of the process, which is ended then; None: as long as it takes.
+        self.seconds_to_exit: float | None = None
 
     def install(self) -> None:
         """Catches the signals and watches the launcher from here on; called in the main thread.
@@ -81,7 +87,7 @@ class Signals:
     def finish(self, code: int) -> None:
         """Everything is saved: from here on the process leaves with `code`, whatever asks it to."""
         with self._lock:
-            self._done = code
+            self._done, self._done_at = code, time.monotonic()
         if code == EXIT_STOPPED:
             self._leave_marker()
 
@@ -91,11 +97,19 @@ class Signals:
             for number in os.read(reads, 64) if ready else b"":
                 if number in STOPS:
                     self._came(number)
+            self._end_late_exit()
             if self._parent and os.getppid() != self._parent:
                 self._parent = 0
                 # Ends the process where it neither leaves nor saves in time, in whatever state its threads are.
                 signal.alarm(_SECONDS_WITHOUT_LAUNCHER)
                 self._request(signal.SIGHUP, "its launcher has died")
+
+    def _end_late_exit(self) -> None:
+        """Ends a process that is done but hangs in its exit, with the code that it would leave with."""
+        with self._lock:
+            done, late = self._done, time.monotonic() - self._done_at
+        if done >= 0 and self.seconds_to_exit is not None and late > self.seconds_to_exit:
+            os._exit(done)
 
     def _came(self, number: int) -> None:
         name = signal.Signals(number).name
@@ -121,15 +135,20 @@ class Signals:
             self._leave(EXIT_STOPPED, f"{why} before the first step: nothing to save")
 
     def _leave(self, code: int, why: str) -> None:
-        # Whatever blocks the words, such as a pipe that nobody reads, must not keep the process.
-        signal.alarm(10)
+        # What blocks, such as a pipe that nobody reads, must neither keep the process nor change its exit code.
+        signal.alarm(_SECONDS_OF_ALARM)
+        farewell = threading.Thread(target=self._take_leave, args=(code, why), name="farewell", daemon=True)
+        farewell.start()
+        farewell.join(_SECONDS_TO_LEAVE)
+        os._exit(code)
+
+    def _take_leave(self, code: int, why: str) -> None:
         if why and not self._rank:
             with contextlib.suppress(OSError):
                 os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"{why}\n".encode())
         self._leave_marker()
         with contextlib.suppress(Exception):
             self.before_leaving(code)
-        os._exit(code)
 
     def _leave_marker(self) -> None:
         marker = stop_marker(self._environ)

@@ -74,6 +74,51 @@ def test_once_all_is_saved_a_signal_changes_no_exit_code():
     assert end(process)[0] == 0
 
 
+def test_a_peer_that_cannot_be_told_changes_no_exit_code():
+    """Telling the others took longer than an alarm of 10 s: 142 in place of 3."""
+    process = start("untold")
+    process.send_signal(signal.SIGTERM)
+    assert end(process)[0] == 3
+
+
+def test_a_done_process_that_hangs_in_its_exit_is_ended_with_its_code():
+    assert end(start("done", SECONDS_TO_EXIT="0.5"))[0] == 0
+
+
+HANGS = """
+import runpy, sys, threading
+from concurrent.futures import ThreadPoolExecutor
+from megatron_doremi import arguments, errors
+pool = ThreadPoolExecutor(1)
+
+def read_command_line(argv, world_size):
+    pool.submit(threading.Event().wait)
+    print("on stdout", end="")
+    {ending}
+
+arguments.read_command_line = read_command_line
+sys.argv = ["pretrain_doremi.py"]
+runpy.run_path("pretrain_doremi.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("ending", "code", "words"),
+    [
+        ("raise errors.RunError('the disk is full')", 1, "error: the disk is full\n"),
+        ("raise errors.SaidElsewhere(2)", 2, ""),
+        ("raise ZeroDivisionError('ours')", 1, "Traceback .*ZeroDivisionError: ours\n"),
+    ],
+)
+def test_a_thread_that_hangs_keeps_no_process_that_failed(ending, code, words):
+    """The interpreter joins every executor's thread at its end, such as one in a hung fsync: the program does not."""
+    command = [sys.executable, "-c", HANGS.replace("{ending}", ending)]
+    done = subprocess.run(command, cwd=HERE.parents[1], capture_output=True, text=True, timeout=10, check=False)
+    assert done.returncode == code
+    assert done.stdout == "on stdout"
+    assert re.fullmatch(words, done.stderr, re.DOTALL)
+
+
 @pytest.mark.parametrize(
     ("words", "saved"), [(["starting"], False), (["training", "0.5"], True), (["training"], False)]
 )

@@ -1,6 +1,7 @@
 """Stands in for pretrain_doremi.py where only the life of a process matters: no torch.
 
-usage: worker.py {starting,training,done} [SECONDS_OF_A_SAVE]; the main thread hangs where no handler can run.
+usage: worker.py {starting,untold,training,done} [SECONDS_OF_A_SAVE]; the main thread hangs where no handler can run,
+and in `untold` the peers cannot be told.
 """
 
 import ctypes
@@ -12,6 +13,7 @@ import time
 from megatron_doremi.training import signals
 
 signals._SECONDS_WITHOUT_LAUNCHER = 2
+signals._SECONDS_TO_LEAVE = 1.0
 stage, seconds = sys.argv[1], float(sys.argv[2]) if len(sys.argv) > 2 else None
 watched = signals.Signals(os.environ)
 watched.install()
@@ -27,10 +29,14 @@ def save() -> None:
     os._exit(3)
 
 
+if stage == "untold":
+    watched.before_leaving = lambda code: time.sleep(60.0)
 if stage in ("training", "done"):
     watched.begin()
 if stage == "done":
     watched.finish(0)
+    if "SECONDS_TO_EXIT" in os.environ:
+        watched.seconds_to_exit = float(os.environ["SECONDS_TO_EXIT"])
 if seconds is not None:
     threading.Thread(target=save, daemon=True).start()
 print("ready", os.getpid(), flush=True)
