@@ -73,19 +73,20 @@ def _has_lost_its_reader(descriptor: int) -> bool:
 class Guard:
     """Writes to one output of a run; where that fails, it warns once, and the run continues without what was lost."""
 
-    def __init__(self, subject: str):
+    def __init__(self, subject: str, errors: tuple[type[Exception], ...] = (OSError,)):
         """
         Args:
             subject: what the output is, for the warning.
+            errors: what writing to it raises: an error of the machine, and of a stream `CONSOLE_ERRORS`.
         """
-        self.subject = subject
+        self.subject, self._errors = subject, errors
         self._warned = False
 
     def __call__(self, write: Callable[[], object]) -> None:
-        """Calls `write`; an error of the machine becomes a warning."""
+        """Calls `write`; one of `errors` becomes a warning."""
         try:
             write()
-        except CONSOLE_ERRORS as error:
+        except self._errors as error:
             mend_streams()
             if not self._warned:
                 self._warned = True

@@ -9,12 +9,13 @@ this code base is always about our own mistakes.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from megatron_doremi.console import CONSOLE_ERRORS, mend_streams, tolerate_any_character
 from megatron_doremi.open_files import raise_open_files_limit
@@ -82,6 +83,21 @@ def machine_failure(error: OSError) -> RunError:
     """What an error of the operating system (full disk, lost file) says to the user."""
     names = [str(name) for name in (error.filename, error.filename2) if name is not None]
     return RunError(": ".join([" -> ".join(names), error.strerror or str(error)] if names else [str(error)]))
+
+
+def error_text(error: ConfigError | RunError | OSError) -> str:
+    """An error as JSON, for another rank, which raises `error_of` it."""
+    if isinstance(error, ConfigError):
+        return json.dumps({"faults": [asdict(fault) for fault in error.faults]})
+    return json.dumps({"failure": str(machine_failure(error) if isinstance(error, OSError) else error)})
+
+
+def error_of(text: str) -> ConfigError | RunError:
+    """The error that another rank wrote by `error_text`; of an OSError, what `machine_failure` makes of it."""
+    entry = json.loads(text)
+    if "faults" in entry:
+        return ConfigError([Fault(**fault) for fault in entry["faults"]])
+    return RunError(entry["failure"])
 
 
 def raise_if_any(faults: Sequence[Fault]) -> None:

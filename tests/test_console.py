@@ -11,13 +11,15 @@ import sys
 
 import pytest
 
+from megatron_doremi.console import CONSOLE_ERRORS, Guard
+
 PROGRAM = """
 import sys
-from megatron_doremi.console import Guard, say, warn
+from megatron_doremi.console import CONSOLE_ERRORS, Guard, say, warn
 from megatron_doremi.errors import RunError, run_or_exit
 
 def main():
-    guard = Guard("the console")
+    guard = Guard("the console", CONSOLE_ERRORS)
     for number in range(3000):
         say(f"line {number} \\u00e9\\u4e2d")
         guard(lambda: print("progress", file=sys.stdout, flush=True))
@@ -86,3 +88,20 @@ def test_what_run_or_exit_makes_of_errors_of_the_machine(ending, code, tmp_path)
     os.close(stdout)
     assert process.returncode == code
     assert process.stderr == (b"" if code == 141 else b"error: /nowhere/file: No such file or directory\n")
+
+
+def test_a_guard_hides_errors_of_the_machine_only(capsys):
+    """A ValueError is one of a stream, or else a fault of ours."""
+
+    def closed():
+        raise ValueError("I/O operation on closed file")
+
+    def full():
+        raise OSError(28, "No space left on device")
+
+    Guard("the console", CONSOLE_ERRORS)(closed)
+    metrics = Guard("metrics.jsonl")
+    metrics(full)
+    assert capsys.readouterr().err.count("cannot be written") == 2
+    with pytest.raises(ValueError, match="closed file"):
+        metrics(closed)

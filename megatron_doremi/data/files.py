@@ -11,10 +11,13 @@ import re
 import secrets
 import socket
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from megatron_doremi.errors import ConfigError, Fault
+
+_HASH_BLOCK = 1 << 22
 
 
 def atomic_write_text(path: Path, text: str) -> None:
@@ -109,10 +112,14 @@ def make_folder(path: Path, flag: str) -> None:
         ) from error
 
 
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256_of(path: Path, progress: Callable[[], None] = lambda: None) -> str:
+    """The SHA-256 of a file, in hex; `progress` is called with each block of 4 MiB."""
+    digest, block = hashlib.sha256(), memoryview(bytearray(_HASH_BLOCK))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(block):
+            digest.update(block[:count])
+            progress()
+    return digest.hexdigest()
 
 
 def read_json_object(path: Path, what: str) -> dict[str, Any]:

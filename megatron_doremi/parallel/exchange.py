@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_doremi.errors import ConfigError, Fault, RunError, machine_failure
+from megatron_doremi.errors import ConfigError, RunError, error_of, error_text
 
 
 def gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
@@ -64,22 +63,16 @@ def from_rank_0(work: Callable[[], Any]) -> Any:
         ConfigError: on every rank, where `work` raises one.
         RunError: on every rank, where `work` raises one, or an OSError.
     """
-    entry: dict[str, Any] = {}
+    result, failure = None, None
     if dist.get_rank() == 0:
         try:
-            entry = {"result": work()}
-        except ConfigError as error:
-            entry = {"faults": [asdict(fault) for fault in error.faults]}
-        except RunError as error:
-            entry = {"failure": str(error)}
-        except OSError as error:
-            entry = {"failure": str(machine_failure(error))}
-    entry = broadcast_json(entry)
-    if "faults" in entry:
-        raise ConfigError([Fault(**fault) for fault in entry["faults"]])
-    if "failure" in entry:
-        raise RunError(entry["failure"])
-    return entry["result"]
+            result = work()
+        except (ConfigError, RunError, OSError) as error:
+            failure = error_text(error)
+    result, failure = broadcast_json((result, failure))
+    if failure is not None:
+        raise error_of(failure)
+    return result
 
 
 def _encode(value: Any) -> Tensor:

@@ -210,12 +210,12 @@ def changed_files(
 
     Args:
         part, parts: which share of the files is read.
-        progress: called with each file.
+        progress: called with each file and each block of it.
     """
     changed = []
     for name, value in sorted(state.checksums.items())[part::parts]:
         progress()
-        if sha256_of(checkpoint / name) != value:
+        if sha256_of(checkpoint / name, progress) != value:
             changed.append(name)
     return changed
 

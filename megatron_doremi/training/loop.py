@@ -23,7 +23,7 @@ from megatron_doremi.doremi.engine import TrainingEngine
 from megatron_doremi.doremi.objective import GroupDRO
 from megatron_doremi.doremi.reference import OnlineReference
 from megatron_doremi.errors import RunError, machine_failure
-from megatron_doremi.parallel.exchange import broadcast_json
+from megatron_doremi.parallel.exchange import broadcast_json, from_rank_0
 from megatron_doremi.parallel.groups import ProcessGroups
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.training.checkpoint import load_training
@@ -121,17 +121,7 @@ class Trainer:
             whether the run stopped before, saved, for a signal or a time limit.
         """
         config, total = self.config, self.config.data.train_iters
-        tensorboard = Path(config.run.tensorboard_dir or self.save_dir / "tensorboard")
-        log = RunLog(
-            self.topology.rank == 0,
-            self.save_dir,
-            tensorboard,
-            self.iteration,
-            total,
-            config.data.phase,
-            self.metrics_bytes,
-            self.lock.lost_to,
-        )
+        log = self._open_log()
         last, began = self.iteration, time.perf_counter()
         stop = GO_ON
         for step in self._steps():
@@ -175,6 +165,29 @@ class Trainer:
             log.say(f"stopped and saved after iteration {self.iteration:,} of {total:,}: {REASONS[stop]}")
         log.close()
         return stop != GO_ON and self.iteration < total
+
+    def _open_log(self) -> RunLog:
+        """Opens the run's log on rank 0; where that fails, every rank raises. A collective call."""
+        opened: list[RunLog] = []
+
+        def log(is_rank_0: bool) -> None:
+            opened.append(
+                RunLog(
+                    is_rank_0,
+                    self.save_dir,
+                    Path(self.config.run.tensorboard_dir or self.save_dir / "tensorboard"),
+                    self.iteration,
+                    self.config.data.train_iters,
+                    self.config.data.phase,
+                    self.metrics_bytes,
+                    self.lock.lost_to,
+                )
+            )
+
+        from_rank_0(lambda: log(True))
+        if not opened:
+            log(False)
+        return opened[0]
 
     def _say_vanished(self, weights: dict[str, float], log: RunLog) -> None:
         """Says once of each domain that its weight has all but vanished: the result could not be trained on."""

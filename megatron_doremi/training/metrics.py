@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from megatron_doremi.config import GPTConfig
-from megatron_doremi.console import Guard
+from megatron_doremi.console import CONSOLE_ERRORS, Guard
 from megatron_doremi.doremi.losses import LOSS, TARGETS
 from megatron_doremi.training.metrics_file import EventsFile, MetricsFile
 
@@ -121,7 +121,7 @@ class RunLog:
         self._metrics = MetricsFile(save / "metrics.jsonl", iteration, metrics_bytes)
         self._events = EventsFile(tensorboard, iteration)
         self._on_metrics, self._on_events = Guard(str(save / "metrics.jsonl")), Guard(f"TensorBoard in {tensorboard}")
-        self._on_console = Guard("the console")
+        self._on_console = Guard("the console", CONSOLE_ERRORS)
         # On a terminal the bar moves; in a log file it is a line every few seconds.
         interval = 0.2 if sys.stderr is not None and sys.stderr.isatty() else 10.0
         self._bar = tqdm(

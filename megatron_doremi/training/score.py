@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,7 +36,7 @@ from megatron_doremi.data.loss_file import (
 )
 from megatron_doremi.data.reference_losses import LossFolder, RecordedLosses
 from megatron_doremi.doremi.reference import ReferenceRun
-from megatron_doremi.errors import ConfigError, Fault, RunError, machine_failure, raise_if_any
+from megatron_doremi.errors import ConfigError, Fault, RunError, error_of, error_text, raise_if_any
 from megatron_doremi.model.forward import forward_only
 from megatron_doremi.model.pipeline import GPTPipeline
 from megatron_doremi.model.weights import load_frozen
@@ -49,7 +48,7 @@ from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.training.checkpoint import read_state
 from megatron_doremi.training.setup import RunData
 from megatron_doremi.training.stopping import GO_ON, StopRequest
-from megatron_doremi.training.waiting import error_of, error_text, from_rank_0, wait_for_all
+from megatron_doremi.training.waiting import from_rank_0, wait_for_all
 from megatron_doremi.training.watchdog import Watchdog
 
 # Windows whose numbers are computed at a time, and chunks whose files a replica looks at before it scores some.
@@ -76,8 +75,12 @@ def weights_hash(folder: Path, watchdog: Watchdog) -> str:
     recorded = read_state(folder.parent).checksums
     lines, faults = [], []
     for path in sorted(folder.glob("*.safetensors")):
-        watchdog.mark(f"reading {path}")
-        found = sha256_of(path)
+
+        def progress(doing: str = f"reading {path}") -> None:
+            watchdog.mark(doing)
+
+        progress()
+        found = sha256_of(path, progress)
         lines.append(f"{path.name} {found}\n")
         if recorded.get(f"weights/{path.name}", found) != found:
             value, rule = "changed after it was written", "the checksum in state.json"
@@ -286,10 +289,8 @@ class _Replica:
         """What some work gives; None where it fails, which all ranks then hear of."""
         try:
             return work()
-        except (ConfigError, RunError) as error:
-            self.store.set("stop", error_text(error))
-        except OSError as error:
-            self.store.set("stop", error_text(machine_failure(error)))
+        except (ConfigError, RunError, OSError) as error:
+            self.store.set("error", error_text(error))
         return None
 
     def _losses(self, domain: int, windows: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -339,21 +340,27 @@ class _Replica:
             ConfigError, RunError: of whichever rank failed.
         """
         own = 0
-        if self.store.check(["stop"]):
-            own = _FAILED if json.loads(self.store.get("stop")) else _STOP
-        elif stop.reason() != GO_ON:
-            self.store.set("stop", "{}")
+        if self.store.check(["error"]):
+            own = _FAILED
+        elif self._asked_to_stop(stop):
             own = _STOP
         flag = torch.tensor([own], device=next(self.module.parameters()).device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.groups.model)
         if flag.item() == _FAILED:
-            raise error_of(json.loads(self.store.get("stop")))
+            raise error_of(self.store.get("error").decode())
         return bool(flag.item())
+
+    def _asked_to_stop(self, stop: StopRequest) -> bool:
+        """Whether any rank was asked to stop; tells the others of a request to this one."""
+        if self.store.check(["stop"]):
+            return True
+        asked = stop.reason() != GO_ON
+        if asked:
+            self.store.set("stop", "asked")
+        return asked
 
     def hear(self, stop: StopRequest) -> None:
         """While others are waited for: tells them to stop, or raises what one of them has met."""
-        if self.store.check(["stop"]):
-            if entry := json.loads(self.store.get("stop")):
-                raise error_of(entry)
-        elif stop.reason() != GO_ON:
-            self.store.set("stop", "{}")
+        if self.store.check(["error"]):
+            raise error_of(self.store.get("error").decode())
+        self._asked_to_stop(stop)

@@ -6,8 +6,8 @@ whether that run has finished or is still training.
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 
 from megatron_doremi.config import Config
 from megatron_doremi.console import say
-from megatron_doremi.data.files import make_folder
+from megatron_doremi.data.files import AppendFile, make_folder
 from megatron_doremi.doremi.reference import ReferenceRun
 from megatron_doremi.errors import RunError
 from megatron_doremi.model.weights import load_frozen
@@ -49,9 +49,9 @@ def evaluate_run(
     """
     data_config, save = config.data, Path(config.run.save) if config.run.save else None
     from_rank_0(lambda: weights_hash(run.weights, watchdog))
-    if save is not None and topology.rank == 0:
+    if save is not None:
         # Tried before the work, not after it.
-        append_line(save, "")
+        from_rank_0(lambda: append_line(save, ""))
     tp = TensorParallel(groups.tensor, config.parallel.sequence_parallel)
     dtype = torch.bfloat16 if config.optimizer.bf16 else torch.float32
     module = load_frozen(run.gpt, run.weights, topology, tp, dtype, config.parallel.loss_chunk_tokens)
@@ -68,9 +68,8 @@ def evaluate_run(
         str(checkpoint),
         lambda: watchdog.mark("evaluating"),
     )
-    if topology.rank != 0:
-        return
-    _print(entries, checkpoint)
+    if topology.rank == 0:
+        _print(entries, checkpoint)
     if save is not None:
         line = {
             "format": EVALUATION_FORMAT,
@@ -83,21 +82,25 @@ def evaluate_run(
             "held_out_content": data.held_out_content,
             "bf16": config.optimizer.bf16,
         }
-        append_line(save, json.dumps(line) + "\n")
+        from_rank_0(lambda: append_line(save, json.dumps(line) + "\n"))
 
 
 def append_line(folder: Path, line: str) -> None:
-    """Appends a line to a folder's evaluations.jsonl in one write; a torn last line is left a line of its own."""
+    """Appends a line to a folder's evaluations.jsonl; a torn last line is left a line of its own.
+
+    Raises:
+        ConfigError: the folder cannot be made.
+        RunError: the line could not be written; nothing of it stays.
+    """
     make_folder(folder, "--save")
     path = folder / "evaluations.jsonl"
     try:
-        with path.open("a+b") as file:
-            if file.seek(0, os.SEEK_END) and line:
-                file.seek(-1, os.SEEK_END)
-                line = line if file.read(1) == b"\n" else "\n" + line
-            file.write(line.encode())
-            file.flush()
-            os.fsync(file.fileno())
+        with contextlib.closing(AppendFile(path)) as file:
+            size = file.size()
+            torn = size > 0 and file.read(size - 1, size) != b"\n"
+            if line:
+                file.append((b"\n" if torn else b"") + line.encode())
+            file.make_durable()
     except OSError as error:
         raise RunError(f"{path}: {error.strerror}; the evaluation is not recorded") from error
 

@@ -9,12 +9,11 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 import torch.distributed as dist
 
-from megatron_doremi.errors import ConfigError, Fault, RunError
+from megatron_doremi.errors import ConfigError, RunError, error_of, error_text
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.005, 1.0
 
@@ -27,21 +26,23 @@ def from_rank_0(store: dist.Store, name: str, rank: int, work: Callable[[], Any]
         work: called on rank 0 only; gives anything that JSON takes.
 
     Raises:
-        ConfigError, RunError: of `work`, on every rank.
+        ConfigError: on every rank, where `work` raises one.
+        RunError: on every rank, where `work` raises one, or an OSError.
     """
     if rank == 0:
         try:
             value = work()
-        except (ConfigError, RunError) as error:
-            store.set(name, error_text(error))
-            raise
-        store.set(name, json.dumps({"value": value}))
+        except (ConfigError, RunError, OSError) as error:
+            failure = error_text(error)
+            store.set(name, json.dumps((None, failure)))
+            raise error_of(failure) from error
+        store.set(name, json.dumps((value, None)))
         return value
     _wait(store, [name], lambda: None)
-    entry = json.loads(store.get(name))
-    if "value" not in entry:
-        raise error_of(entry)
-    return entry["value"]
+    value, failure = json.loads(store.get(name))
+    if failure is not None:
+        raise error_of(failure)
+    return value
 
 
 def wait_for_all(
@@ -64,17 +65,3 @@ def _wait(store: dist.Store, keys: list[str], meanwhile: Callable[[], None]) -> 
         meanwhile()
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_PAUSE)
-
-
-def error_text(error: ConfigError | RunError) -> str:
-    """An error as JSON, for other ranks."""
-    if isinstance(error, ConfigError):
-        return json.dumps({"faults": [asdict(fault) for fault in error.faults]})
-    return json.dumps({"error": str(error)})
-
-
-def error_of(entry: dict[str, Any]) -> ConfigError | RunError:
-    """The error that another rank wrote by `error_text`."""
-    if "faults" in entry:
-        return ConfigError([Fault(**fault) for fault in entry["faults"]])
-    return RunError(entry["error"])

@@ -258,3 +258,31 @@ def full_disk(launch, data, save):
         program(launch, [*argv, "--save-interval", "2", "--log-interval", "1", "--tensorboard-dir", f"{save}-events"])
     except RunError as error:
         return str(error)
+
+
+def told(launch, argv, name):
+    """What this rank says where rank 0 cannot open the file that a module opens by `AppendFile`."""
+    from megatron_doremi.training import metrics_file, standalone
+
+    def full(path):
+        assert launch.rank == 0
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    {"metrics.jsonl": metrics_file, "evaluations.jsonl": standalone}[name].AppendFile = full
+    try:
+        program(launch, argv)
+    except RunError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "evaluations.jsonl"])
+def test_every_rank_hears_of_a_file_that_rank_0_cannot_open(name, data, tmp_path):
+    """Rank 0 alone ended; the others met a collective that nobody joined, and the watchdog's delay."""
+    argv = ["--domains", str(data), "--save", str(tmp_path)]
+    if name == "metrics.jsonl":
+        argv += ["--phase", "main", "--train-iters", "1", *MODEL]
+    else:
+        train(1, "main", data, tmp_path, 1)
+        argv += ["--phase", "evaluate", "--load", str(tmp_path), *read_by("evaluate", MODEL)]
+    for said in on_ranks(2, told, argv, name):
+        assert said.startswith(f"{tmp_path / name}: No space left on device")

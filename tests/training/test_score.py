@@ -247,6 +247,29 @@ def scored(launch, argv):
     return printed.getvalue()
 
 
+def test_a_request_to_stop_hides_no_error():
+    """Of two ranks one fails while the other is asked to stop."""
+    import torch.distributed as dist
+
+    from megatron_doremi.training.score import _Replica
+    from megatron_doremi.training.stopping import SIGNAL
+
+    replica = _Replica(None, None, None, Topology(), None, Quiet(), dist.HashStore(), None)
+
+    def fails():
+        raise OSError(28, "No space left on device", "losses")
+
+    class Asked:
+        def reason(self):
+            # Between the look at the store and the word to the others.
+            replica._telling(fails)
+            return SIGNAL
+
+    replica.hear(Asked())
+    with pytest.raises(RunError, match="losses: No space left on device"):
+        replica.hear(Asked())
+
+
 def test_a_reference_that_gives_no_losses_on_a_domain(tmp_path):
     """Every replica says domain and window, and nothing of it is recorded (version 0.1: NaN, and exit 0)."""
     data = write_data(tmp_path, tokens=300, apart=True)

@@ -11,8 +11,7 @@ from datetime import timedelta
 import pytest
 from ranks import on_ranks
 
-from megatron_doremi.errors import ConfigError, Fault, RunError
-from megatron_doremi.training.waiting import error_of, error_text
+from megatron_doremi.errors import ConfigError, Fault, RunError, error_of, error_text
 
 # Seconds: of a collective, of the watchdog, and of the last rank's work.
 COLLECTIVE, WATCHDOG, WORK = 0.5, 2.0, 3.0
@@ -70,8 +69,46 @@ def test_who_is_done_waits_for_who_works():
 
 @pytest.mark.parametrize("error", [RunError("a disk\nis full"), ConfigError(Fault("--x", "y", "z", "w"))])
 def test_errors_travel(error):
-    import json
-
-    copy = error_of(json.loads(error_text(error)))
+    copy = error_of(error_text(error))
     assert type(copy) is type(error)
     assert str(copy) == str(error)
+
+
+def test_an_error_of_the_machine_on_rank_0_reaches_the_others():
+    import torch.distributed as dist
+
+    from megatron_doremi.training.waiting import from_rank_0
+
+    def full():
+        raise OSError(28, "No space left on device", "scores.json")
+
+    store = dist.HashStore()
+    for rank in (0, 1):
+        with pytest.raises(RunError, match=r"^scores.json: No space left on device$"):
+            from_rank_0(store, "folder", rank, full)
+
+
+def test_hashing_a_large_file_gives_signs_of_life(tmp_path, monkeypatch):
+    """A file of gigabytes takes minutes from a slow disk: the watchdog hears of each block."""
+    import hashlib
+    from types import SimpleNamespace
+
+    from megatron_doremi.data import files
+    from megatron_doremi.training import score
+    from megatron_doremi.training.checkpoint import CheckpointState, changed_files
+
+    monkeypatch.setattr(files, "_HASH_BLOCK", 1000)
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    content = bytes(range(256)) * 20
+    (folder / "a.safetensors").write_bytes(content)
+    checksum = hashlib.sha256(content).hexdigest()
+    state = CheckpointState.model_construct(checksums={"weights/a.safetensors": checksum})
+    marks = []
+    assert changed_files(tmp_path, state, progress=lambda: marks.append(1)) == []
+    assert len(marks) >= 6
+    marks.clear()
+    monkeypatch.setattr(score, "read_state", lambda _: state)
+    expected = hashlib.sha256(f"a.safetensors {checksum}\n".encode()).hexdigest()
+    assert score.weights_hash(folder, SimpleNamespace(mark=marks.append)) == expected
+    assert len(marks) >= 6
