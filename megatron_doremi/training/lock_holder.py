@@ -6,10 +6,10 @@ import os
 import secrets
 import socket
 from collections.abc import Mapping
-from pathlib import Path
 from typing import ClassVar
 
 from megatron_doremi.data.formats import Count, Name, Schema
+from megatron_doremi.training.process_identity import boot_id, has_ended, pid_namespace, process_start
 
 
 class Holder(Schema):
@@ -47,8 +47,8 @@ def this_process(environ: Mapping[str, str]) -> Holder:
     return Holder(
         token=secrets.token_hex(8),
         host=socket.gethostname(),
-        boot=_text("/proc/sys/kernel/random/boot_id"),
-        pid_namespace=_pid_namespace(),
+        boot=boot_id(),
+        pid_namespace=pid_namespace(),
         pid=os.getpid(),
         started=process_start(os.getpid()) or 0,
         job=f"{job} of cluster {cluster}" if job and cluster else job,
@@ -57,33 +57,11 @@ def this_process(environ: Mapping[str, str]) -> Holder:
     )
 
 
-def _text(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="ascii", errors="replace").strip()
-    except OSError:
-        return ""
-
-
-def _pid_namespace() -> str:
-    try:
-        return os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return ""
-
-
-def process_start(pid: int) -> int | None:
-    """When a process of this host started, in clock ticks since boot; None where it has ended."""
-    # pid (name) state ppid ...; the name may hold anything.
-    fields = _text(f"/proc/{pid}/stat").rpartition(")")[2].split()
-    return int(fields[19]) if len(fields) > 19 and fields[0] not in ("Z", "X") else None
-
-
 def is_dead(holder: Holder, reader: Holder) -> bool | None:
     """Whether a holder has ended, as far as `reader` can know at once; None where its file has to be watched."""
     same_kernel = holder.boot and (holder.host, holder.boot) == (reader.host, reader.boot)
     if same_kernel and holder.pid_namespace == reader.pid_namespace:
-        start = process_start(holder.pid)
-        return start is None or (holder.started != 0 and start != holder.started)
+        return has_ended(holder.pid, holder.started)
     # SLURM starts a requeued job when all of its former processes are gone.
     if holder.job and holder.job == reader.job and holder.restart < reader.restart:
         return True

@@ -8,7 +8,8 @@ import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
-from pathlib import Path
+
+from megatron_doremi.training.process_identity import boot_id, has_ended, pid_namespace, process_start
 
 # What a rank is doing that has left on purpose.
 LEFT = "left"
@@ -48,29 +49,17 @@ def own_sign(beat: int, progress: int, doing: str) -> Sign:
     return Sign(beat, progress, doing, socket.gethostname(), (os.getpid(), process_start(os.getpid()) or 0), _space())
 
 
-def process_start(process: int) -> int | None:
-    """When a process was started, in ticks since the boot; None where it has ended, or cannot be seen."""
-    try:
-        # The name, in parentheses, may hold anything.
-        words = Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if words[0] in "ZX" else int(words[19])
-
-
 @cache
 def _space() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return ""
+    boot, namespace = boot_id(), pid_namespace()
+    return boot + namespace if boot and namespace else ""
 
 
 def is_dead(sign: Sign) -> bool:
     """Whether a rank on this machine has ended without saying so; False of other machines, where nobody can see it."""
     if not sign.space or sign.space != _space() or sign.doing == LEFT:
         return False
-    return process_start(sign.process[0]) != sign.process[1]
+    return has_ended(*sign.process)
 
 
 def whom_they_wait_for(before: Mapping[int, Sign], now: Mapping[int, Sign], world_size: int) -> str:

@@ -130,20 +130,23 @@ def one_voice(meeting: Meeting, error: ConfigError | RunError) -> Exception:
 def _prefixed(error: ConfigError | RunError, prefix: str) -> Exception:
     if isinstance(error, ConfigError):
         return ConfigError(_placed(error.faults, prefix))
-    text = str(error)
-    return error if text.startswith(prefix.split(" on ")[0]) else RunError(prefix + text)
+    text, rank = str(error), prefix.split(" on ")[0]
+    if text.startswith((f"{rank} on ", f"{rank}, ")):
+        return error
+    return RunError(prefix + text.removeprefix(f"{rank}: "))
 
 
 def told_alone(error: ConfigError | RunError, environ: Mapping[str, str]) -> Exception:
     """What a rank shall raise that has met no other: rank 0 at once, others where nobody else can have said it.
 
-    srun and mpirun give all of a node's ranks the same command and environment. Other launchers end the ranks that are
-    left once one has failed: one that is still there after a moment has found a fault of its own.
+    srun and mpirun give all of a node's ranks the same command and environment, so that the first one speaks of a wrong
+    input for all of them; a machine's failure may be one rank's. Other launchers end the ranks that are left once one
+    has failed: one that is still there after a moment has found a fault of its own.
     """
     rank = rank_of(environ)
     if not rank:
         return error
-    if local_rank_of(environ) and launcher_of(environ) in (SRUN, MPIRUN):
-        return SaidElsewhere(EXIT_USER_ERROR if isinstance(error, ConfigError) else 1)
+    if isinstance(error, ConfigError) and local_rank_of(environ) and launcher_of(environ) in (SRUN, MPIRUN):
+        return SaidElsewhere(EXIT_USER_ERROR)
     time.sleep(_SECONDS_FOR_RANK_0)
-    return _prefixed(error, f"rank {rank}: ")
+    return _prefixed(error, f"rank {rank} on {socket.gethostname()}: ")

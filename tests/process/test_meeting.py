@@ -22,8 +22,9 @@ from megatron_doremi.errors import ConfigError, Fault, RunError, SaidElsewhere
 from megatron_doremi.training import meeting, rendezvous, signs, voice, watchdog
 from megatron_doremi.training.launch import BY_HAND, SRUN, Launch
 from megatron_doremi.training.meeting import Meeting, refuse
-from megatron_doremi.training.signs import Sign, is_dead, own_sign, process_start
-from megatron_doremi.training.voice import agree_on_faults, one_voice, union_of_faults
+from megatron_doremi.training.process_identity import process_start
+from megatron_doremi.training.signs import Sign, is_dead, own_sign
+from megatron_doremi.training.voice import agree_on_faults, one_voice, told_alone, union_of_faults
 
 
 def free_port(family: int = socket.AF_INET, host: str = "127.0.0.1") -> int:
@@ -239,6 +240,20 @@ def test_an_error_of_all_ranks_is_said_once_and_one_of_a_single_rank_by_itself(m
     met = on_threads(2, lambda rank: Meeting(places[rank], 1.0))
     alone = one_voice(met[1], RunError("the disk is full"))
     assert re.fullmatch(r"rank 1 on \S+: the disk is full", str(alone))
+
+
+def test_a_machines_failure_of_a_rank_alone_is_said_and_a_shared_command_lines_fault_once(monkeypatch):
+    """srun gives a node's ranks the same flags, but not the same network: a RunError of local rank 3 was silent."""
+    monkeypatch.setattr(voice, "_SECONDS_FOR_RANK_0", 0.0)
+    environ = {"SLURM_STEP_NUM_TASKS": "32", "SLURM_PROCID": "11", "SLURM_LOCALID": "3"}
+    for text in ("no answer", "rank 11: no answer", f"rank 11 on {socket.gethostname()}: no answer"):
+        told = told_alone(RunError(text), environ)
+        assert isinstance(told, RunError)
+        assert str(told) == f"rank 11 on {socket.gethostname()}: no answer"
+    told = told_alone(RunError("rank 110 on n1 died"), environ)
+    assert str(told) == f"rank 11 on {socket.gethostname()}: rank 110 on n1 died"
+    assert isinstance(told_alone(ConfigError(BAD), environ), SaidElsewhere)
+    assert isinstance(told_alone(ConfigError(BAD), {**environ, "SLURM_LOCALID": "0"}), ConfigError)
 
 
 class CountingStore:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_doremi.training.process_identity import process_start
 from megatron_doremi.training.signals import STOPS
-from megatron_doremi.training.signs import process_start
 
 HERE = Path(__file__).resolve().parent
 WORKER = [sys.executable, str(HERE / "worker.py")]

@@ -23,7 +23,8 @@ from training.small import MODEL, train
 from training.test_survival import lines_in, wait_for
 
 from megatron_doremi.errors import ConfigError, RunError
-from megatron_doremi.training.lock_holder import Holder, is_dead, process_start, this_process
+from megatron_doremi.training.lock_holder import Holder, is_dead, this_process
+from megatron_doremi.training.process_identity import process_start
 from megatron_doremi.training.run_lock import RunLock
 
 TAKERS = 12
