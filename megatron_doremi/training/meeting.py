@@ -27,13 +27,15 @@ from megatron_doremi.training.rendezvous import (
     read_signs,
     second_connection,
 )
-from megatron_doremi.training.signs import Sign, is_dead, own_sign
+from megatron_doremi.training.signs import SECONDS_OF_SILENCE, WATCHED, Sign, is_dead, own_sign
 
 _SECONDS_BETWEEN_LOOKS = 5.0
 _LONGEST_NAP = 2.0
 _SECONDS_TO_CONNECT_AGAIN = 30.0
 # For a rank whose command line is wrong: longer than rank 0 may take to start besides.
 _SECONDS_TO_REFUSE = 20.0
+# For ranks that look now and then, to read whom the others miss, before their store ends with rank 0.
+_SECONDS_TO_READ = 8.0
 # For other ranks that refuse too.
 _SECONDS_FOR_REFUSALS = 2.0
 
@@ -65,6 +67,9 @@ class Meeting:
         self.signs: dict[int, Sign] = {}
         self.faults: list[Fault] = []
         self._came: set[int] = set()
+        self._beat, self._watched_at = 0, time.monotonic()
+        # (beat, when it was first seen) of the next ranks.
+        self._heard: dict[int, tuple[int, float]] = {}
         if launch.world_size > 1:
             try:
                 self._check_run(argv)
@@ -121,7 +126,7 @@ class Meeting:
             store.append("came", f"{launch.rank}@{_machine(sign)},")  # type: ignore[attr-defined]
         if store.add("arrived", 1) == launch.world_size:
             store.set("complete", "1")
-        if not self._waited("complete", self._seconds, self._look):
+        if not self._waited("complete", self._seconds, self._look_and_watch):
             missing = [rank for rank in range(launch.world_size) if rank not in self._came]
             raise RunError(
                 f"rank {launch.rank} on {self.host}: of {launch.world_size} ranks these did not come to "
@@ -167,9 +172,51 @@ class Meeting:
         self.signs |= read_signs(store, new)
         if store.check(["refused"]):
             self._follow_refusals()
+        if store.check(["lost"]):
+            self._end_with(json.loads(store.get("lost")))
         dead = [rank for rank, sign in self.signs.items() if is_dead(sign)]
         if dead:
-            raise RunError(f"rank {dead[0]} on {self.signs[dead[0]].host} died before all ranks had met")
+            self._lose(dead[0], self.signs[dead[0]].host, "died")
+
+    def _look_and_watch(self) -> None:
+        """Gives a sign of life, and looks for those of the next ranks, which may be on other machines."""
+        self._look()
+        self._beat += 1
+        self.store.set(f"sign/{self.launch.rank}", own_sign(self._beat, 0, "starting").to_json())
+        now = time.monotonic()
+        if now - self._watched_at > SECONDS_OF_SILENCE / 2:
+            # This process itself was stopped for a while, and so may have been the others.
+            self._heard = {}
+        self._watched_at = now
+        after = sorted(self._came - {self.launch.rank}, key=lambda rank: (rank < self.launch.rank, rank))
+        for rank, sign in read_signs(self.store, after[:WATCHED]).items():
+            if rank not in self._heard or self._heard[rank][0] != sign.beat:
+                self._heard[rank] = (sign.beat, now)
+            elif now - self._heard[rank][1] > SECONDS_OF_SILENCE:
+                self._lose(rank, sign.host, f"gave no sign of life for {SECONDS_OF_SILENCE:g} s")
+
+    def _lose(self, rank: int, host: str, how: str) -> None:
+        """Ends the wait on all ranks: one of them is gone."""
+        text = f"rank {rank} on {host} {how} before all ranks had met"
+        entry = json.dumps({"by": self.launch.rank, "text": text})
+        self._end_with(json.loads(self.store.compare_set("lost", "", entry)))
+
+    def _end_with(self, lost: dict[str, Any]) -> None:
+        """Raises RunError on rank 0, or on the rank that found out where rank 0 has not come or does not look any more.
+
+        The others leave silently.
+        """
+        launch, store = self.launch, self.store
+        if launch.rank:
+            store.add("lost/read", 1)
+            if lost["by"] != launch.rank or (0 in self._came and not store.check(["complete"])):
+                raise SaidElsewhere(1)
+        elif not launch.hosted:
+            end = time.monotonic() + _SECONDS_TO_READ
+            # All that came but this rank and the one that is gone.
+            while store.add("lost/read", 0) < len(self._came) - 2 and time.monotonic() < end:
+                time.sleep(0.1)
+        raise RunError(lost["text"])
 
     def _follow_refusals(self) -> None:
         if self.launch.rank:

@@ -13,6 +13,9 @@ from megatron_doremi.training.process_identity import boot_id, has_ended, pid_na
 
 # What a rank is doing that has left on purpose.
 LEFT = "left"
+# A rank watches this many: a machine that is lost as a whole is noticed by the ranks before it.
+WATCHED = 8
+SECONDS_OF_SILENCE = 60.0
 
 
 @dataclass(frozen=True)

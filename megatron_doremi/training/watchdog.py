@@ -27,12 +27,18 @@ from megatron_doremi.errors import EXIT_USER_ERROR, ConfigError, RunError, SaidE
 from megatron_doremi.training.meeting import Meeting
 from megatron_doremi.training.rendezvous import in_time, read_signs
 from megatron_doremi.training.signals import EXIT_STOPPED
-from megatron_doremi.training.signs import LEFT, Sign, is_dead, name_ranks, own_sign, whom_they_wait_for
+from megatron_doremi.training.signs import (
+    LEFT,
+    SECONDS_OF_SILENCE,
+    WATCHED,
+    Sign,
+    is_dead,
+    name_ranks,
+    own_sign,
+    whom_they_wait_for,
+)
 
 EXIT_HUNG = 1
-# A rank watches this many: a machine that is lost as a whole is noticed by the ranks before it.
-WATCHED = 8
-SECONDS_OF_SILENCE = 60.0
 # A store whose connections break has lost its process; one that does not answer may only be slow.
 _SECONDS_WITHOUT_STORE = 20.0
 _SECONDS_BETWEEN_SIGNS = 5.0

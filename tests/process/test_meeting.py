@@ -183,6 +183,61 @@ def test_a_rank_that_dies_before_all_have_met_ends_the_wait(monkeypatch):
     assert "died before all ranks had met" in str(outcome)
 
 
+def on_machines(monkeypatch, quick=0.2):
+    """A function that puts the calling thread on a machine of this name; looks follow each other quickly."""
+    machine = threading.local()
+    monkeypatch.setattr(signs, "_space", lambda: f"machine {machine.name}")
+    monkeypatch.setattr(meeting, "_SECONDS_BETWEEN_LOOKS", quick)
+    monkeypatch.setattr(meeting, "_LONGEST_NAP", quick)
+    return lambda name: setattr(machine, "name", name)
+
+
+def come(launch, sign):
+    """What a rank leaves that came and then died."""
+    store = dist.PrefixStore(f"doremi/0/{launch.world_size}", rendezvous.open_store(launch, 10.0))
+    store.set(f"sign/{launch.rank}", sign.to_json())
+    store.append("came", f"{launch.rank}@{meeting._machine(sign)},")
+
+
+def test_a_death_before_all_have_met_ends_the_ranks_of_other_machines_too(monkeypatch):
+    """Found out by a rank beside the dead one; the others waited for --distributed-timeout-minutes."""
+    move = on_machines(monkeypatch)
+    places = launches(5)
+
+    def enter(rank):
+        move("a" if rank in (0, 3) else "b")
+        if rank == 2:
+            own = own_sign(0, 0, "starting")
+            come(places[2], Sign(0, 0, "starting", "host-b", (own.process[0], own.process[1] + 1), own.space))
+        # Rank 4 never comes.
+        elif rank != 4:
+            return Meeting(places[rank], 0.5)
+
+    said, *others = on_threads(5, enter)
+    assert isinstance(said, RunError)
+    assert str(said) == "rank 2 on host-b died before all ranks had met"
+    assert [type(others[k]) for k in (0, 2)] == [SaidElsewhere] * 2
+
+
+def test_a_machine_that_is_lost_before_all_have_met_is_found_by_its_silence(monkeypatch):
+    monkeypatch.setattr(meeting, "SECONDS_OF_SILENCE", 2.0)
+    move = on_machines(monkeypatch)
+    places = launches(4)
+
+    def enter(rank):
+        move(str(rank))
+        if rank == 1:
+            come(places[1], Sign(0, 0, "starting", "host-1", (1, 1), "machine 1"))
+        # Rank 3 never comes; rank 2 gives signs of life.
+        elif rank != 3:
+            return Meeting(places[rank], 0.5)
+
+    said, _, silent, _ = on_threads(4, enter)
+    assert isinstance(said, RunError)
+    assert str(said) == "rank 1 on host-1 gave no sign of life for 2 s before all ranks had met"
+    assert isinstance(silent, SaidElsewhere)
+
+
 BAD, WORSE = Fault("--lr", "fast", "a number", "give one"), Fault("x.bin", "4 bytes", "8", "copy it again")
 
 
