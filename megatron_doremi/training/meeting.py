@@ -143,7 +143,7 @@ class Meeting:
             look: called every few seconds.
         """
         end, nap, looked = time.monotonic() + seconds, 0.02, time.monotonic()
-        while not self.store.check([key]):
+        while not self._has(key):
             now = time.monotonic()
             if now >= end:
                 look()
@@ -154,6 +154,13 @@ class Meeting:
             time.sleep(min(nap, end - now))
             nap = min(2 * nap, _LONGEST_NAP)
         return True
+
+    def _has(self, key: str) -> bool:
+        """Whether a key is in the store. Raises RuntimeError where it gives no answer: its machine may be lost."""
+        try:
+            return in_time(lambda: bool(self.store.check([key])), SECONDS_OF_SILENCE)
+        except TimeoutError as error:
+            raise RuntimeError(f"no answer for {SECONDS_OF_SILENCE:g} s") from error
 
     def _look(self) -> None:
         """Learns who has come since the last look; raises where one of them has died, or refuses to start."""

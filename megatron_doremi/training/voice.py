@@ -104,22 +104,30 @@ def one_voice(meeting: Meeting, error: ConfigError | RunError) -> Exception:
 
     A rank that fails while rank 0 does not speaks for itself.
     """
+    from megatron_doremi.training.rendezvous import in_time
+
     launch = meeting.launch
     if launch.world_size == 1:
         return error
     code = EXIT_USER_ERROR if isinstance(error, ConfigError) else 1
     faults = [asdict(fault) for fault in error.faults] if isinstance(error, ConfigError) else []
     entry: dict[str, Any] = {"place": [meeting.host, faults], "text": "" if faults else str(error)}
-    try:
+
+    def ask() -> Any:
         everyone = meeting.exchange("errors", entry, _SECONDS_FOR_THE_SAME)
         if launch.rank:
-            if meeting.answered("errors") is None:
-                return _prefixed(error, f"rank {launch.rank} on {meeting.host}: ")
-            return SaidElsewhere(code)
+            return meeting.answered("errors")
         meeting.answer("errors", 1)
-    except (RuntimeError, ValueError):
+        return everyone
+
+    try:
+        # A store whose machine is lost answers nothing, not even an error.
+        everyone = in_time(ask, 2 * _SECONDS_FOR_THE_SAME)
+    except (RuntimeError, ValueError, TimeoutError):
         # The store is gone, and rank 0 with it.
         return error if launch.rank < 2 else SaidElsewhere(code)
+    if launch.rank:
+        return _prefixed(error, f"rank {launch.rank} on {meeting.host}: ") if everyone is None else SaidElsewhere(code)
     union = union_of_faults([None if entry is None else tuple(entry["place"]) for entry in everyone])
     texts = list(dict.fromkeys(entry["text"] for entry in everyone if entry is not None and entry["text"]))
     if texts:

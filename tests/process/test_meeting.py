@@ -402,6 +402,22 @@ def test_512_ranks_meet_and_watch_with_a_few_requests_each(counted, monkeypatch)
         dog._stopped.set()
 
 
+def test_a_store_that_answers_nothing_holds_nobody(counted, monkeypatch):
+    """As where rank 0's machine is lost: not even an error comes, before all have met or at an error's end."""
+    places = [Launch(rank, 2, rank, "tcp://n:1") for rank in range(2)]
+    met = on_threads(2, lambda rank: Meeting(places[rank], 1.0))
+    monkeypatch.setattr(meeting, "SECONDS_OF_SILENCE", 0.3)
+    monkeypatch.setattr(voice, "_SECONDS_FOR_THE_SAME", 0.3)
+    monkeypatch.setattr(CountingStore, "check", hang)
+    counted["data"].clear()
+    began = time.monotonic()
+    with pytest.raises(RunError, match=r"rendezvous at tcp://n:1 does not answer \(no answer for 0\.3 s\)"):
+        Meeting(Launch(0, 3, 0, "tcp://n:1"), 1.0)
+    error = RunError("the disk is full")
+    assert one_voice(met[1], error) is error
+    assert time.monotonic() - began < 10.0
+
+
 def test_missing_ranks_are_waited_for_together(counted, monkeypatch):
     """Ten that never come cost one timeout, not ten, and are named."""
     monkeypatch.setattr(meeting, "_SECONDS_BETWEEN_LOOKS", 0.2)
