@@ -25,15 +25,24 @@ def atomic_write_text(path: Path, text: str) -> None:
     atomic_write_bytes(path, text.encode("utf-8"))
 
 
-def atomic_write_bytes(path: Path, data: bytes) -> None:
-    """Writes a file under a temporary name, makes it durable and renames it."""
+def atomic_write_bytes(path: Path, data: bytes, still: Callable[[], bool] = lambda: True) -> bool:
+    """Writes a file under a temporary name, makes it durable and renames it.
+
+    Args:
+        still: asked before the rename; False: the file is given up.
+
+    Returns:
+        whether the file was renamed.
+    """
     temporary = temporary_beside(path)
     try:
         with temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        if permitted := still():
+            temporary.replace(path)
+        return permitted
     finally:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()

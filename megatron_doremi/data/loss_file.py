@@ -15,6 +15,9 @@ up to 2^-9 between 4 and 8 nats, eight times as much. Losses above the grid take
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import functools
 import os
 import struct
 import zlib
@@ -294,19 +297,82 @@ def add_windows(
 ) -> None:
     """Adds scored windows to a chunk's file, which is replaced as one by a rename.
 
+    Jobs that overlap may add to one chunk: they take turns, and each keeps what the others have recorded. On a file
+    system without flock the file is read again where another job has replaced it; rows that are lost in the instant
+    between that look and the rename are missing to `RecordedLosses.check`, and the next --phase score adds them.
+
     Args:
-        windows: [n] of this chunk, rising; none of them recorded yet.
+        windows: [n] of this chunk, rising; those that are recorded already stay as they are.
         losses: [n, seq] nats, finite and not negative.
 
     Raises:
         ConfigError: the file that is there is damaged.
     """
-    codes, cut = to_codes(losses), clipped(losses)
-    sums = [row_checksum(domain, w, row.tobytes()) for w, row in zip(windows.tolist(), codes, strict=True)]
-    checksums = np.array(sums, np.uint32)
-    file = LossFile.open(folder, domain, chunk, losses.shape[1])
-    if file is not None:
-        with file:
+    path = chunk_path(folder, domain, chunk)
+    make_folder(path.parent, "--save")
+    with _only_writer(path.with_name(f".{path.stem}.lock")):
+        done = False
+        while not done:
+            before = _version(path)
+            data = _with_windows(folder, domain, chunk, windows, losses)
+            done = data is None or atomic_write_bytes(path, data, functools.partial(_is_version, path, before))
+
+
+@contextlib.contextmanager
+def _only_writer(path: Path) -> Iterator[None]:
+    """Holds a file that others lock too, and removes it; where the file system has no locks, does nothing."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            # The holder before removes it when it is done; then this one is nobody's.
+            if _is_version(path, os.fstat(descriptor)):
+                break
+        except OSError:
+            break
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        os.close(descriptor)
+
+
+def _version(path: Path) -> os.stat_result | None:
+    """Tells a file from one that has replaced it; None where there is none."""
+    try:
+        # Opened: that is when a network file system asks its server.
+        with path.open("rb") as file:
+            return os.fstat(file.fileno())
+    except FileNotFoundError:
+        return None
+
+
+def _is_version(path: Path, version: os.stat_result | None) -> bool:
+    found = _version(path)
+    if found is None or version is None:
+        return found is version
+    return os.path.samestat(found, version) and found.st_mtime_ns == version.st_mtime_ns
+
+
+def _with_windows(
+    folder: Path, domain: int, chunk: int, windows: NDArray[np.int64], losses: NDArray[np.floating]
+) -> bytes | None:
+    """What a chunk's file holds with further windows; None where it has them all."""
+    with LossFile.open(folder, domain, chunk, losses.shape[1]) or contextlib.nullcontext() as file:
+        if file is not None:
+            new = unpack(file.bits)[windows - chunk * CHUNK_WINDOWS] == 0
+            windows, losses = windows[new], losses[new]
+            if not len(windows):
+                return None
+        codes, cut = to_codes(losses), clipped(losses)
+        sums = [row_checksum(domain, w, row.tobytes()) for w, row in zip(windows.tolist(), codes, strict=True)]
+        checksums = np.array(sums, np.uint32)
+        if file is not None:
             count = file.bits.bit_count()
             known = file._read(file.losses_at, 2 * count * file.seq_length)
             codes = np.concatenate([np.frombuffer(known, "<u2").reshape(count, -1), codes])
@@ -321,6 +387,4 @@ def add_windows(
         "checksums": checksums[order],
         "losses": np.ascontiguousarray(codes[order]),
     }
-    path = chunk_path(folder, domain, chunk)
-    make_folder(path.parent, "--save")
-    atomic_write_bytes(path, save(tensors, metadata={"clipped": str(cut)}))
+    return save(tensors, metadata={"clipped": str(cut)})

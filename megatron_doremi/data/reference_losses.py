@@ -4,7 +4,8 @@
     DIR/losses/0003/000012.safetensors    a chunk of 4096 windows of domain 3; see loss_file.py
 
 A chunk's file appears by one rename and holds whatever was asked for so far; scoring more windows later adds to it.
-Tasks that score different chunks share nothing but the folder, so any number of them may work at once.
+Tasks that score different chunks share nothing but the folder, so any number of them may work at once; those that
+add to the same chunk take turns.
 """
 
 from __future__ import annotations

@@ -5,14 +5,17 @@ Run alone: python -m pytest tests/data/test_reference_losses.py
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
+import threading
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save, save_file
 
-from megatron_doremi.data import reference_losses
+from megatron_doremi.data import loss_file, reference_losses
 from megatron_doremi.data.loss_file import (
     CHUNK_WINDOWS,
     LARGEST_LOSS,
@@ -113,6 +116,45 @@ def test_rows_come_back_whatever_was_added_when(tmp_path):
     assert np.array_equal(found.numpy(), rows_of(1, windows[order]))
     with LossFile.open(tmp_path, 1, 0, SEQ) as file:
         assert file.windows().tolist() == [0, 1, 4095]
+
+
+def test_windows_that_are_recorded_stay_as_they_are(tmp_path):
+    """A job that overlaps scores them once more, and rounds otherwise."""
+    write(tmp_path, ((5, 9), ()))
+    windows = np.array([4, 5, 9])
+    add_windows(tmp_path, 0, 0, windows, np.stack([row_of(0, 4), row_of(0, 0), row_of(0, 0)]))
+    path = chunk_path(tmp_path, 0, 0)
+    before = path.stat().st_mtime_ns
+    add_windows(tmp_path, 0, 0, windows, rows_of(1, windows))
+    assert path.stat().st_mtime_ns == before
+    assert np.array_equal(opened(tmp_path).losses(np.zeros(3, int), windows).numpy(), rows_of(0, windows))
+    assert [path.name for path in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_of_writers_that_meet_none_loses_a_row(locks, tmp_path, monkeypatch):
+    """A second writer comes after the first has read the file and before it writes."""
+    write(tmp_path, ((5, 9), ()))
+    others = []
+
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    def meet(tensors, metadata):
+        if not others:
+            others.append(threading.Thread(target=add_windows, args=(tmp_path, 0, 0, np.array([7]), rows_of(0, [7]))))
+            others[0].start()
+            others[0].join(0.3 if locks else None)
+            assert others[0].is_alive() == locks
+        return save(tensors, metadata=metadata)
+
+    monkeypatch.setattr(loss_file, "save", meet)
+    if not locks:
+        monkeypatch.setattr(fcntl, "flock", unsupported)
+    add_windows(tmp_path, 0, 0, np.array([6]), rows_of(0, [6]))
+    others[0].join()
+    windows = np.array([5, 6, 7, 9])
+    assert np.array_equal(opened(tmp_path).losses(np.zeros(4, int), windows).numpy(), rows_of(0, windows))
 
 
 def test_few_files_are_open(tmp_path, monkeypatch):
