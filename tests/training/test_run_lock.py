@@ -317,7 +317,12 @@ def fail_while_publishing(launch, argv, seconds, patience):
 
     saving.SECONDS_TO_CLOSE = patience
     at_release, threads = [], []
-    all_written, release = saving.Checkpointer.all_written, run_lock.RunLock.release
+    start, all_written, release = saving.Checkpointer.start, saving.Checkpointer.all_written, run_lock.RunLock.release
+
+    def once(self, *arguments):
+        # A next checkpoint would wait for this one.
+        if self._pending is None:
+            start(self, *arguments)
 
     def slowly(*arguments):
         threads.append(threading.current_thread())
@@ -334,11 +339,11 @@ def fail_while_publishing(launch, argv, seconds, patience):
         release(self)
 
     saving.publish_checkpoint = slowly
-    saving.Checkpointer.all_written, run_lock.RunLock.release = written, released
+    saving.Checkpointer.start, saving.Checkpointer.all_written, run_lock.RunLock.release = once, written, released
     with pytest.raises(RunError, match="another fault"):
         program(launch, argv)
     for thread in threads:
-        thread.join()
+        thread.join(5.0)
     save = Path(argv[argv.index("--save") + 1])
     return at_release, len(checkpoints(save))
 
