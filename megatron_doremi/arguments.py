@@ -96,6 +96,7 @@ def read_command_line(argv: Sequence[str], world_size: int) -> tuple[Config, lis
         readable = False
     faults += _unknown_faults(unknown)
     faults += phase_faults(getattr(known, "phase", ""), vars(known))
+    unreadable: set[str] = set()
     sections = {}
     for section, cls in SECTIONS.items():
         values = {}
@@ -104,9 +105,12 @@ def read_command_line(argv: Sequence[str], world_size: int) -> tuple[Config, lis
                 value, fault = _read(entry, getattr(known, entry.name))
                 values[entry.name] = value
                 faults += fault
+                unreadable |= {each.what for each in fault}
         sections[section] = cls(**values)
     config = Config(**sections)
-    return config, faults + (find_faults(config, world_size) if readable else [])
+    # A flag whose value cannot be read has its default here: what follows from that is no fault of the user's.
+    found = find_faults(config, world_size) if readable else []
+    return config, faults + [fault for fault in found if fault.what not in unreadable]
 
 
 def _unknown_faults(unknown: Sequence[str]) -> list[Fault]:

@@ -73,6 +73,7 @@ WRONG = {
     "--num-layers four": "a whole number",
     "--lr fast": "a finite number",
     "--lr nan": "a finite number",
+    "--lr fast ": "1 fault in the input",
     "--phase training": "one of reference, score, proxy, main, evaluate",
     "--normalization BatchNorm": "one of RMSNorm, LayerNorm",
     "--zero-stage 4": "one of",

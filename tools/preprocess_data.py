@@ -18,6 +18,7 @@ import itertools
 import signal
 import sys
 import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -175,8 +176,11 @@ def encode_into(
     start, end = shard_bytes([path.stat().st_size for path in inputs.paths], shard)
     most = args.max_documents or sys.maxsize
     began, text_bytes = time.monotonic(), 0
-    encoded_blocks = encode_all(blocks, files, fast, reader, args.append_eod, args.workers)
-    with tqdm(total=end - start, unit="B", unit_scale=True, desc=f"encoding {args.split}", mininterval=0.5) as bar:
+    # Closed whatever happens: the workers must not outlive an error.
+    with (
+        closing(encode_all(blocks, files, fast, reader, args.append_eod, args.workers)) as encoded_blocks,
+        tqdm(total=end - start, unit="B", unit_scale=True, desc=f"encoding {args.split}", mininterval=0.5) as bar,
+    ):
         for encoded in encoded_blocks:
             part = encoded.first(most - outputs.documents)
             outputs.add(part)
@@ -185,7 +189,6 @@ def encode_into(
             bar.set_postfix_str(f"{text_bytes / 1e6 / (time.monotonic() - began):.1f} MB/s of text", refresh=False)
             bar.update(min(encoded.progress.done, bar.total) - bar.n)
             if outputs.documents >= most:
-                encoded_blocks.close()
                 break
         else:
             bar.update(bar.total - bar.n)
@@ -208,6 +211,8 @@ def main() -> int:
         known = train_prefixes(manifest, folder)
         names = frozenset(manifest.names) & (inputs.reader.known or frozenset(manifest.names))
         inputs = replace(inputs, reader=replace(inputs.reader, known=names))
+    elif shard.count == 1:
+        say_replaced(args.output_dir / "domains.json")
     make_folder(folder, "--output-dir")
     settings = settings_of(args, inputs, tokenizer)
     if args.resume and is_done(folder, settings, shard):
@@ -242,6 +247,17 @@ def main() -> int:
         return say_resume(partial)
     report(outputs)
     return 0
+
+
+def say_replaced(path: Path) -> None:
+    """Says that a train split which is there already will be replaced."""
+    try:
+        names = load_manifest(path).names
+    except ConfigError:
+        return
+    shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+    text = f"warning: {path} names a train split already ({shown}); this run will replace it"
+    print(text, file=sys.stderr, flush=True)
 
 
 def warn_of_losses(args: argparse.Namespace, tokenizer: Tokenizer, texts: list[str]) -> None:

@@ -91,10 +91,8 @@ class IndexedDataset:
         # ahead, and a file that is cut off under a run is an error instead of a signal.
         self._file = self._bin.open("rb", buffering=0)
 
-    def _error(self, path: Path, value: str, rule: str) -> ConfigError:
-        return ConfigError(
-            Fault(str(path), value, rule, "copy the pair again, or make it with tools/preprocess_data.py")
-        )
+    def _error(self, path: Path, value: str, rule: str, remedy: str = "copy the pair again") -> ConfigError:
+        return ConfigError(Fault(str(path), value, rule, f"{remedy}, or make it with tools/preprocess_data.py"))
 
     def _read_index(self) -> None:
         size = self._idx.stat().st_size
@@ -167,7 +165,8 @@ class IndexedDataset:
         if self.vocab_size and count and not 0 <= ids.min() <= ids.max() < self.vocab_size:
             place = start + int(np.argmax((ids < 0) | (ids >= self.vocab_size)))
             value = f"id {ids[place - start]} at token {place:,}"
-            raise self._error(self._bin, value, f"ids below the vocabulary's size, {self.vocab_size:,}")
+            rule, remedy = f"ids below the vocabulary's size, {self.vocab_size:,}", "give the --vocab-size of these ids"
+            raise self._error(self._bin, value, rule, remedy)
         return ids
 
     def read_bytes(self, start: int, count: int) -> Iterator[bytes]:

@@ -161,8 +161,12 @@ class Trainer:
         self.checkpoints.finish()
         if self.dro is not None and self.iteration >= total:
             self._finish_domain_weights(self.dro.state)
-        if stop != GO_ON:
-            log.say(f"stopped and saved after iteration {self.iteration:,} of {total:,}: {REASONS[stop]}")
+        if self.iteration < total:
+            why = REASONS.get(stop, "--exit-interval")
+            log.say(
+                f"stopped and saved after iteration {self.iteration:,} of {total:,}: {why}; run the same command, with "
+                "--load, to resume"
+            )
         log.close()
         return stop != GO_ON and self.iteration < total
 

@@ -150,7 +150,8 @@ def _statements(
     """What rank 0 says of a resume: overrides, another schedule, and what an early checkpoint does not tell."""
     if rank:
         return []
-    lines = [
+    lines = [f"resume: from iteration {iteration:,} of {config.data.train_iters:,}"]
+    lines += [
         f"resume: {name} changed from {differing(before[name], identity[name])} "
         f"to {differing(identity[name], before[name])}"
         for name in overridden

@@ -209,6 +209,9 @@ def score(
             f"score: {cut:,} of {windows * config.data.seq_length:,} token losses lay above {LARGEST_LOSS:.4f} nats "
             "and were recorded as that"
         )
+    if topology.rank == 0:
+        end = "stopped before all were scored; run the same command again for the rest" if stopped else "done"
+        say(f"score: {windows:,} windows recorded in {config.run.save} by this run: {end}")
     return bool(stopped)
 
 

@@ -435,3 +435,12 @@ def test_file_that_is_no_tokenizer_is_refused(tmp_path, preprocess, models):
     file = put(tmp_path, jsonl_of([("ta", "Books")]))
     fails(preprocess(file, tmp_path / "out", "--tokenizer-model", file), "--tokenizer-model", "input.jsonl")
     fails(preprocess(file, tmp_path / "out", "--tokenizer-type", "Other"), "--tokenizer-type", "Other")
+
+
+def test_a_second_train_split_says_what_it_replaces(tmp_path, preprocess, made):
+    """It replaced the first one silently."""
+    folder, _ = made
+    done = preprocess(put(tmp_path, jsonl_of([("ta ri", "Law")] * 4), "second.jsonl"), folder)
+    assert done.returncode == 0, done.stderr
+    assert f"{folder / 'domains.json'} names a train split already (Books, Github)" in done.stderr
+    assert load_manifest(folder / "domains.json").names == ("Law",)

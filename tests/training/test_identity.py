@@ -90,7 +90,8 @@ def test_an_override_is_said_and_kept(data, copy_of_the_data, tmp_path):
     assert "resume: lr changed from 0.005 to 0.004" in said
     assert "resume: data_content changed from" in said
     lines, said = resume(copy_of_the_data, save, 9, "--lr", "4e-3")
-    assert "resume:" not in said
+    assert "resume: from iteration 6 of 9" in said
+    assert "changed from" not in said
     rates = [
         learning_rate(step, OptimizerConfig(lr=5e-3 if step < 4 else 4e-3, min_lr=1e-3), 9) for step in range(1, 10)
     ]
