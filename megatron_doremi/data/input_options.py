@@ -101,11 +101,20 @@ def read_input_options(
     reader = DocumentReader(args.text_key, domains, split, valid_fraction, known, default)
     found = find_inputs(args.input, domain_of_records=bool(ways), domain_of_text=isinstance(domains, DomainRules))
     faults += found.faults
+    notes: list[str] = []
     for each in found.files:
         if len(faults) >= _SHOWN:
             break
-        faults += check_text_column(each, args.text_key, reader.needed_of(each.domain))
+        wrong = check_text_column(each, args.text_key, reader.needed_of(each.domain))
+        # A typing mistake in the key would send whole tables to one domain silently.
+        by_default = args.domain_key and default and each.domain is None and not wrong
+        if by_default and check_text_column(each, args.text_key, reader.columns):
+            column = args.domain_key.split(".")[0]
+            notes.append(f"{each.path} has no column {column!r}: all of its documents go to {default!r}")
+        faults += wrong
     raise_if_any(faults)
+    for note in notes:
+        print(f"warning: {note}", file=sys.stderr)
     for remark in found.left_out:
         print(f"note: {remark}", file=sys.stderr)
     return Inputs(tuple(found.files), reader, order)

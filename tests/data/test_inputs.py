@@ -278,7 +278,10 @@ def test_wrong_columns_are_said_before_anything_is_read(tmp_path):
 # --- domains
 
 
-def test_a_domain_by_default(tmp_path):
+DEFAULT = ("--default-domain", "R")
+
+
+def test_a_domain_by_default(tmp_path, capsys):
     rows = [{"text": "a", "domain": value} for value in (None, "", "  ", "Web", 3)] + [{"text": "b"}]
     path = put(tmp_path / "d.jsonl", lines(rows))
     documents, bad = read(path, "--domain-key", "domain")
@@ -289,6 +292,11 @@ def test_a_domain_by_default(tmp_path):
     assert bad == []
     # A table without the column at all, and a text that no rule names.
     assert read(parquet(tmp_path / "d.parquet", [{"text": "x"}]), "--default-domain", "R") == ([("x", "R")], [])
+    # One that lacks the column which was named may be a typing mistake: all of it went to one domain silently.
+    options(parquet(tmp_path / "e.parquet", [{"text": "x", "domain": "Web"}]), "--domain-key", "domian", *DEFAULT)
+    assert "e.parquet has no column 'domian': all of its documents go to 'R'" in capsys.readouterr().err
+    options(tmp_path / "e.parquet", "--domain-key", "domain", *DEFAULT)
+    assert capsys.readouterr().err == ""
     rules = {"format": "megatron-doremi-domain-rules/1", "rules": [{"key": "u", "pattern": "w", "domain": "W"}]}
     put(tmp_path / "rules.json", json.dumps(rules).encode())
     assert read(path, "--domain-rules", tmp_path / "rules.json", "--default-domain", "R")[0][0] == ("a", "R")
