@@ -19,22 +19,22 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_doremi.cluster.signals import EXIT_STOPPED, Signals
 from megatron_doremi.errors import EXIT_USER_ERROR, ConfigError, RunError, SaidElsewhere, machine_failure, run_or_exit
-from megatron_doremi.training.signals import EXIT_STOPPED, Signals
 
 if TYPE_CHECKING:
     import torch
 
+    from megatron_doremi.cluster.launch import Launch
+    from megatron_doremi.cluster.meeting import Meeting
+    from megatron_doremi.cluster.preemption import StopRequest
+    from megatron_doremi.cluster.run_lock import HeldLock
+    from megatron_doremi.cluster.watchdog import Watchdog
     from megatron_doremi.config import Config
     from megatron_doremi.parallel.groups import ProcessGroups
     from megatron_doremi.parallel.topology import Topology
-    from megatron_doremi.training.inputs import Inputs
-    from megatron_doremi.training.launch import Launch
-    from megatron_doremi.training.loop import Trainer
-    from megatron_doremi.training.meeting import Meeting
-    from megatron_doremi.training.run_lock import HeldLock
-    from megatron_doremi.training.stopping import StopRequest
-    from megatron_doremi.training.watchdog import Watchdog
+    from megatron_doremi.phases.inputs import Inputs
+    from megatron_doremi.phases.train import Trainer
 
 # What DeepSpeed notes about itself is not about this program's input.
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
@@ -56,11 +56,11 @@ def main() -> int:
 def start(argv: Sequence[str], signals: Signals) -> int:
     """Reads the flags and runs the phase, or says with one voice what is wrong with them. Returns the exit code."""
     from megatron_doremi.arguments import read_command_line
+    from megatron_doremi.cluster.launch import read_launch
+    from megatron_doremi.cluster.voice import one_voice, refusal, told_alone
     from megatron_doremi.config import data_parallel_size
     from megatron_doremi.parallel.topology import Topology
-    from megatron_doremi.training.early_checks import file_faults
-    from megatron_doremi.training.launch import read_launch
-    from megatron_doremi.training.voice import one_voice, refusal, told_alone
+    from megatron_doremi.phases.early_checks import file_faults
 
     try:
         launch = read_launch(os.environ)
@@ -96,7 +96,7 @@ def meet(config: Config, launch: Launch, argv: Sequence[str] | None) -> Meeting:
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from megatron_doremi.training.meeting import Meeting
+    from megatron_doremi.cluster.meeting import Meeting
 
     return Meeting(launch, config.run.distributed_timeout_minutes, argv)
 
@@ -120,7 +120,7 @@ def run(
     meeting = meeting or meet(config, launch, None)
     import torch.distributed as dist
 
-    from megatron_doremi.training.watchdog import Watchdog
+    from megatron_doremi.cluster.watchdog import Watchdog
 
     with Watchdog(meeting, 60.0 * config.run.distributed_timeout_minutes) as watchdog, ExitStack() as held:
         signals.before_leaving = watchdog.tell
@@ -139,20 +139,20 @@ def run_phase(
     Args:
         held: takes the lock of the run's folder.
     """
+    from megatron_doremi.cluster.preemption import StopRequest
+    from megatron_doremi.cluster.process_group import any_rank, device_faults, join_group
+    from megatron_doremi.cluster.run_lock import run_lock
+    from megatron_doremi.cluster.voice import agree_on_faults
     from megatron_doremi.data.manifest import print_warnings
     from megatron_doremi.parallel.exchange import from_rank_0
     from megatron_doremi.parallel.groups import make_groups
+    from megatron_doremi.phases import setup
+    from megatron_doremi.phases.identity import check_ranks_start_alike
+    from megatron_doremi.phases.inputs import open_inputs
+    from megatron_doremi.phases.output_checks import check_outputs
+    from megatron_doremi.phases.score import check_recorded, reference_hash, score
+    from megatron_doremi.phases.standalone import evaluate_run
     from megatron_doremi.settings import EVALUATE, SCORE, TRAINING
-    from megatron_doremi.training import setup
-    from megatron_doremi.training.distributed import any_rank, device_faults, join_group
-    from megatron_doremi.training.identity import check_ranks_start_alike
-    from megatron_doremi.training.inputs import open_inputs
-    from megatron_doremi.training.output_checks import check_outputs
-    from megatron_doremi.training.run_lock import run_lock
-    from megatron_doremi.training.score import check_recorded, reference_hash, score
-    from megatron_doremi.training.standalone import evaluate_run
-    from megatron_doremi.training.stopping import StopRequest
-    from megatron_doremi.training.voice import agree_on_faults
 
     phase, minutes = config.data.phase, config.run.distributed_timeout_minutes
     faults, inputs, stop = [*meeting.faults, *device_faults(meeting.launch)], None, None
@@ -219,14 +219,14 @@ def make_trainer(
     lock: HeldLock,
 ) -> Trainer:
     """Tidies the run's folder, finds where the run resumes, writes its config.json and builds it."""
+    from megatron_doremi.checkpoint.publishing import clear_leftovers
     from megatron_doremi.console import say
+    from megatron_doremi.engine.build import make_engine
     from megatron_doremi.parallel.exchange import from_rank_0
-    from megatron_doremi.training import setup
-    from megatron_doremi.training.build import make_engine
-    from megatron_doremi.training.identity import run_identity
-    from megatron_doremi.training.loop import Trainer
-    from megatron_doremi.training.publishing import clear_leftovers
-    from megatron_doremi.training.resume import resume_point
+    from megatron_doremi.phases import setup
+    from megatron_doremi.phases.identity import run_identity
+    from megatron_doremi.phases.resume import resume_point
+    from megatron_doremi.phases.train import Trainer
 
     data = inputs.data
     gpt = setup.resolve_gpt(config, data)
@@ -249,10 +249,10 @@ def dry_run(config: Config, topology: Topology) -> None:
     """Prints the resolved configuration and what a rank gets; touches no other process."""
     from megatron_doremi.console import say
     from megatron_doremi.data.manifest import print_warnings
+    from megatron_doremi.phases import setup
+    from megatron_doremi.phases.inputs import open_inputs
+    from megatron_doremi.planning.memory import describe_run
     from megatron_doremi.settings import TRAINING
-    from megatron_doremi.training import setup
-    from megatron_doremi.training.inputs import open_inputs
-    from megatron_doremi.training.sizes import describe_run
 
     inputs = open_inputs(config, topology.world_size)
     data, repeated = inputs.data, inputs.repeated

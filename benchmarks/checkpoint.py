@@ -34,16 +34,16 @@ if not torch.cuda.is_available():
 
 from doremi_overhead import DOMAINS, make_config, shape_parser
 
+from megatron_doremi.checkpoint.writer import Checkpointer
+from megatron_doremi.cluster.launch import read_launch
+from megatron_doremi.cluster.process_group import join
+from megatron_doremi.cluster.step_flags import Agreement, agree
 from megatron_doremi.config import data_parallel_size, gpt_config
 from megatron_doremi.data.loader import MicroBatch
-from megatron_doremi.doremi.engine import TrainingEngine
+from megatron_doremi.engine.build import make_engine
+from megatron_doremi.engine.engines import TrainingEngine
 from megatron_doremi.parallel.groups import make_groups
 from megatron_doremi.parallel.topology import Topology
-from megatron_doremi.training.build import make_engine
-from megatron_doremi.training.consensus import Agreement, agree
-from megatron_doremi.training.distributed import join
-from megatron_doremi.training.launch import read_launch
-from megatron_doremi.training.saving import Checkpointer
 
 
 def parse() -> argparse.Namespace:

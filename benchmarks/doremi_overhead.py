@@ -38,6 +38,8 @@ import torch.distributed as dist
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+from megatron_doremi.cluster.launch import read_launch
+from megatron_doremi.cluster.process_group import join
 from megatron_doremi.config import (
     Config,
     DataConfig,
@@ -52,9 +54,10 @@ from megatron_doremi.config import (
 from megatron_doremi.data.blend import Blend, BlendState, window_count
 from megatron_doremi.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, dtype_for
 from megatron_doremi.data.loader import MicroBatch, Step, steps
-from megatron_doremi.data.loss_file import CHUNK_WINDOWS
+from megatron_doremi.data.reference_loss_file import CHUNK_WINDOWS
 from megatron_doremi.data.reference_losses import LossFolder, RecordedLosses
-from megatron_doremi.doremi.engine import TrainingEngine
+from megatron_doremi.engine.build import make_engine
+from megatron_doremi.engine.engines import TrainingEngine
 from megatron_doremi.model.forward import forward_only
 from megatron_doremi.model.pipeline import GPTPipeline
 from megatron_doremi.parallel.exchange import broadcast_json
@@ -62,9 +65,6 @@ from megatron_doremi.parallel.groups import ProcessGroups, make_groups
 from megatron_doremi.parallel.layers import TensorParallel
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.settings import MAIN, PROXY
-from megatron_doremi.training.build import make_engine
-from megatron_doremi.training.distributed import join
-from megatron_doremi.training.launch import read_launch
 
 DOMAINS = 8
 NAMES = tuple(f"domain-{number}" for number in range(DOMAINS))

@@ -55,7 +55,7 @@ def versions(place: Place, report: Report) -> bool:
     dist.all_reduce(value, group=groups.data)
     report(device=str(device), backend=dist.get_backend(), reduced=value.tolist())
     if not place.cpu:
-        from megatron_doremi.training.metrics import peak_tflops
+        from megatron_doremi.phases.metrics import peak_tflops
 
         report(peak_tflops=peak_tflops(torch.cuda.get_device_name()))
     return True
@@ -64,7 +64,7 @@ def versions(place: Place, report: Report) -> bool:
 def float32(place: Place, report: Report) -> bool:
     """Losses and gradients of tiny models, the device against the CPU; the head's bfloat16 gradient against float64."""
     from megatron_doremi.config import GPTConfig
-    from megatron_doremi.model.whole import GPTModel
+    from megatron_doremi.model.unpipelined import GPTModel
     from megatron_doremi.parallel.cross_entropy import token_losses
     from megatron_doremi.parallel.groups import TensorGroup
     from megatron_doremi.parallel.layers import TensorParallel

@@ -64,10 +64,10 @@ def attempt(report: Report, name: str, work: Callable[[], Any]) -> bool:
 
 def single(place: Place) -> tuple[Any, Any, torch.device]:
     """(topology, groups, device) of this one process, joined as the program joins."""
+    from megatron_doremi.cluster.launch import Launch
+    from megatron_doremi.cluster.process_group import join
     from megatron_doremi.parallel.groups import make_groups
     from megatron_doremi.parallel.topology import Topology
-    from megatron_doremi.training.distributed import join
-    from megatron_doremi.training.launch import Launch
 
     device = join(Launch())[0]
     topology = Topology(1, 1, 1, 0)
@@ -96,7 +96,7 @@ def make(
         gpt_config,
     )
     from megatron_doremi.data.loader import MicroBatch
-    from megatron_doremi.training.build import make_engine
+    from megatron_doremi.engine.build import make_engine
 
     topology, groups, device = joined or single(place)
     if place.cpu:
@@ -131,7 +131,7 @@ def make(
 
 def step_of(place: Place, engine: Any, batches: Sequence[Any]) -> Callable[[], None]:
     """A step as the training loop takes it."""
-    from megatron_doremi.training.consensus import agree
+    from megatron_doremi.cluster.step_flags import agree
 
     targets = torch.ones(8, dtype=torch.float64).to(engine.device)
 

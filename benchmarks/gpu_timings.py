@@ -46,7 +46,7 @@ def sync(place: Place, report: Report) -> bool:
 
 def speed(place: Place, engine: Any, gpt: Any, batches: Sequence[Any], repeat: int) -> dict[str, Any]:
     """Milliseconds, tokens and MFU of a step, and the peak of memory."""
-    from megatron_doremi.training.metrics import flops_per_token, peak_tflops
+    from megatron_doremi.phases.metrics import flops_per_token, peak_tflops
 
     if not place.cpu:
         torch.cuda.reset_peak_memory_stats()
@@ -211,8 +211,8 @@ def proxy_280m(place: Place, report: Report) -> bool:
 
 def checkpoint(place: Place, report: Report) -> bool:
     """The copies to the host for a checkpoint, three times: the first pins memory, the others run at the bus's rate."""
-    from megatron_doremi.model.weights import weights_file
-    from megatron_doremi.training.optimizer_state import optimizer_file
+    from megatron_doremi.checkpoint.optimizer_state import optimizer_file
+    from megatron_doremi.checkpoint.weights import weights_file
 
     engine, _, batches = make(place, "280m", 50257, (1, 2, 1024))
     step_of(place, engine, batches)()

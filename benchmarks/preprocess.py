@@ -32,11 +32,11 @@ import sentencepiece
 import zstandard
 from tokenizers import Tokenizer
 
-from megatron_doremi.data.documents import Document, DocumentReader, DomainKey
 from megatron_doremi.data.indexed_dataset import IndexedDataset
 from megatron_doremi.data.manifest import load_manifest
-from megatron_doremi.data.sources import read_blocks
-from megatron_doremi.data.tokenizer import HUGGING_FACE, SENTENCEPIECE, HuggingFaceTokenizer, load_tokenizer
+from megatron_doremi.preprocessing.documents import Document, DocumentReader, DomainKey
+from megatron_doremi.preprocessing.sources import read_blocks
+from megatron_doremi.preprocessing.tokenizer import HUGGING_FACE, SENTENCEPIECE, HuggingFaceTokenizer, load_tokenizer
 
 # SentencePiece gives lists of numbers unless it is asked for arrays, as the tool asks it.
 ARRAYS = "  into arrays"

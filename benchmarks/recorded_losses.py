@@ -37,12 +37,12 @@ from megatron_doremi.arguments import parse_config
 from megatron_doremi.config import Config
 from megatron_doremi.data.blend import Blend, BlendState, window_count
 from megatron_doremi.data.loader import Step, steps
-from megatron_doremi.data.loss_file import CHUNK_WINDOWS, chunk_path, row_checksum, unpack
+from megatron_doremi.data.reference_loss_file import CHUNK_WINDOWS, chunk_path, row_checksum, unpack
 from megatron_doremi.data.reference_losses import RecordedLosses, ScoresFile
 from megatron_doremi.parallel.topology import Topology
-from megatron_doremi.training.metrics_file import MetricsFile
-from megatron_doremi.training.score import check_recorded, data_fingerprint, open_recorded, windows_needed
-from megatron_doremi.training.setup import RunData, open_data
+from megatron_doremi.phases.metrics_file import MetricsFile
+from megatron_doremi.phases.score import check_recorded, data_fingerprint, open_recorded, windows_needed
+from megatron_doremi.phases.setup import RunData, open_data
 
 SEQ, BATCH = 1024, 512
 TOKENS = 300e9
@@ -132,7 +132,7 @@ def write_losses(folder: Path, config: Config, data: RunData, first_steps: int =
 
 
 def _head(bits: int, sums: list[int]) -> bytes:
-    """What stands before the rows in a file of losses; see loss_file.py."""
+    """What stands before the rows in a file of losses; see reference_loss_file.py."""
     count = len(sums)
     bounds = (0, 512, 512 + 4 * count, 512 + 4 * count + 2 * SEQ * count)
     tensors = {"recorded": ("U64", [64]), "checksums": ("U32", [count]), "losses": ("U16", [count, SEQ])}

@@ -30,7 +30,7 @@ from megatron_doremi.arguments import parse_config
 from megatron_doremi.data.blend import Blend, BlendState, window_count
 from megatron_doremi.data.loader import Step, steps
 from megatron_doremi.data.manifest import MANIFEST_FORMAT
-from megatron_doremi.training.setup import open_data
+from megatron_doremi.phases.setup import open_data
 
 TOKENS_A_DOCUMENT = 1000
 # An index of no more is read as a whole when it is opened.

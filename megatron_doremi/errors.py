@@ -110,7 +110,7 @@ def run_or_exit(main: Callable[[], int | None], at_once: bool = False) -> None:
     """Runs `main` as a program: exits with its result, or with one clear message: 2 on a ConfigError, 1 on a RunError
     or an OSError. Where the reader of stdout is gone (`| head`), it exits silently with 141, as after SIGPIPE.
 
-    A SaidElsewhere exits with its code and prints nothing: of the ranks of a run one speaks (training/voice.py).
+    A SaidElsewhere exits with its code and prints nothing: of the ranks of a run one speaks (cluster/voice.py).
 
     Args:
         at_once: end the process without waiting for other threads or running atexit functions: the interpreter joins

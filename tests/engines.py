@@ -8,9 +8,9 @@ from typing import Any
 
 def layout(launch, pipe, tensor):
     """Joins the other ranks; returns (topology, groups, device)."""
+    from megatron_doremi.cluster.process_group import join
     from megatron_doremi.parallel.groups import make_groups
     from megatron_doremi.parallel.topology import Topology
-    from megatron_doremi.training.distributed import join
 
     topology = Topology(pipe, launch.world_size // pipe // tensor, tensor, launch.rank)
     device, _ = join(launch)
@@ -41,7 +41,7 @@ def make_config(topology, data: dict, parallel: dict | None = None, doremi: dict
 
 def read_parameters(engine, read=lambda parameter: parameter.detach()):
     """{name: (this rank's part, spec)} of the engine's parameters, or of what `read` makes of each."""
-    from megatron_doremi.model.whole import gathered
+    from megatron_doremi.model.unpipelined import gathered
     from megatron_doremi.parallel.parameters import spec_of
 
     values = {}

@@ -80,7 +80,7 @@ def _rank(
 ) -> None:
     import torch
 
-    from megatron_doremi.training.launch import Launch
+    from megatron_doremi.cluster.launch import Launch
 
     torch.set_num_threads(1)
     try:

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "megatron_doremi"
 # A package may use those before it and itself.
-LAYERS = ["parallel", "data", "model", "doremi", "training"]
+LAYERS = ["storage", "parallel", "data", "preprocessing", "model", "checkpoint", "mixture", "engine", "phases"]
 PURE = [
     "config.py",
     "validation.py",
@@ -21,10 +21,10 @@ PURE = [
     "parallel/topology.py",
     "data/blend.py",
     "data/permutation.py",
-    "doremi/domain_weights.py",
-    "doremi/losses.py",
-    "training/launch.py",
-    "training/optimizer.py",
+    "mixture/domain_weights.py",
+    "mixture/statistics.py",
+    "cluster/launch.py",
+    "engine/optimizer.py",
 ]
 
 
@@ -53,7 +53,7 @@ def test_pure_files_know_no_process_group(name):
 
 
 def test_the_model_calls_no_process_group():
-    for name in ("gpt.py", "pipeline.py", "weights.py"):
+    for name in ("gpt.py", "pipeline.py"):
         assert not [i for i in imports(PACKAGE / "model" / name) if i.startswith("torch.distributed")]
 
 

@@ -23,8 +23,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_doremi.data.files import atomic_write_text, make_folder
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any, run_or_exit
+from megatron_doremi.storage.files import atomic_write_text, make_folder
 
 _SMALLEST_DOCUMENT, _LARGEST_DOCUMENT = 200, 8_000  # characters
 _SMALLEST_DOMAIN = 1_000_000  # bytes

@@ -25,12 +25,12 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from megatron_doremi.data.blend import Blend, BlendState, too_short, window_count
-from megatron_doremi.data.files import atomic_write_text, sha256_of
 from megatron_doremi.data.indexed_dataset import IndexedDataset, paths_of
 from megatron_doremi.data.manifest import Manifest, load_manifest, print_warnings
-from megatron_doremi.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_doremi.data.weights_file import resolve_weights
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any, run_or_exit
+from megatron_doremi.preprocessing.tokenizer import Tokenizer, load_tokenizer
+from megatron_doremi.storage.files import atomic_write_text, sha256_of
 
 _IDS_AT_ONCE = 1 << 22
 # Steps that a blend is played through to find a window: some hours.

@@ -18,13 +18,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tqdm import tqdm
 
-from megatron_doremi.data.files import atomic_write_bytes, sha256_of
 from megatron_doremi.data.indexed_dataset import dtype_for, paths_of
 from megatron_doremi.data.manifest import load_manifest, overwriting_faults, print_warnings
-from megatron_doremi.data.outputs import Outputs, check_same_tokenizer, manifest_after, publish, train_prefixes
-from megatron_doremi.data.shards import SHARDS, load_shards, merge, passed_over
-from megatron_doremi.data.workspace import Workspace
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any, run_or_exit
+from megatron_doremi.preprocessing.outputs import Outputs, check_same_tokenizer, manifest_after, publish, train_prefixes
+from megatron_doremi.preprocessing.shards import SHARDS, load_shards, merge, passed_over
+from megatron_doremi.preprocessing.workspace import Workspace
+from megatron_doremi.storage.files import atomic_write_bytes, sha256_of
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -27,15 +27,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tqdm import tqdm
 
-from megatron_doremi.data.characters import describe_lost
-from megatron_doremi.data.cutting import BLOCK_BYTES
-from megatron_doremi.data.documents import Document, similar_names
-from megatron_doremi.data.encoding import TokenizerFiles, WorkerDied, bad_lines_error, encode_all
-from megatron_doremi.data.files import make_folder
 from megatron_doremi.data.indexed_dataset import dtype_for
-from megatron_doremi.data.input_options import Inputs, add_input_options, read_input_options
 from megatron_doremi.data.manifest import TokenizerInfo, load_manifest, overwriting_faults
-from megatron_doremi.data.outputs import (
+from megatron_doremi.errors import ConfigError, Fault, RunError, raise_if_any, run_or_exit
+from megatron_doremi.preprocessing.characters import describe_lost
+from megatron_doremi.preprocessing.cutting import BLOCK_BYTES
+from megatron_doremi.preprocessing.documents import Document, similar_names
+from megatron_doremi.preprocessing.encoding import TokenizerFiles, WorkerDied, bad_lines_error, encode_all
+from megatron_doremi.preprocessing.input_options import Inputs, add_input_options, read_input_options
+from megatron_doremi.preprocessing.outputs import (
     Outputs,
     keep_tokenizer,
     manifest_after,
@@ -43,11 +43,11 @@ from megatron_doremi.data.outputs import (
     tokenizer_in,
     train_prefixes,
 )
-from megatron_doremi.data.shards import Pair, ShardData, load_shard, run_of, save_shard, shard_folder
-from megatron_doremi.data.sources import Shard, read_blocks, read_shard, shard_bytes
-from megatron_doremi.data.tokenizer import GPT2, KINDS, SENTENCEPIECE, Tokenizer
-from megatron_doremi.data.workspace import Workspace
-from megatron_doremi.errors import ConfigError, Fault, RunError, raise_if_any, run_or_exit
+from megatron_doremi.preprocessing.shards import Pair, ShardData, load_shard, run_of, save_shard, shard_folder
+from megatron_doremi.preprocessing.sources import Shard, read_blocks, read_shard, shard_bytes
+from megatron_doremi.preprocessing.tokenizer import GPT2, KINDS, SENTENCEPIECE, Tokenizer
+from megatron_doremi.preprocessing.workspace import Workspace
+from megatron_doremi.storage.files import make_folder
 
 # Bytes of text on which tiktoken's ids are compared with those of the tokenizer itself.
 _SAMPLE_BYTES = 1 << 18

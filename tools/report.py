@@ -18,12 +18,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_doremi.data.files import atomic_write_bytes
 from megatron_doremi.data.manifest import load_manifest
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any, run_or_exit
 from megatron_doremi.reporting.assemble import Report, comparison_report, runs_report
 from megatron_doremi.reporting.comparison import compare
 from megatron_doremi.reporting.runs import Run, read_all, read_run, read_runs
+from megatron_doremi.storage.files import atomic_write_bytes
 
 NEEDED = ("proxy", "main", "baseline", "domains", "output_dir")
 

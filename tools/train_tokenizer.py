@@ -27,13 +27,13 @@ import sentencepiece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
-from megatron_doremi.data.documents import Document, describe
-from megatron_doremi.data.encoding import NAMED_BAD_LINES, bad_lines_error
-from megatron_doremi.data.files import atomic_write_bytes, make_folder
-from megatron_doremi.data.input_options import Inputs, add_input_options, read_input_options
-from megatron_doremi.data.samples import DomainSamples
-from megatron_doremi.data.sources import read_blocks
 from megatron_doremi.errors import ConfigError, Fault, run_or_exit
+from megatron_doremi.preprocessing.documents import Document, describe
+from megatron_doremi.preprocessing.encoding import NAMED_BAD_LINES, bad_lines_error
+from megatron_doremi.preprocessing.input_options import Inputs, add_input_options, read_input_options
+from megatron_doremi.preprocessing.samples import DomainSamples
+from megatron_doremi.preprocessing.sources import read_blocks
+from megatron_doremi.storage.files import atomic_write_bytes, make_folder
 
 # SentencePiece leaves out longer training sentences; documents are cut into pieces of this length.
 _SENTENCE_CHARACTERS = 1000

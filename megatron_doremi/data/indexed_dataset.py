@@ -22,8 +22,8 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_doremi.data.files import temporary_beside
 from megatron_doremi.errors import ConfigError, Fault
+from megatron_doremi.storage.files import temporary_beside
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1

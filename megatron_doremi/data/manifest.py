@@ -20,11 +20,11 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from megatron_doremi.console import warn
-from megatron_doremi.data.files import atomic_write_text, read_json_object
-from megatron_doremi.data.formats import Count, Name, PathText, Positive, Schema, Sha256, check_entry, format_fault
 from megatron_doremi.data.indexed_dataset import IndexedDataset
 from megatron_doremi.data.prefix_list import Listed, is_split_lists, pair_identity, read_split_lists, read_words
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any
+from megatron_doremi.storage.files import atomic_write_text, read_json_object
+from megatron_doremi.storage.formats import Count, Name, PathText, Positive, Schema, Sha256, check_entry, format_fault
 
 MANIFEST_FORMAT = "megatron-doremi-domains/1"
 _REMEDY = "make the manifest with tools/preprocess_data.py"

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_doremi.data.formats import PathText, Schema, check_entry
 from megatron_doremi.data.indexed_dataset import paths_of
 from megatron_doremi.errors import Fault, raise_if_any
+from megatron_doremi.storage.formats import PathText, Schema, check_entry
 
 # Above any weight that makes sense, and low enough that their sum is a float.
 LARGEST_WEIGHT = 1e100

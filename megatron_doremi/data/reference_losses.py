@@ -1,7 +1,7 @@
 """Token losses of a reference on disk, by (domain, window): written once by --phase score, read by many proxies.
 
     DIR/scores.json                       what was scored: reference, precision, tokenizer, data, sequence length
-    DIR/losses/0003/000012.safetensors    a chunk of 4096 windows of domain 3; see loss_file.py
+    DIR/losses/0003/000012.safetensors    a chunk of 4096 windows of domain 3; see reference_loss_file.py
 
 A chunk's file appears by one rename and holds whatever was asked for so far; scoring more windows later adds to it.
 Tasks that score different chunks share nothing but the folder, so any number of them may work at once; those that
@@ -27,10 +27,10 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from megatron_doremi.data.files import atomic_write_text, make_folder, read_json_object, temporary_beside
-from megatron_doremi.data.formats import Count, Name, Positive, Schema, Sha256, check_entry
-from megatron_doremi.data.loss_file import CHUNK_WINDOWS, Chunks, LossFile, add_windows
+from megatron_doremi.data.reference_loss_file import CHUNK_WINDOWS, Chunks, LossFile, add_windows
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any
+from megatron_doremi.storage.files import atomic_write_text, make_folder, read_json_object, temporary_beside
+from megatron_doremi.storage.formats import Count, Name, Positive, Schema, Sha256, check_entry
 
 _OWN_FOLDER = "score this data with this reference into a folder of its own"
 _OPEN_FILES = 128

@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from megatron_doremi.data.files import atomic_write_text, read_json_object
-from megatron_doremi.data.formats import Count, Name, Schema, check_entry, format_fault
 from megatron_doremi.data.manifest import Manifest
 from megatron_doremi.data.prefix_list import LARGEST_WEIGHT
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any
+from megatron_doremi.storage.files import atomic_write_text, read_json_object
+from megatron_doremi.storage.formats import Count, Name, Schema, check_entry, format_fault
 
 WEIGHTS_FORMAT = "megatron-doremi-weights/1"
 # A smaller share is a window in 10^12, and soon nothing but a rounding of the others.

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_doremi.data.loader import MicroBatch
-from megatron_doremi.model.whole import GPT
+from megatron_doremi.model.unpipelined import GPT
 from megatron_doremi.parallel.topology import Topology
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_doremi.reporting import plots, words
+from megatron_doremi.reporting import plots, statements
 from megatron_doremi.reporting.comparison import (
     Comparison,
     comparison_as_data,
@@ -82,7 +82,7 @@ def comparison_report(comparison: Comparison, runs: Mapping[str, Run]) -> Report
         comparison: the numbers.
         runs: "proxy", "main", "baseline" and, where given, "reference".
     """
-    table, sentences = comparison_table(comparison), words.describe(comparison)
+    table, sentences = comparison_table(comparison), statements.describe(comparison)
     images = _comparison_images(comparison, runs)
     by_name = {image.name: image for image in images}
     first = [by_name[name] for name in ("held_out_loss.png", "domain_weights.png")]

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from megatron_doremi.data.formats import Count, Name, Positive, Schema, check_entry
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any
+from megatron_doremi.storage.formats import Count, Name, Positive, Schema, check_entry
 
 FILE = "evaluations.jsonl"
 

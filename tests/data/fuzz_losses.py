@@ -12,7 +12,7 @@ import numpy as np
 from data.file_mutations import mutated_bytes, mutated_json
 from safetensors.numpy import save_file
 
-from megatron_doremi.data.loss_file import chunk_path, chunks_of, from_codes
+from megatron_doremi.data.reference_loss_file import chunk_path, chunks_of, from_codes
 from megatron_doremi.data.reference_losses import LossFolder, RecordedLosses
 from megatron_doremi.errors import ConfigError
 

@@ -10,13 +10,13 @@ import shutil
 from itertools import islice
 
 import pytest
-from data.test_preprocess import documents_of, jsonl_of, run
+from preprocessing.test_preprocess import documents_of, jsonl_of, run
 
 from megatron_doremi.data.blend import Blend, BlendState, window_count
 from megatron_doremi.data.indexed_dataset import IndexedDataset
 from megatron_doremi.data.loader import steps
 from megatron_doremi.data.manifest import load_manifest
-from megatron_doremi.data.tokenizer import SentencePieceTokenizer
+from megatron_doremi.preprocessing.tokenizer import SentencePieceTokenizer
 
 TRAIN = documents_of(2, 90)
 

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save, save_file
 
-from megatron_doremi.data import loss_file, reference_losses
-from megatron_doremi.data.loss_file import (
+from megatron_doremi.data import reference_loss_file, reference_losses
+from megatron_doremi.data.reference_loss_file import (
     CHUNK_WINDOWS,
     LARGEST_LOSS,
     LossFile,
@@ -148,7 +148,7 @@ def test_of_writers_that_meet_none_loses_a_row(locks, tmp_path, monkeypatch):
             assert others[0].is_alive() == locks
         return save(tensors, metadata=metadata)
 
-    monkeypatch.setattr(loss_file, "save", meet)
+    monkeypatch.setattr(reference_loss_file, "save", meet)
     if not locks:
         monkeypatch.setattr(fcntl, "flock", unsupported)
     add_windows(tmp_path, 0, 0, np.array([6]), rows_of(0, [6]))

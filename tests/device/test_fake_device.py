@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 from device.fake import fake_device
+from engine.test_gradients import GPT
 from engines import make_config
 from ranks import on_ranks
-from training.test_gradients import GPT
 
 SEQ, MICRO_BATCHES = 32, 3
 
@@ -34,9 +34,9 @@ def on_the_device(launch, work, *arguments):
 
 
 def build(device, phase, zero_stage, bf16, chunk, doremi=None):
+    from megatron_doremi.engine.build import make_engine
     from megatron_doremi.parallel.groups import make_groups
     from megatron_doremi.parallel.topology import Topology
-    from megatron_doremi.training.build import make_engine
 
     topology = Topology(1, 1, 1, 0)
     groups = make_groups(topology)
@@ -56,12 +56,12 @@ def micro_batches():
 
 def whole_step(device, phase, zero_stage, bf16, chunk, doremi):
     """A step, its flags, its metrics, a comparison of ranks, the copies for a checkpoint and an evaluation's pass."""
+    from megatron_doremi.checkpoint.optimizer_state import optimizer_file, owned_state, start_state
+    from megatron_doremi.checkpoint.weights import WeightsFolder, weights_file
+    from megatron_doremi.cluster.replica_check import digest
+    from megatron_doremi.cluster.step_flags import agree
     from megatron_doremi.model.forward import forward_only
-    from megatron_doremi.model.weights import WeightsFolder, weights_file
     from megatron_doremi.parallel.parameters import spec_of
-    from megatron_doremi.training.consensus import agree
-    from megatron_doremi.training.guard import digest
-    from megatron_doremi.training.optimizer_state import optimizer_file, owned_state, start_state
 
     topology, _, engine = build(device, phase, zero_stage, bf16, chunk, doremi)
     module, batches = engine.module, micro_batches()

@@ -72,9 +72,9 @@ def losses_and_gradients(gpt, topology, groups, device, flags, bf16):
     import deepspeed
 
     from megatron_doremi.data.loader import MicroBatch
-    from megatron_doremi.doremi.losses import LOSS
+    from megatron_doremi.engine.build import make_engine
+    from megatron_doremi.mixture.statistics import LOSS
     from megatron_doremi.parallel.parameters import shard, spec_of, start_values
-    from megatron_doremi.training.build import make_engine
 
     data = {"phase": "main", "seq_length": 12, "micro_batch_size": 1, "global_batch_size": 4, "seed": 3}
     config = make_config(topology, data, flags, clip_grad=0.0, bf16=bf16)

@@ -16,13 +16,13 @@ def load(launch, gpt, folder):
     """Writes a model's weights and loads them at this layout; returns the names whose bits differ."""
     import torch
 
+    from megatron_doremi.checkpoint.weights import load_frozen, weights_file
+    from megatron_doremi.cluster.process_group import join
     from megatron_doremi.model.pipeline import GPTPipeline
-    from megatron_doremi.model.weights import load_frozen, weights_file
     from megatron_doremi.parallel import parameters
     from megatron_doremi.parallel.groups import make_groups
     from megatron_doremi.parallel.layers import TensorParallel
     from megatron_doremi.parallel.topology import Topology
-    from megatron_doremi.training.distributed import join
 
     join(launch)
     topology = Topology(tensor_size=launch.world_size, rank=launch.rank)

@@ -31,7 +31,7 @@ def example():
 def on_rank(launch, padded, dtype=torch.float32, chunk=0):
     import torch.distributed as dist
 
-    from megatron_doremi.training.distributed import join
+    from megatron_doremi.cluster.process_group import join
 
     join(launch)
     hidden, rows, targets, scale = example()

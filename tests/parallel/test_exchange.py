@@ -9,8 +9,8 @@ from ranks import on_ranks
 
 
 def exchange(launch):
+    from megatron_doremi.cluster.process_group import join
     from megatron_doremi.parallel.exchange import broadcast_json, gather_json
-    from megatron_doremi.training.distributed import join
 
     join(launch)
     everyone = gather_json({"rank": launch.rank, "text": "\u00e4" * 1000 * launch.rank})

@@ -45,8 +45,8 @@ def sums(launch, pipe, tensor):
     import torch
     import torch.distributed as dist
 
+    from megatron_doremi.cluster.process_group import join
     from megatron_doremi.parallel.groups import make_groups
-    from megatron_doremi.training.distributed import join
 
     join(launch)
     topology = Topology(pipe, launch.world_size // pipe // tensor, tensor, launch.rank)

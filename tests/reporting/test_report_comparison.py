@@ -12,6 +12,7 @@ from megatron_doremi.data.manifest import Domain
 from megatron_doremi.errors import ConfigError
 from megatron_doremi.reporting.comparison import Pair, compare, running_mean, smoothing_floor
 from megatron_doremi.reporting.runs import read_run
+from megatron_doremi.reporting.statements import describe, describe_domains, describe_planted, verdict
 from megatron_doremi.reporting.tables import (
     Table,
     comparison_table,
@@ -20,7 +21,6 @@ from megatron_doremi.reporting.tables import (
     format_weight,
     run_table,
 )
-from megatron_doremi.reporting.words import describe, describe_domains, describe_planted, verdict
 
 
 def domain(name: str, tokens: int) -> Domain:

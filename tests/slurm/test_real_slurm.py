@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from phases.small import metrics, training_lines
 from slurm.cluster import cluster, wait_for
-from training.small import metrics, training_lines
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]

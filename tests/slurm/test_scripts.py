@@ -12,12 +12,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from training.small import train, write_data
+from phases.small import train, write_data
 
 from megatron_doremi.arguments import parse_config
 from megatron_doremi.data.reference_losses import LossFolder
-from megatron_doremi.training.score import data_fingerprint
-from megatron_doremi.training.setup import open_data
+from megatron_doremi.phases.score import data_fingerprint
+from megatron_doremi.phases.setup import open_data
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "examples" / "slurm"

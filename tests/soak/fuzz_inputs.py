@@ -1,4 +1,4 @@
-"""Reads thousands of mutated input files of each format; see tests/data/test_fuzz_inputs.py.
+"""Reads thousands of mutated input files of each format; see tests/preprocessing/test_fuzz_inputs.py.
 
     python tests/soak/fuzz_inputs.py                  # a thousand of each, seed 0
     python tests/soak/fuzz_inputs.py 5000 --seed 7 parquet

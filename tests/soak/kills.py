@@ -27,7 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from training.small import MODEL, write_data
+from phases.small import MODEL, write_data
 
 SECONDS_TO_GO = 30.0
 STEPS_A_KILL = 30

@@ -18,16 +18,16 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from phases.small import MODEL, read_by, train, write_data
 from ranks import on_ranks, program
-from training.small import MODEL, read_by, train, write_data
 
 
 def slow_program(launch: Any, argv: list[str], collective: float, behind: float) -> int:
     """The program, with impatient collectives; rank 1 takes its time over every chunk."""
-    from megatron_doremi.training import distributed
-    from megatron_doremi.training.score import _Replica
+    from megatron_doremi.cluster import process_group
+    from megatron_doremi.phases.score import _Replica
 
-    distributed.timedelta = lambda **_: timedelta(seconds=collective)  # type: ignore[attr-defined]
+    process_group.timedelta = lambda **_: timedelta(seconds=collective)  # type: ignore[attr-defined]
     losses = _Replica._losses
 
     def slow(self: _Replica, *arguments: Any) -> Any:

@@ -1,0 +1,1 @@
+"""A run's folder: checkpoints that any layout reads, and config.json."""

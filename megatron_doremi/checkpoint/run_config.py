@@ -1,0 +1,104 @@
+"""The config.json that a run leaves in its --save folder: what it trained, checked when another run reads it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+
+from megatron_doremi.config import GPTConfig
+from megatron_doremi.settings import MAX_LAYERS, MAX_WIDTH
+from megatron_doremi.storage.formats import Count, Name, Positive, Schema, read_checked
+
+_Width = Annotated[int, Field(ge=1, le=MAX_WIDTH)]
+
+
+class GPTEntry(Schema):
+    """A `GPTConfig` in a file. An unknown entry is refused: it would be a model that this version cannot build."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    num_layers: Annotated[int, Field(ge=1, le=MAX_LAYERS)]
+    hidden_size: _Width
+    ffn_hidden_size: _Width
+    num_attention_heads: _Width
+    num_query_groups: _Width
+    kv_channels: _Width
+    normalization: Literal["RMSNorm", "LayerNorm"]
+    norm_epsilon: Annotated[float, Field(gt=0)]
+    swiglu: bool
+    position_embedding_type: Literal["rope", "learned_absolute"]
+    rotary_base: Annotated[float, Field(gt=0)]
+    tied_embeddings: bool
+    bias_linear: bool
+    vocab_size: Positive
+    make_vocab_size_divisible_by: Positive
+    max_positions: Positive
+    init_method_std: Annotated[float, Field(gt=0)]
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> GPTEntry:
+        if self.num_attention_heads % self.num_query_groups:
+            raise ValueError("num_attention_heads must be a multiple of num_query_groups")
+        if self.position_embedding_type == "rope" and self.kv_channels % 2:
+            raise ValueError("rope turns pairs of channels: kv_channels must be even")
+        return self
+
+    def gpt(self) -> GPTConfig:
+        """The shape."""
+        return GPTConfig(**self.model_dump())
+
+
+class IdentityEntry(Schema):
+    """A run's identity in a file (phases/identity.py), as far as its entries are used; none of them is required,
+    because version 0.1 recorded fewer."""
+
+    model_config = ConfigDict(extra="allow")
+
+    phase: Name | None = None
+    gpt: GPTEntry | None = None
+    domains: list[Name] | None = None
+    tokenizer_sha256: str | None = None
+    data_fingerprint: str | None = None
+    data_content: str | None = None
+    sampling_weights: dict[Name, Annotated[float, Field(gt=0, le=1)]] | None = None
+    seq_length: Positive | None = None
+    global_batch_size: Positive | None = None
+    seed: Count | None = None
+    train_iters: Count | None = None
+
+    def entries(self) -> dict[str, Any]:
+        """What the file holds, and nothing else."""
+        return self.model_dump(exclude_unset=True)
+
+
+class RunConfigFile(Schema):
+    """config.json of a training run. Attributes as `write_run_config` writes them."""
+
+    FORMAT: ClassVar[str] = "megatron-doremi-run/1"
+    FORMAT_SINCE_LATER: ClassVar[bool] = True
+
+    program: str = ""
+    phase: Name
+    gpt: GPTEntry
+    domains: Annotated[list[Name], Field(min_length=1)]
+    sampling_weights: dict[Name, Annotated[float, Field(gt=0, le=1)]] = Field(default_factory=dict)
+    tokenizer_sha256: str | None
+    data_fingerprint: str = ""
+    global_batch_size: Positive
+    topology: dict[str, Count] = Field(default_factory=dict)
+    settings: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    identity: IdentityEntry | None = None
+    overrides: list[dict[str, Any]] = Field(default_factory=list)
+
+    def train_iters(self) -> int:
+        """Steps that the run was to take; 0 where the file does not say."""
+        steps = self.settings.get("data", {}).get("train_iters", 0)
+        return steps if isinstance(steps, int) and not isinstance(steps, bool) else 0
+
+
+def read_run_config(folder: Path, flag: str) -> RunConfigFile:
+    """The config.json of a run's folder, named by `flag`. Raises ConfigError with every fault."""
+    subject = f"{flag} {folder}: config.json"
+    return read_checked(folder / "config.json", subject, RunConfigFile, "give the --save folder of a run, unchanged")

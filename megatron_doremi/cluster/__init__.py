@@ -1,0 +1,1 @@
+"""Processes of a run: launch, rendezvous, watchdog, signals, the lock of a folder."""

@@ -1,0 +1,125 @@
+"""Do the ranks still agree? What has to be the same on several ranks is hashed and compared every so often.
+
+Three things can drift apart silently: the domain weights and the blend's state, which every rank computes
+for itself; the parameters of replicas, which differ only if a gradient was not reduced; and, within a stage, the
+parameters that every tensor rank holds whole. A run whose ranks disagree is stopped: its numbers mean nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_doremi.errors import RunError
+from megatron_doremi.model.unpipelined import GPT, is_partitioned
+from megatron_doremi.parallel.exchange import gather_json
+from megatron_doremi.parallel.parameters import spec_of
+from megatron_doremi.parallel.topology import Topology
+
+_CHUNK = 1 << 22
+_BYTES_TO_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class RanksDisagree(RunError):
+    """Ranks that should hold the same do not: a fault of ours or of a machine, never of the input."""
+
+
+@dataclass(frozen=True)
+class Digest:
+    """What a rank holds, in hashes.
+
+    Attributes:
+        rank, pipe, tensor: its place.
+        part: which part of parameters that ZeRO 3 has cut over the data group it holds; 0 where it holds all.
+        state: of the run's own state, the same on all ranks.
+        parameters: of its parameters, the same on all replicas.
+        replicated: of the parameters that are not cut, the same on all tensor ranks of a stage.
+    """
+
+    rank: int
+    pipe: int
+    tensor: int
+    part: int
+    state: str
+    parameters: str
+    replicated: str
+
+
+def bits_hash(tensors: Iterable[Tensor]) -> str:
+    """A hash of the bits of tensors that is computed where they lie: a number a tensor travels, not the tensor."""
+    sums = []
+    for tensor in tensors:
+        bits = tensor.detach().contiguous().view(_BYTES_TO_INTEGER[tensor.element_size()]).flatten()
+        total = torch.zeros(2, dtype=torch.int64, device=tensor.device)
+        for start in range(0, len(bits), _CHUNK):
+            part = bits[start : start + _CHUNK].long()
+            # Places count: two values that changed sides must not cancel. Products wrap around, as they should.
+            places = torch.arange(start + 1, start + 1 + len(part), device=part.device)
+            total += torch.stack((part.sum(), (part * places * 0x9E3779B1).sum()))
+        sums.append(total)
+    numbers = torch.stack(sums).tolist() if sums else []
+    return hashlib.sha256(json.dumps(numbers).encode()).hexdigest()
+
+
+def digest(module: GPT, state: Any, topology: Topology) -> Digest:
+    """Hashes what this rank holds; `state` is anything that JSON takes."""
+    held, whole = [], []
+    for _, parameter in module.model_parameters():
+        part = parameter.ds_tensor if is_partitioned(parameter) else parameter  # type: ignore[attr-defined]
+        held.append(part)
+        if spec_of(parameter).dim is None:
+            whole.append(part)
+    partitioned = any(is_partitioned(parameter) for _, parameter in module.model_parameters())
+    text = json.dumps(state, sort_keys=True)
+    return Digest(
+        topology.rank,
+        topology.pipe_rank,
+        topology.tensor_rank,
+        topology.data_rank if partitioned else 0,
+        hashlib.sha256(text.encode()).hexdigest(),
+        bits_hash(held),
+        bits_hash(whole),
+    )
+
+
+def disagreements(digests: Sequence[Digest]) -> list[str]:
+    """What does not agree, each with the ranks that differ from most of their group."""
+    found = []
+    for what, key, value in (
+        ("domain weights or blend", lambda d: (), lambda d: d.state),
+        ("parameters of replicas", lambda d: (d.pipe, d.tensor, d.part), lambda d: d.parameters),
+        ("parameters that tensor ranks share", lambda d: (d.pipe, d.part), lambda d: d.replicated),
+    ):
+        groups: dict[Any, list[Digest]] = defaultdict(list)
+        for entry in digests:
+            groups[key(entry)].append(entry)
+        for group in groups.values():
+            most = Counter(value(entry) for entry in group).most_common(1)[0][0]
+            odd = [entry.rank for entry in group if value(entry) != most]
+            if odd:
+                others = [entry.rank for entry in group if value(entry) == most]
+                found.append(f"{what}: {_ranks(odd)} against {_ranks(others)}")
+    return found
+
+
+def check_ranks_agree(module: GPT, state: Any, topology: Topology, iteration: int) -> None:
+    """Compares all ranks; a collective call.
+
+    Raises:
+        RanksDisagree: on every rank, naming what differs and where.
+    """
+    own = digest(module, state, topology)
+    found = disagreements([Digest(**entry) for entry in gather_json(asdict(own))])
+    if found:
+        raise RanksDisagree(f"after iteration {iteration} ranks disagree: " + "; ".join(found))
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))

@@ -1,1 +1,0 @@
-"""Group DRO over domains: weights, losses, the schedule and the engine that runs it."""

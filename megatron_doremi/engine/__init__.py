@@ -1,0 +1,1 @@
+"""DeepSpeed engines, their schedule, their configuration, the optimizer."""

@@ -1,0 +1,200 @@
+"""DeepSpeed's engines, driven by an objective: `PipelineTraining` for ZeRO 0 and 1, `WholeTraining` for 2 and 3.
+
+Both take a step on a rank's micro-batches of a global batch. An objective that moves the domain weights on the
+whole batch before any gradient is taken (see objective.py) makes the pipeline engine run `AlternatingSchedule`.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass, PipeSchedule, ReduceGrads
+from torch import Tensor
+
+from megatron_doremi.data.loader import MicroBatch
+from megatron_doremi.engine.schedule import AlternatingSchedule, UpdateDomainWeights
+from megatron_doremi.mixture.objective import MeanLoss
+from megatron_doremi.parallel.groups import ProcessGroups
+
+
+class TrainingEngine(DeepSpeedEngine):
+    """What the training loop asks of an engine."""
+
+    def __init__(self, objective: MeanLoss, groups: ProcessGroups, clip_grad: float, **deepspeed: Any):
+        super().__init__(**deepspeed)
+        self.objective, self.groups, self.clip_grad = objective, groups, clip_grad
+        self._before_step: Callable[[Tensor | None], None] = lambda norm: None
+
+    def train_step(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        targets: Tensor | None = None,
+        before_step: Callable[[Tensor | None], None] = lambda norm: None,
+    ) -> None:
+        """One step of the optimizer on this rank's micro-batches; for the rest see `MeanLoss.begin`.
+
+        A gradient whose norm is NaN or Inf moves no parameter under ZeRO 1 to 3, nor in bfloat16: DeepSpeed's
+        optimizers skip that step on all ranks, and `was_step_applied` is false. Without them it is up to `before_step`.
+
+        Args:
+            before_step: called on every rank once all losses are recorded and before any parameter moves, with the
+                gradient's global norm, or None where it is computed inside the optimizer's step.
+        """
+        self._before_step = before_step
+        self.objective.begin(targets, self.gradient_accumulation_steps())
+        self.module.train()
+        self._accumulate_and_step(micro_batches)
+        self.objective.end()
+
+    def _take_model_step(self, *args: Any, **kwargs: Any) -> None:
+        self._before_step(self._norm_in_time())
+        super()._take_model_step(*args, **kwargs)
+
+    def _norm_in_time(self) -> Tensor | None:
+        """The gradient's global norm, clipped by it, where this engine computes it and not the optimizer."""
+        return None
+
+    @abstractmethod
+    def _accumulate_and_step(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Forwards, backwards and the optimiser's step."""
+
+    def grad_norm(self) -> float:
+        """Global norm of the last step's gradient before clipping."""
+        return float(self._global_grad_norm)
+
+    def set_learning_rate(self, lr: float) -> None:
+        """Sets the rate of the next step."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+
+class PipelineTraining(TrainingEngine, PipelineEngine):
+    """Any number of stages, ZeRO 0 and 1: 1F1B, or the alternating schedule where the objective needs it."""
+
+    # DeepSpeed's: token losses after a forward pass, then what the next backward pass starts from.
+    loss: Tensor
+
+    def __init__(self, **arguments: Any):
+        super().__init__(**arguments)
+        self._held: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def _accumulate_and_step(self, micro_batches: Sequence[MicroBatch]) -> None:
+        # Here and not one by one by DeepSpeed, which waits for each copy.
+        self.set_dataiterator(iter([batch.to(self.device).as_pipe_batch() for batch in micro_batches]))
+        self.total_loss = None
+        self._compute_loss = True
+        self._exec_schedule(self._train_schedule())
+
+    def _train_schedule(self) -> PipeSchedule:
+        if self.objective.before_backward:
+            return AlternatingSchedule(self.micro_batches, self.num_stages, self.stage_id)
+        return super()._train_schedule()
+
+    def _exec_forward_pass(self, buffer_id: int) -> None:
+        super()._exec_forward_pass(buffer_id)
+        if not self.is_last_stage():
+            return
+        token_loss = self.loss
+        _, domains, *reference = self.pipe_buffers["labels"][buffer_id]
+        self.objective.record(token_loss, domains, *reference)
+        if self.objective.before_backward:
+            self._held[buffer_id] = (token_loss, domains)
+        else:
+            self.loss = self.objective.loss(token_loss, domains)
+
+    def _exec_update_domain_weights(self) -> None:
+        self.objective.turn()
+
+    def _exec_backward_pass(self, buffer_id: int) -> None:
+        if buffer_id in self._held:
+            self.loss = self.objective.loss(*self._held.pop(buffer_id))
+        super()._exec_backward_pass(buffer_id)
+        # DeepSpeed keeps the last stage's hidden states until the buffer's next forward pass.
+        self.pipe_buffers["outputs"][buffer_id] = None
+
+    def _exec_reduce_grads(self) -> None:
+        # A single replica has nothing to reduce; a sharded optimizer collects its gradients here.
+        sharded = self.optimizer is not self.basic_optimizer and not self.using_bf16_optimizer
+        if self.objective.topology.data_size > 1 or sharded:
+            super()._exec_reduce_grads()
+
+    def _norm_in_time(self) -> Tensor | None:
+        # Without ZeRO or mixed precision DeepSpeed neither reports a norm nor counts tied copies and
+        # replicated parameters once; its sharded optimizers do both.
+        if self.optimizer is not self.basic_optimizer:
+            return None
+        self._global_grad_norm = self._clip_gradients()
+        return self._global_grad_norm
+
+    def _clip_gradients(self) -> Tensor:
+        parameters = [p for p in self.module.parameters() if p.grad is not None]
+        counted = [p.grad for p in parameters if p.model_parallel]
+        norms = torch.stack(torch._foreach_norm(counted)).double() if counted else torch.zeros(1).double()
+        total = norms.to(self.device).square().sum()
+        dist.all_reduce(total, group=self.groups.model)
+        norm = total.sqrt()
+        if self.clip_grad > 0.0:
+            factor = (self.clip_grad / (norm + 1e-6)).clamp(max=1.0).float()
+            torch._foreach_mul_([p.grad for p in parameters], factor)
+        return norm
+
+    # DeepSpeed looks instructions up here, not among the methods.
+    _INSTRUCTION_MAP: ClassVar[dict[type, Any]] = {
+        **PipelineEngine._INSTRUCTION_MAP,
+        ForwardPass: _exec_forward_pass,
+        UpdateDomainWeights: _exec_update_domain_weights,
+        BackwardPass: _exec_backward_pass,
+        ReduceGrads: _exec_reduce_grads,
+    }
+
+
+class WholeTraining(TrainingEngine):
+    """One stage, ZeRO 2 and 3, which DeepSpeed's pipeline does not serve; the module is a `GPTModel`.
+
+    Under ZeRO 3 a parameter is gathered for a forward pass and dropped after it. With several forwards outstanding
+    DeepSpeed's backward passes give wrong gradients without a word (0.19.8), so there a batch whose weights depend on
+    it is scored first, without a graph, and passed forward again to train on it: 4/3 of the arithmetic.
+    """
+
+    def _accumulate_and_step(self, micro_batches: Sequence[MicroBatch]) -> None:
+        batches = [batch.to(self.device) for batch in micro_batches]
+        if not self.objective.before_backward:
+            for batch in batches:
+                token_loss = self._forward_and_record(batch)
+                self._descend(token_loss, batch.domains)
+        elif self._holds_forwards():
+            held = [self(batch.tokens, batch.targets) for batch in batches]
+            for token_loss, batch in zip(held, batches, strict=True):
+                self.objective.record(token_loss, batch.domains, batch.reference)
+            self.objective.turn()
+            while held:
+                # A micro-batch's graph goes with its backward pass.
+                self._descend(held.pop(0), batches.pop(0).domains)
+        else:
+            with torch.no_grad():
+                for batch in batches:
+                    self._forward_and_record(batch)
+            self.objective.turn()
+            for batch in batches:
+                self._descend(self(batch.tokens, batch.targets), batch.domains)
+
+    def _forward_and_record(self, batch: MicroBatch) -> Tensor:
+        """[batch, seq] token losses, which the objective has seen."""
+        token_loss: Tensor = self(batch.tokens, batch.targets)
+        self.objective.record(token_loss, batch.domains, batch.reference)
+        return token_loss
+
+    def _holds_forwards(self) -> bool:
+        """Whether several forward passes may wait for their backward passes."""
+        return not self.zero_optimization_partition_weights()
+
+    def _descend(self, token_loss: Tensor, domains: Tensor) -> None:
+        self.backward(self.objective.loss(token_loss, domains))
+        # Counts micro-batches, and moves the parameters after the last.
+        self.step()

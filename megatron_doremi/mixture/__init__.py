@@ -1,0 +1,1 @@
+"""What decides a mixture of domains: statistics, objectives, Group DRO, the reference."""

@@ -1,0 +1,127 @@
+"""The reference: a second, frozen model with its own configuration on the proxy's layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from megatron_doremi.checkpoint.run_config import RunConfigFile
+from megatron_doremi.checkpoint.weights import load_frozen
+from megatron_doremi.config import GPTConfig
+from megatron_doremi.data.loader import MicroBatch
+from megatron_doremi.data.manifest import Manifest
+from megatron_doremi.errors import Fault, raise_if_any
+from megatron_doremi.model.forward import forward_only
+from megatron_doremi.parallel.layers import TensorParallel
+from megatron_doremi.parallel.topology import Topology
+
+
+@dataclass(frozen=True)
+class ReferenceRun:
+    """What a finished run of this program says of its model.
+
+    Attributes:
+        gpt: shape of the model.
+        weights: folder of its newest complete checkpoint's weights.
+        iteration: step of that checkpoint.
+        global_batch_size: windows in a step of that run.
+    """
+
+    gpt: GPTConfig
+    weights: Path
+    iteration: int
+    global_batch_size: int
+
+
+def check_reference(
+    run_config: RunConfigFile, flag: str, folder: Path, manifest: Manifest, seq_length: int, vocab_size: int
+) -> GPTConfig:
+    """Checks that a run's model can score this data, and returns its shape.
+
+    Args:
+        flag: the flag that named the run, for messages.
+        folder: where it lies, for messages.
+        vocab_size: ids of the data are below this.
+
+    Raises:
+        ConfigError: the run used other domains, another tokenizer, a smaller vocabulary or a shorter window.
+    """
+    what, faults = f"{flag} {folder}", []
+    gpt = run_config.gpt.gpt()
+    ours = manifest.tokenizer.sha256 if manifest.tokenizer else None
+    if run_config.tokenizer_sha256 != ours:
+        faults.append(
+            Fault(
+                what,
+                f"tokenizer {str(run_config.tokenizer_sha256)[:12]}",
+                f"the manifest's tokenizer, {str(ours)[:12]}",
+                "train the model on this data set: losses of other tokens cannot be compared",
+            )
+        )
+    if gpt.vocab_size < vocab_size:
+        faults.append(
+            Fault(
+                what,
+                f"a vocabulary of {gpt.vocab_size:,}",
+                f"at least the data's {vocab_size:,} ids",
+                "train the model on this data set",
+            )
+        )
+    if run_config.domains != list(manifest.names):
+        faults.append(
+            Fault(
+                what,
+                f"domains {', '.join(run_config.domains)}",
+                f"the manifest's, in its order: {', '.join(manifest.names)}",
+                "train the model on this manifest",
+            )
+        )
+    if gpt.position_embedding_type == "learned_absolute" and gpt.max_positions < seq_length:
+        faults.append(
+            Fault(
+                what,
+                f"learned positions up to {gpt.max_positions}",
+                f"--seq-length {seq_length}",
+                "train the model with this --seq-length",
+            )
+        )
+    raise_if_any(faults)
+    return gpt
+
+
+class OnlineReference:
+    """Scores the proxy's micro-batches with the reference as they come, a forward pass each."""
+
+    def __init__(
+        self,
+        run: ReferenceRun,
+        topology: Topology,
+        tp: TensorParallel,
+        dtype: torch.dtype,
+        shape: tuple[int, int],
+        loss_chunk_tokens: int,
+    ):
+        """Builds this rank's stage and loads its weights.
+
+        Args:
+            shape: (batch, seq) of a micro-batch.
+            loss_chunk_tokens: see `token_losses` in parallel/cross_entropy.py.
+        """
+        self.topology, self.shape = topology, shape
+        self.module = load_frozen(run.gpt, run.weights, topology, tp, dtype, loss_chunk_tokens)
+
+    def score(self, micro_batches: Sequence[MicroBatch], count: int) -> tuple[MicroBatch, ...]:
+        """The micro-batches with the reference's losses, on the last stage; elsewhere as they came. A collective call.
+
+        Args:
+            micro_batches: of this rank; empty on stages in the middle.
+            count: how many each rank of the replica has.
+        """
+        losses = forward_only(self.module, micro_batches, count, self.shape, self.topology)
+        if not losses:
+            return tuple(micro_batches)
+        pairs = zip(micro_batches, losses, strict=True)
+        return tuple(replace(batch, reference=loss) for batch, loss in pairs)

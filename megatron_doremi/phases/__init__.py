@@ -1,0 +1,1 @@
+"""The phases of the program: train, score, evaluate."""

@@ -1,0 +1,59 @@
+"""What can be known of a run's files without torch, so that it is said together with a wrong flag, and at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from megatron_doremi.checkpoint.run_config import read_run_config
+from megatron_doremi.config import Config
+from megatron_doremi.data.indexed_dataset import IndexedDataset
+from megatron_doremi.data.manifest import load_manifest
+from megatron_doremi.data.weights_file import resolve_weights
+from megatron_doremi.errors import ConfigError, Fault
+from megatron_doremi.settings import EVALUATE, PHASES, PROXY, SCORE
+
+
+def file_faults(config: Config) -> list[Fault]:
+    """Faults of files that settings with faults of their own name: those that hang on no other setting."""
+    faults: list[Fault] = []
+    if config.data.domains:
+        faults += _data_faults(config)
+    return faults + reference_faults(config)
+
+
+def reference_faults(config: Config) -> list[Fault]:
+    """Faults of the model that a run reads, by itself; the data that it should fit are at fault."""
+    phase, faults = config.data.phase, list[Fault]()
+    if phase == EVALUATE and config.run.load:
+        _collect(faults, lambda: read_run_config(Path(config.run.load), "--load"))
+    needed = phase == SCORE or (phase == PROXY and config.doremi.reference_losses == "online")
+    if needed and config.doremi.reference_load:
+        _collect(faults, lambda: read_run_config(Path(config.doremi.reference_load), "--reference-load"))
+    return faults
+
+
+def _data_faults(config: Config) -> list[Fault]:
+    try:
+        manifest = load_manifest(Path(config.data.domains))
+    except ConfigError as error:
+        return list(error.faults)
+    faults: list[Fault] = []
+    vocab_size = manifest.tokenizer.vocab_size if manifest.tokenizer else config.data.vocab_size
+    for domain in manifest.domains:
+        trains = config.data.phase in PHASES and config.data.phase != EVALUATE
+        for prefix in (domain.train if trains else None, domain.valid):
+            if prefix is not None:
+                _collect(faults, partial(IndexedDataset, prefix, vocab_size))
+    setting = config.data.domain_weights
+    if setting:
+        _collect(faults, lambda: resolve_weights(setting, manifest, config.data.allow_tokenizer_mismatch))
+    return faults
+
+
+def _collect(faults: list[Fault], work: Callable[[], object]) -> None:
+    try:
+        work()
+    except ConfigError as error:
+        faults += error.faults

@@ -1,0 +1,204 @@
+"""What decides a run's result, as one value: compared between ranks, with the checkpoint on resume, and by the report.
+
+An identity is a flat dictionary that JSON takes, by the names of flags where a flag decides the entry. Every
+checkpoint and config.json hold it, with the overrides that the user asked for on the way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from megatron_doremi import __version__
+from megatron_doremi.config import Config, GPTConfig, global_batch_size
+from megatron_doremi.engine.optimizer import learning_rate
+from megatron_doremi.errors import ConfigError, Fault
+from megatron_doremi.parallel.exchange import gather_json
+from megatron_doremi.phases.setup import RunData
+from megatron_doremi.settings import PROXY
+
+# What the parameters and the order of windows hang on: nothing that was trained could be kept.
+FIXED = ("phase", "gpt", "domains", "tokenizer_sha256", "seq_length")
+_OPTIMIZER = (
+    "lr",
+    "min_lr",
+    "lr_decay_style",
+    "lr_warmup_fraction",
+    "lr_warmup_iters",
+    "lr_wsd_decay_fraction",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_eps",
+    "clip_grad",
+)
+_DOREMI = (
+    "doremi_step_size",
+    "doremi_smoothing",
+    "doremi_update",
+    "doremi_weighting",
+    "doremi_objective",
+    "doremi_normalization",
+)
+_REMEDY = "resume with the settings and data that the run began with, or start a new folder"
+_REMEDIES = {
+    "global_batch_size": "give --global-batch-size; its default follows from the number of ranks",
+    "sampling_weights": "give the weights that the run began with, or --change-domain-weights to resume with these",
+}
+Identity = dict[str, Any]
+
+
+def run_identity(
+    config: Config, gpt: GPTConfig, data: RunData, world_size: int, reference: str | None = None
+) -> Identity:
+    """The identity of a training run.
+
+    Args:
+        reference: hash of the weights of a proxy's reference; None without one.
+    """
+    identity: Identity = {
+        "phase": config.data.phase,
+        "gpt": asdict(gpt),
+        "precision": "bfloat16" if config.optimizer.bf16 else "float32",
+        "domains": list(data.names),
+        "tokenizer_sha256": data.tokenizer_sha256,
+        "data_fingerprint": data.manifest.fingerprint(),
+        "data_content": data.content,
+        "sampling_weights": dict(zip(data.names, data.weights.tolist(), strict=True)),
+        "seq_length": config.data.seq_length,
+        "global_batch_size": global_batch_size(config, world_size),
+        "seed": config.data.seed,
+        "train_iters": config.data.train_iters,
+        **{name: getattr(config.optimizer, name) for name in _OPTIMIZER},
+    }
+    if config.data.phase == PROXY:
+        identity |= {name: getattr(config.doremi, name) for name in _DOREMI}
+        online = config.doremi.reference_losses == "online"
+        identity |= {"reference": reference, "reference_losses": "online" if online else "recorded"}
+    return identity
+
+
+def identity_hash(identity: Mapping[str, Any]) -> str:
+    """SHA-256 of an identity, in hex: two runs with the same hash compute the same, up to rounding by layout."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], subject: str, allowed: Collection[str]
+) -> tuple[list[Fault], list[str]]:
+    """What of a run differs from the checkpoint that it resumes from.
+
+    Args:
+        before: the checkpoint's identity; entries that it lacks were not recorded and are not compared.
+        now: this run's. `train_iters` is not compared: a run may be made longer (see `schedule_change`).
+        subject: how messages call the checkpoint.
+        allowed: names of --override-resume.
+
+    Returns:
+        the faults, and the names that differ and are allowed to.
+    """
+    faults, overridden = [], []
+    for name, value in now.items():
+        if name not in before or before[name] == value or name == "train_iters":
+            continue
+        if name in allowed and name not in FIXED:
+            overridden.append(name)
+            continue
+        remedy = _REMEDIES.get(name, _REMEDY)
+        if name not in FIXED and name not in _REMEDIES:
+            remedy += f", or give --override-resume {name} to change it on purpose"
+        given = f"{name} {differing(before[name], value)}"
+        faults.append(Fault(subject, given, f"this run's {name}, {differing(value, before[name])}", remedy))
+    return faults, overridden
+
+
+def override_faults(allowed: Sequence[str], now: Mapping[str, Any]) -> list[Fault]:
+    """What is wrong with the names of --override-resume themselves."""
+    names = [name for name in now if name not in (*FIXED, "train_iters")]
+    faults = []
+    for name in allowed:
+        if name in FIXED:
+            rule, remedy = "an entry that a trained model can change", "start a new folder"
+        elif name not in names:
+            rule, remedy = "one of " + ", ".join(names), "give one of these names"
+        else:
+            continue
+        faults.append(Fault("--override-resume", name, rule, remedy))
+    return faults
+
+
+def differing(value: Any, other: Any) -> Any:
+    """A value for a message; of two mappings only the entries that differ, of a long hash its start."""
+    if isinstance(value, Mapping) and isinstance(other, Mapping):
+        return {key: entry for key, entry in value.items() if other.get(key) != entry}
+    return value[:12] if isinstance(value, str) and len(value) == 64 else value
+
+
+def schedule_change(before: Mapping[str, Any], config: Config, iteration: int) -> str | None:
+    """A line that says what another --train-iters does to the learning rate from `iteration` on; None where it is
+    the same or was not recorded."""
+    total, planned = config.data.train_iters, before.get("train_iters")
+    if planned is None or planned == total:
+        return None
+    step = min(iteration + 1, total)
+    rate = learning_rate(step, config.optimizer, total)
+    planned_rate = learning_rate(min(step, planned), config.optimizer, planned)
+    return (
+        f"--train-iters {planned:,} -> {total:,}: the learning rate of iteration {step:,} is {rate:.3e}, where the run "
+        f"was planned with {planned_rate:.3e}; warmup and decay now span {total:,} iterations"
+    )
+
+
+def check_ranks_start_alike(config: Config, read: Mapping[str, Any]) -> None:
+    """Compares what every rank is about to run: settings, files as it sees them, versions. A collective call.
+
+    Args:
+        read: hashes of the files that this rank sees; of `what_is_read` in setup.py.
+
+    Raises:
+        ConfigError: on every rank, naming the ranks that differ from most and what differs.
+    """
+    own = {
+        **{f"--{name.replace('_', '-')}": value for part in config.to_dict().values() for name, value in part.items()},
+        **read,
+        "version of megatron-doremi": __version__,
+        "version of torch": torch.__version__,
+    }
+    hashes = {
+        name: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest() for name, value in own.items()
+    }
+    everyone = gather_json(hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest())
+    if len(set(everyone)) == 1:
+        return
+    # Only now does more than a hash a rank travel.
+    faults = []
+    shown = {name: str(differing(value, None))[:60] for name, value in own.items()}
+    details = gather_json([hashes, shown])
+    for name in sorted({name for entry, _ in details for name in entry}):
+        ranks: dict[str | None, list[int]] = defaultdict(list)
+        for number, (entry, _) in enumerate(details):
+            ranks[entry.get(name)].append(number)
+        if len(ranks) == 1:
+            continue
+        most = max(ranks.values(), key=lambda group: (len(group), -group[0]))
+        for group in ranks.values():
+            if group is not most:
+                faults.append(
+                    Fault(
+                        f"rank{'s' if len(group) > 1 else ''} {', '.join(map(str, group))}",
+                        f"{name} {details[group[0]][1].get(name)}",
+                        f"that of rank{'s' if len(most) > 1 else ''} {_listed(most)}, {details[most[0]][1].get(name)}",
+                        "start every rank with the same command, and copy the same files to every node",
+                    )
+                )
+    raise ConfigError(faults)
+
+
+def _listed(ranks: Sequence[int]) -> str:
+    return ", ".join(map(str, ranks[:4])) + (", ..." if len(ranks) > 4 else "")

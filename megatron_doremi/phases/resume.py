@@ -1,0 +1,165 @@
+"""Where a run resumes: the newest complete checkpoint of --load, checked against what this run is, before any model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_doremi.checkpoint.folder import (
+    CheckpointState,
+    check_contents,
+    check_files,
+    newest_checkpoint,
+    read_state,
+)
+from megatron_doremi.config import Config
+from megatron_doremi.console import note
+from megatron_doremi.data.blend import BlendState
+from megatron_doremi.errors import Fault, raise_if_any
+from megatron_doremi.mixture.domain_weights import DomainWeights
+from megatron_doremi.parallel.exchange import from_rank_0
+from megatron_doremi.parallel.topology import Topology
+from megatron_doremi.phases.identity import (
+    Identity,
+    differences,
+    differing,
+    override_faults,
+    schedule_change,
+)
+from megatron_doremi.settings import PROXY
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """A checkpoint that a run may go on from.
+
+    Attributes:
+        checkpoint: its folder.
+        iteration: steps taken.
+        blend: where the blend was.
+        domain_weights: a proxy's.
+        metrics_bytes: size of metrics.jsonl when the checkpoint was taken; None where the checkpoint does not say.
+        overrides: entries of the run's identity that were changed on purpose, at which iteration, over its whole life.
+    """
+
+    checkpoint: Path
+    iteration: int
+    blend: BlendState
+    domain_weights: DomainWeights | None
+    metrics_bytes: int | None = None
+    overrides: tuple[dict[str, Any], ...] = ()
+
+
+def resume_point(
+    config: Config,
+    identity: Identity,
+    names: tuple[str, ...],
+    topology: Topology,
+    progress: Callable[[], None] = lambda: None,
+) -> ResumePoint | None:
+    """Where the run resumes; None where it starts. A collective call.
+
+    Args:
+        identity: of this run.
+        names: the domains.
+        progress: called with each file of the checkpoint that is read.
+
+    Raises:
+        ConfigError: the checkpoint is of another run, with everything that differs, or is damaged.
+    """
+    raise_if_any(override_faults(config.run.override_resume, identity))
+    if not config.run.load:
+        return None
+    # One rank looks, for what several see of a shared file system may differ.
+    found = from_rank_0(lambda: _find_checkpoint(Path(config.run.load)))
+    if found is None:
+        return None
+    checkpoint = Path(found)
+    state = read_state(checkpoint)
+    subject = f"--load {checkpoint}"
+    allowed = {*config.run.override_resume}
+    if config.data.change_domain_weights:
+        allowed.add("sampling_weights")
+    before = state.recorded_identity()
+    faults, overridden = differences(before, identity, subject, allowed)
+    if config.data.train_iters < state.iteration:
+        rule = f"at least the {state.iteration:,} steps that were taken"
+        faults.append(Fault("--train-iters", f"{config.data.train_iters:,}", rule, "give more, or a new --save"))
+    faults += _domain_faults(state, config, names, subject)
+    raise_if_any(faults)
+    check_files(checkpoint)
+    check_contents(checkpoint, state, topology.rank, topology.world_size, progress)
+    for line in _statements(before, identity, overridden, config, state.iteration, topology.rank):
+        note(line)
+    changed = [name for name in identity if name in before and before[name] != identity[name]]
+    overrides = [
+        *state.overrides,
+        *({"iteration": state.iteration, "name": n, "before": before[n], "now": identity[n]} for n in changed),
+    ]
+    learned = None
+    if config.data.phase == PROXY:
+        assert state.doremi is not None
+        learned = DomainWeights.from_dict(state.doremi.model_dump(), names, "cpu")
+    blend = BlendState.from_dict(state.blend.model_dump(), names)
+    return ResumePoint(checkpoint, state.iteration, blend, learned, state.metrics_bytes, tuple(overrides))
+
+
+def _find_checkpoint(load: Path) -> str | None:
+    """The newest complete checkpoint below `load`, None where there is no checkpoint at all."""
+    passed_over: list[str] = []
+    newest = newest_checkpoint(load, passed_over.append)
+    if newest is None:
+        # Starting over would throw away what the run has written.
+        rule, remedy = "a complete checkpoint, or none at all", "copy it again, or delete the folder to start over"
+        what = f"--load: checkpoints of {load}"
+        raise_if_any([Fault(what, f"no complete one: {line}", rule, remedy) for line in passed_over])
+        return None
+    for line in passed_over:
+        note(line)
+    return str(newest)
+
+
+def _domain_faults(state: CheckpointState, config: Config, names: Sequence[str], subject: str) -> list[Fault]:
+    """Faults of a state that does not name exactly the run's domains."""
+    held: dict[str, set[str]] = {"blend": set(state.blend.cursors)}
+    if config.data.phase == PROXY:
+        held["doremi"] = set() if state.doremi is None else set(state.doremi.weights)
+    faults = []
+    for part, found in held.items():
+        wrong = [f"no {name!r}" for name in names if name not in found]
+        wrong += [f"a {name!r} besides" for name in sorted(found - set(names))]
+        if wrong:
+            rule, remedy = (
+                "the state of exactly the run's domains",
+                "delete this checkpoint to resume from an older one",
+            )
+            faults.append(Fault(subject, f"state.json: {part} has {', '.join(wrong)}", rule, remedy))
+    return faults
+
+
+def _statements(
+    before: Mapping[str, Any],
+    identity: Identity,
+    overridden: Sequence[str],
+    config: Config,
+    iteration: int,
+    rank: int,
+) -> list[str]:
+    """What rank 0 says of a resume: overrides, another schedule, and what an early checkpoint does not tell."""
+    if rank:
+        return []
+    lines = [f"resume: from iteration {iteration:,} of {config.data.train_iters:,}"]
+    lines += [
+        f"resume: {name} changed from {differing(before[name], identity[name])} "
+        f"to {differing(identity[name], before[name])}"
+        for name in overridden
+    ]
+    change = schedule_change(before, config, iteration)
+    if change is not None:
+        lines.append(f"resume: {change}")
+    unknown = [name for name in identity if name not in before]
+    if unknown:
+        lines.append(f"resume: the checkpoint does not record {', '.join(unknown)}: not compared")
+    return lines

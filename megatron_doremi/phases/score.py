@@ -1,0 +1,369 @@
+"""The phase score: a reference's token losses on the windows that proxies will read, written once.
+
+Chunks of windows are dealt out over the replicas of a run and the tasks of an array job. A replica works on its
+own and writes what it has, chunk by chunk: a run that was stopped resumes with the next chunk, and replicas may be
+hours apart at the end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from megatron_doremi.checkpoint.folder import read_state
+from megatron_doremi.checkpoint.weights import load_frozen
+from megatron_doremi.cluster.preemption import GO_ON, StopRequest
+from megatron_doremi.cluster.waiting import from_rank_0, wait_for_all
+from megatron_doremi.cluster.watchdog import Watchdog
+from megatron_doremi.config import Config, global_batch_size
+from megatron_doremi.console import say
+from megatron_doremi.data.blend import Blend, GlobalBatch, window_count
+from megatron_doremi.data.loader import read_windows
+from megatron_doremi.data.reference_loss_file import (
+    CHUNK_WINDOWS,
+    LARGEST_LOSS,
+    SMALLEST_LOSS,
+    Chunks,
+    all_chunks,
+    chunks_of,
+    clipped,
+    unpack,
+)
+from megatron_doremi.data.reference_losses import LossFolder, RecordedLosses
+from megatron_doremi.errors import ConfigError, Fault, RunError, error_of, error_text, raise_if_any
+from megatron_doremi.mixture.reference import ReferenceRun
+from megatron_doremi.model.forward import forward_only
+from megatron_doremi.model.pipeline import GPTPipeline
+from megatron_doremi.parallel import exchange
+from megatron_doremi.parallel.exchange import broadcast_json, gather_json
+from megatron_doremi.parallel.groups import ProcessGroups
+from megatron_doremi.parallel.layers import TensorParallel
+from megatron_doremi.parallel.topology import Topology
+from megatron_doremi.phases.setup import RunData
+from megatron_doremi.storage.files import sha256_of
+
+# Windows whose numbers are computed at a time, and chunks whose files a replica looks at before it scores some.
+_PART = 1 << 18
+_CHUNKS_A_TURN = 256
+_STOP, _FAILED = 1, 2
+T = TypeVar("T")
+
+
+def data_fingerprint(config: Config, data: RunData) -> dict[str, Any]:
+    """What scores are bound to, besides the reference. Folders of an older version may lack keys."""
+    return {
+        "tokenizer_sha256": data.tokenizer_sha256,
+        "data_fingerprint": data.manifest.fingerprint(),
+        "data_content": data.content,
+        "domains": list(data.names),
+        "seq_length": config.data.seq_length,
+        "precision": "bfloat16" if config.optimizer.bf16 else "float32",
+    }
+
+
+def weights_hash(folder: Path, watchdog: Watchdog) -> str:
+    """A hash of a checkpoint's weights files. Raises ConfigError where one was changed after it was written."""
+    recorded = read_state(folder.parent).checksums
+    lines, faults = [], []
+    for path in sorted(folder.glob("*.safetensors")):
+
+        def progress(doing: str = f"reading {path}") -> None:
+            watchdog.mark(doing)
+
+        progress()
+        found = sha256_of(path, progress)
+        lines.append(f"{path.name} {found}\n")
+        if recorded.get(f"weights/{path.name}", found) != found:
+            value, rule = "changed after it was written", "the checksum in state.json"
+            faults.append(Fault(str(path), value, rule, "copy the checkpoint again, or take another"))
+    raise_if_any(faults)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def reference_hash(
+    run: ReferenceRun | None, recorded: RecordedLosses | None, topology: Topology, watchdog: Watchdog
+) -> str | None:
+    """Tells a proxy's reference from another, by its weights; None without one. A collective call."""
+    if recorded is not None:
+        return recorded.scores.reference
+    if run is None:
+        return None
+    # Read by one rank: a reference may be gigabytes.
+    return str(exchange.from_rank_0(lambda: weights_hash(run.weights, watchdog)))
+
+
+def windows_needed(
+    config: Config, data: RunData, world_size: int, progress: Callable[[str], None] = lambda doing: None
+) -> Iterator[Chunks]:
+    """The windows of each domain that a proxy with these settings reads, by chunk; all, without --train-iters.
+
+    Quotas stay less than a window from a domain's share, so its count is known without playing the blend; it may be
+    one more than is read. Each domain's are to be used before the next one's are asked for.
+    """
+    sizes = _window_counts(config, data)
+    blend = Blend(data.names, sizes, global_batch_size(config, world_size), config.data.seed)
+
+    def parts(domain: int, count: int) -> Iterator[NDArray[np.int64]]:
+        for first in range(0, count, _PART):
+            progress(f"listing the windows of domain {data.names[domain]!r}")
+            yield blend.windows_at(domain, first, min(_PART, count - first))
+
+    for domain, (size, count) in enumerate(zip(sizes, _counts_needed(config, data, world_size), strict=True)):
+        yield all_chunks(size) if count == size else chunks_of(parts(domain, count), size)
+
+
+def _window_counts(config: Config, data: RunData) -> tuple[int, ...]:
+    return tuple(window_count(dataset.num_tokens, config.data.seq_length) for dataset in data.train)
+
+
+def _counts_needed(config: Config, data: RunData, world_size: int) -> list[int]:
+    """How many windows of each domain `windows_needed` gives."""
+    sizes = _window_counts(config, data)
+    if not config.data.train_iters:
+        return list(sizes)
+    read = config.data.train_iters * global_batch_size(config, world_size)
+    return [min(size, int(np.ceil(read * weight)) + 1) for size, weight in zip(sizes, data.weights, strict=True)]
+
+
+def open_recorded(config: Config, data: RunData) -> RecordedLosses:
+    """Opens a folder of recorded losses. Raises ConfigError where they are of something else."""
+    return RecordedLosses(Path(config.doremi.reference_losses), data.names, data_fingerprint(config, data))
+
+
+def check_recorded(
+    recorded: RecordedLosses, config: Config, data: RunData, topology: Topology, store: dist.Store, watchdog: Watchdog
+) -> None:
+    """Checks that every window that a proxy reads is recorded; rank 0 looks and tells the others.
+
+    Raises:
+        ConfigError: on every rank, with a fault for each domain of which windows are missing.
+    """
+    if config.doremi.doremi_weighting != "reweight":
+        # With resampling nobody knows yet what will be read; a window that is missing is found when it comes.
+        return
+
+    def look() -> None:
+        needed = windows_needed(config, data, topology.world_size, watchdog.mark)
+        counts = zip(_window_counts(config, data), _counts_needed(config, data, topology.world_size), strict=True)
+        total = sum(min(-(-size // CHUNK_WINDOWS), count) for size, count in counts)
+        # Silent where it is quick.
+        with tqdm(total=total, unit="file", desc="recorded losses", delay=2.0, leave=False) as bar:
+
+            def progress(domain: int, files: int) -> None:
+                watchdog.mark(f"checking the recorded losses of domain {data.names[domain]!r}")
+                bar.update(files)
+
+            raise_if_any(recorded.check(needed, progress))
+
+    from_rank_0(store, "recorded", topology.rank, look)
+
+
+def score(
+    config: Config,
+    data: RunData,
+    run: ReferenceRun,
+    topology: Topology,
+    groups: ProcessGroups,
+    stop: StopRequest,
+    watchdog: Watchdog,
+    store: dist.Store,
+) -> bool:
+    """Scores this task's share of the windows that are not recorded yet.
+
+    Returns:
+        whether some are left, because a signal or a time limit stopped the run.
+
+    Raises:
+        RunError: a loss is NaN, Inf or negative, of which nothing is recorded, or a file cannot be written.
+    """
+    store = dist.PrefixStore("score", store)
+
+    def start() -> dict[str, Any]:
+        fingerprint = {**data_fingerprint(config, data), "reference": weights_hash(run.weights, watchdog)}
+        fingerprint["reference_iteration"] = run.iteration
+        LossFolder(Path(config.run.save), fingerprint)
+        return fingerprint
+
+    fingerprint = from_rank_0(store, "folder", topology.rank, start)
+    # Of each replica only one rank touches files of losses.
+    folder = LossFolder(Path(config.run.save), fingerprint) if topology.rank == topology.loss_rank() else None
+    tp = TensorParallel(groups.tensor, config.parallel.sequence_parallel)
+    dtype = torch.bfloat16 if config.optimizer.bf16 else torch.float32
+    module = load_frozen(run.gpt, run.weights, topology, tp, dtype, config.parallel.loss_chunk_tokens)
+    replica = _Replica(config, data, module, topology, groups, watchdog, store, folder)
+    replica.score(stop)
+    wait_for_all(store, "done", topology.rank, topology.world_size, lambda: replica.hear(stop))
+    outcomes = gather_json([int(replica.stopped), replica.windows, replica.clipped])
+    stopped, windows, cut = (sum(values) for values in zip(*outcomes, strict=True))
+    if cut and topology.rank == 0:
+        say(
+            f"score: {cut:,} of {windows * config.data.seq_length:,} token losses lay above {LARGEST_LOSS:.4f} nats "
+            "and were recorded as that"
+        )
+    if topology.rank == 0:
+        end = "stopped before all were scored; run the same command again for the rest" if stopped else "done"
+        say(f"score: {windows:,} windows recorded in {config.run.save} by this run: {end}")
+    return bool(stopped)
+
+
+class _Replica:
+    """A replica at work: it goes through its chunks, and hears of what the others have met.
+
+    Attributes:
+        stopped: whether it left chunks, because a rank of the run was asked to stop.
+        windows, clipped: how many windows this rank has recorded, and how many of their losses lay above the grid.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        data: RunData,
+        module: GPTPipeline,
+        topology: Topology,
+        groups: ProcessGroups,
+        watchdog: Watchdog,
+        store: dist.Store,
+        folder: LossFolder | None,
+    ):
+        self.config, self.data, self.module, self.folder = config, data, module, folder
+        self.topology, self.groups, self.watchdog, self.store = topology, groups, watchdog, store
+        self.stopped, self.windows, self.clipped = False, 0, 0
+
+    def score(self, stop: StopRequest) -> None:
+        """Scores and records this replica's chunks, until they are done or a rank of the run has to stop."""
+        seq_length = self.config.data.seq_length
+        total = sum(_counts_needed(self.config, self.data, self.topology.world_size)) // self._shares()
+        hidden = self.topology.rank != 0
+        with tqdm(total=total * seq_length, unit="token", unit_scale=True, desc="score", disable=hidden) as bar:
+            for chunks, recorded in self._turns():
+                bar.total = max(bar.n, bar.total - recorded * seq_length)
+                for domain, chunk, bits in chunks:
+                    if self._must_stop(stop):
+                        self.stopped = True
+                        return
+                    windows = chunk * CHUNK_WINDOWS + np.flatnonzero(unpack(int(bits, 16)))
+                    self._record(domain, chunk, windows, self._losses(domain, windows))
+                    bar.update(len(windows) * seq_length)
+            bar.total = bar.n
+        # Here a failure of the last chunk comes to light.
+        self._must_stop(stop)
+
+    def _shares(self) -> int:
+        return self.config.doremi.num_shards * self.topology.data_size
+
+    def _turns(self) -> Iterator[tuple[list[tuple[int, int, str]], int]]:
+        """Some chunks at a time: (domain, chunk, bits of the windows to score), and how many are recorded already.
+
+        One rank of the replica looks, for files come and go.
+        """
+        place = self.config.doremi.shard * self.topology.data_size + self.topology.data_rank
+        needed = windows_needed(self.config, self.data, self.topology.world_size, self.watchdog.mark)
+        chunks = ((domain, chunk, bits) for domain, part in enumerate(needed) for chunk, bits in part)
+        mine = itertools.islice(chunks, place, None, self._shares())
+        while True:
+            found: list[Any] | None = None
+            if self.folder is not None:
+                self.watchdog.mark("looking for what is recorded")
+                found = self._telling(lambda: self._next_turn(mine))
+            found = broadcast_json(found, self.topology.loss_rank(), self.groups.model)
+            if found is None:
+                return
+            yield found[0], found[1]
+
+    def _next_turn(self, mine: Iterator[tuple[int, int, int]]) -> list[Any] | None:
+        """The next entry of `_turns`; None at the end."""
+        turn = list(itertools.islice(mine, _CHUNKS_A_TURN))
+        if self.folder is None or not turn:
+            return None
+        left = [(domain, chunk, bits, self.folder.missing(domain, chunk, bits)) for domain, chunk, bits in turn]
+        recorded = sum((bits & ~missing).bit_count() for _, _, bits, missing in left)
+        return [[(domain, chunk, f"{missing:x}") for domain, chunk, _, missing in left if missing], recorded]
+
+    def _telling(self, work: Callable[[], T]) -> T | None:
+        """What some work gives; None where it fails, which all ranks then hear of."""
+        try:
+            return work()
+        except (ConfigError, RunError, OSError) as error:
+            self.store.set("error", error_text(error))
+        return None
+
+    def _losses(self, domain: int, windows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """[n, seq] losses of windows of one domain, on the last stage; elsewhere nothing."""
+        size, seq_length = self.config.data.micro_batch_size, self.config.data.seq_length
+        padded = np.concatenate([windows, np.full(-len(windows) % size, windows[-1])])
+        parts = [GlobalBatch(np.full(size, domain), part) for part in padded.reshape(-1, size)]
+        rows: list[NDArray[np.float32]] = []
+        stride = 4 * self.topology.pipe_size
+        reads = self.topology.is_first_stage or self.topology.is_last_stage
+        for first in range(0, len(parts), stride):
+            self.watchdog.mark(f"scoring domain {self.data.names[domain]!r}, window {int(padded[first * size]):,}")
+            some = parts[first : first + stride]
+            batches = [read_windows(self.data.train, part, seq_length) for part in some] if reads else []
+            losses = forward_only(self.module, batches, len(some), (size, seq_length), self.topology)
+            rows += [loss.to("cpu", torch.float32).numpy() for loss in losses]
+        return np.concatenate(rows)[: len(windows)] if rows else np.empty((0, seq_length), np.float32)
+
+    def _record(self, domain: int, chunk: int, windows: NDArray[np.int64], losses: NDArray[np.float32]) -> None:
+        """Records a chunk on the rank that does; of a failure all ranks hear."""
+        if self.folder is not None and self._telling(lambda: self._add(domain, chunk, windows, losses)):
+            self.windows += len(windows)
+            self.clipped += clipped(losses)
+
+    def _add(self, domain: int, chunk: int, windows: NDArray[np.int64], losses: NDArray[np.float32]) -> bool:
+        assert self.folder is not None
+        self._check(domain, windows, losses)
+        self.folder.add(domain, chunk, windows, losses)
+        return True
+
+    def _check(self, domain: int, windows: NDArray[np.int64], losses: NDArray[np.float32]) -> None:
+        good = np.isfinite(losses) & (losses > SMALLEST_LOSS)
+        rows = np.flatnonzero(~good.all(axis=1))
+        if len(rows):
+            row = int(rows[0])
+            value = losses[row][~good[row]][0]
+            raise RunError(
+                f"the reference's loss is {value} in window {int(windows[row]):,} of domain "
+                f"{self.data.names[domain]!r}, and negative, NaN or Inf in {len(rows):,} of {len(windows):,} windows: "
+                "none of them was recorded; look at the reference's own losses with --phase evaluate, or train it again"
+            )
+
+    def _must_stop(self, stop: StopRequest) -> bool:
+        """Whether the run stops here; a collective call of the replica.
+
+        Raises:
+            ConfigError, RunError: of whichever rank failed.
+        """
+        own = 0
+        if self.store.check(["error"]):
+            own = _FAILED
+        elif self._asked_to_stop(stop):
+            own = _STOP
+        flag = torch.tensor([own], device=next(self.module.parameters()).device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.groups.model)
+        if flag.item() == _FAILED:
+            raise error_of(self.store.get("error").decode())
+        return bool(flag.item())
+
+    def _asked_to_stop(self, stop: StopRequest) -> bool:
+        """Whether any rank was asked to stop; tells the others of a request to this one."""
+        if self.store.check(["stop"]):
+            return True
+        asked = stop.reason() != GO_ON
+        if asked:
+            self.store.set("stop", "asked")
+        return asked
+
+    def hear(self, stop: StopRequest) -> None:
+        """While others are waited for: tells them to stop, or raises what one of them has met."""
+        if self.store.check(["error"]):
+            raise error_of(self.store.get("error").decode())
+        self._asked_to_stop(stop)

@@ -1,0 +1,374 @@
+"""Training, a page long: read a global batch, take a step, write it down, save, evaluate."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megatron_doremi import __version__
+from megatron_doremi.checkpoint.folder import load_training
+from megatron_doremi.checkpoint.writer import Checkpointer, SaveTimer
+from megatron_doremi.cluster.preemption import GO_ON, REASONS, StopRequest
+from megatron_doremi.cluster.replica_check import check_ranks_agree
+from megatron_doremi.cluster.run_lock import HeldLock
+from megatron_doremi.cluster.step_flags import Agreement, agree, explain_gradient, explain_loss
+from megatron_doremi.cluster.watchdog import Watchdog
+from megatron_doremi.config import Config, GPTConfig, global_batch_size, micro_batches_per_step
+from megatron_doremi.console import Guard
+from megatron_doremi.data.blend import Blend, BlendState, window_count
+from megatron_doremi.data.loader import Step, steps
+from megatron_doremi.data.reference_losses import RecordedLosses
+from megatron_doremi.data.weights_file import SMALLEST_SHARE, save_weights
+from megatron_doremi.engine.engines import TrainingEngine
+from megatron_doremi.engine.optimizer import learning_rate
+from megatron_doremi.errors import RunError, machine_failure
+from megatron_doremi.mixture.domain_weights import DomainWeights
+from megatron_doremi.mixture.objective import GroupDRO
+from megatron_doremi.mixture.reference import OnlineReference
+from megatron_doremi.parallel.exchange import broadcast_json, from_rank_0
+from megatron_doremi.parallel.groups import ProcessGroups
+from megatron_doremi.parallel.topology import Topology
+from megatron_doremi.phases.evaluate import HeldOut, evaluate
+from megatron_doremi.phases.identity import identity_hash
+from megatron_doremi.phases.metrics import (
+    RunLog,
+    domain_entries,
+    flops_per_token,
+    gpu_metrics,
+    proxy_entries,
+)
+from megatron_doremi.phases.resume import ResumePoint
+from megatron_doremi.phases.setup import RunData, held_out
+
+
+class Trainer:
+    """A training run: the engine, the blend and the log, and what goes into a checkpoint."""
+
+    def __init__(
+        self,
+        config: Config,
+        gpt: GPTConfig,
+        data: RunData,
+        engine: TrainingEngine,
+        reference: OnlineReference | None,
+        recorded: RecordedLosses | None,
+        run: dict[str, Any],
+        resume: ResumePoint | None,
+        topology: Topology,
+        groups: ProcessGroups,
+        stop: StopRequest,
+        watchdog: Watchdog,
+        lock: HeldLock,
+    ):
+        """
+        Args:
+            reference, recorded: where a proxy's reference losses come from, if it has any.
+            run: what every checkpoint says of the run: its `identity` and the `overrides` of it.
+            resume: where to resume.
+        """
+        self.config, self.gpt, self.data = config, gpt, data
+        self.engine, self.reference, self.topology, self.groups = engine, reference, topology, groups
+        self.recorded = recorded if topology.is_last_stage else None
+        self.run, self.stop, self.watchdog = run, stop, watchdog
+        self.save_dir = Path(config.run.save)
+        keep = config.run.keep_checkpoints
+        self.lock = lock
+        self.checkpoints = Checkpointer(
+            self.save_dir,
+            keep,
+            topology,
+            lambda: watchdog.mark("waiting for a checkpoint to be written"),
+            lock.token,
+            lock.lost_to,
+        )
+        # One rank's clock decides for all.
+        self.save_timer = SaveTimer(config.run.save_interval_in_mins if topology.rank == 0 else 0.0)
+        self.batch_size = global_batch_size(config, topology.world_size)
+        self.micro_batches = micro_batches_per_step(config, topology.world_size)
+        counts = tuple(window_count(dataset.num_tokens, config.data.seq_length) for dataset in data.train)
+        self.blend = Blend(data.names, counts, self.batch_size, config.data.seed)
+        self.blend_state = BlendState.start(len(data.names))
+        self.iteration = 0
+        self.metrics_bytes: int | None = None
+        # What only a proxy has.
+        self.dro = engine.objective if isinstance(engine.objective, GroupDRO) else None
+        self._on_domain_weights = Guard(str(self.save_dir / "domain_weights.json"))
+        # Domains whose weights have vanished.
+        self._vanished: set[str] = set()
+        if resume is not None:
+            self._go_on(resume)
+
+    def _go_on(self, resume: ResumePoint) -> None:
+        def progress() -> None:
+            self.watchdog.mark(f"loading {resume.checkpoint.name}")
+
+        load_training(self.engine, resume.checkpoint, self.topology, resume.iteration, progress)
+        self.iteration, self.blend_state = resume.iteration, resume.blend
+        self.metrics_bytes = resume.metrics_bytes
+        if self.dro is not None and resume.domain_weights is not None:
+            self.dro.state = resume.domain_weights.to(self.engine.device)
+
+    def train(self) -> bool:
+        """Trains to the last iteration, or to the exit interval.
+
+        Returns:
+            whether the run stopped before, saved, for a signal or a time limit.
+        """
+        config, total = self.config, self.config.data.train_iters
+        log = self._open_log()
+        last, began = self.iteration, time.perf_counter()
+        stop = GO_ON
+        for step in self._steps():
+            self.watchdog.mark(f"in iteration {self.iteration + 1}")
+            lr = learning_rate(self.iteration + 1, config.optimizer, total)
+            agreed = self._take_step(step, lr)
+            stop = agreed.stop
+            entry = None
+            on_console = self.iteration % config.run.log_interval == 0 or self.iteration == total
+            if on_console or self.dro is not None:
+                entry = self._entry(lr)
+                entry |= self._rates((time.perf_counter() - began) / (self.iteration - last))
+                last, began = self.iteration, time.perf_counter()
+            log.step(entry)
+            if self.dro is not None and entry is not None:
+                self._say_vanished(entry["domain_weights"], log)
+            if on_console and entry is not None:
+                log.line(entry)
+            # What follows is no part of a step's time.
+            paused = time.perf_counter()
+            if self._due(config.run.check_ranks_interval):
+                check_ranks_agree(self.engine.module, self._own_state(), self.topology, self.iteration)
+            if self._due(config.data.eval_interval) or self.iteration == total:
+                self._evaluate(log)
+            if agreed.write_failed:
+                self.checkpoints.finish()
+            if not agreed.writing:
+                self.checkpoints.all_written()
+            leave = self._due(config.run.exit_interval) or stop != GO_ON
+            regular = self._due(config.run.save_interval) or leave or self.iteration == total
+            if regular or (agreed.save_due and not agreed.writing):
+                self._save(log, ephemeral=not regular)
+            if leave:
+                break
+            began += time.perf_counter() - paused
+            self.watchdog.mark(f"reading the data of iteration {self.iteration + 1}")
+        self.checkpoints.finish()
+        if self.dro is not None and self.iteration >= total:
+            self._finish_domain_weights(self.dro.state)
+        if self.iteration < total:
+            why = REASONS.get(stop, "--exit-interval")
+            log.say(
+                f"stopped and saved after iteration {self.iteration:,} of {total:,}: {why}; run the same command, with "
+                "--load, to resume"
+            )
+        log.close()
+        return stop != GO_ON and self.iteration < total
+
+    def _open_log(self) -> RunLog:
+        """Opens the run's log on rank 0; where that fails, every rank raises. A collective call."""
+        opened: list[RunLog] = []
+
+        def log(is_rank_0: bool) -> None:
+            opened.append(
+                RunLog(
+                    is_rank_0,
+                    self.save_dir,
+                    Path(self.config.run.tensorboard_dir or self.save_dir / "tensorboard"),
+                    self.iteration,
+                    self.config.data.train_iters,
+                    self.config.data.phase,
+                    self.metrics_bytes,
+                    self.lock.lost_to,
+                )
+            )
+
+        from_rank_0(lambda: log(True))
+        if not opened:
+            log(False)
+        return opened[0]
+
+    def _say_vanished(self, weights: dict[str, float], log: RunLog) -> None:
+        """Says once of each domain that its weight has all but vanished: the result could not be trained on."""
+        for name, weight in weights.items():
+            if weight < SMALLEST_SHARE and name not in self._vanished:
+                self._vanished.add(name)
+                log.say(
+                    f"warning: iteration {self.iteration:,}: the weight of {name!r} is {weight:.1e}; shares below "
+                    f"{SMALLEST_SHARE} are refused in a mixture: give --doremi-smoothing above 0, or a smaller "
+                    "--doremi-step-size"
+                )
+
+    def _due(self, interval: int) -> bool:
+        return interval > 0 and self.iteration % interval == 0
+
+    def _steps(self) -> Any:
+        data = self.config.data
+        reads = self.topology.is_first_stage or self.topology.is_last_stage
+        dro = self.dro if self.dro is not None and self.dro.resamples else None
+
+        def sampling() -> NDArray[np.float64]:
+            return self.data.weights if dro is None else dro.state.weights.cpu().numpy()
+
+        return steps(
+            self.blend,
+            self.data.train,
+            sampling,
+            self.blend_state,
+            data.seq_length,
+            data.micro_batch_size,
+            self.topology.data_rank,
+            self.topology.data_size,
+            reads,
+            ahead=dro is None,
+            recorded=self.recorded,
+            total=self.config.data.train_iters,
+        )
+
+    def _take_step(self, step: Step, lr: float) -> Agreement:
+        self.engine.set_learning_rate(lr)
+        micro_batches = step.micro_batches
+        if self.reference is not None:
+            micro_batches = self.reference.score(micro_batches, self.micro_batches)
+        targets = torch.from_numpy(step.targets).to(self.engine.device, torch.float64)
+        agreed: list[Agreement] = []
+
+        batch = (self.engine.objective, micro_batches, self.data.names, self.iteration + 1)
+
+        def before_step(norm: Tensor | None) -> None:
+            flags = (self.stop.reason(), *self.checkpoints.progress(), self.save_timer.due())
+            own = agree(self.engine.objective.local_sums, norm, *flags)
+            if own.loss_non_finite or own.gradient_non_finite:
+                # What was saved before is good, also where it is still being written.
+                self.checkpoints.finish()
+                raise explain_loss(*batch) if own.loss_non_finite else explain_gradient(*batch)
+            agreed.append(own)
+
+        self.engine.train_step(micro_batches, targets, before_step)
+        if not self.engine.was_step_applied():
+            # DeepSpeed's optimizers know the norm inside their step only; they skipped it on every rank.
+            self.checkpoints.finish()
+            raise explain_gradient(*batch)
+        self.blend_state = step.state_after
+        self.iteration += 1
+        return agreed[0]
+
+    def _entry(self, lr: float) -> dict[str, Any]:
+        """The line of the step just taken; a collective call."""
+        samples, names = self._consumed_samples(), self.data.names
+        sums = self.engine.objective.step_sums().tolist()
+        entry: dict[str, Any] = {
+            "iteration": self.iteration,
+            "consumed_samples": samples,
+            "consumed_tokens": samples * self.config.data.seq_length,
+            **domain_entries(sums, names),
+            "lr": lr,
+            "grad_norm": self.engine.grad_norm(),
+        }
+        if self.dro is not None:
+            state = self.dro.state
+            entry |= proxy_entries(
+                sums, state.excess.tolist(), state.weights.tolist(), self.dro.gradient_weights.tolist(), names
+            )
+        return entry
+
+    def _rates(self, seconds: float) -> dict[str, float]:
+        tokens = self.batch_size * self.config.data.seq_length
+        flops = tokens * flops_per_token(self.gpt, self.config.data.seq_length)
+        return {
+            "elapsed_ms": seconds * 1e3,
+            "tokens_per_second": tokens / seconds,
+            **gpu_metrics(flops, seconds, self.topology.world_size),
+        }
+
+    def _evaluate(self, log: RunLog) -> None:
+        datasets = held_out(self.data)
+        if not datasets:
+            return
+        data = self.config.data
+        entries = evaluate(
+            self.engine.module,
+            HeldOut(self.data.names, datasets, data.seq_length, data.eval_iters * self.batch_size),
+            data.micro_batch_size,
+            self.topology,
+            self.groups,
+            self.engine.device,
+            f"iteration {self.iteration}",
+            lambda: self.watchdog.mark(f"evaluating after iteration {self.iteration}"),
+        )
+        log.evaluation({"iteration": self.iteration, **entries})
+
+    def _consumed_samples(self) -> int:
+        """Windows read since the run began, also where the batch size was changed on the way."""
+        return int(self.blend_state.cursors.sum())
+
+    def _own_state(self) -> dict[str, Any]:
+        """The state that every rank computes for itself."""
+        state: dict[str, Any] = {"blend": self.blend_state.to_dict(self.data.names)}
+        if self.dro is not None:
+            state["doremi"] = self.dro.state.to_dict(self.data.names)
+        return state
+
+    def _save(self, log: RunLog, ephemeral: bool) -> None:
+        """Begins a checkpoint; an ephemeral one is deleted when a newer one is complete."""
+        self.save_timer.restart()
+        self.watchdog.mark(f"saving iteration {self.iteration}")
+        own_state = self._own_state()
+        # What is saved has to be what every rank holds: a resume would spread one rank's difference to all.
+        check_ranks_agree(self.engine.module, own_state, self.topology, self.iteration)
+        state = {**self.run, "consumed_samples": self._consumed_samples(), **own_state}
+        if (metrics_bytes := log.metrics_bytes()) is not None:
+            state["metrics_bytes"] = metrics_bytes
+        if ephemeral:
+            state["ephemeral"] = True
+
+        def before_publishing() -> None:
+            log.make_durable()
+            self.lock.check()
+
+        self.checkpoints.start(self.engine, self.iteration, state, before_publishing)
+        if self.dro is not None and self.topology.rank == 0:
+            learned = self.dro.state
+            self._on_domain_weights(lambda: self._write_domain_weights(learned))
+
+    def _finish_domain_weights(self, learned: DomainWeights) -> None:
+        """Writes what the proxy was trained for, once more at the end; a collective call.
+
+        Raises:
+            RunError: on every rank, where the file cannot be written. The last checkpoint is complete by then.
+        """
+        failure = None
+        if self.topology.rank == 0:
+            try:
+                self._write_domain_weights(learned)
+            except OSError as error:
+                failure = str(machine_failure(error))
+        failure = broadcast_json(failure)
+        if failure is not None:
+            raise RunError(
+                f"the learned domain weights cannot be written: {failure}; the checkpoint of iteration "
+                f"{self.iteration} holds them: make room and run the same command again, which writes them"
+            )
+
+    def _write_domain_weights(self, learned: DomainWeights) -> None:
+        doremi = self.config.doremi
+        provenance = {
+            "method": f"doremi, {doremi.doremi_update}, {doremi.doremi_objective}, {doremi.doremi_weighting}, "
+            f"{doremi.doremi_normalization}",
+            "steps": learned.steps,
+            "train_iters": self.config.data.train_iters,
+            "step_size": doremi.doremi_step_size,
+            "smoothing": doremi.doremi_smoothing,
+            "seed": self.config.data.seed,
+            "reference": doremi.reference_load if doremi.reference_losses == "online" else doremi.reference_losses,
+            "identity_sha256": identity_hash(self.run["identity"]),
+            "overrides": self.run["overrides"],
+            "code_version": __version__,
+        }
+        weights = dict(zip(self.data.names, learned.mean().tolist(), strict=True))
+        save_weights(self.save_dir / "domain_weights.json", weights, self.data.tokenizer_sha256, provenance)

@@ -1,0 +1,1 @@
+"""What a run will cost and repeat, known before it starts."""

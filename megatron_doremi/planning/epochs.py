@@ -1,0 +1,63 @@
+"""How often a mixture repeats its domains: known before the first step, said at the start, and capped on demand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_doremi.config import Config, global_batch_size
+from megatron_doremi.data.blend import window_count
+from megatron_doremi.errors import Fault, raise_if_any
+from megatron_doremi.phases.setup import RunData
+from megatron_doremi.settings import MAIN, PROXY, REFERENCE
+
+# A domain that is read once and a few windows more is not worth a word.
+_WORTH_A_WORD = 1.05
+
+
+def epochs_per_domain(window_counts: Sequence[int], weights: NDArray[np.float64], windows: int) -> NDArray[np.float64]:
+    """[k] passes over each domain in a run of `windows` windows in all; exact but for less than one window."""
+    return windows * weights / np.array(window_counts, dtype=np.float64)
+
+
+def repetition_notice(names: Sequence[str], epochs: NDArray[np.float64]) -> str:
+    """A line that names the domains that repeat, most often first; empty where none does."""
+    order = np.argsort(-epochs, kind="stable")
+    repeated = [f"{names[i]} {epochs[i]:,.1f}" for i in order if epochs[i] > _WORTH_A_WORD]
+    return "epochs of domains that repeat: " + ", ".join(repeated) if repeated else ""
+
+
+def check_repetition(config: Config, data: RunData, world_size: int) -> str:
+    """The notice of a training run under its sampling weights, before anything is built.
+
+    Raises:
+        ConfigError: a domain repeats more often than --max-epochs-per-domain allows, or, where the weights are learned
+            while they sample, nobody can say.
+    """
+    if config.data.phase not in (REFERENCE, PROXY, MAIN):
+        return ""
+    cap = config.data.max_epochs_per_domain
+    if config.data.phase == PROXY and config.doremi.doremi_weighting == "resample":
+        if cap:
+            rule = "sampling weights that are known at the start"
+            remedy = "leave it out, or give --doremi-weighting reweight"
+            value = f"{cap:g} with --doremi-weighting resample"
+            raise_if_any([Fault("--max-epochs-per-domain", value, rule, remedy)])
+        return ""
+    counts = [window_count(dataset.num_tokens, config.data.seq_length) for dataset in data.train]
+    windows = config.data.train_iters * global_batch_size(config, world_size)
+    epochs = epochs_per_domain(counts, data.weights, windows)
+    faults = [
+        Fault(
+            f"domain {name!r}",
+            f"{passes:,.2f} epochs: {windows * weight:,.0f} of {count:,} windows",
+            f"at most --max-epochs-per-domain {cap:g}",
+            f"lower its weight ({weight:.4f}), add text, train fewer steps, or raise the cap",
+        )
+        for name, passes, count, weight in zip(data.names, epochs, counts, data.weights, strict=True)
+        if cap and passes > cap
+    ]
+    raise_if_any(faults)
+    return repetition_notice(data.names, epochs)

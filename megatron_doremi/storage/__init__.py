@@ -1,0 +1,1 @@
+"""Durable files and what is in them: atomic writes, checked JSON, tensor files, folder locks."""

@@ -1,0 +1,162 @@
+"""Schemas of the JSON files that the program reads: types, ranges and versions, checked before anything is used.
+
+A file format is a subclass of `Schema` beside the code that reads it. What a file may hold stands there once;
+`read_checked` turns every violation into a fault, so that a damaged or foreign file is answered in one message and
+never by a traceback further on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
+
+from megatron_doremi.errors import ConfigError, Fault
+from megatron_doremi.storage.files import read_json_object
+
+_SHOWN_FAULTS = 10
+_SHOWN_CHARACTERS = 60
+# Sizes, counts and places in files: anything that has to fit a 64-bit integer.
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Positive = Annotated[int, Field(ge=1, lt=2**63)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+def _text(text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise PydanticCustomError("text", "should be text without lone surrogates") from None
+    return text
+
+
+def _path(text: str) -> str:
+    if not _text(text) or "\0" in text:
+        raise PydanticCustomError("path", "should be a path: not empty, no NUL character")
+    return text
+
+
+def _file_name(text: str) -> str:
+    if _path(text) in (".", "..") or "/" in text or "\\" in text or len(text.encode("utf-8")) > _LONGEST_FILE_NAME:
+        raise PydanticCustomError("file_name", "should be the name of a file in the same folder, not a path")
+    return text
+
+
+_LONGEST_FILE_NAME = 255
+Name = Annotated[str, Field(min_length=1), AfterValidator(_text)]
+# A path, relative or absolute, and a name that cannot lead out of the folder of the file that holds it.
+PathText = Annotated[str, AfterValidator(_path)]
+FileName = Annotated[str, AfterValidator(_file_name)]
+
+
+class Schema(BaseModel):
+    """One JSON object of a file. Strict: no value is converted to the type of its field, no number is NaN or Inf.
+
+    Attributes:
+        FORMAT: "family/version" that the key `format` holds; "" where the file has no such key.
+        FORMAT_SINCE_LATER: whether early versions of the program wrote this file without the key.
+        OLDER_FORMATS: earlier formats that are still read.
+        SEALED: whether the file is written by `sealed`; early versions wrote it without.
+    """
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore", allow_inf_nan=False)
+    FORMAT: ClassVar[str] = ""
+    FORMAT_SINCE_LATER: ClassVar[bool] = False
+    OLDER_FORMATS: ClassVar[tuple[str, ...]] = ()
+    SEALED: ClassVar[bool] = False
+
+
+SchemaType = TypeVar("SchemaType", bound=Schema)
+
+
+def read_checked(path: Path, subject: str, schema: type[SchemaType], remedy: str) -> SchemaType:
+    """Reads a file that holds one JSON object and checks it.
+
+    Args:
+        subject: how messages call the file, such as "--domains data/domains.json".
+        remedy: what the user should do where the file breaks a rule.
+
+    Raises:
+        ConfigError: with every fault; a file of a newer version of this program is refused as such.
+    """
+    return check_entry(read_json_object(path, subject), subject, schema, remedy)
+
+
+def check_entry(entry: Mapping[str, Any], subject: str, schema: type[SchemaType], remedy: str) -> SchemaType:
+    """Checks an object that was already read; see `read_checked`."""
+    fault = format_fault(entry, subject, schema, remedy)
+    if fault is not None:
+        raise ConfigError(fault)
+    try:
+        checked = schema.model_validate(dict(entry))
+    except ValidationError as error:
+        raise ConfigError(_faults(error, subject, remedy)) from error
+    if schema.SEALED and "sha256" in entry:
+        check_seal(entry, subject, remedy)
+    return checked
+
+
+def sealed(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """An object with a SHA-256 of itself, for files that only this program writes; `check_seal` finds any change."""
+    return {**entry, "sha256": _digest(entry)}
+
+
+def check_seal(entry: Mapping[str, Any], subject: str, remedy: str) -> None:
+    """Raises ConfigError where an object is not what `sealed` made of it."""
+    if entry.get("sha256") != _digest({key: value for key, value in entry.items() if key != "sha256"}):
+        raise ConfigError(Fault(subject, "damaged or edited", "content that fits its SHA-256", remedy))
+
+
+def _digest(entry: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(entry, sort_keys=True).encode("ascii")).hexdigest()
+
+
+def format_fault(entry: Mapping[str, Any], subject: str, schema: type[Schema], remedy: str) -> Fault | None:
+    """What is wrong with the key `format` of an object, if anything."""
+    if not schema.FORMAT or ("format" not in entry and schema.FORMAT_SINCE_LATER):
+        return None
+    found, known = entry.get("format"), (schema.FORMAT, *schema.OLDER_FORMATS)
+    if found in known:
+        return None
+    if isinstance(found, str) and _is_newer(found, schema.FORMAT):
+        return Fault(
+            subject,
+            f"format {found!r}, written by a newer version of this program",
+            f"a format up to {schema.FORMAT}",
+            "read it with that version",
+        )
+    return Fault(subject, f"format {_shown(found)}", f"format {schema.FORMAT}", remedy)
+
+
+def _is_newer(found: str, ours: str) -> bool:
+    family, version = ours.rsplit("/", 1)
+    match = re.fullmatch(re.escape(family) + r"/([1-9][0-9]{0,8})", found)
+    return match is not None and int(match.group(1)) > int(version)
+
+
+def _faults(error: ValidationError, subject: str, remedy: str) -> list[Fault]:
+    details = error.errors(include_url=False, include_context=False)
+    faults = [
+        Fault(subject, _value(detail["loc"], detail["type"], detail["input"]), detail["msg"], remedy)
+        for detail in details[:_SHOWN_FAULTS]
+    ]
+    if len(details) > _SHOWN_FAULTS:
+        faults.append(Fault(subject, f"{len(details) - _SHOWN_FAULTS} more faults of this kind", "none", remedy))
+    return faults
+
+
+def _value(location: Sequence[int | str], kind: str, given: Any) -> str:
+    place = ".".join(map(str, location)) or "the object"
+    return f"{place} is missing" if kind == "missing" else f"{place}: {_shown(given)}"
+
+
+def _shown(value: Any) -> str:
+    # repr of an integer of thousands of digits is an error in itself.
+    text = "a huge integer" if isinstance(value, int) and abs(value) >= 10**300 else repr(value)
+    return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "..."

@@ -1,1 +1,0 @@
-"""The loop and what it needs: optimiser, checkpoints, evaluation, metrics."""

@@ -1,0 +1,184 @@
+"""What a step's gradient is made of: summed in float32 whatever the model's precision, and never applied if not finite.
+
+Run alone: python -m pytest tests/engine/test_gradients.py
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from engines import gather_whole, layout, make_config, read_parameters
+from ranks import on_ranks
+
+from megatron_doremi.config import GPTConfig
+from megatron_doremi.data.loader import MicroBatch
+
+pytestmark = pytest.mark.slow
+
+GPT = GPTConfig(
+    num_layers=2,
+    hidden_size=24,
+    ffn_hidden_size=40,
+    num_attention_heads=4,
+    num_query_groups=2,
+    kv_channels=8,
+    normalization="RMSNorm",
+    norm_epsilon=1e-5,
+    swiglu=True,
+    position_embedding_type="rope",
+    rotary_base=10000.0,
+    tied_embeddings=False,
+    bias_linear=False,
+    vocab_size=53,
+    make_vocab_size_divisible_by=8,
+    max_positions=32,
+    init_method_std=0.2,
+)
+SEQ, MICRO_BATCHES = 32, 6
+
+
+def build(launch, zero_stage, bf16, pipe=1, chunk=1024):
+    """An engine, and this rank's micro-batches of one window each."""
+    from megatron_doremi.engine.build import make_engine
+
+    topology, groups, device = layout(launch, pipe, 1)
+    batch = MICRO_BATCHES * topology.data_size
+    data = {"phase": "main", "seq_length": SEQ, "micro_batch_size": 1, "global_batch_size": batch, "seed": 3}
+    parallel = {"zero_stage": zero_stage, "loss_chunk_tokens": chunk}
+    config = make_config(topology, data, parallel, clip_grad=1.0, bf16=bf16, lr=1e-2)
+    engine = make_engine(config, GPT, np.full(3, 1 / 3), topology, groups, device)
+    ids = torch.randint(0, GPT.vocab_size, (batch, SEQ + 1), generator=torch.Generator().manual_seed(5))
+    domains = torch.arange(batch) % 3
+    mine = [
+        MicroBatch(ids[i : i + 1, :-1].contiguous(), ids[i : i + 1, 1:].contiguous(), domains[i : i + 1], domains[:1])
+        for i in range(topology.data_rank, batch, topology.data_size)
+    ]
+    return topology, engine, mine
+
+
+def sums_and_parts(launch, zero_stage):
+    """The gradient that the optimizer is given, and what each micro-batch of each rank added to it, in bfloat16."""
+    import deepspeed
+
+    from megatron_doremi.parallel.exchange import gather_json
+
+    topology, engine, mine = build(launch, zero_stage, bf16=True)
+    parts: dict[str, list[torch.Tensor]] = {name: [] for name, _ in engine.module.model_parameters()}
+    hooks = [
+        parameter.register_hook(lambda grad, kept=parts[name]: kept.append(grad.detach().clone()))
+        for name, parameter in engine.module.model_parameters()
+    ]
+
+    def gradient(parameter):
+        if zero_stage >= 2:
+            return deepspeed.utils.safe_get_full_grad(parameter)
+        return parameter._hp_grad.view(parameter.shape)
+
+    found = {}
+    engine._take_model_step = lambda *a, **k: found.update(read_parameters(engine, gradient))
+    engine.train_step(mine)
+    assert len(hooks) == len(parts)
+    whole = {}
+    for name, kept in parts.items():
+        assert {grad.dtype for grad in kept} == {torch.bfloat16}
+        assert len(kept) == MICRO_BATCHES
+        own = sum(grad.double() for grad in kept)
+        whole[name] = torch.tensor(gather_json(own.tolist()), dtype=torch.float64).sum(dim=0) / topology.data_size
+    return gather_whole(topology, found), whole
+
+
+@pytest.mark.parametrize(("world", "zero_stage"), [(1, 1), (2, 1), (1, 2), (2, 2), (1, 3), (2, 3)])
+def test_bfloat16_gradients_are_summed_in_float32(world, zero_stage):
+    """Micro-batches and replicas: what the optimizer gets is the float64 sum of the parts, rounded to float32."""
+    sums, exact = on_ranks(world, sums_and_parts, zero_stage)[0]
+    assert sums.keys() == exact.keys()
+    for name, value in exact.items():
+        assert sums[name].dtype == torch.float32
+        value = value[: sums[name].shape[0]]  # without padding rows
+        error = (sums[name].double() - value).abs().max().item() / value.abs().max().item()
+        # A sum of at most 12 float32 numbers; rounded to bfloat16 once, it was 2e-3 away.
+        assert error < 1e-6, f"{name}: {error:.1e}"
+
+
+def test_the_gradient_of_a_chunked_head_is_summed_in_float32():
+    """64 chunks: summed in bfloat16, the output layer's gradient loses digits with every chunk."""
+    from megatron_doremi.parallel.cross_entropy import token_losses
+    from megatron_doremi.parallel.groups import TensorGroup
+
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, 1024, 16, generator=generator).bfloat16()
+    weight = (0.3 * torch.randn(48, 16, generator=generator)).bfloat16()
+    targets = torch.randint(0, 41, (1, 1024), generator=generator)
+
+    def weight_gradient(chunk, weight):
+        weight = weight.clone().requires_grad_()
+        token_losses(hidden.to(weight.dtype), weight, targets, 41, TensorGroup(None, 1, 0), chunk).sum().backward()
+        return weight.grad
+
+    # A chunk's gradient of the logits is rounded to bfloat16 either way.
+    with torch.no_grad():
+        logits = (hidden[0] @ weight.T).float()
+        logits[:, 41:] = -torch.inf
+        rows = (logits.softmax(-1) - torch.nn.functional.one_hot(targets[0], 48)).bfloat16().double()
+    exact = rows.T @ hidden[0].double()
+    once = (weight_gradient(16, weight).double() - exact).abs()
+    assert (once <= exact.abs() * 2.0**-8 + 1e-6).all()
+    # In float32 chunks change nothing but the order of a sum.
+    full = weight_gradient(0, weight.float())
+    torch.testing.assert_close(weight_gradient(16, weight.float()), full, rtol=1e-5, atol=1e-5)
+
+
+ENGINES = {
+    # ranks, stages, ZeRO, bfloat16
+    "ZeRO 0": (1, 1, 0, False),
+    "DP2, ZeRO 0": (2, 1, 0, False),
+    "PP2, ZeRO 0": (2, 2, 0, False),
+    "DP2, ZeRO 1": (2, 1, 1, False),
+    "DP2, ZeRO 2": (2, 1, 2, False),
+    "DP2, ZeRO 3": (2, 1, 3, False),
+    "PP2, bf16": (2, 2, 1, True),
+    "DP2, bf16, ZeRO 2": (2, 1, 2, True),
+    "DP2, bf16, ZeRO 3": (2, 1, 3, True),
+}
+
+
+def infinite_gradient(launch, pipe, zero_stage, bf16):
+    """Two steps; in the second the gradient of one vector is infinite in one micro-batch of the last rank."""
+    from megatron_doremi.cluster.step_flags import agree
+
+    topology, engine, mine = build(launch, zero_stage, bf16, pipe)
+    seen = []
+
+    def before_step(norm):
+        flags = agree(engine.objective.local_sums, norm, 0, False, False)
+        assert not flags.loss_non_finite
+        seen.append(flags.gradient_non_finite)
+        if flags.gradient_non_finite:
+            raise ArithmeticError
+
+    engine.train_step(mine, before_step=before_step)
+    assert engine.was_step_applied()
+    assert np.isfinite(engine.grad_norm())
+    before = gather_whole(topology, read_parameters(engine))
+    if launch.rank == launch.world_size - 1:
+        name, parameter = next((n, p) for n, p in engine.module.model_parameters() if n == "layers.1.mlp_norm.weight")
+        calls = []
+        parameter.register_hook(lambda grad: calls.append(name) or (grad * torch.inf if len(calls) == 3 else grad))
+    try:
+        engine.train_step(mine, before_step=before_step)
+        skipped = not engine.was_step_applied()
+    except ArithmeticError:
+        skipped = True
+    after = gather_whole(topology, read_parameters(engine))
+    return seen, skipped, all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_infinite_gradient_moves_no_parameter(engine):
+    world, *rest = ENGINES[engine]
+    for seen, skipped, same in on_ranks(world, infinite_gradient, *rest):
+        # Where the engine computes the norm, the flags know it before the step; elsewhere the optimizer skips the step.
+        assert seen == [False, engine.endswith("ZeRO 0")]
+        assert skipped
+        assert same

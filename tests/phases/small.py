@@ -1,0 +1,104 @@
+"""A small data set with real differences between its domains, and runs of the program on it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ranks import run_program
+
+from megatron_doremi.config import SECTIONS
+from megatron_doremi.data.indexed_dataset import IndexedDatasetWriter, dtype_for
+from megatron_doremi.data.manifest import Domain, Manifest, TokenizerInfo, save_manifest
+from megatron_doremi.settings import phases_of
+from megatron_doremi.storage.formats import sealed
+
+VOCAB = 61
+MODEL = shlex.split(
+    "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --num-query-groups 2 --ffn-hidden-size 64 --swiglu "
+    "--disable-bias-linear --make-vocab-size-divisible-by 16 --seq-length 16 --micro-batch-size 2 "
+    "--global-batch-size 8 --lr 5e-3 --min-lr 1e-3 --seed 11"
+)
+
+
+def write_data(
+    folder: Path, num_domains: int = 3, tokens: int = 4000, apart: bool = False, held_out: int = 600
+) -> Path:
+    """Streams that repeat with a period of their own, with noise; returns the manifest's path.
+
+    Domain i follows a cycle of 5 + 3 i ids and leaves it now and then, more often for higher i.
+
+    Args:
+        apart: no id is in two domains; those of domain i are the numbers from 20 i to 20 i + 19.
+        held_out: tokens of each domain's valid split.
+    """
+    generator = np.random.default_rng(3)
+    domains = []
+    for number in range(num_domains):
+        prefixes, cycle = {}, generator.permutation(VOCAB)[: 5 + 3 * number]
+        for split, count in (("train", tokens * (1 + number % 3)), ("valid", held_out)):
+            ids = np.resize(cycle, count)
+            noisy = generator.random(count) < min(0.9, 0.05 + 0.25 * number)
+            ids[noisy] = generator.integers(0, VOCAB, noisy.sum())
+            if apart:
+                ids = ids % 20 + 20 * number
+            prefix = folder / f"domain{number}_{split}"
+            with IndexedDatasetWriter(prefix, dtype_for(VOCAB)) as writer:
+                for part in np.array_split(ids, 7):
+                    writer.add_document(part)
+            prefixes[split] = prefix
+        size = tokens * (1 + number % 3)
+        domains.append(Domain(f"domain {number}", prefixes["train"], prefixes["valid"], size, 7, size))
+    (folder / "tokenizer.model").write_text("none: ids were drawn")
+    tokenizer = TokenizerInfo("SentencePieceTokenizer", folder / "tokenizer.model", "0" * 64, VOCAB, 0)
+    save_manifest(Manifest(tuple(domains), tokenizer, folder / "domains.json"))
+    return folder / "domains.json"
+
+
+def read_by(phase: str, words: list[str]) -> list[str]:
+    """Those of some flags, with their values, that a phase reads: others are refused."""
+    phases = {
+        "--" + entry.name.replace("_", "-"): phases_of(cls, entry)
+        for cls in SECTIONS.values()
+        for entry in dataclasses.fields(cls)
+    }
+    kept: list[str] = []
+    reads = True
+    for word in words:
+        if word.startswith("--"):
+            reads = phase in phases.get(word, (phase,))
+        if reads:
+            kept.append(word)
+    return kept
+
+
+def train(
+    world: int, phase: str, data: Path, save: Path, iters: int, *extra: str, model: list[str] | None = None
+) -> list[dict[str, Any]]:
+    """Runs a phase on `world` ranks and returns its metrics."""
+    argv = ["--phase", phase, "--domains", str(data), "--save", str(save), "--train-iters", str(iters)]
+    run_program(world, [*argv, *(MODEL if model is None else model), *extra])
+    return metrics(save)
+
+
+def unseal(run: Path) -> None:
+    """Takes the checksums from a run's checkpoints, for a test that changes their files on purpose."""
+    for path in run.rglob("state.json"):
+        state = json.loads(path.read_text())
+        rest = {key: value for key, value in state.items() if key not in ("checksums", "sha256")}
+        path.write_text(json.dumps(sealed(rest)))
+
+
+def metrics(save: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
+
+
+def training_lines(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Training lines without what a clock decides."""
+    clock = ("elapsed_ms", "tokens_per_second")
+    return [{k: v for k, v in line.items() if k not in clock} for line in lines if "loss" in line]

@@ -1,0 +1,173 @@
+"""What decides a run's result is compared between ranks and with the checkpoint; changes are refused, or recorded.
+
+Run alone: python -m pytest tests/phases/test_identity.py
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+
+import pytest
+from phases.small import MODEL, metrics, train, training_lines, write_data
+from ranks import on_ranks, program
+
+from megatron_doremi.config import OptimizerConfig
+from megatron_doremi.engine.optimizer import learning_rate
+from megatron_doremi.phases.identity import differences, identity_hash, override_faults
+
+pytestmark = pytest.mark.slow
+
+
+def started_differently(launch, odd, argv, extra):
+    """The program on one rank, with other arguments on the ranks in `odd`; returns what it raised."""
+    from megatron_doremi.errors import ConfigError
+
+    try:
+        program(launch, argv + (extra if launch.rank in odd else []))
+    except ConfigError as error:
+        return str(error)
+    return "trained"
+
+
+def with_messages(launch, argv):
+    """The program on one rank; returns what it wrote to stderr."""
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        program(launch, argv)
+    return said.getvalue()
+
+
+def resume(data, save, iters, *extra):
+    """Resumes a run of `main`; returns its metrics and messages."""
+    argv = ["--phase", "main", "--domains", str(data), "--save", str(save), "--load", str(save), "--train-iters"]
+    (said,) = on_ranks(1, with_messages, [*argv, str(iters), *MODEL, "--log-interval", "1", *extra])
+    return training_lines(metrics(save)), said
+
+
+@pytest.fixture(scope="module")
+def copy_of_the_data(data, tmp_path_factory):
+    """The same data set but for one token in the middle of one domain: a stale file on one node."""
+    folder = tmp_path_factory.mktemp("stale") / "data"
+    shutil.copytree(data.parent, folder)
+    path = folder / "domain1_train.bin"
+    content = bytearray(path.read_bytes())
+    content[1000] ^= 1
+    path.write_bytes(bytes(content))
+    return folder / "domains.json"
+
+
+@pytest.mark.parametrize(
+    ("extra", "name"),
+    [
+        (["--seed", "12"], "--seed 12"),
+        (["--lr", "4e-3"], "--lr 0.004"),
+        (["--clip-grad", "2"], "--clip-grad 2.0"),
+        (["--domain-weights", "uniform"], "--domain-weights uniform"),
+        (["--log-interval", "7"], "--log-interval 7"),
+    ],
+)
+def test_ranks_that_start_differently_are_named(extra, name, data, tmp_path):
+    argv = ["--phase", "main", "--domains", str(data), "--save", str(tmp_path / "run"), "--train-iters", "2", *MODEL]
+    said = on_ranks(4, started_differently, [2], [*argv, "--micro-batch-size", "1"], extra)
+    assert all(f"rank 2: {name}" in text and "ranks 0, 1, 3" in text for text in said), said
+    assert not (tmp_path / "run").exists()
+
+
+def test_ranks_that_see_other_data_are_named(data, copy_of_the_data, tmp_path):
+    argv = ["--phase", "main", "--domains", str(data), "--save", str(tmp_path / "run"), "--train-iters", "2", *MODEL]
+    said = on_ranks(2, started_differently, [1], argv, ["--domains", str(copy_of_the_data)])
+    assert all("rank 1: data_content" in text for text in said), said
+
+
+def test_an_override_is_said_and_kept(data, copy_of_the_data, tmp_path):
+    """Resumed on purpose with another rate and other text, then without a flag: the change is part of the run."""
+    save = tmp_path / "run"
+    resume(data, save, 9, "--exit-interval", "3")
+    override = ["--lr", "4e-3", "--override-resume", "lr,data-content"]
+    _, said = resume(copy_of_the_data, save, 9, *override, "--exit-interval", "6")
+    assert "resume: lr changed from 0.005 to 0.004" in said
+    assert "resume: data_content changed from" in said
+    lines, said = resume(copy_of_the_data, save, 9, "--lr", "4e-3")
+    assert "resume: from iteration 6 of 9" in said
+    assert "changed from" not in said
+    rates = [
+        learning_rate(step, OptimizerConfig(lr=5e-3 if step < 4 else 4e-3, min_lr=1e-3), 9) for step in range(1, 10)
+    ]
+    assert [line["lr"] for line in lines] == rates
+    for entry in (
+        json.loads((save / "checkpoints" / "iter_0000009" / "state.json").read_text()),
+        json.loads((save / "config.json").read_text()),
+    ):
+        kept = {change["name"]: change for change in entry["overrides"]}
+        assert kept.keys() == {"lr", "data_content"}
+        assert kept["lr"] == {"iteration": 3, "name": "lr", "before": 0.005, "now": 0.004}
+        assert entry["identity"]["lr"] == 0.004
+
+
+def test_a_longer_run_says_what_happens_to_the_learning_rate(data, tmp_path):
+    resume(data, tmp_path / "run", 4)
+    lines, said = resume(data, tmp_path / "run", 8)
+    rate = learning_rate(5, OptimizerConfig(lr=5e-3, min_lr=1e-3), 8)
+    assert lines[4]["lr"] == rate
+    assert f"--train-iters 4 -> 8: the learning rate of iteration 5 is {rate:.3e}" in said
+
+
+def test_a_batch_size_that_is_overridden_counts_windows_right(data, tmp_path):
+    resume(data, tmp_path / "run", 4, "--exit-interval", "2")
+    override = ["--global-batch-size", "12", "--override-resume", "global-batch-size"]
+    lines, _ = resume(data, tmp_path / "run", 4, *override)
+    assert [line["consumed_samples"] for line in lines] == [8, 16, 28, 40]
+
+
+def test_a_checkpoint_of_version_0_1_resumes(data, tmp_path):
+    """Its state.json says less of the run: what it says is compared, what it does not say is named."""
+    whole, _ = resume(data, tmp_path / "whole", 8)
+    save = tmp_path / "run"
+    resume(data, save, 8, "--exit-interval", "4")
+    path = save / "checkpoints" / "iter_0000004" / "state.json"
+    state = json.loads(path.read_text())
+    identity = state.pop("identity")
+    del state["overrides"], state["checksums"], state["sha256"]
+    early = ("phase", "gpt", "data_fingerprint", "sampling_weights", "seq_length", "global_batch_size", "seed")
+    path.write_text(json.dumps({**state, **{key: identity[key] for key in early}}))
+    with pytest.raises(AssertionError, match="seed 11"):
+        resume(data, save, 8, "--seed", "12")
+    lines, said = resume(data, save, 8)
+    assert lines == whole
+    assert "does not record precision, " in said
+
+
+def test_differences_and_overrides():
+    before = {"phase": "main", "lr": 1.0, "gpt": {"a": 1, "b": 2}, "train_iters": 5}
+    now = {"phase": "proxy", "lr": 2.0, "gpt": {"a": 1, "b": 3}, "seed": 1, "train_iters": 6}
+    faults, overridden = differences(before, now, "c", ["lr", "phase"])
+    assert overridden == ["lr"]
+    assert [fault.value for fault in faults] == ["phase main", "gpt {'b': 2}"]
+    assert [fault.value for fault in override_faults(["lr", "phase", "nonsense"], now)] == ["phase", "nonsense"]
+    assert identity_hash(before) == identity_hash(dict(reversed(before.items()))) != identity_hash(now)
+
+
+def test_metrics_of_a_refused_resume_stay(data, tmp_path):
+    """A checkpoint that is refused costs nothing of what the run wrote (iteration -3 emptied metrics.jsonl)."""
+    save = tmp_path / "run"
+    train(1, "main", data, save, 2, "--log-interval", "1")
+    before = metrics(save)
+    path = save / "checkpoints" / "iter_0000002" / "state.json"
+    path.write_text(path.read_text().replace('"iteration": 2', '"iteration": -3'))
+    with pytest.raises(AssertionError, match="iteration: -3"):
+        train(1, "main", data, save, 2, "--log-interval", "1", "--load", str(save))
+    assert metrics(save) == before
+
+
+def test_data_that_differ_have_other_identities(tmp_path):
+    from megatron_doremi.data.content import content_hash
+    from megatron_doremi.data.indexed_dataset import IndexedDataset
+
+    hashes = set()
+    for name, tokens in (("a", 300), ("b", 301), ("a2", 300)):
+        (tmp_path / name).mkdir()
+        write_data(tmp_path / name, 1, tokens)
+        hashes.add(content_hash(["domain 0"], [IndexedDataset(tmp_path / name / "domain0_train")]))
+    assert len(hashes) == 2

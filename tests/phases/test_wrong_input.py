@@ -1,0 +1,267 @@
+"""Wrong files and mismatches: exit code 2, one message, no traceback, nothing written.
+
+Run alone: python -m pytest tests/phases/test_wrong_input.py
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from phases.small import MODEL, read_by, train, write_data
+
+from megatron_doremi.arguments import parse_config
+from megatron_doremi.data.manifest import load_manifest
+from megatron_doremi.errors import ConfigError
+from megatron_doremi.phases.setup import open_data, read_reference
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def data(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    return write_data(folder, tokens=300)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """A reference run and the data that it was trained on."""
+    folder = tmp_path_factory.mktemp("reference")
+    data = write_data(folder, tokens=300)
+    train(1, "reference", data, folder / "run", 2)
+    return folder
+
+
+def open_with(data: Path, *extra: str, phase: str = "main", world_size: int = 1):
+    base = ["--phase", phase, "--domains", str(data), "--save", "unused", "--train-iters", "5"]
+    config = parse_config([*read_by(phase, [*base, *MODEL]), *extra], world_size)
+    return config, open_data(config, training=phase != "evaluate")
+
+
+def edit(path: Path, change) -> None:
+    entry = json.loads(path.read_text())
+    change(entry)
+    path.write_text(json.dumps(entry))
+
+
+def truncate(path: Path, count: int) -> None:
+    path.write_bytes(path.read_bytes()[:-count])
+
+
+def weights_file(data: Path, weights: dict, **entries) -> list[str]:
+    path = data.parent / "weights.json"
+    path.write_text(json.dumps({"weights": weights, **entries} if entries else weights))
+    return ["--domain-weights", str(path)]
+
+
+THIRD = {"domain 0": 0.2, "domain 1": 0.3, "domain 2": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda d: truncate(d.parent / "domain1_train.bin", 4), "domain1_train.bin"),
+        (lambda d: truncate(d.parent / "domain1_train.idx", 4), "domain1_train.idx"),
+        (lambda d: (d.parent / "domain1_train.idx").write_bytes(b"no index at all"), "starts with MMIDIDX"),
+        (lambda d: (d.parent / "domain2_valid.bin").unlink(), "no such file"),
+        (lambda d: d.unlink(), "No such file"),
+        (lambda d: d.write_text("{"), "one JSON object"),
+        (lambda d: edit(d, lambda e: e.update(format="other/1")), "megatron-doremi-domains/1"),
+        (lambda d: edit(d, lambda e: e["domains"][1].update(name="domain 0")), "a name for each domain"),
+        (lambda d: edit(d, lambda e: e.update(domains=[])), "at least 1 item"),
+        (lambda d: edit(d, lambda e: e.update(tokenizer=None)), "names no tokenizer"),
+        (lambda d: edit(d, lambda e: e["tokenizer"].update(eod=99)), "below vocab_size"),
+    ],
+)
+def test_damaged_data(damage, words, data):
+    damage(data)
+    with pytest.raises(ConfigError) as caught:
+        open_with(data)
+    assert words in str(caught.value)
+
+
+def test_short_and_empty_domains_are_named_together(data):
+    from megatron_doremi.data.indexed_dataset import IndexedDatasetWriter, dtype_for
+
+    for name, tokens in (("domain0_train", [1] * 16), ("domain2_train", [])):
+        with IndexedDatasetWriter(data.parent / name, dtype_for(61)) as writer:
+            writer.add_document(tokens)
+    with pytest.raises(ConfigError) as caught:
+        open_with(data)
+    text = str(caught.value)
+    assert "domain 'domain 0'" in text
+    assert "has 16 tokens" in text
+    assert "domain 'domain 2'" in text
+    assert "is empty" in text
+    assert "--seq-length + 1 = 17 tokens" in text
+
+
+def test_short_held_out_text_is_left_out_of_evaluation_and_never_blocks_training(data, capsys):
+    from megatron_doremi.data.indexed_dataset import IndexedDatasetWriter, dtype_for
+    from megatron_doremi.data.manifest import print_warnings
+
+    for name, tokens in (("domain0_valid", [1] * 16), ("domain2_valid", [])):
+        with IndexedDatasetWriter(data.parent / name, dtype_for(61)) as writer:
+            writer.add_document(tokens)
+    for phase, flags in (("main", []), ("evaluate", ["--load", "r"])):
+        _, opened = open_with(data, *flags, phase=phase)
+        assert [dataset is None for dataset in opened.valid] == [True, False, True]
+    print_warnings(opened.manifest)
+    said = capsys.readouterr().err
+    assert said.count("warning: ") == 2
+    assert "domain 'domain 0'" in said
+    assert "has 16 tokens" in said
+    with IndexedDatasetWriter(data.parent / "domain1_valid", dtype_for(61)) as writer:
+        writer.add_document([1])
+    open_with(data)
+    with pytest.raises(ConfigError, match="no held-out text that fills a window"):
+        open_with(data, "--load", "r", phase="evaluate")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (lambda d: ["--domain-weights", "nowhere.json"], "No such file"),
+        (lambda d: weights_file(d, {"domain 0": 1.0}), "missing: 'domain 1', 'domain 2'"),
+        (lambda d: weights_file(d, {**THIRD, "Books": 1.0}), "unknown: 'Books'"),
+        (lambda d: weights_file(d, {**THIRD, "domain 0": 0}), "greater than 0"),
+        (lambda d: weights_file(d, {**THIRD, "domain 0": "much"}), "a valid number"),
+        (
+            lambda d: weights_file(d, THIRD, format="megatron-doremi-weights/1", tokenizer_sha256="f" * 64),
+            "learned with tokenizer ffffffffffff",
+        ),
+        (lambda d: weights_file(d, THIRD, format="other", tokenizer_sha256="0" * 64), "megatron-doremi-weights/1"),
+    ],
+)
+def test_wrong_weights(flags, words, data):
+    with pytest.raises(ConfigError) as caught:
+        open_with(data, *flags(data))
+    assert words in str(caught.value)
+
+
+def test_a_megatron_list(data):
+    """Weights and prefixes in one text, as Megatron-LM takes them; the vocabulary's size comes by flag."""
+    listed = data.parent / "blend.txt"
+    listed.write_text("3 domain0_train 1 domain2_train")
+    with pytest.raises(ConfigError, match="--vocab-size"):
+        open_with(listed)
+    _, opened = open_with(listed, "--vocab-size", "61")
+    assert opened.names == ("domain0_train", "domain2_train")
+    assert opened.weights.tolist() == [0.75, 0.25]
+    assert opened.manifest.natural_weights().tolist() == pytest.approx([300 / 1200, 900 / 1200])
+    _, proxy = open_with(listed, "--vocab-size", "61", "--reference-load", "r", phase="proxy")
+    assert proxy.weights.tolist() == [0.5, 0.5]
+    with pytest.raises(ConfigError, match="weight prefix"):
+        open_with(data, "--domain-weights", "given")
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(reference):
+    with pytest.raises(ConfigError, match="to go on with it"):
+        open_with(reference / "domains.json", "--save", str(reference / "run"))
+
+
+def test_another_tokenizers_weights_are_taken_when_told(data):
+    flags = weights_file(data, THIRD, format="megatron-doremi-weights/1", tokenizer_sha256="f" * 64)
+    _, opened = open_with(data, *flags, "--allow-tokenizer-mismatch")
+    assert opened.weights.tolist() == pytest.approx([0.2, 0.3, 0.5])
+
+
+def reference_faults(folder: Path, data: Path, *extra: str, world_size: int = 1) -> str:
+    flags = ["--reference-load", str(folder / "run"), *extra]
+    config, opened = open_with(data, *flags, phase="proxy", world_size=world_size)
+    with pytest.raises(ConfigError) as caught:
+        read_reference(config, opened)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda e: e.update(tokenizer_sha256="1" * 64), "losses of other tokens cannot be compared"),
+        (lambda e: e.update(domains=["domain 1", "domain 0", "domain 2"]), "in its order"),
+        (lambda e: e.pop("gpt"), "gpt is missing"),
+        (
+            lambda e: e["gpt"].update(position_embedding_type="learned_absolute", max_positions=8),
+            "learned positions up to 8",
+        ),
+    ],
+)
+def test_a_reference_that_does_not_fit(change, words, reference, tmp_path):
+    shutil.copytree(reference, tmp_path / "copy")
+    edit(tmp_path / "copy" / "run" / "config.json", change)
+    assert words in reference_faults(tmp_path / "copy", reference / "domains.json")
+
+
+def test_a_reference_that_is_none(reference, tmp_path):
+    data = reference / "domains.json"
+    assert "config.json" in reference_faults(tmp_path, data)
+    shutil.copytree(reference, tmp_path / "copy")
+    shutil.rmtree(tmp_path / "copy" / "run" / "checkpoints")
+    assert "no complete checkpoint" in reference_faults(tmp_path / "copy", data)
+
+
+@pytest.mark.parametrize(
+    ("layout", "words"),
+    [
+        (["--pipeline-model-parallel-size", "4"], ["num_layers 2", "at least --pipeline-model-parallel-size 4"]),
+        (["--tensor-model-parallel-size", "4"], ["num_query_groups 2", "multiple of --tensor-model-parallel-size 4"]),
+    ],
+)
+def test_a_reference_that_the_layout_cannot_cut(layout, words, reference):
+    larger = ["--num-layers", "4", "--num-query-groups", "4"]
+    said = reference_faults(reference, reference / "domains.json", *larger, *layout, world_size=4)
+    assert all(word in said for word in words)
+
+
+def run(*argv: str, launcher: list[str] | None = None) -> subprocess.CompletedProcess:
+    command = [*(launcher or [sys.executable]), "pretrain_doremi.py", *argv]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_the_program_says_it_once_and_leaves_with_2(data, tmp_path):
+    truncate(data.parent / "domain0_train.bin", 2)
+    (data.parent / "domain1_train.idx").write_bytes(b"?")
+    save = tmp_path / "save"
+    done = run("--phase", "main", "--domains", str(data), "--save", str(save), "--train-iters", "5", *MODEL)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: 2 faults in the input:")
+    assert not save.exists()
+
+
+def test_a_wrong_flag_is_said_without_importing_torch(data):
+    done = run("--phase", "main", "--lr", "quick")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "--lr: quick" in done.stderr
+    modules = "import sys, pretrain_doremi; print('torch' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", modules], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == "False"
+
+
+def test_under_a_launcher_one_rank_speaks(data, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    flags = ["--phase", "main", "--domains", str(data), "--save", str(tmp_path / "s"), "--train-iters", "5", *MODEL]
+    done = run(*flags, "--tensor-model-parallel-size", "3", launcher=torchrun)
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == 1
+    assert "exitcode  : 2" in done.stderr
+    assert not (tmp_path / "s").exists()
+
+
+def test_dry_run_writes_nothing(data, tmp_path):
+    flags = ["--phase", "main", "--domains", str(data), "--train-iters", "7", *MODEL, "--dry-run"]
+    done = run(*flags)
+    assert done.returncode == 0, done.stderr
+    manifest = load_manifest(data)
+    assert manifest.tokenizer.vocab_size == 61
+    # 61 * 32 of the table (padding apart it is 64 * 32), 2 blocks, the last norm.
+    block = (4 + 2 * 2) * 8 * 32 + 32 * 32 + 3 * 32 * 64 + 2 * 32
+    assert f"parameters: {64 * 32 + 2 * block + 32:,}" in done.stdout
+    assert "the run: 7 steps = 896 tokens" in done.stdout

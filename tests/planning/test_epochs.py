@@ -1,0 +1,67 @@
+"""Which domains a mixture repeats is said at the start, and a cap on it holds.
+
+Run alone: python -m pytest tests/planning/test_epochs.py
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from phases.small import MODEL, write_data
+
+from megatron_doremi.arguments import parse_config
+from megatron_doremi.data.blend import Blend, BlendState
+from megatron_doremi.errors import ConfigError
+from megatron_doremi.phases.setup import open_data
+from megatron_doremi.planning.epochs import check_repetition, epochs_per_domain, repetition_notice
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Domains of 1,000, 2,000 and 3,000 tokens: 62, 124 and 187 windows of 16."""
+    return write_data(tmp_path_factory.mktemp("data"), tokens=1000)
+
+
+def check(data, *flags, phase="main", world_size=1):
+    base = ["--phase", phase, "--domains", str(data), "--save", "unused", "--train-iters", "31", *MODEL]
+    config = parse_config([*base, *flags], world_size)
+    return check_repetition(config, open_data(config, training=True), world_size)
+
+
+def test_said_at_the_start(data):
+    # 31 steps of 8 windows: 248 in all, 82.7 a domain.
+    assert check(data, "--domain-weights", "uniform") == "epochs of domains that repeat: domain 0 1.3"
+    assert check(data, "--domain-weights", "natural") == ""
+    assert check(data, "--domain-weights", "uniform", "--train-iters", "310", "--global-batch-size", "16").endswith(
+        "domain 0 26.7, domain 1 13.3, domain 2 8.8"
+    )
+
+
+def test_the_cap(data):
+    assert check(data, "--domain-weights", "uniform", "--max-epochs-per-domain", "1.34") != ""
+    with pytest.raises(ConfigError) as caught:
+        check(data, "--domain-weights", "uniform", "--max-epochs-per-domain", "0.5")
+    text = str(caught.value)
+    assert "2 faults" in text
+    assert "domain 'domain 0': 1.33 epochs: 83 of 62 windows" in text
+    assert "domain 'domain 1': 0.67 epochs: 83 of 124 windows" in text
+    assert "at most --max-epochs-per-domain 0.5" in text
+    with pytest.raises(ConfigError, match="not negative"):
+        check(data, "--max-epochs-per-domain", "-1")
+
+
+def test_a_mixture_that_is_learned_while_it_samples(data):
+    resample = ["--reference-load", "r", "--doremi-weighting", "resample"]
+    assert check(data, *resample, "--train-iters", "3000", phase="proxy") == ""
+    with pytest.raises(ConfigError, match="known at the start"):
+        check(data, *resample, "--max-epochs-per-domain", "2", phase="proxy")
+
+
+def test_the_blend_reads_as_often_as_was_said():
+    weights, counts = np.array([0.5, 0.3, 0.2]), (7, 40, 300)
+    blend, state = Blend(("a", "b", "c"), counts, 8, 1), BlendState.start(3)
+    for _ in range(33):
+        _, state = blend.next_batch(state, weights)
+    epochs = epochs_per_domain(counts, weights, 33 * 8)
+    assert np.abs(state.cursors - epochs * counts).max() < 1.0
+    assert repetition_notice(blend.names, epochs) == "epochs of domains that repeat: a 18.9, b 2.0"

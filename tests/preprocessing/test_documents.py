@@ -1,0 +1,279 @@
+"""Lines into documents: domains by key, by rules, by file name; splits by hash; Parquet.
+
+Run alone: python -m pytest tests/preprocessing/test_documents.py
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from megatron_doremi.errors import ConfigError
+from megatron_doremi.preprocessing.documents import (
+    FILE_PATTERN,
+    RULES_FORMAT,
+    BadLine,
+    DocumentReader,
+    DomainKey,
+    count_timeouts,
+    load_domain_list,
+    load_rules,
+    rule_by_file,
+    share_of,
+    similar_names,
+)
+from megatron_doremi.preprocessing.sources import Block, read_blocks
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "domains"
+
+
+def rules_of(folder, *rules, otherwise=None):
+    path = folder / "rules.json"
+    entry = {"format": RULES_FORMAT, "rules": list(rules), "otherwise": otherwise}
+    path.write_text(json.dumps(entry))
+    return load_rules(path)
+
+
+def rule(key, pattern, domain):
+    return {"key": key, "pattern": pattern, "domain": domain}
+
+
+# --- rules
+
+
+def test_the_first_rule_that_matches_says_the_domain(tmp_path):
+    rules = rules_of(
+        tmp_path,
+        rule("meta.url", r"wikipedia\.org/", "Wikipedia"),
+        rule("meta.url", r"\.(edu|gov)\b", r"Web .\1"),
+        rule("lang", r"^(?P<code>[a-z]{2})$", r"Text \g<code>"),
+        rule("@file", r"/books-", "Books"),
+        otherwise="Rest",
+    )
+    assert rules.columns == {"meta", "lang"}
+    for entry, file, domain in (
+        ({"meta": {"url": "https://en.wikipedia.org/wiki/X"}, "lang": "en"}, "a", "Wikipedia"),
+        ({"meta": {"url": "https://x.edu/"}, "lang": "en"}, "a", "Web .edu"),
+        ({"meta": {"url": "https://x.com/"}, "lang": "fr"}, "a", "Text fr"),
+        ({"meta": "no object", "lang": 5}, "in/books-1.jsonl", "Books"),
+        ({}, "a", "Rest"),
+    ):
+        assert rules.domain_of(entry, file) == domain
+
+
+def test_a_line_that_no_rule_matches_is_bad_unless_there_is_a_rest(tmp_path):
+    with pytest.raises(BadLine, match="no domain rule matches"):
+        rules_of(tmp_path, rule("a", "b", "c")).domain_of({"a": "x"}, "")
+
+
+def test_a_rule_that_makes_an_empty_name_is_said(tmp_path):
+    with pytest.raises(BadLine, match="empty domain"):
+        rules_of(tmp_path, rule("a", "(b?)", r"\1")).domain_of({"a": "x"}, "")
+
+
+def test_an_expression_that_never_ends_is_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr("megatron_doremi.preprocessing.documents._PATIENCE", 0.2)
+    rules = rules_of(tmp_path, rule("a", "^(a|aa)+$", "c"), otherwise="d")
+    with pytest.raises(BadLine, match=r"took more than 0\.2 s"):
+        rules.domain_of({"a": "a" * 60 + "b"}, "")
+
+
+WRONG = {
+    "no rules": {"rules": []},
+    "another format": {"format": "x"},
+    "a missing pattern": {"rules": [{"key": "a", "domain": "b"}]},
+    "a number": {"rules": [{"key": "a", "pattern": 5, "domain": "b"}]},
+    "an expression that is none": {"rules": [rule("a", "(", "b")]},
+    "a group that is not there": {"rules": [rule("a", "b", r"\1")]},
+    "a name that is not there": {"rules": [rule("a", "(b)", r"\g<c>")]},
+    "a template with an escape that is none": {"rules": [rule("a", "b", "a\\q")]},
+    "a template that ends in a backslash": {"rules": [rule("a", "b", "a\\")]},
+    "a template with a character that is none": {"rules": [rule("a", "b", r"\U00110000")]},
+    "half a surrogate pair": {"rules": [rule("a", "b", "\ud800")]},
+    "an empty rest": {"otherwise": ""},
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_rules_are_refused(tmp_path, case):
+    entry = {"format": RULES_FORMAT, "rules": [rule("a", "b", "c")], "otherwise": None} | WRONG[case]
+    (tmp_path / "rules.json").write_text(json.dumps(entry))
+    with pytest.raises(ConfigError, match="--domain-rules"):
+        load_rules(tmp_path / "rules.json")
+
+
+@pytest.mark.parametrize(
+    ("file", "domain"),
+    [
+        ("data/arxiv-00012.jsonl.zst", "arxiv"),
+        ("arxiv.jsonl", "arxiv"),
+        ("books_3_of_8.parquet", "books"),
+        ("c4/en.noblocklist-01-of-99.jsonl.gz", "en.noblocklist"),
+        ("x/pes2o_v2.jsonl", "pes2o_v"),
+    ],
+)
+def test_a_files_name_up_to_its_number(file, domain):
+    assert rule_by_file(FILE_PATTERN).domain_of({}, file) == domain
+
+
+def test_a_pattern_over_the_path():
+    assert rule_by_file(r".*/(\w+)/[^/]+").domain_of({}, "in/en/a.jsonl") == "en"
+    with pytest.raises(BadLine):
+        rule_by_file(r"other/(.*)").domain_of({}, "in/en/a.jsonl")
+    with pytest.raises(ConfigError, match="--domain-from-file"):
+        rule_by_file("no group")
+
+
+def test_a_rule_that_is_slow_again_and_again_stops_the_run(tmp_path, monkeypatch):
+    """In one block, and over several of them."""
+    monkeypatch.setattr("megatron_doremi.preprocessing.documents._PATIENCE", 0.05)
+    rules = rules_of(tmp_path, rule("a", "^(a|aa)+$", "c"), rule("a", "a", "d"))
+    lines = [json.dumps({"text": "x", "a": "a" * 60 + end}) + "\n" for end in "bbcb"]
+    reader = DocumentReader("text", rules)
+    block = Block("f", 1, "".join(lines[:2]).encode(), 0)
+    slow = [bad.rule for _, bad in reader.documents(block)]
+    assert slow == ["the pattern '^(a|aa)+$' over 'a'"] * 2
+    seen = Counter(slow)
+    for each in (
+        lambda: count_timeouts(seen, slow[:1]),
+        lambda: list(reader.documents(replace(block, data=block.data * 2))),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(slow[0])) as caught:
+            each()
+        # As a worker's error reaches the process that started it.
+        assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("names", "pairs"),
+    [
+        (["Web", "WEB", "Books"], [("Web", "WEB")]),
+        (["a b", "ab", "a  B"], [("a b", "ab"), ("a b", "a  B")]),
+        (["\u00e9", "e\u0301"], [("\u00e9", "e\u0301")]),
+        (["a-b", "a_b", "0", "00"], []),
+    ],
+)
+def test_names_that_are_nearly_the_same(names, pairs):
+    assert similar_names(names) == pairs
+
+
+# --- lists
+
+
+@pytest.mark.parametrize(("name", "count"), [("pile", 22), ("regmix", 17), ("common_pile", 30)])
+def test_the_lists_in_examples(name, count):
+    names = load_domain_list(EXAMPLES / f"{name}.json")
+    assert len(set(names)) == count
+    if name == "regmix":
+        assert set(names) < set(load_domain_list(EXAMPLES / "pile.json"))
+
+
+def test_the_rules_in_examples():
+    rules = load_rules(EXAMPLES / "rules.json")
+    assert rules.domain_of({"meta": {"url": "https://de.wikipedia.org/wiki/A"}}, "") == "Wikipedia"
+    assert rules.domain_of({"meta": {"url": "http://cs.uni.edu/a"}}, "") == "Web .edu"
+    assert rules.domain_of({"meta": {"pile_set_name": "ArXiv"}}, "") == "ArXiv"
+    assert rules.domain_of({}, "in/books-01.jsonl") == "Books"
+    assert rules.domain_of({}, "in/cc-01.jsonl") == "Other web"
+
+
+@pytest.mark.parametrize("entry", [{}, {"domains": []}, {"domains": ["a", "a"]}, {"domains": ["a", 1]}, []])
+def test_wrong_lists_are_refused(tmp_path, entry):
+    if isinstance(entry, dict):
+        entry = {"format": "megatron-doremi-domain-list/1", **entry}
+    (tmp_path / "list.json").write_text(json.dumps(entry))
+    with pytest.raises(ConfigError, match="--domain-list"):
+        load_domain_list(tmp_path / "list.json")
+
+
+def test_a_domain_that_is_not_in_the_list_is_named():
+    reader = DocumentReader("text", DomainKey("domain"), known=frozenset(["a"]))
+    block = Block("f", 1, b'{"text": "x", "domain": "a"}\n{"text": "x", "domain": "b"}\n', 0)
+    (_, first), (number, second) = reader.documents(block)
+    assert first.domain == "a"
+    assert (number, str(second)) == (2, "unknown domain 'b'")
+
+
+# --- splits
+
+
+def test_the_hash_holds_out_its_part_and_only_the_text_decides():
+    reader = DocumentReader("text", DomainKey("domain"), valid_fraction=0.1)
+    texts = [f"text number {n}" for n in range(5000)]
+    splits = {text: reader.read({"text": text, "domain": "a"}, "x").split for text in texts}
+    held_out = {text for text, split in splits.items() if split == "valid"}
+    assert 400 < len(held_out) < 600
+    assert {text for text in texts if share_of(text.encode()) < 0.1} == held_out
+    # A larger part holds the smaller one, another domain and file change nothing.
+    wider = DocumentReader("text", DomainKey("domain"), valid_fraction=0.2)
+    assert all(wider.read({"text": text, "domain": "b"}, "y").split == "valid" for text in held_out)
+
+
+def test_shares_are_the_same_on_every_machine():
+    assert [round(share_of(text), 12) for text in (b"", b"a", "\u00e9".encode())] == [
+        pytest.approx(value, abs=1e-12) for value in EXPECTED_SHARES
+    ]
+
+
+# blake2b with a digest of 6 bytes (coreutils' b2sum -l 48 agrees), over 2^48.
+EXPECTED_SHARES = [int(digest, 16) / 2**48 for digest in ("ddd9c40767f9", "433911c6eb0d", "fd327df7a50a")]
+
+
+# --- Parquet
+
+
+def write_parquet(path, rows, **options):
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, **options)
+
+
+def test_rows_of_a_parquet_file_are_documents(tmp_path):
+    rows = [{"text": f"text {n} \u00e9", "meta": {"name": "ab"[n % 2], "other": n}, "id": n} for n in range(1000)]
+    rows[7]["text"] = None
+    write_parquet(tmp_path / "d.parquet", rows, row_group_size=300)
+    reader = DocumentReader("text", DomainKey("meta.name"))
+    blocks = list(read_blocks(tmp_path / "d.parquet", reader.columns))
+    found = [pair for block in blocks for pair in reader.documents(block)]
+    assert [number for number, _ in found] == list(range(1, 1001))
+    assert str(found[7][1]) == "'text' is not text"
+    del found[7], rows[7]
+    assert [(d.text, d.domain, d.size) for _, d in found] == [
+        (row["text"], row["meta"]["name"], len(row["text"].encode())) for row in rows
+    ]
+    assert blocks[-1].position == (tmp_path / "d.parquet").stat().st_size
+
+
+def test_big_parquet_files_come_in_blocks(tmp_path):
+    rows = [{"text": chr(97 + n % 26) * 1000 + str(n), "domain": "a"} for n in range(5000)]
+    write_parquet(tmp_path / "d.parquet", rows)
+    blocks = list(read_blocks(tmp_path / "d.parquet", ["text", "domain"]))
+    assert len(blocks) > 2
+    assert sum(block.data.num_rows for block in blocks) == 5000
+
+
+def test_damaged_parquet_files_are_named(tmp_path):
+    write_parquet(tmp_path / "good.parquet", [{"text": "x" * 5000, "domain": "a"}] * 200, compression="none")
+    data = (tmp_path / "good.parquet").read_bytes()
+    reader = DocumentReader("text", DomainKey("domain"))
+    for damaged in (data[: len(data) // 2], b"PAR1", b""):
+        (tmp_path / "bad.parquet").write_bytes(damaged)
+        found = [x for block in read_blocks(tmp_path / "bad.parquet", reader.columns) for x in reader.documents(block)]
+        assert str(found[-1][1]).startswith("the file breaks off here: its footer is missing; read: 0 rows, 0 of")
+    with pytest.raises(ConfigError, match="no column 'other'"):
+        list(read_blocks(tmp_path / "good.parquet", ["other", "text"]))
+
+
+def test_text_of_a_parquet_file_that_is_no_utf8(tmp_path):
+    column = pyarrow.array([b"good", b"\xff\xfe"], pyarrow.binary()).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": column, "domain": ["a", "a"]}), tmp_path / "d.parquet")
+    reader = DocumentReader("text", DomainKey("domain"))
+    (block,) = read_blocks(tmp_path / "d.parquet", reader.columns)
+    (_, good), (number, bad) = reader.documents(block)
+    assert (good.text, number, str(bad)) == ("good", 2, "not UTF-8")

@@ -1,0 +1,138 @@
+"""The tools on input files of every kind: counts, exit codes, and that nothing is left out silently.
+
+Run alone: python -m pytest tests/preprocessing/test_input_tools.py
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import zstandard
+from input_files import lines, parquet, pile, put, records, table
+
+from megatron_doremi.data.manifest import load_manifest
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+ROWS = records(30)
+RAW = lines(pile(ROWS))
+
+
+def run(tool, *words, limit=None, **environment):
+    def limited():
+        if limit is not None:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+
+    command = [sys.executable, os.fsencode(TOOLS / tool), *(os.fsencode(str(word)) for word in words)]
+    environment = os.environ | environment
+    return subprocess.run(command, capture_output=True, timeout=120, env=environment, preexec_fn=limited)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """Trained on a table, by the same options."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    words = ["--input", put(folder / "t.csv", table([{"text": row["text"], "domain": "Web"} for row in ROWS]))]
+    words += [parquet(folder / "t.parquet", [{"text": "abc"}]), "--domain-key", "domain", "--default-domain", "Rest"]
+    done = run("train_tokenizer.py", *words, "--output", folder / "t.json", "--vocab-size", 300)
+    assert done.returncode == 0, done.stderr
+    assert b"of 2 domains" in done.stdout
+    return folder / "t.json"
+
+
+def preprocess(tokenizer, output, *words, **named):
+    given = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer, "--output-dir", output]
+    return run("preprocess_data.py", *given, "--workers", 1, *words, **named)
+
+
+def test_files_of_every_kind_are_one_input(tokenizer, tmp_path):
+    files = [
+        put(tmp_path / "a.jsonl", b"\xef\xbb\xbf" + RAW),
+        put(tmp_path / "b.json", json.dumps(pile(ROWS)).encode()),
+        put(tmp_path / "c.json.gz", gzip.compress(RAW)),
+        put(tmp_path / "d.jsonl.zstd", zstandard.compress(RAW)),
+        put(tmp_path / "e.csv", table([{"text": row["text"], "meta": json.dumps(row["meta"])} for row in pile(ROWS)])),
+        parquet(tmp_path / "f.parquet", pile(ROWS)),
+        put(tmp_path / "g.ndjson.zst", RAW),
+    ]
+    for number, row in enumerate(ROWS):
+        put(tmp_path / "folder" / row["domain"] / f"{number}.txt", row["text"].encode())
+    done = preprocess(tokenizer, tmp_path / "out", "--input", *files, tmp_path / "folder", "--append-eod")
+    assert done.returncode == 0, done.stderr
+    single = preprocess(tokenizer, tmp_path / "one", "--input", files[3], "--append-eod")
+    assert single.returncode == 0, single.stderr
+    pairs = {}
+    for name in ("out", "one"):
+        for domain in load_manifest(tmp_path / name / "domains.json").domains:
+            pairs[name, domain.name] = domain, domain.train.with_suffix(".bin").read_bytes()
+    for name in ("Code", "Web"):
+        (all_of, all_ids), (one, ids) = pairs["out", name], pairs["one", name]
+        assert (all_of.documents, all_of.bytes, all_of.tokens) == (8 * one.documents, 8 * one.bytes, 8 * one.tokens)
+        assert all_ids[: 7 * len(ids)] == 7 * ids
+        assert len(all_ids) == 8 * len(ids)
+
+
+def test_what_is_left_out_stands_in_the_last_line(tokenizer, tmp_path):
+    """And damaged files are named before lines, however many of those there are."""
+    bad = [{"text": 5, "meta": {"pile_set_name": "Web"}}] * 15
+    empty = [{"text": "", "meta": {"pile_set_name": "Web"}}] * 3
+    many = put(tmp_path / "many.jsonl", lines([*bad, *empty, {"text": "x", "meta": {"pile_set_name": "WEB"}}]))
+    latin = put(tmp_path / "latin.jsonl", lines(pile(ROWS), ascii_only=False).decode().encode("latin-1"))
+    cut = put(tmp_path / "cut.jsonl.gz", gzip.compress(RAW)[:-10])
+    words = ["--input", many, latin, cut]
+    refused = preprocess(tokenizer, tmp_path / "out", *words)
+    assert refused.returncode == 2
+    assert refused.stderr.decode().count(f"{latin}: the file looks like Latin-1") == 1
+    assert list((tmp_path / "out").glob("[!.]*")) == []
+    done = preprocess(tokenizer, tmp_path / "out", *words, "--on-error", "skip", "--resume")
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.decode().splitlines()[-1]
+    assert last.startswith(f"left out 3 empty texts; left out 46 bad lines, among them: {latin}: the file looks like")
+    assert f"{cut}, line 30: the file breaks off here; read: 29 lines" in last
+    assert f"{many}, line 10: 'text' is not text" in last
+    assert done.stderr.decode().count("the domains 'WEB' and 'Web' differ by case or spaces alone") == 1
+
+
+def test_names_that_the_console_cannot_spell(tokenizer, tmp_path):
+    """A file's name that is not UTF-8, and domains beyond ASCII on a console of ASCII."""
+    folder = os.fsencode(tmp_path) + b"/caf\xe9"
+    os.mkdir(folder)
+    with open(folder + b"/\xff.jsonl", "wb") as file:
+        file.write(lines([{"text": "x", "meta": {"pile_set_name": "\u4e66 \u00e9"}}]) + b"bad\n")
+    name = os.fsdecode(folder + b"/\xff.jsonl")
+    words = ["--input", name, "--on-error", "skip"]
+    done = preprocess(tokenizer, tmp_path / "out", *words, PYTHONIOENCODING="ascii", PYTHONUTF8="0", LC_ALL="C")
+    assert done.returncode == 0, done.stderr
+    assert b"\\u4e66 \\xe9" in done.stdout
+    assert b"line 2: not JSON" in done.stdout
+    assert load_manifest(tmp_path / "out" / "domains.json").names == ("\u4e66 \u00e9",)
+
+
+def test_domains_beyond_the_soft_limit_of_open_files(tokenizer, tmp_path):
+    rows = [{"text": "text", "meta": {"pile_set_name": f"domain {number}"}} for number in range(60)]
+    words = ["--input", put(tmp_path / "d.jsonl", lines(rows))]
+    done = preprocess(tokenizer, tmp_path / "out", *words, limit=(100, 1000))
+    assert done.returncode == 0, done.stderr
+    assert len(load_manifest(tmp_path / "out" / "domains.json").domains) == 60
+    done = preprocess(tokenizer, tmp_path / "less", *words, limit=(100, 100))
+    assert done.returncode == 2
+    assert b"three open files for each domain, of the 100 that this process may have" in done.stderr
+    assert b"raise the hard limit" in done.stderr
+
+
+def test_long_names_are_files_in_the_folder(tokenizer, tmp_path):
+    names = ["x" * 300 + end for end in "ab"] + ["\u4e66" * 300, "../up", "/root", ".", ".."]
+    rows = [{"text": name, "meta": {"pile_set_name": name}} for name in names]
+    done = preprocess(tokenizer, tmp_path / "out", "--input", put(tmp_path / "d.jsonl", lines(rows)))
+    assert done.returncode == 0, done.stderr
+    manifest = load_manifest(tmp_path / "out" / "domains.json")
+    assert set(manifest.names) == set(names)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["d.jsonl", "out"]
+    assert all(domain.train.parent == tmp_path / "out" for domain in manifest.domains)
+    assert len({domain.train for domain in manifest.domains}) == len(names)

@@ -1,0 +1,392 @@
+"""Input files of every kind that people have: read as plain text is, or said as what they are.
+
+Run alone: python -m pytest tests/preprocessing/test_inputs.py
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import tracemalloc
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+from input_files import compressed, lines, long_window, options, parquet, pile, put, read, records, table
+
+from megatron_doremi.errors import ConfigError, RunError
+from megatron_doremi.preprocessing import cutting, decompression
+from megatron_doremi.preprocessing.decompression import CUT
+from megatron_doremi.preprocessing.inputs import find_inputs
+from megatron_doremi.preprocessing.sources import read_blocks
+
+ROWS = records()
+PLAIN = [(row["text"], row["domain"]) for row in ROWS]
+RAW = lines(pile(ROWS))
+HALF = len(RAW) // 2
+UTF8 = lines(pile(ROWS), ascii_only=False)
+META_AS_TEXT = table([{**row, "meta": json.dumps(row["meta"])} for row in pile(ROWS)])
+
+AS_PLAIN = {
+    "plain.jsonl": RAW,
+    "bom.jsonl": b"\xef\xbb\xbf" + RAW,
+    "two_boms.jsonl": b"\xef\xbb\xbf" + RAW[: RAW.index(b"\n") + 1] + b"\xef\xbb\xbf" + RAW[RAW.index(b"\n") + 1 :],
+    "crlf.jsonl": RAW.replace(b"\n", b"\r\n"),
+    "no_last_newline.jsonl": RAW.rstrip(b"\n"),
+    "records.ndjson": RAW,
+    "records.json": RAW,
+    "records.json.gz": gzip.compress(RAW),
+    "records.jsonl.zstd": zstandard.compress(RAW),
+    "UPPER.JSONL.ZST": zstandard.compress(RAW),
+    "array.json": json.dumps(pile(ROWS)).encode(),
+    "pretty.json": b"\xef\xbb\xbf \n" + json.dumps(pile(ROWS), indent=4, ensure_ascii=False).encode() + b"\n\n",
+    "array.json.zst": zstandard.compress(json.dumps(pile(ROWS)).encode()),
+    "two_frames.jsonl.zst": zstandard.compress(RAW[:HALF]) + zstandard.compress(RAW[HALF:]),
+    "two_members.jsonl.gz": gzip.compress(RAW[:HALF]) + gzip.compress(RAW[HALF:]),
+    "skippable.jsonl.zst": b"\x5a\x2a\x4d\x18\x03\0\0\0abc" + zstandard.compress(RAW),
+    "checksum.jsonl.zst": zstandard.ZstdCompressor(write_checksum=True).compress(RAW),
+    "long_window.jsonl.zst": long_window(RAW),
+    "not_zstd.jsonl.zst": RAW,
+    "not_gzip.jsonl.gz": UTF8,
+    "gzip_by_another_name.jsonl": gzip.compress(RAW),
+    "nan.jsonl": RAW.replace(b'"Web"}', b'"Web", "score": NaN}'),
+    "meta_as_text.jsonl": lines([{**row, "meta": json.dumps(row["meta"])} for row in pile(ROWS)]),
+    "meta_as_text.csv": META_AS_TEXT,
+    "bom.csv.gz": gzip.compress(b"\xef\xbb\xbf" + META_AS_TEXT),
+}
+
+
+@pytest.mark.parametrize("name", AS_PLAIN)
+def test_read_as_plain(name, tmp_path):
+    assert read(put(tmp_path / name, AS_PLAIN[name])) == (PLAIN, [])
+
+
+def test_read_as_plain_with_the_columns_of_tables(tmp_path):
+    for name in ("table.csv", "table.csv.zst"):
+        assert read(put(tmp_path / name, compressed(table(ROWS), name)), "--domain-key", "domain") == (PLAIN, [])
+    types = {"text": [pyarrow.large_string(), pyarrow.binary(), pyarrow.dictionary(pyarrow.int32(), pyarrow.string())]}
+    for kind in types["text"]:
+        text = pyarrow.array([row["text"] for row in ROWS]).cast(kind)
+        columns = {"text": text, "domain": [row["domain"] for row in ROWS], "id": list(range(len(ROWS)))}
+        pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "t.parquet")
+        assert read(tmp_path / "t.parquet", "--domain-key", "domain") == (PLAIN, [])
+
+
+def test_integers_are_names_of_domains(tmp_path):
+    rows = [{"text": row["text"], "domain": i % 2} for i, row in enumerate(ROWS)]
+    parquet(tmp_path / "d.parquet", rows)
+    for path in (put(tmp_path / "d.jsonl", lines(rows)), tmp_path / "d.parquet", put(tmp_path / "d.csv", table(rows))):
+        assert read(path, "--domain-key", "domain") == ([(row["text"], str(row["domain"])) for row in rows], [])
+    # A truth value or a fraction is not a name.
+    for value in ("true", "0.5", "[1]"):
+        line = b'{"text": "x", "domain": ' + value.encode() + b"}\n"
+        assert read(put(tmp_path / "e.jsonl", line), "--domain-key", "domain")[1] == [
+            f"{tmp_path}/e.jsonl, line 1: 'domain' is not text"
+        ]
+
+
+# --- what is said as what it is
+
+
+FOREIGN = {
+    "utf16.jsonl": (RAW.decode().encode("utf-16"), r"looks like UTF-16: convert it with iconv -f UTF-16 -t UTF-8"),
+    "utf16le.jsonl": (RAW.decode().encode("utf-16-le"), r"looks like UTF-16LE: convert"),
+    "utf16be.csv": (b"\xfe\xff" + table(ROWS).decode().encode("utf-16-be"), r"looks like UTF-16: convert"),
+    "utf32.jsonl": (RAW.decode().encode("utf-32"), r"looks like UTF-32: convert"),
+    "utf16.jsonl.gz": (gzip.compress(RAW.decode().encode("utf-16")), r"looks like UTF-16: convert"),
+    "latin1.jsonl": (UTF8.decode().encode("latin-1"), r"looks like Latin-1 or Windows-1252, .*iconv -f WINDOWS-1252"),
+    "bzip2.jsonl": (b"BZh91AY&SY", r"is bzip2: decompress it"),
+    "xz.jsonl.zst": (b"\xfd7zXZ\0\0", r"is xz: decompress it"),
+    "parquet.jsonl": (b"PAR1" + bytes(50), r"is Parquet: name it \*\.parquet"),
+    "bytes.jsonl.gz": (bytes(range(256)) * 9, r"is neither gzip nor text"),
+    "lines.parquet": (RAW, r"is not Parquet"),
+    "dictionary.jsonl.zst": (
+        zstandard.ZstdCompressor(
+            dict_data=zstandard.train_dictionary(2000, [RAW[i:] for i in range(0, 9000, 9)])
+        ).compress(RAW),
+        r"was compressed with a zstd dictionary",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_said_once_a_file(name, tmp_path):
+    data, said = FOREIGN[name]
+    documents, bad = read(put(tmp_path / name, data))
+    assert documents == []
+    assert len(set(bad)) == 1
+    assert re.fullmatch(rf"{re.escape(str(tmp_path / name))}: the file {said}.*", bad[0])
+
+
+def test_a_window_that_memory_does_not_allow_is_said(tmp_path, monkeypatch):
+    path = put(tmp_path / "d.jsonl.zst", long_window(RAW))
+    monkeypatch.setattr(decompression, "_free_memory", lambda: 1 << 30)
+    (said,) = read(path)[1]
+    assert "a window of more than the 512 MiB that this machine's free memory allows" in said
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.jsonl.zst", "d.jsonl.gz"])
+def test_a_disk_that_fails_is_not_a_broken_file(name, tmp_path):
+    """Reading /proc/self/mem from its start is an input/output error, on every Linux."""
+    (tmp_path / name).symlink_to("/proc/self/mem")
+    with pytest.raises(RunError, match=r"cannot read .*: Input/output error"):
+        list(read_blocks(tmp_path / name, []))
+
+
+BREAKS = {
+    "cut.jsonl.zst": (zstandard.compress(RAW[:HALF]) + zstandard.compress(RAW[HALF:])[:-20], CUT),
+    "cut.jsonl.gz": (gzip.compress(RAW)[:-9], CUT),
+    "cut_header.jsonl.zst": (zstandard.compress(RAW)[:3], CUT),
+    "tail.jsonl.gz": (gzip.compress(RAW) + b"garbage", "the file is damaged from here on (gzip"),
+    "tail.jsonl.zst": (zstandard.compress(RAW) + b"garbage", "the file is damaged from here on (zstd"),
+    "open.json": (json.dumps(pile(ROWS)).encode()[:-5], f"{CUT}: its array is not closed"),
+    "closed_twice.json": (json.dumps(pile(ROWS)).encode() + b"]", "text follows the end of the array"),
+    "footer.parquet": (b"PAR1" + RAW, f"{CUT}"),
+}
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_a_break_says_how_much_was_read(name, tmp_path):
+    data, said = BREAKS[name]
+    documents, bad = read(put(tmp_path / name, data), *(["--domain-from-file"] if "parquet" in name else []))
+    assert documents == PLAIN[: len(documents)]
+    assert len(bad) == 1
+    share = rf"; read: (\d+) (line|element|row)s, [\d,]+ of {len(data):,} bytes on disk \(\d+ %\)"
+    found = re.search(re.escape(said) + r".*" + share, bad[0])
+    assert found, bad
+    assert int(found.group(1)) == len(documents)
+    assert name.startswith(("cut_header", "footer")) or len(documents) >= 10
+
+
+# --- lines
+
+
+def test_a_line_of_any_length_takes_time_in_proportion(tmp_path, monkeypatch):
+    """Version 0.1 looked for the line's end from the start of the line with every 32 KiB."""
+    seen = 0
+
+    class Counting(bytearray):
+        def rfind(self, *_):
+            raise AssertionError("looked into the whole buffer")
+
+    monkeypatch.setattr(cutting, "bytearray", Counting, raising=False)
+    with gzip.open(tmp_path / "d.jsonl.gz", "wb", compresslevel=1) as file:
+        file.write(b'{"text": "')
+        for _ in range(30):
+            file.write(b"a " * 500_000)
+        file.write(b'", "meta": {"pile_set_name": "Web"}}\n' + RAW)
+    for block in read_blocks(tmp_path / "d.jsonl.gz", []):
+        seen += len(block.data)
+    assert seen == 30_000_000 + len(b'{"text": "", "meta": {"pile_set_name": "Web"}}\n' + RAW)
+
+
+def test_a_line_without_end_is_left_out_in_bounded_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(cutting, "RECORD_BYTES", 1 << 22)
+    monkeypatch.setattr("megatron_doremi.preprocessing.sources.RECORD_BYTES", 1 << 22)
+    bomb = zstandard.compress(RAW + b"x" * 200_000_000 + b"\n" + RAW, 1)
+    path = put(tmp_path / "d.jsonl.zst", bomb)
+    tracemalloc.start()
+    documents, bad = read(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert documents == PLAIN * 2
+    assert bad == [f"{path}, line 41: longer than 4 MiB"]
+    assert peak < 40_000_000
+
+
+def test_what_a_compressed_file_holds_is_bounded_at_a_time(tmp_path):
+    """A zstd block of four bytes holds 128 KiB; version 0.1 decompressed 32 KiB of such at once."""
+    path = put(tmp_path / "d.jsonl.zst", zstandard.compress(b" " * 300_000_000 + b"\n" + RAW))
+    assert path.stat().st_size < 40_000
+    with path.open("rb") as raw:
+        assert max(map(len, decompression.text_parts(raw, path))) <= 18 << 17
+
+
+@pytest.mark.parametrize("kind", ["json", "csv"])
+def test_records_over_many_parts(kind, tmp_path, monkeypatch):
+    """Every cut between two reads falls somewhere, behind a backslash and within a quote too."""
+    rows = records(12, '#\\" \\\\ "",\r\n\u4f60[{]\n')
+    data = json.dumps(rows).encode() if kind == "json" else table(rows)
+    path = put(tmp_path / f"d.{kind}", data)
+    monkeypatch.setattr(decompression, "_SNIFFED_BYTES", 1)
+    monkeypatch.setattr(cutting, "BLOCK_BYTES", 50)
+    for size in range(1, 40):
+        monkeypatch.setattr(decompression, "_PLAIN_BYTES", size)
+        assert read(path, "--domain-key", "domain") == ([(row["text"], row["domain"]) for row in rows], [])
+
+
+def test_wrong_elements_of_an_array_are_named(tmp_path):
+    good = json.dumps(ROWS[0])
+    path = put(tmp_path / "d.json", f'[{good}, {{"text": 1}}, {{"a" 5}}, , "x", {good}]'.encode())
+    documents, bad = read(path, "--domain-key", "domain")
+    assert documents == PLAIN[:1] * 2
+    said = {2: "'text' is not text", 3: "not JSON", 4: "not JSON", 5: "no key 'text'"}
+    assert bad == [f"{path}, element {number}: {text}" for number, text in said.items()]
+    assert read(put(tmp_path / "e.json", b" [ \n ] ")) == ([], [])
+
+
+def test_wrong_records_of_a_table_are_named(tmp_path):
+    body = b'text,domain\n"a\nb",Web\n"x"y,Web\nc\n\nd,Code\n\xe9,Web\ne,\nf,Web\n"open,Web\ng,Web\n'
+    path = put(tmp_path / "d.csv", body)
+    documents, bad = read(path, "--domain-key", "domain")
+    assert documents == [("a\nb", "Web"), ("d", "Code"), ("f", "Web")]
+    assert [said.removeprefix(str(path)) for said in bad] == [
+        ", line 4: not CSV (',' expected after '\"')",
+        ", line 5: 1 fields where the header has 2",
+        f": the file looks like Latin-1 or Windows-1252, not UTF-8: {decompression.conversion('WINDOWS-1252')}",
+        ", line 9: 'domain' is empty",
+        ", line 11: not CSV (unexpected end of data), to line 12",
+    ]
+
+
+# --- Parquet
+
+
+def test_a_small_file_of_much_text_comes_in_blocks(tmp_path):
+    """A dictionary of one value for all rows: 80 MB of text in less than a kilobyte."""
+    rows = pyarrow.table({"text": pyarrow.array(["a " * 50_000] * 800), "domain": pyarrow.array(["Web"] * 800)})
+    pyarrow.parquet.write_table(rows, tmp_path / "d.parquet", compression="zstd")
+    assert (tmp_path / "d.parquet").stat().st_size < 1000
+    before = pyarrow.total_allocated_bytes()
+    most = count = 0
+    for block in read_blocks(tmp_path / "d.parquet", ["domain", "text"]):
+        most = max(most, pyarrow.total_allocated_bytes() - before)
+        count += block.data.num_rows
+        assert block.data.nbytes <= 1 << 21
+    assert count == 800
+    assert most < 60_000_000
+
+
+def test_wrong_columns_are_said_before_anything_is_read(tmp_path):
+    parquet(tmp_path / "integers.parquet", [{"text": 5, "domain": "a"}])
+    parquet(tmp_path / "other.parquet", [{"content": "x", "domain": "a"}])
+    put(tmp_path / "other.csv", b"content,domain\nx,a\n")
+    put(tmp_path / "twice.csv", b"text,domain,text\nx,a,b\n")
+    with pytest.raises(ConfigError) as caught:
+        options(*sorted(tmp_path.iterdir()), "--domain-key", "domain")
+    assert [(Path(fault.what.split()[1]).name, fault.value) for fault in caught.value.faults] == [
+        ("integers.parquet", "column 'text' holds int64"),
+        ("other.csv", "no column 'text'"),
+        ("other.parquet", "no column 'text'"),
+        ("twice.csv", "two columns 'text'"),
+    ]
+
+
+# --- domains
+
+
+DEFAULT = ("--default-domain", "R")
+
+
+def test_a_domain_by_default(tmp_path, capsys):
+    rows = [{"text": "a", "domain": value} for value in (None, "", "  ", "Web", 3)] + [{"text": "b"}]
+    path = put(tmp_path / "d.jsonl", lines(rows))
+    documents, bad = read(path, "--domain-key", "domain")
+    assert [domain for _, domain in documents] == ["Web", "3"]
+    assert [said.split(": ")[1] for said in bad] == ["'domain' is null", *["'domain' is empty"] * 2, "no key 'domain'"]
+    documents, bad = read(path, "--domain-key", "domain", "--default-domain", " Rest ")
+    assert [domain for _, domain in documents] == ["Rest", "Rest", "Rest", "Web", "3", "Rest"]
+    assert bad == []
+    # A table without the column at all, and a text that no rule names.
+    assert read(parquet(tmp_path / "d.parquet", [{"text": "x"}]), "--default-domain", "R") == ([("x", "R")], [])
+    # One that lacks the column which was named may be a typing mistake: all of it went to one domain silently.
+    options(parquet(tmp_path / "e.parquet", [{"text": "x", "domain": "Web"}]), "--domain-key", "domian", *DEFAULT)
+    assert "e.parquet has no column 'domian': all of its documents go to 'R'" in capsys.readouterr().err
+    options(tmp_path / "e.parquet", "--domain-key", "domain", *DEFAULT)
+    assert capsys.readouterr().err == ""
+    rules = {"format": "megatron-doremi-domain-rules/1", "rules": [{"key": "u", "pattern": "w", "domain": "W"}]}
+    put(tmp_path / "rules.json", json.dumps(rules).encode())
+    assert read(path, "--domain-rules", tmp_path / "rules.json", "--default-domain", "R")[0][0] == ("a", "R")
+    for name in ("", " ", "\ud800"):
+        with pytest.raises(ConfigError, match="--default-domain"):
+            options(path, "--default-domain", name)
+
+
+def test_white_space_around_a_name_is_no_part_of_it(tmp_path):
+    path = put(tmp_path / "d.jsonl", lines([{"text": "a", "domain": name} for name in ("Web", " Web ", "\tWeb\n")]))
+    assert read(path, "--domain-key", "domain") == ([("a", "Web")] * 3, [])
+
+
+def test_half_a_surrogate_pair_in_a_name_is_a_fault_of_the_line(tmp_path):
+    path = put(tmp_path / "d.jsonl", b'{"text": "x", "domain": "a\\ud800"}\n{"text": "x", "domain": "a"}\n')
+    documents, (said,) = read(path, "--domain-key", "domain")
+    assert documents == [("x", "a")]
+    assert said == f"{path}, line 1: the domain's name holds half a surrogate pair"
+
+
+# --- folders, and files given twice
+
+
+def test_the_folder_says_the_domain(tmp_path):
+    for domain in ("Web", "Code"):
+        own = [row for row in ROWS if row["domain"] == domain]
+        for number, row in enumerate(own):
+            put(tmp_path / "text" / domain / f"{number:02}.{('txt', 'md')[number % 2]}", row["text"].encode())
+        parquet(tmp_path / "hf" / "data" / domain / "train-00000-of-00001.parquet", [{"text": r["text"]} for r in own])
+        put(tmp_path / "json" / domain / "deeper" / "a.jsonl", lines([{"text": row["text"]} for row in own]))
+    put(tmp_path / "hf" / "README.md", b"# A card")
+    put(tmp_path / "hf" / ".cache" / "x.jsonl", b"hidden")
+    code_first = sorted(PLAIN, key=lambda pair: pair[1])
+    for name in ("text", "hf", "json"):
+        assert read(tmp_path / name) == (code_first, [])
+    assert read(tmp_path / "text" / "Web", tmp_path / "text" / "Code")[0] == sorted(PLAIN, key=lambda p: p[1] != "Web")
+    assert read(tmp_path / "text", "--domain-from-file", r".*/(\w)[^/]*/[^/]*")[0][0][1] == "C"
+    # Where a flag names a field, the folder is not asked; files that lie in the folder itself speak for themselves.
+    with pytest.raises(ConfigError, match="no column 'domain'"):
+        read(tmp_path / "hf", "--domain-key", "domain")
+    put(tmp_path / "flat" / "a.jsonl", RAW)
+    assert read(tmp_path / "flat") == (PLAIN, [])
+
+
+def test_remarks_on_what_is_left_out_of_folders(tmp_path, capsys):
+    put(tmp_path / "d" / "a.jsonl", RAW)
+    put(tmp_path / "d" / "README.md", b"x")
+    put(tmp_path / "d" / "picture.png", b"x")
+    options(tmp_path / "d")
+    assert "1 files are read, 2 of other kinds are not: README.md, picture.png" in capsys.readouterr().err
+    put(tmp_path / "none" / "picture.png", b"x")
+    for split in ("train", "test"):
+        parquet(tmp_path / "splits" / f"{split}-00000-of-00001.parquet", [{"text": "x"}])
+    (tmp_path / "circle").mkdir()
+    (tmp_path / "circle" / "again").symlink_to(tmp_path / "circle")
+    put(tmp_path / "circle" / "a.jsonl", RAW)
+    assert len(find_inputs([tmp_path / "circle"]).files) == 1
+    with pytest.raises(ConfigError, match=r"no such files(.|\n)*several splits"):
+        options(tmp_path / "none", tmp_path / "splits")
+
+
+def test_a_file_is_read_once(tmp_path):
+    path = put(tmp_path / "a" / "plain.jsonl", RAW)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "linked.jsonl").symlink_to(path)
+    (tmp_path / "b" / "hard.jsonl").hardlink_to(path)
+    for others in (["a/plain.jsonl"], ["b/linked.jsonl"], ["b/hard.jsonl"], ["a"], ["b"]):
+        with pytest.raises(ConfigError, match=r"each file once: its documents would count twice"):
+            options(path, *(tmp_path / other for other in others))
+    put(tmp_path / "c.jsonl", RAW)
+    assert len(options(path, tmp_path / "c.jsonl").files) == 2
+
+
+def test_inputs_that_cannot_be_opened_are_one_message(tmp_path, monkeypatch):
+    good = put(tmp_path / "a.jsonl", RAW)
+    opened = Path.open
+
+    def refused(self, *words, **named):
+        if self.name == "a.jsonl":
+            raise PermissionError(13, "Permission denied", str(self))
+        return opened(self, *words, **named)
+
+    monkeypatch.setattr(Path, "open", refused)
+    long, absent = tmp_path / ("x" * 300), tmp_path / "absent.jsonl"
+    with pytest.raises(ConfigError) as caught:
+        options(good, long, absent, tmp_path / "a\0b")
+    values = [fault.value for fault in caught.value.faults]
+    assert [re.sub(r".*: ", "", value) for value in values] == [
+        "File name too long",
+        str(absent),
+        values[2].split(": ")[-1],
+        "Permission denied",
+    ]

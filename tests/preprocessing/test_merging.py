@@ -1,0 +1,336 @@
+"""Array jobs and output folders: what is merged is what the tasks left, and one run at a time writes in a folder.
+
+Run alone: python -m pytest tests/preprocessing/test_merging.py
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+
+import numpy as np
+import pytest
+from test_preprocess import contents, documents_of, fails, jsonl_of, put, run
+
+from megatron_doremi.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
+from megatron_doremi.data.manifest import ManifestEntry, TokenizerInfo, load_manifest
+from megatron_doremi.errors import ConfigError
+from megatron_doremi.preprocessing.documents import share_of
+from megatron_doremi.preprocessing.encoding import Chunk, Encoded
+from megatron_doremi.preprocessing.outputs import Outputs, manifest_after, publish
+from megatron_doremi.preprocessing.shards import (
+    Pair,
+    Shard,
+    ShardData,
+    load_shard,
+    load_shards,
+    save_shard,
+    shard_folder,
+)
+from megatron_doremi.preprocessing.sources import Progress
+from megatron_doremi.preprocessing.workspace import Workspace
+from megatron_doremi.storage.files import temporary_beside
+from megatron_doremi.storage.folder_lock import LOCK, FolderLock, fcntl
+from megatron_doremi.storage.formats import check_entry, sealed
+
+UINT16 = np.dtype("<u2")
+MODEL = b"a model"
+
+
+def chunk(value, documents=1):
+    ids, lengths = np.array([value] * 3 * documents, dtype=UINT16), np.full(documents, 3, dtype=np.int32)
+    return Chunk(ids, lengths, lengths.astype(np.int64), lengths)
+
+
+def encoded(*keys, blocks=1):
+    return Encoded({key: chunk(value) for value, key in enumerate(keys, 1)}, [], 0, Progress(blocks, 0))
+
+
+def info(folder, name="tokenizer.model", sha256="a" * 64):
+    return TokenizerInfo("SentencePieceTokenizer", folder / name, sha256, 100, 1)
+
+
+def make_shard(out, index, count, keys, split="train", sha256="a" * 64):
+    """A task's folder with one document of each key, made by the code that the tool uses."""
+    folder = shard_folder(out, split, Shard(index, count))
+    folder.mkdir(parents=True)
+    outputs = Outputs(folder, folder, UINT16)
+    outputs.add(encoded(*keys))
+    outputs.publish()
+    (folder / "tokenizer.model").write_bytes(MODEL)
+    pairs = {key: Pair(each.prefix, each.documents, each.bytes) for key, each in outputs.by_key.items()}
+    save_shard(ShardData(folder, Shard(index, count), split, "b" * 64, info(folder, sha256=sha256), pairs, ()))
+    return folder
+
+
+@pytest.fixture
+def out(tmp_path):
+    """Two of two shards."""
+    for index in range(2):
+        make_shard(tmp_path / "out", index, 2, [("Books", "train"), ("Web", "train")])
+    return tmp_path / "out"
+
+
+def refused(out, split="train"):
+    with pytest.raises(ConfigError) as error:
+        load_shards(out, split)
+    return str(error.value)
+
+
+# --- which folders are shards
+
+
+@pytest.mark.parametrize("name", ["train-00001-of-00002.bak", "train-00001-of-00002~", "old-train-00001-of-00002"])
+def test_a_copied_shard_folder_is_no_shard(out, name):
+    """Version 0.1 merged it: every document of the task twice."""
+    shutil.copytree(out / "shards" / "train-00001-of-00002", out / "shards" / name)
+    assert [each.shard.index for each in load_shards(out, "train")] == [0, 1]
+
+
+def test_the_tool_names_what_it_passes_over(out):
+    shutil.copytree(out / "shards" / "train-00001-of-00002", out / "shards" / "train-00001-of-00002.bak")
+    done = run("merge_datasets.py", "--output-dir", out)
+    assert "train-00001-of-00002.bak is not the folder of a task and is not read" in done.stderr
+
+
+def test_a_folder_under_another_tasks_name_is_refused(out):
+    shards = out / "shards"
+    shutil.copytree(shards / "train-00001-of-00002", shards / "train-00007-of-00002")
+    assert "train-00001-of-00002" in refused(out)
+    shutil.rmtree(shards / "train-00007-of-00002")
+    shutil.rmtree(shards / "train-00000-of-00002")
+    shutil.copytree(shards / "train-00001-of-00002", shards / "train-00000-of-00002")
+    assert "shard 1 of 2" in refused(out)
+    shutil.rmtree(shards / "train-00000-of-00002")
+    shutil.copytree(shards / "train-00001-of-00002", shards / "valid-00001-of-00002")
+    assert "of the train split" in refused(out, "valid")
+    assert "no shard 0" in refused(out)
+
+
+# --- what their files may say
+
+
+def rewritten(folder, change, seal=True):
+    path = folder / "shard.json"
+    entry = json.loads(path.read_text())
+    del entry["sha256"]
+    change(entry)
+    path.write_text(json.dumps(sealed(entry) if seal else entry))
+
+
+@pytest.mark.parametrize("name", ["/etc/hostname", "../train-00000-of-00002/Books_train", "a/b", "..", ".", "", "a\0b"])
+def test_names_that_lead_out_of_the_folder_are_refused(out, tmp_path, name):
+    """Version 0.1 copied the tokenizer from any path into the data, and pairs from anywhere."""
+    folder = out / "shards" / "train-00001-of-00002"
+    rewritten(folder, lambda entry: entry["tokenizer"].update(file=name))
+    assert "tokenizer.file" in refused(out)
+    rewritten(folder, lambda entry: [entry["tokenizer"].update(file="t"), entry["pairs"][0].update(prefix=name)])
+    assert "pairs.0.prefix" in refused(out)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda entry: entry.update(format="megatron-doremi-shard/3"), "written by a newer version"),
+        (lambda entry: entry.update(shard=2), "shard should be below num_shards"),
+        (lambda entry: entry.update(shard=-1), "shard: -1"),
+        (lambda entry: entry["pairs"].append(entry["pairs"][0]), "listed once"),
+        (lambda entry: entry["pairs"][0].update(documents=1.0), "pairs.0.documents: 1.0"),
+        (lambda entry: entry.pop("tokenizer"), "tokenizer is missing"),
+    ],
+)
+def test_what_a_shard_may_not_say(out, change, words):
+    rewritten(out / "shards" / "train-00001-of-00002", change)
+    assert words in refused(out)
+
+
+def test_an_edited_shard_is_refused_and_one_of_version_0_1_is_read(out):
+    folder = out / "shards" / "train-00001-of-00002"
+    before = load_shard(folder)
+    rewritten(folder, lambda entry: entry.update(format="megatron-doremi-shard/1"), seal=False)
+    assert load_shard(folder) == before
+    text = (out / "shards" / "train-00000-of-00002" / "shard.json").read_text()
+    (out / "shards" / "train-00000-of-00002" / "shard.json").write_text(text.replace('"Books"', '"Bocks"'))
+    assert "damaged or edited" in refused(out)
+
+
+# --- the journal
+
+
+def workspace(folder, split="train", resume=False, settings=None):
+    partial = folder / f".partial-{split}"
+    return Workspace(partial, Outputs(folder, partial, UINT16), settings or {"a": 1}, resume, seconds=0.0)
+
+
+def interrupted(folder):
+    with workspace(folder) as unfinished:
+        unfinished.outputs.add(encoded(("Books", "train"), blocks=3))
+        unfinished.note(now=True)
+    return folder / ".partial-train" / "journal.json"
+
+
+def test_a_journal_resumes(tmp_path):
+    interrupted(tmp_path)
+    with workspace(tmp_path, resume=True) as again:
+        assert again.resumed
+        assert again.outputs.blocks == 3
+        assert again.outputs.by_key["Books", "train"].writer.num_tokens == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda entry: entry["pairs"][0].update(prefix="../../Books_train"), "pairs.0.prefix"),
+        (lambda entry: entry["pairs"][0].update(prefix="/tmp/Books_train"), "pairs.0.prefix"),
+        (lambda entry: entry["pairs"][0].update(tokens=-3), "pairs.0.tokens"),
+        (lambda entry: entry["pairs"][0].update(tokens=30_000), "shorter than"),
+        (lambda entry: entry.update(pairs=entry["pairs"] * 2), "listed once"),
+        (lambda entry: entry.update(format="megatron-doremi-journal/3"), "written by a newer version"),
+        (lambda entry: entry.pop("blocks"), "blocks is missing"),
+    ],
+)
+def test_a_wrong_journal_is_refused_and_writes_nothing_elsewhere(tmp_path, change, words):
+    """Version 0.1 made the files of a prefix with ../ outside of the output folder."""
+    (tmp_path / "out").mkdir()
+    journal = interrupted(tmp_path / "out")
+    entry = json.loads(journal.read_text())
+    del entry["sha256"]
+    change(entry)
+    journal.write_text(json.dumps(sealed(entry)))
+    with pytest.raises(ConfigError) as error:
+        workspace(tmp_path / "out", resume=True)
+    assert words in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_journal_with_another_digit_is_refused(tmp_path):
+    """One block more or less would be text lost or text twice."""
+    journal = interrupted(tmp_path)
+    journal.write_text(journal.read_text().replace('"blocks": 3', '"blocks": 4'))
+    with pytest.raises(ConfigError, match="damaged or edited"):
+        workspace(tmp_path, resume=True)
+
+
+# --- one run a folder
+
+
+def test_two_runs_for_two_splits_do_not_write_in_one_folder(tmp_path):
+    """Else the ids of one tokenizer could end under the manifest of the other."""
+    with workspace(tmp_path) as first:
+        with pytest.raises(ConfigError, match=f"another run writes.*on {socket.gethostname()}"):
+            workspace(tmp_path, "valid")
+        first.remove()
+    workspace(tmp_path, "valid").__exit__()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_of_the_dead_is_taken_over_and_the_file_of_one_that_left_is_not_trusted(tmp_path, monkeypatch):
+    (tmp_path / LOCK).write_text(json.dumps({"host": socket.gethostname(), "process": 2**22 + 1, "job": "7"}))
+    FolderLock(tmp_path, "--output-dir").release()
+    assert not (tmp_path / LOCK).exists()
+
+    # A file system without locks: the file stands for the lock.
+    def unsupported(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    held = FolderLock(tmp_path, "--output-dir")
+    with pytest.raises(ConfigError, match="another run writes"):
+        FolderLock(tmp_path, "--output-dir")
+    held.release()
+    (tmp_path / LOCK).write_text(json.dumps({"host": "elsewhere", "process": 5, "job": "77"}))
+    with pytest.raises(ConfigError, match="process 5 on elsewhere, SLURM job 77"):
+        FolderLock(tmp_path, "--output-dir")
+    (tmp_path / LOCK).write_text(json.dumps({"host": socket.gethostname(), "process": 2**22 + 1}))
+    FolderLock(tmp_path, "--output-dir").release()
+
+
+def test_the_tokenizer_is_compared_again_before_the_valid_split_is_published(tmp_path):
+    """Another run may have published a train split in between."""
+    outputs = Outputs(tmp_path, tmp_path, UINT16)
+    outputs.add(encoded(("Books", "train")))
+    publish(outputs, manifest_after(tmp_path / "domains.json", "train", outputs.by_key, info(tmp_path)), "train")
+    check_entry(json.loads((tmp_path / "domains.json").read_text()), "", ManifestEntry, "")
+    valid = Outputs(tmp_path, tmp_path, UINT16)
+    valid.add(encoded(("Books", "valid")))
+    other = info(tmp_path, "other.model", "c" * 64)
+    with pytest.raises(ConfigError, match="aaaaaaaaaaaa"):
+        manifest_after(tmp_path / "domains.json", "valid", valid.by_key, other)
+    assert manifest_after(tmp_path / "domains.json", "valid", valid.by_key, info(tmp_path)).domains[0].valid
+
+
+def test_shards_of_another_tokenizer_are_not_merged_into_a_valid_split(out):
+    from megatron_doremi.storage.files import sha256_of
+
+    for index in range(2):
+        folder = out / "shards" / f"train-{index:05d}-of-00002"
+        sha256 = sha256_of(folder / "tokenizer.model")
+        rewritten(folder, lambda entry, sha256=sha256: entry["tokenizer"].update(sha256=sha256))
+    done = run("merge_datasets.py", "--output-dir", out)
+    assert done.returncode == 0, done.stderr
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    folder = make_shard(out, 0, 1, [("Books", "valid")], "valid", sha256=sha256)
+    (folder / "tokenizer.model").write_bytes(b"another")
+    rewritten(folder, lambda entry: entry["tokenizer"].update(sha256=sha256_of(folder / "tokenizer.model")))
+    fails(run("merge_datasets.py", "--output-dir", out, "--split", "valid"), "tokenizer of the valid split")
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+
+
+def test_temporary_names_differ_between_hosts_processes_and_threads(tmp_path, monkeypatch):
+    path = tmp_path / ("\u00e9" * 250)
+    first, second = temporary_beside(path), temporary_beside(path)
+    assert first != second
+    monkeypatch.setattr(socket, "gethostname", lambda: "other/host")
+    third = temporary_beside(path)
+    assert "other-host" in third.name
+    for each in (first, second, third):
+        assert each.name.startswith(".")
+        each.write_bytes(b"")
+    assert IndexedDatasetWriter(tmp_path / "set", UINT16)._ids != IndexedDatasetWriter(tmp_path / "set", UINT16)._ids
+
+
+# --- a domain that all falls to the held-out part
+
+
+def held_out_alone(size=0.5):
+    """A text that falls to the held-out part, and one that does not."""
+    texts = [f"ta ri {number}" for number in range(100)]
+    return next(t for t in texts if share_of(t.encode()) < size), [t for t in texts if share_of(t.encode()) >= size]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    put(folder, jsonl_of(documents_of(1, 400)), "sample.jsonl")
+    flags = ["--input", folder / "sample.jsonl", "--output", folder / "t.model", "--vocab-size", 320]
+    done = run("train_tokenizer.py", *flags)
+    assert done.returncode == 0, done.stderr
+    return folder / "t.model"
+
+
+def test_a_domain_of_one_held_out_document_stays_in_train(tmp_path, model):
+    """Version 0.1 encoded everything and then refused it, with --resume as well. An array job does the same."""
+    alone, others = held_out_alone()
+    # The names make the same file name, so that the place of the pair matters too.
+    documents = [(text, "a b") for text in others] + [(alone, "a/b")] + [(alone + " x", "a b")] * 2
+    file = put(tmp_path, jsonl_of(documents))
+    flags = ["--input", file, "--tokenizer-model", model, "--valid-fraction", 0.5, "--append-eod"]
+    done = run("preprocess_data.py", *flags, "--output-dir", tmp_path / "one")
+    assert done.returncode == 0, done.stderr
+    assert "domain 'a/b': all of it fell to the held-out part; it stays in the train split" in done.stdout
+    manifest = load_manifest(tmp_path / "one" / "domains.json")
+    assert manifest.names == ("a b", "a/b")
+    assert [domain.documents for domain in manifest.domains][1] == 1
+    assert manifest.domains[1].valid is None
+    assert manifest.domains[1].train.name == "a_b_2_train"
+    assert IndexedDataset(manifest.domains[1].train).num_documents == 1
+    for index in range(2):
+        task = ["--shard", index, "--num-shards", 2]
+        done = run("preprocess_data.py", *flags, "--output-dir", tmp_path / "two", *task)
+        assert done.returncode == 0, done.stderr
+    done = run("merge_datasets.py", "--output-dir", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    assert "stays in the train split" in done.stdout
+    shutil.rmtree(tmp_path / "two" / "shards")
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")

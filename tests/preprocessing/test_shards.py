@@ -1,0 +1,373 @@
+"""Array jobs, stops and limits: whatever way the work is cut, the result is byte for byte what one run writes.
+
+Run alone: python -m pytest tests/preprocessing/test_shards.py
+"""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import functools
+import gzip
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_preprocess import DOMAINS, TOOLS, contents, documents_of, fails, jsonl_of, put, run
+
+from megatron_doremi.data.indexed_dataset import IndexedDataset
+from megatron_doremi.data.manifest import load_manifest
+from megatron_doremi.preprocessing import cutting, decompression, parquet_rows
+from megatron_doremi.preprocessing.documents import share_of
+from megatron_doremi.preprocessing.sources import Shard, Text, entries, read_blocks, read_shard
+from megatron_doremi.preprocessing.tokenizer import load_tokenizer
+from megatron_doremi.storage.folder_lock import LOCK
+from megatron_doremi.storage.formats import sealed
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Inputs of several megabytes in three forms, one of them empty, and a tokenizer."""
+    folder = tmp_path_factory.mktemp("shards")
+    for number, (name, form) in enumerate(
+        {
+            "a.jsonl.zst": lambda data: zstandard.ZstdCompressor().compress(data),
+            "b.jsonl": lambda data: data,
+            "c.jsonl": lambda data: b"",
+            "d.jsonl.gz": lambda data: gzip.compress(data, 1),
+        }.items()
+    ):
+        documents = [(text * 40 + str(place), domain) for place, (text, domain) in enumerate(documents_of(number, 900))]
+        put(folder, form(jsonl_of(documents)), name)
+    done = run("train_tokenizer.py", "--input", folder / "b.jsonl", "--output", folder / "t.model", "--vocab-size", 400)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def command(folder, output, *words):
+    inputs = [folder / name for name in ("a.jsonl.zst", "b.jsonl", "c.jsonl", "d.jsonl.gz")]
+    tokenizer = ["--tokenizer-model", folder / "t.model", "--append-eod"]
+    return ["--input", *inputs, "--output-dir", output, *tokenizer, *words]
+
+
+def preprocess(folder, output, *words):
+    done = run("preprocess_data.py", *command(folder, output, *words))
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    """What one run makes."""
+    preprocess(folder, folder / "whole")
+    return contents(folder / "whole")
+
+
+# --- the cut, without processes
+
+
+SMALL = [
+    (cutting, "BLOCK_BYTES", 1500),
+    (parquet_rows, "BLOCK_BYTES", 1500),
+    (decompression, "COMPRESSED_BYTES", 64),
+    (decompression, "_PLAIN_BYTES", 700),
+    (decompression, "_SNIFFED_BYTES", 100),
+]
+
+
+def put_as(folder, place, kind, texts, packed):
+    """A file of these texts in one of the formats."""
+    if kind == "parquet":
+        path = folder / f"{place}.parquet"
+        pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array(texts, pyarrow.string())}), path)
+        return path
+    rows = io.StringIO()
+    csv.writer(rows).writerows([("text", "n"), *zip(texts, range(len(texts)), strict=True)])
+    plain = {
+        "jsonl": "".join(json.dumps({"text": text}) + "\n" for text in texts),
+        "json": json.dumps([{"text": text} for text in texts], indent=1),
+        "csv": rows.getvalue(),
+        "txt": "".join(texts),
+    }[kind].encode()
+    name = f"{place}.{kind}.zst" if packed else f"{place}.{kind}"
+    return put(folder, zstandard.ZstdCompressor().compress(plain) if packed else plain, name)
+
+
+@given(st.lists(st.integers(0, 60), min_size=1, max_size=5), st.integers(1, 9), st.integers(0, 2**32), st.data())
+@settings(max_examples=40, deadline=None)
+def test_shards_of_any_files_are_disjoint_and_together_all_blocks(tmp_path_factory, counts, number, seed, data):
+    """And a shard that goes on after any of its blocks reads the rest of them."""
+    folder, generator, paths, texts = tmp_path_factory.mktemp("cut"), random.Random(seed), [], []
+    for place, count in enumerate(counts):
+        own = [
+            f'"{generator.choice(["x", ",", chr(10), chr(92), "[{"]) * generator.randint(1, 99)}' for _ in range(count)
+        ]
+        kind = generator.choice(["jsonl", "json", "csv", "parquet", "txt"])
+        own = own[:1] if kind == "txt" else own
+        paths.append(put_as(folder, place, kind, own, generator.random() < 0.5))
+        texts += own
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name, size in SMALL:
+            patch.setattr(module, name, size)
+        every = [(block.file, block.first) for path in paths for block in read_blocks(path, ["text"])]
+        shards = [list(read_shard(paths, ["text"], Shard(index, number))) for index in range(number)]
+        assert [(block.file, block.first) for shard in shards for block, _ in shard] == every
+        read = [entry for shard in shards for block, _ in shard for _, entry in entries(block)]
+        assert [entry.text if isinstance(entry, Text) else entry["text"] for entry in read] == texts
+        chosen = data.draw(st.integers(0, number - 1))
+        skip = data.draw(st.integers(0, len(shards[chosen])))
+        assert list(read_shard(paths, ["text"], Shard(chosen, number), skip)) == shards[chosen][skip:]
+        for shard in shards:
+            assert [progress.blocks for _, progress in shard] == list(range(1, len(shard) + 1))
+
+
+# --- array jobs
+
+
+@pytest.mark.parametrize("number", [2, 4])
+def test_merged_shards_are_what_one_run_writes(folder, whole, tmp_path, number):
+    for shard in reversed(range(number)):
+        preprocess(folder, tmp_path / "out", "--shard", shard, "--num-shards", number)
+    assert not (tmp_path / "out" / "domains.json").exists()
+    done = run("merge_datasets.py", "--output-dir", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    shards = {path: path.read_bytes() for path in (tmp_path / "out" / "shards").glob("*/*")}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.*")} == whole
+    # A task that is given again does nothing; a held-out split is added in the same way.
+    again = preprocess(folder, tmp_path / "out", "--shard", 0, "--num-shards", number, "--resume")
+    assert "there already" in again.stdout
+    assert {path: path.read_bytes() for path in (tmp_path / "out" / "shards").glob("*/*")} == shards
+    for shard in range(2):
+        preprocess(folder, tmp_path / "out", "--split", "valid", "--shard", shard, "--num-shards", 2)
+    assert run("merge_datasets.py", "--output-dir", tmp_path / "out", "--split", "valid").returncode == 0
+    for domain in load_manifest(tmp_path / "out" / "domains.json").domains:
+        assert domain.valid.with_suffix(".bin").read_bytes() == domain.train.with_suffix(".bin").read_bytes()
+
+
+def test_the_batch_scripts_make_the_same(folder, whole, tmp_path):
+    """examples/slurm/*.sbatch as SLURM starts them: a copy of the script, elsewhere, with the job's variables."""
+    root = TOOLS.parent
+    for name in ("preprocess", "merge"):
+        shutil.copy(root / "examples" / "slurm" / f"{name}.sbatch", tmp_path / f"slurm_{name}")
+    inputs = [str(word) for word in command(folder, "unused")[1:5]]
+    job = os.environ | {"SLURM_SUBMIT_DIR": str(root), "DATA": str(tmp_path / "out"), "PYTHON": sys.executable}
+    job |= {"TOKENIZER": str(folder / "t.model"), "SLURM_CPUS_PER_TASK": "1", "SLURM_ARRAY_TASK_COUNT": "2"}
+    for task in ("0", "1", "1"):
+        words = ["bash", tmp_path / "slurm_preprocess", "train", *inputs]
+        subprocess.run(words, env=job | {"SLURM_ARRAY_TASK_ID": task}, check=True, capture_output=True, timeout=120)
+    subprocess.run(["bash", tmp_path / "slurm_merge", "train"], env=job, check=True, capture_output=True, timeout=120)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.*")} == whole
+
+
+@pytest.fixture(scope="module")
+def three(folder):
+    """Three shards."""
+    for shard in range(3):
+        preprocess(folder, folder / "three", "--shard", shard, "--num-shards", 3)
+    return folder / "three"
+
+
+def test_what_is_wrong_with_shards_is_said(folder, three, tmp_path):
+    out = tmp_path / "out"
+    shards = out / "shards"
+    fails(run("merge_datasets.py", "--output-dir", out), "no shards of the train split")
+    shutil.copytree(three, out)
+    shutil.rmtree(shards / "train-00001-of-00003")
+    fails(run("merge_datasets.py", "--output-dir", out), "no shard 1", "all of 0 to 2")
+    preprocess(folder, out, "--shard", 1, "--num-shards", 4)
+    fails(run("merge_datasets.py", "--output-dir", out), "shards of 3, 4 tasks")
+    shutil.rmtree(shards / "train-00001-of-00004")
+    preprocess(folder, out, "--shard", 1, "--num-shards", 3, "--valid-fraction", 0.1)
+    fails(run("merge_datasets.py", "--output-dir", out), "other inputs or settings", "train-00001-of-00003")
+    shutil.rmtree(shards / "train-00001-of-00003")
+    preprocess(folder, out, "--shard", 1, "--num-shards", 3)
+    (shards / "train-00002-of-00003" / "shard.json").unlink()
+    fails(run("merge_datasets.py", "--output-dir", out), "train-00002-of-00003")
+    assert not list(out.glob("*.bin"))
+    assert not (out / "domains.json").exists()
+
+
+def test_a_damaged_shard_is_not_merged(three, tmp_path):
+    shutil.copytree(three, tmp_path / "out")
+    (pair, *_) = sorted((tmp_path / "out" / "shards" / "train-00001-of-00003").glob("*.bin"))
+    pair.write_bytes(pair.read_bytes()[:-2])
+    fails(run("merge_datasets.py", "--output-dir", tmp_path / "out"), pair.name)
+    assert not list((tmp_path / "out").glob("*.bin"))
+
+
+def test_another_tokenizer_is_said(folder, three, tmp_path):
+    shutil.copytree(three, tmp_path / "out")
+    words = ["--input", folder / "b.jsonl", "--output", tmp_path / "t.model", "--vocab-size", 410]
+    assert run("train_tokenizer.py", *words).returncode == 0
+    inputs = command(folder, tmp_path / "out", "--shard", "0", "--num-shards", "3")
+    inputs[inputs.index("--tokenizer-model") + 1] = tmp_path / "t.model"
+    assert run("preprocess_data.py", *inputs).returncode == 0
+    fails(run("merge_datasets.py", "--output-dir", tmp_path / "out"), "another tokenizer")
+
+
+# --- stops
+
+
+def stopped(folder, output, how, *words):
+    """Starts the tool, and stops it soon after its first entry in the journal."""
+    started = [sys.executable, TOOLS / "preprocess_data.py", *command(folder, output, "--journal-seconds", 0, *words)]
+    # A shell's background job, such as this test may be, ignores SIGINT, and so do its children.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    output_of = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "preexec_fn": heed}
+    with subprocess.Popen([str(word) for word in started], **output_of) as process:
+        end = time.monotonic() + 60
+        while not list(output.glob(".partial-*/journal.json")) and time.monotonic() < end and process.poll() is None:
+            time.sleep(0.005)
+        process.send_signal(how)
+        said = process.communicate(timeout=60)[0].decode()
+    return process.returncode, said
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_goes_on_and_ends_as_one_that_was_not(folder, whole, tmp_path, how):
+    out = tmp_path / "out"
+    code, said = stopped(folder, out, how)
+    assert code == (-how if how == signal.SIGKILL else 130), said
+    assert how == signal.SIGKILL or "--resume" in said
+    assert contents(out) == {}
+    code, _ = stopped(folder, out, how, "--resume")
+    if code:  # the second one may be through before it can be stopped
+        done = preprocess(folder, out, "--resume")
+        assert "going on after" in done.stdout
+        assert "going on after 0 documents" not in done.stdout
+    assert contents(out) == whole
+    assert not list(out.glob(".*"))
+
+
+def test_a_stopped_run_started_over_ends_as_one_that_was_not(folder, whole, tmp_path):
+    assert stopped(folder, tmp_path / "out", signal.SIGKILL)[0] == -signal.SIGKILL
+    preprocess(folder, tmp_path / "out")
+    assert contents(tmp_path / "out") == whole
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_other_settings_do_not_go_on_and_two_runs_do_not_meet(folder, tmp_path):
+    out = tmp_path / "out"
+    stopped(folder, out, signal.SIGKILL)
+    fails(run("preprocess_data.py", *command(folder, out, "--resume", "--max-documents", 9)), "another --max-documents")
+    # A journal counts blocks, of which another version of the program may cut others.
+    journal = out / ".partial-train" / "journal.json"
+    kept = journal.read_text()
+    entry = json.loads(kept)
+    del entry["sha256"]
+    entry["settings"]["size of blocks"] += 1
+    journal.write_text(json.dumps(sealed(entry)))
+    fails(run("preprocess_data.py", *command(folder, out, "--resume")), "another size of blocks")
+    journal.write_text(kept)
+    with (out / LOCK).open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        fails(run("preprocess_data.py", *command(folder, out)), "another run writes")
+    preprocess(folder, out, "--resume")
+
+
+def test_bad_lines_are_left_out_without_encoding_again(folder, tmp_path):
+    file = put(tmp_path, (folder / "b.jsonl").read_bytes() + b"bad\n")
+    words = ["--input", file, *command(folder, tmp_path / "out")[5:]]
+    fails(run("preprocess_data.py", *words), "1 bad lines", "--on-error skip --resume")
+    assert contents(tmp_path / "out") == {}
+    done = run("preprocess_data.py", *words, "--resume", "--on-error", "skip")
+    assert done.returncode == 0, done.stderr
+    assert "going on after 900 documents" in done.stdout
+    assert f"left out 1 bad lines, among them: {file}, line 901: not JSON" in done.stdout
+
+
+def test_a_full_disk_is_said_and_the_run_goes_on_when_there_is_room(folder, whole, tmp_path):
+    """An error of the kind that a full disk gives, at the fifth block."""
+    out = tmp_path / "out"
+    tool = [sys.executable, str(TOOLS / "preprocess_data.py"), *map(str, command(folder, out, "--journal-seconds", 0))]
+    code = (
+        "import errno, runpy, sys; sys.argv = sys.argv[1:]; sys.path.insert(0, sys.argv.pop(0))\n"
+        "from megatron_doremi.preprocessing.outputs import Outputs\n"
+        "add, calls = Outputs.add, []\n"
+        "def full(self, encoded):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) > 4: raise OSError(errno.ENOSPC, 'No space left on device')\n"
+        "    add(self, encoded)\n"
+        "Outputs.add = full\n"
+        "if __name__ == '__main__': runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    (tmp_path / "full.py").write_text(code)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "full.py", str(TOOLS.parent), *tool[1:]],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert "No space left on device" in done.stderr
+    assert "--resume" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert contents(out) == {}
+    assert "going on after" in preprocess(folder, out, "--resume").stdout
+    assert contents(out) == whole
+
+
+# --- limits and splits
+
+
+@pytest.mark.parametrize("most", [1, 700, 2500])
+def test_the_first_documents_alone(folder, tmp_path, most):
+    """Whatever block they end in, and whatever the domains: a prefix of the input."""
+    preprocess(folder, tmp_path / "out", "--max-documents", most)
+    manifest = load_manifest(tmp_path / "out" / "domains.json")
+    order = [
+        (text * 40 + str(place), domain)
+        for number in (0, 1, 3)
+        for place, (text, domain) in enumerate(documents_of(number, 900))
+    ][:most]
+    tokenizer = load_tokenizer("SentencePieceTokenizer", folder / "t.model")
+    assert sum(domain.documents for domain in manifest.domains) == most
+    for domain in manifest.domains:
+        texts = [text for text, name in order if name == domain.name]
+        data = IndexedDataset(domain.train)
+        assert [tokenizer.decode(data.document(n)[:-1]) for n in range(data.num_documents)] == texts
+        assert domain.bytes == sum(len(text.encode()) for text in texts)
+
+
+def test_a_part_is_held_out_in_the_same_run(folder, tmp_path):
+    listed = ["Wikipedia (en)", "Books", "never seen", "Ubuntu IRC"]
+    (tmp_path / "list.json").write_text(json.dumps({"format": "megatron-doremi-domain-list/1", "domains": listed}))
+    preprocess(folder, tmp_path / "out", "--valid-fraction", 0.2, "--domain-list", tmp_path / "list.json")
+    manifest = load_manifest(tmp_path / "out" / "domains.json")
+    assert manifest.names == tuple(name for name in listed if name in DOMAINS)
+    tokenizer = load_tokenizer(manifest.tokenizer.type, manifest.tokenizer.file, eod=manifest.tokenizer.eod)
+    assert tokenizer.sha256 == manifest.tokenizer.sha256
+    for domain in manifest.domains:
+        for prefix, kept in ((domain.train, lambda share: share >= 0.2), (domain.valid, lambda share: share < 0.2)):
+            data = IndexedDataset(prefix)
+            assert data.num_documents > 50
+            for number in range(data.num_documents):
+                assert kept(share_of(tokenizer.decode(data.document(number)[:-1]).encode()))
+
+
+def test_flags_that_do_not_go_together(folder, tmp_path):
+    wrong = ["--shard", 3, "--num-shards", 2, "--max-documents", 0, "--valid-fraction", 1.5, "--split", "valid"]
+    done = run(
+        "preprocess_data.py", *command(folder, tmp_path / "out", *wrong, "--domain-key", "a", "--domain-from-file")
+    )
+    fails(
+        done,
+        "--shard: 3",
+        "--max-documents: 0",
+        "--valid-fraction: 1.5",
+        "--domain-key, --domain-from-file",
+        "one of them",
+    )
+    assert not (tmp_path / "out").exists()
