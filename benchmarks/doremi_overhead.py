@@ -269,7 +269,7 @@ def stretches(
         dist.barrier()
         mine = torch.zeros(topology.pipe_size + 2, dtype=torch.float64, device=engine.device)
         mine[topology.pipe_rank] = spent["busy"]
-        # The gradients' reduction and the optimiser come after the pipeline has run empty.
+        # The gradients' reduction and the optimizer come after the pipeline has run empty.
         mine[-2], mine[-1] = time.perf_counter() - began, -spent["after"]
         dist.all_reduce(mine, op=dist.ReduceOp.MAX)
         *busy, whole, least_after = mine.tolist()

@@ -4,7 +4,7 @@
 #     use_environment requirements.txt
 #
 # Takes the active Python where it satisfies the file, else .venv beside README.md, which it makes and fills once.
-# Afterwards $PYTHON runs that Python.
+# Afterward $PYTHON runs that Python.
 
 use_environment() {
     local root requirements

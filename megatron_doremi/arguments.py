@@ -23,7 +23,7 @@ _TITLES = {
     "model": "model",
     "parallel": "parallel layout",
     "doremi": "DoReMi",
-    "optimizer": "optimiser",
+    "optimizer": "optimizer",
     "run": "run",
 }
 

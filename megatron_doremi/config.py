@@ -6,7 +6,7 @@ validation.py checks
 all that can be checked before a file is opened.
 
 Units stand in the help texts: tokens, windows (= samples, sequences of --seq-length tokens), iterations
-(= steps of the optimiser, one global batch each), nats.
+(= steps of the optimizer, one global batch each), nats.
 """
 
 from __future__ import annotations
@@ -123,10 +123,10 @@ class ModelConfig:
     )
     kv_channels: int = setting(0, "width of a head (default: hidden size / heads)", bounds=WIDTH)
     normalization: str = setting(
-        "RMSNorm", "normalisation before attention, feed-forward and output", ("RMSNorm", "LayerNorm")
+        "RMSNorm", "normalization before attention, feed-forward and output", ("RMSNorm", "LayerNorm")
     )
     norm_epsilon: float = setting(
-        1e-5, "added to the variance in a normalisation", bounds=Bounds(0.0, 1.0, above_low=True)
+        1e-5, "added to the variance in a normalization", bounds=Bounds(0.0, 1.0, above_low=True)
     )
     swiglu: bool = setting(False, "gated SiLU feed-forward in place of GELU")
     position_embedding_type: str = setting("rope", "how positions are told", ("rope", "learned_absolute"))
@@ -166,13 +166,13 @@ class ParallelConfig:
     )
     zero_stage: int = setting(
         0,
-        "what DeepSpeed shards over the data group: 1 the optimiser's state, 2 gradients too, 3 weights too "
+        "what DeepSpeed shards over the data group: 1 the optimizer's state, 2 gradients too, 3 weights too "
         "(2 and 3 without a pipeline)",
         (0, 1, 2, 3),
         phases=TRAINING,
     )
     cpu_offload: bool = setting(
-        False, "ZeRO 2 and 3: keep the optimiser's state, and step it, in the host's memory", phases=TRAINING
+        False, "ZeRO 2 and 3: keep the optimizer's state, and step it, in the host's memory", phases=TRAINING
     )
 
 

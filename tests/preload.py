@@ -1,6 +1,6 @@
 """What the server of `ranks.py` has ready for every rank that it forks.
 
-The optimiser, ZeRO and the profiler import modules when they are first used, DeepSpeed looks for a compiler's headers
+The optimizer, ZeRO and the profiler import modules when they are first used, DeepSpeed looks for a compiler's headers
 and, with bfloat16, collects garbage among all that was imported; together that takes each rank seconds.
 """
 

@@ -1,4 +1,4 @@
-"""Flags: defaults, derived values, and a catalogue of wrong ones with the message that a user gets.
+"""Flags: defaults, derived values, and a catalog of wrong ones with the message that a user gets.
 
 Run alone: python -m pytest tests/test_arguments.py
 """

@@ -6,7 +6,7 @@
 A path that ends in .model makes a SentencePiece model, one that ends in .json a byte-level BPE with GPT-2's words,
 which tools/preprocess_data.py encodes faster.
 
-Nothing of a text is lost: no normalisation, spaces kept, bytes for what the vocabulary lacks, so that decoding gives
+Nothing of a text is lost: no normalization, spaces kept, bytes for what the vocabulary lacks, so that decoding gives
 back what was encoded. One character is the exception: U+2581, by which SentencePiece stores a space, comes back as one.
 """
 

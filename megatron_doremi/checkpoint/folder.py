@@ -2,7 +2,7 @@
 
     SAVE/checkpoints/iter_0000100/
         weights/*.safetensors    the model (checkpoint/weights.py)
-        optimizer/*              the optimiser's state (optimizer_state.py)
+        optimizer/*              the optimizer's state (optimizer_state.py)
         state.json               iteration, what the run was trained on, the blend's and the algorithm's state by
                                  domain, and every other file with its size
     SAVE/checkpoints/latest      name of the newest one; for people, nothing here reads it
@@ -198,7 +198,7 @@ def read_state(checkpoint: Path) -> CheckpointState:
 
 
 def check_files(checkpoint: Path) -> None:
-    """Raises ConfigError where a checkpoint's weights or optimiser state are damaged, as far as headers tell."""
+    """Raises ConfigError where a checkpoint's weights or optimizer state are damaged, as far as headers tell."""
     WeightsFolder(checkpoint / "weights")
     OptimizerFolder(checkpoint / "optimizer").check_files()
 
@@ -246,7 +246,7 @@ def load_training(
     iteration: int,
     progress: Callable[[], None] = lambda: None,
 ) -> None:
-    """Fills model and optimiser from a checkpoint that any layout wrote; a collective call.
+    """Fills model and optimizer from a checkpoint that any layout wrote; a collective call.
 
     Args:
         progress: called with each parameter.

@@ -1,4 +1,4 @@
-"""The optimiser's state on disk without a layout: moments and master weights, parameter by parameter.
+"""The optimizer's state on disk without a layout: moments and master weights, parameter by parameter.
 
 DeepSpeed's own files hold flat partitions, which only the layout that wrote them can read, and are pickles. Here each
 rank writes, for every parameter, the piece of it whose state it owns (under ZeRO a range of its flattened part), and
@@ -48,7 +48,7 @@ class OwnedState:
         name: of the parameter in the whole model.
         parameter: this rank's part of it.
         start: first number of the piece within that part, flattened.
-        tensors: {key: the piece}, vectors that share the optimiser's memory; MASTER only where the optimiser keeps
+        tensors: {key: the piece}, vectors that share the optimizer's memory; MASTER only where the optimizer keeps
             weights of its own.
     """
 
@@ -63,7 +63,7 @@ class OwnedState:
 
 
 def flat_partitions(engine: DeepSpeedEngine) -> list[Tensor]:
-    """The tensors that the optimiser itself moves: flat float32 partitions under ZeRO, else the parameters."""
+    """The tensors that the optimizer itself moves: flat float32 partitions under ZeRO, else the parameters."""
     for attribute in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
         if hasattr(engine.optimizer, attribute):
             return list(getattr(engine.optimizer, attribute))
@@ -71,7 +71,7 @@ def flat_partitions(engine: DeepSpeedEngine) -> list[Tensor]:
 
 
 def start_state(engine: DeepSpeedEngine, steps: int) -> None:
-    """Gives the optimiser the state that it makes for itself at its first step, `steps` steps old, moments zero."""
+    """Gives the optimizer the state that it makes for itself at its first step, `steps` steps old, moments zero."""
     for flat in flat_partitions(engine):
         state = engine.basic_optimizer.state[flat]
         state["step"] = torch.tensor(float(steps), dtype=torch.float32, device=flat.device)

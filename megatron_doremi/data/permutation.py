@@ -1,7 +1,7 @@
 """Keyed permutations of 0..n-1 in closed form: no index to build, to store or to share between processes.
 
 A balanced Feistel network permutes the smallest even number of bits that holds n values; values that land
-outside are walked on until they land inside (cycle walking: at most 4 walks expected, and vectorised over the
+outside are walked on until they land inside (cycle walking: at most 4 walks expected, and vectorized over the
 positions that are asked for). Integer arithmetic only, so that every machine computes the same order.
 """
 
@@ -54,7 +54,7 @@ def _feistel(values: NDArray[np.uint64], half: int, key: int) -> NDArray[np.uint
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of splitmix64 (Steele et al. 2014): every input bit reaches every output bit."""
+    """The finalizer of splitmix64 (Steele et al. 2014): every input bit reaches every output bit."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

@@ -96,7 +96,7 @@ def resolve_weights(
 def load_weights(
     path: Path, manifest: Manifest, allow_tokenizer_mismatch: bool, allow_unfinished: bool = True
 ) -> NDArray[np.float64]:
-    """Reads weights for the manifest's domains, in its order, normalised.
+    """Reads weights for the manifest's domains, in its order, normalized.
 
     Takes this program's file, a bare {name: weight}, and {"train_domain_weights": {name: weight}, ...}, the
     form of the DoReMi authors' repository.
@@ -141,7 +141,7 @@ def _unfinished_faults(subject: str, provenance: Provenance) -> list[Fault]:
 
 
 def _shares(what: str, manifest: Manifest, weights: Sequence[float]) -> NDArray[np.float64]:
-    """[k] positive weights, normalised. Raises ConfigError where one all but vanishes beside the others."""
+    """[k] positive weights, normalized. Raises ConfigError where one all but vanishes beside the others."""
     shares = np.array(weights) / np.sum(weights)
     raise_if_any(
         [

@@ -1,4 +1,4 @@
-"""Building the engine that a run trains with: the model, its optimiser and its objective."""
+"""Building the engine that a run trains with: the model, its optimizer and its objective."""
 
 from __future__ import annotations
 

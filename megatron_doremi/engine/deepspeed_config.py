@@ -18,7 +18,7 @@ def deepspeed_config(config: Config, hidden_size: int, parameters: int, world_si
         "train_batch_size": global_batch_size(config, world_size),
         "train_micro_batch_size_per_gpu": config.data.micro_batch_size,
         "gradient_accumulation_steps": micro_batches_per_step(config, world_size),
-        # Our loop logs; DeepSpeed's own report would cost a synchronisation.
+        # Our loop logs; DeepSpeed's own report would cost a synchronization.
         "steps_per_print": None,
         "wall_clock_breakdown": False,
         # It would wait for the device at each forward pass and step.

@@ -62,7 +62,7 @@ class TrainingEngine(DeepSpeedEngine):
 
     @abstractmethod
     def _accumulate_and_step(self, micro_batches: Sequence[MicroBatch]) -> None:
-        """Forwards, backwards and the optimiser's step."""
+        """Forwards, backwards and the optimizer's step."""
 
     def grad_norm(self) -> float:
         """Global norm of the last step's gradient before clipping."""

@@ -30,7 +30,7 @@ class UpdateDomainWeights(PipeInstruction):
 
 
 class AlternatingSchedule(PipeSchedule):
-    """All forwards, the update of the domain weights, all backwards, the optimiser's step."""
+    """All forwards, the update of the domain weights, all backwards, the optimizer's step."""
 
     def steps(self) -> Iterator[list[PipeInstruction]]:
         for buffer in range(self.micro_batches):

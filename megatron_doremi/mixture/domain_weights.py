@@ -30,8 +30,8 @@ def next_excess(last: Tensor, excess_sum: Tensor, targets: Tensor) -> Tensor:
 def next_weights(weights: Tensor, excess: Tensor, step_size: float, smoothing: float) -> Tensor:
     """alpha_t: [k] from alpha_{t-1} and lambda_t (Algorithm 1, lines 6 to 8)."""
     logs = weights.log() + step_size * excess
-    normalised = torch.exp(logs - torch.logsumexp(logs, dim=0))
-    return (1.0 - smoothing) * normalised + smoothing / weights.numel()
+    normalized = torch.exp(logs - torch.logsumexp(logs, dim=0))
+    return (1.0 - smoothing) * normalized + smoothing / weights.numel()
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ class MeanLoss:
         return token_loss.mean()
 
     def end(self) -> None:
-        """Called on every rank after the optimiser's step."""
+        """Called on every rank after the optimizer's step."""
 
     def step_sums(self) -> Tensor:
         """[3, k] float64 sums of the last global batch, on every rank; see statistics.py. A collective call."""
@@ -116,7 +116,7 @@ class GroupDRO(MeanLoss):
     """A proxy's objective (Xie et al. 2023, Algorithm 1) and the state of its domain weights.
 
     `alternating`: alpha_t from this batch, then its gradient under alpha_t. `simultaneous`: the gradient under
-    alpha_{t-1}, then alpha_t, the textbook step towards a saddle point. With `resample` the loss is the plain
+    alpha_{t-1}, then alpha_t, the textbook step toward a saddle point. With `resample` the loss is the plain
     mean, the weights act on the sampling of the next batch, and both updates come to the same.
 
     Attributes:

@@ -45,13 +45,13 @@ def forward_only(
             x = micro_batches[number].tokens.to(parameter.device)
         else:
             x = torch.empty(module.activation_shape(*shape), dtype=parameter.dtype, device=parameter.device)
-            dist.recv(x, topology.neighbour(-1))
+            dist.recv(x, topology.neighbor(-1))
         if topology.is_last_stage:
             losses.append(module.run(x, micro_batches[number].targets.to(parameter.device)))
         else:
             x = module.run(x, None)
             x = x.contiguous()
-            work = dist.isend(x, topology.neighbour(1))
+            work = dist.isend(x, topology.neighbor(1))
             assert work is not None
             sending.append((work, x))
     for work, _ in sending:

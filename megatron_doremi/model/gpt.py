@@ -94,7 +94,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One transformer block, normalised before each part: [b, s, h] -> [b, s, h]."""
+    """One transformer block, normalized before each part: [b, s, h] -> [b, s, h]."""
 
     def __init__(self, gpt: GPTConfig, tp: TensorParallel, recompute: str = "none"):
         """Args:

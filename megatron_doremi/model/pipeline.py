@@ -20,7 +20,7 @@ from megatron_doremi.config import GPTConfig
 from megatron_doremi.model.gpt import Block
 from megatron_doremi.parallel.cross_entropy import token_losses
 from megatron_doremi.parallel.layers import LearnedPositions, Norm, TensorParallel, VocabParallelEmbedding
-from megatron_doremi.parallel.parameters import initialise, spec_of
+from megatron_doremi.parallel.parameters import initialize, spec_of
 from megatron_doremi.parallel.topology import Topology, stage_bounds
 
 TIED_KEY = "embedding"
@@ -130,7 +130,7 @@ class GPTPipeline(NamedLayers, PipelineModule):
 
     def _start(self, seed: int) -> None:
         for name, layer in self.named_layers():
-            initialise(layer, name, seed, self.tp.group)
+            initialize(layer, name, seed, self.tp.group)
 
     def named_layers(self) -> Iterator[tuple[str, nn.Module]]:
         seen: set[str] = set()
@@ -184,7 +184,7 @@ def layer_specs(gpt: GPTConfig, tp: TensorParallel, recompute: str) -> list[Laye
 def mark_for_gradient_norm(parameters: Iterable[nn.Parameter], topology: Topology) -> None:
     """Tells DeepSpeed which parameters this rank counts in the global gradient norm: each of the model once.
 
-    Its optimisers count a parameter on the first tensor rank, or where `model_parallel` is set, and leave out
+    Its optimizers count a parameter on the first tensor rank, or where `model_parallel` is set, and leave out
     tied copies (`ds_pipe_replicated`, set by PipelineModule).
     """
     for parameter in parameters:

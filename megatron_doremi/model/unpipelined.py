@@ -19,7 +19,7 @@ from megatron_doremi.model.pipeline import (
 )
 from megatron_doremi.parallel.cross_entropy import token_losses
 from megatron_doremi.parallel.layers import TensorParallel
-from megatron_doremi.parallel.parameters import initialise
+from megatron_doremi.parallel.parameters import initialize
 from megatron_doremi.parallel.topology import Topology
 
 
@@ -70,7 +70,7 @@ class GPTModel(NamedLayers, nn.Module):
             layer = spec.build()
             if isinstance(layer, OutputLayer):
                 layer = LossHead(layer.weight, gpt, tp, loss_chunk_tokens)
-            initialise(layer, name, seed, tp.group)
+            initialize(layer, name, seed, tp.group)
             mark_for_gradient_norm(layer.parameters(), topology)
             if partition is not None:
                 partition(layer)

@@ -59,7 +59,7 @@ class ParameterSpec:
 
 
 def make_parameter(spec: ParameterSpec, tensor: TensorGroup) -> nn.Parameter:
-    """An uninitialised parameter that holds this rank's part of `spec`."""
+    """An uninitialized parameter that holds this rank's part of `spec`."""
     parameter = nn.Parameter(torch.empty(spec.local_shape(tensor.size)))
     parameter.spec = spec  # type: ignore[attr-defined]
     return parameter
@@ -102,7 +102,7 @@ def start_values(spec: ParameterSpec, name: str, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def initialise(module: nn.Module, prefix: str, seed: int, tensor: TensorGroup) -> None:
+def initialize(module: nn.Module, prefix: str, seed: int, tensor: TensorGroup) -> None:
     """Fills the parameters of a layer, whose name in the model is `prefix`, with this rank's start values."""
     for name, parameter in module.named_parameters():
         spec = spec_of(parameter)

@@ -1,6 +1,6 @@
 """Which rank does what: arithmetic over (pipe, data, tensor) coordinates, without any process group.
 
-Tensor is the fastest axis, then data, then pipe: ranks of a tensor group are neighbours, as in Megatron-LM.
+Tensor is the fastest axis, then data, then pipe: ranks of a tensor group are neighbors, as in Megatron-LM.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Topology:
         """The rank at these coordinates."""
         return (pipe * self.data_size + data) * self.tensor_size + tensor
 
-    def neighbour(self, stages: int) -> int:
+    def neighbor(self, stages: int) -> int:
         """The rank `stages` further down the pipe (negative: up), at the same data and tensor coordinates."""
         return self.rank_at(self.pipe_rank + stages, self.data_rank, self.tensor_rank)
 

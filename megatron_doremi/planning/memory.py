@@ -45,7 +45,7 @@ def parameters_by_layer(gpt: GPTConfig, tensor_size: int) -> list[int]:
 
 
 def state_bytes_per_parameter(config: Config, data_size: int) -> float:
-    """Bytes of weights, gradients and optimiser state on the device for each parameter of a rank."""
+    """Bytes of weights, gradients and optimizer state on the device for each parameter of a rank."""
     stage, bf16 = config.parallel.zero_stage, config.optimizer.bf16
     weights, gradients = (2.0, 4.0) if bf16 else (4.0, 4.0)
     # Two moments, and master weights where the weights themselves are not float32 or are kept by shards.
@@ -84,7 +84,7 @@ def describe_run(config: Config, gpt: GPTConfig, topology: Topology) -> str:
     state = state_bytes_per_parameter(config, topology.data_size) if trains else 2 if config.optimizer.bf16 else 4
     gib = largest * state / 2**30
     holds = (
-        f"weights, gradients and optimiser state, and {_activations(config, gpt, topology)}" if trains else "weights"
+        f"weights, gradients and optimizer state, and {_activations(config, gpt, topology)}" if trains else "weights"
     )
     total = sum(parameters_by_layer(gpt, 1))
     batch = global_batch_size(config, topology.world_size)

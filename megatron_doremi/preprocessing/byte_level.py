@@ -3,7 +3,7 @@
 Byte-pair encoding by merges (Sennrich et al. 2016) and tiktoken's by ranks (merge whatever pair makes the known piece
 of the lowest rank) differ as soon as a piece can be put together in a way that is no merge of the list. They agree
 where every merge makes a piece of its own, from pieces of earlier merges, and every piece is what its own text is
-encoded as. For then, when tiktoken joins two neighbours x and y to a piece t, no merge of a lower rank was left to do,
+encoded as. For then, when tiktoken joins two neighbors x and y to a piece t, no merge of a lower rank was left to do,
 nor did any reach over the ends of t; so x and y are what the lower merges make of t's text alone, which are the two
 halves of t's own merge. What stays open is whether two regex engines split text alike: the classes of characters are
 compared one by one, and the whole on a sample of the input.

@@ -88,7 +88,7 @@ def sentencepiece_model(data: bytes, allow_special: bool) -> tuple[bytes, bool]:
 
     Returns:
         The model, and whether it keeps every character: bytes stand for what it does not know, and nothing is
-        normalised.
+        normalized.
 
     Raises:
         DecodeError: the data are no model (google.protobuf).

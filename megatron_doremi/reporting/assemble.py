@@ -111,28 +111,28 @@ def comparison_report(comparison: Comparison, runs: Mapping[str, Run]) -> Report
 def runs_report(runs: Sequence[Run]) -> Report:
     """Builds the report on any number of runs, a section each, and side by side where two were evaluated."""
     labels = unique_labels([run.path.resolve().name for run in runs])
-    labelled = dict(zip(labels, runs, strict=True))
+    labeled = dict(zip(labels, runs, strict=True))
     sections, text, images = [], [], []
     together = across_runs_table(labels, runs)
-    notes = _notes(labelled)
+    notes = _notes(labeled)
     if together is not None:
-        overlay = _evaluation_image(labelled, "held_out_over_time.png")
+        overlay = _evaluation_image(labeled, "held_out_over_time.png")
         sections.append(Section("Held-out losses side by side", notes, [together], overlay))
         text.append("\n".join([format_text(together), *(f"- {note}" for note in notes)]))
         images += overlay
-    for label, run in labelled.items():
+    for label, run in labeled.items():
         table, figures = run_table(run), _run_images(f"{label}_", run)
         own = [] if together is not None else _evaluation_image({label: run}, f"{label}_held_out_over_time.png")
         title = f"{label} ({run.phase})" if run.phase != "unknown" else label
         sections.append(Section(title, [_run_sentence(run)], [table], [*figures, *own]))
         text.append(f"{format_text(table)}\n- {_run_sentence(run)}")
         images += [*figures, *own]
-    sections.append(_provenance_section(labelled))
+    sections.append(_provenance_section(labeled))
     count = "one run" if len(runs) == 1 else f"{len(runs)} runs"
     data = {
         "format": RESULTS_FORMAT,
         "kind": "runs",
-        "runs": {label: _run_as_data(run) for label, run in labelled.items()},
+        "runs": {label: _run_as_data(run) for label, run in labeled.items()},
         "notes": notes,
     }
     html = page("Training report", f"Report on {count}: {', '.join(labels)}", sections)

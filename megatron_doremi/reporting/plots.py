@@ -1,7 +1,7 @@
 """Figures of a report, drawn with matplotlib's file backend: no window, no state kept between figures.
 
-Every function returns a Figure; `png` turns one into bytes. A domain keeps its colour and line style in all
-figures. Colours repeat after eight domains, with another line style.
+Every function returns a Figure; `png` turns one into bytes. A domain keeps its color and line style in all
+figures. Colors repeat after eight domains, with another line style.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def excess_over_time(iterations: Integers, excess: Floats, names: Sequence[str])
     with matplotlib.rc_context(STYLE):
         figure, panels = _figure(len(names), panels=2)
         for axes, scale in zip(panels, ("linear", "log"), strict=True):
-            # Single steps scatter over decades on a logarithmic scale: a grey surface behind the lines.
+            # Single steps scatter over decades on a logarithmic scale: a gray surface behind the lines.
             raw = excess if scale == "linear" else None
             _lines(axes, iterations, raw, smoothed if scale == "linear" else _positive(smoothed), names)
             axes.set_yscale(scale)
@@ -282,7 +282,7 @@ def _row_labels(axes: Axes, names: Sequence[str], unit: str, title: str) -> None
 
 def _lines(axes: Axes, iterations: Integers, raw: Floats | None, strong: Floats, names: Sequence[str]) -> None:
     points = _points(len(iterations))
-    # Many faint bands would turn into one grey surface.
+    # Many faint bands would turn into one gray surface.
     faint = 0.28 if len(names) <= 10 else 0.13
     steps = iterations[points]
     for index in range(len(names)):

@@ -153,14 +153,14 @@ def run_table(run: Run) -> Table:
 
 def _run_summary(run: Run, header: Sequence[str]) -> tuple[tuple[str, ...], ...]:
     first, newest = run.evaluations[0], run.evaluations[-1]
-    labelled = (
+    labeled = (
         ("uniform mean", Pair(first.uniform_mean, newest.uniform_mean)),
         (f"worst domain ({newest.worst[0]})", Pair(first.worst[1], newest.worst[1])),
         ("token mean", Pair(first.token_mean, newest.token_mean)),
     )
     place = header.index("held-out loss")
     rows = []
-    for label, pair in labelled:
+    for label, pair in labeled:
         cells = [label] + [""] * (len(header) - 1)
         cells[place] = format_loss(pair.main)
         if newest is not first:

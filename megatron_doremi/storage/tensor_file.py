@@ -35,7 +35,7 @@ class TensorFile:
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """A copy in the host's memory; from a GPU it is complete after the device is synchronised."""
+    """A copy in the host's memory; from a GPU it is complete after the device is synchronized."""
     tensor = tensor.detach()
     # Page-locked memory takes a copy at the bus's full rate, and torch keeps what was freed for the next time.
     copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)

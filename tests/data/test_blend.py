@@ -48,7 +48,7 @@ def test_permutation_is_the_same_on_every_machine():
 
 
 def test_permutation_mixes():
-    """Neighbours do not stay neighbours, and other keys give other orders."""
+    """Neighbors do not stay neighbors, and other keys give other orders."""
     order = permute(np.arange(10_000), 10_000, 1)
     assert np.mean(np.abs(np.diff(order)) <= 10) < 0.01
     assert abs(np.corrcoef(np.arange(10_000), order)[0, 1]) < 0.05

@@ -308,7 +308,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_each_form_is_matched_by_name_and_normalised(tmp_path, form):
+def test_each_form_is_matched_by_name_and_normalized(tmp_path, form):
     """The file's order is not the manifest's, and the weights sum to 10."""
     vector = load_weights(write(tmp_path, FORMS[form]), manifest_in(tmp_path), False)
     assert vector.tolist() == [0.1, 0.3, 0.6]

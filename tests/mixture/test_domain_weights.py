@@ -180,7 +180,7 @@ def test_objectives_of_the_ablation_by_hand():
     assert state.weights.tolist() == pytest.approx([1 / (1 + math.exp(-1)), 1 / (1 + math.exp(1))], abs=1e-7)
 
 
-def test_the_authors_normalisation_by_hand():
+def test_the_authors_normalization_by_hand():
     """sum_i w_i L_i / sum_j w_j n_j, w proportional to alpha / q."""
     weights = torch.tensor([0.25, 0.75], dtype=torch.float64)
     targets = torch.tensor([4.0, 2.0], dtype=torch.float64)

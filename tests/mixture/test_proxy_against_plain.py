@@ -108,7 +108,7 @@ OPTIONS = {
     "resample": {"doremi_weighting": "resample"},
     "hardest": {"doremi_objective": "hardest"},
     "easiest": {"doremi_objective": "easiest"},
-    "the authors' normalisation": {"doremi_normalization": "batch"},
+    "the authors' normalization": {"doremi_normalization": "batch"},
 }
 LAYOUTS = {
     "single": (1, 1, 1, {}),

@@ -68,7 +68,7 @@ def all_variants(launch, pipe, tensor, flags, bf16):
 
 
 def losses_and_gradients(gpt, topology, groups, device, flags, bf16):
-    """Runs a global batch through the engine without its optimiser; gathers what came out."""
+    """Runs a global batch through the engine without its optimizer; gathers what came out."""
     import deepspeed
 
     from megatron_doremi.data.loader import MicroBatch

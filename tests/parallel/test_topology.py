@@ -19,10 +19,10 @@ def test_coordinates_of_512_ranks():
     assert len(seen) == 512
 
 
-def test_neighbours_and_the_rank_that_speaks_for_losses():
+def test_neighbors_and_the_rank_that_speaks_for_losses():
     t = Topology(pipe_size=2, data_size=2, tensor_size=2, rank=3)
     assert (t.pipe_rank, t.data_rank, t.tensor_rank) == (0, 1, 1)
-    assert t.neighbour(1) == 7
+    assert t.neighbor(1) == 7
     assert t.loss_rank() == 6
 
 

@@ -1,4 +1,4 @@
-"""Runs the program on a damaged set-up and says what came of it: for the catalogue of wrong input."""
+"""Runs the program on a damaged set-up and says what came of it: for the catalog of wrong input."""
 
 from __future__ import annotations
 

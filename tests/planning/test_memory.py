@@ -57,7 +57,7 @@ def peak_of_a_step(topology, groups, device, parallel, bf16, update, count):
     ids = torch.zeros(WINDOWS, SEQ, dtype=torch.int64)
     batches = [MicroBatch(ids, ids, ids[:, 0], ids[:, 0], torch.zeros(WINDOWS, SEQ)) for _ in range(count)]
     targets = torch.tensor([batch * SEQ, 0, 0], dtype=torch.float64)
-    # The first step makes the optimiser's state.
+    # The first step makes the optimizer's state.
     engine.train_step(batches, targets)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         engine.train_step(batches, targets)

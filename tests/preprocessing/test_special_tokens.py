@@ -227,7 +227,7 @@ def test_unknown_words_are_counted_by_their_characters(tmp_path):
     assert load_tokenizer(*saved(tmp_path, pieces)).lost_characters(["ab abb ax"]) == Counter({"a": 1, "x": 1})
 
 
-def test_characters_whose_bytes_are_missing_and_normalised_ones_are_counted(tmp_path):
+def test_characters_whose_bytes_are_missing_and_normalized_ones_are_counted(tmp_path):
     tokenizer = load_tokenizer(*bytes_that_are_missing(tmp_path))
     missing = sorted(byte_alphabet())[200]
     byte = byte_alphabet()[missing]

@@ -106,7 +106,7 @@ def test_nul_comes_back(tokenizer):
 
 
 def test_one_character_is_the_exception(tokenizer):
-    """SentencePiece stores spaces as U+2581, so the two cannot be told apart afterwards."""
+    """SentencePiece stores spaces as U+2581, so the two cannot be told apart afterward."""
     assert tokenizer.decode(tokenizer.encode("a\u2581b")) == "a b"
 
 
@@ -132,7 +132,7 @@ def test_batch_equals_one_by_one(tokenizer):
         assert np.array_equal(ids, tokenizer.encode(text))
 
 
-def test_ids_of_a_document_do_not_depend_on_its_neighbours(tokenizer):
+def test_ids_of_a_document_do_not_depend_on_its_neighbors(tokenizer):
     together = tokenizer.encode_batch(["one text", "another"])
     assert np.array_equal(together[1], tokenizer.encode_batch(["another"])[0])
 

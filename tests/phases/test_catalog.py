@@ -1,6 +1,6 @@
-"""A catalogue of wrong input: what the program says of each mistake. Exit code 2, no traceback, nothing written.
+"""A catalog of wrong input: what the program says of each mistake. Exit code 2, no traceback, nothing written.
 
-Run alone: python -m pytest tests/phases/test_catalogue.py
+Run alone: python -m pytest tests/phases/test_catalog.py
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ FLAGS = {
     "infinity": Case(("--lr: inf", "a finite number"), flags="--lr inf"),
     "no number of epochs": Case(("--max-epochs-per-domain", "nan"), flags="--max-epochs-per-domain nan"),
     "an unknown flag": Case(("--no-such", "see --help"), flags="--no-such 3"),
-    "a misspelt flag": Case(("did you mean --micro-batch-size?",), flags="--micro-batchsize 3"),
+    "a misspelled flag": Case(("did you mean --micro-batch-size?",), flags="--micro-batchsize 3"),
     "a choice that is none": Case(
         ("--normalization: BatchNorm", "RMSNorm, LayerNorm"), flags="--normalization BatchNorm"
     ),
@@ -465,7 +465,7 @@ ENVIRONMENTS = {
         ("--save",), flags="--save @/taken/run", damage=lambda f: (f / "taken").write_text("")
     ),
 }
-CATALOGUE = {
+CATALOG = {
     f"{group}: {name}": case
     for group, cases in (
         ("flags", FLAGS),
@@ -493,9 +493,9 @@ def setup(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", CATALOGUE)
+@pytest.mark.parametrize("name", CATALOG)
 def test_a_mistake(name, setup, tmp_path):
-    case = CATALOGUE[name]
+    case = CATALOG[name]
     code, said, changed = run_case(case, setup, tmp_path / "copy")
     assert code == "2", said
     assert "Traceback" not in said
@@ -504,5 +504,5 @@ def test_a_mistake(name, setup, tmp_path):
     assert not changed
 
 
-def test_the_catalogue_is_large():
-    assert len(CATALOGUE) >= 100
+def test_the_catalog_is_large():
+    assert len(CATALOG) >= 100
