@@ -147,11 +147,11 @@ def run_phase(
     from megatron_doremi.parallel.exchange import from_rank_0
     from megatron_doremi.parallel.groups import make_groups
     from megatron_doremi.phases import setup
+    from megatron_doremi.phases.evaluate import evaluate_run
     from megatron_doremi.phases.identity import check_ranks_start_alike
     from megatron_doremi.phases.inputs import open_inputs
     from megatron_doremi.phases.output_checks import check_outputs
     from megatron_doremi.phases.score import check_recorded, reference_hash, score
-    from megatron_doremi.phases.standalone import evaluate_run
     from megatron_doremi.settings import EVALUATE, SCORE, TRAINING
 
     phase, minutes = config.data.phase, config.run.distributed_timeout_minutes

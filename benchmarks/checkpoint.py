@@ -37,7 +37,7 @@ from doremi_overhead import DOMAINS, make_config, shape_parser
 from megatron_doremi.checkpoint.writer import Checkpointer
 from megatron_doremi.cluster.launch import read_launch
 from megatron_doremi.cluster.process_group import join
-from megatron_doremi.cluster.step_flags import Agreement, agree
+from megatron_doremi.cluster.step_flags import StepFlags, reduce_flags
 from megatron_doremi.config import data_parallel_size, gpt_config
 from megatron_doremi.data.loader import MicroBatch
 from megatron_doremi.engine.build import make_engine
@@ -126,10 +126,10 @@ def timed_round(
     began = time.perf_counter()
     pause = 0.0
     for step in range(steps):
-        agreed: list[Agreement] = []
+        agreed: list[StepFlags] = []
 
-        def before_step(norm: Tensor | None, found: list[Agreement] = agreed) -> None:
-            found.append(agree(engine.objective.local_sums, norm, 0, *checkpointer.progress()))
+        def before_step(norm: Tensor | None, found: list[StepFlags] = agreed) -> None:
+            found.append(reduce_flags(engine.objective.local_sums, norm, 0, *checkpointer.progress()))
 
         engine.train_step(batches, before_step=before_step)
         if not agreed[0].writing:

@@ -131,11 +131,11 @@ def make(
 
 def step_of(place: Place, engine: Any, batches: Sequence[Any]) -> Callable[[], None]:
     """A step as the training loop takes it."""
-    from megatron_doremi.cluster.step_flags import agree
+    from megatron_doremi.cluster.step_flags import reduce_flags
 
     targets = torch.ones(8, dtype=torch.float64).to(engine.device)
 
     def before_step(norm: Tensor | None) -> None:
-        agree(engine.objective.local_sums, norm, 0, False, False)
+        reduce_flags(engine.objective.local_sums, norm, 0, False, False)
 
     return lambda: engine.train_step(batches, targets, before_step)

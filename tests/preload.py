@@ -16,7 +16,7 @@ for name in (
     "megatron_doremi.cluster.process_group",
     "megatron_doremi.phases.train",
     "megatron_doremi.phases.score",
-    "megatron_doremi.phases.standalone",
+    "megatron_doremi.phases.evaluate",
     "pretrain_doremi",
     "setuptools",
     "torch._dynamo",

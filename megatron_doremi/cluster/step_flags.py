@@ -6,31 +6,15 @@ move; whether a rank wants to stop, and how far its checkpoint is, travels along
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_doremi.data.loader import MicroBatch
-from megatron_doremi.errors import RunError
-from megatron_doremi.mixture.objective import GroupDRO, MeanLoss
-from megatron_doremi.parallel.exchange import gather_json
-
-_SHOWN_WINDOWS = 20
-_REMEDY = (
-    "      nothing was saved after the last checkpoint; look at the text with tools/inspect_data.py, or resume from\n"
-    "      the checkpoint with a lower --lr or --clip-grad"
-)
-
-
-class NonFinite(RunError):
-    """A loss or a gradient is NaN or Inf: another step would spoil the parameters."""
-
 
 @dataclass(frozen=True)
-class Agreement:
+class StepFlags:
     """The maximum over all ranks of each flag.
 
     Attributes:
@@ -50,9 +34,9 @@ class Agreement:
     save_due: bool
 
 
-def agree(
+def reduce_flags(
     local_sums: Tensor, norm: Tensor | None, stop: int, writing: bool, write_failed: bool, save_due: bool = False
-) -> Agreement:
+) -> StepFlags:
     """All-reduces the step's flags (MAX); a collective call of all ranks, and the one wait for the device in a step.
 
     Args:
@@ -60,71 +44,11 @@ def agree(
         norm: the gradient's global norm, where it is known before the optimizer's step.
     """
     device = local_sums.device
-    said = torch.tensor([0, 0, stop, writing, write_failed, save_due], dtype=torch.int64)
-    said = said.to(device, non_blocking=True)
-    said[0] = ~torch.isfinite(local_sums).all()
+    flags = torch.tensor([0, 0, stop, writing, write_failed, save_due], dtype=torch.int64)
+    flags = flags.to(device, non_blocking=True)
+    flags[0] = ~torch.isfinite(local_sums).all()
     if norm is not None:
-        said[1] = ~torch.isfinite(norm)
-    dist.all_reduce(said, op=dist.ReduceOp.MAX)
-    loss, gradient, stop, still, failed, due = said.tolist()
-    return Agreement(bool(loss), bool(gradient), stop, bool(still), bool(failed), bool(due))
-
-
-def explain_loss(
-    objective: MeanLoss, micro_batches: Sequence[MicroBatch], names: Sequence[str], iteration: int
-) -> NonFinite:
-    """The error for a step with a loss that is NaN or Inf: whose loss, and in which windows; a collective call.
-
-    Args:
-        micro_batches: this rank's of the step.
-        iteration: the step's number, the first being 1.
-    """
-    windows = _windows(objective, micro_batches)
-    whose = "proxy" if isinstance(objective, GroupDRO) else "model"
-    parts = []
-    # A window's entry: domain, window, whether the model's losses are finite, and the reference's.
-    for place, subject in ((2, whose), (3, "reference")):
-        bad = [window for window in windows if not window[place]]
-        if bad:
-            places = windows_by_domain([(domain, number) for domain, number, _, _ in bad], names)
-            parts.append(f"the {subject}'s loss of iteration {iteration} is NaN or Inf in {places}")
-    if not any(not window[2] for window in windows):
-        parts.append(f"the {whose}'s own losses are finite: check the reference or its recorded losses")
-    return NonFinite("\n      ".join([*parts, _batch(windows, names)]) + "\n" + _REMEDY)
-
-
-def explain_gradient(
-    objective: MeanLoss, micro_batches: Sequence[MicroBatch], names: Sequence[str], iteration: int
-) -> NonFinite:
-    """The error for a step whose gradient is NaN or Inf although its losses are finite; a collective call."""
-    return NonFinite(
-        f"the gradient of iteration {iteration} is NaN or Inf, although every loss is finite; the step was not taken\n"
-        f"      {_batch(_windows(objective, micro_batches), names)}\n{_REMEDY}"
-    )
-
-
-def _windows(objective: MeanLoss, micro_batches: Sequence[MicroBatch]) -> list[tuple[int, int, bool, bool]]:
-    """(domain, window, model's losses finite, reference's losses finite) of the global batch, in order."""
-    topology, own = objective.topology, []
-    if topology.rank == topology.loss_rank():
-        for batch, finite in zip(micro_batches, objective.finite, strict=True):
-            rows = zip(batch.domains.tolist(), batch.windows.tolist(), *finite.tolist(), strict=True)
-            own += [row for row in rows if row[0] >= 0]
-    return sorted(tuple(row) for part in gather_json(own) for row in part)
-
-
-def windows_by_domain(windows: Sequence[tuple[int, int]], names: Sequence[str]) -> str:
-    """Text that names (domain, window) pairs, some of each domain's."""
-    numbers_of: dict[int, list[int]] = {}
-    for domain, window in windows:
-        numbers_of.setdefault(domain, []).append(window)
-    parts = []
-    for number, numbers in numbers_of.items():
-        shown = ", ".join(map(str, numbers[:_SHOWN_WINDOWS])) + (", ..." if len(numbers) > _SHOWN_WINDOWS else "")
-        parts.append(f"{names[number]!r} (windows {shown})")
-    return "; ".join(parts)
-
-
-def _batch(windows: Sequence[tuple[int, int, bool, bool]], names: Sequence[str]) -> str:
-    counts = {name: sum(window[0] == number for window in windows) for number, name in enumerate(names)}
-    return "the batch: windows of " + ", ".join(f"{name!r} {count}" for name, count in counts.items() if count)
+        flags[1] = ~torch.isfinite(norm)
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    loss, gradient, stop, writing, write_failed, save_due = flags.tolist()
+    return StepFlags(bool(loss), bool(gradient), stop, bool(writing), bool(write_failed), bool(save_due))

@@ -16,15 +16,15 @@ from torch import nn
 
 from megatron_doremi.config import Config, GPTConfig
 from megatron_doremi.engine.deepspeed_config import deepspeed_config
-from megatron_doremi.engine.engines import PipelineTraining, TrainingEngine, WholeTraining
+from megatron_doremi.engine.engines import PipelinedEngine, TrainingEngine, ZeroEngine
 from megatron_doremi.engine.optimizer import make_optimizer
 from megatron_doremi.mixture.objective import DoReMiSettings, GroupDRO, MeanLoss
 from megatron_doremi.model.pipeline import GPTPipeline
+from megatron_doremi.model.sizes import parameters_by_layer
 from megatron_doremi.model.unpipelined import GPT, GPTModel
 from megatron_doremi.parallel.groups import ProcessGroups
 from megatron_doremi.parallel.layers import TensorParallel
 from megatron_doremi.parallel.topology import Topology
-from megatron_doremi.planning.memory import parameters_by_layer
 from megatron_doremi.settings import PROXY
 
 
@@ -96,9 +96,9 @@ def make_engine(
     kind: type[TrainingEngine]
     if parallel.zero_stage < 2:
         module = pipeline = GPTPipeline(*model)
-        kind, mpu = PipelineTraining, pipeline.mpu()
+        kind, mpu = PipelinedEngine, pipeline.mpu()
     else:
-        kind, mpu = WholeTraining, Layout(topology, groups)
+        kind, mpu = ZeroEngine, Layout(topology, groups)
 
         def partition(layer: nn.Module) -> None:
             # `dtype` below is for parameters that are yet to be made; those that are there keep their own.

@@ -1,4 +1,4 @@
-"""DeepSpeed's engines, driven by an objective: `PipelineTraining` for ZeRO 0 and 1, `WholeTraining` for 2 and 3.
+"""DeepSpeed's engines, driven by an objective: `PipelinedEngine` for ZeRO 0 and 1, `ZeroEngine` for 2 and 3.
 
 Both take a step on a rank's micro-batches of a global batch. An objective that moves the domain weights on the
 whole batch before any gradient is taken (see objective.py) makes the pipeline engine run `AlternatingSchedule`.
@@ -74,7 +74,7 @@ class TrainingEngine(DeepSpeedEngine):
             group["lr"] = lr
 
 
-class PipelineTraining(TrainingEngine, PipelineEngine):
+class PipelinedEngine(TrainingEngine, PipelineEngine):
     """Any number of stages, ZeRO 0 and 1: 1F1B, or the alternating schedule where the objective needs it."""
 
     # DeepSpeed's: token losses after a forward pass, then what the next backward pass starts from.
@@ -154,7 +154,7 @@ class PipelineTraining(TrainingEngine, PipelineEngine):
     }
 
 
-class WholeTraining(TrainingEngine):
+class ZeroEngine(TrainingEngine):
     """One stage, ZeRO 2 and 3, which DeepSpeed's pipeline does not serve; the module is a `GPTModel`.
 
     Under ZeRO 3 a parameter is gathered for a forward pass and dropped after it. With several forwards outstanding

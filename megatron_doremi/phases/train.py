@@ -17,7 +17,7 @@ from megatron_doremi.checkpoint.writer import Checkpointer, SaveTimer
 from megatron_doremi.cluster.preemption import GO_ON, REASONS, StopRequest
 from megatron_doremi.cluster.replica_check import check_ranks_agree
 from megatron_doremi.cluster.run_lock import HeldLock
-from megatron_doremi.cluster.step_flags import Agreement, agree, explain_gradient, explain_loss
+from megatron_doremi.cluster.step_flags import StepFlags, reduce_flags
 from megatron_doremi.cluster.watchdog import Watchdog
 from megatron_doremi.config import Config, GPTConfig, global_batch_size, micro_batches_per_step
 from megatron_doremi.console import Guard
@@ -29,6 +29,7 @@ from megatron_doremi.engine.engines import TrainingEngine
 from megatron_doremi.engine.optimizer import learning_rate
 from megatron_doremi.errors import RunError, machine_failure
 from megatron_doremi.mixture.domain_weights import DomainWeights
+from megatron_doremi.mixture.non_finite import explain_gradient, explain_loss
 from megatron_doremi.mixture.objective import GroupDRO
 from megatron_doremi.mixture.reference import OnlineReference
 from megatron_doremi.parallel.exchange import broadcast_json, from_rank_0
@@ -230,24 +231,24 @@ class Trainer:
             total=self.config.data.train_iters,
         )
 
-    def _take_step(self, step: Step, lr: float) -> Agreement:
+    def _take_step(self, step: Step, lr: float) -> StepFlags:
         self.engine.set_learning_rate(lr)
         micro_batches = step.micro_batches
         if self.reference is not None:
             micro_batches = self.reference.score(micro_batches, self.micro_batches)
         targets = torch.from_numpy(step.targets).to(self.engine.device, torch.float64)
-        agreed: list[Agreement] = []
+        agreed: list[StepFlags] = []
 
         batch = (self.engine.objective, micro_batches, self.data.names, self.iteration + 1)
 
         def before_step(norm: Tensor | None) -> None:
-            flags = (self.stop.reason(), *self.checkpoints.progress(), self.save_timer.due())
-            own = agree(self.engine.objective.local_sums, norm, *flags)
-            if own.loss_non_finite or own.gradient_non_finite:
+            state = (self.stop.reason(), *self.checkpoints.progress(), self.save_timer.due())
+            flags = reduce_flags(self.engine.objective.local_sums, norm, *state)
+            if flags.loss_non_finite or flags.gradient_non_finite:
                 # What was saved before is good, also where it is still being written.
                 self.checkpoints.finish()
-                raise explain_loss(*batch) if own.loss_non_finite else explain_gradient(*batch)
-            agreed.append(own)
+                raise explain_loss(*batch) if flags.loss_non_finite else explain_gradient(*batch)
+            agreed.append(flags)
 
         self.engine.train_step(micro_batches, targets, before_step)
         if not self.engine.was_step_applied():

@@ -59,7 +59,7 @@ def whole_step(device, phase, zero_stage, bf16, chunk, doremi):
     from megatron_doremi.checkpoint.optimizer_state import optimizer_file, owned_state, start_state
     from megatron_doremi.checkpoint.weights import WeightsFolder, weights_file
     from megatron_doremi.cluster.replica_check import digest
-    from megatron_doremi.cluster.step_flags import agree
+    from megatron_doremi.cluster.step_flags import reduce_flags
     from megatron_doremi.model.forward import forward_only
     from megatron_doremi.parallel.parameters import spec_of
 
@@ -74,7 +74,7 @@ def whole_step(device, phase, zero_stage, bf16, chunk, doremi):
     engine.train_step(
         batches,
         torch.ones(3, dtype=torch.float64).to(device),
-        lambda norm: seen.append(agree(engine.objective.local_sums, norm, 0, False, False)),
+        lambda norm: seen.append(reduce_flags(engine.objective.local_sums, norm, 0, False, False)),
     )
     assert len(seen) == 1
     engine.grad_norm()

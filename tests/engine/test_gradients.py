@@ -145,13 +145,13 @@ ENGINES = {
 
 def infinite_gradient(launch, pipe, zero_stage, bf16):
     """Two steps; in the second the gradient of one vector is infinite in one micro-batch of the last rank."""
-    from megatron_doremi.cluster.step_flags import agree
+    from megatron_doremi.cluster.step_flags import reduce_flags
 
     topology, engine, mine = build(launch, zero_stage, bf16, pipe)
     seen = []
 
     def before_step(norm):
-        flags = agree(engine.objective.local_sums, norm, 0, False, False)
+        flags = reduce_flags(engine.objective.local_sums, norm, 0, False, False)
         assert not flags.loss_non_finite
         seen.append(flags.gradient_non_finite)
         if flags.gradient_non_finite:

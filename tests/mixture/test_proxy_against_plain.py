@@ -166,9 +166,9 @@ def test_three_steps(layout, option):
 
 def holding_forwards(launch, zero_stage):
     """Three steps of an engine that holds all forwards of a batch, whatever the ZeRO stage."""
-    from megatron_doremi.engine.engines import WholeTraining
+    from megatron_doremi.engine.engines import ZeroEngine
 
-    WholeTraining._holds_forwards = lambda self: True
+    ZeroEngine._holds_forwards = lambda self: True
     return proxy_steps({}, *layout(launch, 1, 1), {"zero_stage": zero_stage})
 
 

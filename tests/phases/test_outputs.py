@@ -262,13 +262,13 @@ def full_disk(launch, data, save):
 
 def told(launch, argv, name):
     """What this rank says where rank 0 cannot open the file that a module opens by `AppendFile`."""
-    from megatron_doremi.phases import metrics_file, standalone
+    from megatron_doremi.phases import evaluate, metrics_file
 
     def full(path):
         assert launch.rank == 0
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    {"metrics.jsonl": metrics_file, "evaluations.jsonl": standalone}[name].AppendFile = full
+    {"metrics.jsonl": metrics_file, "evaluations.jsonl": evaluate}[name].AppendFile = full
     try:
         program(launch, argv)
     except RunError as error:

@@ -14,7 +14,7 @@ from model.test_against_plain_model import GPT as SMALL
 from ranks import on_ranks
 
 from megatron_doremi.config import ParallelConfig
-from megatron_doremi.planning.activations import held_micro_batches, micro_batch_bytes
+from megatron_doremi.planning.memory import held_micro_batches, micro_batch_bytes
 
 pytestmark = pytest.mark.slow
 
