@@ -151,7 +151,7 @@ def run_phase(
     from megatron_doremi.phases.identity import check_ranks_start_alike
     from megatron_doremi.phases.inputs import open_inputs
     from megatron_doremi.phases.output_checks import check_outputs
-    from megatron_doremi.phases.score import check_recorded, reference_hash, score
+    from megatron_doremi.phases.score import check_reference_losses, reference_hash, score
     from megatron_doremi.settings import EVALUATE, SCORE, TRAINING
 
     phase, minutes = config.data.phase, config.run.distributed_timeout_minutes
@@ -171,13 +171,13 @@ def run_phase(
     if topology.rank == 0:
         print_warnings(data.manifest)
     device = join_group(meeting, minutes)
-    check_ranks_start_alike(config, setup.what_is_read(data, inputs.reference, inputs.recorded))
+    check_ranks_start_alike(config, setup.what_is_read(data, inputs.reference, inputs.reference_losses))
     groups = make_groups(topology)
     reference_sha256 = None
     if phase in TRAINING:
-        if inputs.recorded is not None:
-            check_recorded(inputs.recorded, config, data, topology, meeting.store, watchdog)
-        reference_sha256 = reference_hash(inputs.reference, inputs.recorded, topology, watchdog)
+        if inputs.reference_losses is not None:
+            check_reference_losses(inputs.reference_losses, config, data, topology, meeting.store, watchdog)
+        reference_sha256 = reference_hash(inputs.reference, inputs.reference_losses, topology, watchdog)
     # Nothing is written before all that is read has been checked.
     from_rank_0(lambda: check_outputs(config))
     if phase == EVALUATE:
@@ -241,7 +241,19 @@ def make_trainer(
     engine = make_engine(config, gpt, data.weights, topology, groups, device)
     reference = setup.make_reference(config, inputs.reference, topology, groups)
     return Trainer(
-        config, gpt, data, engine, reference, inputs.recorded, own, resume, topology, groups, stop, watchdog, lock
+        config,
+        gpt,
+        data,
+        engine,
+        reference,
+        inputs.reference_losses,
+        own,
+        resume,
+        topology,
+        groups,
+        stop,
+        watchdog,
+        lock,
     )
 
 

@@ -55,7 +55,7 @@ from megatron_doremi.data.blend import Blend, BlendState, window_count
 from megatron_doremi.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, dtype_for
 from megatron_doremi.data.loader import MicroBatch, Step, steps
 from megatron_doremi.data.reference_loss_file import CHUNK_WINDOWS
-from megatron_doremi.data.reference_losses import LossFolder, RecordedLosses
+from megatron_doremi.data.reference_losses import ReferenceLosses, ReferenceLossFolder
 from megatron_doremi.engine.build import make_engine
 from megatron_doremi.engine.engines import TrainingEngine
 from megatron_doremi.model.forward import forward_only
@@ -119,7 +119,7 @@ def write_data(folder: Path, args: argparse.Namespace, windows: int) -> None:
         "reference": "0" * 64,
         "reference_iteration": 0,
     }
-    losses = LossFolder(folder / "losses", fingerprint)
+    losses = ReferenceLossFolder(folder / "losses", fingerprint)
     for domain, name in enumerate(NAMES):
         with IndexedDatasetWriter(folder / name, dtype_for(args.vocab)) as writer:
             writer.add_document(generator.integers(0, args.vocab, windows * args.seq + 1))
@@ -145,7 +145,7 @@ def batches(
         topology.data_rank,
         topology.data_size,
         reads=topology.is_first_stage or topology.is_last_stage,
-        recorded=RecordedLosses(folder / "losses", NAMES, {}) if recorded and topology.is_last_stage else None,
+        reference_losses=ReferenceLosses(folder / "losses", NAMES, {}) if recorded and topology.is_last_stage else None,
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_doremi.data.blend import Blend, BlendState, GlobalBatch
 from megatron_doremi.data.indexed_dataset import IndexedDataset
-from megatron_doremi.data.reference_losses import RecordedLosses
+from megatron_doremi.data.reference_losses import ReferenceLosses
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def read_windows(
     datasets: Sequence[IndexedDataset | None],
     part: GlobalBatch,
     seq_length: int,
-    recorded: RecordedLosses | None = None,
+    reference_losses: ReferenceLosses | None = None,
 ) -> MicroBatch:
     """Reads windows and, where they are recorded, the reference's losses on them.
 
@@ -107,7 +107,7 @@ def read_windows(
         tokens[:, 1:].contiguous(),
         torch.from_numpy(part.domains.astype(np.int64)),
         torch.from_numpy(part.windows.astype(np.int64)),
-        None if recorded is None else recorded.losses(part.domains, part.windows),
+        None if reference_losses is None else reference_losses.losses(part.domains, part.windows),
     )
 
 
@@ -122,7 +122,7 @@ def steps(
     data_size: int,
     reads: bool,
     ahead: bool = True,
-    recorded: RecordedLosses | None = None,
+    reference_losses: ReferenceLosses | None = None,
     total: int | None = None,
 ) -> Iterator[Step]:
     """Steps from `state` on; the next is read in the background while the caller works on one.
@@ -131,7 +131,7 @@ def steps(
         weights: gives the sampling weights [k] of the step that is about to be read.
         reads: False on ranks that need no text (stages in the middle of a pipeline).
         ahead: False where a step's weights are known only after the step before it; nothing is read ahead then.
-        recorded: the reference's losses, on the last stage of a proxy that has them on disk.
+        reference_losses: the reference's losses, on the last stage of a proxy that has them on disk.
         total: the step number at which to end; nothing beyond it is read. None: endless.
     """
 
@@ -139,7 +139,7 @@ def steps(
         batch, after = blend.next_batch(state, weights())
         parts = rank_slice(batch, micro_batch_size, data_rank, data_size) if reads else []
         targets = np.bincount(batch.domains, minlength=len(blend.names)) * seq_length
-        micro_batches = [read_windows(datasets, part, seq_length, recorded) for part in parts]
+        micro_batches = [read_windows(datasets, part, seq_length, reference_losses) for part in parts]
         if torch.cuda.is_available():
             micro_batches = [each.pinned() for each in micro_batches]
         return Step(tuple(micro_batches), targets, after)

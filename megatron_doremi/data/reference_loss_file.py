@@ -299,7 +299,7 @@ def add_windows(
 
     Jobs that overlap may add to one chunk: they take turns, and each keeps what the others have recorded. On a file
     system without flock the file is read again where another job has replaced it; rows that are lost in the instant
-    between that look and the rename are missing to `RecordedLosses.check`, and the next --phase score adds them.
+    between that look and the rename are missing to `ReferenceLosses.check`, and the next --phase score adds them.
 
     Args:
         windows: [n] of this chunk, rising; those that are recorded already stay as they are.

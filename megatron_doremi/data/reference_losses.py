@@ -84,7 +84,7 @@ def differences(entry: Mapping[str, Any], expected: Mapping[str, Any], subject: 
     ]
 
 
-class LossFolder:
+class ReferenceLossFolder:
     """A folder that --phase score writes to; several tasks may share it."""
 
     def __init__(self, folder: Path, fingerprint: Mapping[str, Any]):
@@ -149,11 +149,11 @@ def _create(path: Path, text: str) -> bool:
     return True
 
 
-class RecordedLosses:
+class ReferenceLosses:
     """The losses of a folder, read row by row as they are asked for; for one thread.
 
     Attributes:
-        scores: its scores.json.
+        scores_file: its scores.json.
     """
 
     def __init__(self, folder: Path, names: Sequence[str], expected: Mapping[str, Any]):
@@ -167,7 +167,7 @@ class RecordedLosses:
             ConfigError: with every difference.
         """
         self.folder, self.names = folder, names
-        self.scores, entry = read_scores_file(folder, "--reference-losses")
+        self.scores_file, entry = read_scores_file(folder, "--reference-losses")
         raise_if_any(differences(entry, expected, f"--reference-losses {folder}"))
         self._open: OrderedDict[tuple[int, int], LossFile] = OrderedDict()
 
@@ -178,7 +178,7 @@ class RecordedLosses:
             ConfigError: a window was never scored, or its row is damaged.
             RunError: a file cannot be read any more.
         """
-        rows = np.zeros((len(domains), self.scores.seq_length), np.float32)
+        rows = np.zeros((len(domains), self.scores_file.seq_length), np.float32)
         for row, domain, window in zip(rows, domains.tolist(), windows.tolist(), strict=True):
             file = self._file(domain, window // CHUNK_WINDOWS)
             losses = None if file is None else file.losses(window)
@@ -197,7 +197,7 @@ class RecordedLosses:
         return file
 
     def _opened(self, domain: int, chunk: int) -> LossFile | None:
-        return LossFile.open(self.folder, domain, chunk, self.scores.seq_length, self.scores.old)
+        return LossFile.open(self.folder, domain, chunk, self.scores_file.seq_length, self.scores_file.old)
 
     def check(
         self, needed: Iterable[Chunks], progress: Callable[[int, int], None] = lambda domain, files: None

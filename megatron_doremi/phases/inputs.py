@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from megatron_doremi.config import Config
-from megatron_doremi.data.reference_losses import RecordedLosses
+from megatron_doremi.data.reference_losses import ReferenceLosses
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any
 from megatron_doremi.mixture.reference import ReferenceRun
 from megatron_doremi.phases import setup
 from megatron_doremi.phases.early_checks import reference_faults
-from megatron_doremi.phases.score import open_recorded
+from megatron_doremi.phases.score import open_reference_losses
 from megatron_doremi.planning.epochs import check_repetition
 from megatron_doremi.settings import EVALUATE
 
@@ -27,13 +27,13 @@ class Inputs:
     Attributes:
         repeated: what its mixture repeats, in words; "" where nothing is.
         reference: the model that scoring, an evaluation, or a proxy that scores its batches with it loads.
-        recorded: of a proxy whose reference losses are recorded.
+        reference_losses: of a proxy that reads them from disk; else None.
     """
 
     data: setup.RunData
     repeated: str
     reference: ReferenceRun | None
-    recorded: RecordedLosses | None
+    reference_losses: ReferenceLosses | None
 
 
 def open_inputs(config: Config, world_size: int) -> Inputs:
@@ -53,12 +53,12 @@ def open_inputs(config: Config, world_size: int) -> Inputs:
         raise ConfigError([*faults, *reference_faults(config)])
     opened = data
     repeated = collect(lambda: check_repetition(config, opened, world_size))
-    reference = recorded = None
+    reference = reference_losses = None
     if setup.needs_reference(config):
         reference = collect(lambda: setup.read_reference(config, opened))
     if phase == EVALUATE:
         reference = collect(lambda: setup.read_trained(Path(config.run.load), "--load", opened, config))
-    if setup.reads_recorded_losses(config):
-        recorded = collect(lambda: open_recorded(config, opened))
+    if setup.reads_reference_losses(config):
+        reference_losses = collect(lambda: open_reference_losses(config, opened))
     raise_if_any(faults)
-    return Inputs(data, repeated or "", reference, recorded)
+    return Inputs(data, repeated or "", reference, reference_losses)

@@ -38,7 +38,7 @@ from megatron_doremi.data.reference_loss_file import (
     clipped,
     unpack,
 )
-from megatron_doremi.data.reference_losses import LossFolder, RecordedLosses
+from megatron_doremi.data.reference_losses import ReferenceLosses, ReferenceLossFolder
 from megatron_doremi.errors import ConfigError, Fault, RunError, error_of, error_text, raise_if_any
 from megatron_doremi.mixture.reference import ReferenceRun
 from megatron_doremi.model.forward import forward_only
@@ -90,11 +90,11 @@ def weights_hash(folder: Path, watchdog: Watchdog) -> str:
 
 
 def reference_hash(
-    run: ReferenceRun | None, recorded: RecordedLosses | None, topology: Topology, watchdog: Watchdog
+    run: ReferenceRun | None, reference_losses: ReferenceLosses | None, topology: Topology, watchdog: Watchdog
 ) -> str | None:
     """Tells a proxy's reference from another, by its weights; None without one. A collective call."""
-    if recorded is not None:
-        return recorded.scores.reference
+    if reference_losses is not None:
+        return reference_losses.scores_file.reference
     if run is None:
         return None
     # Read by one rank: a reference may be gigabytes.
@@ -134,13 +134,18 @@ def _counts_needed(config: Config, data: RunData, world_size: int) -> list[int]:
     return [min(size, int(np.ceil(read * weight)) + 1) for size, weight in zip(sizes, data.weights, strict=True)]
 
 
-def open_recorded(config: Config, data: RunData) -> RecordedLosses:
-    """Opens a folder of recorded losses. Raises ConfigError where they are of something else."""
-    return RecordedLosses(Path(config.doremi.reference_losses), data.names, data_fingerprint(config, data))
+def open_reference_losses(config: Config, data: RunData) -> ReferenceLosses:
+    """Opens the folder --reference-losses. Raises ConfigError if its losses belong to another reference or data set."""
+    return ReferenceLosses(Path(config.doremi.reference_losses), data.names, data_fingerprint(config, data))
 
 
-def check_recorded(
-    recorded: RecordedLosses, config: Config, data: RunData, topology: Topology, store: dist.Store, watchdog: Watchdog
+def check_reference_losses(
+    reference_losses: ReferenceLosses,
+    config: Config,
+    data: RunData,
+    topology: Topology,
+    store: dist.Store,
+    watchdog: Watchdog,
 ) -> None:
     """Checks that every window that a proxy reads is recorded; rank 0 looks and tells the others.
 
@@ -156,15 +161,15 @@ def check_recorded(
         counts = zip(_window_counts(config, data), _counts_needed(config, data, topology.world_size), strict=True)
         total = sum(min(-(-size // CHUNK_WINDOWS), count) for size, count in counts)
         # Silent where it is quick.
-        with tqdm(total=total, unit="file", desc="recorded losses", delay=2.0, leave=False) as bar:
+        with tqdm(total=total, unit="file", desc="reference losses", delay=2.0, leave=False) as bar:
 
             def progress(domain: int, files: int) -> None:
-                watchdog.mark(f"checking the recorded losses of domain {data.names[domain]!r}")
+                watchdog.mark(f"checking the reference losses of domain {data.names[domain]!r}")
                 bar.update(files)
 
-            raise_if_any(recorded.check(needed, progress))
+            raise_if_any(reference_losses.check(needed, progress))
 
-    from_rank_0(store, "recorded", topology.rank, look)
+    from_rank_0(store, "reference losses", topology.rank, look)
 
 
 def score(
@@ -190,12 +195,12 @@ def score(
     def start() -> dict[str, Any]:
         fingerprint = {**data_fingerprint(config, data), "reference": weights_hash(run.weights, watchdog)}
         fingerprint["reference_iteration"] = run.iteration
-        LossFolder(Path(config.run.save), fingerprint)
+        ReferenceLossFolder(Path(config.run.save), fingerprint)
         return fingerprint
 
     fingerprint = from_rank_0(store, "folder", topology.rank, start)
     # Of each replica only one rank touches files of losses.
-    folder = LossFolder(Path(config.run.save), fingerprint) if topology.rank == topology.loss_rank() else None
+    folder = ReferenceLossFolder(Path(config.run.save), fingerprint) if topology.rank == topology.loss_rank() else None
     tp = TensorParallel(groups.tensor, config.parallel.sequence_parallel)
     dtype = torch.bfloat16 if config.optimizer.bf16 else torch.float32
     module = load_frozen(run.gpt, run.weights, topology, tp, dtype, config.parallel.loss_chunk_tokens)
@@ -232,7 +237,7 @@ class _Replica:
         groups: ProcessGroups,
         watchdog: Watchdog,
         store: dist.Store,
-        folder: LossFolder | None,
+        folder: ReferenceLossFolder | None,
     ):
         self.config, self.data, self.module, self.folder = config, data, module, folder
         self.topology, self.groups, self.watchdog, self.store = topology, groups, watchdog, store

@@ -20,7 +20,7 @@ from megatron_doremi.data.blend import too_short
 from megatron_doremi.data.content import content_hash
 from megatron_doremi.data.indexed_dataset import IndexedDataset
 from megatron_doremi.data.manifest import Domain, Manifest, load_manifest
-from megatron_doremi.data.reference_losses import RecordedLosses
+from megatron_doremi.data.reference_losses import ReferenceLosses
 from megatron_doremi.data.weights_file import resolve_weights
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any
 from megatron_doremi.mixture.reference import (
@@ -177,8 +177,8 @@ def scores_batches(config: Config) -> bool:
     return config.doremi.doremi_objective != "hardest"
 
 
-def reads_recorded_losses(config: Config) -> bool:
-    """Whether a run is a proxy whose reference losses are recorded."""
+def reads_reference_losses(config: Config) -> bool:
+    """Whether a run is a proxy whose reference losses are read from disk."""
     return config.data.phase == PROXY and scores_batches(config) and config.doremi.reference_losses != "online"
 
 
@@ -227,7 +227,7 @@ def read_reference(config: Config, data: RunData) -> ReferenceRun:
 def make_reference(
     config: Config, run: ReferenceRun | None, topology: Topology, groups: ProcessGroups
 ) -> OnlineReference | None:
-    """The frozen reference on the proxy's layout and in its precision; None where losses are recorded or not needed."""
+    """The frozen reference on the proxy's layout and in its precision; None if the losses are on disk or not needed."""
     if run is None:
         return None
     tp = TensorParallel(groups.tensor, config.parallel.sequence_parallel)
@@ -237,7 +237,7 @@ def make_reference(
 
 
 def what_is_read(
-    data: RunData, reference: ReferenceRun | None, recorded: RecordedLosses | None = None
+    data: RunData, reference: ReferenceRun | None, reference_losses: ReferenceLosses | None = None
 ) -> dict[str, Any]:
     """What this rank sees of the files that decide a run, in hashes: a node may hold a stale copy."""
     manifest = data.manifest
@@ -252,8 +252,8 @@ def what_is_read(
     if reference is not None:
         # Not its weights, which may be gigabytes: what its checkpoint says of them.
         entry["checkpoint of the reference"] = sha256_of(reference.weights.parent / "state.json")
-    if recorded is not None:
-        entry["scores.json of the recorded losses"] = sha256_of(recorded.folder / "scores.json")
+    if reference_losses is not None:
+        entry["scores.json of the reference losses"] = sha256_of(reference_losses.folder / "scores.json")
     return entry
 
 

@@ -23,7 +23,7 @@ from megatron_doremi.config import Config, GPTConfig, global_batch_size, micro_b
 from megatron_doremi.console import Guard
 from megatron_doremi.data.blend import Blend, BlendState, window_count
 from megatron_doremi.data.loader import Step, steps
-from megatron_doremi.data.reference_losses import RecordedLosses
+from megatron_doremi.data.reference_losses import ReferenceLosses
 from megatron_doremi.data.weights_file import SMALLEST_SHARE, save_weights
 from megatron_doremi.engine.engines import TrainingEngine
 from megatron_doremi.engine.optimizer import learning_rate
@@ -58,7 +58,7 @@ class Trainer:
         data: RunData,
         engine: TrainingEngine,
         reference: OnlineReference | None,
-        recorded: RecordedLosses | None,
+        reference_losses: ReferenceLosses | None,
         run: dict[str, Any],
         resume: ResumePoint | None,
         topology: Topology,
@@ -69,13 +69,13 @@ class Trainer:
     ):
         """
         Args:
-            reference, recorded: where a proxy's reference losses come from, if it has any.
+            reference, reference_losses: where a proxy's reference losses come from, if it has any.
             run: what every checkpoint says of the run: its `identity` and the `overrides` of it.
             resume: where to resume.
         """
         self.config, self.gpt, self.data = config, gpt, data
         self.engine, self.reference, self.topology, self.groups = engine, reference, topology, groups
-        self.recorded = recorded if topology.is_last_stage else None
+        self.reference_losses = reference_losses if topology.is_last_stage else None
         self.run, self.stop, self.watchdog = run, stop, watchdog
         self.save_dir = Path(config.run.save)
         keep = config.run.keep_checkpoints
@@ -227,7 +227,7 @@ class Trainer:
             self.topology.data_size,
             reads,
             ahead=dro is None,
-            recorded=self.recorded,
+            reference_losses=self.reference_losses,
             total=self.config.data.train_iters,
         )
 

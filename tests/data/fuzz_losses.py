@@ -13,7 +13,7 @@ from data.file_mutations import mutated_bytes, mutated_json
 from safetensors.numpy import save_file
 
 from megatron_doremi.data.reference_loss_file import chunk_path, chunks_of, from_codes
-from megatron_doremi.data.reference_losses import LossFolder, RecordedLosses
+from megatron_doremi.data.reference_losses import ReferenceLosses, ReferenceLossFolder
 from megatron_doremi.errors import ConfigError
 
 SEQ = 4
@@ -55,7 +55,7 @@ def write(folder, old):
         entry = {key: FINGERPRINT[key] for key in OLD_KEYS}
         (folder / "scores.json").write_text(json.dumps({"format": "megatron-doremi-scores/1", **entry, **of}))
     else:
-        LossFolder(folder, {**FINGERPRINT, **of}).add(0, 0, WINDOWS, rows(old))
+        ReferenceLossFolder(folder, {**FINGERPRINT, **of}).add(0, 0, WINDOWS, rows(old))
     return {"losses": path, "scores.json": folder / "scores.json"}
 
 
@@ -80,9 +80,9 @@ def fuzz(folder, file, old, way, cases, seed=0):
             data = mutated_json(json.loads(original), dice).encode()
         path.write_bytes(data)
         try:
-            recorded = RecordedLosses(folder, FINGERPRINT["domains"], FINGERPRINT)
-            faults = recorded.check([chunks_of([WINDOWS], 5000)])
-            found = recorded.losses(np.zeros(len(WINDOWS), np.int64), WINDOWS).numpy()
+            reference_losses = ReferenceLosses(folder, FINGERPRINT["domains"], FINGERPRINT)
+            faults = reference_losses.check([chunks_of([WINDOWS], 5000)])
+            found = reference_losses.losses(np.zeros(len(WINDOWS), np.int64), WINDOWS).numpy()
         except ConfigError:
             refused += 1
             continue

@@ -29,7 +29,7 @@ from megatron_doremi.data.reference_loss_file import (
     to_codes,
     unpack,
 )
-from megatron_doremi.data.reference_losses import LossFolder, RecordedLosses
+from megatron_doremi.data.reference_losses import ReferenceLosses, ReferenceLossFolder
 from megatron_doremi.errors import ConfigError
 
 SEQ = 5
@@ -55,7 +55,7 @@ def rows_of(domain, windows):
 
 def write(folder, windows=((5, 9), (4099,))):
     """A folder with windows 5 and 9 of the first domain, 4099 of the second."""
-    target = LossFolder(folder, {**FINGERPRINT, **OF})
+    target = ReferenceLossFolder(folder, {**FINGERPRINT, **OF})
     for domain, numbers in enumerate(windows):
         for window in numbers:
             target.add(domain, window // CHUNK_WINDOWS, np.array([window]), row_of(domain, window)[None])
@@ -73,7 +73,7 @@ def write_old(folder, windows, losses, domain=0, chunk=0):
 
 
 def opened(folder, **expected):
-    return RecordedLosses(folder, FINGERPRINT["domains"], {**FINGERPRINT, **expected})
+    return ReferenceLosses(folder, FINGERPRINT["domains"], {**FINGERPRINT, **expected})
 
 
 def refused(folder, *words, domain=0, window=5):
@@ -106,13 +106,13 @@ def test_the_grid_is_finer_than_float16_where_losses_lie():
 def test_rows_come_back_whatever_was_added_when(tmp_path):
     """In the order that is asked for, more files than may be open, over the bounds of chunks."""
     windows = np.array([0, 1, 4095, 4096, 4097, 3 * 4096 + 17, 9 * 4096])
-    target = LossFolder(tmp_path, {**FINGERPRINT, **OF})
+    target = ReferenceLossFolder(tmp_path, {**FINGERPRINT, **OF})
     for part in (windows[[2, 5]], windows[[0, 3, 6]], windows[[1, 4]]):
         for window in part:
             target.add(1, int(window) // CHUNK_WINDOWS, np.array([window]), row_of(1, window)[None])
-    recorded = opened(tmp_path)
+    on_disk = opened(tmp_path)
     order = np.random.default_rng(0).permutation(len(windows))
-    found = recorded.losses(np.full(len(windows), 1), windows[order])
+    found = on_disk.losses(np.full(len(windows), 1), windows[order])
     assert np.array_equal(found.numpy(), rows_of(1, windows[order]))
     with LossFile.open(tmp_path, 1, 0, SEQ) as file:
         assert file.windows().tolist() == [0, 1, 4095]
@@ -161,10 +161,10 @@ def test_few_files_are_open(tmp_path, monkeypatch):
     monkeypatch.setattr(reference_losses, "_OPEN_FILES", 3)
     before = len(os.listdir("/proc/self/fd"))
     write(tmp_path, [[chunk * CHUNK_WINDOWS for chunk in range(8)], ()])
-    recorded = opened(tmp_path)
+    on_disk = opened(tmp_path)
     for _ in range(2):
         for chunk in range(8):
-            losses = recorded.losses(np.array([0]), np.array([chunk * CHUNK_WINDOWS]))[0]
+            losses = on_disk.losses(np.array([0]), np.array([chunk * CHUNK_WINDOWS]))[0]
             assert np.array_equal(losses.numpy(), row_of(0, chunk * CHUNK_WINDOWS))
     assert len(os.listdir("/proc/self/fd")) - before <= 3
 
@@ -268,14 +268,14 @@ def test_a_folder_in_place_of_a_file(tmp_path):
 def test_folders_of_version_0_1_are_read(tmp_path):
     losses = np.array([[0.0, 0.25, 4.0, 11.5, 40.0], [1, 2, 3, 4, 5], [6, 7, 8, 9, 10]], np.float16)
     write_old(tmp_path, [3, 70, 4095], losses)
-    recorded = opened(tmp_path)
-    found = recorded.losses(np.array([0, 0, 0]), np.array([4095, 3, 70]))
+    on_disk = opened(tmp_path)
+    found = on_disk.losses(np.array([0, 0, 0]), np.array([4095, 3, 70]))
     assert found.tolist() == losses[[2, 0, 1]].tolist()
-    assert recorded.check([chunks_of([np.array([3, 4095])], 5000)]) == []
-    assert recorded.check([chunks_of([np.array([3, 4])], 5000)])[0].value == "window 4 of domain 'code' is missing"
+    assert on_disk.check([chunks_of([np.array([3, 4095])], 5000)]) == []
+    assert on_disk.check([chunks_of([np.array([3, 4])], 5000)])[0].value == "window 4 of domain 'code' is missing"
     # Nothing is added to it.
     with pytest.raises(ConfigError, match="which is read only"):
-        LossFolder(tmp_path, {**FINGERPRINT, **OF})
+        ReferenceLossFolder(tmp_path, {**FINGERPRINT, **OF})
 
 
 @pytest.mark.parametrize(
@@ -337,19 +337,19 @@ def test_every_difference_is_said_at_once(tmp_path):
 
 def test_a_folder_belongs_to_the_first_that_recorded_in_it(tmp_path):
     """A start that recorded nothing leaves it free; who loses it is told before it writes."""
-    first = LossFolder(tmp_path, {**FINGERPRINT, **OF})
-    second = LossFolder(tmp_path, {**FINGERPRINT, **OF, "reference": "4" * 64})
+    first = ReferenceLossFolder(tmp_path, {**FINGERPRINT, **OF})
+    second = ReferenceLossFolder(tmp_path, {**FINGERPRINT, **OF, "reference": "4" * 64})
     with pytest.raises(ConfigError, match=r"scores\.json has changed"):
         first.add(0, 0, np.array([5]), row_of(0, 5)[None])
     second.add(0, 0, np.array([5]), row_of(0, 5)[None])
     with pytest.raises(ConfigError, match="score this data with this reference into a folder of its own"):
-        LossFolder(tmp_path, {**FINGERPRINT, **OF})
+        ReferenceLossFolder(tmp_path, {**FINGERPRINT, **OF})
     assert json.loads((tmp_path / "scores.json").read_text())["reference"] == "4" * 64
     assert sorted(path.name for path in tmp_path.iterdir()) == ["losses", "scores.json"]
 
 
 def test_clipped_losses_are_counted_in_the_file(tmp_path):
-    target = LossFolder(tmp_path, {**FINGERPRINT, **OF})
+    target = ReferenceLossFolder(tmp_path, {**FINGERPRINT, **OF})
     losses = np.array([[1.0, 2.0, 33.0, 40.0, 31.0]])
     target.add(0, 0, np.array([1]), losses)
     target.add(0, 0, np.array([2]), losses)

@@ -23,7 +23,7 @@ from megatron_doremi.arguments import parse_config
 from megatron_doremi.data.reference_loss_file import LossFile, chunk_path
 from megatron_doremi.errors import ConfigError, RunError
 from megatron_doremi.parallel.topology import Topology
-from megatron_doremi.phases.score import check_recorded, open_recorded, windows_needed
+from megatron_doremi.phases.score import check_reference_losses, open_reference_losses, windows_needed
 from megatron_doremi.phases.setup import open_data
 
 pytestmark = pytest.mark.slow
@@ -66,9 +66,9 @@ def check(config, data):
     """What a proxy does with recorded losses before it builds anything."""
     import torch.distributed as dist
 
-    recorded = open_recorded(config, data)
-    check_recorded(recorded, config, data, Topology(), dist.HashStore(), Quiet())
-    return recorded
+    reference_losses = open_reference_losses(config, data)
+    check_reference_losses(reference_losses, config, data, Topology(), dist.HashStore(), Quiet())
+    return reference_losses
 
 
 def read_chunk(folder, domain, chunk):
@@ -219,7 +219,7 @@ def test_losses_of_another_precision_are_refused(folder, tmp_path):
     assert scores_json["precision"] == "float32"
     config, data = opened(folder, "--reference-losses", str(tmp_path / "scores"), "--bf16", "--zero-stage", "1")
     with pytest.raises(ConfigError, match=r"precision float32\n.*precision bfloat16"):
-        open_recorded(config, data)
+        open_reference_losses(config, data)
 
 
 def change_weights(run, name, change):

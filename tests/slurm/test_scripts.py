@@ -15,7 +15,7 @@ import pytest
 from phases.small import train, write_data
 
 from megatron_doremi.arguments import parse_config
-from megatron_doremi.data.reference_losses import LossFolder
+from megatron_doremi.data.reference_losses import ReferenceLossFolder
 from megatron_doremi.phases.score import data_fingerprint
 from megatron_doremi.phases.setup import open_data
 
@@ -53,7 +53,7 @@ def record_nothing(data: Path, save: Path, *flags: str) -> None:
     argv = ["--phase", "proxy", "--domains", str(data), "--reference-losses", "r", "--save", "s", "--train-iters", "2"]
     config = parse_config([*argv, *flags], 1)
     fingerprint = data_fingerprint(config, open_data(config, training=True))
-    LossFolder(save, {**fingerprint, "reference": "0" * 64, "reference_iteration": 2})
+    ReferenceLossFolder(save, {**fingerprint, "reference": "0" * 64, "reference_iteration": 2})
 
 
 @pytest.fixture(scope="module")

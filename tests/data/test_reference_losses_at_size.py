@@ -1,6 +1,6 @@
 """A proxy on recorded losses at The Pile's counts: start, check, first rows, metrics; files are sparse.
 
-Figures are benchmarks/recorded_losses.py's. Run alone: python -m pytest tests/data/test_recorded_losses_at_size.py
+Figures are benchmarks/reference_losses.py's. Run alone: python -m pytest tests/data/test_reference_losses_at_size.py
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TRAIN_ITERS = 4
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """22 domains of 300 billion tokens, and what a proxy of four steps reads: files of losses all over them."""
-    from benchmarks.recorded_losses import pile_counts, proxy_of, write_losses
+    from benchmarks.reference_losses import pile_counts, proxy_of, write_losses
 
     folder = tmp_path_factory.mktemp("pile")
     try:
@@ -36,11 +36,11 @@ def folder(tmp_path_factory):
 
 def proxy(launch, folder):
     """What the only rank of a proxy does before its first step, and what it reads for two; in a process of its own."""
-    from benchmarks.recorded_losses import (
+    from benchmarks.reference_losses import (
         bytes_read,
         check,
         first_steps,
-        open_recorded,
+        open_reference_losses,
         proxy_of,
         resume_metrics,
         row_of,
@@ -49,10 +49,10 @@ def proxy(launch, folder):
     )
 
     config, data = proxy_of(folder, TRAIN_ITERS)
-    recorded = open_recorded(config, data)
-    marks = check(recorded, config, data)
+    reference_losses = open_reference_losses(config, data)
+    marks = check(reference_losses, config, data)
     before, rows = bytes_read(), 0
-    for step in itertools.islice(first_steps(recorded, config, data), 2):
+    for step in itertools.islice(first_steps(reference_losses, config, data), 2):
         for batch in step.micro_batches:
             for domain, window, losses in zip(batch.domains, batch.windows, batch.reference, strict=True):
                 assert np.array_equal(losses.numpy() * 2048, row_of(int(domain), int(window)))
@@ -93,14 +93,14 @@ def test_a_proxy_starts_and_reads(folder):
 
 
 def test_one_file_of_thousands_is_missing(folder):
-    from benchmarks.recorded_losses import check, chunk_path, open_recorded, proxy_of
+    from benchmarks.reference_losses import check, chunk_path, open_reference_losses, proxy_of
 
     config, data = proxy_of(folder, TRAIN_ITERS)
-    recorded = open_recorded(config, data)
+    reference_losses = open_reference_losses(config, data)
     paths = [next(chunk_path(folder / "losses", domain, 0).parent.iterdir()) for domain in (0, 21)]
     hidden = [path.rename(path.with_suffix(".hidden")) for path in paths]
     with pytest.raises(Exception, match=r"of domain 'Pile-CC' (is|are) missing") as caught:
-        check(recorded, config, data)
+        check(reference_losses, config, data)
     assert "of domain 'Enron Emails'" in str(caught.value)
     for path, name in zip(hidden, paths, strict=True):
         path.rename(name)

@@ -1,8 +1,8 @@
 """Recorded losses at The Pile's size: the start of a proxy, the check, and its first rows through the loader.
 
-    python benchmarks/recorded_losses.py                          # about 20,000 files of losses
-    python benchmarks/recorded_losses.py --train-iters 1000       # 47,000 of them, a minute
-    python benchmarks/recorded_losses.py --chunks 256             # rows of full files, as version 0.1 read them too
+    python benchmarks/reference_losses.py                          # about 20,000 files of losses
+    python benchmarks/reference_losses.py --train-iters 1000       # 47,000 of them, a minute
+    python benchmarks/reference_losses.py --chunks 256             # rows of full files, as version 0.1 read them too
 
 Sparse files stand in for the data and for most losses: 22 domains of 300 billion tokens in all, windows of 1024
 tokens, 512 a step. The files of losses hold exactly what a proxy of --train-iters reads. Prints seconds, resident
@@ -38,10 +38,10 @@ from megatron_doremi.config import Config
 from megatron_doremi.data.blend import Blend, BlendState, window_count
 from megatron_doremi.data.loader import Step, steps
 from megatron_doremi.data.reference_loss_file import CHUNK_WINDOWS, chunk_path, row_checksum, unpack
-from megatron_doremi.data.reference_losses import RecordedLosses, ScoresFile
+from megatron_doremi.data.reference_losses import ReferenceLosses, ScoresFile
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.phases.metrics_file import MetricsFile
-from megatron_doremi.phases.score import check_recorded, data_fingerprint, open_recorded, windows_needed
+from megatron_doremi.phases.score import check_reference_losses, data_fingerprint, open_reference_losses, windows_needed
 from megatron_doremi.phases.setup import RunData, open_data
 
 SEQ, BATCH = 1024, 512
@@ -156,18 +156,28 @@ class Marks:
         self.count += 1
 
 
-def check(recorded: RecordedLosses, config: Config, data: RunData) -> int:
+def check(reference_losses: ReferenceLosses, config: Config, data: RunData) -> int:
     """What a proxy checks before it builds anything; returns the signs of progress that it gave."""
     marks: Any = Marks()
-    check_recorded(recorded, config, data, Topology(), dist.HashStore(), marks)
+    check_reference_losses(reference_losses, config, data, Topology(), dist.HashStore(), marks)
     return int(marks.count)
 
 
-def first_steps(recorded: RecordedLosses, config: Config, data: RunData) -> Iterator[Step]:
+def first_steps(reference_losses: ReferenceLosses, config: Config, data: RunData) -> Iterator[Step]:
     """Steps as the training loop of the only rank reads them."""
     blend, state = blend_of(data, config.data.seed), BlendState.start(len(data.names))
     return steps(
-        blend, data.train, lambda: data.weights, state, SEQ, 8, 0, 1, reads=True, ahead=False, recorded=recorded
+        blend,
+        data.train,
+        lambda: data.weights,
+        state,
+        SEQ,
+        8,
+        0,
+        1,
+        reads=True,
+        ahead=False,
+        reference_losses=reference_losses,
     )
 
 
@@ -213,9 +223,11 @@ def at_size(train_iters: int) -> None:
         write_sparse_domains(folder, pile_counts())
         config, data = timed("open 22 domains", lambda: proxy_of(folder, train_iters))
         files = timed("(write the files of losses)", lambda: write_losses(folder / "losses", config, data))
-        recorded = timed("open the recorded losses", lambda: open_recorded(config, data))
-        marks = timed(f"check {files:,} files, {train_iters * BATCH:,} windows", lambda: check(recorded, config, data))
-        coming = first_steps(recorded, config, data)
+        reference_losses = timed("open the reference losses", lambda: open_reference_losses(config, data))
+        marks = timed(
+            f"check {files:,} files, {train_iters * BATCH:,} windows", lambda: check(reference_losses, config, data)
+        )
+        coming = first_steps(reference_losses, config, data)
         before = bytes_read()
         timed(f"{2 * BATCH:,} windows with their losses", lambda: [next(coming), next(coming)])
         read = (bytes_read() - before) / (2 * BATCH)
@@ -247,9 +259,11 @@ def rows_of_full_files(chunks: int, rows: int = 2000) -> None:
                 file.write(windows.tobytes())
                 file.truncate(file.tell() + 2 * SEQ * CHUNK_WINDOWS)
         wanted = np.random.default_rng(0).integers(0, chunks * CHUNK_WINDOWS, rows)
-        recorded = RecordedLosses(new, names, {})
+        reference_losses = ReferenceLosses(new, names, {})
         before = bytes_read()
-        timed(f"{rows:,} rows of {chunks} full files", lambda: recorded.losses(np.zeros(rows, np.int64), wanted))
+        timed(
+            f"{rows:,} rows of {chunks} full files", lambda: reference_losses.losses(np.zeros(rows, np.int64), wanted)
+        )
         print(f"{(bytes_read() - before) / rows:,.0f} bytes a row")
         few = wanted[: rows // 10]
         timed(f"{len(few):,} rows as version 0.1 read them", lambda: _as_version_0_1(old, few))
