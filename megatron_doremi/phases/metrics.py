@@ -1,19 +1,20 @@
-"""What a run writes down of itself: metrics.jsonl, TensorBoard events, a progress bar. Rank 0 only."""
+"""What a training run records of its steps: entries of metrics.jsonl, made from numbers, and texts made from entries.
+
+Where they go is in sinks.py.
+"""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from megatron_doremi.config import GPTConfig
-from megatron_doremi.console import CONSOLE_ERRORS, Guard
+from megatron_doremi.data.weights_file import SMALLEST_SHARE
 from megatron_doremi.mixture.statistics import LOSS, TARGETS
-from megatron_doremi.phases.metrics_file import EventsFile, MetricsFile
 
 # Dense bfloat16 peak of a GPU in TFLOP/s, from the vendors' data sheets, by a part of its name; the longest part that
 # a name holds counts ("NVIDIA H100 PCIe", "NVIDIA H100 80GB HBM3" is the SXM one).
@@ -90,123 +91,68 @@ def proxy_entries(
     }
 
 
-class RunLog:
-    """Metrics, events and progress of a training run on rank 0; does nothing on other ranks.
+def rate_entries(seconds: float, tokens: int, flops: float, world_size: int) -> dict[str, float]:
+    """How fast a step of `tokens` tokens and `flops` operations was."""
+    return {
+        "elapsed_ms": seconds * 1e3,
+        "tokens_per_second": tokens / seconds,
+        **gpu_metrics(flops, seconds, world_size),
+    }
 
-    None of its outputs ends training: where one cannot be written, this is said once, and what is not written is
-    lost. Each is tried again with its next entry.
-    """
 
-    def __init__(
-        self,
-        is_rank_0: bool,
-        save: Path,
-        tensorboard: Path,
-        iteration: int,
-        train_iters: int,
-        title: str,
-        metrics_bytes: int | None = None,
-        lost_to: Callable[[], str | None] = lambda: None,
-    ):
-        """Opens the files; raises OSError where one cannot be opened.
+def step_summary(entry: Mapping[str, Any], train_iters: int, time_left: str) -> str:
+    """A training line as text for people."""
+    text = f"iteration {entry['iteration']:>7,}/{train_iters:,} | loss {entry['loss']:.4f} | lr {entry['lr']:.3e}"
+    text += f" | grad norm {entry['grad_norm']:.3f} | {entry['tokens_per_second']:,.0f} tokens/s | {time_left} left"
+    if "domain_weights" in entry:
+        name, weight = max(entry["domain_weights"].items(), key=lambda item: item[1])
+        text += f" | largest weight {name} {weight:.3f}"
+    return text
 
-        Args:
-            title: of the progress bar.
-            metrics_bytes: size of metrics.jsonl in the checkpoint from which the run resumes; see `MetricsFile`.
-            lost_to: who has taken the run's lock over, in which case nothing more is written.
-        """
-        self.active, self._lost_to = is_rank_0, lost_to
-        if not self.active:
-            return
-        self._metrics = MetricsFile(save / "metrics.jsonl", iteration, metrics_bytes)
-        self._events = EventsFile(tensorboard, iteration)
-        self._on_metrics, self._on_events = Guard(str(save / "metrics.jsonl")), Guard(f"TensorBoard in {tensorboard}")
-        self._on_console = Guard("the console", CONSOLE_ERRORS)
-        # On a terminal the bar moves; in a log file it is a line every few seconds.
-        interval = 0.2 if sys.stderr is not None and sys.stderr.isatty() else 10.0
-        self._bar = tqdm(
-            total=train_iters,
-            initial=iteration,
-            desc=title,
-            unit="step",
-            mininterval=interval,
-            dynamic_ncols=True,
-            disable=sys.stderr is None,
-        )
 
-    def step(self, entry: dict[str, Any] | None) -> None:
-        """One step is done; `entry` is its line, where it has one."""
-        if not self.active:
-            return
-        if entry is not None:
-            self._write(entry)
-            rate = entry["tokens_per_second"]
-            self._bar.set_postfix_str(f"loss {entry['loss']:.4f}, {rate:,.0f} tokens/s", refresh=False)
-        self._on_console(lambda: self._bar.update(1))
+def evaluation_summary(entry: Mapping[str, Any]) -> str:
+    """An evaluation line as text for people."""
+    return (
+        f"iteration {entry['iteration']:>7,} | held-out: uniform mean {entry['eval_uniform_mean']:.4f}, "
+        f"worst {entry['eval_worst']:.4f}, token mean {entry['eval_token_mean']:.4f} nats a token"
+    )
 
-    def line(self, entry: dict[str, Any]) -> None:
-        """A line on the console above the bar, for a step at the log interval."""
-        if not self.active:
-            return
-        rate, left = entry["tokens_per_second"], self._time_left()
-        text = (
-            f"iteration {entry['iteration']:>7,}/{self._bar.total:,} | loss {entry['loss']:.4f} | lr {entry['lr']:.3e}"
-        )
-        text += f" | grad norm {entry['grad_norm']:.3f} | {rate:,.0f} tokens/s | {left} left"
-        if "domain_weights" in entry:
-            name, weight = max(entry["domain_weights"].items(), key=lambda item: item[1])
-            text += f" | largest weight {name} {weight:.3f}"
-        self.say(text)
 
-    def evaluation(self, entry: dict[str, Any]) -> None:
-        """Writes an evaluation line and says its summary."""
-        if not self.active:
-            return
-        self._write(entry)
-        self.say(
-            f"iteration {entry['iteration']:>7,} | held-out: uniform mean {entry['eval_uniform_mean']:.4f}, "
-            f"worst {entry['eval_worst']:.4f}, token mean {entry['eval_token_mean']:.4f} nats a token"
-        )
+class VanishedWeights:
+    """Warns of domains whose weight has all but vanished, each once: no mixture can be trained on such weights."""
 
-    def say(self, text: str) -> None:
-        """A line on the console above the bar."""
-        if self.active and sys.stdout is not None:
-            self._on_console(lambda: self._say(text))
+    def __init__(self) -> None:
+        self._names: set[str] = set()
 
-    def _say(self, text: str) -> None:
-        self._bar.write(text)
-        sys.stdout.flush()
+    def warnings(self, iteration: int, weights: Mapping[str, float]) -> list[str]:
+        """A message for each domain whose weight has vanished since the last call."""
+        vanished = {n: w for n, w in weights.items() if w < SMALLEST_SHARE and n not in self._names}
+        self._names |= vanished.keys()
+        return [
+            f"warning: iteration {iteration:,}: the weight of {name!r} is {weight:.1e}; shares below "
+            f"{SMALLEST_SHARE} are refused in a mixture: give --doremi-smoothing above 0, or a smaller "
+            "--doremi-step-size"
+            for name, weight in vanished.items()
+        ]
 
-    def metrics_bytes(self) -> int | None:
-        """Size of metrics.jsonl, for the checkpoint of the same iteration; None where it is unknown."""
-        if not self.active:
-            return None
-        try:
-            return self._metrics.size()
-        except OSError:
-            return None
 
-    def make_durable(self) -> None:
-        """Waits until the metrics are on the disk: before a checkpoint of the same iteration is published."""
-        if self.active:
-            self._on_metrics(self._metrics.make_durable)
+class StepTimer:
+    """Measures the seconds a step takes, without what is done between steps, such as evaluating and saving."""
 
-    def close(self) -> None:
-        """Closes the files."""
-        if self.active:
-            self._on_console(self._bar.close)
-            self._on_events(self._events.close)
-            self._on_metrics(self._metrics.close)
+    def __init__(self, iteration: int):
+        """Starts after `iteration` steps."""
+        self._iteration, self._began = iteration, time.perf_counter()
 
-    def _time_left(self) -> str:
-        rate = self._bar.format_dict["rate"]
-        done, total = self._bar.n, self._bar.total
-        elapsed = self._bar.format_dict["elapsed"]
-        rate = rate or (done - self._bar.initial) / max(elapsed, 1e-9)
-        return tqdm.format_interval((total - done) / rate) if rate else "unknown time"
+    def lap(self, iteration: int) -> float:
+        """Seconds a step since the last lap, in the mean; the next lap begins."""
+        now = time.perf_counter()
+        seconds = (now - self._began) / (iteration - self._iteration)
+        self._iteration, self._began = iteration, now
+        return seconds
 
-    def _write(self, entry: dict[str, Any]) -> None:
-        if self._lost_to() is not None:
-            return
-        self._on_metrics(lambda: self._metrics.write(entry))
-        self._on_events(lambda: self._events.write(entry))
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves the time of a `with` block out of the lap."""
+        began = time.perf_counter()
+        yield
+        self._began += time.perf_counter() - began

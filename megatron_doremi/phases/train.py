@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from megatron_doremi.console import Guard
 from megatron_doremi.data.blend import Blend, BlendState, window_count
 from megatron_doremi.data.loader import Step, steps
 from megatron_doremi.data.reference_losses import ReferenceLosses
-from megatron_doremi.data.weights_file import SMALLEST_SHARE, save_weights
+from megatron_doremi.data.weights_file import save_weights
 from megatron_doremi.engine.engines import TrainingEngine
 from megatron_doremi.engine.optimizer import learning_rate
 from megatron_doremi.errors import RunError, machine_failure
@@ -32,20 +31,22 @@ from megatron_doremi.mixture.domain_weights import DomainWeights
 from megatron_doremi.mixture.non_finite import explain_gradient, explain_loss
 from megatron_doremi.mixture.objective import GroupDRO
 from megatron_doremi.mixture.reference import OnlineReference
-from megatron_doremi.parallel.exchange import broadcast_json, from_rank_0
+from megatron_doremi.parallel.exchange import broadcast_json
 from megatron_doremi.parallel.groups import ProcessGroups
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.phases.evaluate import HeldOut, evaluate
 from megatron_doremi.phases.identity import identity_hash
 from megatron_doremi.phases.metrics import (
-    RunLog,
+    StepTimer,
+    VanishedWeights,
     domain_entries,
     flops_per_token,
-    gpu_metrics,
     proxy_entries,
+    rate_entries,
 )
 from megatron_doremi.phases.resume import ResumePoint
 from megatron_doremi.phases.setup import RunData, held_out
+from megatron_doremi.phases.sinks import RunLog, open_log
 
 
 class Trainer:
@@ -100,8 +101,7 @@ class Trainer:
         # What only a proxy has.
         self.dro = engine.objective if isinstance(engine.objective, GroupDRO) else None
         self._on_domain_weights = Guard(str(self.save_dir / "domain_weights.json"))
-        # Domains whose weights have vanished.
-        self._vanished: set[str] = set()
+        self.vanished = VanishedWeights()
         if resume is not None:
             self._go_on(resume)
 
@@ -122,42 +122,29 @@ class Trainer:
             whether the run stopped before, saved, for a signal or a time limit.
         """
         config, total = self.config, self.config.data.train_iters
-        log = self._open_log()
-        last, began = self.iteration, time.perf_counter()
-        stop = GO_ON
+        log = open_log(config, self.iteration, self.metrics_bytes, self.lock.lost_to)
+        timer, stop = StepTimer(self.iteration), GO_ON
         for step in self._steps():
             self.watchdog.mark(f"in iteration {self.iteration + 1}")
             lr = learning_rate(self.iteration + 1, config.optimizer, total)
             agreed = self._take_step(step, lr)
             stop = agreed.stop
-            entry = None
-            on_console = self.iteration % config.run.log_interval == 0 or self.iteration == total
-            if on_console or self.dro is not None:
-                entry = self._entry(lr)
-                entry |= self._rates((time.perf_counter() - began) / (self.iteration - last))
-                last, began = self.iteration, time.perf_counter()
-            log.step(entry)
-            if self.dro is not None and entry is not None:
-                self._say_vanished(entry["domain_weights"], log)
-            if on_console and entry is not None:
-                log.line(entry)
-            # What follows is no part of a step's time.
-            paused = time.perf_counter()
-            if self._due(config.run.check_ranks_interval):
-                check_ranks_agree(self.engine.module, self._own_state(), self.topology, self.iteration)
-            if self._due(config.data.eval_interval) or self.iteration == total:
-                self._evaluate(log)
-            if agreed.write_failed:
-                self.checkpoints.finish()
-            if not agreed.writing:
-                self.checkpoints.all_written()
-            leave = self._due(config.run.exit_interval) or stop != GO_ON
-            regular = self._due(config.run.save_interval) or leave or self.iteration == total
-            if regular or (agreed.save_due and not agreed.writing):
-                self._save(log, ephemeral=not regular)
+            self._log_step(lr, timer, log)
+            with timer.paused():
+                if self._due(config.run.check_ranks_interval):
+                    check_ranks_agree(self.engine.module, self._own_state(), self.topology, self.iteration)
+                if self._due(config.data.eval_interval) or self.iteration == total:
+                    self._evaluate(log)
+                if agreed.write_failed:
+                    self.checkpoints.finish()
+                if not agreed.writing:
+                    self.checkpoints.all_written()
+                leave = self._due(config.run.exit_interval) or stop != GO_ON
+                regular = self._due(config.run.save_interval) or leave or self.iteration == total
+                if regular or (agreed.save_due and not agreed.writing):
+                    self._save(log, ephemeral=not regular)
             if leave:
                 break
-            began += time.perf_counter() - paused
             self.watchdog.mark(f"reading the data of iteration {self.iteration + 1}")
         self.checkpoints.finish()
         if self.dro is not None and self.iteration >= total:
@@ -170,40 +157,6 @@ class Trainer:
             )
         log.close()
         return stop != GO_ON and self.iteration < total
-
-    def _open_log(self) -> RunLog:
-        """Opens the run's log on rank 0; where that fails, every rank raises. A collective call."""
-        opened: list[RunLog] = []
-
-        def log(is_rank_0: bool) -> None:
-            opened.append(
-                RunLog(
-                    is_rank_0,
-                    self.save_dir,
-                    Path(self.config.run.tensorboard_dir or self.save_dir / "tensorboard"),
-                    self.iteration,
-                    self.config.data.train_iters,
-                    self.config.data.phase,
-                    self.metrics_bytes,
-                    self.lock.lost_to,
-                )
-            )
-
-        from_rank_0(lambda: log(True))
-        if not opened:
-            log(False)
-        return opened[0]
-
-    def _say_vanished(self, weights: dict[str, float], log: RunLog) -> None:
-        """Says once of each domain that its weight has all but vanished: the result could not be trained on."""
-        for name, weight in weights.items():
-            if weight < SMALLEST_SHARE and name not in self._vanished:
-                self._vanished.add(name)
-                log.say(
-                    f"warning: iteration {self.iteration:,}: the weight of {name!r} is {weight:.1e}; shares below "
-                    f"{SMALLEST_SHARE} are refused in a mixture: give --doremi-smoothing above 0, or a smaller "
-                    "--doremi-step-size"
-                )
 
     def _due(self, interval: int) -> bool:
         return interval > 0 and self.iteration % interval == 0
@@ -259,6 +212,23 @@ class Trainer:
         self.iteration += 1
         return agreed[0]
 
+    def _log_step(self, lr: float, timer: StepTimer, log: RunLog) -> None:
+        """Logs the step just taken: a line at the log interval, of a proxy at every step; a collective call."""
+        at_log_interval = self._due(self.config.run.log_interval) or self.iteration == self.config.data.train_iters
+        entry = None
+        if at_log_interval or self.dro is not None:
+            entry = self._entry(lr)
+            seconds, tokens = timer.lap(self.iteration), self.batch_size * self.config.data.seq_length
+            flops = tokens * flops_per_token(self.gpt, self.config.data.seq_length)
+            entry |= rate_entries(seconds, tokens, flops, self.topology.world_size)
+        log.step(entry)
+        if entry is None:
+            return
+        for warning in self.vanished.warnings(self.iteration, entry.get("domain_weights", {})):
+            log.say(warning)
+        if at_log_interval:
+            log.show(entry)
+
     def _entry(self, lr: float) -> dict[str, Any]:
         """The line of the step just taken; a collective call."""
         samples, names = self._consumed_samples(), self.data.names
@@ -277,15 +247,6 @@ class Trainer:
                 sums, state.excess.tolist(), state.weights.tolist(), self.dro.gradient_weights.tolist(), names
             )
         return entry
-
-    def _rates(self, seconds: float) -> dict[str, float]:
-        tokens = self.batch_size * self.config.data.seq_length
-        flops = tokens * flops_per_token(self.gpt, self.config.data.seq_length)
-        return {
-            "elapsed_ms": seconds * 1e3,
-            "tokens_per_second": tokens / seconds,
-            **gpu_metrics(flops, seconds, self.topology.world_size),
-        }
 
     def _evaluate(self, log: RunLog) -> None:
         datasets = held_out(self.data)
@@ -322,9 +283,7 @@ class Trainer:
         own_state = self._own_state()
         # What is saved has to be what every rank holds: a resume would spread one rank's difference to all.
         check_ranks_agree(self.engine.module, own_state, self.topology, self.iteration)
-        state = {**self.run, "consumed_samples": self._consumed_samples(), **own_state}
-        if (metrics_bytes := log.metrics_bytes()) is not None:
-            state["metrics_bytes"] = metrics_bytes
+        state = {**self.run, "consumed_samples": self._consumed_samples(), **own_state, **log.checkpoint_state()}
         if ephemeral:
             state["ephemeral"] = True
 

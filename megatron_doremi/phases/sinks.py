@@ -1,0 +1,227 @@
+"""The log of a training run, and the sinks that it writes to. A new logger is one more `Sink` in `open_log`.
+
+Only rank 0 has sinks. One that fails warns once and ends nothing: training and the other sinks continue.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_doremi.config import Config
+from megatron_doremi.console import CONSOLE_ERRORS, Guard
+from megatron_doremi.parallel.exchange import from_rank_0
+from megatron_doremi.phases.metrics import evaluation_summary, step_summary
+from megatron_doremi.phases.metrics_file import EventsFile, MetricsFile
+
+
+class Sink:
+    """One output of a run's log. A subclass overrides the methods whose events it records.
+
+    Attributes:
+        subject: what the output is, for the warning that it cannot be written.
+        errors: what its methods raise where the output fails; anything else is a bug and ends the run.
+    """
+
+    subject: str
+    errors: tuple[type[Exception], ...] = (OSError,)
+
+    def write(self, entry: Mapping[str, Any]) -> None:
+        """Takes a line of metrics, of a training step or of an evaluation: numbers, and {domain: number}."""
+
+    def step(self, entry: Mapping[str, Any] | None) -> None:
+        """A step was taken; `entry` is its line, which `write` has had, or None where the step has none."""
+
+    def show(self, entry: Mapping[str, Any]) -> None:
+        """Shows people the line of a step at the log interval."""
+
+    def say(self, text: str) -> None:
+        """Takes a message for people."""
+
+    def checkpoint_state(self) -> dict[str, Any]:
+        """What a checkpoint of this iteration records of the output, for a run that resumes from it."""
+        return {}
+
+    def make_durable(self) -> None:
+        """Waits until what was written cannot be lost; called before a checkpoint is published, in the thread that
+        writes it."""
+
+    def close(self) -> None:
+        """The run has ended."""
+
+
+class RunLog:
+    """Metrics, messages and progress of a training run, to any number of sinks.
+
+    An entry that a sink cannot write is lost to that sink; the next entry is tried again.
+    """
+
+    def __init__(self, sinks: Sequence[Sink], lost_to: Callable[[], str | None] = lambda: None):
+        """
+        Args:
+            sinks: in the order in which they are written; none on other ranks than 0.
+            lost_to: who has taken over the run's lock, if anyone: no metrics are written then.
+        """
+        self._sinks = [(Guard(sink.subject, sink.errors), sink) for sink in sinks]
+        self._lost_to = lost_to
+
+    def step(self, entry: Mapping[str, Any] | None) -> None:
+        """Records a step; `entry` is its line of metrics, if it has one."""
+        if entry is not None:
+            self._write(entry)
+        self._each(lambda sink: sink.step(entry))
+
+    def show(self, entry: Mapping[str, Any]) -> None:
+        """Shows the line of a step at the log interval."""
+        self._each(lambda sink: sink.show(entry))
+
+    def evaluation(self, entry: Mapping[str, Any]) -> None:
+        """Records an evaluation line and says its summary."""
+        self._write(entry)
+        self.say(evaluation_summary(entry))
+
+    def say(self, text: str) -> None:
+        """Says a message."""
+        self._each(lambda sink: sink.say(text))
+
+    def checkpoint_state(self) -> dict[str, Any]:
+        """What a checkpoint of this iteration records of the outputs."""
+        state: dict[str, Any] = {}
+        self._each(lambda sink: state.update(sink.checkpoint_state()))
+        return state
+
+    def make_durable(self) -> None:
+        """Waits until the metrics are on the disk: before a checkpoint of this iteration is published."""
+        self._each(lambda sink: sink.make_durable())
+
+    def close(self) -> None:
+        """Closes the sinks, the last one first."""
+        for guard, sink in reversed(self._sinks):
+            guard(sink.close)
+
+    def _write(self, entry: Mapping[str, Any]) -> None:
+        if self._sinks and self._lost_to() is None:
+            self._each(lambda sink: sink.write(entry))
+
+    def _each(self, call: Callable[[Sink], None]) -> None:
+        for guard, sink in self._sinks:
+            guard(partial(call, sink))
+
+
+class JsonLines(Sink):
+    """metrics.jsonl: a line an entry, floats in full precision, no iteration twice."""
+
+    def __init__(self, path: Path, iteration: int, metrics_bytes: int | None):
+        """Opens the file and drops lines after `iteration`; see `MetricsFile`, also for the OSError.
+
+        Args:
+            metrics_bytes: size of the file in the checkpoint from which the run resumes.
+        """
+        self.subject = str(path)
+        self._file = MetricsFile(path, iteration, metrics_bytes)
+
+    def write(self, entry: Mapping[str, Any]) -> None:
+        self._file.write(entry)
+
+    def checkpoint_state(self) -> dict[str, Any]:
+        try:
+            return {"metrics_bytes": self._file.size()}
+        except OSError:
+            # A resume without the size reads the lines.
+            return {}
+
+    def make_durable(self) -> None:
+        self._file.make_durable()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoard(Sink):
+    """TensorBoard events: a scalar for every number, named by its key, or by key/domain."""
+
+    def __init__(self, folder: Path, iteration: int):
+        """Starts a new file of events in `folder`; see `EventsFile`, also for the OSError."""
+        self.subject = f"TensorBoard in {folder}"
+        self._file = EventsFile(folder, iteration)
+
+    def write(self, entry: Mapping[str, Any]) -> None:
+        self._file.write(entry)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Console(Sink):
+    """A progress bar on stderr, and lines above it on stdout."""
+
+    subject, errors = "the console", CONSOLE_ERRORS
+
+    def __init__(self, title: str, iteration: int, train_iters: int):
+        """Shows the bar.
+
+        Args:
+            title: of the bar.
+            iteration: steps already taken.
+        """
+        # On a terminal the bar moves; in a log file it is a line every few seconds.
+        interval = 0.2 if sys.stderr is not None and sys.stderr.isatty() else 10.0
+        self._bar = tqdm(
+            total=train_iters,
+            initial=iteration,
+            desc=title,
+            unit="step",
+            mininterval=interval,
+            dynamic_ncols=True,
+            disable=sys.stderr is None,
+        )
+
+    def step(self, entry: Mapping[str, Any] | None) -> None:
+        if entry is not None:
+            rate = entry["tokens_per_second"]
+            self._bar.set_postfix_str(f"loss {entry['loss']:.4f}, {rate:,.0f} tokens/s", refresh=False)
+        self._bar.update(1)
+
+    def show(self, entry: Mapping[str, Any]) -> None:
+        self.say(step_summary(entry, self._bar.total, self._time_left()))
+
+    def say(self, text: str) -> None:
+        if sys.stdout is not None:
+            self._bar.write(text)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        self._bar.close()
+
+    def _time_left(self) -> str:
+        progress = self._bar.format_dict
+        steps, elapsed = self._bar.n - self._bar.initial, max(progress["elapsed"], 1e-9)
+        rate = progress["rate"] or steps / elapsed
+        return tqdm.format_interval((self._bar.total - self._bar.n) / rate) if rate else "unknown time"
+
+
+def open_log(config: Config, iteration: int, metrics_bytes: int | None, lost_to: Callable[[], str | None]) -> RunLog:
+    """Opens a training run's outputs on rank 0; a collective call.
+
+    Args:
+        iteration: steps already taken.
+        metrics_bytes, lost_to: see `JsonLines` and `RunLog`.
+
+    Raises:
+        RunError: on every rank, where an output cannot be opened.
+    """
+    save = Path(config.run.save)
+    sinks: list[Sink] = []
+
+    def open_sinks() -> None:
+        sinks.append(JsonLines(save / "metrics.jsonl", iteration, metrics_bytes))
+        sinks.append(TensorBoard(Path(config.run.tensorboard_dir or save / "tensorboard"), iteration))
+        sinks.append(Console(config.data.phase, iteration, config.data.train_iters))
+
+    from_rank_0(open_sinks)
+    return RunLog(sinks, lost_to)

@@ -1,0 +1,98 @@
+"""The sinks of a run's log: one that is new, one that fails, and a run whose lock was taken over.
+
+Run alone: python -m pytest tests/phases/test_sinks.py
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatron_doremi.phases.sinks import Console, JsonLines, RunLog, Sink, TensorBoard
+
+TRAINING = {"iteration": 1, "loss": 2.0, "lr": 1e-3, "grad_norm": 0.5, "tokens_per_second": 1e4}
+WEIGHTED = TRAINING | {"iteration": 2, "domain_weights": {"a": 0.25, "b": 0.75}}
+EVALUATION = {"iteration": 2, "eval": {"a": 1.5}, "eval_uniform_mean": 1.5, "eval_worst": 1.5, "eval_token_mean": 1.5}
+LINES = [
+    "iteration       2/9 | loss 2.0000 | lr 1.000e-03 | grad norm 0.500 | 10,000 tokens/s | LEFT left "
+    "| largest weight b 0.750",
+    "iteration       2 | held-out: uniform mean 1.5000, worst 1.5000, token mean 1.5000 nats a token",
+    "the last word",
+]
+
+
+class NewSink(Sink):
+    """What a new logger needs: it takes the numbers of every line."""
+
+    subject = "a new logger"
+
+    def __init__(self):
+        self.entries = []
+
+    def write(self, entry):
+        self.entries.append(entry)
+
+
+class BrokenSink(Sink):
+    """An output of which nothing works."""
+
+    subject = "a broken logger"
+
+    def fail(self, *_):
+        raise OSError(28, "No space left on device")
+
+    write = step = show = say = checkpoint_state = make_durable = close = fail
+
+
+def log_two_steps(log: RunLog) -> dict:
+    log.step(TRAINING)
+    log.step(WEIGHTED)
+    log.show(WEIGHTED)
+    log.evaluation(EVALUATION)
+    log.make_durable()
+    state = log.checkpoint_state()
+    log.step(None)
+    log.say(LINES[-1])
+    log.close()
+    return state
+
+
+def outputs(folder) -> list[Sink]:
+    return [JsonLines(folder / "metrics.jsonl", 0, None), TensorBoard(folder, 0), Console("main", 0, 9)]
+
+
+def test_a_new_sink_gets_every_entry_and_a_broken_one_takes_nothing_from_the_others(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Console, "_time_left", lambda self: "LEFT")
+    new = NewSink()
+    state = log_two_steps(RunLog([BrokenSink(), *outputs(tmp_path), BrokenSink(), new]))
+    assert new.entries == [TRAINING, WEIGHTED, EVALUATION]
+    path = tmp_path / "metrics.jsonl"
+    assert [json.loads(line) for line in path.read_text().splitlines()] == new.entries
+    assert state == {"metrics_bytes": path.stat().st_size}
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2]
+    assert [event.value for event in events.Scalars("eval/a")] == [1.5]
+    printed = capsys.readouterr()
+    assert printed.out.splitlines() == LINES
+    # Each of the two says once that it is broken, whatever was lost.
+    assert printed.err.count("a broken logger cannot be written: [Errno 28] No space left on device") == 2
+    assert "3/9" in printed.err
+
+
+def test_an_error_that_no_output_has_is_a_bug_and_not_hidden():
+    class Wrong(NewSink):
+        def write(self, entry):
+            raise KeyError("ours")
+
+    with pytest.raises(KeyError, match="ours"):
+        RunLog([Wrong()]).step(TRAINING)
+
+
+def test_after_another_run_has_taken_the_lock_no_metrics_are_written(tmp_path, capsys):
+    new = NewSink()
+    log_two_steps(RunLog([*outputs(tmp_path), new], lost_to=lambda: "job 7 on node 3"))
+    assert new.entries == []
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b""
+    assert capsys.readouterr().out.splitlines()[1:] == LINES[1:]
