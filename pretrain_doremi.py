@@ -20,14 +20,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_doremi.cluster.signals import EXIT_STOPPED, Signals
-from megatron_doremi.errors import EXIT_USER_ERROR, ConfigError, RunError, SaidElsewhere, machine_failure, run_or_exit
+from megatron_doremi.errors import (
+    EXIT_USER_ERROR,
+    ConfigError,
+    ReportedElsewhere,
+    RunError,
+    machine_failure,
+    run_or_exit,
+)
 
 if TYPE_CHECKING:
     import torch
 
     from megatron_doremi.cluster.launch import Launch
-    from megatron_doremi.cluster.meeting import Meeting
     from megatron_doremi.cluster.preemption import StopRequest
+    from megatron_doremi.cluster.rendezvous import Rendezvous
     from megatron_doremi.cluster.run_lock import HeldLock
     from megatron_doremi.cluster.watchdog import Watchdog
     from megatron_doremi.config import Config
@@ -56,8 +63,8 @@ def main() -> int:
 def start(argv: Sequence[str], signals: Signals) -> int:
     """Reads the flags and runs the phase, or says with one voice what is wrong with them. Returns the exit code."""
     from megatron_doremi.arguments import read_command_line
+    from megatron_doremi.cluster.error_report import command_line_error, error_without_peers, merged_error
     from megatron_doremi.cluster.launch import read_launch
-    from megatron_doremi.cluster.voice import one_voice, refusal, told_alone
     from megatron_doremi.config import data_parallel_size
     from megatron_doremi.parallel.topology import Topology
     from megatron_doremi.phases.early_checks import file_faults
@@ -68,8 +75,8 @@ def start(argv: Sequence[str], signals: Signals) -> int:
         if faults:
             faults += file_faults(config)
             if config.run.dry_run and launch.rank:
-                raise SaidElsewhere(EXIT_USER_ERROR)
-            raise refusal(launch, argv, faults)
+                raise ReportedElsewhere(EXIT_USER_ERROR)
+            raise command_line_error(launch, argv, faults)
         topology = Topology(
             pipe_size=config.parallel.pipeline_model_parallel_size,
             data_size=data_parallel_size(config.parallel, launch.world_size),
@@ -81,14 +88,14 @@ def start(argv: Sequence[str], signals: Signals) -> int:
             return 0
         meeting = meet(config, launch, argv)
     except (ConfigError, RunError) as error:
-        raise told_alone(error, os.environ) from error
+        raise error_without_peers(error, os.environ) from error
     try:
         return run(config, topology, launch, signals, meeting)
     except (ConfigError, RunError, OSError) as error:
-        raise one_voice(meeting, machine_failure(error) if isinstance(error, OSError) else error) from error
+        raise merged_error(meeting, machine_failure(error) if isinstance(error, OSError) else error) from error
 
 
-def meet(config: Config, launch: Launch, argv: Sequence[str] | None) -> Meeting:
+def meet(config: Config, launch: Launch, argv: Sequence[str] | None) -> Rendezvous:
     """Meets the other ranks at their store."""
     # Imported here, after the flags: torch and DeepSpeed take seconds, and one process says a wrong flag at once.
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -96,9 +103,9 @@ def meet(config: Config, launch: Launch, argv: Sequence[str] | None) -> Meeting:
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from megatron_doremi.cluster.meeting import Meeting
+    from megatron_doremi.cluster.rendezvous import Rendezvous
 
-    return Meeting(launch, config.run.distributed_timeout_minutes, argv)
+    return Rendezvous(launch, config.run.distributed_timeout_minutes, argv)
 
 
 def run(
@@ -106,7 +113,7 @@ def run(
     topology: Topology,
     launch: Launch,
     signals: Signals | None = None,
-    meeting: Meeting | None = None,
+    meeting: Rendezvous | None = None,
 ) -> int:
     """Runs the phase: files are checked on every rank before any model is built. Returns the exit code.
 
@@ -132,17 +139,17 @@ def run(
 
 
 def run_phase(
-    config: Config, topology: Topology, meeting: Meeting, signals: Signals, watchdog: Watchdog, held: ExitStack
+    config: Config, topology: Topology, meeting: Rendezvous, signals: Signals, watchdog: Watchdog, held: ExitStack
 ) -> bool:
     """Opens the files, joins the process group and runs the phase. Returns whether a request stopped it.
 
     Args:
         held: takes the lock of the run's folder.
     """
+    from megatron_doremi.cluster.error_report import raise_faults_of_all_ranks
     from megatron_doremi.cluster.preemption import StopRequest
     from megatron_doremi.cluster.process_group import any_rank, device_faults, join_group
     from megatron_doremi.cluster.run_lock import run_lock
-    from megatron_doremi.cluster.voice import agree_on_faults
     from megatron_doremi.data.manifest import print_warnings
     from megatron_doremi.parallel.exchange import from_rank_0
     from megatron_doremi.parallel.groups import make_groups
@@ -164,7 +171,7 @@ def run_phase(
         inputs = open_inputs(config, topology.world_size)
     except ConfigError as error:
         faults += error.faults
-    agree_on_faults(meeting, faults, 60.0 * minutes)
+    raise_faults_of_all_ranks(meeting, faults, 60.0 * minutes)
     assert inputs is not None
     assert stop is not None
     data = inputs.data

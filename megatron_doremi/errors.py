@@ -71,7 +71,7 @@ class RunError(Exception):
     """A run cannot go on for a reason that lies in the machine or in the training: said without a traceback, exit 1."""
 
 
-class SaidElsewhere(Exception):
+class ReportedElsewhere(Exception):
     """The program ends with `code`; another process of the run says why."""
 
     def __init__(self, code: int):
@@ -110,7 +110,7 @@ def run_or_exit(main: Callable[[], int | None], at_once: bool = False) -> None:
     """Runs `main` as a program: exits with its result, or with one clear message: 2 on a ConfigError, 1 on a RunError
     or an OSError. Where the reader of stdout is gone (`| head`), it exits silently with 141, as after SIGPIPE.
 
-    A SaidElsewhere exits with its code and prints nothing: of the ranks of a run one speaks (cluster/voice.py).
+    A ReportedElsewhere exits with its code and prints nothing: one rank reports for all (cluster/error_report.py).
 
     Args:
         at_once: end the process without waiting for other threads or running atexit functions: the interpreter joins
@@ -131,7 +131,7 @@ def run_or_exit(main: Callable[[], int | None], at_once: bool = False) -> None:
         held.append(error)
         words = f"error: {machine_failure(error) if isinstance(error, OSError) else error}"
         code = EXIT_USER_ERROR if isinstance(error, ConfigError) else 1
-    except SaidElsewhere as error:
+    except ReportedElsewhere as error:
         held.append(error)
         code = error.code
     except KeyboardInterrupt as error:

@@ -9,9 +9,9 @@ from megatron_doremi.cluster.signals import EXIT_STOPPED, Signals
 from megatron_doremi.config import RunConfig
 from megatron_doremi.errors import ConfigError, Fault
 
-__all__ = ["EXIT_STOPPED", "GO_ON", "REASONS", "StopRequest"]
+__all__ = ["EXIT_STOPPED", "KEEP_RUNNING", "REASONS", "StopRequest"]
 # Reasons, in the order of which one is said where ranks know of several.
-GO_ON, DURATION, ALLOCATION, SIGNAL = range(4)
+KEEP_RUNNING, DURATION, ALLOCATION, SIGNAL = range(4)
 REASONS = {
     DURATION: "--exit-duration-in-mins is over",
     ALLOCATION: "the SLURM allocation ends soon",
@@ -42,10 +42,10 @@ class StopRequest:
             self._allocation_at = time.monotonic() + left - min(60.0 * run.exit_margin_in_mins, left / 10)
 
     def reason(self) -> int:
-        """One of the reasons above; GO_ON where there is none."""
+        """One of the reasons above; KEEP_RUNNING where there is none."""
         now = time.monotonic()
         if self.signals.asked:
             return SIGNAL
         if self._allocation_at is not None and now >= self._allocation_at:
             return ALLOCATION
-        return DURATION if self._leave_at is not None and now >= self._leave_at else GO_ON
+        return DURATION if self._leave_at is not None and now >= self._leave_at else KEEP_RUNNING

@@ -10,18 +10,18 @@ import torch
 import torch.distributed as dist
 
 from megatron_doremi.cluster.launch import Launch
-from megatron_doremi.cluster.meeting import Meeting
+from megatron_doremi.cluster.rendezvous import Rendezvous
 from megatron_doremi.errors import Fault, raise_if_any
 
 
-def join(launch: Launch, minutes: float = 8.0) -> tuple[torch.device, Meeting]:
+def join(launch: Launch, minutes: float = 8.0) -> tuple[torch.device, Rendezvous]:
     """Meets the other ranks and joins them in a process group; returns this process's device and the meeting.
 
     Raises:
-        ConfigError, RunError: as Meeting; and there are more processes than GPUs.
+        ConfigError, RunError: as Rendezvous; and there are more processes than GPUs.
     """
     raise_if_any(device_faults(launch))
-    meeting = Meeting(launch, minutes)
+    meeting = Rendezvous(launch, minutes)
     return join_group(meeting, minutes), meeting
 
 
@@ -40,7 +40,7 @@ def device_faults(launch: Launch) -> list[Fault]:
     ]
 
 
-def join_group(meeting: Meeting, minutes: float) -> torch.device:
+def join_group(meeting: Rendezvous, minutes: float) -> torch.device:
     """Makes the process group of all ranks, which have met; returns this process's device.
 
     Args:

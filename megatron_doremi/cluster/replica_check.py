@@ -27,7 +27,7 @@ _CHUNK = 1 << 22
 _BYTES_TO_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-class RanksDisagree(RunError):
+class ReplicaMismatch(RunError):
     """Ranks that should hold the same do not: a fault of ours or of a machine, never of the input."""
 
 
@@ -109,16 +109,16 @@ def disagreements(digests: Sequence[Digest]) -> list[str]:
     return found
 
 
-def check_ranks_agree(module: GPT, state: Any, topology: Topology, iteration: int) -> None:
+def check_replicas(module: GPT, state: Any, topology: Topology, iteration: int) -> None:
     """Compares all ranks; a collective call.
 
     Raises:
-        RanksDisagree: on every rank, naming what differs and where.
+        ReplicaMismatch: on every rank, naming what differs and where.
     """
     own = digest(module, state, topology)
     found = disagreements([Digest(**entry) for entry in gather_json(asdict(own))])
     if found:
-        raise RanksDisagree(f"after iteration {iteration} ranks disagree: " + "; ".join(found))
+        raise ReplicaMismatch(f"after iteration {iteration} ranks disagree: " + "; ".join(found))
 
 
 def _ranks(ranks: Sequence[int]) -> str:

@@ -22,21 +22,21 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from megatron_doremi.cluster.meeting import Meeting
-from megatron_doremi.cluster.rendezvous import in_time, read_signs
-from megatron_doremi.cluster.signals import EXIT_STOPPED
-from megatron_doremi.cluster.signs import (
+from megatron_doremi.cluster.heartbeat import (
+    HEARTBEAT_TIMEOUT_SECONDS,
     LEFT,
-    SECONDS_OF_SILENCE,
     WATCHED,
-    Sign,
+    Heartbeat,
+    current_heartbeat,
+    describe_ranks,
+    describe_stragglers,
     is_dead,
-    name_ranks,
-    own_sign,
-    whom_they_wait_for,
 )
+from megatron_doremi.cluster.rendezvous import Rendezvous
+from megatron_doremi.cluster.signals import EXIT_STOPPED
+from megatron_doremi.cluster.store import in_time, read_heartbeats
 from megatron_doremi.console import CONSOLE_ERRORS
-from megatron_doremi.errors import EXIT_USER_ERROR, ConfigError, RunError, SaidElsewhere
+from megatron_doremi.errors import EXIT_USER_ERROR, ConfigError, ReportedElsewhere, RunError
 
 EXIT_HUNG = 1
 # A store whose connections break has lost its process; one that does not answer may only be slow.
@@ -53,7 +53,7 @@ T = TypeVar("T")
 class Watchdog:
     """The thread, and what the main thread tells it."""
 
-    def __init__(self, meeting: Meeting, seconds: float):
+    def __init__(self, meeting: Rendezvous, seconds: float):
         """Begins to watch.
 
         Args:
@@ -62,7 +62,7 @@ class Watchdog:
         self.launch, self.seconds = meeting.launch, seconds
         self.rank, self.world_size = self.launch.rank, self.launch.world_size
         self._interval = min(_SECONDS_BETWEEN_SIGNS, seconds / 8)
-        self._silence = min(SECONDS_OF_SILENCE, seconds)
+        self._silence = min(HEARTBEAT_TIMEOUT_SECONDS, seconds)
         # A connection of its own, for that of the process group waits where a collective does.
         self._store = meeting.connect_again()
         self._store.set_timeout(timedelta(seconds=4 * self._interval))
@@ -119,26 +119,26 @@ class Watchdog:
             in_time(lambda: self._store.add("followed", 1), 2.0)
 
     def _whom_to_blame(self) -> str | None:
-        """Words for the ranks that have died; takes some beats. Raises SaidElsewhere where another rank spoke."""
+        """Words for the ranks that have died; takes some beats. Raises ReportedElsewhere where another rank spoke."""
         try:
             dead = self._dead_neighbors()
             if dead:
-                return name_ranks(dead, self._neighbors, "no sign of life")
+                return describe_ranks(dead, self._neighbors, "no sign of life")
             before = self._ask(self._read_all)
             for _ in range(3):
                 time.sleep(self._interval)
                 ended = self._ask(self._ended)
                 if ended is not None:
-                    raise SaidElsewhere(ended["code"])
+                    raise ReportedElsewhere(ended["code"])
             now = self._ask(self._read_all)
         except _NO_ANSWER as error:
             return self._no_answer(error)
         silent = [r for r in range(self.world_size) if r != self.rank and (r not in now or now[r] == before.get(r))]
-        return name_ranks(silent, now, "no sign of life") if silent else None
+        return describe_ranks(silent, now, "no sign of life") if silent else None
 
     def _watch(self) -> None:
         own, quiet_since, looked = -1, time.monotonic(), time.monotonic()
-        seen: dict[int, Sign] = {}
+        seen: dict[int, Heartbeat] = {}
         heard: dict[int, tuple[int, float]] = {}
         answered = time.monotonic()
         while True:
@@ -170,7 +170,7 @@ class Watchdog:
                 quiet_since, seen = time.monotonic(), {}
             elif quiet > self.seconds and seen and signs:
                 limit = f"no progress for {self.seconds / 60:g} minutes (--distributed-timeout-minutes)"
-                self._end(f"{limit}: {whom_they_wait_for(seen, signs, self.world_size)}")
+                self._end(f"{limit}: {describe_stragglers(seen, signs, self.world_size)}")
             else:
                 seen = seen or signs
 
@@ -183,7 +183,7 @@ class Watchdog:
         now = time.monotonic()
         dead = self._dead_neighbors()
         if not dead and self._next:
-            signs = self._ask(lambda: read_signs(self._store, self._next))
+            signs = self._ask(lambda: read_heartbeats(self._store, self._next))
             for rank, sign in signs.items():
                 if rank not in heard or heard[rank][0] != sign.beat or sign.doing == LEFT:
                     heard[rank] = (sign.beat, now)
@@ -191,13 +191,13 @@ class Watchdog:
                     dead.append(rank)
                     self._neighbors[rank] = sign
         if dead:
-            self._end(name_ranks(dead, self._neighbors, "no sign of life"))
+            self._end(describe_ranks(dead, self._neighbors, "no sign of life"))
 
     def _dead_neighbors(self) -> list[int]:
         suspects = [rank for rank, sign in self._neighbors.items() if is_dead(sign)]
         if suspects:
             # As it was last seen; one that left on purpose has said so.
-            self._neighbors |= self._ask(lambda: read_signs(self._store, suspects))
+            self._neighbors |= self._ask(lambda: read_heartbeats(self._store, suspects))
         return [rank for rank in suspects if is_dead(self._neighbors[rank])]
 
     def _ask(self, question: Callable[[], T]) -> T:
@@ -205,10 +205,10 @@ class Watchdog:
 
     def _give_sign(self) -> None:
         self._beat += 1
-        self._store.set(f"sign/{self.rank}", own_sign(self._beat, self._progress, self._doing).to_json())
+        self._store.set(f"sign/{self.rank}", current_heartbeat(self._beat, self._progress, self._doing).to_json())
 
-    def _read_all(self) -> dict[int, Sign]:
-        return read_signs(self._store, range(self.world_size))
+    def _read_all(self) -> dict[int, Heartbeat]:
+        return read_heartbeats(self._store, range(self.world_size))
 
     def _ended(self) -> dict[str, Any] | None:
         return json.loads(self._store.get("ended")) if self._store.check(["ended"]) else None

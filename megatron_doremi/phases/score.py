@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from megatron_doremi.checkpoint.folder import read_state
 from megatron_doremi.checkpoint.weights import load_frozen
-from megatron_doremi.cluster.preemption import GO_ON, StopRequest
-from megatron_doremi.cluster.waiting import from_rank_0, wait_for_all
+from megatron_doremi.cluster.preemption import KEEP_RUNNING, StopRequest
+from megatron_doremi.cluster.store_collectives import barrier_via_store, run_on_rank_0_via_store
 from megatron_doremi.cluster.watchdog import Watchdog
 from megatron_doremi.config import Config, global_batch_size
 from megatron_doremi.console import say
@@ -169,7 +169,7 @@ def check_reference_losses(
 
             raise_if_any(reference_losses.check(needed, progress))
 
-    from_rank_0(store, "reference losses", topology.rank, look)
+    run_on_rank_0_via_store(store, "reference losses", topology.rank, look)
 
 
 def score(
@@ -198,7 +198,7 @@ def score(
         ReferenceLossFolder(Path(config.run.save), fingerprint)
         return fingerprint
 
-    fingerprint = from_rank_0(store, "folder", topology.rank, start)
+    fingerprint = run_on_rank_0_via_store(store, "folder", topology.rank, start)
     # Of each replica only one rank touches files of losses.
     folder = ReferenceLossFolder(Path(config.run.save), fingerprint) if topology.rank == topology.loss_rank() else None
     tp = TensorParallel(groups.tensor, config.parallel.sequence_parallel)
@@ -206,7 +206,7 @@ def score(
     module = load_frozen(run.gpt, run.weights, topology, tp, dtype, config.parallel.loss_chunk_tokens)
     replica = _Replica(config, data, module, topology, groups, watchdog, store, folder)
     replica.score(stop)
-    wait_for_all(store, "done", topology.rank, topology.world_size, lambda: replica.hear(stop))
+    barrier_via_store(store, "done", topology.rank, topology.world_size, lambda: replica.hear(stop))
     outcomes = gather_json([int(replica.stopped), replica.windows, replica.clipped])
     stopped, windows, cut = (sum(values) for values in zip(*outcomes, strict=True))
     if cut and topology.rank == 0:
@@ -362,7 +362,7 @@ class _Replica:
         """Whether any rank was asked to stop; tells the others of a request to this one."""
         if self.store.check(["stop"]):
             return True
-        asked = stop.reason() != GO_ON
+        asked = stop.reason() != KEEP_RUNNING
         if asked:
             self.store.set("stop", "asked")
         return asked

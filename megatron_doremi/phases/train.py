@@ -13,8 +13,8 @@ from torch import Tensor
 from megatron_doremi import __version__
 from megatron_doremi.checkpoint.folder import load_training
 from megatron_doremi.checkpoint.writer import Checkpointer, SaveTimer
-from megatron_doremi.cluster.preemption import GO_ON, REASONS, StopRequest
-from megatron_doremi.cluster.replica_check import check_ranks_agree
+from megatron_doremi.cluster.preemption import KEEP_RUNNING, REASONS, StopRequest
+from megatron_doremi.cluster.replica_check import check_replicas
 from megatron_doremi.cluster.run_lock import HeldLock
 from megatron_doremi.cluster.step_flags import StepFlags, reduce_flags
 from megatron_doremi.cluster.watchdog import Watchdog
@@ -123,7 +123,7 @@ class Trainer:
         """
         config, total = self.config, self.config.data.train_iters
         log = open_log(config, self.iteration, self.metrics_bytes, self.lock.lost_to)
-        timer, stop = StepTimer(self.iteration), GO_ON
+        timer, stop = StepTimer(self.iteration), KEEP_RUNNING
         for step in self._steps():
             self.watchdog.mark(f"in iteration {self.iteration + 1}")
             lr = learning_rate(self.iteration + 1, config.optimizer, total)
@@ -132,14 +132,14 @@ class Trainer:
             self._log_step(lr, timer, log)
             with timer.paused():
                 if self._due(config.run.check_ranks_interval):
-                    check_ranks_agree(self.engine.module, self._own_state(), self.topology, self.iteration)
+                    check_replicas(self.engine.module, self._own_state(), self.topology, self.iteration)
                 if self._due(config.data.eval_interval) or self.iteration == total:
                     self._evaluate(log)
                 if agreed.write_failed:
                     self.checkpoints.finish()
                 if not agreed.writing:
                     self.checkpoints.all_written()
-                leave = self._due(config.run.exit_interval) or stop != GO_ON
+                leave = self._due(config.run.exit_interval) or stop != KEEP_RUNNING
                 regular = self._due(config.run.save_interval) or leave or self.iteration == total
                 if regular or (agreed.save_due and not agreed.writing):
                     self._save(log, ephemeral=not regular)
@@ -156,7 +156,7 @@ class Trainer:
                 "--load, to resume"
             )
         log.close()
-        return stop != GO_ON and self.iteration < total
+        return stop != KEEP_RUNNING and self.iteration < total
 
     def _due(self, interval: int) -> bool:
         return interval > 0 and self.iteration % interval == 0
@@ -282,7 +282,7 @@ class Trainer:
         self.watchdog.mark(f"saving iteration {self.iteration}")
         own_state = self._own_state()
         # What is saved has to be what every rank holds: a resume would spread one rank's difference to all.
-        check_ranks_agree(self.engine.module, own_state, self.topology, self.iteration)
+        check_replicas(self.engine.module, own_state, self.topology, self.iteration)
         state = {**self.run, "consumed_samples": self._consumed_samples(), **own_state, **log.checkpoint_state()}
         if ephemeral:
             state["ephemeral"] = True

@@ -18,7 +18,7 @@ def drift(launch, what, on_rank):
     import deepspeed
 
     from megatron_doremi.cluster.process_group import join
-    from megatron_doremi.cluster.replica_check import RanksDisagree, check_ranks_agree
+    from megatron_doremi.cluster.replica_check import ReplicaMismatch, check_replicas
     from megatron_doremi.model.pipeline import GPTPipeline
     from megatron_doremi.model.unpipelined import GPTModel
     from megatron_doremi.parallel.groups import make_groups
@@ -37,7 +37,7 @@ def drift(launch, what, on_rank):
     else:
         module = GPTPipeline(GPT, topology, TensorParallel(groups.tensor), seed=1)
     state = {"doremi": {"weights": {"a": 0.5}}}
-    check_ranks_agree(module, state, topology, 1)
+    check_replicas(module, state, topology, 1)
     if launch.rank == on_rank:
         parameters = dict(module.model_parameters())
         if what == "state":
@@ -49,8 +49,8 @@ def drift(launch, what, on_rank):
         elif what == "whole, ZeRO 3":
             parameters["final_norm.weight"].ds_tensor[0] += 2**-20
     try:
-        check_ranks_agree(module, state, topology, 7)
-    except RanksDisagree as error:
+        check_replicas(module, state, topology, 7)
+    except ReplicaMismatch as error:
         return str(error)
     return ""
 

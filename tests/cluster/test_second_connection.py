@@ -7,7 +7,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from megatron_doremi.cluster.rendezvous import second_connection
+from megatron_doremi.cluster.store import second_connection
 
 
 class OlderStore(dist.TCPStore):

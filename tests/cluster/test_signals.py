@@ -106,7 +106,7 @@ runpy.run_path("pretrain_doremi.py", run_name="__main__")
     ("ending", "code", "words"),
     [
         ("raise errors.RunError('the disk is full')", 1, "error: the disk is full\n"),
-        ("raise errors.SaidElsewhere(2)", 2, ""),
+        ("raise errors.ReportedElsewhere(2)", 2, ""),
         ("raise ZeroDivisionError('ours')", 1, "Traceback .*ZeroDivisionError: ours\n"),
     ],
 )

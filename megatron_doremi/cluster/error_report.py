@@ -9,10 +9,10 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from megatron_doremi.cluster.launch import MPIRUN, SRUN, Launch, launcher_of, local_rank_of, rank_of
-from megatron_doremi.errors import EXIT_USER_ERROR, ConfigError, Fault, RunError, SaidElsewhere
+from megatron_doremi.errors import EXIT_USER_ERROR, ConfigError, Fault, ReportedElsewhere, RunError
 
 if TYPE_CHECKING:
-    from megatron_doremi.cluster.meeting import Meeting
+    from megatron_doremi.cluster.rendezvous import Rendezvous
 
 # For ranks that may have died, where this one knows already that the run cannot begin.
 _SECONDS_FOR_OTHERS = 60.0
@@ -21,7 +21,7 @@ _SECONDS_FOR_THE_SAME = 8.0
 _SECONDS_FOR_RANK_0 = 5.0
 
 
-def refusal(launch: Launch, argv: Sequence[str], faults: Sequence[Fault]) -> Exception:
+def command_line_error(launch: Launch, argv: Sequence[str], faults: Sequence[Fault]) -> Exception:
     """What a rank shall raise whose command line is wrong.
 
     Rank 0 says it at once. The others have the same command line as a rule, and leave silently; where rank 0 has
@@ -29,13 +29,13 @@ def refusal(launch: Launch, argv: Sequence[str], faults: Sequence[Fault]) -> Exc
     """
     if launch.rank == 0:
         return ConfigError(faults)
-    from megatron_doremi.cluster.meeting import refuse
+    from megatron_doremi.cluster.rendezvous import refuse
 
     placed = _placed(faults, f"rank {launch.rank} on {socket.gethostname()}: ")
-    return SaidElsewhere(EXIT_USER_ERROR) if refuse(launch, argv, placed) else ConfigError(placed)
+    return ReportedElsewhere(EXIT_USER_ERROR) if refuse(launch, argv, placed) else ConfigError(placed)
 
 
-def agree_on_faults(meeting: Meeting, faults: Sequence[Fault], seconds: float) -> None:
+def raise_faults_of_all_ranks(meeting: Rendezvous, faults: Sequence[Fault], seconds: float) -> None:
     """Ends the start on all ranks together where one of them has found a fault; all ranks call it once.
 
     Args:
@@ -44,7 +44,7 @@ def agree_on_faults(meeting: Meeting, faults: Sequence[Fault], seconds: float) -
 
     Raises:
         ConfigError: on rank 0, with every rank's faults.
-        SaidElsewhere: on the others.
+        ReportedElsewhere: on the others.
         RunError: rank 0 does not answer.
     """
     if meeting.launch.world_size == 1:
@@ -55,21 +55,21 @@ def agree_on_faults(meeting: Meeting, faults: Sequence[Fault], seconds: float) -
     patience = min(seconds, _SECONDS_FOR_OTHERS) if faults else seconds
     everyone = meeting.exchange("faults", own, patience)
     if meeting.launch.rank == 0:
-        union = union_of_faults(everyone)
+        union = merge_faults(everyone)
         meeting.answer("faults", len(union))
         if union:
             raise ConfigError(union)
         return
     count = meeting.answered("faults")
     if count:
-        raise SaidElsewhere(EXIT_USER_ERROR)
+        raise ReportedElsewhere(EXIT_USER_ERROR)
     if count is None:
         if faults:
             raise ConfigError(_placed(faults, f"rank {meeting.launch.rank} on {meeting.host}: "))
         raise RunError(f"rank {meeting.launch.rank} on {meeting.host}: rank 0 never said whether the run may begin")
 
 
-def union_of_faults(everyone: Sequence[tuple[str, list[dict[str, str]]] | None]) -> list[Fault]:
+def merge_faults(everyone: Sequence[tuple[str, list[dict[str, str]]] | None]) -> list[Fault]:
     """Every fault once, in the order of ranks; those that only some ranks have name them.
 
     Args:
@@ -99,12 +99,12 @@ def _placed(faults: Sequence[Fault], prefix: str) -> list[Fault]:
     ]
 
 
-def one_voice(meeting: Meeting, error: ConfigError | RunError) -> Exception:
+def merged_error(meeting: Rendezvous, error: ConfigError | RunError) -> Exception:
     """What this rank shall raise in place of an error: rank 0 speaks for all that fail with it.
 
     A rank that fails while rank 0 does not speaks for itself.
     """
-    from megatron_doremi.cluster.rendezvous import in_time
+    from megatron_doremi.cluster.store import in_time
 
     launch = meeting.launch
     if launch.world_size == 1:
@@ -125,10 +125,12 @@ def one_voice(meeting: Meeting, error: ConfigError | RunError) -> Exception:
         everyone = in_time(ask, 2 * _SECONDS_FOR_THE_SAME)
     except (RuntimeError, ValueError, TimeoutError):
         # The store is gone, and rank 0 with it.
-        return error if launch.rank < 2 else SaidElsewhere(code)
+        return error if launch.rank < 2 else ReportedElsewhere(code)
     if launch.rank:
-        return _prefixed(error, f"rank {launch.rank} on {meeting.host}: ") if everyone is None else SaidElsewhere(code)
-    union = union_of_faults([None if entry is None else tuple(entry["place"]) for entry in everyone])
+        return (
+            _prefixed(error, f"rank {launch.rank} on {meeting.host}: ") if everyone is None else ReportedElsewhere(code)
+        )
+    union = merge_faults([None if entry is None else tuple(entry["place"]) for entry in everyone])
     texts = list(dict.fromkeys(entry["text"] for entry in everyone if entry is not None and entry["text"]))
     if texts:
         return RunError("\n".join([*texts, *map(str, union)]))
@@ -144,7 +146,7 @@ def _prefixed(error: ConfigError | RunError, prefix: str) -> Exception:
     return RunError(prefix + text.removeprefix(f"{rank}: "))
 
 
-def told_alone(error: ConfigError | RunError, environ: Mapping[str, str]) -> Exception:
+def error_without_peers(error: ConfigError | RunError, environ: Mapping[str, str]) -> Exception:
     """What a rank shall raise that has met no other: rank 0 at once, others where nobody else can have said it.
 
     srun and mpirun give all of a node's ranks the same command and environment, so that the first one speaks of a wrong
@@ -155,6 +157,6 @@ def told_alone(error: ConfigError | RunError, environ: Mapping[str, str]) -> Exc
     if not rank:
         return error
     if isinstance(error, ConfigError) and local_rank_of(environ) and launcher_of(environ) in (SRUN, MPIRUN):
-        return SaidElsewhere(EXIT_USER_ERROR)
+        return ReportedElsewhere(EXIT_USER_ERROR)
     time.sleep(_SECONDS_FOR_RANK_0)
     return _prefixed(error, f"rank {rank} on {socket.gethostname()}: ")

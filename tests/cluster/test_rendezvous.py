@@ -1,6 +1,6 @@
 """Where ranks meet: strangers, names that do not resolve, IPv6, the dead, faults in one voice, requests by count.
 
-Run alone: python -m pytest tests/cluster/test_meeting.py
+Run alone: python -m pytest tests/cluster/test_rendezvous.py
 """
 
 from __future__ import annotations
@@ -18,13 +18,18 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch.distributed as dist
 
-from megatron_doremi.cluster import meeting, rendezvous, signs, voice, watchdog
+from megatron_doremi.cluster import error_report, heartbeat, rendezvous, store, watchdog
+from megatron_doremi.cluster.error_report import (
+    error_without_peers,
+    merge_faults,
+    merged_error,
+    raise_faults_of_all_ranks,
+)
+from megatron_doremi.cluster.heartbeat import Heartbeat, current_heartbeat, is_dead
 from megatron_doremi.cluster.launch import BY_HAND, SRUN, Launch
-from megatron_doremi.cluster.meeting import Meeting, refuse
 from megatron_doremi.cluster.process_identity import process_start
-from megatron_doremi.cluster.signs import Sign, is_dead, own_sign
-from megatron_doremi.cluster.voice import agree_on_faults, one_voice, told_alone, union_of_faults
-from megatron_doremi.errors import ConfigError, Fault, RunError, SaidElsewhere
+from megatron_doremi.cluster.rendezvous import Rendezvous, refuse
+from megatron_doremi.errors import ConfigError, Fault, ReportedElsewhere, RunError
 
 
 def free_port(family: int = socket.AF_INET, host: str = "127.0.0.1") -> int:
@@ -55,7 +60,7 @@ def launches(world_size, host="127.0.0.1", port=None, **entries):
 def test_ranks_meet_by_names_and_both_kinds_of_addresses(host):
     port = free_port(socket.AF_INET6, "::1") if host == "[::1]" else free_port()
     places = launches(3, host, port)
-    met = on_threads(3, lambda rank: Meeting(places[rank], 1.0, ["--a"]))
+    met = on_threads(3, lambda rank: Rendezvous(places[rank], 1.0, ["--a"]))
     assert [sorted(meeting.signs) for meeting in met] == [[0, 1, 2]] * 3
 
 
@@ -70,25 +75,25 @@ def fail(*_, **__):
 @pytest.mark.parametrize("resolver", [hang, fail])
 def test_a_host_that_does_not_resolve_is_named(resolver, monkeypatch):
     """Within a minute, also where the resolver never answers; version 0.1 took --distributed-timeout-minutes."""
-    assert rendezvous._SECONDS_TO_RESOLVE < 60
-    monkeypatch.setattr(rendezvous, "_SECONDS_TO_RESOLVE", 0.5)
-    monkeypatch.setattr(rendezvous.socket, "getaddrinfo", resolver)
+    assert store._SECONDS_TO_RESOLVE < 60
+    monkeypatch.setattr(store, "_SECONDS_TO_RESOLVE", 0.5)
+    monkeypatch.setattr(store.socket, "getaddrinfo", resolver)
     with pytest.raises(ConfigError, match=r"MASTER_ADDR: no\.such\.host\.invalid"):
-        Meeting(Launch(1, 2, 0, "tcp://no.such.host.invalid:29500"))
+        Rendezvous(Launch(1, 2, 0, "tcp://no.such.host.invalid:29500"))
 
 
 def test_who_listens_is_told_from_a_rendezvous(monkeypatch):
-    monkeypatch.setattr(rendezvous, "_SECONDS_TO_ANSWER", 1.0)
+    monkeypatch.setattr(store, "_SECONDS_TO_ANSWER", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with pytest.raises(RunError, match="does not answer as the rendezvous"):
-            Meeting(Launch(1, 2, 1, f"tcp://127.0.0.1:{port}"), 0.1)
+            Rendezvous(Launch(1, 2, 1, f"tcp://127.0.0.1:{port}"), 0.1)
         with pytest.raises(RunError, match=rf"port {port} of .* is in use: export another MASTER_PORT"):
-            Meeting(Launch(0, 2, 0, f"tcp://127.0.0.1:{port}"), 0.1)
+            Rendezvous(Launch(0, 2, 0, f"tcp://127.0.0.1:{port}"), 0.1)
     with pytest.raises(RunError, match=r"nobody listens .*is rank 0 on that host"):
-        Meeting(Launch(1, 2, 1, f"tcp://127.0.0.1:{free_port()}"), 0.01)
+        Rendezvous(Launch(1, 2, 1, f"tcp://127.0.0.1:{free_port()}"), 0.01)
     with pytest.raises(RunError, match="torchrun, which hosts the rendezvous, is gone"):
-        Meeting(Launch(1, 2, 1, f"tcp://127.0.0.1:{free_port()}", hosted=True), 0.01)
+        Rendezvous(Launch(1, 2, 1, f"tcp://127.0.0.1:{free_port()}", hosted=True), 0.01)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +120,7 @@ def test_the_store_of_a_strangers_run_is_noticed(theirs, ours, words):
         launch = Launch(rank, 2, rank, f"tcp://127.0.0.1:{port}", launcher, run_id)
         if number == 2:
             time.sleep(1.0)
-        return Meeting(launch, 1.0, argv)
+        return Rendezvous(launch, 1.0, argv)
 
     first, stranger, second = on_threads(3, enter)
     assert isinstance(stranger, ConfigError)
@@ -128,25 +133,27 @@ def test_a_second_process_of_a_rank_is_noticed():
     place = f"tcp://127.0.0.1:{port}"
     two = [Launch(rank, 2, rank, place) for rank in (0, 0, 1)]
     two[1] = Launch(1, 2, 1, place)
-    outcomes = on_threads(3, lambda number: Meeting(two[number], 0.1))
+    outcomes = on_threads(3, lambda number: Rendezvous(two[number], 0.1))
     assert sum(isinstance(o, RunError) and "a second rank 1 came" in str(o) for o in outcomes) == 1
 
 
 def test_a_restarted_generation_does_not_meet_the_one_before(monkeypatch):
     """torchrun keeps its store: all keys of the first generation are still there."""
-    store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-    place = f"tcp://127.0.0.1:{store.port}"
+    hosted = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    place = f"tcp://127.0.0.1:{hosted.port}"
     for generation in (0, 1):
         entry = {"run_id": "r", "generation": generation, "hosted": True}
-        met = on_threads(2, lambda rank, e=entry: Meeting(Launch(rank, 2, rank, place, "torchrun", **e), 0.5, ["-a"]))
+        met = on_threads(
+            2, lambda rank, e=entry: Rendezvous(Launch(rank, 2, rank, place, "torchrun", **e), 0.5, ["-a"])
+        )
         assert [sorted(meeting.signs) for meeting in met] == [[0, 1], [0, 1]]
 
 
 def test_the_dead_are_seen_on_this_machine_only():
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    own = own_sign(1, 1, "in iteration 3")
+    own = current_heartbeat(1, 1, "in iteration 3")
     start = process_start(process.pid)
-    peer = Sign(1, 1, "in iteration 3", own.host, (process.pid, start), own.space)
+    peer = Heartbeat(1, 1, "in iteration 3", own.host, (process.pid, start), own.space)
     assert not is_dead(own)
     assert not is_dead(peer)
     process.kill()
@@ -154,28 +161,26 @@ def test_the_dead_are_seen_on_this_machine_only():
     limit = time.monotonic() + 10
     while not is_dead(peer):
         assert time.monotonic() < limit
-    assert not is_dead(Sign(1, 1, "left", own.host, (process.pid, start), own.space))
-    assert not is_dead(Sign(1, 1, "in iteration 3", "elsewhere", (process.pid, start), "another boot"))
+    assert not is_dead(Heartbeat(1, 1, "left", own.host, (process.pid, start), own.space))
+    assert not is_dead(Heartbeat(1, 1, "in iteration 3", "elsewhere", (process.pid, start), "another boot"))
     process.wait()
 
 
 def test_a_rank_that_dies_before_all_have_met_ends_the_wait(monkeypatch):
-    monkeypatch.setattr(meeting, "_SECONDS_BETWEEN_LOOKS", 0.2)
+    monkeypatch.setattr(rendezvous, "_SECONDS_BETWEEN_LOOKS", 0.2)
     places = launches(3)
     died = subprocess.Popen([sys.executable, "-c", ""])
     died.wait()
 
     def enter(rank):
         if rank == 0:
-            return Meeting(places[0], 1.0)
+            return Rendezvous(places[0], 1.0)
         # Comes, and is gone; rank 2 never comes.
         if rank == 1:
-            store, own = (
-                dist.PrefixStore("doremi/0/3", rendezvous.open_store(places[1], 10.0)),
-                own_sign(0, 0, "starting"),
-            )
-            store.set("sign/1", Sign(0, 0, "starting", own.host, (died.pid, 1), own.space).to_json())
-            store.append("came", f"1@{meeting._machine(own)},")
+            keys = dist.PrefixStore("doremi/0/3", store.open_store(places[1], 10.0))
+            own = current_heartbeat(0, 0, "starting")
+            keys.set("sign/1", Heartbeat(0, 0, "starting", own.host, (died.pid, 1), own.space).to_json())
+            keys.append("came", f"1@{rendezvous._machine(own)},")
 
     outcome = on_threads(3, enter)[0]
     assert isinstance(outcome, RunError)
@@ -186,17 +191,17 @@ def test_a_rank_that_dies_before_all_have_met_ends_the_wait(monkeypatch):
 def on_machines(monkeypatch, quick=0.2):
     """A function that puts the calling thread on a machine of this name; looks follow each other quickly."""
     machine = threading.local()
-    monkeypatch.setattr(signs, "_space", lambda: f"machine {machine.name}")
-    monkeypatch.setattr(meeting, "_SECONDS_BETWEEN_LOOKS", quick)
-    monkeypatch.setattr(meeting, "_LONGEST_NAP", quick)
+    monkeypatch.setattr(heartbeat, "_space", lambda: f"machine {machine.name}")
+    monkeypatch.setattr(rendezvous, "_SECONDS_BETWEEN_LOOKS", quick)
+    monkeypatch.setattr(rendezvous, "_LONGEST_NAP", quick)
     return lambda name: setattr(machine, "name", name)
 
 
 def come(launch, sign):
     """What a rank leaves that came and then died."""
-    store = dist.PrefixStore(f"doremi/0/{launch.world_size}", rendezvous.open_store(launch, 10.0))
-    store.set(f"sign/{launch.rank}", sign.to_json())
-    store.append("came", f"{launch.rank}@{meeting._machine(sign)},")
+    keys = dist.PrefixStore(f"doremi/0/{launch.world_size}", store.open_store(launch, 10.0))
+    keys.set(f"sign/{launch.rank}", sign.to_json())
+    keys.append("came", f"{launch.rank}@{rendezvous._machine(sign)},")
 
 
 def test_a_death_before_all_have_met_ends_the_ranks_of_other_machines_too(monkeypatch):
@@ -207,35 +212,35 @@ def test_a_death_before_all_have_met_ends_the_ranks_of_other_machines_too(monkey
     def enter(rank):
         move("a" if rank in (0, 3) else "b")
         if rank == 2:
-            own = own_sign(0, 0, "starting")
-            come(places[2], Sign(0, 0, "starting", "host-b", (own.process[0], own.process[1] + 1), own.space))
+            own = current_heartbeat(0, 0, "starting")
+            come(places[2], Heartbeat(0, 0, "starting", "host-b", (own.process[0], own.process[1] + 1), own.space))
         # Rank 4 never comes.
         elif rank != 4:
-            return Meeting(places[rank], 0.5)
+            return Rendezvous(places[rank], 0.5)
 
     said, *others = on_threads(5, enter)
     assert isinstance(said, RunError)
     assert str(said) == "rank 2 on host-b died before all ranks had met"
-    assert [type(others[k]) for k in (0, 2)] == [SaidElsewhere] * 2
+    assert [type(others[k]) for k in (0, 2)] == [ReportedElsewhere] * 2
 
 
 def test_a_machine_that_is_lost_before_all_have_met_is_found_by_its_silence(monkeypatch):
-    monkeypatch.setattr(meeting, "SECONDS_OF_SILENCE", 2.0)
+    monkeypatch.setattr(rendezvous, "HEARTBEAT_TIMEOUT_SECONDS", 2.0)
     move = on_machines(monkeypatch)
     places = launches(4)
 
     def enter(rank):
         move(str(rank))
         if rank == 1:
-            come(places[1], Sign(0, 0, "starting", "host-1", (1, 1), "machine 1"))
+            come(places[1], Heartbeat(0, 0, "starting", "host-1", (1, 1), "machine 1"))
         # Rank 3 never comes; rank 2 gives signs of life.
         elif rank != 3:
-            return Meeting(places[rank], 0.5)
+            return Rendezvous(places[rank], 0.5)
 
     said, _, silent, _ = on_threads(4, enter)
     assert isinstance(said, RunError)
     assert str(said) == "rank 1 on host-1 gave no sign of life for 2 s before all ranks had met"
-    assert isinstance(silent, SaidElsewhere)
+    assert isinstance(silent, ReportedElsewhere)
 
 
 BAD, WORSE = Fault("--lr", "fast", "a number", "give one"), Fault("x.bin", "4 bytes", "8", "copy it again")
@@ -243,20 +248,20 @@ BAD, WORSE = Fault("--lr", "fast", "a number", "give one"), Fault("x.bin", "4 by
 
 def test_faults_of_all_ranks_are_one_message():
     everyone = [("n1", [BAD.__dict__]), ("n2", [BAD.__dict__, WORSE.__dict__]), None]
-    assert [fault.what for fault in union_of_faults(everyone)] == ["--lr", "rank 1 on n2: x.bin"]
+    assert [fault.what for fault in merge_faults(everyone)] == ["--lr", "rank 1 on n2: x.bin"]
 
 
 def test_rank_0_says_the_union_and_all_leave_together():
     places = launches(3)
 
     def enter(rank):
-        meeting = Meeting(places[rank], 1.0, ["-a"] if rank < 2 else ["-b"])
-        agree_on_faults(meeting, [*([WORSE] if rank == 1 else []), *meeting.faults], 10.0)
+        meeting = Rendezvous(places[rank], 1.0, ["-a"] if rank < 2 else ["-b"])
+        raise_faults_of_all_ranks(meeting, [*([WORSE] if rank == 1 else []), *meeting.faults], 10.0)
 
     places = [Launch(p.rank, 3, p.rank, p.rendezvous, SRUN, "SLURM job 1 step 0") for p in places]
     said, *others = on_threads(3, enter)
     assert isinstance(said, ConfigError)
-    assert [type(other) for other in others] == [SaidElsewhere, SaidElsewhere]
+    assert [type(other) for other in others] == [ReportedElsewhere, ReportedElsewhere]
     assert {fault.what.split(" on ")[0] for fault in said.faults} >= {"rank 1"}
     assert any("x.bin" in fault.what for fault in said.faults)
     assert any("the same command line" in fault.rule for fault in said.faults)
@@ -264,9 +269,9 @@ def test_rank_0_says_the_union_and_all_leave_together():
 
 def test_a_rank_whose_command_line_is_wrong_is_said_by_rank_0(monkeypatch):
     """Alone among others; of a run that is not its own it keeps away."""
-    monkeypatch.setattr(meeting, "_SECONDS_BETWEEN_LOOKS", 0.2)
-    monkeypatch.setattr(meeting, "_SECONDS_FOR_REFUSALS", 0.2)
-    monkeypatch.setattr(meeting, "_SECONDS_TO_REFUSE", 1.0)
+    monkeypatch.setattr(rendezvous, "_SECONDS_BETWEEN_LOOKS", 0.2)
+    monkeypatch.setattr(rendezvous, "_SECONDS_FOR_REFUSALS", 0.2)
+    monkeypatch.setattr(rendezvous, "_SECONDS_TO_REFUSE", 1.0)
     ours = launches(3, launcher=SRUN, run_id="SLURM job 1 step 0")
     stranger = Launch(2, 3, 2, ours[0].rendezvous, SRUN, "SLURM job 2 step 0")
 
@@ -274,41 +279,41 @@ def test_a_rank_whose_command_line_is_wrong_is_said_by_rank_0(monkeypatch):
         if rank == 2:
             time.sleep(0.5)
             return refuse(stranger, ["-b"], [WORSE]), refuse(ours[2], ["-b"], [BAD])
-        return Meeting(ours[rank], 1.0, ["-a"])
+        return Rendezvous(ours[rank], 1.0, ["-a"])
 
     said, silent, told = on_threads(3, enter)
     assert isinstance(said, ConfigError)
     assert said.faults == (BAD,)
-    assert isinstance(silent, SaidElsewhere)
+    assert isinstance(silent, ReportedElsewhere)
     assert told == (False, True)
     # Nobody listens: rank 0 has said the same, and left.
     assert refuse(launches(2)[1], [], [BAD])
 
 
 def test_an_error_of_all_ranks_is_said_once_and_one_of_a_single_rank_by_itself(monkeypatch):
-    monkeypatch.setattr(voice, "_SECONDS_FOR_THE_SAME", 1.0)
+    monkeypatch.setattr(error_report, "_SECONDS_FOR_THE_SAME", 1.0)
     places = launches(2)
-    met = on_threads(2, lambda rank: Meeting(places[rank], 1.0))
-    same = on_threads(2, lambda rank: one_voice(met[rank], RunError("the disk is full")))
-    assert (str(same[0]), type(same[1])) == ("the disk is full", SaidElsewhere)
+    met = on_threads(2, lambda rank: Rendezvous(places[rank], 1.0))
+    same = on_threads(2, lambda rank: merged_error(met[rank], RunError("the disk is full")))
+    assert (str(same[0]), type(same[1])) == ("the disk is full", ReportedElsewhere)
     places = launches(2)
-    met = on_threads(2, lambda rank: Meeting(places[rank], 1.0))
-    alone = one_voice(met[1], RunError("the disk is full"))
+    met = on_threads(2, lambda rank: Rendezvous(places[rank], 1.0))
+    alone = merged_error(met[1], RunError("the disk is full"))
     assert re.fullmatch(r"rank 1 on \S+: the disk is full", str(alone))
 
 
 def test_a_machines_failure_of_a_rank_alone_is_said_and_a_shared_command_lines_fault_once(monkeypatch):
     """srun gives a node's ranks the same flags, but not the same network: a RunError of local rank 3 was silent."""
-    monkeypatch.setattr(voice, "_SECONDS_FOR_RANK_0", 0.0)
+    monkeypatch.setattr(error_report, "_SECONDS_FOR_RANK_0", 0.0)
     environ = {"SLURM_STEP_NUM_TASKS": "32", "SLURM_PROCID": "11", "SLURM_LOCALID": "3"}
     for text in ("no answer", "rank 11: no answer", f"rank 11 on {socket.gethostname()}: no answer"):
-        told = told_alone(RunError(text), environ)
+        told = error_without_peers(RunError(text), environ)
         assert isinstance(told, RunError)
         assert str(told) == f"rank 11 on {socket.gethostname()}: no answer"
-    told = told_alone(RunError("rank 110 on n1 died"), environ)
+    told = error_without_peers(RunError("rank 110 on n1 died"), environ)
     assert str(told) == f"rank 11 on {socket.gethostname()}: rank 110 on n1 died"
-    assert isinstance(told_alone(ConfigError(BAD), environ), SaidElsewhere)
-    assert isinstance(told_alone(ConfigError(BAD), {**environ, "SLURM_LOCALID": "0"}), ConfigError)
+    assert isinstance(error_without_peers(ConfigError(BAD), environ), ReportedElsewhere)
+    assert isinstance(error_without_peers(ConfigError(BAD), {**environ, "SLURM_LOCALID": "0"}), ConfigError)
 
 
 class CountingStore:
@@ -363,9 +368,9 @@ class CountingStore:
 @pytest.fixture
 def counted(monkeypatch):
     shared = {"lock": threading.Lock(), "data": {}, "requests": Counter(), "keys": Counter()}
-    monkeypatch.setattr(meeting, "open_store", lambda launch, timeout: CountingStore(shared))
+    monkeypatch.setattr(rendezvous, "open_store", lambda launch, timeout: CountingStore(shared))
     monkeypatch.setattr(
-        meeting.dist, "PrefixStore", lambda name, store: CountingStore(shared, f"{store.prefix}{name}/")
+        rendezvous.dist, "PrefixStore", lambda name, base: CountingStore(shared, f"{base.prefix}{name}/")
     )
     return shared
 
@@ -374,11 +379,11 @@ def test_512_ranks_meet_and_watch_with_a_few_requests_each(counted, monkeypatch)
     """Version 0.1: each rank waited for 512 keys one by one, and read 1024 keys a beat once it had to wait."""
     world = 512
     machine = threading.local()
-    monkeypatch.setattr(signs, "_space", lambda: f"machine {machine.number}")
+    monkeypatch.setattr(heartbeat, "_space", lambda: f"machine {machine.number}")
 
     def enter(rank):
         machine.number = rank // 8
-        return Meeting(Launch(rank, world, rank % 8, "tcp://n:1", SRUN, "r"), 1.0, ["-a"])
+        return Rendezvous(Launch(rank, world, rank % 8, "tcp://n:1", SRUN, "r"), 1.0, ["-a"])
 
     met = on_threads(world, enter)
     assert all(len(meeting.signs) == 8 for meeting in met)
@@ -386,7 +391,7 @@ def test_512_ranks_meet_and_watch_with_a_few_requests_each(counted, monkeypatch)
     assert sum(counted["keys"].values()) <= 60 * world
     counted["requests"].clear()
     counted["keys"].clear()
-    monkeypatch.setattr(signs, "_space", lambda: "")
+    monkeypatch.setattr(heartbeat, "_space", lambda: "")
     monkeypatch.setattr(watchdog, "_SECONDS_BETWEEN_SIGNS", 3600.0)
     dogs = [watchdog.Watchdog(meeting, 8 * 3600.0) for meeting in met[:64]]
     for dog in dogs:
@@ -405,24 +410,24 @@ def test_512_ranks_meet_and_watch_with_a_few_requests_each(counted, monkeypatch)
 def test_a_store_that_answers_nothing_holds_nobody(counted, monkeypatch):
     """As where rank 0's machine is lost: not even an error comes, before all have met or at an error's end."""
     places = [Launch(rank, 2, rank, "tcp://n:1") for rank in range(2)]
-    met = on_threads(2, lambda rank: Meeting(places[rank], 1.0))
-    monkeypatch.setattr(meeting, "SECONDS_OF_SILENCE", 0.3)
-    monkeypatch.setattr(voice, "_SECONDS_FOR_THE_SAME", 0.3)
+    met = on_threads(2, lambda rank: Rendezvous(places[rank], 1.0))
+    monkeypatch.setattr(rendezvous, "HEARTBEAT_TIMEOUT_SECONDS", 0.3)
+    monkeypatch.setattr(error_report, "_SECONDS_FOR_THE_SAME", 0.3)
     monkeypatch.setattr(CountingStore, "check", hang)
     counted["data"].clear()
     began = time.monotonic()
     with pytest.raises(RunError, match=r"rendezvous at tcp://n:1 does not answer \(no answer for 0\.3 s\)"):
-        Meeting(Launch(0, 3, 0, "tcp://n:1"), 1.0)
+        Rendezvous(Launch(0, 3, 0, "tcp://n:1"), 1.0)
     error = RunError("the disk is full")
-    assert one_voice(met[1], error) is error
+    assert merged_error(met[1], error) is error
     assert time.monotonic() - began < 10.0
 
 
 def test_missing_ranks_are_waited_for_together(counted, monkeypatch):
     """Ten that never come cost one timeout, not ten, and are named."""
-    monkeypatch.setattr(meeting, "_SECONDS_BETWEEN_LOOKS", 0.2)
+    monkeypatch.setattr(rendezvous, "_SECONDS_BETWEEN_LOOKS", 0.2)
     began = time.monotonic()
-    outcomes = on_threads(22, lambda rank: Meeting(Launch(rank, 32, rank, "tcp://n:1"), 0.01))
+    outcomes = on_threads(22, lambda rank: Rendezvous(Launch(rank, 32, rank, "tcp://n:1"), 0.01))
     assert all(isinstance(outcome, RunError) for outcome in outcomes)
     assert str(list(range(22, 32))) in str(outcomes[0])
     assert time.monotonic() - began < 5.0
@@ -431,18 +436,20 @@ def test_missing_ranks_are_waited_for_together(counted, monkeypatch):
 def test_a_silent_rank_is_found_by_those_before_it(counted, monkeypatch):
     """60 s after its last sign, whatever --distributed-timeout-minutes says; one that left on purpose is not missed."""
     world = 32
-    met = on_threads(world, lambda rank: Meeting(Launch(rank, world, rank, "tcp://n:1"), 1.0))
+    met = on_threads(world, lambda rank: Rendezvous(Launch(rank, world, rank, "tcp://n:1"), 1.0))
     clock = [1000.0]
     monkeypatch.setattr(watchdog.time, "monotonic", lambda: clock[0])
     ended = []
     dog = watchdog.Watchdog(met[3], 480.0)
     monkeypatch.setattr(dog, "_end", ended.append)
     heard: dict = {}
-    left = json.dumps({**json.loads(own_sign(7, 1, "left").to_json())}).encode()
+    left = json.dumps({**json.loads(current_heartbeat(7, 1, "left").to_json())}).encode()
     counted["data"]["doremi/0/32/sign/6"] = left
     for beat in range(14):
         for rank in (4, 5, 7, 8, 9, 10):
-            counted["data"][f"doremi/0/32/sign/{rank}"] = own_sign(beat + 10, 1, "in iteration 5").to_json().encode()
+            counted["data"][f"doremi/0/32/sign/{rank}"] = (
+                current_heartbeat(beat + 10, 1, "in iteration 5").to_json().encode()
+            )
         dog._end_with_the_dead(heard)
         clock[0] += 5.0
     assert len(ended) == 1

@@ -1,6 +1,6 @@
 """Ranks wait for those that work as long as it takes, where a collective would time out.
 
-Run alone: python -m pytest tests/cluster/test_waiting.py
+Run alone: python -m pytest tests/cluster/test_store_collectives.py
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def wait_for_the_last(launch):
     import torch
     import torch.distributed as dist
 
-    from megatron_doremi.cluster.meeting import Meeting
-    from megatron_doremi.cluster.waiting import from_rank_0, wait_for_all
+    from megatron_doremi.cluster.rendezvous import Rendezvous
+    from megatron_doremi.cluster.store_collectives import barrier_via_store, run_on_rank_0_via_store
     from megatron_doremi.cluster.watchdog import Watchdog
 
     path = launch.rendezvous.removeprefix("file://")
@@ -32,16 +32,16 @@ def wait_for_the_last(launch):
         "gloo", store=group, rank=launch.rank, world_size=launch.world_size, timeout=timedelta(seconds=COLLECTIVE)
     )
     began, heard = time.monotonic(), []
-    with Watchdog(Meeting(launch), WATCHDOG) as watchdog:
+    with Watchdog(Rendezvous(launch), WATCHDOG) as watchdog:
         if launch.rank == 1:
             while time.monotonic() < began + WORK:
                 time.sleep(0.1)
                 watchdog.mark("working")
-        wait_for_all(store, "done", launch.rank, launch.world_size, lambda: heard.append(1))
+        barrier_via_store(store, "done", launch.rank, launch.world_size, lambda: heard.append(1))
         waited = time.monotonic() - began
-        told = from_rank_0(store, "told", launch.rank, lambda: ["from", launch.rank])
+        told = run_on_rank_0_via_store(store, "told", launch.rank, lambda: ["from", launch.rank])
         try:
-            from_rank_0(store, "wrong", launch.rank, fail)
+            run_on_rank_0_via_store(store, "wrong", launch.rank, fail)
         except ConfigError as error:
             failure = str(error)
     # What version 0.1 waited with.
@@ -77,7 +77,7 @@ def test_errors_travel(error):
 def test_an_error_of_the_machine_on_rank_0_reaches_the_others():
     import torch.distributed as dist
 
-    from megatron_doremi.cluster.waiting import from_rank_0
+    from megatron_doremi.cluster.store_collectives import run_on_rank_0_via_store
 
     def full():
         raise OSError(28, "No space left on device", "scores.json")
@@ -85,7 +85,7 @@ def test_an_error_of_the_machine_on_rank_0_reaches_the_others():
     store = dist.HashStore()
     for rank in (0, 1):
         with pytest.raises(RunError, match=r"^scores.json: No space left on device$"):
-            from_rank_0(store, "folder", rank, full)
+            run_on_rank_0_via_store(store, "folder", rank, full)
 
 
 def test_hashing_a_large_file_gives_signs_of_life(tmp_path, monkeypatch):

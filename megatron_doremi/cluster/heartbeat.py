@@ -15,11 +15,11 @@ from megatron_doremi.cluster.process_identity import boot_id, has_ended, pid_nam
 LEFT = "left"
 # A rank watches this many: a machine that is lost as a whole is noticed by the ranks before it.
 WATCHED = 8
-SECONDS_OF_SILENCE = 60.0
+HEARTBEAT_TIMEOUT_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
-class Sign:
+class Heartbeat:
     """A rank's sign of life.
 
     Attributes:
@@ -42,14 +42,16 @@ class Sign:
         return json.dumps(asdict(self))
 
     @staticmethod
-    def from_json(text: bytes | str) -> Sign:
+    def from_json(text: bytes | str) -> Heartbeat:
         entry = json.loads(text)
-        return Sign(**{**entry, "process": tuple(entry["process"])})
+        return Heartbeat(**{**entry, "process": tuple(entry["process"])})
 
 
-def own_sign(beat: int, progress: int, doing: str) -> Sign:
+def current_heartbeat(beat: int, progress: int, doing: str) -> Heartbeat:
     """This process's."""
-    return Sign(beat, progress, doing, socket.gethostname(), (os.getpid(), process_start(os.getpid()) or 0), _space())
+    return Heartbeat(
+        beat, progress, doing, socket.gethostname(), (os.getpid(), process_start(os.getpid()) or 0), _space()
+    )
 
 
 @cache
@@ -58,14 +60,14 @@ def _space() -> str:
     return boot + namespace if boot and namespace else ""
 
 
-def is_dead(sign: Sign) -> bool:
+def is_dead(sign: Heartbeat) -> bool:
     """Whether a rank on this machine has ended without saying so; False of other machines, where nobody can see it."""
     if not sign.space or sign.space != _space() or sign.doing == LEFT:
         return False
     return has_ended(*sign.process)
 
 
-def whom_they_wait_for(before: Mapping[int, Sign], now: Mapping[int, Sign], world_size: int) -> str:
+def describe_stragglers(before: Mapping[int, Heartbeat], now: Mapping[int, Heartbeat], world_size: int) -> str:
     """Words for the ranks that hold up the others.
 
     Args:
@@ -74,15 +76,15 @@ def whom_they_wait_for(before: Mapping[int, Sign], now: Mapping[int, Sign], worl
     """
     silent = [rank for rank in range(world_size) if rank not in now or now[rank] == before.get(rank)]
     if silent:
-        return name_ranks(silent, now, "no sign of life")
+        return describe_ranks(silent, now, "no sign of life")
     least = min(sign.progress for sign in now.values())
     behind = [rank for rank, sign in now.items() if sign.progress == least]
     if len(behind) < world_size:
-        return name_ranks(behind, now, "alive, but behind the others")
+        return describe_ranks(behind, now, "alive, but behind the others")
     return f"every rank is alive and at the same point: {now[0].doing}"
 
 
-def name_ranks(ranks: Sequence[int], signs: Mapping[int, Sign], what: str) -> str:
+def describe_ranks(ranks: Sequence[int], signs: Mapping[int, Heartbeat], what: str) -> str:
     """`what` of these ranks, with their hosts and what they were doing."""
     places = [f"rank {r} on {signs[r].host}, {signs[r].doing}" if r in signs else f"rank {r}" for r in ranks]
     return f"{what}: {'; '.join(places)}"

@@ -18,7 +18,7 @@ from megatron_doremi.errors import ConfigError, RunError, error_of, error_text
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.005, 1.0
 
 
-def from_rank_0(store: dist.Store, name: str, rank: int, work: Callable[[], Any]) -> Any:
+def run_on_rank_0_via_store(store: dist.Store, name: str, rank: int, work: Callable[[], Any]) -> Any:
     """What rank 0 computes, on every rank, however long it takes.
 
     Args:
@@ -45,7 +45,7 @@ def from_rank_0(store: dist.Store, name: str, rank: int, work: Callable[[], Any]
     return value
 
 
-def wait_for_all(
+def barrier_via_store(
     store: dist.Store, name: str, rank: int, world_size: int, meanwhile: Callable[[], None] = lambda: None
 ) -> None:
     """Waits until every rank has called this.
