@@ -28,11 +28,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tqdm import tqdm
 
 from megatron_doremi.data.indexed_dataset import dtype_for
-from megatron_doremi.data.manifest import TokenizerInfo, load_manifest, overwriting_faults
+from megatron_doremi.data.manifest import TokenizerInfo, load_manifest, overwriting_faults, similar_names
 from megatron_doremi.errors import ConfigError, Fault, RunError, raise_if_any, run_or_exit
 from megatron_doremi.preprocessing.characters import describe_lost
 from megatron_doremi.preprocessing.cutting import BLOCK_BYTES
-from megatron_doremi.preprocessing.documents import Document, similar_names
+from megatron_doremi.preprocessing.documents import Document
 from megatron_doremi.preprocessing.encoding import TokenizerFiles, WorkerDied, bad_lines_error, encode_all
 from megatron_doremi.preprocessing.input_options import Inputs, add_input_options, read_input_options
 from megatron_doremi.preprocessing.outputs import (
@@ -341,9 +341,9 @@ def report(outputs: Outputs) -> None:
         tokens = output.writer.num_tokens
         per_token = output.bytes / max(1, tokens)
         print(f"{name:<{width}} {output.documents:>11,} {tokens:>15,} {output.bytes:>15,} {per_token:>12.2f}")
-    for first, second in similar_names(sorted({domain for domain, _ in outputs.by_key})):
-        remark = "differ by case or spaces alone; --domain-rules can make them one"
-        print(f"warning: the domains {first!r} and {second!r} {remark}", file=sys.stderr)
+    for group in similar_names(sorted({domain for domain, _ in outputs.by_key})):
+        remark = "differ only by case or spaces; --domain-rules can merge them"
+        print(f"warning: the domains {' and '.join(map(repr, group))} {remark}", file=sys.stderr)
     if said := left_out(outputs):
         print("; ".join(said))
 

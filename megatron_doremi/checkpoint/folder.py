@@ -113,6 +113,7 @@ class CheckpointState(Schema):
 
     FORMAT: ClassVar[str] = FORMAT
     SEALED: ClassVar[bool] = True
+    SEAL_OPTIONAL: ClassVar[bool] = True
     model_config = ConfigDict(extra="allow")
 
     iteration: Count

@@ -186,8 +186,9 @@ class OptimizerIndex(Schema):
     """index.json of a checkpoint's optimizer folder."""
 
     FORMAT: ClassVar[str] = "megatron-doremi-optimizer/1"
+    FORMAT_OPTIONAL: ClassVar[bool] = True
     SEALED: ClassVar[bool] = True
-    FORMAT_SINCE_LATER: ClassVar[bool] = True
+    SEAL_OPTIONAL: ClassVar[bool] = True
 
     keys: list[Literal["exp_avg", "exp_avg_sq", "master"]]
     parameters: dict[Name, _ParameterEntry]

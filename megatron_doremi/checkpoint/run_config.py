@@ -77,7 +77,7 @@ class RunConfigFile(Schema):
     """config.json of a training run. Attributes as `write_run_config` writes them."""
 
     FORMAT: ClassVar[str] = "megatron-doremi-run/1"
-    FORMAT_SINCE_LATER: ClassVar[bool] = True
+    FORMAT_OPTIONAL: ClassVar[bool] = True
 
     program: str = ""
     phase: Name

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Hashable, Sequence
+import unicodedata
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -211,10 +212,8 @@ def _checked(manifest: Manifest, subject: str) -> Manifest:
     warnings = list(manifest.warnings)
     twice = {name for name in manifest.names if manifest.names.count(name) > 1}
     faults += [Fault(subject, f"two domains {name!r}", "a name for each domain", _REMEDY) for name in sorted(twice)]
-    alike: dict[str, list[str]] = {}
     owners: dict[tuple[str, Hashable], Domain] = {}
     for domain in manifest.domains:
-        alike.setdefault("".join(domain.name.split()).casefold(), []).append(domain.name)
         for split, prefix in (("train", domain.train), ("valid", domain.valid)):
             if prefix is None:
                 continue
@@ -229,11 +228,18 @@ def _checked(manifest: Manifest, subject: str) -> Manifest:
                 f"{subject}: the held-out data of {domain.name!r} is the train data of {trained.name!r}, "
                 f"so its held-out loss is a training loss"
             )
-    for names in alike.values():
-        if len(set(names)) > 1:
-            warnings.append(f"{subject}: {', '.join(map(repr, names))} differ by case or spaces alone")
+    for names in similar_names(manifest.names):
+        warnings.append(f"{subject}: {', '.join(map(repr, names))} differ only by case or spaces")
     raise_if_any(faults)
     return replace(manifest, warnings=tuple(warnings))
+
+
+def similar_names(names: Iterable[str]) -> list[list[str]]:
+    """Groups of different domain names that differ only by case, white space or Unicode normalization form (NFKC)."""
+    groups: dict[str, dict[str, None]] = {}
+    for name in names:
+        groups.setdefault("".join(unicodedata.normalize("NFKC", name).casefold().split()), {})[name] = None
+    return [list(group) for group in groups.values() if len(group) > 1]
 
 
 def print_warnings(manifest: Manifest) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -168,17 +167,6 @@ def name_fault(what: str, name: str) -> Fault | None:
     except UnicodeEncodeError:
         return Fault(what, repr(name), "a name without lone surrogates", "mend it")
     return None if name.strip() else Fault(what, repr(name), "a name that is not empty", "mend it")
-
-
-def similar_names(names: Iterable[str]) -> list[tuple[str, str]]:
-    """Pairs of names that differ by case, white space or the form of their Unicode characters alone."""
-    seen: dict[str, str] = {}
-    pairs = []
-    for name in names:
-        first = seen.setdefault("".join(unicodedata.normalize("NFKC", name).casefold().split()), name)
-        if first != name:
-            pairs.append((first, name))
-    return pairs
 
 
 def load_rules(path: Path) -> DomainRules:

@@ -22,7 +22,7 @@ from megatron_doremi.data.manifest import TokenizerEntry, TokenizerInfo, tokeniz
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any
 from megatron_doremi.preprocessing.outputs import Key, Outputs
 from megatron_doremi.preprocessing.sources import Shard
-from megatron_doremi.storage.files import atomic_write_text, read_json_object
+from megatron_doremi.storage.files import atomic_write_text
 from megatron_doremi.storage.formats import (
     Count,
     FileName,
@@ -30,14 +30,11 @@ from megatron_doremi.storage.formats import (
     Positive,
     Schema,
     Sha256,
-    check_entry,
-    check_seal,
+    read_checked,
     sealed,
 )
 
 SHARDS = "shards"
-# Version 0.1 wrote it without a hash of its content.
-_UNSEALED = "megatron-doremi-shard/1"
 
 
 class ShardTokenizer(TokenizerEntry):
@@ -60,7 +57,9 @@ class ShardEntry(Schema):
     """shard.json."""
 
     FORMAT: ClassVar[str] = "megatron-doremi-shard/2"
-    OLDER_FORMATS: ClassVar[tuple[str, ...]] = (_UNSEALED,)
+    # Version 0.1 wrote no SHA-256.
+    OLDER_FORMATS: ClassVar[tuple[str, ...]] = ("megatron-doremi-shard/1",)
+    SEALED: ClassVar[bool] = True
     shard: Count
     num_shards: Positive
     split: Literal["train", "valid"]
@@ -138,11 +137,7 @@ def save_shard(data: ShardData) -> None:
 def load_shard(folder: Path) -> ShardData:
     """Reads a task's shard.json, which names files of its own folder alone. Raises ConfigError where it is none."""
     path = folder / "shard.json"
-    subject, remedy = f"shard {path}", "run that task again"
-    content = read_json_object(path, subject)
-    entry = check_entry(content, subject, ShardEntry, remedy)
-    if content["format"] != _UNSEALED:
-        check_seal(content, subject, remedy)
+    entry = read_checked(path, f"shard {path}", ShardEntry, "run that task again")
     tokenizer = tokenizer_info(entry.tokenizer, folder)
     pairs: dict[Key, Pair] = {}
     for pair in entry.pairs:

@@ -19,7 +19,7 @@ from megatron_doremi.errors import ConfigError, Fault
 from megatron_doremi.preprocessing.outputs import Outputs
 from megatron_doremi.storage.files import atomic_write_text, make_folder, read_json_object
 from megatron_doremi.storage.folder_lock import FolderLock
-from megatron_doremi.storage.formats import Count, FileName, Name, Positive, Schema, check_entry, check_seal, sealed
+from megatron_doremi.storage.formats import Count, FileName, Name, Positive, Schema, check_entry, sealed
 
 _START_OVER = "leave --resume out to start over"
 
@@ -40,6 +40,7 @@ class Journal(Schema):
     """journal.json."""
 
     FORMAT: ClassVar[str] = "megatron-doremi-journal/2"
+    SEALED: ClassVar[bool] = True
     settings: dict[str, Any]
     blocks: Count
     bad: list[str]
@@ -104,7 +105,6 @@ class Workspace:
         subject = f"--resume {self._journal}"
         entry = read_json_object(self._journal, subject)
         journal = check_entry(entry, subject, Journal, _START_OVER)
-        check_seal(entry, subject, _START_OVER)
         other = sorted(key for key in self._settings if journal.settings.get(key) != self._settings[key])
         if other:
             value = f"the earlier run had another {', '.join(other)}"

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_doremi.data.manifest import similar_names
 from megatron_doremi.reporting.runs import Run, flatten
 
 # Of config.json, by the last part of the key: what the values are called.
@@ -55,10 +56,7 @@ def differences(runs: Mapping[str, Run]) -> tuple[Difference, ...]:
 
 def look_alike(names: Sequence[str]) -> str | None:
     """A sentence about domain names that differ only by case or spaces, if there are any."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault("".join(name.split()).casefold(), []).append(name)
-    alike = [repr(name) for group in groups.values() if len(group) > 1 for name in group]
+    alike = [repr(name) for group in similar_names(names) for name in group]
     return f"Domain names that differ only by case or spaces: {', '.join(alike)}." if alike else None
 
 

@@ -59,17 +59,19 @@ class Schema(BaseModel):
     """One JSON object of a file. Strict: no value is converted to the type of its field, no number is NaN or Inf.
 
     Attributes:
-        FORMAT: "family/version" that the key `format` holds; "" where the file has no such key.
-        FORMAT_SINCE_LATER: whether early versions of the program wrote this file without the key.
+        FORMAT: "family/version", the value of the key `format`; "" if the file has no such key.
+        FORMAT_OPTIONAL: early versions of the program wrote this file without the key `format`.
         OLDER_FORMATS: earlier formats that are still read.
-        SEALED: whether the file is written by `sealed`; early versions wrote it without.
+        SEALED: `sealed` writes the file; `check_entry` verifies its SHA-256. Files of OLDER_FORMATS have none.
+        SEAL_OPTIONAL: early versions wrote this format without a SHA-256; it is verified where it is present.
     """
 
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore", allow_inf_nan=False)
     FORMAT: ClassVar[str] = ""
-    FORMAT_SINCE_LATER: ClassVar[bool] = False
+    FORMAT_OPTIONAL: ClassVar[bool] = False
     OLDER_FORMATS: ClassVar[tuple[str, ...]] = ()
     SEALED: ClassVar[bool] = False
+    SEAL_OPTIONAL: ClassVar[bool] = False
 
 
 SchemaType = TypeVar("SchemaType", bound=Schema)
@@ -97,18 +99,21 @@ def check_entry(entry: Mapping[str, Any], subject: str, schema: type[SchemaType]
         checked = schema.model_validate(dict(entry))
     except ValidationError as error:
         raise ConfigError(_faults(error, subject, remedy)) from error
-    if schema.SEALED and "sha256" in entry:
-        check_seal(entry, subject, remedy)
+    if schema.SEALED:
+        _check_seal(entry, subject, schema, remedy)
     return checked
 
 
 def sealed(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """An object with a SHA-256 of itself, for files that only this program writes; `check_seal` finds any change."""
+    """An object with a SHA-256 of itself, for files that only this program writes: `check_entry` detects any change."""
     return {**entry, "sha256": _digest(entry)}
 
 
-def check_seal(entry: Mapping[str, Any], subject: str, remedy: str) -> None:
-    """Raises ConfigError where an object is not what `sealed` made of it."""
+def _check_seal(entry: Mapping[str, Any], subject: str, schema: type[Schema], remedy: str) -> None:
+    """Raises ConfigError if an object is not what `sealed` returned."""
+    optional = schema.SEAL_OPTIONAL or entry.get("format") in schema.OLDER_FORMATS
+    if optional and "sha256" not in entry:
+        return
     if entry.get("sha256") != _digest({key: value for key, value in entry.items() if key != "sha256"}):
         raise ConfigError(Fault(subject, "damaged or edited", "content that fits its SHA-256", remedy))
 
@@ -119,7 +124,7 @@ def _digest(entry: Mapping[str, Any]) -> str:
 
 def format_fault(entry: Mapping[str, Any], subject: str, schema: type[Schema], remedy: str) -> Fault | None:
     """What is wrong with the key `format` of an object, if anything."""
-    if not schema.FORMAT or ("format" not in entry and schema.FORMAT_SINCE_LATER):
+    if not schema.FORMAT or ("format" not in entry and schema.FORMAT_OPTIONAL):
         return None
     found, known = entry.get("format"), (schema.FORMAT, *schema.OLDER_FORMATS)
     if found in known:

@@ -21,6 +21,7 @@ from megatron_doremi.data.manifest import (
     TokenizerInfo,
     load_manifest,
     save_manifest,
+    similar_names,
 )
 from megatron_doremi.data.weights_file import load_weights, resolve_weights, save_weights
 from megatron_doremi.errors import ConfigError
@@ -135,6 +136,19 @@ def test_fingerprint_follows_the_data(tmp_path):
 def test_fingerprint_does_not_follow_the_place(tmp_path):
     (tmp_path / "far" / "away").mkdir(parents=True)
     assert manifest_in(tmp_path).fingerprint() == manifest_in(tmp_path / "far" / "away").fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("names", "groups"),
+    [
+        (["Web", "WEB", "Books"], [["Web", "WEB"]]),
+        (["a b", "ab", "a b", "a  B"], [["a b", "ab", "a  B"]]),
+        (["\u00e9", "e\u0301"], [["\u00e9", "e\u0301"]]),
+        (["a-b", "a_b", "0", "00", "0"], []),
+    ],
+)
+def test_names_that_are_nearly_the_same(names, groups):
+    assert similar_names(names) == groups
 
 
 def test_natural_weights_are_token_shares(tmp_path):

@@ -169,5 +169,5 @@ def test_held_out_data_that_are_train_data_and_names_that_look_alike_are_warned_
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 2
     assert "the held-out data of 'Web' is the train data of ' WEB '" in said[0]
-    assert "'Web', ' WEB ' differ by case or spaces alone" in said[1]
+    assert "'Web', ' WEB ' differ only by case or spaces" in said[1]
     assert load(folder, manifest_of(folder, first)).warnings == ()

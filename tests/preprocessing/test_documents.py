@@ -28,7 +28,6 @@ from megatron_doremi.preprocessing.documents import (
     load_rules,
     rule_by_file,
     share_of,
-    similar_names,
 )
 from megatron_doremi.preprocessing.sources import Block, read_blocks
 
@@ -150,19 +149,6 @@ def test_a_rule_that_is_slow_again_and_again_stops_the_run(tmp_path, monkeypatch
             each()
         # As a worker's error reaches the process that started it.
         assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("names", "pairs"),
-    [
-        (["Web", "WEB", "Books"], [("Web", "WEB")]),
-        (["a b", "ab", "a  B"], [("a b", "ab"), ("a b", "a  B")]),
-        (["\u00e9", "e\u0301"], [("\u00e9", "e\u0301")]),
-        (["a-b", "a_b", "0", "00"], []),
-    ],
-)
-def test_names_that_are_nearly_the_same(names, pairs):
-    assert similar_names(names) == pairs
 
 
 # --- lists

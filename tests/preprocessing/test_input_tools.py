@@ -96,7 +96,7 @@ def test_what_is_left_out_stands_in_the_last_line(tokenizer, tmp_path):
     assert last.startswith(f"left out 3 empty texts; left out 46 bad lines, among them: {latin}: the file looks like")
     assert f"{cut}, line 30: the file breaks off here; read: 29 lines" in last
     assert f"{many}, line 10: 'text' is not text" in last
-    assert done.stderr.decode().count("the domains 'WEB' and 'Web' differ by case or spaces alone") == 1
+    assert done.stderr.decode().count("the domains 'WEB' and 'Web' differ only by case or spaces") == 1
 
 
 def test_names_that_the_console_cannot_spell(tokenizer, tmp_path):

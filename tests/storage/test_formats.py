@@ -9,7 +9,7 @@ import pytest
 from pydantic import Field
 
 from megatron_doremi.errors import ConfigError
-from megatron_doremi.storage.formats import Count, Name, Schema, check_entry, read_checked
+from megatron_doremi.storage.formats import Count, Name, Schema, check_entry, read_checked, sealed
 
 
 class Inner(Schema):
@@ -64,6 +64,32 @@ def test_a_violation_names_its_place(change, place):
     (fault,) = faults_of(GOOD | change)
     assert fault.what == "file x"
     assert fault.value.startswith(place)
+
+
+class Sealed(Example):
+    SEALED: ClassVar[bool] = True
+
+
+class SealedLater(Sealed):
+    SEAL_OPTIONAL: ClassVar[bool] = True
+
+
+@pytest.mark.parametrize("change", [{}, {"name": "other"}, {"sha256": "0" * 64}, {"sha256": None}, {"more": 1}])
+def test_a_changed_object_does_not_fit_its_seal(change):
+    for schema in (Sealed, SealedLater):
+        entry = sealed(GOOD) | change
+        if change:
+            with pytest.raises(ConfigError, match="damaged or edited"):
+                check_entry(entry, "file x", schema, "")
+        else:
+            check_entry(entry, "file x", schema, "")
+
+
+def test_only_early_files_have_no_seal():
+    check_entry(GOOD, "file x", SealedLater, "")
+    check_entry(GOOD | {"format": "example/1"}, "file x", Sealed, "")
+    with pytest.raises(ConfigError, match="damaged or edited"):
+        check_entry(GOOD, "file x", Sealed, "")
 
 
 def test_all_violations_are_said_at_once():
