@@ -1,4 +1,4 @@
-"""Mutations of recorded losses: whatever stands in a file, its right losses or a ConfigError.
+"""Mutations of files of reference losses: reading one gives its right losses or raises a ConfigError.
 
 `tests/data/test_fuzz_losses.py` runs some of them; `python tests/soak/fuzz_losses.py` runs more.
 """
@@ -10,24 +10,14 @@ import random
 
 import numpy as np
 from data.file_mutations import mutated_bytes, mutated_json
-from safetensors.numpy import save_file
+from data.loss_folders import FINGERPRINT, OF, SEQ, write_old
 
 from megatron_doremi.data.reference_loss_file import chunk_path, chunks_of, from_codes
 from megatron_doremi.data.reference_losses import ReferenceLosses, ReferenceLossFolder
 from megatron_doremi.errors import ConfigError
 
-SEQ = 4
-FINGERPRINT = {
-    "tokenizer_sha256": "0" * 64,
-    "data_fingerprint": "1" * 64,
-    "data_content": "2" * 64,
-    "domains": ["a", "b"],
-    "seq_length": SEQ,
-    "precision": "float32",
-}
 WINDOWS = np.array([0, 1, 63, 64, 700, 4095])
-OLD_KEYS = ("tokenizer_sha256", "data_fingerprint", "domains", "seq_length")
-# What is mutated, and how: (file, of version 0.1, way).
+# (file to mutate, whether version 0.1 wrote it, kind of mutation).
 TARGETS = [
     ("losses", False, "bytes"),
     ("losses", False, "header"),
@@ -46,28 +36,23 @@ def rows(old):
 
 
 def write(folder, old):
-    """Six windows of the first domain, as this version or as version 0.1 writes them; the paths of both files."""
-    of = {"reference": "3" * 64, "reference_iteration": 7}
-    path = chunk_path(folder, 0, 0)
+    """Writes six windows of the first domain, as this version or as version 0.1. Returns the paths of both files."""
     if old:
-        path.parent.mkdir(parents=True)
-        save_file({"windows": WINDOWS, "losses": rows(old)}, path)
-        entry = {key: FINGERPRINT[key] for key in OLD_KEYS}
-        (folder / "scores.json").write_text(json.dumps({"format": "megatron-doremi-scores/1", **entry, **of}))
+        write_old(folder, WINDOWS, rows(old))
     else:
-        ReferenceLossFolder(folder, {**FINGERPRINT, **of}).add(0, 0, WINDOWS, rows(old))
-    return {"losses": path, "scores.json": folder / "scores.json"}
+        ReferenceLossFolder(folder, {**FINGERPRINT, **OF}).add(0, 0, WINDOWS, rows(old))
+    return {"losses": chunk_path(folder, 0, 0), "scores.json": folder / "scores.json"}
 
 
 def with_another_header(data, dice):
-    """A safetensors file in whose header one or two values are something else."""
+    """A safetensors file with one or two values of its header changed."""
     length = int.from_bytes(data[:8], "little")
     header = mutated_json(json.loads(data[8 : 8 + length]), dice).encode()
     return len(header).to_bytes(8, "little") + header + data[8 + length :]
 
 
 def fuzz(folder, file, old, way, cases, seed=0):
-    """Mutates a file so many times. Returns how many mutations were refused."""
+    """Mutates a file `cases` times. Returns how many mutations were refused."""
     dice, refused = random.Random(f"{seed} {file} {old} {way}"), 0
     path, expected = write(folder, old)[file], rows(old).astype(np.float32)
     original = path.read_bytes()
@@ -86,9 +71,9 @@ def fuzz(folder, file, old, way, cases, seed=0):
         except ConfigError:
             refused += 1
             continue
-        assert not faults, "what the check refuses is not read"
+        assert not faults, "a file that the check refuses cannot be read"
         if old and file == "losses":
-            # float16 files have no checksums: what is read is at least possible.
+            # float16 files have no checksums: only the range of the values can be checked.
             assert found.shape == expected.shape
             assert np.isfinite(found).all()
             assert (found >= 0).all()

@@ -13,6 +13,7 @@ import threading
 
 import numpy as np
 import pytest
+from data.loss_folders import FINGERPRINT, OF, SEQ, write_old
 from safetensors.numpy import load_file, save, save_file
 
 from megatron_doremi.data import reference_loss_file, reference_losses
@@ -32,17 +33,6 @@ from megatron_doremi.data.reference_loss_file import (
 from megatron_doremi.data.reference_losses import ReferenceLosses, ReferenceLossFolder
 from megatron_doremi.errors import ConfigError
 
-SEQ = 5
-FINGERPRINT = {
-    "tokenizer_sha256": "0" * 64,
-    "data_fingerprint": "1" * 64,
-    "data_content": "2" * 64,
-    "domains": ["code", "books"],
-    "seq_length": SEQ,
-    "precision": "float32",
-}
-OF = {"reference": "3" * 64, "reference_iteration": 7}
-
 
 def row_of(domain, window):
     """Losses of a window on the grid, different for each."""
@@ -60,16 +50,6 @@ def write(folder, windows=((5, 9), (4099,))):
         for window in numbers:
             target.add(domain, window // CHUNK_WINDOWS, np.array([window]), row_of(domain, window)[None])
     return target
-
-
-def write_old(folder, windows, losses, domain=0, chunk=0):
-    """What version 0.1 wrote: float16 beside the numbers of the windows."""
-    path = chunk_path(folder, domain, chunk)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"windows": np.asarray(windows), "losses": np.asarray(losses)}, path)
-    old = {key: value for key, value in FINGERPRINT.items() if key not in ("data_content", "precision")}
-    (folder / "scores.json").write_text(json.dumps({"format": "megatron-doremi-scores/1", **old, **OF}))
-    return path
 
 
 def opened(folder, **expected):

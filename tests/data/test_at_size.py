@@ -1,6 +1,7 @@
-"""A proxy on recorded losses at The Pile's counts: start, check, first rows, metrics; files are sparse.
+"""The Pile's token and document counts in sparse files: a run starts at once, a proxy checks and reads its losses.
 
-Figures are benchmarks/reference_losses.py's. Run alone: python -m pytest tests/data/test_reference_losses_at_size.py
+Measured by benchmarks/startup.py and benchmarks/reference_losses.py.
+Run alone: python -m pytest tests/data/test_at_size.py
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from ranks import on_ranks
 
-from benchmarks.startup import write_sparse_domains
+from benchmarks.startup import first_batch, write_sparse_domains
 
 TRAIN_ITERS = 4
 
@@ -104,3 +105,26 @@ def test_one_file_of_thousands_is_missing(folder):
     assert "of domain 'Enron Emails'" in str(caught.value)
     for path, name in zip(hidden, paths, strict=True):
         path.rename(name)
+
+
+def start(launch, folder):
+    """What one process reads, and by how many MiB its resident memory grows."""
+    seen = first_batch(folder / "domains.json")
+    domains = [batch.domains.tolist() for batch in seen.step.micro_batches]
+    windows = [batch.windows.tolist() for batch in seen.step.micro_batches]
+    ids = max(int(batch.tokens.max()) for batch in seen.step.micro_batches)
+    return seen.mebibytes, domains, windows, ids
+
+
+def test_four_processes_start_at_once(folder):
+    """They use little memory and write nothing beside the data."""
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    found = on_ranks(4, start, folder)
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    for grown, domains, windows, ids in found:
+        assert grown < 200
+        assert (domains, windows, ids) == (*found[0][1:3], 0)
+    # Windows from all over the 80 million of the largest domain.
+    flat = [w for row, d in zip(found[0][2], found[0][1], strict=True) for w, n in zip(row, d, strict=True) if n == 0]
+    assert len(set(flat)) == len(flat) > 100
+    assert max(flat) > 70e6
