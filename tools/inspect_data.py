@@ -27,8 +27,8 @@ from tqdm import tqdm
 from megatron_doremi.data.blend import Blend, BlendState, too_short, window_count
 from megatron_doremi.data.indexed_dataset import IndexedDataset, paths_of
 from megatron_doremi.data.manifest import Manifest, load_manifest, print_warnings
-from megatron_doremi.data.weights_file import resolve_weights
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any, run_or_exit
+from megatron_doremi.mixture.static import resolve_weights
 from megatron_doremi.preprocessing.tokenizer import Tokenizer, load_tokenizer
 from megatron_doremi.storage.files import atomic_write_text, sha256_of
 

@@ -59,40 +59,6 @@ def save_weights(
     atomic_write_text(path, json.dumps(entry, indent=2) + "\n")
 
 
-def resolve_weights(
-    setting: str, manifest: Manifest, allow_tokenizer_mismatch: bool, allow_unfinished: bool = True
-) -> NDArray[np.float64]:
-    """[k] sampling weights, sum 1, for --domain-weights uniform, natural, given or FILE.
-
-    Args:
-        allow_tokenizer_mismatch, allow_unfinished: see `load_weights`.
-
-    Raises:
-        ConfigError: `given` for a manifest without weights, or what `load_weights` raises.
-    """
-    count = len(manifest.domains)
-    if setting == "given":
-        if manifest.given_weights is None:
-            raise ConfigError(
-                Fault(
-                    "--domain-weights given",
-                    str(manifest.path),
-                    "a list 'weight prefix weight prefix ...', with weights, as --domains",
-                    "give uniform, natural or a weights file",
-                )
-            )
-        return _shares(f"manifest {manifest.path}", manifest, manifest.given_weights)
-    if setting == "uniform":
-        return np.full(count, 1.0 / count)
-    if setting == "natural":
-        if not sum(domain.tokens for domain in manifest.domains):
-            what, value = "--domain-weights natural", f"no token counts in {manifest.path}"
-            remedy = "use a domains.json of tools/preprocess_data.py, or uniform, or a weights file"
-            raise ConfigError(Fault(what, value, "domains whose sizes are known", remedy))
-        return manifest.natural_weights()
-    return load_weights(Path(setting), manifest, allow_tokenizer_mismatch, allow_unfinished)
-
-
 def load_weights(
     path: Path, manifest: Manifest, allow_tokenizer_mismatch: bool, allow_unfinished: bool = True
 ) -> NDArray[np.float64]:
@@ -129,7 +95,7 @@ def load_weights(
     if isinstance(checked, WeightsEntry) and not allow_unfinished:
         faults += _unfinished_faults(subject, checked.provenance)
     raise_if_any(faults)
-    return _shares(subject, manifest, [checked.weights[name] for name in manifest.names])
+    return positive_shares(subject, manifest, [checked.weights[name] for name in manifest.names])
 
 
 def _unfinished_faults(subject: str, provenance: Provenance) -> list[Fault]:
@@ -140,7 +106,9 @@ def _unfinished_faults(subject: str, provenance: Provenance) -> list[Fault]:
     return [Fault(subject, f"the mean of {steps:,} of the proxy's {planned:,} steps", "a finished proxy", remedy)]
 
 
-def _shares(what: str, manifest: Manifest, weights: Sequence[float]) -> NDArray[np.float64]:
+def positive_shares(
+    what: str, manifest: Manifest, weights: Sequence[float] | NDArray[np.float64]
+) -> NDArray[np.float64]:
     """[k] positive weights, normalized. Raises ConfigError where one all but vanishes beside the others."""
     shares = np.array(weights) / np.sum(weights)
     raise_if_any(

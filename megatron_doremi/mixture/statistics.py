@@ -7,10 +7,45 @@ clipped, absent domains contributing nothing (Xie et al. 2023, Algorithm 1, line
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 EXCESS, LOSS, TARGETS = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class DomainStats:
+    """Sums over windows by domain, each [k] float64.
+
+    Attributes:
+        score: of what a controller scores tokens by (`MixtureController.token_scores`); 0 where it does not.
+        loss: of token losses, in nats.
+        targets: number of targets.
+    """
+
+    score: Tensor
+    loss: Tensor
+    targets: Tensor
+
+    @staticmethod
+    def zeros(num_domains: int, device: torch.device | str = "cpu") -> DomainStats:
+        """The sums over nothing."""
+        return DomainStats.unstack(torch.zeros(3, num_domains, dtype=torch.float64, device=device))
+
+    @staticmethod
+    def unstack(rows: Tensor) -> DomainStats:
+        """What `stack` made [3, k] of."""
+        score, loss, targets = rows.unbind()
+        return DomainStats(score, loss, targets)
+
+    def stack(self) -> Tensor:
+        """[3, k], to travel between ranks as one."""
+        return torch.stack((self.score, self.loss, self.targets))
+
+    def __add__(self, other: DomainStats) -> DomainStats:
+        return DomainStats(self.score + other.score, self.loss + other.loss, self.targets + other.targets)
 
 
 def token_scores(loss: Tensor, reference: Tensor | None, objective: str) -> Tensor:

@@ -10,8 +10,8 @@ from megatron_doremi.checkpoint.run_config import read_run_config
 from megatron_doremi.config import Config
 from megatron_doremi.data.indexed_dataset import IndexedDataset
 from megatron_doremi.data.manifest import load_manifest
-from megatron_doremi.data.weights_file import resolve_weights
 from megatron_doremi.errors import ConfigError, Fault
+from megatron_doremi.mixture.static import resolve_weights
 from megatron_doremi.settings import EVALUATE, PHASES, PROXY, SCORE
 
 

@@ -21,13 +21,13 @@ from megatron_doremi.data.content import content_hash
 from megatron_doremi.data.indexed_dataset import IndexedDataset
 from megatron_doremi.data.manifest import Domain, Manifest, load_manifest
 from megatron_doremi.data.reference_losses import ReferenceLosses
-from megatron_doremi.data.weights_file import resolve_weights
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any
 from megatron_doremi.mixture.reference import (
     OnlineReference,
     ReferenceRun,
     check_reference,
 )
+from megatron_doremi.mixture.static import resolve_weights
 from megatron_doremi.parallel.groups import ProcessGroups
 from megatron_doremi.parallel.layers import TensorParallel
 from megatron_doremi.parallel.topology import Topology

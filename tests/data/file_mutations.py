@@ -18,8 +18,9 @@ import numpy as np
 
 from megatron_doremi.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 from megatron_doremi.data.manifest import Domain, Manifest, TokenizerInfo, load_manifest, save_manifest
-from megatron_doremi.data.weights_file import load_weights, resolve_weights, save_weights
+from megatron_doremi.data.weights_file import load_weights, save_weights
 from megatron_doremi.errors import ConfigError
+from megatron_doremi.mixture.static import resolve_weights
 from megatron_doremi.preprocessing.encoding import Chunk, Encoded
 from megatron_doremi.preprocessing.outputs import Outputs
 from megatron_doremi.preprocessing.shards import Pair, Shard, ShardData, load_shards, save_shard, shard_folder

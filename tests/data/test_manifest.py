@@ -23,8 +23,9 @@ from megatron_doremi.data.manifest import (
     save_manifest,
     similar_names,
 )
-from megatron_doremi.data.weights_file import load_weights, resolve_weights, save_weights
+from megatron_doremi.data.weights_file import load_weights, save_weights
 from megatron_doremi.errors import ConfigError
+from megatron_doremi.mixture.static import resolve_weights
 
 NAMES = ("Books", "Ubuntu IRC", "Github")
 SHA = "ab" * 32

@@ -13,8 +13,8 @@ import pytest
 
 from megatron_doremi.data.indexed_dataset import IndexedDatasetWriter
 from megatron_doremi.data.manifest import load_manifest, print_warnings
-from megatron_doremi.data.weights_file import resolve_weights
 from megatron_doremi.errors import ConfigError
+from megatron_doremi.mixture.static import resolve_weights
 
 
 def pair(prefix, tokens=10):

@@ -13,8 +13,8 @@ import pytest
 
 from megatron_doremi.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, paths_of
 from megatron_doremi.data.manifest import TokenizerInfo, load_manifest
-from megatron_doremi.data.weights_file import resolve_weights
 from megatron_doremi.errors import ConfigError
+from megatron_doremi.mixture.static import resolve_weights
 from megatron_doremi.preprocessing.encoding import Chunk, Encoded
 from megatron_doremi.preprocessing.inputs import find_inputs
 from megatron_doremi.preprocessing.outputs import Outputs, manifest_after, publish

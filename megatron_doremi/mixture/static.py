@@ -1,0 +1,159 @@
+"""Static mixtures: weights that follow from the domains' sizes and the run's budget, or from a file, before training.
+
+With N_i the tokens of domain i, B the tokens that a run reads, and E the passes over a domain that are allowed:
+
+    uniform        1 / k
+    natural        N_i / sum_j N_j
+    temperature:T  N_i^(1/T) / sum_j N_j^(1/T): natural at T = 1, toward uniform as T grows
+    unimax         as uniform as E N_i allows (UniMax, Chung et al. 2023, arXiv 2304.09151, Algorithm 1)
+    given          those of a Megatron-LM list
+    FILE           those of a weights file
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_doremi.data.manifest import Manifest
+from megatron_doremi.data.weights_file import load_weights, positive_shares
+from megatron_doremi.errors import ConfigError, Fault
+from megatron_doremi.mixture.controller import MixtureController
+
+TEMPERATURE, UNIMAX = "temperature:", "unimax"
+_NAMES = "uniform, natural, temperature:T, unimax"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What `unimax` divides among the domains.
+
+    Attributes:
+        tokens: B, that the run reads in all.
+        domain_tokens: [k] N_i, in the windows of one pass over each domain.
+        max_epochs: E, passes over a domain at most.
+    """
+
+    tokens: int
+    domain_tokens: Sequence[int]
+    max_epochs: float
+
+
+class StaticMixture(MixtureController):
+    """Sampling weights that never change, and a plain mean loss."""
+
+    method = "static"
+
+    def __init__(self, weights: NDArray[np.float64]):
+        """
+        Args:
+            weights: [k] sampling weights, sum 1.
+        """
+        self._weights = weights
+
+    def sampling_weights(self, step: int) -> NDArray[np.float64]:
+        return self._weights
+
+
+def temperature_weights(tokens: Sequence[int], temperature: float) -> NDArray[np.float64]:
+    """[k] weights in proportion to N_i^(1/T).
+
+    Args:
+        tokens: [k] N_i, not negative, one of them positive.
+        temperature: T, positive.
+    """
+    with np.errstate(divide="ignore"):
+        logs = np.log(np.array(tokens, dtype=np.float64)) / temperature
+    # The largest is 1: no power overflows, however small T.
+    powers = np.exp(logs - logs.max())
+    return powers / powers.sum()
+
+
+def unimax_weights(budget: Budget) -> NDArray[np.float64]:
+    """[k] weights of UniMax: domains in ascending size take an equal part of what is left, or E N_i if that is less.
+
+    Raises:
+        ValueError: all domains E times over are fewer than B tokens.
+    """
+    sizes = np.array(budget.domain_tokens, dtype=np.float64)
+    caps = budget.max_epochs * sizes
+    # What rounding takes from a budget that is exactly filled is no lack of text.
+    if caps.sum() < budget.tokens * (1.0 - 1e-12):
+        raise ValueError("the caps sum to less than the budget")
+    left, taken = float(budget.tokens), np.zeros(len(sizes))
+    for place, domain in enumerate(np.argsort(sizes, kind="stable")):
+        taken[domain] = min(left / (len(sizes) - place), caps[domain])
+        left -= taken[domain]
+    return taken / taken.sum()
+
+
+def resolve_weights(
+    setting: str,
+    manifest: Manifest,
+    allow_tokenizer_mismatch: bool,
+    allow_unfinished: bool = True,
+    budget: Budget | None = None,
+) -> NDArray[np.float64]:
+    """[k] sampling weights, sum 1, for --domain-weights.
+
+    Args:
+        setting: one of the names above, or a file.
+        allow_tokenizer_mismatch, allow_unfinished: see `load_weights`.
+        budget: of the run; only `unimax` reads it.
+
+    Raises:
+        ConfigError: `given` for a manifest without weights, sizes that are not known, a temperature that is not a
+            positive number, a budget that `unimax` cannot fill, or what `load_weights` raises.
+    """
+    subject, count = f"--domain-weights {setting}", len(manifest.domains)
+    if setting == "given":
+        if manifest.given_weights is None:
+            rule = "a list 'weight prefix weight prefix ...', with weights, as --domains"
+            raise ConfigError(Fault(subject, str(manifest.path), rule, f"give {_NAMES} or a weights file"))
+        return positive_shares(f"manifest {manifest.path}", manifest, manifest.given_weights)
+    if setting == "uniform":
+        return np.full(count, 1.0 / count)
+    if setting == UNIMAX:
+        return _resolve_unimax(subject, manifest, budget)
+    if setting == "natural" or setting.startswith(TEMPERATURE):
+        temperature = 1.0 if setting == "natural" else _temperature(setting)
+        if not sum(domain.tokens for domain in manifest.domains):
+            remedy = "use a domains.json of tools/preprocess_data.py, or uniform, or a weights file"
+            value = f"no token counts in {manifest.path}"
+            raise ConfigError(Fault(subject, value, "domains whose sizes are known", remedy))
+        if setting == "natural":
+            return manifest.natural_weights()
+        weights = temperature_weights([domain.tokens for domain in manifest.domains], temperature)
+        return positive_shares(subject, manifest, weights)
+    return load_weights(Path(setting), manifest, allow_tokenizer_mismatch, allow_unfinished)
+
+
+def _temperature(setting: str) -> float:
+    try:
+        temperature = float(setting.removeprefix(TEMPERATURE))
+    except ValueError:
+        temperature = math.nan
+    if not 0.0 < temperature < math.inf:
+        rule = "temperature:T with T above 0; 1 is natural, a large T is nearly uniform"
+        raise ConfigError(Fault("--domain-weights", setting, rule, "give such a T, for example temperature:3"))
+    return temperature
+
+
+def _resolve_unimax(subject: str, manifest: Manifest, budget: Budget | None) -> NDArray[np.float64]:
+    if budget is None:
+        rule = "a number of steps and a cap: UniMax repeats no domain more often than that"
+        raise ConfigError(Fault(subject, "no budget", rule, "give --train-iters and --max-epochs-per-domain"))
+    try:
+        weights = unimax_weights(budget)
+    except ValueError:
+        available = budget.max_epochs * sum(budget.domain_tokens)
+        value = f"{available:,.0f} tokens in {budget.max_epochs:g} epochs of every domain"
+        rule = f"at least the {budget.tokens:,} that the run reads"
+        remedy = "raise --max-epochs-per-domain, add text, or train fewer steps"
+        raise ConfigError(Fault(subject, value, rule, remedy)) from None
+    return positive_shares(subject, manifest, weights)
