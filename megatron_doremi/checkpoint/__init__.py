@@ -1,1 +1,1 @@
-"""A run's folder: checkpoints that any layout reads, and config.json."""
+"""A run's --save folder: layout-independent checkpoints, and config.json."""

@@ -1,12 +1,12 @@
-"""The optimizer's state on disk without a layout: moments and master weights, parameter by parameter.
+"""The optimizer's state on disk, layout-independent: moments and master weights, parameter by parameter.
 
 DeepSpeed's own files hold flat partitions, which only the layout that wrote them can read, and are pickles. Here each
-rank writes, for every parameter, the piece of it whose state it owns (under ZeRO a range of its flattened part), and
-an index says where each piece lies. A reader takes the pieces that cover what it owns at its own layout.
+rank writes, for every parameter, the piece whose state it owns (under ZeRO a range of its flattened shard), and an
+index records where each piece is. A reader takes the pieces that cover what it owns at its own layout.
 
     optimizer/rank-00003.safetensors   "NAME/exp_avg", "NAME/exp_avg_sq" and, where the model trains in less than
                                        float32, "NAME/master": float32 vectors, one for each piece
-    optimizer/index.json               the pieces of each parameter; written last
+    optimizer/index.json               sharding and pieces of each parameter; written last
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from pydantic import Strict, model_validator
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from megatron_doremi.checkpoint.weights import read_spec, writes_parameter
-from megatron_doremi.errors import ConfigError, Fault
+from megatron_doremi.checkpoint.resharding import ShardedFolder, ShardingEntry, sharding_entry, writes_parameter
 from megatron_doremi.model.unpipelined import is_partitioned
-from megatron_doremi.parallel.parameters import ParameterSpec, shard, spec_of, unshard
+from megatron_doremi.parallel.parameters import ParameterSpec
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.storage.files import atomic_write_text
-from megatron_doremi.storage.formats import Count, Name, Positive, Schema, read_checked, sealed
+from megatron_doremi.storage.formats import Count, Name, Schema, read_checked, sealed
 from megatron_doremi.storage.tensor_file import TensorFile, to_host
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MASTER = "master"
 _PIECES = "pieces"
+_RULE = "the complete state of every parameter"
 _REMEDY = "delete this checkpoint to resume from an older one, or copy it again"
 
 
@@ -45,11 +45,11 @@ class OwnedState:
     """What this rank owns of one parameter's state.
 
     Attributes:
-        name: of the parameter in the whole model.
-        parameter: this rank's part of it.
-        start: first number of the piece within that part, flattened.
-        tensors: {key: the piece}, vectors that share the optimizer's memory; MASTER only where the optimizer keeps
-            weights of its own.
+        name: of the parameter in the full model.
+        parameter: this rank's shard of it.
+        start: first element of the piece within that shard, flattened.
+        tensors: {key: the piece}, vectors that share the optimizer's memory; MASTER only if the optimizer keeps
+            master weights.
     """
 
     name: str
@@ -106,7 +106,7 @@ def owned_state(engine: DeepSpeedEngine, data_rank: int) -> Iterator[OwnedState]
 
 
 def optimizer_file(engine: DeepSpeedEngine, topology: Topology) -> TensorFile:
-    """This rank's part of the state, copied to the host; of what several ranks hold alike one has it."""
+    """Copies the state that this rank owns to the host; of copies on several ranks, one is written."""
     sharded = engine.optimizer is not engine.basic_optimizer
     tensors: dict[str, Tensor] = {}
     pieces: dict[str, dict[str, Any]] = {}
@@ -114,16 +114,16 @@ def optimizer_file(engine: DeepSpeedEngine, topology: Topology) -> TensorFile:
         if not writes_parameter(owned.parameter, topology) or (topology.data_rank and not sharded):
             continue
         for key, tensor in owned.tensors.items():
-            # In float32 the model's own weights say the same.
+            # Float32 weights are their own master weights.
             if key != MASTER or owned.parameter.dtype != torch.float32:
                 tensors[f"{owned.name}/{key}"] = to_host(tensor)
-        spec = {**asdict(spec_of(owned.parameter)), "size": topology.tensor_size}
-        pieces[owned.name] = {**spec, "piece": [topology.tensor_rank, owned.start, owned.count]}
+        piece = [topology.tensor_rank, owned.start, owned.count]
+        pieces[owned.name] = {**sharding_entry(owned.parameter, topology), "piece": piece}
     return TensorFile(f"rank-{topology.rank:05d}.safetensors", tensors, {_PIECES: json.dumps(pieces)})
 
 
 def index_part(file: TensorFile) -> dict[str, Any]:
-    """What the index has to know of one rank's file: its name, its keys, and its piece of each parameter."""
+    """The part of the index that describes one rank's file: its name, its keys, its piece of each parameter."""
     keys = sorted({name.rsplit("/", 1)[1] for name in file.tensors})
     return {"file": file.name, "keys": keys, _PIECES: json.loads(file.metadata[_PIECES])}
 
@@ -132,17 +132,18 @@ def write_index(folder: Path, parts: Sequence[Mapping[str, Any]]) -> Path:
     """Writes the index of a folder from the `index_part` of every rank; returns its path."""
     parameters: dict[str, dict[str, Any]] = {}
     for part in parts:
-        for name, entry in part[_PIECES].items():
-            spec = {key: value for key, value in entry.items() if key != "piece"}
-            parameters.setdefault(name, {**spec, "pieces": []})["pieces"].append([part["file"], *entry["piece"]])
+        for name, described in part[_PIECES].items():
+            sharding = {key: value for key, value in described.items() if key != "piece"}
+            parameter = parameters.setdefault(name, {**sharding, "pieces": []})
+            parameter["pieces"].append([part["file"], *described["piece"]])
     keys = sorted({key for part in parts for key in part["keys"]})
-    entry = {"format": OptimizerIndex.FORMAT, "keys": keys, "parameters": parameters}
-    atomic_write_text(folder / "index.json", json.dumps(sealed(entry)))
+    index = {"format": OptimizerIndex.FORMAT, "keys": keys, "parameters": parameters}
+    atomic_write_text(folder / "index.json", json.dumps(sealed(index)))
     return folder / "index.json"
 
 
-class Piece(NamedTuple):
-    """Where a piece of a parameter's state lies: the file, whose part of the parameter, and the range of that part."""
+class _Piece(NamedTuple):
+    """Where a piece of a parameter's state is: a range of the flattened shard that a tensor rank held."""
 
     file: str
     tensor_rank: int
@@ -150,35 +151,30 @@ class Piece(NamedTuple):
     length: int
 
 
-class _ParameterEntry(Schema):
-    """A parameter in index.json: how the layout that wrote it cut it, and where the pieces of its state lie."""
+class _ParameterEntry(ShardingEntry):
+    """A parameter in index.json: how it was sharded, and where the pieces of its state are."""
 
-    shape: list[Positive]
-    dim: int | None
-    blocks: Positive
-    padded: Count
-    size: Positive
-    # [file, tensor rank, start, length] each.
+    # [file, tensor rank, start, length] each: a range of the flattened shard of that tensor rank.
     pieces: list[Annotated[tuple[Name, Count, Count, Count], Strict(False)]]
 
     @model_validator(mode="after")
-    def _tiles(self) -> _ParameterEntry:
-        spec, size = read_spec(self.model_dump())
-        numbers = math.prod(spec.local_shape(size))
-        holders = range(size if spec.dim is not None else 1)
-        pieces: dict[int, list[tuple[int, int]]] = {rank: [] for rank in holders}
+    def _pieces_tile_each_shard(self) -> _ParameterEntry:
+        size = math.prod(self.local_shape())
+        ranges: dict[int, list[tuple[int, int]]] = {rank: [] for rank in range(1 if self.dim is None else self.size)}
         for file, rank, start, length in self.pieces:
-            if rank not in pieces or Path(file).name != file:
+            if rank not in ranges or Path(file).name != file:
                 raise ValueError(f"no piece of this parameter can lie in {file!r} for tensor rank {rank}")
-            pieces[rank].append((start, length))
-        for rank, found in pieces.items():
+            ranges[rank].append((start, length))
+        for rank, pieces in ranges.items():
             end = 0
-            for start, length in sorted(found):
+            for start, length in sorted(pieces):
                 if start != end:
-                    raise ValueError(f"pieces of tensor rank {rank} overlap or leave a gap at number {min(start, end)}")
+                    raise ValueError(
+                        f"pieces of tensor rank {rank} overlap or leave a gap at element {min(start, end)}"
+                    )
                 end += length
-            if end != numbers:
-                raise ValueError(f"pieces of tensor rank {rank} hold {end:,} of {numbers:,} numbers")
+            if end != size:
+                raise ValueError(f"pieces of tensor rank {rank} hold {end:,} of {size:,} elements")
         return self
 
 
@@ -200,53 +196,41 @@ class OptimizerIndex(Schema):
         return self
 
 
-class OptimizerFolder:
-    """The state that the `optimizer_file` of every rank left in a folder, of whatever layout."""
+class OptimizerFolder(ShardedFolder):
+    """The files that `optimizer_file` of every rank left in a folder, at any layout, and their index."""
 
     def __init__(self, folder: Path):
-        """Reads the index. Raises ConfigError with everything that is wrong with it."""
-        self.folder = folder
-        index = read_checked(folder / "index.json", f"optimizer state in {folder}: index.json", OptimizerIndex, _REMEDY)
+        """Reads the index. Raises ConfigError with every fault of it."""
+        super().__init__(folder, "optimizer state", _REMEDY)
+        index = read_checked(folder / "index.json", f"{self._subject}: index.json", OptimizerIndex, _REMEDY)
         self.keys = frozenset(index.keys)
-        self._specs: dict[str, tuple[ParameterSpec, int]] = {}
-        self._pieces: dict[str, list[Piece]] = {}
-        for name, entry in index.parameters.items():
-            self._specs[name] = read_spec(entry.model_dump())
-            self._pieces[name] = [Piece(*piece) for piece in entry.pieces]
+        self._sharding = dict(index.parameters)
+        self._pieces = {
+            name: [_Piece(*piece) for piece in parameter.pieces] for name, parameter in index.parameters.items()
+        }
 
     def check_files(self) -> None:
-        """Raises ConfigError where a file lacks a piece of the index, or holds it in another type or size."""
-        wanted: dict[str, list[tuple[str, int]]] = defaultdict(list)
+        """Raises ConfigError if a file lacks a piece of the index, or holds it in another type or size."""
+        expected: dict[str, list[tuple[str, int]]] = defaultdict(list)
         for name, pieces in self._pieces.items():
             for piece in pieces:
-                wanted[piece.file] += [(f"{name}/{key}", piece.length) for key in sorted(self.keys)]
-        for file_name, tensors in sorted(wanted.items()):
-            try:
-                with safe_open(self.folder / file_name, framework="pt") as file:
-                    for tensor, length in tensors:
-                        entry = file.get_slice(tensor)
-                        if entry.get_dtype() != "F32" or entry.get_shape() != [length]:
-                            found = f"{entry.get_dtype()} {entry.get_shape()}"
-                            raise self._error(f"{file_name}: {tensor} is {found}, not F32 [{length}]")
-            except (SafetensorError, OSError, TypeError, ValueError) as error:
-                raise self._error(f"{file_name}: {error}") from error
+                expected[piece.file] += [(f"{name}/{key}", piece.length) for key in sorted(self.keys)]
+        for file_name, tensors in sorted(expected.items()):
+            with self._opened(file_name, _RULE) as file:
+                for tensor, length in tensors:
+                    stored = file.get_slice(tensor)
+                    if stored.get_dtype() != "F32" or stored.get_shape() != [length]:
+                        description = f"{stored.get_dtype()} {stored.get_shape()}"
+                        raise self._error(f"{file_name}: {tensor} is {description}, not F32 [{length}]", _RULE)
 
-    def _error(self, value: str) -> ConfigError:
-        return ConfigError(
-            Fault(
-                f"optimizer state in {self.folder}",
-                value,
-                "the complete state of every parameter",
-                _REMEDY,
-            )
-        )
-
-    def part(self, name: str, key: str, spec: ParameterSpec, topology: Topology, start: int, count: int) -> Tensor:
-        """A piece of the state of this rank's part of a parameter.
+    def local_range(
+        self, name: str, key: str, spec: ParameterSpec, topology: Topology, start: int, count: int
+    ) -> Tensor:
+        """A range of the state of this rank's flattened shard of a parameter.
 
         Args:
-            spec: the parameter's, at this layout; its padding may differ from that of the layout that wrote.
-            start, count: of the piece within the flattened part.
+            key: one of `keys`.
+            spec: the parameter's, at this layout.
 
         Returns:
             [count] float32.
@@ -254,32 +238,19 @@ class OptimizerFolder:
         Raises:
             ConfigError: the folder lacks the parameter, or a part of it.
         """
-        if name not in self._specs or not self._specs[name][0].is_of_one_model(spec):
-            found = f"shape {self._specs[name][0].shape}" if name in self._specs else "missing"
-            raise self._error(f"{name}: {found}, where the model has {spec.shape}")
-        written, size = self._specs[name]
-        if spec.dim is None or size == topology.tensor_size:
-            return self._read(name, key, 0 if spec.dim is None else topology.tensor_rank, start, count)
-        shape = written.local_shape(size)
-        numbers = torch.Size(shape).numel()
-        whole = unshard([self._read(name, key, rank, 0, numbers).view(shape) for rank in range(size)], written)
-        own = shard(whole, spec, topology.tensor_size, topology.tensor_rank)
-        return own.reshape(-1).narrow(0, start, count)
+        return self._read_local(name, spec, topology, start, count, partial(self._read, name, key))
 
     def _read(self, name: str, key: str, tensor_rank: int, start: int, count: int) -> Tensor:
-        """Joins the pieces of one tensor rank that cover a range."""
+        """Joins the pieces of one tensor rank of the writing layout that cover a range of its flattened shard."""
         result, covered = torch.empty(count), 0
         for piece in self._pieces[name]:
             low, high = max(start, piece.start), min(start + count, piece.start + piece.length)
             if piece.tensor_rank != tensor_rank or low >= high:
                 continue
-            try:
-                with safe_open(self.folder / piece.file, framework="pt") as file:
-                    found = file.get_slice(f"{name}/{key}")[low - piece.start : high - piece.start]
-                result[low - start : high - start] = found
-            except (SafetensorError, OSError, RuntimeError, TypeError, ValueError) as error:
-                raise self._error(f"{piece.file}: {error}") from error
+            with self._opened(piece.file, _RULE) as file:
+                values = file.get_slice(f"{name}/{key}")[low - piece.start : high - piece.start]
+                result[low - start : high - start] = values
             covered += high - low
         if covered != count:
-            raise self._error(f"{name}/{key}: {covered:,} of {count:,} numbers")
+            raise self._error(f"{name}/{key}: {covered:,} of {count:,} elements", _RULE)
         return result

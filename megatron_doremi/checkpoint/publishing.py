@@ -1,6 +1,6 @@
-"""What rank 0 does to checkpoint folders: publish one that every rank has written, and delete those no longer kept.
+"""What rank 0 does with checkpoint folders: publish one that every rank has written, and delete those not kept.
 
-Only publishing may fail. Whatever is deleted, or tidied at the start, is a warning where it cannot be done.
+Only publishing can fail. If something cannot be deleted, here or in the cleanup at the start, that is a warning.
 """
 
 from __future__ import annotations
@@ -13,49 +13,60 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_doremi.checkpoint.folder import FORMAT, checkpoints, checkpoints_folder, incompleteness
+from megatron_doremi.checkpoint.folder import (
+    FORMAT,
+    UNREADABLE,
+    checkpoints,
+    checkpoints_folder,
+    incompleteness,
+    unchecked_state,
+)
 from megatron_doremi.checkpoint.optimizer_state import write_index
 from megatron_doremi.console import warn
 from megatron_doremi.errors import RunError
 from megatron_doremi.storage.files import atomic_write_text, make_durable, sha256_of
 from megatron_doremi.storage.formats import sealed
 
-# Names of what is being written, given up for a newer one of the same name, or deleted.
+# Prefixes of folders that are being written, replaced by a new one of the same name, or deleted.
 WRITING, REPLACED, DELETING = ".writing-", ".replaced-", ".deleting-"
 _LATEST = ".latest."
-# Files that other ranks made durable may reach rank 0's view of a shared file system a little later.
+# Rank 0 may see files that other ranks wrote to a shared file system a little later.
 PATIENCE_SECONDS = 10.0
 
 
 def publish_checkpoint(
     temporary: Path,
     name: str,
-    entry: Mapping[str, Any],
-    parts: Sequence[Mapping[str, Any]],
+    state: Mapping[str, Any],
+    reports: Sequence[Mapping[str, Any]],
     before_publishing: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Completes a checkpoint that every rank has written under a temporary name, and gives it its own.
+    """Completes a checkpoint that every rank has written under a temporary name, and renames it to `name`.
 
     Args:
-        entry: of state.json, but for the list of files.
-        parts: what each rank says that it wrote; see `Checkpointer`. Complete is what they say, not what rank 0 sees.
-        before_publishing: called when all is written, before the checkpoint appears.
+        state: content of state.json, except the list of files.
+        reports: what each rank has written; see `Checkpointer`. They, not the folder, say which files belong to the
+            checkpoint.
+        before_publishing: called when everything is written, before the rename.
+
+    Returns:
+        the checkpoint's folder.
 
     Raises:
-        RunError: a file is missing or has another size than its rank wrote; nothing was replaced or deleted.
+        RunError: a file is missing or its size differs from what its rank wrote; nothing was replaced or deleted.
     """
     folder, final = temporary.parent, temporary.parent / name
-    files = {file: int(size) for part in parts for file, size in part["files"].items()}
-    _check_files(temporary, parts)
+    files = {file: int(size) for report in reports for file, size in report["files"].items()}
+    _check_sizes(temporary, reports)
     for path in temporary.rglob("*"):
         if path.is_file() and str(path.relative_to(temporary)) not in files:
-            # Of a killed run that had another layout.
+            # Left by a killed run of another layout.
             path.unlink()
-    index = write_index(temporary / "optimizer", [part["optimizer"] for part in parts])
+    index = write_index(temporary / "optimizer", [report["optimizer"] for report in reports])
     files[str(index.relative_to(temporary))] = index.stat().st_size
-    checksums = {file: str(value) for part in parts for file, value in part["checksums"].items()}
+    checksums = {file: str(value) for report in reports for file, value in report["checksums"].items()}
     checksums[str(index.relative_to(temporary))] = sha256_of(index)
-    state = {**entry, "files": dict(sorted(files.items())), "checksums": dict(sorted(checksums.items()))}
+    state = {**state, "files": dict(sorted(files.items())), "checksums": dict(sorted(checksums.items()))}
     atomic_write_text(temporary / "state.json", json.dumps(sealed(state), indent=1))
     for path in (temporary / "weights", temporary / "optimizer", temporary):
         make_durable(path)
@@ -74,21 +85,21 @@ def publish_checkpoint(
     return final
 
 
-def _check_files(temporary: Path, parts: Sequence[Mapping[str, Any]]) -> None:
-    """Raises RunError where a file is missing or of another size than the rank that wrote it says."""
+def _check_sizes(temporary: Path, reports: Sequence[Mapping[str, Any]]) -> None:
+    """Raises RunError if a file is missing or its size differs from what the rank that wrote it reports."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while True:
         wrong = []
-        for rank, part in enumerate(parts):
-            for name, size in part["files"].items():
-                found = _size(temporary / name)
-                if found != size:
-                    wrong.append(f"{name}, of which rank {rank} wrote {size:,} bytes, has {found:,}")
+        for rank, report in enumerate(reports):
+            for name, size in report["files"].items():
+                actual = _size(temporary / name)
+                if actual != size:
+                    wrong.append(f"{name} has {actual:,} bytes, but rank {rank} wrote {size:,}")
         if not wrong:
             return
         if time.monotonic() >= deadline:
             raise RunError(
-                f"rank 0 does not see what other ranks wrote in {temporary}: {wrong[0]} ({len(wrong)} files in all); "
+                f"rank 0 does not see what other ranks wrote to {temporary}: {wrong[0]} ({len(wrong)} files in total); "
                 "every rank must see the same --save folder"
             )
         time.sleep(min(0.2, PATIENCE_SECONDS))
@@ -102,26 +113,26 @@ def _size(path: Path) -> int:
 
 
 class Retention:
-    """Which checkpoints of a run are deleted when a new one has been published.
+    """Deletes checkpoints of a run when a new one has been published.
 
-    - One that was taken for --save-interval-in-mins alone goes as soon as a newer one is complete.
-    - With --keep-checkpoints N the newest N complete ones stay. An incomplete one neither counts nor is deleted: it
-      is named once, for it tells of a fault of the disk or of a copy.
-    - Of a linked checkpoint only the link is deleted.
+    - One that was taken for --save-interval-in-mins alone is deleted as soon as a newer one is complete.
+    - --keep-checkpoints N keeps the newest N complete ones. Incomplete ones are neither counted nor deleted, and each
+      is reported once: the disk or a copy failed.
+    - If a checkpoint is a symbolic link, only the link is deleted.
     """
 
     def __init__(self, save: Path, keep: int):
         """
         Args:
-            keep: how many complete checkpoints stay; 0: all.
+            keep: number of complete checkpoints to keep; 0: all.
         """
         self.save, self.keep = save, keep
-        self._named: set[Path] = set()
-        # Read once.
+        self._reported: set[Path] = set()
+        # Not ephemeral, so that state.json is read once.
         self._permanent: set[Path] = set()
 
     def apply(self, iteration: int) -> None:
-        """Deletes what the checkpoint of `iteration`, complete and published, makes dispensable. Never fails."""
+        """Deletes what is not kept once the checkpoint of `iteration` is published. Never fails."""
         try:
             older = [path for number, path in reversed(checkpoints(self.save)) if number < iteration]
         except OSError as error:
@@ -130,16 +141,16 @@ class Retention:
         older = [path for path in older if not self._deleted_as_ephemeral(path)]
         complete = 1
         for path in older if self.keep else ():
-            missing = incompleteness(path)
-            if missing is None and _state(path).get("format") != FORMAT:
-                missing = "state.json is of another format"
-            if missing is None:
+            reason = incompleteness(path)
+            if reason is None and _state(path).get("format") != FORMAT:
+                reason = "state.json is of another format"
+            if reason is None:
                 complete += 1
                 if complete > self.keep:
                     _remove_or_warn(path)
-            elif path not in self._named:
-                self._named.add(path)
-                warn(f"{path} is incomplete ({missing}): --keep-checkpoints neither counts nor deletes it")
+            elif path not in self._reported:
+                self._reported.add(path)
+                warn(f"{path} is incomplete ({reason}): --keep-checkpoints neither counts nor deletes it")
 
     def _deleted_as_ephemeral(self, path: Path) -> bool:
         if path in self._permanent:
@@ -152,18 +163,18 @@ class Retention:
 
 
 def _state(checkpoint: Path) -> dict[str, Any]:
-    """state.json, unchecked; empty where it cannot be read."""
+    """state.json, unchecked; empty if it cannot be read."""
     try:
-        state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        state = unchecked_state(checkpoint)
+    except UNREADABLE:
         return {}
     return state if isinstance(state, dict) else {}
 
 
 def clear_leftovers(save: Path) -> None:
-    """Removes what a killed run left half-written or half-deleted in its --save, as far as that can be done.
+    """Removes what a killed run left half-written or half-deleted in its --save folder, as far as possible.
 
-    The caller holds the run's lock: nobody else writes these files.
+    The caller holds the run's lock: no other process writes these files.
     """
     for path in [*save.glob(".config.json.*.tmp"), *save.glob(".domain_weights.json.*.tmp")]:
         _remove_or_warn(path)
@@ -178,7 +189,7 @@ def clear_leftovers(save: Path) -> None:
     for path in hidden:
         final = folder / path.name.removeprefix(REPLACED)
         if path.name.startswith(REPLACED) and not final.exists() and incompleteness(path) is None:
-            # Killed between two renames: the newer one is lost, this one is whole.
+            # Killed between two renames: the newer one is lost, this one is complete.
             try:
                 path.rename(final)
                 continue
@@ -196,13 +207,13 @@ def _remove_or_warn(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Removes a folder, or a link to one; does nothing where there is none."""
+    """Removes a folder, or a link to one, if it exists."""
     if path.is_symlink() or path.is_file():
         path.unlink()
         return
     if not path.exists():
         return
     if not path.name.startswith((WRITING, REPLACED, DELETING)):
-        # First out of sight: a kill in the middle leaves nothing torn under a checkpoint's name.
+        # Renamed first: if the process is killed meanwhile, no half-deleted folder has a checkpoint's name.
         path = path.rename(path.with_name(f"{DELETING}{path.name}-{secrets.token_hex(4)}"))
     shutil.rmtree(path)

@@ -10,10 +10,10 @@ from typing import Any
 from megatron_doremi.checkpoint.folder import (
     CheckpointState,
     check_contents,
-    check_files,
     newest_checkpoint,
     read_state,
 )
+from megatron_doremi.checkpoint.reader import check_files
 from megatron_doremi.config import Config
 from megatron_doremi.console import note
 from megatron_doremi.data.blend import BlendState

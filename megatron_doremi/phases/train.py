@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_doremi import __version__
-from megatron_doremi.checkpoint.folder import load_training
+from megatron_doremi.checkpoint.reader import load_training
 from megatron_doremi.checkpoint.writer import Checkpointer, SaveTimer
 from megatron_doremi.cluster.preemption import KEEP_RUNNING, REASONS, StopRequest
 from megatron_doremi.cluster.replica_check import check_replicas

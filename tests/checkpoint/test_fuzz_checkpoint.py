@@ -55,13 +55,13 @@ def read_all(folder: Path, specs) -> str:
     weights, states = WeightsFolder(folder / "weights"), OptimizerFolder(folder / "optimizer")
     states.check_files()
     for name, spec in specs.items():
-        add(weights.part(name, spec, Topology()))
+        add(weights.local_shard(name, spec, Topology()))
         for key in ("exp_avg", "exp_avg_sq"):
             for rank in range(2):
                 shape = spec.local_shape(2)
                 count = max(1, shape[0])
-                add(states.part(name, key, spec, Topology(tensor_size=2, rank=rank), 0, count))
-            add(states.part(name, key, spec, Topology(), 1, 7))
+                add(states.local_range(name, key, spec, Topology(tensor_size=2, rank=rank), 0, count))
+            add(states.local_range(name, key, spec, Topology(), 1, 7))
     return digest.hexdigest()
 
 

@@ -154,9 +154,9 @@ def test_a_loss_that_is_no_number_stops_all_ranks_and_names_the_domain(phase, wh
     if whose == "reference":
         return
     kept = WeightsFolder(checkpoint / "weights")
-    bad = kept.whole("embedding.weight").isnan().any(dim=1)
+    bad = kept.full_tensor("embedding.weight").isnan().any(dim=1)
     assert bad.nonzero().flatten().tolist() == [25]
-    assert all(not kept.whole(name).isnan().any() for name in kept.names() - {"embedding.weight"})
+    assert all(not kept.full_tensor(name).isnan().any() for name in kept.names() - {"embedding.weight"})
 
 
 @pytest.mark.parametrize(("hurt", "number"), [(1, signal.SIGSTOP), (0, signal.SIGSTOP), (1, signal.SIGKILL)])

@@ -57,11 +57,11 @@ def micro_batches():
 def whole_step(device, phase, zero_stage, bf16, chunk, doremi):
     """A step, its flags, its metrics, a comparison of ranks, the copies for a checkpoint and an evaluation's pass."""
     from megatron_doremi.checkpoint.optimizer_state import optimizer_file, owned_state, start_state
+    from megatron_doremi.checkpoint.resharding import ShardingEntry, sharding_entry
     from megatron_doremi.checkpoint.weights import WeightsFolder, weights_file
     from megatron_doremi.cluster.replica_check import digest
     from megatron_doremi.cluster.step_flags import reduce_flags
     from megatron_doremi.model.forward import forward_only
-    from megatron_doremi.parallel.parameters import spec_of
 
     topology, _, engine = build(device, phase, zero_stage, bf16, chunk, doremi)
     module, batches = engine.module, micro_batches()
@@ -85,11 +85,13 @@ def whole_step(device, phase, zero_stage, bf16, chunk, doremi):
 
     class Zeros(WeightsFolder):
         def __init__(self):
-            self._specs = {name: spec_of(parameter) for name, parameter in module.model_parameters()}
-            self._parts = {name: [] for name in self._specs}
+            self._sharding = {
+                name: ShardingEntry(**sharding_entry(parameter, topology))
+                for name, parameter in module.model_parameters()
+            }
 
-        def whole(self, name):
-            return torch.zeros(self._specs[name].shape)
+        def _read(self, name, tensor_rank, start, count):
+            return torch.zeros(count)
 
     Zeros().load_into(module, topology)
     start_state(engine, 1)

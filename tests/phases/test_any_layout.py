@@ -35,11 +35,11 @@ OTHER = ["--untie-embeddings-and-output-weights", "--position-embedding-type", "
 def whole_state(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Weights, moments and master weights of a checkpoint, whole parameters by name."""
     weights, states = WeightsFolder(checkpoint / "weights"), OptimizerFolder(checkpoint / "optimizer")
-    found = {name: weights.whole(name) for name in weights.names()}
+    found = {name: weights.full_tensor(name) for name in weights.names()}
     for name in weights.names():
         spec = weights.spec(name)
         for key in states.keys:
-            found[f"{name}/{key}"] = states.part(name, key, spec, Topology(), 0, found[name].numel())
+            found[f"{name}/{key}"] = states.local_range(name, key, spec, Topology(), 0, found[name].numel())
     return found
 
 
@@ -72,7 +72,7 @@ def carry(launch, sizes, parallel, gpt, optimizer, source, target):
     """Loads a checkpoint into an engine of this layout and saves it again, without a step."""
     import numpy as np
 
-    from megatron_doremi.checkpoint.folder import load_training
+    from megatron_doremi.checkpoint.reader import load_training
     from megatron_doremi.checkpoint.writer import Checkpointer
     from megatron_doremi.engine.build import make_engine
 

@@ -137,7 +137,7 @@ def test_twenty_steps_are_the_same(layout, prepared, single, tmp_path):
         assert ours["domain_weights"] == pytest.approx(theirs["domain_weights"], abs=1e-6)
     assert run[-1]["eval"] == pytest.approx(expected[-1]["eval"], rel=1e-5)
     assert weights.names() == expected_weights.names()
-    apart = max((weights.whole(n) - expected_weights.whole(n)).abs().max().item() for n in weights.names())
+    apart = max((weights.full_tensor(n) - expected_weights.full_tensor(n)).abs().max().item() for n in weights.names())
     print(f"{layout}: parameters at most {apart:.1e} apart")
     assert apart < 1e-6
     # The comparison means something: the model learned and the weights moved.
@@ -200,7 +200,7 @@ def test_bfloat16_follows_float32(flags, reference, data, tmp_path):
     exact = training_lines(train(2, "proxy", data, tmp_path / "float32", STEPS, *flags))
     short = training_lines(train(2, "proxy", data, tmp_path / "bf16", STEPS, *flags, "--bf16"))
     kept = WeightsFolder(tmp_path / "bf16" / "checkpoints" / f"iter_{STEPS:07d}" / "weights")
-    assert {kept.whole(name).dtype for name in kept.names()} == {torch.bfloat16}
+    assert {kept.full_tensor(name).dtype for name in kept.names()} == {torch.bfloat16}
     loss = max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(short, exact, strict=True))
     weight = max(
         abs(a["domain_weights"][n] - b["domain_weights"][n])

@@ -116,7 +116,7 @@ def test_losses_are_the_references_own(folder, tmp_path):
     score(folder, tmp_path)
     checkpoint = newest_checkpoint(folder / "reference")
     weights = WeightsFolder(checkpoint / "weights")
-    whole = {name: weights.whole(name).double() for name in weights.names()}
+    whole = {name: weights.full_tensor(name).double() for name in weights.names()}
     gpt = GPTConfig(**json.loads((folder / "reference" / "config.json").read_text())["gpt"])
     _, data = opened(folder, "--reference-load", "r")
     for domain, dataset in enumerate(data.train):
