@@ -33,7 +33,13 @@ def start(*words: str, **environ: str) -> subprocess.Popen:
     return process
 
 
-def end(process: subprocess.Popen) -> tuple[int, str, str]:
+def end(process: subprocess.Popen, *signals: signal.Signals | float) -> tuple[int, str, str]:
+    """Sends the signals, waiting the seconds between them, and returns exit code, stdout and stderr."""
+    for each in signals:
+        if isinstance(each, signal.Signals):
+            process.send_signal(each)
+        else:
+            time.sleep(each)
     out, err = process.communicate(timeout=20)
     return process.returncode, out, err
 
@@ -41,44 +47,29 @@ def end(process: subprocess.Popen) -> tuple[int, str, str]:
 @pytest.mark.parametrize("number", STOPS, ids=lambda number: number.name)
 def test_before_the_first_step_a_signal_leaves_at_once_with_3(number):
     """Version 0.1 lost everything at SIGINT, SIGHUP, SIGUSR2, SIGXCPU, and ignored SIGTERM and SIGUSR1 here."""
-    process = start("starting")
-    process.send_signal(number)
-    code, _, err = end(process)
+    code, _, err = end(start("starting"), number)
     assert code == 3
     assert err == f"stopped by {number.name} before the first step: nothing to save\n"
 
 
 def test_a_signal_that_comes_twice_within_a_moment_is_one_request():
     """As from a terminal, whose Ctrl-C torchrun passes on besides."""
-    process = start("training", "1.5")
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    code, out, err = end(process)
-    assert (code, out, err) == (3, "saving\nsaved\n", "")
+    assert end(start("training", "1.5"), signal.SIGINT, 0.1, signal.SIGINT) == (3, "saving\nsaved\n", "")
 
 
 def test_a_second_signal_leaves_at_once_with_128_and_its_number():
-    process = start("training", "60")
-    process.send_signal(signal.SIGUSR1)
-    time.sleep(1.3)
-    process.send_signal(signal.SIGTERM)
-    code, out, err = end(process)
+    code, out, err = end(start("training", "60"), signal.SIGUSR1, 1.3, signal.SIGTERM)
     assert (code, out) == (128 + signal.SIGTERM, "saving\n")
     assert err == "left at once by a second signal, SIGTERM: steps since the last checkpoint are lost\n"
 
 
 def test_once_all_is_saved_a_signal_changes_no_exit_code():
-    process = start("done")
-    process.send_signal(signal.SIGTERM)
-    assert end(process)[0] == 0
+    assert end(start("done"), signal.SIGTERM)[0] == 0
 
 
 def test_a_peer_that_cannot_be_told_changes_no_exit_code():
     """Telling the others took longer than an alarm of 10 s: 142 in place of 3."""
-    process = start("untold")
-    process.send_signal(signal.SIGTERM)
-    assert end(process)[0] == 3
+    assert end(start("untold"), signal.SIGTERM)[0] == 3
 
 
 def test_a_done_process_that_hangs_in_its_exit_is_ended_with_its_code():

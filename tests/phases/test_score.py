@@ -39,11 +39,13 @@ def folder(tmp_path_factory):
     return folder
 
 
+def score_flags(data, reference, out, flags="", model=MODEL):
+    argv = ["--phase", "score", "--domains", str(data), "--reference-load", str(reference), "--save", str(out)]
+    return [*argv, *read_by("score", model), *shlex.split(flags)]
+
+
 def score(folder, out, world=1, flags=""):
-    argv = ["--phase", "score", "--domains", str(folder / "domains.json"), "--save", str(out)]
-    run_program(
-        world, [*argv, "--reference-load", str(folder / "reference"), *read_by("score", MODEL), *shlex.split(flags)]
-    )
+    run_program(world, score_flags(folder / "domains.json", folder / "reference", out, flags))
 
 
 def files(out):
@@ -277,9 +279,8 @@ def test_a_reference_that_gives_no_losses_on_a_domain(tmp_path):
     train(1, "reference", data, tmp_path / "reference", 1, model=model)
     # Ids from 40 on are those of domain 2.
     change_weights(tmp_path / "reference", "embedding", lambda rows: rows[40:].fill_(float("nan")))
-    argv = ["--phase", "score", "--domains", str(data), "--save", str(tmp_path / "scores"), *read_by("score", model)]
-    said = on_ranks(2, scored, [*argv, "--reference-load", str(tmp_path / "reference")])
-    for words in said:
+    argv = score_flags(data, tmp_path / "reference", tmp_path / "scores", model=model)
+    for words in on_ranks(2, scored, argv):
         assert re.search(r"the reference's loss is nan in window 0 of domain 'domain 2'", words)
     recorded = sorted(path.parent.name for path in (tmp_path / "scores").rglob("*.safetensors"))
     assert recorded == ["0000", "0001"]
@@ -289,33 +290,16 @@ def test_a_disk_that_fills_up_while_scoring(folder, tmp_path):
     """One message; here a file stands where a folder of losses belongs."""
     (tmp_path / "losses").mkdir()
     (tmp_path / "losses" / "0001").write_text("")
-    argv = [
-        "--phase",
-        "score",
-        "--domains",
-        str(folder / "domains.json"),
-        "--save",
-        str(tmp_path),
-        *read_by("score", MODEL),
-    ]
     with pytest.raises(AssertionError, match="losses/0001"):
-        run_program(1, [*argv, "--reference-load", str(folder / "reference")])
+        score(folder, tmp_path)
 
 
 def test_clipped_losses_are_said(folder, tmp_path):
     """A reference so sure of itself that its errors cost more than the grid holds."""
     shutil.copytree(folder / "reference", tmp_path / "reference")
     change_weights(tmp_path / "reference", "embedding", lambda rows: rows.mul_(60))
-    argv = [
-        "--phase",
-        "score",
-        "--domains",
-        str(folder / "domains.json"),
-        "--save",
-        str(tmp_path / "scores"),
-        *read_by("score", MODEL),
-    ]
-    printed = on_ranks(2, scored, [*argv, "--reference-load", str(tmp_path / "reference"), "--train-iters", "2"])
+    argv = score_flags(folder / "domains.json", tmp_path / "reference", tmp_path / "scores", "--train-iters 2")
+    printed = on_ranks(2, scored, argv)
     found = re.search(r"score: ([\d,]+) of 336 token losses lay above 31.9995 nats", printed[0])
     assert not printed[1]
     counts = []
@@ -333,16 +317,7 @@ def test_a_damaged_file_is_said_by_every_rank(folder, tmp_path):
     score(folder, tmp_path, flags="--train-iters 2")
     path = chunk_path(tmp_path, 1, 0)
     path.write_bytes(path.read_bytes()[:-1])
-    argv = [
-        "--phase",
-        "score",
-        "--domains",
-        str(folder / "domains.json"),
-        "--save",
-        str(tmp_path),
-        *read_by("score", MODEL),
-    ]
-    argv += ["--reference-load", str(folder / "reference"), "--pipeline-model-parallel-size", "2"]
-    for words in on_ranks(2, scored, argv):
+    flags = "--pipeline-model-parallel-size 2"
+    for words in on_ranks(2, scored, score_flags(folder / "domains.json", folder / "reference", tmp_path, flags)):
         assert str(path) in words
         assert "delete it and run --phase score again" in words

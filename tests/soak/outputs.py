@@ -23,8 +23,9 @@ def main() -> int:
     # The tests read the variable when they are imported.
     import pytest
 
-    tests = ROOT / "tests" / "training"
-    names = [f"{tests}/test_metrics_file.py", f"{tests}/test_run_lock.py::test_of_many_that_take_over_exactly_one_wins"]
+    tests = ROOT / "tests"
+    names = [f"{tests}/phases/test_metrics_file.py"]
+    names += [f"{tests}/cluster/test_run_lock.py::test_of_many_that_take_over_exactly_one_wins"]
     return int(pytest.main(["-q", "-x", "-k", "fuzzed or many", *names]))
 
 
