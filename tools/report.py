@@ -1,10 +1,10 @@
-"""Makes a report on runs: a table on the console, and plots, report.html and results.json in a folder.
+"""Reports on runs: prints a table, and writes plots, report.html and results.json to a folder.
 
   python tools/report.py RUN... [--output-dir DIR]
   python tools/report.py --proxy DIR --main DIR --baseline DIR [--reference DIR] --domains domains.json \\
       --output-dir DIR
 
-The first form reports on any runs; the second sets a main model on DoReMi's weights beside a baseline.
+The first form reports on any runs; the second compares a main model trained on DoReMi's weights with a baseline.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Reads the runs, prints the table and writes the report; returns the exit code."""
     options = parse(arguments)
     if options.runs:
-        found = read_all([partial(read_runs, path) for path in options.runs])
-        report = runs_report([run for folder_runs in found for run in folder_runs])
+        folders = read_all([partial(read_runs, path) for path in options.runs])
+        report = runs_report([run for folder_runs in folders for run in folder_runs])
         folder = options.output_dir or options.runs[0] / "report"
     else:
         report = _comparison(options)
         folder = options.output_dir
     print(report.console)
     write_report(report, folder)
-    print(f"\nwritten: {folder / 'report.html'}, results.json and {len(report.images)} PNG files beside it")
+    print(f"\nwrote {folder / 'report.html'}, results.json and {len(report.images)} PNG files in the same folder")
     return 0
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parses the command line; raises a ConfigError for flags that do not go together."""
+    """Parses the command line. Raises ConfigError for a combination of flags that is not allowed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS
     )
@@ -60,7 +60,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def write_report(report: Report, folder: Path) -> None:
-    """Writes the PNGs, report.html and results.json into `folder`, each whole or not at all."""
+    """Writes the PNGs, report.html and results.json to `folder`, each atomically."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for image in report.images:
@@ -69,7 +69,7 @@ def write_report(report: Report, folder: Path) -> None:
         results = json.dumps(report.results, indent=2, allow_nan=False) + "\n"
         atomic_write_bytes(folder / "results.json", results.encode())
     except OSError as error:
-        remedy = "give another --output-dir, or make room or rights there"
+        remedy = "give another --output-dir, free disk space, or change its permissions"
         value = f"{error.filename}: {error.strerror}"
         raise ConfigError(Fault("--output-dir", value, "must be a writable folder", remedy)) from error
 
@@ -94,8 +94,8 @@ def _faults(options: argparse.Namespace) -> list[Fault]:
     compared = [name for name in (*NEEDED[:4], "reference") if getattr(options, name) is not None]
     if options.runs and compared:
         value = ", ".join(f"--{name}" for name in compared)
-        remedy = "leave out one of the two"
-        return [Fault("RUN", f"{len(options.runs)} given beside {value}", "RUN... or these flags", remedy)]
+        remedy = "omit one of the two"
+        return [Fault("RUN", f"{len(options.runs)} given in addition to {value}", "RUN... or these flags", remedy)]
     if options.runs:
         return []
     if not compared:

@@ -1,4 +1,4 @@
-"""Puts a report together from runs that have been read: console text, images, HTML, results as data.
+"""Builds a report from runs: console text, images, HTML, and results as data.
 
 Nothing is read or written here; tools/report.py does both.
 """
@@ -20,7 +20,7 @@ from megatron_doremi.reporting.comparison import (
     mean_and_last_weights,
     smoothing_floor,
 )
-from megatron_doremi.reporting.differences import differences, look_alike
+from megatron_doremi.reporting.differences import differences, similar_names_note
 from megatron_doremi.reporting.html import Image, Section, page
 from megatron_doremi.reporting.runs import Run, flatten
 from megatron_doremi.reporting.tables import (
@@ -33,7 +33,7 @@ from megatron_doremi.reporting.tables import (
 )
 
 RESULTS_FORMAT = "megatron-doremi-results/1"
-# Keys of config.json that decide what a run's numbers mean, without groups, prefixes and units.
+# Keys of config.json, without groups, prefixes and units, that a reader needs to interpret a run's numbers.
 CONFIG_KEYS = (
     *(
         "domains",
@@ -63,10 +63,10 @@ class Report:
     """A finished report.
 
     Attributes:
-        console: what is printed.
-        html: report.html.
-        images: the PNGs that are also written as files.
-        results: results.json as data.
+        console: the text to print.
+        html: contents of report.html.
+        images: the PNGs, also written as files.
+        results: contents of results.json.
     """
 
     console: str
@@ -76,11 +76,11 @@ class Report:
 
 
 def comparison_report(comparison: Comparison, runs: Mapping[str, Run]) -> Report:
-    """Builds the report on a main model against a baseline.
+    """Builds the report on a main model and a baseline.
 
     Args:
         comparison: the numbers.
-        runs: "proxy", "main", "baseline" and, where given, "reference".
+        runs: "proxy", "main", "baseline" and optionally "reference".
     """
     table, sentences = comparison_table(comparison), statements.describe(comparison)
     images = _comparison_images(comparison, runs)
@@ -90,9 +90,9 @@ def comparison_report(comparison: Comparison, runs: Mapping[str, Run]) -> Report
     count = len(comparison.domains)
     sections = [
         Section("Result", tables=[table]),
-        Section("In words", sentences),
+        Section("Findings", sentences),
         Section("Held-out loss and weights", images=first),
-        Section("How it went", images=rest),
+        Section("Training", images=rest),
         _provenance_section(runs),
     ]
     subtitle = f"Domain weights learned by a proxy on {count} domains, and the model trained on them"
@@ -109,7 +109,7 @@ def comparison_report(comparison: Comparison, runs: Mapping[str, Run]) -> Report
 
 
 def runs_report(runs: Sequence[Run]) -> Report:
-    """Builds the report on any number of runs, a section each, and side by side where two were evaluated."""
+    """Builds the report on any number of runs: a section per run, and a comparison if two were evaluated."""
     labels = unique_labels([run.path.resolve().name for run in runs])
     labeled = dict(zip(labels, runs, strict=True))
     sections, text, images = [], [], []
@@ -122,11 +122,12 @@ def runs_report(runs: Sequence[Run]) -> Report:
         images += overlay
     for label, run in labeled.items():
         table, figures = run_table(run), _run_images(f"{label}_", run)
-        own = [] if together is not None else _evaluation_image({label: run}, f"{label}_held_out_over_time.png")
+        if together is None:
+            figures += _evaluation_image({label: run}, f"{label}_held_out_over_time.png")
         title = f"{label} ({run.phase})" if run.phase != "unknown" else label
-        sections.append(Section(title, [_run_sentence(run)], [table], [*figures, *own]))
+        sections.append(Section(title, [_run_sentence(run)], [table], figures))
         text.append(f"{format_text(table)}\n- {_run_sentence(run)}")
-        images += [*figures, *own]
+        images += figures
     sections.append(_provenance_section(labeled))
     count = "one run" if len(runs) == 1 else f"{len(runs)} runs"
     data = {
@@ -140,26 +141,26 @@ def runs_report(runs: Sequence[Run]) -> Report:
 
 
 def _notes(runs: Mapping[str, Run]) -> list[str]:
-    """What limits a comparison of the evaluated runs, in sentences."""
+    """Limits of a comparison of the evaluated runs, in sentences."""
     evaluated = {label: run for label, run in runs.items() if run.evaluations}
-    alike = look_alike(list(dict.fromkeys(name for run in runs.values() for name in run.domain_names())))
-    return [*(found.sentence() for found in differences(evaluated)), *([alike] if alike else [])]
+    similar = similar_names_note(list(dict.fromkeys(name for run in runs.values() for name in run.domain_names())))
+    return [*(difference.sentence() for difference in differences(evaluated)), *([similar] if similar else [])]
 
 
 def unique_labels(names: Sequence[str]) -> list[str]:
-    """Returns labels that are fit for file names and differ from each other, also where case does not count."""
+    """Returns labels that are valid in file names and unique, also on a file system that ignores case."""
     labels: list[str] = []
     for name in names:
         plain = re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip(".") or "run"
         label, number = plain, 2
-        while label.casefold() in {each.casefold() for each in labels}:
+        while label.casefold() in {other.casefold() for other in labels}:
             label, number = f"{plain}-{number}", number + 1
         labels.append(label)
     return labels
 
 
 def plain_numbers(data: Any) -> Any:
-    """Returns data with every number that JSON cannot hold (NaN, infinities) as None."""
+    """Returns data with NaN and Inf, which JSON does not have, replaced by None."""
     if isinstance(data, Mapping):
         return {str(key): plain_numbers(value) for key, value in data.items()}
     if isinstance(data, list | tuple):
@@ -168,7 +169,7 @@ def plain_numbers(data: Any) -> Any:
 
 
 def provenance_table(runs: Mapping[str, Run]) -> Table:
-    """Returns where the runs come from: the configuration values that matter or differ, a column a run."""
+    """Returns the runs' important configuration values and those in which they differ, one column per run."""
     flat = {label: flatten(run.config) for label, run in runs.items()}
     keys = dict.fromkeys(key for values in flat.values() for key in values)
     chosen = [key for key in keys if _matters(key) or _differs(key, flat)]
@@ -185,7 +186,7 @@ def provenance_table(runs: Mapping[str, Run]) -> Table:
 
 def _matters(key: str) -> bool:
     leaf = key.rsplit(".", 1)[-1]
-    return any(leaf == each or leaf.startswith(f"{each}_") or leaf.endswith(f"_{each}") for each in CONFIG_KEYS)
+    return any(leaf == key or leaf.startswith(f"{key}_") or leaf.endswith(f"_{key}") for key in CONFIG_KEYS)
 
 
 def _differs(key: str, flat: Mapping[str, Mapping[str, Any]]) -> bool:
@@ -207,8 +208,8 @@ def _provenance_section(runs: Mapping[str, Run]) -> Section:
         if run.weights_provenance:
             rows = tuple((key, _shown(value)) for key, value in flatten(run.weights_provenance).items())
             values.append(Table((f"domain_weights.json of {label}", "value"), rows))
-    folded = [(f"Every value of {label}", flatten(run.config)) for label, run in runs.items()]
-    return Section("Where the numbers come from", values=values, folded=folded)
+    folded = [(f"Full configuration of {label}", flatten(run.config)) for label, run in runs.items()]
+    return Section("Provenance", values=values, folded=folded)
 
 
 def _comparison_images(comparison: Comparison, runs: Mapping[str, Run]) -> tuple[Image, ...]:
@@ -218,7 +219,7 @@ def _comparison_images(comparison: Comparison, runs: Mapping[str, Run]) -> tuple
     pairs, bars = plots.held_out_pairs(comparison), plots.weight_bars(natural, doremi, names)
     images = [
         Image("held_out_loss.png", plots.png(pairs), "Last held-out loss of baseline and main by domain"),
-        Image("domain_weights.png", plots.png(bars), "Natural weights and the weights that DoReMi found"),
+        Image("domain_weights.png", plots.png(bars), "Natural weights and the weights learned by DoReMi"),
         *_training_images("proxy_", proxy, names),
         *_evaluation_image({label: runs[label] for label in ("baseline", "main")}, "held_out_over_time.png", names),
     ]
@@ -230,7 +231,7 @@ def _run_images(prefix: str, run: Run) -> list[Image]:
 
 
 def _training_images(prefix: str, run: Run, names: Sequence[str]) -> list[Image]:
-    """Draws weights, excess and training loss over time, as far as the run has them."""
+    """Draws weights, excess loss and training loss over time, those that the run has."""
     images = []
     if run.has_weights:
         floor = smoothing_floor(run, len(names))
@@ -239,7 +240,7 @@ def _training_images(prefix: str, run: Run, names: Sequence[str]) -> list[Image]
         images.append(Image(f"{prefix}weights.png", plots.png(figure), caption))
     if run.excess.values.size:
         figure = plots.excess_over_time(run.iterations, run.excess.ordered(names), names)
-        caption = "Excess loss of the proxy over the reference, which moves the weights"
+        caption = "Excess loss of the proxy over the reference, which drives the weights"
         images.append(Image(f"{prefix}excess_loss.png", plots.png(figure), caption))
     if run.loss.values.size:
         figure = plots.loss_over_time(run.iterations, run.loss.ordered(names), names)
@@ -248,12 +249,12 @@ def _training_images(prefix: str, run: Run, names: Sequence[str]) -> list[Image]
 
 
 def _evaluation_image(runs: Mapping[str, Run], file_name: str, names: Sequence[str] | None = None) -> list[Image]:
-    """Draws held-out losses over time where a run has several evaluations; else returns nothing."""
+    """Draws held-out losses over time if a run has several evaluations; otherwise returns no image."""
     histories = {label: run.evaluations for label, run in runs.items() if run.evaluations}
     if not any(len(history) > 1 for history in histories.values()):
         return []
-    found = dict.fromkeys(name for history in histories.values() for each in history for name in each.losses)
-    shown = [name for name in names if name in found] if names is not None else list(found)
+    evaluated = dict.fromkeys(name for history in histories.values() for each in history for name in each.losses)
+    shown = [name for name in names if name in evaluated] if names is not None else list(evaluated)
     figure = plots.evaluations_over_time(histories, shown)
     return [Image(file_name, plots.png(figure), "Held-out loss over the steps, in nats a token")]
 

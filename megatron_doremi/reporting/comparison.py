@@ -1,4 +1,4 @@
-"""Sets a main model on DoReMi's weights beside a baseline: numbers only, nothing is written or drawn here."""
+"""Compares a main model trained on DoReMi's weights with a baseline. Pure: nothing is read, written or drawn here."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ import numpy as np
 
 from megatron_doremi.data.manifest import Domain
 from megatron_doremi.errors import Fault, raise_if_any
-from megatron_doremi.reporting.differences import Difference, differences, look_alike
+from megatron_doremi.reporting.differences import Difference, differences, similar_names_note
 from megatron_doremi.reporting.evaluations import Evaluation
 from megatron_doremi.reporting.runs import Floats, Run, find_number
 
-# Two planted domains of the embedded corpus need little weight: one cannot be learned, one is at once.
+# Two planted domains of the embedded corpus need little weight: one cannot be learned, the other is learned at once.
 PLANTED = ("noise", "boilerplate")
-# The run sums its mean and the report takes its own from the trajectory: they differ by rounding.
+# The run accumulates its mean and the report computes it from the trajectory: they differ by rounding.
 SAME_MEAN = 1e-6
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A held-out loss of both models in nats a token, None where it was not measured."""
+    """A held-out loss of both models in nats a token; None if it was not measured."""
 
     baseline: float | None
     main: float | None
 
     @property
     def difference(self) -> float | None:
-        """main - baseline in nats a token; negative where main is better."""
+        """main - baseline in nats a token; negative if main is better."""
         return None if self.baseline is None or self.main is None else self.main - self.baseline
 
 
@@ -40,7 +40,7 @@ class DomainResult:
     Attributes:
         name: the domain.
         tokens: training tokens.
-        natural_weight: its share of all training tokens.
+        natural_weight: the domain's share of all training tokens.
         doremi_weight: mean of alpha_t over all steps.
         last_weight: alpha_t at the proxy's last step.
         loss: last held-out loss of both models, nats a token.
@@ -61,17 +61,17 @@ class DomainResult:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything the table and the words are made from.
+    """Everything that the table and the statements are made from.
 
     Attributes:
         domains: in the manifest's order.
         uniform_mean: mean over the domains that both models were evaluated on.
         worst: highest loss among them.
-        worst_names: the domain of it, for baseline and main.
-        token_mean: mean over held-out tokens as the runs wrote it.
+        worst_names: the domain with that loss, for baseline and main.
+        token_mean: mean over held-out tokens, as recorded by the runs.
         iterations: step of the last evaluation of baseline and main.
-        notes: what limits the comparison, in sentences.
-        differences: what baseline and main do not have in common.
+        notes: limits of the comparison, in sentences.
+        differences: configuration and data in which baseline and main differ.
     """
 
     domains: tuple[DomainResult, ...]
@@ -95,9 +95,9 @@ class Comparison:
 
 
 def running_mean(values: Floats) -> Floats:
-    """Returns the mean of all rows up to each row: [steps, domains] to the same.
+    """Returns the mean of all rows up to each row: [steps, domains] to [steps, domains].
 
-    NaN entries are skipped; a column without any number so far is NaN.
+    NaN values are skipped; the mean is NaN until a column's first number.
     """
     present = ~np.isnan(values)
     counts = np.cumsum(present, axis=0)
@@ -108,8 +108,8 @@ def running_mean(values: Floats) -> Floats:
 def mean_and_last_weights(run: Run, names: Sequence[str]) -> tuple[Floats, Floats]:
     """Returns the mean over all steps and the last weights of a proxy, each [domains] in `names`' order.
 
-    The mean is domain_weights.json's where the run has written one, since that is what a main run trains on;
-    else it is taken from the trajectory.
+    The mean is read from domain_weights.json if the run has written it, since a main run trains on that file;
+    otherwise it is computed from the trajectory.
     """
     trajectory = run.weights.ordered(names)
     if run.recorded_weights is None:
@@ -120,7 +120,7 @@ def mean_and_last_weights(run: Run, names: Sequence[str]) -> tuple[Floats, Float
 
 
 def smoothing_floor(run: Run, domain_count: int) -> float | None:
-    """Returns c / k, which no weight goes below; None where the run does not record c."""
+    """Returns c / k, the lower bound of every weight; None if the run does not record the smoothing c."""
     smoothing = find_number(run.weights_provenance, "smoothing")
     if smoothing is None:
         smoothing = find_number(run.config, "smoothing")
@@ -128,12 +128,12 @@ def smoothing_floor(run: Run, domain_count: int) -> float | None:
 
 
 def compare(manifest: Sequence[Domain], proxy: Run, main: Run, baseline: Run) -> Comparison:
-    """Builds the comparison, or raises a ConfigError with every reason why it cannot be built."""
+    """Compares the runs. Raises a ConfigError with every reason why they cannot be compared."""
     names = [domain.name for domain in manifest]
     raise_if_any(_faults(names, proxy, main, baseline))
     mean, last = mean_and_last_weights(proxy, names)
     total = sum(domain.tokens for domain in manifest)
-    of_main, of_baseline = main.evaluations[-1], baseline.evaluations[-1]
+    main_eval, baseline_eval = main.evaluations[-1], baseline.evaluations[-1]
     domains = tuple(
         DomainResult(
             domain.name,
@@ -141,27 +141,27 @@ def compare(manifest: Sequence[Domain], proxy: Run, main: Run, baseline: Run) ->
             domain.tokens / total,
             float(mean[index]),
             float(last[index]),
-            Pair(of_baseline.losses.get(domain.name), of_main.losses.get(domain.name)),
+            Pair(baseline_eval.losses.get(domain.name), main_eval.losses.get(domain.name)),
         )
         for index, domain in enumerate(manifest)
     )
-    shared = [name for name in names if name in of_main.losses and name in of_baseline.losses]
-    baseline_shared, main_shared = _only(of_baseline, shared), _only(of_main, shared)
+    shared = [name for name in names if name in main_eval.losses and name in baseline_eval.losses]
+    baseline_shared, main_shared = _restricted_to(baseline_eval, shared), _restricted_to(main_eval, shared)
     return Comparison(
         domains,
         Pair(baseline_shared.uniform_mean, main_shared.uniform_mean),
         Pair(baseline_shared.worst[1], main_shared.worst[1]),
         (baseline_shared.worst[0], main_shared.worst[0]),
-        Pair(of_baseline.token_mean, of_main.token_mean),
-        (of_baseline.iteration, of_main.iteration),
+        Pair(baseline_eval.token_mean, main_eval.token_mean),
+        (baseline_eval.iteration, main_eval.iteration),
         tuple(_notes(names, shared, proxy, main, baseline)),
         differences({"baseline": baseline, "main": main}),
     )
 
 
-def uniform_mean_without(comparison: Comparison, left_out: Iterable[str]) -> Pair:
-    """Returns the mean over domains without `left_out`, of those measured for both models."""
-    skip = set(left_out)
+def uniform_mean_without(comparison: Comparison, excluded: Iterable[str]) -> Pair:
+    """Returns the mean over the domains that were measured for both models, except `excluded`."""
+    skip = set(excluded)
     pairs = [domain.loss for domain in comparison.domains if domain.name not in skip]
     both = [(p.baseline, p.main) for p in pairs if p.baseline is not None and p.main is not None]
     if not both:
@@ -169,7 +169,7 @@ def uniform_mean_without(comparison: Comparison, left_out: Iterable[str]) -> Pai
     return Pair(sum(b for b, _ in both) / len(both), sum(m for _, m in both) / len(both))
 
 
-def _only(evaluation: Evaluation, names: Sequence[str]) -> Evaluation:
+def _restricted_to(evaluation: Evaluation, names: Sequence[str]) -> Evaluation:
     losses = {name: evaluation.losses[name] for name in names}
     return replace(evaluation, losses=losses)
 
@@ -184,42 +184,42 @@ def _faults(names: Sequence[str], proxy: Run, main: Run, baseline: Run) -> list[
         if proxy.recorded_weights is not None:
             file = f"{proxy.path}/domain_weights.json"
             faults += _name_faults("--proxy", file, names, tuple(proxy.recorded_weights), True)
-    for what, run in (("--main", main), ("--baseline", baseline)):
+    for flag, run in (("--main", main), ("--baseline", baseline)):
         if run.evaluations:
             evaluated = tuple(run.evaluations[-1].losses)
-            faults += _name_faults(what, f"{run.path}/metrics.jsonl", names, evaluated, False)
-            faults += _diverged_faults(what, run)
+            faults += _name_faults(flag, f"{run.path}/metrics.jsonl", names, evaluated, False)
+            faults += _diverged_faults(flag, run)
         else:
             remedy = "train it with held-out text, or run --phase evaluate --load DIR --save DIR with this folder"
             rule = "needs at least one evaluation line in metrics.jsonl"
-            faults.append(Fault(what, str(run.path), rule, remedy))
+            faults.append(Fault(flag, str(run.path), rule, remedy))
     if not faults and not set(main.evaluations[-1].losses) & set(baseline.evaluations[-1].losses):
         rule = "must share at least one evaluated domain"
         faults.append(Fault("--main and --baseline", "", rule, "evaluate both on the same manifest"))
     return faults
 
 
-def _name_faults(what: str, file: str, expected: Sequence[str], found: Sequence[str], complete: bool) -> list[Fault]:
-    """Faults of `found` names against the manifest's; without `complete`, some may be missing."""
-    missing = [name for name in expected if name not in found] if complete else []
-    left_over = [name for name in found if name not in expected]
-    if not missing and not left_over:
+def _name_faults(flag: str, file: str, expected: Sequence[str], names: Sequence[str], complete: bool) -> list[Fault]:
+    """Faults of a file's domain names, compared with the manifest's; without `complete`, some may be missing."""
+    missing = [name for name in expected if name not in names] if complete else []
+    unknown = [name for name in names if name not in expected]
+    if not missing and not unknown:
         return []
     parts = [f"missing: {', '.join(missing)}"] * bool(missing)
-    parts += [f"not in the manifest: {', '.join(left_over)}"] * bool(left_over)
+    parts += [f"not in the manifest: {', '.join(unknown)}"] * bool(unknown)
     remedy = "give --domains the manifest that the runs were trained on"
     rule = "domain names must be the manifest's"
-    return [Fault(what, f"{file}: {'; '.join(parts)}", rule, remedy)]
+    return [Fault(flag, f"{file}: {'; '.join(parts)}", rule, remedy)]
 
 
-def _diverged_faults(what: str, run: Run) -> list[Fault]:
+def _diverged_faults(flag: str, run: Run) -> list[Fault]:
     losses = run.evaluations[-1].losses
     diverged = [name for name, loss in losses.items() if not np.isfinite(loss)]
     if not diverged:
         return []
-    remedy = "the run has diverged: train it again, with a lower --lr for instance"
+    remedy = "the run has diverged: train it again, for instance with a lower --lr"
     value = f"{run.path}, step {run.evaluations[-1].iteration}: {', '.join(diverged)}"
-    return [Fault(what, value, "the last held-out losses must be finite numbers", remedy)]
+    return [Fault(flag, value, "the last held-out losses must be finite numbers", remedy)]
 
 
 def _notes(names: Sequence[str], shared: Sequence[str], proxy: Run, main: Run, baseline: Run) -> Iterable[str]:
@@ -231,12 +231,12 @@ def _notes(names: Sequence[str], shared: Sequence[str], proxy: Run, main: Run, b
         yield f"The budgets differ: {tokens[0]:,.0f} tokens for the baseline, {tokens[1]:,.0f} for main."
     for difference in differences({"baseline": baseline, "main": main}):
         yield difference.sentence()
-    alike = look_alike(names)
-    if alike is not None:
-        yield alike
+    similar = similar_names_note(names)
+    if similar is not None:
+        yield similar
     if len(shared) < len(names):
         missing = ", ".join(name for name in names if name not in shared)
-        yield f"Not evaluated for both models, and so left out of uniform mean and worst domain: {missing}."
+        yield f"Not evaluated for both models, and so excluded from uniform mean and worst domain: {missing}."
     if proxy.recorded_weights is not None:
         mean = running_mean(proxy.weights.ordered(names))[-1]
         recorded = np.array([proxy.recorded_weights[name] for name in names])
@@ -244,7 +244,7 @@ def _notes(names: Sequence[str], shared: Sequence[str], proxy: Run, main: Run, b
         if gap > SAME_MEAN:
             yield (
                 "domain_weights.json differs from the mean of the trajectory in metrics.jsonl by up to "
-                f"{gap:.2g}: it is the last checkpoint's, or lines are missing. The table shows the file's."
+                f"{gap:.2g}: it is from the last checkpoint, or lines are missing. The table shows the file's weights."
             )
 
 
@@ -256,7 +256,7 @@ def _last_tokens(run: Run) -> float | None:
 
 
 def comparison_as_data(comparison: Comparison) -> dict[str, Any]:
-    """Returns the table as plain data for results.json; losses in nats a token, None where not measured."""
+    """Returns the table as plain data for results.json; losses in nats a token, None if not measured."""
     rows = [
         {
             "name": domain.name,

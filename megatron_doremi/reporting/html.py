@@ -1,6 +1,6 @@
-"""One HTML file that holds everything: text, tables, images as data URIs. Nothing is loaded from elsewhere.
+"""Renders a report as one self-contained HTML file: text, tables, and images as data URIs.
 
-Whatever comes from a file (names of domains, values of a configuration, paths) is escaped here, once.
+All text, which may come from files (domain names, configuration values, paths), is escaped here, once.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Image:
     Attributes:
         name: file name of the PNG, without a folder.
         png: its bytes.
-        caption: what it shows.
+        caption: text under the figure.
     """
 
     name: str
@@ -52,15 +52,15 @@ class Image:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the report; empty parts are left out.
+    """A section of the report; empty parts are omitted.
 
     Attributes:
         title: heading.
-        sentences: a list of plain statements.
-        tables: tables of figures.
+        sentences: bullet points.
+        tables: tables of numbers.
         images: figures.
         values: tables of text, such as configuration values.
-        folded: (summary, {key: value}) pairs that start closed.
+        folded: (summary, {key: value}) pairs, collapsed at first.
     """
 
     title: str
@@ -72,7 +72,7 @@ class Section:
 
 
 def page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
-    """Returns the whole document; every argument is plain text and is escaped here."""
+    """Returns the full document; all arguments are plain text, which is escaped here."""
     body = "\n".join(_section(section) for section in sections)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'

@@ -1,7 +1,7 @@
-"""Figures of a report, drawn with matplotlib's file backend: no window, no state kept between figures.
+"""Draws the figures of a report with matplotlib's object interface: no window, no state between figures.
 
-Every function returns a Figure; `png` turns one into bytes. A domain keeps its color and line style in all
-figures. Colors repeat after eight domains, with another line style.
+Every function returns a Figure; `png` renders it. A domain has the same color and line style in all figures; colors
+repeat after eight domains, with another line style.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#5b
 LINE_STYLES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (1.2, 1.2)), (0, (6, 1.4, 1.2, 1.4)))
 BASELINE_COLOR, MAIN_COLOR, NATURAL_COLOR, GUIDE_COLOR = "#8a8f98", "#0072b2", "#b9bec7", "#6b7280"
 BETTER_COLOR, WORSE_COLOR = "#1a7f4b", "#b42318"
-# More points than the figure has pixels only cost time and bytes.
+# A figure has no more pixels than this: more points only cost time and bytes.
 MAX_POINTS = 1500
 SMOOTHING_PARTS = 60
 MAX_LABEL = 26
@@ -59,10 +59,10 @@ def png(figure: Figure) -> bytes:
 
 
 def smooth(values: Floats) -> Floats:
-    """Returns the centred moving mean over about a sixtieth of the rows: [lines, domains] to the same.
+    """Returns the centered moving mean over about a sixtieth of the rows: [lines, domains] to [lines, domains].
 
-    Absent entries are skipped. The window grows from one row at the start, so that the first steps' fall,
-    which moves the weights most, stays visible. At the end it only loses its right half: no last spike.
+    NaN values are skipped. The window grows from one row at the start, so that the steep fall of the first steps,
+    which drives the weights most, stays visible. At the end it loses only its right half, which avoids a final spike.
     """
     count = values.shape[0]
     half = max(count // (2 * SMOOTHING_PARTS), 1 if count > 20 else 0)
@@ -84,7 +84,7 @@ def weights_over_time(iterations: Integers, weights: Floats, names: Sequence[str
         iterations: [steps].
         weights: [steps, domains].
         names: [domains].
-        floor: c / k, or None where it is not known.
+        floor: c / k, or None if it is unknown.
     """
     mean = running_mean(weights)
     with matplotlib.rc_context(STYLE):
@@ -109,7 +109,7 @@ def weights_over_time(iterations: Integers, weights: Floats, names: Sequence[str
 
 
 def loss_over_time(iterations: Integers, losses: Floats, names: Sequence[str]) -> Figure:
-    """Draws training losses [lines, domains] in nats a token: each line faint, smoothed strong."""
+    """Draws training losses [lines, domains] in nats a token: raw (faint) and smoothed (strong)."""
     smoothed = smooth(losses)
     with matplotlib.rc_context(STYLE):
         figure, panels = _figure(len(names), panels=1)
@@ -124,13 +124,13 @@ def loss_over_time(iterations: Integers, losses: Floats, names: Sequence[str]) -
 def excess_over_time(iterations: Integers, excess: Floats, names: Sequence[str]) -> Figure:
     """Draws the excess loss lambda_t [steps, domains] over the reference in nats a token, linear and log.
 
-    The first steps' excess is a hundred times the last ones', so that a linear scale alone hides the end.
+    The excess of the first steps is a hundred times that of the last ones, which a linear scale alone would hide.
     """
     smoothed = smooth(excess)
     with matplotlib.rc_context(STYLE):
         figure, panels = _figure(len(names), panels=2)
         for axes, scale in zip(panels, ("linear", "log"), strict=True):
-            # Single steps scatter over decades on a logarithmic scale: a gray surface behind the lines.
+            # On a logarithmic scale single steps scatter over decades and would fill the background with gray.
             raw = excess if scale == "linear" else None
             _lines(axes, iterations, raw, smoothed if scale == "linear" else _positive(smoothed), names)
             axes.set_yscale(scale)
@@ -145,7 +145,7 @@ def excess_over_time(iterations: Integers, excess: Floats, names: Sequence[str])
 
 
 def weight_bars(natural: Floats, doremi: Floats, names: Sequence[str]) -> Figure:
-    """Draws natural and DoReMi weights, each [domains], as paired bars, the highest DoReMi weight on top."""
+    """Draws natural and DoReMi weights, each [domains], as paired bars, sorted by DoReMi weight."""
     order = np.argsort(doremi, kind="stable")
     place = np.arange(len(names))
     with matplotlib.rc_context(STYLE):
@@ -167,7 +167,7 @@ def weight_bars(natural: Floats, doremi: Floats, names: Sequence[str]) -> Figure
 
 
 def held_out_pairs(comparison: Comparison) -> Figure:
-    """Draws the last held-out losses per domain as paired dots, and beside them main - baseline as bars."""
+    """Draws the last held-out losses per domain as paired dots, and main - baseline as bars next to them."""
     rows = [domain for domain in reversed(comparison.domains) if domain.loss.difference is not None]
     baseline = np.array([domain.loss.baseline for domain in rows], dtype=np.float64)
     main = np.array([domain.loss.main for domain in rows], dtype=np.float64)
@@ -185,7 +185,7 @@ def held_out_pairs(comparison: Comparison) -> Figure:
 
 
 def _difference_bars(axes: Axes, differences: Floats) -> None:
-    """Draws main - baseline [domains], with the number as the table has it at each bar's end."""
+    """Draws main - baseline [domains], with each bar labeled as in the table."""
     reach = max(float(np.abs(differences).max()), 1e-3)
     for row, difference in enumerate(differences):
         text = format_difference(float(difference))
@@ -205,11 +205,11 @@ def _difference_bars(axes: Axes, differences: Floats) -> None:
 
 
 def evaluations_over_time(evaluations: Mapping[str, Sequence[Evaluation]], names: Sequence[str]) -> Figure:
-    """Draws held-out losses over the steps, one panel a domain and the uniform mean first.
+    """Draws held-out losses over the steps: a panel for the uniform mean, then one per domain.
 
     Args:
-        evaluations: evaluations of each run by its label; at most a few runs.
-        names: domains, in the panels' order.
+        evaluations: evaluations of each run by its label; meant for a few runs.
+        names: domains, in the order of the panels.
     """
     columns = 4 if len(names) + 1 <= 12 else 5
     rows = -(-(len(names) + 1) // columns)
@@ -249,12 +249,12 @@ def _scale_name(scale: str) -> str:
 
 
 def _positive(values: Floats) -> Floats:
-    """Returns values with everything that a logarithmic scale cannot show as NaN."""
+    """Returns values with NaN for those that a logarithmic scale cannot show."""
     return np.where(values > 0, values, np.nan)
 
 
 def _limit_to_bulk(axes: Axes, values: Floats, smoothed: Floats) -> None:
-    """Keeps single spikes of the faint lines from flattening everything else."""
+    """Limits the y axis so that single spikes of the faint lines do not flatten everything else."""
     finite = values[np.isfinite(values)]
     if finite.size == 0:
         return
@@ -265,7 +265,7 @@ def _limit_to_bulk(axes: Axes, values: Floats, smoothed: Floats) -> None:
 
 
 def _figure(domain_count: int, panels: int) -> tuple[Figure, list[Axes]]:
-    """Returns a figure as tall as its legend needs."""
+    """Returns a figure tall enough for its legend, and its panels."""
     height = min(max(4.4, 0.215 * domain_count + 1.3), 9.0)
     figure = Figure(figsize=(13.0 if panels == 2 else 10.5, height), layout="constrained")
     return figure, list(figure.subplots(1, panels, squeeze=False)[0])
@@ -282,7 +282,7 @@ def _row_labels(axes: Axes, names: Sequence[str], unit: str, title: str) -> None
 
 def _lines(axes: Axes, iterations: Integers, raw: Floats | None, strong: Floats, names: Sequence[str]) -> None:
     points = _points(len(iterations))
-    # Many faint bands would turn into one gray surface.
+    # Many faint lines would merge into one gray area.
     faint = 0.28 if len(names) <= 10 else 0.13
     steps = iterations[points]
     for index in range(len(names)):
@@ -296,7 +296,7 @@ def _lines(axes: Axes, iterations: Integers, raw: Floats | None, strong: Floats,
 
 
 def _points(count: int) -> Integers:
-    """Returns the rows to draw: all, or MAX_POINTS of them spread evenly with both ends."""
+    """Returns the indices of the rows to draw: all, or MAX_POINTS evenly spaced ones including both ends."""
     return np.unique(np.linspace(0, count - 1, min(count, MAX_POINTS)).round().astype(np.int64))
 
 
@@ -312,7 +312,7 @@ def _legend(
     title: str,
     guides: Sequence[tuple[str, str]],
 ) -> None:
-    """Puts the legend right of the panels, in the order and with the value at which the lines end."""
+    """Draws the legend to the right of the panels, sorted by the last values of the lines, which it shows."""
     ends = np.array([_end(strong[:, index]) for index in range(len(names))])
     order = np.argsort(-np.nan_to_num(ends, nan=-np.inf), kind="stable")
     handles, labels = [], []
@@ -349,7 +349,7 @@ def _legend_below(figure: Figure, axes: Axes, columns: int) -> None:
 
 
 def _label(name: str) -> str:
-    """Returns a name that matplotlib shows as it is: short, no formula, not hidden from a legend."""
+    """Shortens and escapes a name so that matplotlib neither parses it as math nor hides it from a legend."""
     short = name if len(name) <= MAX_LABEL else f"{name[: MAX_LABEL - 3]}..."
     # A lone surrogate cannot be drawn.
     plain = short.replace("$", r"\$").encode("utf-8", "backslashreplace").decode("utf-8")

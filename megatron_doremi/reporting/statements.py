@@ -1,4 +1,4 @@
-"""What the numbers say, in sentences: better, worse and by how much, no claim beyond what was measured."""
+"""Describes a comparison in sentences: better, worse and by how much, without claims beyond the measurements."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from megatron_doremi.reporting.comparison import (
 )
 from megatron_doremi.reporting.tables import format_difference, format_loss, format_weight
 
-# A difference that the table prints as 0.000 counts as none, so that words and table cannot disagree.
+# A difference that the table prints as 0.000 counts as none, so that sentences and table agree.
 NO_DIFFERENCE = "0.000"
 
 
 def verdict(difference: float | None) -> str:
-    """Returns "better", "worse" or "equal" for main - baseline, as printed; "" where it was not measured."""
+    """Returns "better", "worse" or "equal" for main - baseline as printed; "" if it was not measured."""
     if difference is None:
         return ""
     if format_difference(difference) == NO_DIFFERENCE:
@@ -33,12 +33,12 @@ def describe(comparison: Comparison) -> list[str]:
         *describe_means(comparison),
         *describe_planted(comparison),
         *comparison.notes,
-        "One run of each was compared; how far another seed would move these figures was not measured here.",
+        "One run of each was compared; the variation between seeds was not measured here.",
     ]
 
 
 def describe_domains(domains: Sequence[DomainResult]) -> list[str]:
-    """Returns on which domains main is better, equal or worse than the baseline, the largest change first."""
+    """Returns on which domains main is better than, worse than or equal to the baseline, largest changes first."""
     changes = [(domain.name, domain.loss.difference) for domain in domains]
     measured = [(name, change) for name, change in changes if change is not None]
     of_all = f"of {_domains(len(measured))}"
@@ -57,7 +57,7 @@ def describe_domains(domains: Sequence[DomainResult]) -> list[str]:
 
 
 def describe_means(comparison: Comparison) -> list[str]:
-    """Returns a sentence each for uniform mean, worst domain and token mean."""
+    """Returns a sentence for each of uniform mean, worst domain and token mean."""
     main_worst, baseline_worst = comparison.worst_names[1], comparison.worst_names[0]
     sentences = [_pair_sentence("Uniform mean", comparison.uniform_mean)]
     planted = [domain.name for domain in comparison.domains if domain.planted]
@@ -74,7 +74,7 @@ def describe_means(comparison: Comparison) -> list[str]:
 
 
 def describe_planted(comparison: Comparison) -> list[str]:
-    """Returns for each planted domain that is present whether it lost weight against 1/k, with figures."""
+    """Returns whether each planted domain lost or gained weight relative to 1/k, with numbers."""
     uniform, count = comparison.uniform_weight, len(comparison.domains)
     sentences = []
     for domain in (each for name in PLANTED for each in comparison.domains if each.name == name):

@@ -1,4 +1,4 @@
-"""Tables as data (header, rows of cells) and as aligned text. Pure: nothing is read or printed here."""
+"""Formats tables: cells as text, and tables as aligned text. Pure: nothing is read or printed here."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ NOT_MEASURED = "-"
 
 @dataclass(frozen=True)
 class Table:
-    """Cells, already formatted.
+    """A table of formatted cells.
 
     Attributes:
-        header: one cell a column; the first column is text, the others are numbers.
-        rows: one tuple of cells a row.
-        summary: rows under a rule.
-        caption: what the table shows, with units.
+        header: one cell per column; the first column is text, the others are numbers.
+        rows: one tuple of cells per row.
+        summary: rows below a rule.
+        caption: contents and units.
     """
 
     header: tuple[str, ...]
@@ -37,7 +37,7 @@ def format_loss(value: float | None) -> str:
 
 
 def format_difference(value: float | None) -> str:
-    """Formats a difference in nats a token, with its sign; one that rounds to nothing has none."""
+    """Formats a difference in nats a token with its sign, or "0.000" if it rounds to zero."""
     if value is None or np.isnan(value):
         return NOT_MEASURED
     text = f"{value:+.3f}"
@@ -45,14 +45,14 @@ def format_difference(value: float | None) -> str:
 
 
 def format_weight(value: float) -> str:
-    """Formats a weight: four places, or two digits where four places would hide it."""
+    """Formats a weight: four decimals, or two significant digits below 0.001."""
     if np.isnan(value):
         return NOT_MEASURED
     return f"{value:.4f}" if value >= 0.001 or value == 0.0 else f"{value:.1e}"
 
 
 def format_text(table: Table) -> str:
-    """Returns the table as aligned plain text, first column to the left and numbers to the right."""
+    """Returns the table as plain text, the first column aligned left and the others right."""
     lines = [table.header, *table.rows, *table.summary]
     widths = [max(len(line[column]) for line in lines) for column in range(len(table.header))]
     rule = "  ".join("-" * width for width in widths)
@@ -70,7 +70,7 @@ def _text_line(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def comparison_table(comparison: Comparison) -> Table:
-    """Returns the one table of the comparison."""
+    """Returns the table of the comparison."""
     header = (
         "domain",
         "train tokens",
@@ -122,7 +122,7 @@ def _summary_cells(label: str, pair: Pair) -> tuple[str, ...]:
 
 
 def run_table(run: Run) -> Table:
-    """Returns the table of one run: per domain its training loss, held-out loss and, for a proxy, weights."""
+    """Returns the table of one run: training loss, held-out loss and, for a proxy, weights per domain."""
     names = run.domain_names()
     header = ["domain"]
     columns: list[list[str]] = []
@@ -170,7 +170,7 @@ def _run_summary(run: Run, header: Sequence[str]) -> tuple[tuple[str, ...], ...]
 
 
 def across_runs_table(labels: Sequence[str], runs: Sequence[Run]) -> Table | None:
-    """Returns the last held-out losses of several runs side by side; None with fewer than two evaluated."""
+    """Returns the last held-out losses of several runs, one column per run; None if fewer than two were evaluated."""
     shown = {label: run for label, run in zip(labels, runs, strict=True) if run.evaluations}
     evaluated = [(label, run.evaluations[-1]) for label, run in shown.items()]
     if len(evaluated) < 2:
@@ -182,8 +182,8 @@ def across_runs_table(labels: Sequence[str], runs: Sequence[Run]) -> Table | Non
         ("worst domain", *(format_loss(each.worst[1]) for _, each in evaluated)),
         ("token mean", *(format_loss(each.token_mean) for _, each in evaluated)),
         *(
-            (f"differs: {found.name}", *(found.values.get(label, NOT_MEASURED) for label in shown))
-            for found in differences(shown)
+            (f"differs: {difference.name}", *(difference.values.get(label, NOT_MEASURED) for label in shown))
+            for difference in differences(shown)
         ),
     )
     header = ("domain", *(f"{label} @{each.iteration}" for label, each in evaluated))
@@ -191,7 +191,7 @@ def across_runs_table(labels: Sequence[str], runs: Sequence[Run]) -> Table | Non
 
 
 def last_finite(values: np.ndarray) -> np.ndarray:
-    """Returns each column's last number: [lines, domains] to [domains]; NaN for a column without any."""
+    """Returns each column's last value that is not NaN: [lines, domains] to [domains]; NaN if there is none."""
     result = np.full(values.shape[1], np.nan)
     for column in range(values.shape[1]):
         present = np.flatnonzero(~np.isnan(values[:, column]))

@@ -112,7 +112,7 @@ def test_a_domain_without_held_out_text_is_left_out_and_said(runs):
     comparison = compare(MANIFEST, runs["proxy"], replace(runs["main"], evaluations=(partial,)), runs["baseline"])
     assert comparison.uniform_mean == Pair((2.75 + 5.5) / 2, (2.5 + 5.75) / 2)
     assert comparison_table(comparison).rows[2][-3:] == ("0.250", "-", "-")
-    assert any("boilerplate" in note and "left out" in note for note in comparison.notes)
+    assert any("boilerplate" in note and "excluded" in note for note in comparison.notes)
 
 
 def test_everything_that_prevents_a_comparison_is_said_at_once(runs):

@@ -16,7 +16,7 @@ import pytest
 
 from megatron_doremi.errors import ConfigError
 from megatron_doremi.reporting.assemble import unique_labels
-from megatron_doremi.reporting.differences import differences, look_alike
+from megatron_doremi.reporting.differences import differences, similar_names_note
 from megatron_doremi.reporting.runs import read_run, read_runs
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "report.py"
@@ -107,10 +107,10 @@ def test_what_an_older_run_did_not_record_is_no_difference(write_run):
 
 
 def test_names_that_look_alike_are_said():
-    assert look_alike(["Code", "code", "web", "w eb", "law"]) == (
+    assert similar_names_note(["Code", "code", "web", "w eb", "law"]) == (
         "Domain names that differ only by case or spaces: 'Code', 'code', 'web', 'w eb'."
     )
-    assert look_alike(["code", "law"]) is None
+    assert similar_names_note(["code", "law"]) is None
     # Files of two runs must not be one file where case does not count.
     assert unique_labels(["Run", "run"]) == ["Run", "run-2"]
 
