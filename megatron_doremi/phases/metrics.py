@@ -16,8 +16,8 @@ from megatron_doremi.config import GPTConfig
 from megatron_doremi.data.weights_file import SMALLEST_SHARE
 from megatron_doremi.mixture.statistics import LOSS, TARGETS
 
-# Dense bfloat16 peak of a GPU in TFLOP/s, from the vendors' data sheets, by a part of its name; the longest part that
-# a name holds counts ("NVIDIA H100 PCIe", "NVIDIA H100 80GB HBM3" is the SXM one).
+# Dense bfloat16 peak of a GPU in TFLOP/s, from the vendors' data sheets, by a part of its name. The longest matching
+# part counts: "NVIDIA H100 PCIe" has its own, "NVIDIA H100 80GB HBM3" is the SXM model.
 _PEAK_TFLOPS = {
     "H100 PCIe": 756.0,
     "H100 NVL": 835.0,
@@ -33,9 +33,10 @@ _PEAK_TFLOPS = {
 
 
 def flops_per_token(gpt: GPTConfig, seq_length: int) -> float:
-    """Floating point operations of a training step for each token: forward and twice that backward.
+    """Floating point operations per token of a training step: the forward pass, and twice as many in the backward pass.
 
-    Matrix products only, causal attention counted at its half (Chowdhery et al. 2022, appendix B).
+    Counts matrix products only, and half of the attention scores, since they are causal (as Chowdhery et al. 2022,
+    appendix B).
     """
     heads = gpt.num_attention_heads * gpt.kv_channels
     qkv = gpt.hidden_size * (gpt.num_attention_heads + 2 * gpt.num_query_groups) * gpt.kv_channels
@@ -46,9 +47,9 @@ def flops_per_token(gpt: GPTConfig, seq_length: int) -> float:
 
 
 def gpu_metrics(flops: float, seconds: float, world_size: int) -> dict[str, float]:
-    """Use of the GPUs in a step of `flops` operations; nothing where there is none.
+    """Utilization and peak memory of the GPUs in a step of `flops` operations; empty without a GPU.
 
-    `mfu` only for GPUs whose peak is known.
+    `mfu` is included only for GPUs whose peak is known.
     """
     if not torch.cuda.is_available():
         return {}
@@ -59,7 +60,7 @@ def gpu_metrics(flops: float, seconds: float, world_size: int) -> dict[str, floa
 
 
 def peak_tflops(gpu_name: str) -> float | None:
-    """Dense bfloat16 peak of a GPU in TFLOP/s by the name that CUDA gives it; None where it is not known."""
+    """Dense bfloat16 peak in TFLOP/s of a GPU by its CUDA device name; None if unknown."""
     parts = [part for part in _PEAK_TFLOPS if part in gpu_name]
     return _PEAK_TFLOPS[max(parts, key=len)] if parts else None
 
@@ -92,7 +93,7 @@ def proxy_entries(
 
 
 def rate_entries(seconds: float, tokens: int, flops: float, world_size: int) -> dict[str, float]:
-    """How fast a step of `tokens` tokens and `flops` operations was."""
+    """Time and throughput of a step of `tokens` tokens and `flops` operations over all ranks."""
     return {
         "elapsed_ms": seconds * 1e3,
         "tokens_per_second": tokens / seconds,

@@ -1,6 +1,7 @@
-"""metrics.jsonl and the TensorBoard events: files to which a run appends, and how they resume.
+"""The files that a run appends to, metrics.jsonl and TensorBoard events, and how a resumed run continues them.
 
-Both are opened once and written in place, so that a link stays a link. A record is written in full or not at all.
+Both are opened once and written in place, so that a symbolic link remains one. A record is written in full or not at
+all.
 """
 
 from __future__ import annotations
@@ -23,25 +24,28 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from megatron_doremi.storage.files import AppendFile
 
 _BLOCK = 1 << 20
-# A line of a run with thousands of domains; of a longer one only the beginning is read.
+# Longer than a line of a run with thousands of domains; only this much of a longer line is read.
 _LONGEST_LINE = 1 << 22
-# So many lines of iterations that stay show that what lies before them stays too.
+# After this many lines to keep, read from the end, everything before them is kept too.
 _ENOUGH_LINES = 64
 _ITERATION = re.compile(rb'"iteration"\s*:\s*(-?\d{1,18})(?![\d.eE])')
 
 
 class MetricsFile:
-    """metrics.jsonl: one line an entry, never a repeated iteration."""
+    """metrics.jsonl: one line per entry; a resumed run repeats no iteration."""
 
     def __init__(self, path: Path, last_iteration: float, recorded_bytes: int | None = None):
-        """Opens the file for the iterations after `last_iteration`.
+        """Opens the file to append the iterations after `last_iteration`.
 
-        Lines of later iterations, which a run wrote after its last checkpoint, and a torn last line are dropped.
-        Everything before them stays as it is, byte for byte, damaged lines included.
+        Lines of later iterations, which a run wrote after its last checkpoint, and a torn last line are removed.
+        Everything before them is kept byte for byte, including damaged lines.
 
         Args:
-            recorded_bytes: size of the file when the checkpoint was taken, where the checkpoint holds it: the file
-                is then cut there without being read, as long as the lines on both sides confirm it.
+            recorded_bytes: size of the file recorded in the checkpoint, if any: the file is truncated to it without
+                being read, provided that the lines on both sides confirm it.
+
+        Raises:
+            OSError: the file cannot be opened, read or truncated.
         """
         self._file = AppendFile(path)
         size = self._file.size()
@@ -55,10 +59,10 @@ class MetricsFile:
         return self._file.size()
 
     def write(self, entry: Mapping[str, Any]) -> None:
-        """Appends a line; floats in full precision (Python's shortest text that reads back the same).
+        """Appends a line, with floats in full precision (Python's shortest text that parses to the same float).
 
         Raises:
-            OSError: the line could not be written and is lost; the next one starts on a new line all the same.
+            OSError: the line could not be written and is lost; the next one still starts on a new line.
         """
         line = json.dumps(entry).encode() + b"\n"
         if self._torn:
@@ -69,7 +73,7 @@ class MetricsFile:
         self._torn = False
 
     def make_durable(self) -> None:
-        """Waits until what was written is on the disk."""
+        """Waits until everything written is on disk."""
         self._file.make_durable()
 
     def close(self) -> None:
@@ -81,11 +85,11 @@ class MetricsFile:
 
 
 def kept_bytes(file: AppendFile, last_iteration: float, recorded_bytes: int | None = None) -> int:
-    """How much of a metrics file stays where a run resumes after `last_iteration`; see `MetricsFile`.
+    """Returns the size in bytes to which a run that resumes after `last_iteration` truncates a metrics file.
 
-    Without a recorded size the lines are read from the end: iterations rise, so the file is cut where the fewest lines
-    contradict it, for a damaged line may give another iteration than was written. Of two such places the first is
-    taken: rather a line too few than an iteration twice.
+    Without a recorded size the lines are read from the end. Iterations increase, but a damaged line may show another
+    iteration than was written, so the file is truncated where the fewest lines contradict it. Of two such places the
+    first is used: a missing line is better than a repeated iteration.
     """
     size = file.size()
     if recorded_bytes is not None and _confirmed(file, recorded_bytes, last_iteration):
@@ -94,7 +98,7 @@ def kept_bytes(file: AppendFile, last_iteration: float, recorded_bytes: int | No
     if size and file.read(size - 1, size) != b"\n":
         end = next(_line_starts(file, size))
     kept, following = end, end
-    # Lines that contradict a cut before this line, less those that contradict a cut at the end.
+    # Lines that contradict truncation before this line, minus those that contradict truncation at the end.
     contradictions = fewest = 0
     for start in _line_starts(file, end):
         iteration = _iteration(file, start, following, last_iteration)
@@ -110,7 +114,7 @@ def kept_bytes(file: AppendFile, last_iteration: float, recorded_bytes: int | No
 
 
 def _confirmed(file: AppendFile, recorded: int, last_iteration: float) -> bool:
-    """Whether the lines before and after a recorded size are of iterations up to and after the last one."""
+    """Whether lines before the recorded size are of iterations up to the last one, and lines after it of later ones."""
     size = file.size()
     if recorded > size or (recorded and file.read(recorded - 1, recorded) != b"\n"):
         return False
@@ -124,36 +128,36 @@ def _confirmed(file: AppendFile, recorded: int, last_iteration: float) -> bool:
             break
     length = file.read(recorded, recorded + _LONGEST_LINE).find(b"\n") + 1
     if not length:
-        # Nothing but a torn line may follow.
+        # Only a torn line may follow.
         return size - recorded < _LONGEST_LINE
     after = _iteration(file, recorded, recorded + length, last_iteration)
     return after is not None and after > last_iteration
 
 
 def _line_starts(file: AppendFile, end: int) -> Iterator[int]:
-    """Where the lines before `end` begin, the last one first; the file is read in blocks, from there backward."""
+    """Yields the offsets at which the lines before `end` start, last line first; reads the file backward in blocks."""
     for high in range(end, 0, -_BLOCK):
         low = max(0, high - _BLOCK)
         block = file.read(low, high)
-        # The newline at the very end ends the last line and begins none.
-        place = block.rfind(b"\n", 0, len(block) - (high == end))
-        while place >= 0:
-            yield low + place + 1
-            place = block.rfind(b"\n", 0, place)
+        # The newline at the end ends the last line and starts none.
+        offset = block.rfind(b"\n", 0, len(block) - (high == end))
+        while offset >= 0:
+            yield low + offset + 1
+            offset = block.rfind(b"\n", 0, offset)
     if end:
         yield 0
 
 
 def _iteration(file: AppendFile, start: int, end: int, last_iteration: float) -> float | None:
-    """The iteration of the line between two places; None where it has none that can be trusted.
+    """Returns the iteration of the line between two offsets, or None if it has no reliable one.
 
-    Of a line that is damaged elsewhere the number counts where it lies past `last_iteration`, for such a line goes.
+    In a line that is damaged elsewhere, only a number above `last_iteration` counts: such a line is removed.
     """
     line = file.read(start, min(end, start + _LONGEST_LINE))
     try:
-        found = json.loads(line)["iteration"]
-        if isinstance(found, int | float) and not isinstance(found, bool) and not math.isnan(found):
-            return found
+        iteration = json.loads(line)["iteration"]
+        if isinstance(iteration, int | float) and not isinstance(iteration, bool) and not math.isnan(iteration):
+            return iteration
     except (ValueError, KeyError, TypeError, IndexError, RecursionError):
         pass
     match = _ITERATION.search(line)
@@ -162,10 +166,14 @@ def _iteration(file: AppendFile, start: int, end: int, last_iteration: float) ->
 
 
 class EventsFile:
-    """A file of TensorBoard events, written in the thread that calls: an error is raised where it happens."""
+    """A file of TensorBoard events, written by the calling thread, so that errors are raised to the caller."""
 
     def __init__(self, folder: Path, iteration: int):
-        """Starts a new file in a folder, which is made; TensorBoard drops what older files hold past `iteration`."""
+        """Creates a new file, and its folder; tells TensorBoard to ignore events after `iteration` in older files.
+
+        Raises:
+            OSError: the file cannot be created.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{time.time_ns()}"
         self._file = AppendFile(folder / name)
@@ -175,7 +183,7 @@ class EventsFile:
             self._append(Event(wall_time=time.time(), step=iteration + 1, session_log=restart))
 
     def write(self, entry: Mapping[str, Any]) -> None:
-        """Appends the numbers of a metrics line. Raises OSError where that fails; they are lost then."""
+        """Appends the numbers of a metrics line. Raises OSError if they could not be written and are lost."""
         values = []
         for key, value in entry.items():
             if isinstance(value, Mapping):

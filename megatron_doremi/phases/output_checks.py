@@ -1,4 +1,4 @@
-"""Tries at the start everything that a run will write: what cannot be written is said before any model is built."""
+"""Checks at startup that every output of a run can be written, before any model is built."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from megatron_doremi.errors import Fault, raise_if_any
 from megatron_doremi.settings import EVALUATE, PROXY, SCORE, TRAINING
 from megatron_doremi.storage.files import temporary_beside
 
-# What another path or other permissions mend; the rest (full disk, lost server) is a failure of the machine.
+# Errors that the user can fix with another path or other permissions. All others, such as a full disk or a lost file
+# server, are failures of the machine.
 USER_ERRORS = frozenset(
     {
         errno.EACCES,
@@ -29,59 +30,59 @@ USER_ERRORS = frozenset(
         errno.EROFS,
     }
 )
-# More than any file that is written as one record, so that a disk that is all but full is found.
+# Larger than any file written as one record, to detect a nearly full disk.
 _PROBE_BYTES = 1 << 16
 
 
 def check_outputs(config: Config) -> None:
-    """Tries the folders and files that the run's phase writes. Makes the folders, and leaves files as they are.
+    """Checks the folders and files that the run's phase writes. Creates the folders; files are not modified.
 
     Raises:
-        ConfigError: with every file or folder that cannot be written for a reason that the user can mend.
-        OSError: the machine fails: the disk is full, or its server does not answer.
+        ConfigError: with every file or folder that cannot be written for a reason that the user can fix.
+        OSError: a failure of the machine: the disk is full, or the file server does not respond.
     """
     faults: list[Fault] = []
     failed: list[Path] = []
-    for attempt, path, flag, rule in _attempts(config) if config.run.save else ():
+    for check, path, flag, rule in _checks(config) if config.run.save else ():
         if any(folder in path.parents for folder in failed):
             continue
         try:
-            attempt(path)
+            check(path)
         except (OSError, ValueError) as error:
             if isinstance(error, OSError) and error.errno not in USER_ERRORS:
                 raise
             value = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            remedy = "move it away, mend its permissions, or give another path"
+            remedy = "move it away, fix its permissions, or give another path"
             faults.append(Fault(f"{flag}: {path}", value, rule, remedy))
             failed.append(path)
     raise_if_any(faults)
 
 
-def _attempts(config: Config) -> Iterator[tuple[Callable[[Path], None], Path, str, str]]:
-    """(how to try it, what, whose flag, the rule) for all that the phase writes."""
+def _checks(config: Config) -> Iterator[tuple[Callable[[Path], None], Path, str, str]]:
+    """Yields (check, path, flag, rule) for each output of the phase."""
     phase, save = config.data.phase, Path(config.run.save)
-    folder, file = "a folder that can be written", "a file that can be written, or nothing"
-    yield _try_folder, save, "--save", folder
+    folder, file = "a writable folder", "a writable file, or nothing"
+    yield _check_folder, save, "--save", folder
     if phase == EVALUATE:
-        yield _try_appending, save / "evaluations.jsonl", "--save", file
+        yield _check_appended, save / "evaluations.jsonl", "--save", file
     elif phase == SCORE:
-        yield _try_folder, save / "losses", "--save", folder
-        yield _try_replacing, save / "scores.json", "--save", file
+        yield _check_folder, save / "losses", "--save", folder
+        yield _check_replaced, save / "scores.json", "--save", file
     elif phase in TRAINING:
-        yield _try_replacing, save / "config.json", "--save", file
-        yield _try_appending, save / "metrics.jsonl", "--save", file
-        yield _try_folder, save / "checkpoints", "--save", folder
-        yield _try_replacing, save / "checkpoints" / "latest", "--save", file
+        yield _check_replaced, save / "config.json", "--save", file
+        yield _check_appended, save / "metrics.jsonl", "--save", file
+        yield _check_folder, save / "checkpoints", "--save", folder
+        yield _check_replaced, save / "checkpoints" / "latest", "--save", file
         if phase == PROXY:
-            yield _try_replacing, save / "domain_weights.json", "--save", file
+            yield _check_replaced, save / "domain_weights.json", "--save", file
         if config.run.tensorboard_dir:
-            yield _try_folder, Path(config.run.tensorboard_dir), "--tensorboard-dir", folder
+            yield _check_folder, Path(config.run.tensorboard_dir), "--tensorboard-dir", folder
         else:
-            yield _try_folder, save / "tensorboard", "--save", folder
+            yield _check_folder, save / "tensorboard", "--save", folder
 
 
-def _try_folder(path: Path) -> None:
-    """Makes a folder and writes a file in it, which it removes."""
+def _check_folder(path: Path) -> None:
+    """Creates the folder, and writes and removes a file in it."""
     path.mkdir(parents=True, exist_ok=True)
     probe = temporary_beside(path / "probe")
     try:
@@ -93,17 +94,17 @@ def _try_folder(path: Path) -> None:
         probe.unlink(missing_ok=True)
 
 
-def _try_replacing(path: Path) -> None:
-    """For a file that is written under a temporary name and renamed, in a folder that was tried."""
+def _check_replaced(path: Path) -> None:
+    """Checks a file that is written under a temporary name and renamed, in a folder already checked."""
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
 
 
-def _try_appending(path: Path) -> None:
-    """For a file that is opened and written in place. The target of a link is made, where it is missing."""
+def _check_appended(path: Path) -> None:
+    """Checks a file that is opened and written in place. Creates the missing target of a symbolic link."""
     if not path.is_symlink() and not path.exists():
         return
-    # A pipe that nobody reads must not hold up the start.
+    # Without O_NONBLOCK a pipe without a reader would block here.
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     try:
         mode = os.fstat(descriptor).st_mode
