@@ -1,6 +1,6 @@
 """The log of a training run, and the sinks that it writes to. A new logger is one more `Sink` in `open_log`.
 
-Only rank 0 has sinks. One that fails warns once and ends nothing: training and the other sinks continue.
+Only rank 0 has sinks. When one fails, it warns once; training and the other sinks continue.
 """
 
 from __future__ import annotations
@@ -21,51 +21,51 @@ from megatron_doremi.phases.metrics_file import EventsFile, MetricsFile
 
 
 class Sink:
-    """One output of a run's log. A subclass overrides the methods whose events it records.
+    """One output of a run's log. A subclass overrides the methods that it needs; the others do nothing.
 
     Attributes:
-        subject: what the output is, for the warning that it cannot be written.
-        errors: what its methods raise where the output fails; anything else is a bug and ends the run.
+        subject: the output's name in the warning that it cannot be written.
+        errors: exceptions that the methods raise when the output fails; any other exception is a bug and ends the run.
     """
 
     subject: str
     errors: tuple[type[Exception], ...] = (OSError,)
 
     def write(self, entry: Mapping[str, Any]) -> None:
-        """Takes a line of metrics, of a training step or of an evaluation: numbers, and {domain: number}."""
+        """Records a line of metrics of a training step or an evaluation: {name: number, or {domain: number}}."""
 
     def step(self, entry: Mapping[str, Any] | None) -> None:
-        """A step was taken; `entry` is its line, which `write` has had, or None where the step has none."""
+        """Records the progress of one step; `entry` is its line, already passed to `write`, or None if it has none."""
 
     def show(self, entry: Mapping[str, Any]) -> None:
-        """Shows people the line of a step at the log interval."""
+        """Shows the user the line of a step at the log interval."""
 
     def say(self, text: str) -> None:
-        """Takes a message for people."""
+        """Shows the user a message."""
 
     def checkpoint_state(self) -> dict[str, Any]:
-        """What a checkpoint of this iteration records of the output, for a run that resumes from it."""
+        """Returns the output's entries in a checkpoint of this iteration, which a resumed run needs."""
         return {}
 
     def make_durable(self) -> None:
-        """Waits until what was written cannot be lost; called before a checkpoint is published, in the thread that
+        """Waits until everything written is on disk. Called before a checkpoint is published, in the thread that
         writes it."""
 
     def close(self) -> None:
-        """The run has ended."""
+        """Closes the output at the end of the run."""
 
 
 class RunLog:
-    """Metrics, messages and progress of a training run, to any number of sinks.
+    """Passes metrics, messages and progress of a training run to any number of sinks.
 
-    An entry that a sink cannot write is lost to that sink; the next entry is tried again.
+    An entry that a sink cannot write is lost for that sink; the next entry is tried again.
     """
 
     def __init__(self, sinks: Sequence[Sink], lost_to: Callable[[], str | None] = lambda: None):
         """
         Args:
-            sinks: in the order in which they are written; none on other ranks than 0.
-            lost_to: who has taken over the run's lock, if anyone: no metrics are written then.
+            sinks: in the order in which they are called; empty on all ranks but rank 0.
+            lost_to: who has taken over the run's lock, if anyone; no metrics are written from then on.
         """
         self._sinks = [(Guard(sink.subject, sink.errors), sink) for sink in sinks]
         self._lost_to = lost_to
@@ -81,22 +81,22 @@ class RunLog:
         self._each(lambda sink: sink.show(entry))
 
     def evaluation(self, entry: Mapping[str, Any]) -> None:
-        """Records an evaluation line and says its summary."""
+        """Records the line of an evaluation and shows its summary."""
         self._write(entry)
         self.say(evaluation_summary(entry))
 
     def say(self, text: str) -> None:
-        """Says a message."""
+        """Shows a message."""
         self._each(lambda sink: sink.say(text))
 
     def checkpoint_state(self) -> dict[str, Any]:
-        """What a checkpoint of this iteration records of the outputs."""
+        """Returns the sinks' entries in a checkpoint of this iteration."""
         state: dict[str, Any] = {}
         self._each(lambda sink: state.update(sink.checkpoint_state()))
         return state
 
     def make_durable(self) -> None:
-        """Waits until the metrics are on the disk: before a checkpoint of this iteration is published."""
+        """Waits until the metrics are on disk, before a checkpoint of this iteration is published."""
         self._each(lambda sink: sink.make_durable())
 
     def close(self) -> None:
@@ -114,7 +114,7 @@ class RunLog:
 
 
 class JsonLines(Sink):
-    """metrics.jsonl: a line an entry, floats in full precision, no iteration twice."""
+    """metrics.jsonl: one line per entry, floats in full precision, no repeated iteration."""
 
     def __init__(self, path: Path, iteration: int, metrics_bytes: int | None):
         """Opens the file and drops lines after `iteration`; see `MetricsFile`, also for the OSError.
