@@ -30,11 +30,10 @@ from tqdm import tqdm
 from megatron_doremi.data.indexed_dataset import dtype_for
 from megatron_doremi.data.manifest import TokenizerInfo, load_manifest, overwriting_faults, similar_names
 from megatron_doremi.errors import ConfigError, Fault, RunError, raise_if_any, run_or_exit
-from megatron_doremi.preprocessing.characters import describe_lost
-from megatron_doremi.preprocessing.cutting import BLOCK_BYTES
 from megatron_doremi.preprocessing.documents import Document
 from megatron_doremi.preprocessing.encoding import TokenizerFiles, WorkerDied, bad_lines_error, encode_all
 from megatron_doremi.preprocessing.input_options import Inputs, add_input_options, read_input_options
+from megatron_doremi.preprocessing.lost_characters import describe_lost
 from megatron_doremi.preprocessing.outputs import (
     Outputs,
     keep_tokenizer,
@@ -43,6 +42,7 @@ from megatron_doremi.preprocessing.outputs import (
     tokenizer_in,
     train_prefixes,
 )
+from megatron_doremi.preprocessing.record_blocks import BLOCK_BYTES
 from megatron_doremi.preprocessing.shards import Pair, ShardData, load_shard, run_of, save_shard, shard_folder
 from megatron_doremi.preprocessing.sources import Shard, read_blocks, read_shard, shard_bytes
 from megatron_doremi.preprocessing.tokenizer import GPT2, KINDS, SENTENCEPIECE, Tokenizer

@@ -29,9 +29,9 @@ from tqdm import tqdm
 
 from megatron_doremi.errors import ConfigError, Fault, run_or_exit
 from megatron_doremi.preprocessing.documents import Document, describe
+from megatron_doremi.preprocessing.domain_samples import DomainSamples
 from megatron_doremi.preprocessing.encoding import NAMED_BAD_LINES, bad_lines_error
 from megatron_doremi.preprocessing.input_options import Inputs, add_input_options, read_input_options
-from megatron_doremi.preprocessing.samples import DomainSamples
 from megatron_doremi.preprocessing.sources import read_blocks
 from megatron_doremi.storage.files import atomic_write_bytes, make_folder
 

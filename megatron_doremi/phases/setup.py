@@ -17,7 +17,7 @@ from megatron_doremi.checkpoint.folder import newest_checkpoint, read_state
 from megatron_doremi.checkpoint.run_config import RunConfigFile, read_run_config
 from megatron_doremi.config import Config, GPTConfig, global_batch_size, gpt_config
 from megatron_doremi.data.blend import too_short
-from megatron_doremi.data.content import content_hash
+from megatron_doremi.data.content_hash import content_hash
 from megatron_doremi.data.indexed_dataset import IndexedDataset
 from megatron_doremi.data.manifest import Domain, Manifest, load_manifest
 from megatron_doremi.data.reference_losses import ReferenceLosses

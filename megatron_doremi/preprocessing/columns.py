@@ -9,10 +9,10 @@ from pathlib import Path
 import pyarrow.types
 
 from megatron_doremi.errors import ConfigError, Fault
-from megatron_doremi.preprocessing.cutting import csv_records, cut_csv
 from megatron_doremi.preprocessing.decompression import BrokenFile, UnreadableFile, not_utf8, text_parts
 from megatron_doremi.preprocessing.inputs import CSV, PARQUET, InputFile
 from megatron_doremi.preprocessing.parquet_rows import open_parquet
+from megatron_doremi.preprocessing.record_blocks import csv_records, cut_csv
 
 
 def csv_header(path: Path, data: bytes, needed: Sequence[str]) -> tuple[str, ...]:

@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from megatron_doremi.preprocessing.cutting import BLOCK_BYTES
 from megatron_doremi.preprocessing.decompression import CUT, BrokenFile, UnreadableFile
+from megatron_doremi.preprocessing.record_blocks import BLOCK_BYTES
 
 # Rows of a row group of which the size is measured, bytes that one step of reading should have by that, and the rows
 # that it may have whatever they say.

@@ -20,7 +20,10 @@ import pyarrow
 
 from megatron_doremi.errors import RunError
 from megatron_doremi.preprocessing.columns import check_columns, csv_header
-from megatron_doremi.preprocessing.cutting import (
+from megatron_doremi.preprocessing.decompression import BrokenFile, UnreadableFile, not_utf8, text_parts
+from megatron_doremi.preprocessing.inputs import CSV, PARQUET, TEXT, InputFile
+from megatron_doremi.preprocessing.parquet_rows import open_parquet, row_batches
+from megatron_doremi.preprocessing.record_blocks import (
     ELEMENT_END,
     RECORD_BYTES,
     LongLine,
@@ -29,9 +32,6 @@ from megatron_doremi.preprocessing.cutting import (
     cut_csv,
     cut_lines,
 )
-from megatron_doremi.preprocessing.decompression import BrokenFile, UnreadableFile, not_utf8, text_parts
-from megatron_doremi.preprocessing.inputs import CSV, PARQUET, TEXT, InputFile
-from megatron_doremi.preprocessing.parquet_rows import open_parquet, row_batches
 
 # How entries of a block are called in messages.
 _UNITS = {"elements": "element", "rows": "row", "document": "document"}

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer as Tokenizers
 
 from megatron_doremi.errors import ConfigError, Fault
 from megatron_doremi.preprocessing.byte_level import agree, as_bytes, encode, gpt2_definition, ranked
-from megatron_doremi.preprocessing.characters import CharacterCheck, lost_by_cover
+from megatron_doremi.preprocessing.lost_characters import CharacterCheck, lost_by_cover
 from megatron_doremi.preprocessing.special_tokens import ENDS, sentencepiece_model, unknown_token, without_special_text
 
 SENTENCEPIECE = "SentencePieceTokenizer"

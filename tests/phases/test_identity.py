@@ -162,7 +162,7 @@ def test_metrics_of_a_refused_resume_stay(data, tmp_path):
 
 
 def test_data_that_differ_have_other_identities(tmp_path):
-    from megatron_doremi.data.content import content_hash
+    from megatron_doremi.data.content_hash import content_hash
     from megatron_doremi.data.indexed_dataset import IndexedDataset
 
     hashes = set()

@@ -18,7 +18,7 @@ import zstandard
 from input_files import compressed, lines, long_window, options, parquet, pile, put, read, records, table
 
 from megatron_doremi.errors import ConfigError, RunError
-from megatron_doremi.preprocessing import cutting, decompression
+from megatron_doremi.preprocessing import decompression, record_blocks
 from megatron_doremi.preprocessing.decompression import CUT
 from megatron_doremi.preprocessing.inputs import find_inputs
 from megatron_doremi.preprocessing.sources import read_blocks
@@ -172,7 +172,7 @@ def test_a_line_of_any_length_takes_time_in_proportion(tmp_path, monkeypatch):
         def rfind(self, *_):
             raise AssertionError("looked into the whole buffer")
 
-    monkeypatch.setattr(cutting, "bytearray", Counting, raising=False)
+    monkeypatch.setattr(record_blocks, "bytearray", Counting, raising=False)
     with gzip.open(tmp_path / "d.jsonl.gz", "wb", compresslevel=1) as file:
         file.write(b'{"text": "')
         for _ in range(30):
@@ -184,7 +184,7 @@ def test_a_line_of_any_length_takes_time_in_proportion(tmp_path, monkeypatch):
 
 
 def test_a_line_without_end_is_left_out_in_bounded_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(cutting, "RECORD_BYTES", 1 << 22)
+    monkeypatch.setattr(record_blocks, "RECORD_BYTES", 1 << 22)
     monkeypatch.setattr("megatron_doremi.preprocessing.sources.RECORD_BYTES", 1 << 22)
     bomb = zstandard.compress(RAW + b"x" * 200_000_000 + b"\n" + RAW, 1)
     path = put(tmp_path / "d.jsonl.zst", bomb)
@@ -212,7 +212,7 @@ def test_records_over_many_parts(kind, tmp_path, monkeypatch):
     data = json.dumps(rows).encode() if kind == "json" else table(rows)
     path = put(tmp_path / f"d.{kind}", data)
     monkeypatch.setattr(decompression, "_SNIFFED_BYTES", 1)
-    monkeypatch.setattr(cutting, "BLOCK_BYTES", 50)
+    monkeypatch.setattr(record_blocks, "BLOCK_BYTES", 50)
     for size in range(1, 40):
         monkeypatch.setattr(decompression, "_PLAIN_BYTES", size)
         assert read(path, "--domain-key", "domain") == ([(row["text"], row["domain"]) for row in rows], [])

@@ -29,7 +29,7 @@ from test_preprocess import DOMAINS, TOOLS, contents, documents_of, fails, jsonl
 
 from megatron_doremi.data.indexed_dataset import IndexedDataset
 from megatron_doremi.data.manifest import load_manifest
-from megatron_doremi.preprocessing import cutting, decompression, parquet_rows
+from megatron_doremi.preprocessing import decompression, parquet_rows, record_blocks
 from megatron_doremi.preprocessing.documents import share_of
 from megatron_doremi.preprocessing.sources import Shard, Text, entries, read_blocks, read_shard
 from megatron_doremi.preprocessing.tokenizer import load_tokenizer
@@ -79,7 +79,7 @@ def whole(folder):
 
 
 SMALL = [
-    (cutting, "BLOCK_BYTES", 1500),
+    (record_blocks, "BLOCK_BYTES", 1500),
     (parquet_rows, "BLOCK_BYTES", 1500),
     (decompression, "COMPRESSED_BYTES", 64),
     (decompression, "_PLAIN_BYTES", 700),

@@ -20,7 +20,7 @@ from megatron_doremi.data.indexed_dataset import IndexedDataset
 from megatron_doremi.data.manifest import load_manifest
 from megatron_doremi.errors import ConfigError
 from megatron_doremi.preprocessing.byte_level import byte_alphabet
-from megatron_doremi.preprocessing.characters import CharacterCheck, describe_lost
+from megatron_doremi.preprocessing.lost_characters import CharacterCheck, describe_lost
 from megatron_doremi.preprocessing.tokenizer import GPT2, HUGGING_FACE, SENTENCEPIECE, load_tokenizer
 
 END = "<|endoftext|>"

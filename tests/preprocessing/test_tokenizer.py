@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_doremi.errors import ConfigError
-from megatron_doremi.preprocessing.samples import DomainSamples
+from megatron_doremi.preprocessing.domain_samples import DomainSamples
 from megatron_doremi.preprocessing.tokenizer import SentencePieceTokenizer, load_tokenizer
 from megatron_doremi.storage.files import sha256_of
 

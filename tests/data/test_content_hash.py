@@ -1,13 +1,13 @@
 """Data of the same sizes and other ids are told apart by a hash of sampled blocks.
 
-Run alone: python -m pytest tests/data/test_content.py
+Run alone: python -m pytest tests/data/test_content_hash.py
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from megatron_doremi.data.content import sample_hash
+from megatron_doremi.data.content_hash import sample_hash
 from megatron_doremi.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 
 
