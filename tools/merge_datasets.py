@@ -22,7 +22,7 @@ from megatron_doremi.data.indexed_dataset import dtype_for, paths_of
 from megatron_doremi.data.manifest import load_manifest, overwriting_faults, print_warnings
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any, run_or_exit
 from megatron_doremi.preprocessing.outputs import Outputs, check_same_tokenizer, manifest_after, publish, train_prefixes
-from megatron_doremi.preprocessing.shards import SHARDS, load_shards, merge, passed_over
+from megatron_doremi.preprocessing.shards import SHARDS, ignored_folders, load_shards, merge
 from megatron_doremi.preprocessing.workspace import Workspace
 from megatron_doremi.storage.files import atomic_write_bytes, sha256_of
 
@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Checks the shards, copies them and publishes the manifest."""
     args = build_parser().parse_args()
-    for path in passed_over(args.output_dir, args.split):
+    for path in ignored_folders(args.output_dir, args.split):
         print(f"warning: {path} is not the folder of a task and is not read", file=sys.stderr)
     shards = load_shards(args.output_dir, args.split)
     source = shards[0].tokenizer

@@ -184,7 +184,7 @@ def encode_into(
         for encoded in encoded_blocks:
             part = encoded.first(most - outputs.documents)
             outputs.add(part)
-            workspace.note()
+            workspace.save_journal()
             text_bytes += part.text_bytes
             bar.set_postfix_str(f"{text_bytes / 1e6 / (time.monotonic() - began):.1f} MB/s of text", refresh=False)
             bar.update(min(encoded.progress.done, bar.total) - bar.n)
@@ -219,7 +219,7 @@ def main() -> int:
         print(f"shard {shard.index} of {shard.count} is there already")
         return 0
     texts = sample(inputs)
-    tokenizer.settle(texts)
+    tokenizer.choose_encoder(texts)
     warn_of_losses(args, tokenizer, texts)
     print(f"encoding with {tokenizer.encoder}, {tokenizer.vocab_size:,} ids, in {args.workers} processes", flush=True)
     partial = folder / f".partial-{args.split}"
@@ -298,11 +298,11 @@ def finish(
     """Publishes what is encoded. Raises ConfigError where lines were bad, or there was nothing."""
     outputs, shard = workspace.outputs, Shard(args.shard, args.num_shards)
     if outputs.bad_total and args.on_error == "fail":
-        workspace.note(now=True)
+        workspace.save_journal(now=True)
         remedy = "mend the input, or give --on-error skip --resume to leave them out; nothing is encoded again then"
         raise bad_lines_error([*outputs.bad_files, *outputs.bad], outputs.bad_total, remedy)
     if outputs.lost_share > args.max_dropped_share:
-        workspace.note(now=True)
+        workspace.save_journal(now=True)
         value = f"loses {describe_lost(outputs.lost, outputs.characters)}"
         remedy = (
             "take a tokenizer that spells unknown characters in bytes (tools/train_tokenizer.py makes such), or give "
@@ -314,7 +314,7 @@ def finish(
         workspace.remove()
         said = "; ".join(["no documents", *left_out(outputs)])
         raise ConfigError(Fault("--input", said, "text", "give files that hold documents"))
-    workspace.note(now=True)
+    workspace.save_journal(now=True)
     path = args.output_dir / "domains.json"
     info = tokenizer_in(outputs.folder, tokenizer)
     if shard.count == 1:

@@ -1,9 +1,10 @@
-"""Which window of which domain is sample n: the blend, as pure functions of a small state.
+"""The blend: which window of which domain each sample is, as pure functions of a small state.
 
-A global batch of B windows holds floor or ceil of B * q_i windows of domain i; what rounding leaves over is
-carried as a credit per domain, so that after any number of steps no domain is a whole window away from its
-share (for constant weights; tests/data/test_blend.py measures it). Weights may change between any two steps.
-Within a domain, epoch e visits all windows once in the order of a keyed permutation.
+A global batch of B windows holds floor(B * q_i) or ceil(B * q_i) windows of domain i, where q_i is its sampling
+weight. The rounding error is carried to the next step as a credit per domain, so that after any number of steps with
+constant weights every domain is less than one window away from its exact share (measured by tests/data/test_blend.py).
+Weights may change between any two steps. Each epoch visits all windows of a domain once, in the order of a keyed
+permutation.
 
 Every rank computes the same global batch and takes its slice; nothing here depends on the layout.
 """
@@ -20,25 +21,25 @@ from numpy.typing import NDArray
 from megatron_doremi.data.permutation import key_of, permute
 from megatron_doremi.errors import Fault
 
-# Below this, a part of a window is rounding.
+# Fractions of a window below this are rounding errors.
 _TOLERANCE = 1e-9
 # Batches that the tie-break looks ahead.
 _HORIZON = 64
 
 
 def window_count(num_tokens: int, seq_length: int) -> int:
-    """Windows of seq_length + 1 tokens at stride seq_length that a stream of tokens holds."""
+    """Number of windows of seq_length + 1 tokens, at stride seq_length, in a stream of num_tokens tokens."""
     return max(0, (num_tokens - 1) // seq_length)
 
 
 def too_short(name: str, prefix: object, num_tokens: int, seq_length: int) -> Fault | None:
-    """The fault of a domain that does not fill one window, empty ones included."""
+    """The fault of a domain that is too short for one window; None if it is long enough."""
     if window_count(num_tokens, seq_length) > 0:
         return None
-    what = "is empty" if num_tokens == 0 else f"has {num_tokens} tokens"
+    size = "is empty" if num_tokens == 0 else f"has {num_tokens} tokens"
     return Fault(
         f"domain {name!r} ({prefix})",
-        what,
+        size,
         f"a window takes --seq-length + 1 = {seq_length + 1} tokens",
         "give the domain more text, leave it out of the manifest, or lower --seq-length",
     )
@@ -46,12 +47,12 @@ def too_short(name: str, prefix: object, num_tokens: int, seq_length: int) -> Fa
 
 @dataclass(frozen=True)
 class BlendState:
-    """Where the blend stands, before its step `step`.
+    """The position of the blend before step `step`.
 
     Attributes:
-        step: global batches taken so far.
+        step: number of global batches consumed.
         credits: [k] windows owed to each domain, float64, sum 0.
-        cursors: [k] windows taken from each domain so far, int64, over all epochs.
+        cursors: [k] windows consumed from each domain over all epochs, int64.
     """
 
     step: int
@@ -64,14 +65,14 @@ class BlendState:
         return BlendState(0, np.zeros(num_domains), np.zeros(num_domains, dtype=np.int64))
 
     def to_dict(self, names: Sequence[str]) -> dict[str, Any]:
-        """For a checkpoint, keyed by domain; floats survive JSON exactly."""
+        """The state for a checkpoint, keyed by domain name. JSON preserves the floats exactly."""
         credits = dict(zip(names, self.credits.tolist(), strict=True))
         cursors = dict(zip(names, self.cursors.tolist(), strict=True))
         return {"step": self.step, "credits": credits, "cursors": cursors}
 
     @staticmethod
     def from_dict(entry: Mapping[str, Any], names: Sequence[str]) -> BlendState:
-        """The state that `to_dict` wrote. Raises KeyError where a domain is missing."""
+        """The state that `to_dict` wrote. Raises KeyError if a domain is missing."""
         credits = np.array([entry["credits"][name] for name in names], dtype=np.float64)
         cursors = np.array([entry["cursors"][name] for name in names], dtype=np.int64)
         return BlendState(int(entry["step"]), credits, cursors)
@@ -79,11 +80,11 @@ class BlendState:
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """The windows of one step, in the order in which ranks and micro-batches slice them.
+    """The windows of one step, in the order in which replicas and micro-batches slice them.
 
     Attributes:
-        domains: [B] number of each window's domain.
-        windows: [B] number of the window within its domain.
+        domains: [B] domain index of each window.
+        windows: [B] index of each window within its domain.
     """
 
     domains: NDArray[np.int64]
@@ -95,10 +96,10 @@ class Blend:
     """A mixture of domains.
 
     Attributes:
-        names: the domains; their names, not their places, key the order of windows.
+        names: [k] domain names. A domain's order of windows depends on its name, not on its position.
         window_counts: [k] windows in each domain's stream.
-        batch_size: windows in a global batch.
-        seed: chooses the order.
+        batch_size: windows in a global batch, B.
+        seed: selects the order of windows.
     """
 
     names: tuple[str, ...]
@@ -119,7 +120,7 @@ class Blend:
         return batch, BlendState(state.step + 1, credits, state.cursors + counts)
 
     def windows_at(self, domain: int, cursor: int, count: int) -> NDArray[np.int64]:
-        """The `count` windows of a domain from place `cursor` of its endless sequence of epochs on."""
+        """[count] windows of a domain, starting at position `cursor` of its sequence of epochs."""
         size = self.window_counts[domain]
         places = np.arange(cursor, cursor + count, dtype=np.int64)
         windows = np.empty(count, dtype=np.int64)
@@ -136,37 +137,37 @@ def quotas(
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """How many windows each domain gets in a global batch.
 
-    Each gets the whole part of its share batch_size * weight; the places left go, one each, to domains whose
-    share has a fractional part, in the order of `_most_urgent_first`. For weights that stay the same this keeps
-    every domain less than one window from its exact share at every step.
+    Each domain gets the integer part of its share batch_size * weight. The remaining windows go, one each, to domains
+    whose share has a fractional part, in the order of `_most_urgent_first`. With constant weights this keeps every
+    domain less than one window away from its exact share at every step.
 
     Args:
-        weights: [k] sampling weights, not negative, sum 1.
+        weights: [k] sampling weights, non-negative, sum 1.
         credits: [k] windows owed so far.
-        batch_size: windows to hand out.
+        batch_size: windows to distribute.
 
     Returns:
         [k] counts with sum batch_size, and [k] credits after the batch.
     """
     shares = batch_size * (weights / weights.sum())
-    # A share that is whole but for rounding (16 * 0.25 = 3.9999...) must not leave a fractional part behind.
-    whole = np.floor(shares + _TOLERANCE)
-    fractions = np.maximum(shares - whole, 0.0)
-    counts = whole.astype(np.int64)
-    left = batch_size - int(counts.sum())
-    if left:
-        counts[_most_urgent_first(credits, fractions)[:left]] += 1
+    # A share that is an integer up to rounding (16 * 0.25 = 3.9999...) must not leave a fractional part.
+    floors = np.floor(shares + _TOLERANCE)
+    fractions = np.maximum(shares - floors, 0.0)
+    counts = floors.astype(np.int64)
+    remaining = batch_size - int(counts.sum())
+    if remaining:
+        counts[_most_urgent_first(credits, fractions)[:remaining]] += 1
     return counts, credits + shares - counts
 
 
 def _most_urgent_first(credits: NDArray[np.float64], fractions: NDArray[np.float64]) -> NDArray[np.int64]:
-    """The order in which domains take the places that whole parts leave over.
+    """[k] domains in the order in which they get the windows that the integer parts leave.
 
-    This is proportionate-fair scheduling (Baruah, Cohen, Plaxton and Varvel 1996, algorithm PF): domains are
-    tasks, `left` places a batch are processors. Who would fall a whole window behind comes first, who would
-    get a whole window ahead last, and between them those whose exact share crosses a whole number sooner in
-    the batches to come. Serving the largest credit first looks as good and is not: it lets domains fall due
-    together, more of them than there are places.
+    This is proportionate-fair scheduling (Baruah, Cohen, Plaxton and Varvel 1996, algorithm PF): domains are tasks,
+    the remaining windows of a batch are processors. Domains that would fall a full window behind come first, domains
+    that would get a full window ahead come last. Between them, the domain whose exact share crosses an integer sooner
+    in the coming batches comes first. Serving the largest credit first is not enough: more domains can become due in
+    one batch than there are windows left.
     """
     owed = credits + fractions
     rank = np.where(owed >= 1.0 - _TOLERANCE, 2, np.where(owed > _TOLERANCE, 1, 0))
@@ -175,5 +176,5 @@ def _most_urgent_first(credits: NDArray[np.float64], fractions: NDArray[np.float
     ahead = np.arange(1, _HORIZON + 1)[:, None]
     crossing = np.mod(phase + fractions * ahead, 1.0) + fractions - 1.0
     signs = np.sign(np.where(np.abs(crossing) < _TOLERANCE, 0.0, crossing))
-    # lexsort's last key counts most and it is stable: ties go to the earlier domain, on every machine.
+    # lexsort sorts by its last key first and is stable: ties go to the earlier domain, on every machine.
     return np.lexsort((*(-signs[::-1]), -rank))

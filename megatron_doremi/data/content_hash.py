@@ -1,4 +1,4 @@
-"""A hash of what a data set holds, from sampled blocks: tells data from other data of the same sizes."""
+"""A hash of a data set's content, from sampled blocks: it distinguishes data sets of the same size."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from collections.abc import Sequence
 
 from megatron_doremi.data.indexed_dataset import IndexedDataset
 
-# Of a .bin file so many blocks are read, spread evenly from the first to the last; small files whole.
+# Blocks read from a .bin file, evenly spaced from the first to the last; smaller files are read in full.
 _BLOCKS = 32
 _BLOCK_BYTES = 1 << 14
 
 
 def sample_hash(dataset: IndexedDataset) -> str:
-    """SHA-256, in hex, of the ids' type, their number, and sampled blocks of them.
+    """SHA-256, in hex, of the token ids' dtype, their count, and sampled blocks of them.
 
-    Costs half a megabyte read, whatever the size. A change between the blocks goes unnoticed; `tools/inspect_data.py
-    verify` reads all.
+    Reads at most 512 KiB of any file. Changes between the sampled blocks are not detected; `tools/inspect_data.py
+    verify` reads every id.
     """
     size = dataset.num_tokens * dataset.dtype.itemsize
     digest = hashlib.sha256(f"{dataset.dtype.str} {dataset.num_tokens} ".encode())
@@ -31,6 +31,6 @@ def sample_hash(dataset: IndexedDataset) -> str:
 
 
 def content_hash(names: Sequence[str], datasets: Sequence[IndexedDataset | None]) -> str:
-    """Hash of domains' names and sampled content, in their order; a domain may lack data."""
+    """SHA-256, in hex, of the domains' names and sampled content, in order. None stands for a domain without data."""
     samples = [None if dataset is None else sample_hash(dataset) for dataset in datasets]
     return hashlib.sha256(json.dumps([list(names), samples]).encode()).hexdigest()

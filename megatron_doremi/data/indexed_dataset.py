@@ -1,9 +1,9 @@
-"""Megatron-LM's indexed datasets, byte for byte: token ids in PREFIX.bin, where they lie in PREFIX.idx.
+"""Megatron-LM's indexed datasets, byte for byte: token ids in PREFIX.bin, their index in PREFIX.idx.
 
-PREFIX.idx, little-endian: magic "MMIDIDX\\0\\0", uint64 version 1, uint8 type of ids, uint64 number of
-sequences n, uint64 number of document bounds m, n int32 lengths in tokens, n int64 offsets in bytes, m int64
-numbers of the sequence at which each document starts, the last one n. PREFIX.bin is the sequences, end to end,
-so a whole dataset is also one stream of tokens.
+PREFIX.idx, little-endian: magic "MMIDIDX\\0\\0", uint64 version 1, uint8 dtype code, uint64 number of sequences n,
+uint64 number of document bounds m, n int32 sequence lengths in tokens, n int64 sequence offsets in bytes, m int64
+document bounds: the index of each document's first sequence, and n. PREFIX.bin is the sequences, concatenated, so that
+a dataset is also one stream of tokens.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 _HEADER = struct.Struct("<9sQBQQ")
 _RISING = "rising bounds from 0 to the number of sequences"
-# Sequences of an index that is checked whole when it is opened, in parts of so many.
+# An index of at most this many sequences is checked in full when it is opened; it is read in parts.
 _CHECKED_ON_OPENING = 1 << 18
 _PART = 1 << 16
 _BYTES_AT_ONCE = 1 << 24
-# Megatron-LM's codes; 6 and 7 are floats, which are no token ids.
+# Megatron-LM's dtype codes; 6 and 7 are floats, which cannot hold token ids.
 _DTYPES: dict[int, np.dtype] = {
     code: np.dtype(name) for code, name in {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}.items()
 }
 
 
 def dtype_for(vocab_size: int) -> np.dtype:
-    """The type in which Megatron-LM stores ids of a vocabulary."""
+    """The dtype in which Megatron-LM stores the ids of a vocabulary."""
     return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
 
 
@@ -50,26 +50,26 @@ def paths_of(prefix: Path) -> tuple[Path, Path]:
 
 
 class IndexedDataset:
-    """A dataset opened for reading. Ids are read when asked for; threads may share it.
+    """A dataset opened for reading. Reads ids on demand; threads may share it.
 
     Attributes:
         prefix: path without .bin or .idx.
-        dtype: type of the stored ids.
-        sequence_lengths: [n] int32 tokens.
-        pointers: [n] int64 byte at which each sequence starts.
-        document_indices: [m] int64 number of the sequence at which each document starts; the last is n.
-        num_tokens: tokens in the whole stream.
+        dtype: dtype of the stored ids.
+        sequence_lengths: [n] int32, tokens of each sequence.
+        pointers: [n] int64, byte offset of each sequence.
+        document_indices: [m] int64, index of each document's first sequence; the last is n.
+        num_tokens: tokens in the stream.
     """
 
     def __init__(self, prefix: Path, vocab_size: int = 0):
-        """Opens and checks a pair. Raises ConfigError where it is missing, damaged or something else.
+        """Opens and checks a pair. Raises ConfigError if it is missing, damaged or in another format.
 
-        Of an index with more than 262,144 sequences only its ends are read, so that a run on any amount of data starts
-        at once; what does not line up between them is found by `check_index`, or where it is met.
+        Of an index with more than 262,144 sequences only the ends are checked, so that a run on any amount of data
+        starts at once. Inconsistencies between them are found by `check_index`, or when the entries are used.
 
         Args:
-            vocab_size: ids read have to be below this; 0: any ids. An id that no rank's part of a cut vocabulary
-                holds would not fail by itself: its embedding would be zero and its loss a plausible number.
+            vocab_size: ids have to be smaller; 0 accepts any. With a sharded vocabulary, an id outside of it would not
+                fail by itself: its embedding would be zero and its loss plausible.
         """
         self.prefix, self.vocab_size = prefix, vocab_size
         self._bin, self._idx = paths_of(prefix)
@@ -77,7 +77,7 @@ class IndexedDataset:
             self._open()
         except OSError as error:
             reason = str(error.strerror or error)
-            raise self._error(Path(error.filename or self._idx), reason, "a pair that can be read") from error
+            raise self._error(Path(error.filename or self._idx), reason, "a readable pair") from error
 
     def _open(self) -> None:
         for path in (self._bin, self._idx):
@@ -86,9 +86,9 @@ class IndexedDataset:
         self._read_index()
         expected, found = self.num_tokens * self.dtype.itemsize, self._bin.stat().st_size
         if found != expected:
-            raise self._error(self._bin, f"{found:,} bytes", f"the {expected:,} bytes that {self._idx.name} speaks of")
-        # Read, not mapped: a window is one request to the file system instead of a page fault or two with what it reads
-        # ahead, and a file that is cut off under a run is an error instead of a signal.
+            raise self._error(self._bin, f"{found:,} bytes", f"the {expected:,} bytes listed in {self._idx.name}")
+        # Read, not memory-mapped: a window costs one request to the file system instead of page faults with read-ahead,
+        # and truncating the file during a run raises an error instead of SIGBUS.
         self._file = self._bin.open("rb", buffering=0)
 
     def _error(self, path: Path, value: str, rule: str, remedy: str = "copy the pair again") -> ConfigError:
@@ -99,7 +99,7 @@ class IndexedDataset:
         with self._idx.open("rb") as file:
             head = file.read(_HEADER.size)
         if len(head) < _HEADER.size or head[:9] != MAGIC:
-            raise self._error(self._idx, "no index", "a file that starts with MMIDIDX, as Megatron-LM writes it")
+            raise self._error(self._idx, "not an index", "a file that starts with MMIDIDX, as Megatron-LM writes it")
         _, version, code, sequences, bounds = _HEADER.unpack(head)
         if version != VERSION:
             raise self._error(self._idx, f"version {version}", f"version {VERSION}")
@@ -117,26 +117,24 @@ class IndexedDataset:
             raise self._error(self._idx, "documents out of order", _RISING)
         end = int(self.pointers[-1]) + int(self.sequence_lengths[-1]) * self.dtype.itemsize if sequences else 0
         self.num_tokens = end // self.dtype.itemsize
-        # What is longer is read where it is used, and as a whole by tools/inspect_data.py: a run starts at once.
+        # Longer indexes are read on demand, and in full by tools/inspect_data.py, so that a run starts at once.
         if sequences <= _CHECKED_ON_OPENING:
             self.check_index()
         if end < 0 or end % self.dtype.itemsize:
-            raise self._error(self._idx, f"an end at byte {end:,}", "sequences that lie end to end")
+            raise self._error(self._idx, f"an end at byte {end:,}", "contiguous sequences")
 
     def check_index(self) -> None:
-        """Reads the whole index, a part at a time. Raises ConfigError where sequences or documents do not line up."""
+        """Checks the full index, part by part. Raises ConfigError if sequences or documents are inconsistent."""
         tokens = bound = 0
         with self._idx.open("rb") as file:
             for first, count in _parts(self.num_sequences):
                 lengths = _read(file, 4 * first, "<i4", count)
                 pointers = _read(file, 4 * self.num_sequences + 8 * first, "<i8", count)
                 if lengths.min() < 0:
-                    raise self._error(
-                        self._idx, f"a sequence of {lengths.min()} tokens", "lengths that are not negative"
-                    )
+                    raise self._error(self._idx, f"a sequence of {lengths.min()} tokens", "non-negative lengths")
                 ends = tokens + np.cumsum(lengths, dtype=np.int64)
                 if not np.array_equal(pointers, (ends - lengths) * self.dtype.itemsize):
-                    raise self._error(self._idx, "offsets with gaps or overlaps", "sequences that lie end to end")
+                    raise self._error(self._idx, "offsets with gaps or overlaps", "contiguous sequences")
                 tokens = int(ends[-1])
             for first, count in _parts(len(self.document_indices)):
                 documents = _read(file, 12 * self.num_sequences + 8 * first, "<i8", count)
@@ -153,11 +151,7 @@ class IndexedDataset:
         return len(self.document_indices) - 1
 
     def tokens(self, start: int, count: int) -> NDArray[np.int64]:
-        """`count` tokens of the stream from token `start` on, int64.
-
-        Raises:
-            ConfigError: an id is outside the vocabulary.
-        """
+        """[count] tokens of the stream, starting at token `start`, int64. Raises ConfigError for an invalid id."""
         assert 0 <= start <= start + count <= self.num_tokens, (self.prefix, start, count, self.num_tokens)
         size = self.dtype.itemsize
         data = b"".join(self.read_bytes(start * size, count * size))
@@ -165,21 +159,21 @@ class IndexedDataset:
         if self.vocab_size and count and not 0 <= ids.min() <= ids.max() < self.vocab_size:
             place = start + int(np.argmax((ids < 0) | (ids >= self.vocab_size)))
             value = f"id {ids[place - start]} at token {place:,}"
-            rule, remedy = f"ids below the vocabulary's size, {self.vocab_size:,}", "give the --vocab-size of these ids"
+            rule, remedy = f"ids below the vocabulary size, {self.vocab_size:,}", "give the --vocab-size of these ids"
             raise self._error(self._bin, value, rule, remedy)
         return ids
 
     def read_bytes(self, start: int, count: int) -> Iterator[bytes]:
-        """`count` bytes of the ids from byte `start` on, in parts. Raises ConfigError where the file is shorter."""
+        """`count` bytes of the ids, starting at byte `start`, in parts. Raises ConfigError if the file is shorter."""
         while count:
             data = os.pread(self._file.fileno(), min(count, _BYTES_AT_ONCE), start)
             if not data:
-                raise self._error(self._bin, f"ends at byte {start:,}", "the size that it had at the start")
+                raise self._error(self._bin, f"ends at byte {start:,}", "the size that it had when it was opened")
             yield data
             start, count = start + len(data), count - len(data)
 
     def document(self, number: int) -> NDArray[np.int64]:
-        """The tokens of a document, all its sequences end to end, int64."""
+        """The tokens of a document, its sequences concatenated, int64."""
         first, last = (int(bound) for bound in self.document_indices[number : number + 2])
         if not 0 <= first <= last <= self.num_sequences:
             raise self._error(self._idx, f"document {number:,} from sequence {first:,} to {last:,}", _RISING)
@@ -189,25 +183,25 @@ class IndexedDataset:
         count = int(self.sequence_lengths[first:last].sum(dtype=np.int64))
         if not 0 <= start <= start + count <= self.num_tokens:
             value = f"document {number:,} from token {start:,} to {start + count:,}"
-            raise self._error(self._idx, value, f"places in the {self.num_tokens:,} tokens of the pair")
+            raise self._error(self._idx, value, f"bounds within the {self.num_tokens:,} tokens of the pair")
         return self.tokens(start, count)
 
 
 def _parts(size: int) -> Iterator[tuple[int, int]]:
-    """(first, count) of each part of `size` entries."""
+    """(first, count) of each part when `size` entries are read in parts."""
     for first in range(0, size, _PART):
         yield first, min(_PART, size - first)
 
 
-def _read(file: BinaryIO, place: int, dtype: str, count: int) -> NDArray:
-    """Entries from byte `place` after the header on; read, not mapped, so that they do not stay in memory."""
-    file.seek(_HEADER.size + place)
+def _read(file: BinaryIO, offset: int, dtype: str, count: int) -> NDArray:
+    """[count] entries at a byte offset after the header; read, not memory-mapped, so that they do not stay resident."""
+    file.seek(_HEADER.size + offset)
     return np.fromfile(file, dtype, count)
 
 
 @dataclass(frozen=True)
-class Written:
-    """How much of a pair is written."""
+class WrittenSize:
+    """How much of a pair has been written."""
 
     tokens: int = 0
     sequences: int = 0
@@ -215,24 +209,25 @@ class Written:
 
 
 class IndexedDatasetWriter:
-    """Writes a pair document by document; nothing stands under the final names before `publish`.
+    """Writes a pair document by document. The final names do not exist before `publish`.
 
-    A context manager: left without an exception it finalizes, else it removes what it wrote. Whoever writes
-    several pairs that belong together prepares all of them before it publishes the first.
+    As a context manager it calls `finalize`, or removes its files after an exception. To publish several pairs
+    together, call `prepare` on all of them before the first `publish`.
 
-    Lengths and bounds wait in files of their own for the index, so that a writer takes no memory, however many
-    documents there are, and can go on where an earlier one was killed.
+    Lengths and bounds are kept in temporary files until the index is written, so that memory use does not grow with
+    the number of documents, and a later writer can resume where an earlier one was killed.
     """
 
-    def __init__(self, prefix: Path, dtype: np.dtype, partial: Path | None = None, written: Written | None = None):
-        """Starts a pair, or goes on with one.
+    def __init__(self, prefix: Path, dtype: np.dtype, partial: Path | None = None, written: WrittenSize | None = None):
+        """Starts a pair, or resumes one.
 
         Args:
-            partial: prefix of the unfinished files, on the same file system; None: hidden ones beside the final ones.
-            written: where an earlier writer with the same `partial` stood; what it wrote after that is cut off.
+            partial: prefix of the unfinished files, on the same file system; None: hidden files next to the final ones.
+            written: the size at which to resume the files of an earlier writer with the same `partial`; anything that
+                it wrote after that is discarded.
 
         Raises:
-            OSError: among others where the earlier files are missing or shorter than `written` says.
+            OSError: the disk fails, or the earlier files are missing or shorter than `written`.
         """
         self._bin, self._idx = paths_of(prefix)
         partial = partial or temporary_beside(prefix)
@@ -241,7 +236,7 @@ class IndexedDatasetWriter:
         )
         self._code = next(code for code, known in _DTYPES.items() if known == dtype)
         self.dtype = dtype
-        self.written = written or Written()
+        self.written = written or WrittenSize()
         self._prepared = False
         sizes = (self.written.tokens * dtype.itemsize, 4 * self.written.sequences, 8 * self.written.documents)
         self._files = [
@@ -255,7 +250,7 @@ class IndexedDatasetWriter:
         return self.written.tokens
 
     def add_document(self, *sequences: NDArray | Sequence[int]) -> None:
-        """Appends a document of one or several sequences of token ids."""
+        """Appends a document of one or more sequences of token ids."""
         arrays = [np.asarray(sequence) for sequence in sequences]
         limits = np.iinfo(self.dtype)
         for ids in arrays:
@@ -268,16 +263,16 @@ class IndexedDatasetWriter:
         """Appends documents of one sequence each.
 
         Args:
-            ids: all their tokens, end to end, in the type of this pair.
-            lengths: [documents] tokens of each.
+            ids: the concatenated tokens of all documents, in this pair's dtype.
+            lengths: [documents] tokens of each document.
         """
-        assert ids.dtype == self.dtype, "ids in the pair's type"
-        assert len(ids) == lengths.sum(), "lengths that fit"
+        assert ids.dtype == self.dtype, "ids must have the pair's dtype"
+        assert len(ids) == lengths.sum(), "lengths must add up to the number of ids"
         self._append(ids.tobytes(), lengths, np.arange(1, len(lengths) + 1, dtype="<i8"))
 
     def add_dataset(self, dataset: IndexedDataset) -> Iterator[int]:
-        """Appends another pair of the same type, some megabytes at a time; yields the bytes of each."""
-        assert dataset.dtype == self.dtype, "pairs of one type"
+        """Appends another pair of the same dtype, a few megabytes at a time; yields the bytes of each step."""
+        assert dataset.dtype == self.dtype, "pairs must have one dtype"
         for first, count in _parts(dataset.num_documents):
             bounds = dataset.document_indices[first : first + count + 1]
             lengths = dataset.sequence_lengths[int(bounds[0]) : int(bounds[-1])]
@@ -289,23 +284,25 @@ class IndexedDatasetWriter:
             self._append(b"", lengths, bounds[1:] - bounds[0], size // self.dtype.itemsize)
 
     def _append(self, data: bytes, lengths: NDArray, ends: NDArray, tokens: int = 0) -> None:
-        """Appends sequences and, for each document, the number of its last sequence's successor among them."""
+        """Appends sequences and, for each document, the end of its range among these sequences."""
         before = self.written
         for file, part in zip(
-            self._files, (data, _as(lengths, "<i4"), _as(ends + before.sequences, "<i8")), strict=True
+            self._files, (data, _packed(lengths, "<i4"), _packed(ends + before.sequences, "<i8")), strict=True
         ):
             file.write(part)
         tokens += len(data) // self.dtype.itemsize
-        self.written = Written(before.tokens + tokens, before.sequences + len(lengths), before.documents + len(ends))
+        self.written = WrittenSize(
+            before.tokens + tokens, before.sequences + len(lengths), before.documents + len(ends)
+        )
 
-    def flush(self) -> Written:
-        """Hands all to the operating system; returns what there is."""
+    def flush(self) -> WrittenSize:
+        """Flushes Python's buffers to the operating system; returns how much has been written."""
         for file in self._files:
             file.flush()
         return self.written
 
     def sync(self) -> None:
-        """Makes what was flushed durable; another thread may write on."""
+        """Makes the flushed data durable; another thread may continue to write."""
         for file in self._files:
             os.fsync(file.fileno())
 
@@ -315,7 +312,7 @@ class IndexedDatasetWriter:
         self.publish()
 
     def prepare(self) -> None:
-        """Completes both files under their temporary names, durably: what can fail on a full disk."""
+        """Completes both files under their temporary names, durably. All steps that can fill the disk happen here."""
         for file in self._files:
             _sync_and_close(file)
         sequences, documents = self.written.sequences, self.written.documents
@@ -326,7 +323,7 @@ class IndexedDatasetWriter:
             for first, count in _parts(sequences):
                 lengths.seek(4 * first)
                 ends = end + np.cumsum(np.frombuffer(lengths.read(4 * count), "<i4"), dtype=np.int64)
-                file.write(_as(np.concatenate([[end], ends[:-1]]) * self.dtype.itemsize, "<i8"))
+                file.write(_packed(np.concatenate([[end], ends[:-1]]) * self.dtype.itemsize, "<i8"))
                 end = int(ends[-1])
             file.write(struct.pack("<q", 0))
             shutil.copyfileobj(bounds, file)
@@ -334,25 +331,25 @@ class IndexedDatasetWriter:
         self._prepared = True
 
     def move_to(self, prefix: Path) -> None:
-        """Changes the prefix under which the pair will be published."""
+        """Changes the prefix of the published pair."""
         self._bin, self._idx = paths_of(prefix)
 
     def publish(self) -> None:
-        """Gives both files their final names, the ids before the index that speaks of them."""
-        assert self._prepared, "prepare comes first"
+        """Gives both files their final names: first the ids, then the index that refers to them."""
+        assert self._prepared, "call prepare first"
         self._ids.replace(self._bin)
         self._index.replace(self._idx)
         self._lengths.unlink()
         self._bounds.unlink()
 
     def close(self) -> None:
-        """Closes the unfinished files, for a later writer to go on with."""
+        """Closes the unfinished files; a later writer may resume them."""
         for file in self._files:
-            with contextlib.suppress(OSError):  # a full disk, on which the last bytes cannot be flushed
+            with contextlib.suppress(OSError):  # on a full disk the last bytes cannot be flushed
                 file.close()
 
     def abort(self) -> None:
-        """Removes what was written."""
+        """Removes the unfinished files."""
         self.close()
         for path in (self._ids, self._lengths, self._bounds, self._index):
             path.unlink(missing_ok=True)
@@ -374,7 +371,7 @@ class IndexedDatasetWriter:
 
 
 def _open_at(path: Path, size: int | None) -> BinaryIO:
-    """A new file, or an earlier one cut to a size that it has at least."""
+    """A new file; or an earlier file, truncated to `size`. Raises OSError if it is shorter."""
     if size is None:
         return path.open("wb")
     file = path.open("r+b")
@@ -386,7 +383,7 @@ def _open_at(path: Path, size: int | None) -> BinaryIO:
     return file
 
 
-def _as(values: NDArray, dtype: str) -> bytes:
+def _packed(values: NDArray, dtype: str) -> bytes:
     return values.astype(dtype, copy=False).tobytes()
 
 

@@ -1,7 +1,7 @@
-"""The domains of a data set as a file.
+"""The manifest of a data set, domains.json: its domains, their files and sizes, and the tokenizer.
 
-The manifest `domains.json` gives domains their order, which is the order of every vector in this program, and
-binds them to a tokenizer. weights_file.py has weights over them, prefix_list.py Megatron-LM's lists.
+The order of the domains in the manifest is the order of every per-domain vector in this program. Related files:
+weights_file.py reads weights over the domains, prefix_list.py reads Megatron-LM's lists.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pydantic_core import PydanticCustomError
 
 from megatron_doremi.console import warn
 from megatron_doremi.data.indexed_dataset import IndexedDataset
-from megatron_doremi.data.prefix_list import Listed, is_split_lists, pair_identity, read_split_lists, read_words
+from megatron_doremi.data.prefix_list import ListedDomain, is_split_lists, pair_identity, read_split_lists, read_words
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any
 from megatron_doremi.storage.files import atomic_write_text, read_json_object
 from megatron_doremi.storage.formats import Count, Name, PathText, Positive, Schema, Sha256, check_entry, format_fault
@@ -32,7 +32,7 @@ _REMEDY = "make the manifest with tools/preprocess_data.py"
 
 
 class TokenizerEntry(Schema):
-    """A tokenizer in a file of this program."""
+    """The tokenizer's entry in a JSON file of this program."""
 
     type: Name
     file: PathText
@@ -49,7 +49,7 @@ class TokenizerEntry(Schema):
 
 
 class DomainEntry(Schema):
-    """A domain of a manifest."""
+    """A domain's entry in domains.json."""
 
     name: Name
     train: PathText
@@ -60,7 +60,7 @@ class DomainEntry(Schema):
 
 
 class ManifestEntry(Schema):
-    """domains.json."""
+    """The content of domains.json."""
 
     FORMAT: ClassVar[str] = MANIFEST_FORMAT
     tokenizer: TokenizerEntry | None = None
@@ -69,11 +69,12 @@ class ManifestEntry(Schema):
 
 @dataclass(frozen=True)
 class Domain:
-    """A domain and where its indexed data lies.
+    """A domain and its indexed data.
 
     Attributes:
-        train, valid: prefixes of .bin and .idx pairs; valid is None where nothing is held out.
-        tokens, documents, bytes: size of the train split (bytes of UTF-8 text; of ids where the text is not known).
+        train, valid: prefixes of the .bin/.idx pairs; valid is None if the domain has no held-out data.
+        tokens, documents, bytes: size of the train split. `bytes` counts UTF-8 text, or the ids if the size of the
+            text is unknown (Megatron-LM's lists).
     """
 
     name: str
@@ -86,14 +87,14 @@ class Domain:
 
 @dataclass(frozen=True)
 class TokenizerInfo:
-    """The tokenizer that made the ids.
+    """The tokenizer that encoded the data.
 
     Attributes:
-        type: Megatron-LM's name of its kind.
-        file: path of its model.
+        type: Megatron-LM's name of the tokenizer type.
+        file: path of the tokenizer's model.
         sha256: of that file, in hex.
-        vocab_size: ids are below this.
-        eod: id that ends a document.
+        vocab_size: number of ids; every id is smaller.
+        eod: id of the end-of-document token.
     """
 
     type: str
@@ -105,11 +106,11 @@ class TokenizerInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Domains in their order.
+    """The domains of a data set, in order.
 
     Attributes:
-        given_weights: weights that came with the domains (Megatron-LM's list), as given; None in a domains.json.
-        warnings: what is legal and most likely a mistake; the programs print it.
+        given_weights: [k] weights as given in Megatron-LM's list, not normalized; None for a domains.json.
+        warnings: legal content that is probably a mistake, one message each; the programs print them.
     """
 
     domains: tuple[Domain, ...]
@@ -123,12 +124,12 @@ class Manifest:
         return tuple(domain.name for domain in self.domains)
 
     def natural_weights(self) -> NDArray[np.float64]:
-        """[k] shares by token count, sum 1."""
+        """[k] shares of the token counts, sum 1."""
         tokens = np.array([domain.tokens for domain in self.domains], dtype=np.float64)
         return tokens / tokens.sum()
 
     def fingerprint(self) -> str:
-        """A hash of what a run's data is: names in their order, sizes, tokenizer. Not of where it lies."""
+        """SHA-256, in hex, of the data's identity: names in order, sizes, tokenizer. Independent of file paths."""
         sizes = [[d.name, d.tokens, d.documents, d.bytes] for d in self.domains]
         entry = [sizes, self.tokenizer.sha256 if self.tokenizer else None]
         return hashlib.sha256(json.dumps(entry).encode()).hexdigest()
@@ -137,10 +138,10 @@ class Manifest:
 def load_manifest(path: Path) -> Manifest:
     """Reads a manifest: domains.json, or one of Megatron-LM's lists (prefix_list.py).
 
-    The latter name no tokenizer; sizes are read from the indexed data.
+    A list names no tokenizer; its domains' sizes are read from the indexed data.
 
     Raises:
-        ConfigError: with every fault of the file; two domains with the same data are one.
+        ConfigError: with all faults of the file. Two domains that share data are a fault.
     """
     subject = f"manifest {path}"
     try:
@@ -156,14 +157,14 @@ def load_manifest(path: Path) -> Manifest:
     folder = path.parent
     domains = tuple(
         Domain(
-            each.name,
-            folder / each.train,
-            None if each.valid is None else folder / each.valid,
-            each.tokens,
-            each.documents,
-            each.bytes,
+            domain.name,
+            folder / domain.train,
+            None if domain.valid is None else folder / domain.valid,
+            domain.tokens,
+            domain.documents,
+            domain.bytes,
         )
-        for each in checked.domains
+        for domain in checked.domains
     )
     tokenizer = None if checked.tokenizer is None else tokenizer_info(checked.tokenizer, folder)
     manifest = _checked(Manifest(domains, tokenizer, path), subject)
@@ -173,45 +174,45 @@ def load_manifest(path: Path) -> Manifest:
 
 
 def overwriting_faults(path: Path) -> list[Fault]:
-    """A fault where a manifest would be written over a file that is none, such as a list of domains of that name."""
+    """A fault if writing a manifest at `path` would overwrite something else, such as a list of that name."""
     subject, remedy = str(path), "move that file, or give another folder"
     if not os.path.lexists(path):
         return []
     try:
         fault = format_fault(read_json_object(path, subject), subject, ManifestEntry, remedy)
     except ConfigError:
-        fault = Fault(subject, "a folder or another file is there", "a path for the manifest", remedy)
+        fault = Fault(subject, "a folder or another file of that name exists", "a path for the manifest", remedy)
     return [] if fault is None else [fault]
 
 
 def tokenizer_info(entry: TokenizerEntry, folder: Path) -> TokenizerInfo:
-    """A tokenizer of a file that lies in `folder`."""
+    """The tokenizer of a JSON file in `folder`; its path is relative to that folder."""
     return TokenizerInfo(entry.type, folder / entry.file, entry.sha256, entry.vocab_size, entry.eod)
 
 
-def _from_list(path: Path, listed: Sequence[Listed], warnings: Sequence[str]) -> Manifest:
+def _from_list(path: Path, listed: Sequence[ListedDomain], warnings: Sequence[str]) -> Manifest:
     faults: list[Fault] = []
     domains: list[Domain] = []
-    for each in listed:
+    for domain in listed:
         try:
-            dataset = IndexedDataset(each.train)
+            dataset = IndexedDataset(domain.train)
         except ConfigError as error:
             faults += error.faults
             continue
         size = dataset.num_tokens
         bytes_of_ids = size * dataset.dtype.itemsize
-        domains.append(Domain(each.name, dataset.prefix, each.valid, size, dataset.num_documents, bytes_of_ids))
+        domains.append(Domain(domain.name, dataset.prefix, domain.valid, size, dataset.num_documents, bytes_of_ids))
     raise_if_any(faults)
-    weights = tuple(each.weight for each in listed if each.weight is not None)
+    weights = tuple(domain.weight for domain in listed if domain.weight is not None)
     return Manifest(tuple(domains), None, path, weights or None, tuple(warnings))
 
 
 def _checked(manifest: Manifest, subject: str) -> Manifest:
-    """Refuses names and data that two domains share; adds what looks like a mistake to the warnings."""
+    """Refuses duplicate names and shared data; adds warnings about probable mistakes."""
     faults = []
     warnings = list(manifest.warnings)
-    twice = {name for name in manifest.names if manifest.names.count(name) > 1}
-    faults += [Fault(subject, f"two domains {name!r}", "a name for each domain", _REMEDY) for name in sorted(twice)]
+    duplicates = {name for name in manifest.names if manifest.names.count(name) > 1}
+    faults += [Fault(subject, f"two domains {name!r}", "unique names", _REMEDY) for name in sorted(duplicates)]
     owners: dict[tuple[str, Hashable], Domain] = {}
     for domain in manifest.domains:
         for split, prefix in (("train", domain.train), ("valid", domain.valid)):
@@ -220,12 +221,12 @@ def _checked(manifest: Manifest, subject: str) -> Manifest:
             owner = owners.setdefault((split, pair_identity(prefix)), domain)
             if owner is not domain:
                 value = f"{owner.name!r} and {domain.name!r} have the same {split} data, {prefix}"
-                faults.append(Fault(subject, value, "data of its own for each domain", "give each prefix once"))
+                faults.append(Fault(subject, value, "separate data for each domain", "give each prefix once"))
     for (split, identity), domain in owners.items():
         trained = owners.get(("train", identity)) if split == "valid" else None
         if trained is not None:
             warnings.append(
-                f"{subject}: the held-out data of {domain.name!r} is the train data of {trained.name!r}, "
+                f"{subject}: the held-out data of {domain.name!r} is the training data of {trained.name!r}, "
                 f"so its held-out loss is a training loss"
             )
     for names in similar_names(manifest.names):
@@ -243,13 +244,13 @@ def similar_names(names: Iterable[str]) -> list[list[str]]:
 
 
 def print_warnings(manifest: Manifest) -> None:
-    """Prints a manifest's warnings on stderr."""
+    """Prints a manifest's warnings to stderr."""
     for warning in manifest.warnings:
         warn(warning)
 
 
 def save_manifest(manifest: Manifest) -> None:
-    """Writes a manifest at its path, prefixes relative to it."""
+    """Writes a manifest to its path; prefixes become relative to its folder."""
     folder = manifest.path.parent
 
     def relative(path: Path) -> str:

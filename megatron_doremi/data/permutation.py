@@ -1,8 +1,8 @@
-"""Keyed permutations of 0..n-1 in closed form: no index to build, to store or to share between processes.
+"""Keyed permutations of 0..n-1 in closed form: there is no index to build, store or share between processes.
 
-A balanced Feistel network permutes the smallest even number of bits that holds n values; values that land
-outside are walked on until they land inside (cycle walking: at most 4 walks expected, and vectorized over the
-positions that are asked for). Integer arithmetic only, so that every machine computes the same order.
+A balanced Feistel network permutes the smallest even number of bits that holds n values. Results outside the range
+are permuted again until they fall inside (cycle walking, Black and Rogaway 2002; at most 4 passes expected). Integer
+arithmetic only, so that every machine computes the same order.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ _ROUNDS = 6
 
 
 def key_of(*parts: object) -> int:
-    """A 64-bit key from a seed and whatever tells permutations apart (domain, epoch, step)."""
+    """A 64-bit key from the seed and the values that identify a permutation (domain, epoch, step)."""
     text = "/".join(str(part) for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
 
 def permute(positions: NDArray[np.int64], size: int, key: int) -> NDArray[np.int64]:
-    """Where a keyed permutation of 0..size-1 puts each position.
+    """The images of positions under a keyed permutation of 0..size-1.
 
     Args:
         positions: [n] values in 0..size-1.
         size: length of the permutation, at least 1.
-        key: 64 bits that choose the permutation.
+        key: 64 bits that select the permutation.
 
     Returns:
-        [n] values in 0..size-1, different for different positions.
+        [n] values in 0..size-1, distinct for distinct positions.
     """
     assert size >= 1
     assert positions.size == 0 or (positions.min() >= 0 and positions.max() < size)
@@ -44,7 +44,7 @@ def permute(positions: NDArray[np.int64], size: int, key: int) -> NDArray[np.int
 
 
 def _feistel(values: NDArray[np.uint64], half: int, key: int) -> NDArray[np.uint64]:
-    """One pass of the network over 2 * half bits."""
+    """One pass of the Feistel network over 2 * half bits."""
     bits, mask = np.uint64(half), np.uint64((1 << half) - 1)
     left, right = values >> bits, values & mask
     for number in range(_ROUNDS):

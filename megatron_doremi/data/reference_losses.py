@@ -1,11 +1,11 @@
-"""Token losses of a reference on disk, by (domain, window): written once by --phase score, read by many proxies.
+"""A reference's token losses on disk, by (domain, window): written once by --phase score, read by many proxies.
 
-    DIR/scores.json                       what was scored: reference, precision, tokenizer, data, sequence length
+    DIR/scores.json                       identity: reference, precision, tokenizer, data, sequence length
     DIR/losses/0003/000012.safetensors    a chunk of 4096 windows of domain 3; see reference_loss_file.py
 
-A chunk's file appears by one rename and holds whatever was asked for so far; scoring more windows later adds to it.
-Tasks that score different chunks share nothing but the folder, so any number of them may work at once; those that
-add to the same chunk take turns.
+A chunk's file is written atomically and holds the windows scored so far; scoring more windows later adds to it. Tasks
+that score different chunks share only the folder, so any number of them may run at once; tasks that add to the same
+chunk take turns.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from megatron_doremi.errors import ConfigError, Fault, raise_if_any
 from megatron_doremi.storage.files import atomic_write_text, make_folder, read_json_object, temporary_beside
 from megatron_doremi.storage.formats import Count, Name, Positive, Schema, Sha256, check_entry
 
-_OWN_FOLDER = "score this data with this reference into a folder of its own"
+_OWN_FOLDER = "score this data with this reference into a separate folder"
 _OPEN_FILES = 128
 _THREADS = 8
-_FILES_A_TURN = 256
+_FILES_AT_ONCE = 256
 _SHOWN_FILES = 10
 
 
 class ScoresFile(Schema):
-    """scores.json. Keys with a default are missing from folders of version 0.1, which are read all the same."""
+    """The content of scores.json. Keys with a default are missing in folders of version 0.1, which are still read."""
 
     FORMAT: ClassVar[str] = "megatron-doremi-scores/2"
     OLDER_FORMATS: ClassVar[tuple[str, ...]] = ("megatron-doremi-scores/1",)
@@ -57,15 +57,15 @@ class ScoresFile(Schema):
 
     @property
     def old(self) -> bool:
-        """Whether version 0.1 wrote the folder, in float16."""
+        """Whether version 0.1 wrote the folder; its losses are float16."""
         return self.format != self.FORMAT
 
 
 def read_scores_file(folder: Path, flag: str) -> tuple[ScoresFile, dict[str, Any]]:
-    """scores.json of a folder, checked, and all that it holds.
+    """Reads the scores.json of a folder: validated, and as a plain JSON object.
 
     Raises:
-        ConfigError: with every fault of the file; a newer version's is refused as such.
+        ConfigError: with all faults of the file; a file of a newer version is reported as such.
     """
     subject = f"{flag} {folder}: scores.json"
     entry = read_json_object(folder / "scores.json", subject)
@@ -76,7 +76,7 @@ def read_scores_file(folder: Path, flag: str) -> tuple[ScoresFile, dict[str, Any
 
 
 def differences(entry: Mapping[str, Any], expected: Mapping[str, Any], subject: str) -> list[Fault]:
-    """A fault for each value of `expected` that is another in scores.json; what an older version left out fits."""
+    """A fault for each value in scores.json that differs from `expected`. Ignores keys that older versions lack."""
     return [
         Fault(subject, f"{key} {str(entry[key])[:60]}", f"{key} {str(value)[:60]}", _OWN_FOLDER)
         for key, value in expected.items()
@@ -85,13 +85,13 @@ def differences(entry: Mapping[str, Any], expected: Mapping[str, Any], subject: 
 
 
 class ReferenceLossFolder:
-    """A folder that --phase score writes to; several tasks may share it."""
+    """The output folder of --phase score; several tasks may share it."""
 
     def __init__(self, folder: Path, fingerprint: Mapping[str, Any]):
-        """Starts the folder, or checks that what is in it was scored by the same reference on the same data.
+        """Creates the folder, or checks that its losses are of the same reference and data.
 
         Raises:
-            ConfigError: it holds losses of something else, or of an older format.
+            ConfigError: it holds losses of another reference or data set, or in an older format.
         """
         self.folder = folder
         self._text = json.dumps({"format": ScoresFile.FORMAT, **fingerprint}, indent=2) + "\n"
@@ -108,21 +108,21 @@ class ReferenceLossFolder:
             value, rule = f"format {checked.format}, which is read only", f"format {ScoresFile.FORMAT}"
             faults.append(Fault(subject, value, rule, "score into a new folder; proxies still read this one"))
         if faults and not any(self.folder.glob("losses/*/*.safetensors")):
-            # A start that recorded nothing does not keep the folder for its reference.
+            # A start that recorded no losses does not reserve the folder for its reference.
             atomic_write_text(self.folder / "scores.json", self._text)
             return
         raise_if_any(faults)
         self._text = (self.folder / "scores.json").read_text(encoding="utf-8")
 
     def add(self, domain: int, chunk: int, windows: NDArray[np.int64], losses: NDArray[np.floating]) -> None:
-        """Records windows of a chunk; see `add_windows`. Raises ConfigError where another reference took the folder."""
+        """Records windows of a chunk; see `add_windows`. Raises ConfigError if another reference took the folder."""
         if (self.folder / "scores.json").read_text(encoding="utf-8") != self._text:
-            value, rule = "scores.json has changed", "one reference and data set a folder"
+            value, rule = "scores.json has changed", "one reference and data set per folder"
             raise ConfigError(Fault(f"--save {self.folder}", value, rule, _OWN_FOLDER))
         add_windows(self.folder, domain, chunk, windows, losses)
 
     def missing(self, domain: int, chunk: int, wanted: int) -> int:
-        """Those of the wanted windows of a chunk (bits) that are not recorded yet."""
+        """The windows of a chunk, among `wanted`, that are not recorded yet. Both are bits; see `LossFile.bits`."""
         file = LossFile.open(self.folder, domain, chunk, self.seq_length)
         if file is None:
             return wanted
@@ -131,7 +131,7 @@ class ReferenceLossFolder:
 
 
 def _create(path: Path, text: str) -> bool:
-    """Writes a file that is not there yet; of several that try only one does. Returns whether it did."""
+    """Creates a file unless it exists; of several concurrent calls one succeeds. Returns whether this one did."""
     if path.exists():
         return False
     temporary = temporary_beside(path)
@@ -150,21 +150,21 @@ def _create(path: Path, text: str) -> bool:
 
 
 class ReferenceLosses:
-    """The losses of a folder, read row by row as they are asked for; for one thread.
+    """The losses of a folder, read row by row on demand. Not thread-safe.
 
     Attributes:
-        scores_file: its scores.json.
+        scores_file: the folder's scores.json.
     """
 
     def __init__(self, folder: Path, names: Sequence[str], expected: Mapping[str, Any]):
         """Reads scores.json.
 
         Args:
-            names: of the domains, for messages.
-            expected: what the losses have to be of; see `differences`.
+            names: the domains' names, for messages.
+            expected: the required values of scores.json; see `differences`.
 
         Raises:
-            ConfigError: with every difference.
+            ConfigError: with all differences.
         """
         self.folder, self.names = folder, names
         self.scores_file, entry = read_scores_file(folder, "--reference-losses")
@@ -172,11 +172,11 @@ class ReferenceLosses:
         self._open: OrderedDict[tuple[int, int], LossFile] = OrderedDict()
 
     def losses(self, domains: NDArray[np.int64], windows: NDArray[np.int64]) -> Tensor:
-        """[batch, seq] losses in nats, float32.
+        """[batch, seq] losses in nats, float32, of [batch] windows.
 
         Raises:
             ConfigError: a window was never scored, or its row is damaged.
-            RunError: a file cannot be read any more.
+            RunError: a file can no longer be read.
         """
         rows = np.zeros((len(domains), self.scores_file.seq_length), np.float32)
         for row, domain, window in zip(rows, domains.tolist(), windows.tolist(), strict=True):
@@ -188,7 +188,7 @@ class ReferenceLosses:
         return torch.from_numpy(rows)
 
     def _file(self, domain: int, chunk: int) -> LossFile | None:
-        """An open file of a chunk; the least recently used one is closed where too many are open."""
+        """The open file of a chunk, from a cache that closes the least recently used file when it is full."""
         file = self._open.pop((domain, chunk), None) or self._opened(domain, chunk)
         if file is not None:
             self._open[domain, chunk] = file
@@ -202,35 +202,35 @@ class ReferenceLosses:
     def check(
         self, needed: Iterable[Chunks], progress: Callable[[int, int], None] = lambda domain, files: None
     ) -> list[Fault]:
-        """Checks that windows are recorded, by the headers of their files; rows are checked as they are read.
+        """Checks that windows are recorded, by the headers of their files; each row is checked when it is read.
 
         Args:
             needed: the windows of each domain.
-            progress: called with a domain and the number of its files looked at since the last call.
+            progress: called with a domain and the number of its files checked since the last call.
 
         Returns:
-            a fault for each domain of which windows are missing, and for each damaged file, the first ten of them.
+            A fault for each domain with missing windows, and for each damaged file, at most ten of these.
         """
         faults: list[Fault] = []
-        broken: list[Fault] = []
-        # Threads: what a file costs on a shared file system is a wait.
-        with ThreadPoolExecutor(_THREADS, thread_name_prefix="recorded") as pool:
+        file_faults: list[Fault] = []
+        # Threads: opening a file on a shared file system is mostly waiting.
+        with ThreadPoolExecutor(_THREADS, thread_name_prefix="reference losses") as pool:
             for domain, chunks in enumerate(needed):
-                count, first = 0, -1
-                look = functools.partial(self._missing, domain)
-                while turn := list(itertools.islice(chunks, _FILES_A_TURN)):
-                    for (chunk, _), (missing, found) in zip(turn, pool.map(look, turn), strict=True):
-                        broken += found
-                        count += missing.bit_count()
-                        if missing and first < 0:
-                            first = chunk * CHUNK_WINDOWS + (missing & -missing).bit_length() - 1
-                    progress(domain, len(turn))
-                if count:
-                    faults.append(self._fault(domain, first, count))
-        return [*faults, *broken[:_SHOWN_FILES]]
+                missing_count, first_missing = 0, -1
+                check_chunk = functools.partial(self._missing, domain)
+                while group := list(itertools.islice(chunks, _FILES_AT_ONCE)):
+                    for (chunk, _), (missing, chunk_faults) in zip(group, pool.map(check_chunk, group), strict=True):
+                        file_faults += chunk_faults
+                        missing_count += missing.bit_count()
+                        if missing and first_missing < 0:
+                            first_missing = chunk * CHUNK_WINDOWS + (missing & -missing).bit_length() - 1
+                    progress(domain, len(group))
+                if missing_count:
+                    faults.append(self._fault(domain, first_missing, missing_count))
+        return [*faults, *file_faults[:_SHOWN_FILES]]
 
     def _missing(self, domain: int, item: tuple[int, int]) -> tuple[int, Sequence[Fault]]:
-        """Those of a chunk's windows that are not recorded (bits), and what is wrong with its file."""
+        """The windows of a chunk that are not recorded (bits), and the faults of its file."""
         chunk, wanted = item
         try:
             file = self._opened(domain, chunk)
@@ -242,11 +242,11 @@ class ReferenceLosses:
             return wanted & ~file.bits, ()
 
     def _fault(self, domain: int, window: int, count: int) -> Fault:
-        """The fault of windows that were never scored."""
-        some = f"{count:,} windows of domain {self.names[domain]!r} are missing, the first is window {window:,}"
+        """The fault of `count` windows that were never scored; `window` is the first."""
+        several = f"{count:,} windows of domain {self.names[domain]!r} are missing, the first is window {window:,}"
         return Fault(
             f"--reference-losses {self.folder}",
-            some if count > 1 else f"window {window:,} of domain {self.names[domain]!r} is missing",
+            several if count > 1 else f"window {window:,} of domain {self.names[domain]!r} is missing",
             "the losses of every window that the proxy reads",
             "run --phase score with the proxy's --seed, --train-iters and --global-batch-size, or for all windows",
         )

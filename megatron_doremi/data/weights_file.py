@@ -1,5 +1,4 @@
-"""Weights over the domains of a manifest as a file. Kept by name and matched by name: a weight never lands on another
-domain."""
+"""Files of domain weights. Weights are stored and matched by domain name, never by position."""
 
 from __future__ import annotations
 
@@ -19,27 +18,27 @@ from megatron_doremi.storage.files import atomic_write_text, read_json_object
 from megatron_doremi.storage.formats import Count, Name, Schema, check_entry, format_fault
 
 WEIGHTS_FORMAT = "megatron-doremi-weights/1"
-# A smaller share is a window in 10^12, and soon nothing but a rounding of the others.
+# A smaller share is less than one window in 10^12 and vanishes in the rounding of the others.
 SMALLEST_SHARE = 1e-12
 _REMEDY = "leave a domain out of the manifest to train without it"
 Weight = Annotated[float, Field(gt=0.0, lt=LARGEST_WEIGHT)]
 
 
 class BareWeights(Schema):
-    """Weights by name: what each of the forms below holds."""
+    """Weights by domain name, the common part of all file formats below."""
 
     weights: dict[Name, Weight]
 
 
 class Provenance(Schema):
-    """How weights were learned, as far as it is checked; the rest of it is for people."""
+    """The fields of `provenance` that the program reads; the others are for people."""
 
     steps: Count | None = None
     train_iters: Count | None = None
 
 
 class WeightsEntry(BareWeights):
-    """domain_weights.json."""
+    """The content of domain_weights.json."""
 
     FORMAT: ClassVar[str] = WEIGHTS_FORMAT
     tokenizer_sha256: str | None = None
@@ -49,7 +48,7 @@ class WeightsEntry(BareWeights):
 def save_weights(
     path: Path, weights: Mapping[str, float], tokenizer_sha256: str | None, provenance: Mapping[str, Any]
 ) -> None:
-    """Writes domain weights with what they were learned from; floats in full precision."""
+    """Writes domain weights and their provenance; floats in full precision."""
     entry = {
         "format": WEIGHTS_FORMAT,
         "weights": dict(weights),
@@ -62,22 +61,22 @@ def save_weights(
 def load_weights(
     path: Path, manifest: Manifest, allow_tokenizer_mismatch: bool, allow_unfinished: bool = True
 ) -> NDArray[np.float64]:
-    """Reads weights for the manifest's domains, in its order, normalized.
+    """Reads [k] weights for the manifest's domains, in its order, normalized to sum 1.
 
-    Takes this program's file, a bare {name: weight}, and {"train_domain_weights": {name: weight}, ...}, the
-    form of the DoReMi authors' repository.
+    Accepts this program's file, a bare {name: weight}, and the format of the DoReMi authors' repository,
+    {"train_domain_weights": {name: weight}, ...}.
 
     Args:
-        allow_tokenizer_mismatch: take weights that were learned with another tokenizer.
-        allow_unfinished: take weights of a proxy that has not taken all of its steps.
+        allow_tokenizer_mismatch: accept weights that were learned with another tokenizer.
+        allow_unfinished: accept weights of a proxy that has not finished all of its steps.
 
     Raises:
-        ConfigError: with every fault, names that are unknown or missing and another tokenizer among them.
+        ConfigError: with all faults, including unknown or missing names and another tokenizer.
     """
     subject = f"--domain-weights {path}"
     entry = read_json_object(path, subject)
     faults: list[Fault] = []
-    # A domain may be called "format".
+    # A domain may be named "format"; its value is then a number.
     if "format" in entry and not isinstance(entry["format"], int | float):
         raise_if_any([fault for fault in [format_fault(entry, subject, WeightsEntry, "give a weights file")] if fault])
         faults += _tokenizer_faults(subject, entry.get("tokenizer_sha256"), manifest, allow_tokenizer_mismatch)
@@ -102,19 +101,19 @@ def _unfinished_faults(subject: str, provenance: Provenance) -> list[Fault]:
     steps, planned = provenance.steps, provenance.train_iters
     if steps is None or planned is None or steps >= planned:
         return []
-    remedy = "run the proxy to its end, or give --allow-unfinished to take the mean so far"
+    remedy = "run the proxy to its end, or give --allow-unfinished to use the mean so far"
     return [Fault(subject, f"the mean of {steps:,} of the proxy's {planned:,} steps", "a finished proxy", remedy)]
 
 
 def positive_shares(
-    what: str, manifest: Manifest, weights: Sequence[float] | NDArray[np.float64]
+    subject: str, manifest: Manifest, weights: Sequence[float] | NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """[k] positive weights, normalized. Raises ConfigError where one all but vanishes beside the others."""
+    """[k] positive weights, normalized to sum 1. Raises ConfigError if one is below `SMALLEST_SHARE`."""
     shares = np.array(weights) / np.sum(weights)
     raise_if_any(
         [
             Fault(
-                what,
+                subject,
                 f"{name!r}: a share of {share:.1e}",
                 f"shares of at least {SMALLEST_SHARE}",
                 _REMEDY,
@@ -126,16 +125,16 @@ def positive_shares(
     return shares
 
 
-def _tokenizer_faults(what: str, sha256: Any, manifest: Manifest, allowed: bool) -> list[Fault]:
+def _tokenizer_faults(subject: str, sha256: Any, manifest: Manifest, allowed: bool) -> list[Fault]:
     ours = manifest.tokenizer.sha256 if manifest.tokenizer else None
     if allowed or sha256 == ours:
         return []
     return [
         Fault(
-            what,
+            subject,
             f"learned with tokenizer {str(sha256)[:12]}",
             f"the manifest's tokenizer, {str(ours)[:12]}",
-            "learn the weights with this tokenizer (they do not carry over), or give --allow-tokenizer-mismatch",
+            "learn weights with this tokenizer (they do not transfer), or give --allow-tokenizer-mismatch",
         )
     ]
 

@@ -40,14 +40,14 @@ def byte_alphabet() -> dict[str, int]:
 
 
 def encode(core: tiktoken.Encoding, text: str) -> NDArray[np.int32]:
-    """Ids of a text by a core of `ranked`. Raises ValueError where a run of spaces is too long for the regex engine."""
-    # For a long text the way that is slower by a third, but raises where the other one panics.
+    """Ids of a text, int32. Raises ValueError if a run of spaces is too long for tiktoken's regex engine."""
+    # On a long text encode_ordinary may panic; encode is slower by a third, but raises.
     ids = core.encode_ordinary(text) if len(text) < _LONG else core.encode(text, disallowed_special=())
-    # The quickest way from a list of numbers to an array.
+    # The fastest way from a list of integers to an array.
     return np.frombuffer(struct.pack(f"={len(ids)}i", *ids), np.int32)
 
 
-def ranked(tokenizer: Tokenizer, definition: dict[str, Any]) -> tiktoken.Encoding | None:
+def tiktoken_core(tokenizer: Tokenizer, definition: dict[str, Any]) -> tiktoken.Encoding | None:
     """The tiktoken core of a tokenizer, or None where it is not known to give the same ids.
 
     The ids themselves serve as ranks, so they have to rise with the merges, as they do where the merges were learned.
@@ -122,7 +122,7 @@ def same_classes(pattern: str) -> bool:
     return True
 
 
-def agree(core: tiktoken.Encoding, tokenizer: Tokenizer, texts: list[str]) -> bool:
+def same_encoding(core: tiktoken.Encoding, tokenizer: Tokenizer, texts: list[str]) -> bool:
     """Whether both know the same classes of characters and encode all texts alike."""
     if not same_classes(core._pat_str):
         return False

@@ -12,7 +12,7 @@ from megatron_doremi.errors import ConfigError, Fault
 from megatron_doremi.preprocessing.decompression import BrokenFile, UnreadableFile, not_utf8, text_parts
 from megatron_doremi.preprocessing.inputs import CSV, PARQUET, InputFile
 from megatron_doremi.preprocessing.parquet_rows import open_parquet
-from megatron_doremi.preprocessing.record_blocks import csv_records, cut_csv
+from megatron_doremi.preprocessing.record_blocks import csv_blocks, csv_records
 
 
 def csv_header(path: Path, data: bytes, needed: Sequence[str]) -> tuple[str, ...]:
@@ -49,7 +49,7 @@ def check_text_column(source: InputFile, text_key: str, needed: Sequence[str]) -
     try:
         if source.kind == CSV:
             with source.path.open("rb") as raw:
-                header = next(cut_csv(text_parts(raw, source.path)), b"")
+                header = next(csv_blocks(text_parts(raw, source.path)), b"")
             if header:
                 csv_header(source.path, header, needed)
         if source.kind != PARQUET:

@@ -39,7 +39,7 @@ _FOREIGN = {
     b"PK\x03\x04": "a zip archive: unpack it",
     b"PAR1": "Parquet: name it *.parquet",
 }
-CUT = "the file breaks off here"
+TRUNCATED = "the file breaks off here"
 
 
 class BrokenFile(Exception):
@@ -116,7 +116,7 @@ def _gzip_members(raw: BinaryIO) -> Iterator[bytes]:
         try:
             part = stream.read1(COMPRESSED_BYTES)
         except EOFError:
-            raise BrokenFile(CUT) from None
+            raise BrokenFile(TRUNCATED) from None
         except (zlib.error, gzip.BadGzipFile) as error:
             raise BrokenFile(f"the file is damaged from here on (gzip: {error})") from error
         if not part:
@@ -143,7 +143,7 @@ def _zstandard_frames(raw: BinaryIO) -> Iterator[bytes]:
                 if part:
                     yield part
     if not fresh:
-        raise BrokenFile(CUT)
+        raise BrokenFile(TRUNCATED)
 
 
 def _zstandard_fault(error: Exception) -> BrokenFile:

@@ -55,7 +55,7 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedBlock:
     """What a worker makes of a block.
 
     Attributes:
@@ -90,7 +90,7 @@ class Encoded:
         """Bytes of their text."""
         return sum(int(chunk.sizes.sum()) for chunk in self.chunks.values())
 
-    def first(self, count: int) -> Encoded:
+    def first(self, count: int) -> EncodedBlock:
         """The first `count` documents."""
         cut = {key: chunk.before(count) for key, chunk in self.chunks.items()}
         return replace(self, chunks={key: chunk for key, chunk in cut.items() if len(chunk.lengths)})
@@ -108,7 +108,7 @@ class Encoder:
     reader: DocumentReader
     append_eod: bool
 
-    def encode(self, block: Block, progress: Progress) -> Encoded:
+    def encode(self, block: Block, progress: Progress) -> EncodedBlock:
         """Parses and encodes a block."""
         documents: list[Document] = []
         bad: list[str] = []
@@ -136,7 +136,7 @@ class Encoder:
         for place, document in enumerate(documents):
             places.setdefault((document.domain, document.split), []).append(place)
         chunks = {key: self._chunk(documents, ids, chosen) for key, chosen in places.items()}
-        return Encoded(chunks, bad, bad_total, progress, tuple(bad_files), empty, tuple(slow), characters, lost)
+        return EncodedBlock(chunks, bad, bad_total, progress, tuple(bad_files), empty, tuple(slow), characters, lost)
 
     def _chunk(self, documents: list[Document], ids: list[NDArray[np.int32]], places: list[int]) -> Chunk:
         end = [np.array([self.tokenizer.eod], dtype=np.int32)] if self.append_eod else []
@@ -188,7 +188,7 @@ def _leave_with_parent() -> None:
         os._exit(1)
 
 
-def _encode(block: Block, progress: Progress) -> Encoded:
+def _encode(block: Block, progress: Progress) -> EncodedBlock:
     return _worker[0].encode(block, progress)
 
 
@@ -199,8 +199,8 @@ def encode_all(
     reader: DocumentReader,
     append_eod: bool,
     workers: int,
-) -> Generator[Encoded, None, None]:
-    """Encoded blocks in their order; a few a worker are under way at a time.
+) -> Generator[EncodedBlock, None, None]:
+    """EncodedBlock blocks in their order; a few a worker are under way at a time.
 
     Raises:
         WorkerDied: the machine killed a worker.
@@ -209,10 +209,10 @@ def encode_all(
     context = multiprocessing.get_context("spawn")
     settings = (files, fast, reader, append_eod)
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=settings)
-    under_way: deque[tuple[Future[Encoded], int]] = deque()
+    under_way: deque[tuple[Future[EncodedBlock], int]] = deque()
     slow: Counter[str] = Counter()
 
-    def oldest() -> Encoded:
+    def oldest() -> EncodedBlock:
         encoded = under_way.popleft()[0].result()
         count_timeouts(slow, encoded.slow)
         return encoded

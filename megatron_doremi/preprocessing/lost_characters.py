@@ -11,7 +11,7 @@ _SHOWN = 5
 class CharacterCheck:
     """Counts characters that a tokenizer loses, by what it makes of each character alone. Spaces are not counted.
 
-    For tokenizers whose pieces are made of characters. Of one that knows whole words `lost_by_cover` tells.
+    For tokenizers whose pieces are made of characters. Of one that knows whole words `uncovered_characters` tells.
     """
 
     def __init__(self, encode: Callable[[str], Sequence[int]], decode: Callable[[Sequence[int]], str], unknown: int):
@@ -55,7 +55,7 @@ class CharacterCheck:
         return counts
 
 
-def lost_by_cover(text: str, tokens: Sequence[tuple[int, tuple[int, int]]], unknown: int) -> Counter[str]:
+def uncovered_characters(text: str, tokens: Sequence[tuple[int, tuple[int, int]]], unknown: int) -> Counter[str]:
     """The characters of a text, spaces apart, that no known token covers.
 
     Args:

@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from megatron_doremi.data.indexed_dataset import IndexedDatasetWriter, Written, paths_of
+from megatron_doremi.data.indexed_dataset import IndexedDatasetWriter, WrittenSize, paths_of
 from megatron_doremi.data.manifest import Domain, Manifest, TokenizerInfo, load_manifest, save_manifest
 from megatron_doremi.errors import ConfigError, Fault
 from megatron_doremi.open_files import open_files_limit
-from megatron_doremi.preprocessing.encoding import NAMED_BAD_LINES, Encoded
+from megatron_doremi.preprocessing.encoding import NAMED_BAD_LINES, EncodedBlock
 from megatron_doremi.preprocessing.tokenizer import Tokenizer
 from megatron_doremi.storage.files import atomic_write_bytes
 
@@ -71,7 +71,7 @@ class Outputs:
     characters: int = 0
     lost: Counter[str] = field(default_factory=Counter)
 
-    def add(self, encoded: Encoded) -> None:
+    def add(self, encoded: EncodedBlock) -> None:
         """Appends a block."""
         self.bad_total += encoded.bad_total
         self.bad += encoded.bad[: NAMED_BAD_LINES - len(self.bad)]
@@ -146,7 +146,7 @@ class Outputs:
         """Opens the pairs of a snapshot, cut to what it says. Raises OSError where they are not there any more."""
         for pair in entry["pairs"]:
             prefix = self.folder / pair["prefix"]
-            written = Written(pair["tokens"], pair["sequences"], pair["documents"])
+            written = WrittenSize(pair["tokens"], pair["sequences"], pair["documents"])
             writer = IndexedDatasetWriter(prefix, self.dtype, self.partial / prefix.name, written)
             self.by_key[pair["domain"], pair["split"]] = Output(writer, prefix, written.documents, pair["bytes"])
         self.bad, self.bad_total, self.blocks = list(entry["bad"]), entry["bad_total"], entry["blocks"]

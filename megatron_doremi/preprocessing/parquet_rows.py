@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from megatron_doremi.preprocessing.decompression import CUT, BrokenFile, UnreadableFile
+from megatron_doremi.preprocessing.decompression import TRUNCATED, BrokenFile, UnreadableFile
 from megatron_doremi.preprocessing.record_blocks import BLOCK_BYTES
 
 # Rows of a row group of which the size is measured, bytes that one step of reading should have by that, and the rows
@@ -42,7 +42,7 @@ def _fault(error: Exception) -> Exception:
         return error
     said = " ".join(str(error).split())
     cut = "magic bytes" in said or "smaller than" in said or "too small" in said or "size is" in said
-    return BrokenFile(f"{CUT}: its footer is missing" if cut else f"{CUT} (Parquet: {said[:200]})")
+    return BrokenFile(f"{TRUNCATED}: its footer is missing" if cut else f"{TRUNCATED} (Parquet: {said[:200]})")
 
 
 def row_batches(file: pyarrow.parquet.ParquetFile, columns: Sequence[str]) -> Iterator[pyarrow.RecordBatch]:
@@ -59,7 +59,7 @@ def row_batches(file: pyarrow.parquet.ParquetFile, columns: Sequence[str]) -> It
         rows += step.num_rows if step is not None else 0
         if step is None and fault is None and rows != file.metadata.num_rows:
             # The library trusts the numbers of a damaged footer.
-            fault = BrokenFile(f"{CUT} (Parquet: it holds {rows:,} of {file.metadata.num_rows:,} rows)")
+            fault = BrokenFile(f"{TRUNCATED} (Parquet: it holds {rows:,} of {file.metadata.num_rows:,} rows)")
         for batch in _cut(step) if step is not None else ():
             if held and size + batch.nbytes > BLOCK_BYTES:
                 yield pyarrow.concat_batches(held)

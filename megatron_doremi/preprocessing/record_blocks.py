@@ -11,7 +11,7 @@ import io
 import re
 from collections.abc import Iterable, Iterator
 
-from megatron_doremi.preprocessing.decompression import CUT, BrokenFile
+from megatron_doremi.preprocessing.decompression import TRUNCATED, BrokenFile
 
 # Of a block: enough to hide its way to a worker and back.
 BLOCK_BYTES = 1 << 21
@@ -40,7 +40,7 @@ def _and_end(parts: Iterator[bytes]) -> Iterator[tuple[bytes, BrokenFile | None]
             return
 
 
-def cut_lines(parts: Iterator[bytes]) -> Iterator[bytes | LongLine]:
+def line_blocks(parts: Iterator[bytes]) -> Iterator[bytes | LongLine]:
     """Blocks of whole lines. Raises BrokenFile where `parts` does: nobody knows how the last line continued."""
     buffer, end, too_long = bytearray(), 0, False
     for part, fault in _and_end(parts):
@@ -74,7 +74,7 @@ def _take(buffer: bytearray, end: int) -> bytes:
     return data
 
 
-def cut_array(parts: Iterator[bytes]) -> Iterator[bytes]:
+def element_blocks(parts: Iterator[bytes]) -> Iterator[bytes]:
     """Blocks of the elements of one JSON array, each ended by `ELEMENT_END`.
 
     The elements themselves are not looked into: brackets and strings are followed, and the rest is left to those who
@@ -90,7 +90,7 @@ def cut_array(parts: Iterator[bytes]) -> Iterator[bytes]:
         if fault is not None:
             raise fault
     if not scanner.closed:
-        raise BrokenFile(f"{CUT}: its array is not closed")
+        raise BrokenFile(f"{TRUNCATED}: its array is not closed")
     if scanner.more:
         raise BrokenFile("text follows the end of the array")
 
@@ -164,7 +164,7 @@ class _ArrayScanner:
         self.end = after
 
 
-def cut_csv(parts: Iterator[bytes]) -> Iterator[bytes]:
+def csv_blocks(parts: Iterator[bytes]) -> Iterator[bytes]:
     """The header's record, then blocks of whole records. Raises BrokenFile where `parts` does."""
     held: list[bytes] = []
     size, header = 0, True

@@ -153,7 +153,7 @@ def shard_folders(output_dir: Path, split: str) -> list[Path]:
     return sorted(path for path in folders if pattern.fullmatch(path.name) and path.is_dir())
 
 
-def passed_over(output_dir: Path, split: str) -> list[Path]:
+def ignored_folders(output_dir: Path, split: str) -> list[Path]:
     """What lies beside the folders of the tasks under names that only resemble theirs."""
     known = set(shard_folders(output_dir, split))
     return sorted(path for path in (output_dir / SHARDS).glob(f"*{split}-*-of-*") if path not in known)

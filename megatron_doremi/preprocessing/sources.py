@@ -27,10 +27,10 @@ from megatron_doremi.preprocessing.record_blocks import (
     ELEMENT_END,
     RECORD_BYTES,
     LongLine,
+    csv_blocks,
     csv_records,
-    cut_array,
-    cut_csv,
-    cut_lines,
+    element_blocks,
+    line_blocks,
 )
 
 # How entries of a block are called in messages.
@@ -82,7 +82,7 @@ class Block:
     domain: str | None = None
 
     @property
-    def following(self) -> int:
+    def next_number(self) -> int:
         """The number of the line after the last one."""
         if isinstance(self.data, bytes):
             return self.first + self.data.count(ELEMENT_END if self.kind == "elements" else b"\n")
@@ -146,13 +146,13 @@ def _read_text(source: InputFile, needed: Sequence[str]) -> Iterator[Block]:
             if source.kind == TEXT:
                 kind, cuts = "document", _one(parts)
             elif source.kind == CSV:
-                kind, cuts = "records", cut_csv(parts)
+                kind, cuts = "records", csv_blocks(parts)
                 header = csv_header(path, next(cuts, b""), needed) if head else ()
                 number += 1
             elif source.may_be_array and head.lstrip()[:1] == b"[":
-                kind, cuts = "elements", cut_array(parts)
+                kind, cuts = "elements", element_blocks(parts)
             else:
-                cuts = cut_lines(parts)
+                cuts = line_blocks(parts)
             for cut in cuts:
                 if isinstance(cut, LongLine):
                     said = f"longer than {RECORD_BYTES >> 20} MiB"
@@ -160,7 +160,7 @@ def _read_text(source: InputFile, needed: Sequence[str]) -> Iterator[Block]:
                     number += 1
                     continue
                 block = Block(str(path), number, cut, raw.tell(), kind=kind, header=header)
-                number = block.following
+                number = block.next_number
                 yield block
         except BrokenFile as error:
             unreadable = isinstance(error, UnreadableFile)
@@ -225,9 +225,9 @@ def entries(block: Block) -> Iterator[tuple[int, Any]]:
     elif block.data:
         yield block.first, _text(block.data)
     if block.broken or block.problem:
-        place = "" if block.unreadable else block.place(block.following)
+        place = "" if block.unreadable else block.place(block.next_number)
         said = block.problem or "the file breaks off here"
-        yield block.following, BadFile(said, place) if block.broken else BadLine(said)
+        yield block.next_number, BadFile(said, place) if block.broken else BadLine(said)
 
 
 def _parsed(line: bytes) -> Any:

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer as Tokenizers
 
 from megatron_doremi.errors import ConfigError, Fault
-from megatron_doremi.preprocessing.byte_level import agree, as_bytes, encode, gpt2_definition, ranked
-from megatron_doremi.preprocessing.lost_characters import CharacterCheck, lost_by_cover
+from megatron_doremi.preprocessing.byte_level import as_bytes, encode, gpt2_definition, same_encoding, tiktoken_core
+from megatron_doremi.preprocessing.lost_characters import CharacterCheck, uncovered_characters
 from megatron_doremi.preprocessing.special_tokens import ENDS, sentencepiece_model, unknown_token, without_special_text
 
 SENTENCEPIECE = "SentencePieceTokenizer"
@@ -36,7 +36,7 @@ class SentencePieceTokenizer:
         vocab_size: ids are below this.
         eod: id that ends a document (the model's end-of-sentence piece).
         encoder: what does the work.
-        keeps_all: whether no character of any text can be lost.
+        lossless: whether no character of any text can be lost.
     """
 
     type = SENTENCEPIECE
@@ -56,7 +56,7 @@ class SentencePieceTokenizer:
         try:
             self.data = file.read_bytes()
             self._decoder = sentencepiece.SentencePieceProcessor(model_proto=self.data)
-            text_alone, self.keeps_all = sentencepiece_model(self.data, allow_special=False)
+            text_alone, self.lossless = sentencepiece_model(self.data, allow_special=False)
             encoder = sentencepiece_model(self.data, allow_special=True)[0] if allow_special else text_alone
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=encoder)
         except (OSError, RuntimeError, DecodeError) as error:
@@ -69,7 +69,7 @@ class SentencePieceTokenizer:
         self.sha256 = hashlib.sha256(self.data).hexdigest()
         self._check: CharacterCheck | None = None
 
-    def settle(self, texts: list[str]) -> None:
+    def choose_encoder(self, texts: list[str]) -> None:
         """Nothing to choose: there is one encoder."""
 
     def encode(self, text: str) -> NDArray[np.int32]:
@@ -88,7 +88,7 @@ class SentencePieceTokenizer:
 
     def lost_characters(self, texts: list[str]) -> Counter[str]:
         """How often texts hold each character that is dropped or unknown."""
-        if self.keeps_all:
+        if self.lossless:
             return Counter()
         self._check = self._check or CharacterCheck(self._processor.encode, self.decode, self._processor.unk_id())
         return self._check.lost_in(texts)
@@ -151,7 +151,7 @@ class HuggingFaceTokenizer:
         self._slow.encode_special_tokens = not allow_special
         self.sha256 = hashlib.sha256(data).hexdigest()
         use_fast = fast and not allow_special
-        self.fast: tiktoken.Encoding | None = ranked(self._slow, text_alone) if use_fast else None
+        self.fast: tiktoken.Encoding | None = tiktoken_core(self._slow, text_alone) if use_fast else None
         self._model = definition["model"]
         self._unknown = vocab.get(unknown_token(self._model) or "", -1)
         self._check: CharacterCheck | None = None
@@ -175,13 +175,13 @@ class HuggingFaceTokenizer:
         return "tiktoken" if self.fast else "tokenizers"
 
     @property
-    def keeps_all(self) -> bool:
+    def lossless(self) -> bool:
         """Whether no character of any text can be lost: tiktoken's core knows all bytes and changes nothing."""
         return self.fast is not None
 
-    def settle(self, texts: list[str]) -> None:
+    def choose_encoder(self, texts: list[str]) -> None:
         """Gives tiktoken up where it encodes one of `texts`, or knows other classes of characters."""
-        if self.fast and not agree(self.fast, self._slow, texts):
+        if self.fast and not same_encoding(self.fast, self._slow, texts):
             self.fast = None
 
     def encode(self, text: str) -> NDArray[np.int32]:
@@ -208,7 +208,7 @@ class HuggingFaceTokenizer:
 
     def lost_characters(self, texts: list[str]) -> Counter[str]:
         """How often texts hold each character that is dropped or unknown."""
-        if self.keeps_all:
+        if self.lossless:
             return Counter()
         model = self._model
         affixes = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
@@ -218,7 +218,7 @@ class HuggingFaceTokenizer:
             return self._check.lost_in(texts)
         lost: Counter[str] = Counter()
         for text, each in zip(texts, self._slow.encode_batch(texts, add_special_tokens=False), strict=True):
-            lost += lost_by_cover(text, list(zip(each.ids, each.offsets, strict=True)), self._unknown)
+            lost += uncovered_characters(text, list(zip(each.ids, each.offsets, strict=True)), self._unknown)
         return lost
 
 

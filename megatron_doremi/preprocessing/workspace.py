@@ -89,7 +89,7 @@ class Workspace:
         try:
             make_folder(folder, "--output-dir")
             self.resumed = resume and self._journal.is_file()
-            self._go_on() if self.resumed else self._clear()
+            self._resume() if self.resumed else self._clear()
         except BaseException:
             self._lock.release()
             raise
@@ -101,7 +101,7 @@ class Workspace:
         for path in self.folder.iterdir():
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
-    def _go_on(self) -> None:
+    def _resume(self) -> None:
         subject = f"--resume {self._journal}"
         entry = read_json_object(self._journal, subject)
         journal = check_entry(entry, subject, Journal, _START_OVER)
@@ -117,7 +117,7 @@ class Workspace:
                 Fault("--resume", f"{self.folder}: {error}", "all that was written", _START_OVER)
             ) from error
 
-    def note(self, now: bool = False) -> None:
+    def save_journal(self, now: bool = False) -> None:
         """Makes durable what is written, and says so in the journal; in the background, every `seconds`.
 
         Args:

@@ -1,1 +1,1 @@
-"""Durable files and what is in them: atomic writes, checked JSON, tensor files, folder locks."""
+"""Files: atomic durable writes, validated JSON, tensor files, folder locks. Imports only errors and console."""

@@ -1,4 +1,4 @@
-"""Writing files so that nothing half-written ever stands under a final name."""
+"""Atomic, durable file writes: a final name never holds a partial file."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def atomic_write_text(path: Path, text: str) -> None:
     atomic_write_bytes(path, text.encode("utf-8"))
 
 
-def atomic_write_bytes(path: Path, data: bytes, still: Callable[[], bool] = lambda: True) -> bool:
+def atomic_write_bytes(path: Path, data: bytes, may_replace: Callable[[], bool] = lambda: True) -> bool:
     """Writes a file under a temporary name, makes it durable and renames it.
 
     Args:
-        still: asked before the rename; False: the file is given up.
+        may_replace: called before the rename; if it returns False, the new file is discarded.
 
     Returns:
-        whether the file was renamed.
+        Whether the file was renamed.
     """
     temporary = temporary_beside(path)
     try:
@@ -40,31 +40,31 @@ def atomic_write_bytes(path: Path, data: bytes, still: Callable[[], bool] = lamb
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        if permitted := still():
+        if replaces := may_replace():
             temporary.replace(path)
-        return permitted
+        return replaces
     finally:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
 
 
 class AppendFile:
-    """A file that only grows, record by record, each written in full or not at all."""
+    """An append-only file. Each record is written in full or not at all."""
 
     def __init__(self, path: Path):
-        """Opens the file, or makes it; a link is followed."""
+        """Opens the file, or creates it. Follows a symbolic link."""
         self.descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
 
     def size(self) -> int:
-        """Bytes in the file."""
+        """Size of the file in bytes."""
         return os.fstat(self.descriptor).st_size
 
     def read(self, start: int, end: int) -> bytes:
-        """The bytes from `start` to `end`, fewer where the file is shorter."""
+        """The bytes from `start` to `end`; fewer if the file is shorter."""
         return os.pread(self.descriptor, end - start, start) if end > start else b""
 
     def append(self, record: bytes) -> None:
-        """Writes a record. Raises OSError where that fails, after the part that was written is taken back."""
+        """Writes a record. On an OSError, removes the partial record and raises."""
         size, written = self.size(), 0
         try:
             while written < len(record):
@@ -75,11 +75,11 @@ class AppendFile:
             raise
 
     def truncate(self, size: int) -> None:
-        """Drops what lies past `size` bytes."""
+        """Truncates the file to `size` bytes."""
         os.ftruncate(self.descriptor, size)
 
     def make_durable(self) -> None:
-        """Waits until what was written is on the disk."""
+        """Flushes the file to disk (fsync)."""
         os.fsync(self.descriptor)
 
     def close(self) -> None:
@@ -88,15 +88,15 @@ class AppendFile:
 
 
 def temporary_beside(path: Path) -> Path:
-    """A hidden name in the same folder that no other process or thread uses, on no host that shares the folder."""
+    """A hidden name in the same folder, unique across the threads, processes and hosts that share the folder."""
     host = re.sub(r"[^A-Za-z0-9-]+", "-", socket.gethostname())[:40]
-    # A file system takes names of up to 255 bytes.
+    # File systems limit names to 255 bytes.
     name = path.name.encode("utf-8", "surrogateescape")[:120].decode("utf-8", "ignore")
     return path.with_name(f".{name}.{host}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
 
 
 def make_durable(path: Path) -> None:
-    """Waits until a file's data, or a folder's entries, are on the disk."""
+    """Flushes a file's data, or a folder's entries, to disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -105,11 +105,11 @@ def make_durable(path: Path) -> None:
 
 
 def make_folder(path: Path, flag: str) -> None:
-    """Makes a folder for output, and those above it.
+    """Creates an output folder and its parents.
 
     Raises:
-        ConfigError: that cannot be, naming `flag`.
-        OSError: the disk is full.
+        ConfigError: the folder cannot be created; names `flag`.
+        OSError: the disk is full or fails.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -117,12 +117,12 @@ def make_folder(path: Path, flag: str) -> None:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             raise
         raise ConfigError(
-            Fault(flag, str(error), "a folder that is there or can be made", "give another path")
+            Fault(flag, str(error), "a folder that exists or can be created", "give another path")
         ) from error
 
 
 def sha256_of(path: Path, progress: Callable[[], None] = lambda: None) -> str:
-    """The SHA-256 of a file, in hex; `progress` is called with each block of 4 MiB."""
+    """The SHA-256 of a file, in hex; `progress` is called after each block of 4 MiB."""
     digest, block = hashlib.sha256(), memoryview(bytearray(_HASH_BLOCK))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(block):
@@ -131,31 +131,31 @@ def sha256_of(path: Path, progress: Callable[[], None] = lambda: None) -> str:
     return digest.hexdigest()
 
 
-def read_json_object(path: Path, what: str) -> dict[str, Any]:
+def read_json_object(path: Path, subject: str) -> dict[str, Any]:
     """Reads a file that holds one JSON object.
 
     Args:
-        what: how messages call the file, such as "--domains data/domains.json".
+        subject: the file's name in messages, such as "--domains data/domains.json".
 
     Raises:
-        ConfigError: the file cannot be read, is not JSON, not an object, or names a key twice (json silently
-            keeps the last: a domain's weight would be lost).
+        ConfigError: the file cannot be read, is not JSON, is not an object, or has a duplicate key (the json module
+            silently keeps the last value, and a domain's weight would be lost).
     """
 
-    def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        entry = dict(pairs)
-        if len(entry) != len(pairs):
-            twin = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-            raise ValueError(f"duplicate key {twin!r}")
-        return entry
+    def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        json_object = dict(pairs)
+        if len(json_object) != len(pairs):
+            duplicate = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+            raise ValueError(f"duplicate key {duplicate!r}")
+        return json_object
 
     try:
         text = path.read_text(encoding="utf-8")
-        entry = json.loads(text, object_pairs_hook=no_twins)
-        if not isinstance(entry, dict):
-            raise ValueError(f"a JSON {type(entry).__name__}")
+        content = json.loads(text, object_pairs_hook=unique_keys)
+        if not isinstance(content, dict):
+            raise ValueError(f"a JSON {type(content).__name__}")
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
-            Fault(what, str(error), "a readable file that holds one JSON object", "give such a file")
+            Fault(subject, str(error), "a readable file that holds one JSON object", "give such a file")
         ) from error
-    return entry
+    return content

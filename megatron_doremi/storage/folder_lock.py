@@ -1,4 +1,9 @@
-"""One writer at a time in a folder, on all hosts that share it."""
+"""A lock for one writer at a time in an output folder, across the hosts that share it.
+
+For preprocessing tools, which are single processes: flock is enough, and the operating system releases it. A training
+run needs cluster/run_lock.py instead: ranks on several hosts share one lock, a requeued job takes it over from its
+dead predecessor, and it must also work on shared file systems where flock is local to a host.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +22,7 @@ LOCK = ".writing.lock"
 
 
 class Owner(Schema):
-    """Who holds a lock."""
+    """The process that holds a lock."""
 
     host: str
     process: Positive
@@ -25,20 +30,20 @@ class Owner(Schema):
 
 
 class FolderLock:
-    """A locked file in a folder, with its owner's host, process and job.
+    """A locked file in a folder; it records the owner's host, process and job.
 
-    The operating system releases the lock of a process that died, over NFS too. Where the file system has no locks, the
-    file itself is the lock: that of a dead process of this host is taken over, any other one has to be removed by hand.
+    The operating system releases the lock when its process dies, also over NFS. On a file system without locks the
+    file itself is the lock: it is taken over from a dead process of this host; otherwise the user has to remove it.
     """
 
     def __init__(self, folder: Path, flag: str):
-        """Takes the lock. Raises ConfigError, naming `flag`, where another run has it."""
+        """Takes the lock. Raises ConfigError, naming `flag`, if another run holds it."""
         self._path = folder / LOCK
         while True:
             self._file = self._path.open("a+b")
             try:
                 self._take(flag)
-                # The owner before removes the file when it is done; then this one is nobody's.
+                # The previous owner removes the file on release: a lock on a removed file protects nothing.
                 if os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._path)):
                     break
             except FileNotFoundError:
@@ -70,15 +75,16 @@ class FolderLock:
 
     def _fault(self, flag: str) -> ConfigError:
         owner = self._owner()
-        who = ""
+        owner_text = ""
         if owner is not None:
-            who = f": process {owner.process} on {owner.host}" + (f", SLURM job {owner.job}" if owner.job else "")
-        value = f"another run writes in {self._path.parent}{who}"
-        remedy = f"wait for it, or give another folder; if no run is left, remove {self._path}"
+            job = f", SLURM job {owner.job}" if owner.job else ""
+            owner_text = f": process {owner.process} on {owner.host}{job}"
+        value = f"another run writes in {self._path.parent}{owner_text}"
+        remedy = f"wait for it, or give another folder; if that run no longer exists, remove {self._path}"
         return ConfigError(Fault(flag, value, "one run at a time in a folder", remedy))
 
     def release(self) -> None:
-        """Gives the lock back; a second time does nothing."""
+        """Releases the lock. A second call does nothing."""
         if not self._file.closed:
             with contextlib.suppress(OSError):
                 self._path.unlink()

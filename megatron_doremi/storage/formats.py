@@ -1,8 +1,7 @@
-"""Schemas of the JSON files that the program reads: types, ranges and versions, checked before anything is used.
+"""Schemas of the JSON files that the program reads: types, ranges and versions, validated before use.
 
-A file format is a subclass of `Schema` beside the code that reads it. What a file may hold stands there once;
-`read_checked` turns every violation into a fault, so that a damaged or foreign file is answered in one message and
-never by a traceback further on.
+A file format is a subclass of `Schema`, defined next to the code that reads the file. `read_checked` turns every
+violation into a fault, so that a damaged or foreign file gives one message and never a traceback later on.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from megatron_doremi.storage.files import read_json_object
 
 _SHOWN_FAULTS = 10
 _SHOWN_CHARACTERS = 60
-# Sizes, counts and places in files: anything that has to fit a 64-bit integer.
+# Sizes, counts and offsets: integers that have to fit in 64 bits.
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Positive = Annotated[int, Field(ge=1, lt=2**63)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -50,13 +49,13 @@ def _file_name(text: str) -> str:
 
 _LONGEST_FILE_NAME = 255
 Name = Annotated[str, Field(min_length=1), AfterValidator(_text)]
-# A path, relative or absolute, and a name that cannot lead out of the folder of the file that holds it.
+# PathText: a path, relative or absolute. FileName: a name in the folder of the file that contains it.
 PathText = Annotated[str, AfterValidator(_path)]
 FileName = Annotated[str, AfterValidator(_file_name)]
 
 
 class Schema(BaseModel):
-    """One JSON object of a file. Strict: no value is converted to the type of its field, no number is NaN or Inf.
+    """One JSON object of a file. Strict: values are not converted to their field's type; NaN and Inf are refused.
 
     Attributes:
         FORMAT: "family/version", the value of the key `format`; "" if the file has no such key.
@@ -78,20 +77,20 @@ SchemaType = TypeVar("SchemaType", bound=Schema)
 
 
 def read_checked(path: Path, subject: str, schema: type[SchemaType], remedy: str) -> SchemaType:
-    """Reads a file that holds one JSON object and checks it.
+    """Reads a file that holds one JSON object and validates it.
 
     Args:
-        subject: how messages call the file, such as "--domains data/domains.json".
-        remedy: what the user should do where the file breaks a rule.
+        subject: the file's name in messages, such as "--domains data/domains.json".
+        remedy: what the user should do if the file violates the schema.
 
     Raises:
-        ConfigError: with every fault; a file of a newer version of this program is refused as such.
+        ConfigError: with all faults; a file written by a newer version of this program is reported as such.
     """
     return check_entry(read_json_object(path, subject), subject, schema, remedy)
 
 
 def check_entry(entry: Mapping[str, Any], subject: str, schema: type[SchemaType], remedy: str) -> SchemaType:
-    """Checks an object that was already read; see `read_checked`."""
+    """Validates a JSON object that was already read; see `read_checked`."""
     fault = format_fault(entry, subject, schema, remedy)
     if fault is not None:
         raise ConfigError(fault)
@@ -123,7 +122,7 @@ def _digest(entry: Mapping[str, Any]) -> str:
 
 
 def format_fault(entry: Mapping[str, Any], subject: str, schema: type[Schema], remedy: str) -> Fault | None:
-    """What is wrong with the key `format` of an object, if anything."""
+    """The fault of an object's `format` key; None if the format is known."""
     if not schema.FORMAT or ("format" not in entry and schema.FORMAT_OPTIONAL):
         return None
     found, known = entry.get("format"), (schema.FORMAT, *schema.OLDER_FORMATS)
@@ -162,6 +161,6 @@ def _value(location: Sequence[int | str], kind: str, given: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    # repr of an integer of thousands of digits is an error in itself.
+    # repr raises for an integer of more than 4300 digits.
     text = "a huge integer" if isinstance(value, int) and abs(value) >= 10**300 else repr(value)
     return text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "..."

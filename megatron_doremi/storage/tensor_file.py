@@ -1,4 +1,4 @@
-"""Tensors of one rank on their way to a file: copied to the host at once, written whenever there is time."""
+"""A rank's tensors for one file: copied to host memory first, written later in the background."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from megatron_doremi.storage.files import make_durable
 
 @dataclass(frozen=True)
 class TensorFile:
-    """A safetensors file that is still in memory.
+    """The content of a safetensors file, in host memory.
 
     Attributes:
-        name: of the file.
-        tensors: contiguous, on the host, and nobody else's.
+        name: file name.
+        tensors: contiguous host tensors that share no memory with others.
         metadata: of the file's header.
     """
 
@@ -28,15 +28,15 @@ class TensorFile:
     metadata: Mapping[str, str]
 
     def write(self, folder: Path) -> None:
-        """Writes the file and makes it durable. Raises OSError or SafetensorError where that cannot be."""
+        """Writes the file and makes it durable. Raises OSError or SafetensorError on failure."""
         path = folder / self.name
         save_file(dict(self.tensors), path, metadata=dict(self.metadata))
         make_durable(path)
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """A copy in the host's memory; from a GPU it is complete after the device is synchronized."""
+    """A copy in host memory. From a GPU the copy is asynchronous: synchronize the device before reading it."""
     tensor = tensor.detach()
-    # Page-locked memory takes a copy at the bus's full rate, and torch keeps what was freed for the next time.
+    # Copies to pinned memory run at full bus bandwidth; torch caches freed pinned memory for the next copy.
     copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
     return copy.copy_(tensor, non_blocking=True)

@@ -21,7 +21,7 @@ from megatron_doremi.data.manifest import Domain, Manifest, TokenizerInfo, load_
 from megatron_doremi.data.weights_file import load_weights, save_weights
 from megatron_doremi.errors import ConfigError
 from megatron_doremi.mixture.static import resolve_weights
-from megatron_doremi.preprocessing.encoding import Chunk, Encoded
+from megatron_doremi.preprocessing.encoding import Chunk, EncodedBlock
 from megatron_doremi.preprocessing.outputs import Outputs
 from megatron_doremi.preprocessing.shards import Pair, Shard, ShardData, load_shards, save_shard, shard_folder
 from megatron_doremi.preprocessing.sources import Progress
@@ -211,7 +211,7 @@ def fuzz_weights(folder, cases, dice, way, form):
 def block_of(*keys):
     lengths = np.array([2, 1], dtype=np.int32)
     chunks = {key: Chunk(np.array([5, 6, 7], UINT16), lengths, lengths.astype(np.int64), lengths) for key in keys}
-    return Encoded(
+    return EncodedBlock(
         chunks, ["x.jsonl, line 3: not JSON"], 1, Progress(7, 0), ("y.gz breaks off",), 2, (), 9, Counter("q")
     )
 
@@ -226,7 +226,7 @@ def fuzz_journal(folder, cases, dice, way):
 
     with opened(False) as workspace:
         workspace.outputs.add(block_of(("a", "train"), ("b", "train"), ("b", "valid")))
-        workspace.note(now=True)
+        workspace.save_journal(now=True)
     path = out / ".partial-train" / "journal.json"
     text = path.read_text()
     with opened(True) as workspace:

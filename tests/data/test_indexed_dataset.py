@@ -164,7 +164,7 @@ def test_missing_file_is_named(tmp_path, suffix):
 
 @pytest.mark.parametrize("content", [b"", b"MMIDIDX", b"x" * 200, MAGIC + b"\x01"])
 def test_file_that_is_no_index_is_refused(tmp_path, content):
-    refused(put(tmp_path, content, b""), tmp_path / "set.idx", "no index")
+    refused(put(tmp_path, content, b""), tmp_path / "set.idx", "not an index")
 
 
 BROKEN_INDEXES = {
@@ -305,7 +305,7 @@ def test_a_long_index_is_checked_where_it_is_used(tmp_path, monkeypatch):
         if number is not None:
             with pytest.raises(ConfigError, match=f"document {number}"):
                 dataset.document(number)
-    with pytest.raises(ConfigError, match="bytes that"):
+    with pytest.raises(ConfigError, match="bytes listed in"):
         IndexedDataset(put(tmp_path, index_of([3, 1, 3], [0, 1, 2, 3]), data, "end"))
 
 

@@ -78,8 +78,8 @@ def test_weight_zero_leaves_a_domain_out_and_says_so(folder):
     assert manifest.names == ("a", "b_text")
     assert resolve_weights("given", manifest, False).tolist() == [0.25, 0.75]
     assert [warning.split(": ")[-1] for warning in manifest.warnings] == [
-        "nowhere has weight 0 and is left out",
-        "x/b has weight 0 and is left out",
+        "nowhere has weight 0 and is ignored",
+        "x/b has weight 0 and is ignored",
     ]
 
 
@@ -98,7 +98,7 @@ def test_prefixes_are_relative_to_the_working_directory_and_else_to_the_list(fol
     assert [domain.tokens for domain in manifest.domains] == [10, 30]
     pair(folder / "lists" / "x" / "a", 11)
     said = refused(folder, "1 x/a 1 x/d")
-    assert "x/a is a pair in the working directory and another one in" in said
+    assert "x/a is a pair in the working directory and a different pair in" in said
     assert "absolute path" in said
     # The same pair by both ways is no contradiction.
     os.symlink(folder / "y", folder / "lists" / "y")
@@ -138,7 +138,7 @@ def test_lists_by_split_that_do_not_fit_are_refused(folder):
     assert "a second one" in refused(folder, {"train": ["x/a"], "valid": ["x/a", "y/a"]})
     assert "a second one" in refused(folder, {"train": ["1", "x/a"], "valid": ["1", "y/a", "1", "x/a"]})
     assert load(folder, {"train": ["x/a"], "valid": ["0", "y/b_text", "1", "y/a"]}).domains[0].valid.name == "a"
-    assert "the list 'test' is not read" in load(folder, {"train": ["x/a"], "test": ["x/b"]}).warnings[0]
+    assert "the list 'test' is ignored" in load(folder, {"train": ["x/a"], "test": ["x/b"]}).warnings[0]
 
 
 # --- data that two domains share
@@ -168,6 +168,6 @@ def test_held_out_data_that_are_train_data_and_names_that_look_alike_are_warned_
     print_warnings(load(folder, manifest_of(folder, first, second)))
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 2
-    assert "the held-out data of 'Web' is the train data of ' WEB '" in said[0]
+    assert "the held-out data of 'Web' is the training data of ' WEB '" in said[0]
     assert "'Web', ' WEB ' differ only by case or spaces" in said[1]
     assert load(folder, manifest_of(folder, first)).warnings == ()

@@ -322,7 +322,7 @@ def test_a_folder_belongs_to_the_first_that_recorded_in_it(tmp_path):
     with pytest.raises(ConfigError, match=r"scores\.json has changed"):
         first.add(0, 0, np.array([5]), row_of(0, 5)[None])
     second.add(0, 0, np.array([5]), row_of(0, 5)[None])
-    with pytest.raises(ConfigError, match="score this data with this reference into a folder of its own"):
+    with pytest.raises(ConfigError, match="score this data with this reference into a separate folder"):
         ReferenceLossFolder(tmp_path, {**FINGERPRINT, **OF})
     assert json.loads((tmp_path / "scores.json").read_text())["reference"] == "4" * 64
     assert sorted(path.name for path in tmp_path.iterdir()) == ["losses", "scores.json"]

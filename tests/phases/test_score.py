@@ -177,7 +177,7 @@ def test_another_references_scores_are_not_mixed_in(folder, tmp_path):
         if path.is_file():
             shutil.copy(path, other)
     train(1, "reference", other / "domains.json", other / "reference", 2)
-    with pytest.raises(AssertionError, match="score this data with this reference into a folder of its own"):
+    with pytest.raises(AssertionError, match="score this data with this reference into a separate folder"):
         score(other, tmp_path / "scores", flags="--train-iters 2")
 
 

@@ -73,7 +73,7 @@ THIRD = {"domain 0": 0.2, "domain 1": 0.3, "domain 2": 0.5}
         (lambda d: d.unlink(), "No such file"),
         (lambda d: d.write_text("{"), "one JSON object"),
         (lambda d: edit(d, lambda e: e.update(format="other/1")), "megatron-doremi-domains/1"),
-        (lambda d: edit(d, lambda e: e["domains"][1].update(name="domain 0")), "a name for each domain"),
+        (lambda d: edit(d, lambda e: e["domains"][1].update(name="domain 0")), "unique names"),
         (lambda d: edit(d, lambda e: e.update(domains=[])), "at least 1 item"),
         (lambda d: edit(d, lambda e: e.update(tokenizer=None)), "names no tokenizer"),
         (lambda d: edit(d, lambda e: e["tokenizer"].update(eod=99)), "below vocab_size"),

@@ -41,7 +41,7 @@ def definition(folder):
 @pytest.fixture(scope="module")
 def fast(folder):
     tokenizer = load_tokenizer(HUGGING_FACE, folder / "tokenizer.json")
-    tokenizer.settle(AWKWARD)
+    tokenizer.choose_encoder(AWKWARD)
     assert tokenizer.encoder == "tiktoken"
     return tokenizer
 
@@ -131,9 +131,9 @@ def test_a_vocabulary_on_which_the_two_differ_is_told(definition, folder, monkey
         class model:
             tokenize = staticmethod(lambda piece: [type("Piece", (), {"id": made["model"]["vocab"][piece]})])
 
-    core = byte_level.ranked(Blind, made)
+    core = byte_level.tiktoken_core(Blind, made)
     assert len(byte_level.encode(core, "abc")) == 1
-    assert not byte_level.agree(core, Tokenizer.from_str(json.dumps(made)), ["abc"])
+    assert not byte_level.same_encoding(core, Tokenizer.from_str(json.dumps(made)), ["abc"])
 
 
 def test_merges_that_come_before_their_parts_are_told(definition, folder):
@@ -182,7 +182,7 @@ def test_a_split_by_a_pattern_of_its_own(definition, folder):
     ]
     made = definition | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}
     tokenizer = of(made, folder)
-    tokenizer.settle(AWKWARD)
+    tokenizer.choose_encoder(AWKWARD)
     assert tokenizer.encoder == "tiktoken"
     plain = Tokenizer.from_str(json.dumps(made))
     text = "tari12345 monel  shu\n"
@@ -193,9 +193,9 @@ def test_a_sample_that_is_cut_otherwise_is_seen_before_the_start(definition, fol
     """A pattern that ends words after a letter stands for a difference between two regex engines."""
     monkeypatch.setattr(byte_level, "GPT2_PATTERN", byte_level.GPT2_PATTERN.replace(r" ?\p{L}+", r" ?\p{L}"))
     tokenizer = of(definition, folder)
-    tokenizer.settle(["1 2 3"])
+    tokenizer.choose_encoder(["1 2 3"])
     assert tokenizer.encoder == "tiktoken"
-    tokenizer.settle(["1 2 3", "tari monel"])
+    tokenizer.choose_encoder(["1 2 3", "tari monel"])
     assert tokenizer.encoder == "tokenizers"
 
 

@@ -19,7 +19,7 @@ from input_files import compressed, lines, long_window, options, parquet, pile, 
 
 from megatron_doremi.errors import ConfigError, RunError
 from megatron_doremi.preprocessing import decompression, record_blocks
-from megatron_doremi.preprocessing.decompression import CUT
+from megatron_doremi.preprocessing.decompression import TRUNCATED
 from megatron_doremi.preprocessing.inputs import find_inputs
 from megatron_doremi.preprocessing.sources import read_blocks
 
@@ -137,14 +137,14 @@ def test_a_disk_that_fails_is_not_a_broken_file(name, tmp_path):
 
 
 BREAKS = {
-    "cut.jsonl.zst": (zstandard.compress(RAW[:HALF]) + zstandard.compress(RAW[HALF:])[:-20], CUT),
-    "cut.jsonl.gz": (gzip.compress(RAW)[:-9], CUT),
-    "cut_header.jsonl.zst": (zstandard.compress(RAW)[:3], CUT),
+    "cut.jsonl.zst": (zstandard.compress(RAW[:HALF]) + zstandard.compress(RAW[HALF:])[:-20], TRUNCATED),
+    "cut.jsonl.gz": (gzip.compress(RAW)[:-9], TRUNCATED),
+    "cut_header.jsonl.zst": (zstandard.compress(RAW)[:3], TRUNCATED),
     "tail.jsonl.gz": (gzip.compress(RAW) + b"garbage", "the file is damaged from here on (gzip"),
     "tail.jsonl.zst": (zstandard.compress(RAW) + b"garbage", "the file is damaged from here on (zstd"),
-    "open.json": (json.dumps(pile(ROWS)).encode()[:-5], f"{CUT}: its array is not closed"),
+    "open.json": (json.dumps(pile(ROWS)).encode()[:-5], f"{TRUNCATED}: its array is not closed"),
     "closed_twice.json": (json.dumps(pile(ROWS)).encode() + b"]", "text follows the end of the array"),
-    "footer.parquet": (b"PAR1" + RAW, f"{CUT}"),
+    "footer.parquet": (b"PAR1" + RAW, f"{TRUNCATED}"),
 }
 
 

@@ -17,7 +17,7 @@ from megatron_doremi.data.indexed_dataset import IndexedDataset, IndexedDatasetW
 from megatron_doremi.data.manifest import ManifestEntry, TokenizerInfo, load_manifest
 from megatron_doremi.errors import ConfigError
 from megatron_doremi.preprocessing.documents import share_of
-from megatron_doremi.preprocessing.encoding import Chunk, Encoded
+from megatron_doremi.preprocessing.encoding import Chunk, EncodedBlock
 from megatron_doremi.preprocessing.outputs import Outputs, manifest_after, publish
 from megatron_doremi.preprocessing.shards import (
     Pair,
@@ -44,7 +44,7 @@ def chunk(value, documents=1):
 
 
 def encoded(*keys, blocks=1):
-    return Encoded({key: chunk(value) for value, key in enumerate(keys, 1)}, [], 0, Progress(blocks, 0))
+    return EncodedBlock({key: chunk(value) for value, key in enumerate(keys, 1)}, [], 0, Progress(blocks, 0))
 
 
 def info(folder, name="tokenizer.model", sha256="a" * 64):
@@ -166,7 +166,7 @@ def workspace(folder, split="train", resume=False, settings=None):
 def interrupted(folder):
     with workspace(folder) as unfinished:
         unfinished.outputs.add(encoded(("Books", "train"), blocks=3))
-        unfinished.note(now=True)
+        unfinished.save_journal(now=True)
     return folder / ".partial-train" / "journal.json"
 
 

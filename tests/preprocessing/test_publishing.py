@@ -15,7 +15,7 @@ from megatron_doremi.data.indexed_dataset import IndexedDataset, IndexedDatasetW
 from megatron_doremi.data.manifest import TokenizerInfo, load_manifest
 from megatron_doremi.errors import ConfigError
 from megatron_doremi.mixture.static import resolve_weights
-from megatron_doremi.preprocessing.encoding import Chunk, Encoded
+from megatron_doremi.preprocessing.encoding import Chunk, EncodedBlock
 from megatron_doremi.preprocessing.inputs import find_inputs
 from megatron_doremi.preprocessing.outputs import Outputs, manifest_after, publish
 from megatron_doremi.preprocessing.sources import Progress
@@ -30,7 +30,7 @@ def encoded(*documents):
         count = documents.count(domain)
         ids, lengths = np.array([1, 2, 3] * count, dtype=UINT16), np.full(count, 3, dtype=np.int32)
         chunks[domain, "train"] = Chunk(ids, lengths, lengths.astype(np.int64), lengths)
-    return Encoded(chunks, [], 0, Progress(1, 0))
+    return EncodedBlock(chunks, [], 0, Progress(1, 0))
 
 
 # --- the writer

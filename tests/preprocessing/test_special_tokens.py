@@ -243,7 +243,7 @@ def test_tokenizers_that_spell_bytes_lose_nothing(make, tmp_path):
     tokenizer = load_tokenizer(*make(tmp_path))
     assert tokenizer.lost_characters(["\u4f60\x01\U0001f600\u200b\xad"]) == Counter()
     if make is not flagged:
-        assert tokenizer.keeps_all or make is gpt2
+        assert tokenizer.lossless or make is gpt2
 
 
 def test_the_examples_fit_every_console():
@@ -307,4 +307,4 @@ def test_trained_tokenizers_are_not_changed(tmp_path):
     tokenizer.train_from_iterator([f"{LETTERS} {END}"] * 50, trainer)
     loaded = load_tokenizer(*saved(tmp_path, tokenizer))
     assert loaded.encoder == "tiktoken"
-    assert loaded.keeps_all
+    assert loaded.lossless
