@@ -30,15 +30,13 @@ from megatron_doremi.errors import (
 )
 
 if TYPE_CHECKING:
-    import torch
-
     from megatron_doremi.cluster.launch import Launch
     from megatron_doremi.cluster.preemption import StopRequest
     from megatron_doremi.cluster.rendezvous import Rendezvous
     from megatron_doremi.cluster.run_lock import HeldLock
     from megatron_doremi.cluster.watchdog import Watchdog
     from megatron_doremi.config import Config
-    from megatron_doremi.parallel.groups import ProcessGroups
+    from megatron_doremi.parallel.context import ParallelContext
     from megatron_doremi.parallel.topology import Topology
     from megatron_doremi.phases.inputs import Inputs
     from megatron_doremi.phases.train import Trainer
@@ -151,8 +149,8 @@ def run_phase(
     from megatron_doremi.cluster.process_group import any_rank, device_faults, join_group
     from megatron_doremi.cluster.run_lock import run_lock
     from megatron_doremi.data.manifest import print_warnings
+    from megatron_doremi.parallel.context import make_context
     from megatron_doremi.parallel.exchange import from_rank_0
-    from megatron_doremi.parallel.groups import make_groups
     from megatron_doremi.phases import setup
     from megatron_doremi.phases.evaluate import evaluate_run
     from megatron_doremi.phases.identity import check_ranks_start_alike
@@ -179,7 +177,7 @@ def run_phase(
         print_warnings(data.manifest)
     device = join_group(meeting, minutes)
     check_ranks_start_alike(config, setup.what_is_read(data, inputs.reference, inputs.reference_losses))
-    groups = make_groups(topology)
+    context = make_context(topology, device, config.parallel.sequence_parallel)
     reference_sha256 = None
     if phase in TRAINING:
         if inputs.reference_losses is not None:
@@ -189,7 +187,7 @@ def run_phase(
     from_rank_0(lambda: check_outputs(config))
     if phase == EVALUATE:
         assert inputs.reference is not None
-        evaluate_run(config, data, inputs.reference, topology, groups, device, watchdog)
+        evaluate_run(config, data, inputs.reference, context, watchdog)
         return False
     kind = f"shard-{config.doremi.shard}" if phase == SCORE else "run"
     lock = held.enter_context(
@@ -204,8 +202,8 @@ def run_phase(
         assert inputs.reference is not None
         if any_rank(signals.begin(), device):
             return True
-        return score(config, data, inputs.reference, topology, groups, stop, watchdog, meeting.store)
-    trainer = make_trainer(config, inputs, reference_sha256, topology, groups, device, stop, watchdog, lock)
+        return score(config, data, inputs.reference, topology, context.groups, stop, watchdog, meeting.store)
+    trainer = make_trainer(config, inputs, reference_sha256, context, stop, watchdog, lock)
     # Before the lock is released: its thread may be publishing.
     held.callback(trainer.checkpoints.close)
     # From here on there is something to save. Ranks that were asked before are followed by those that were not.
@@ -218,9 +216,7 @@ def make_trainer(
     config: Config,
     inputs: Inputs,
     reference_sha256: str | None,
-    topology: Topology,
-    groups: ProcessGroups,
-    device: torch.device,
+    context: ParallelContext,
     stop: StopRequest,
     watchdog: Watchdog,
     lock: HeldLock,
@@ -229,35 +225,39 @@ def make_trainer(
     from megatron_doremi.checkpoint.publishing import clear_leftovers
     from megatron_doremi.console import say
     from megatron_doremi.engine.build import make_engine
+    from megatron_doremi.mixture.controllers import make_objective
     from megatron_doremi.parallel.exchange import from_rank_0
     from megatron_doremi.phases import setup
     from megatron_doremi.phases.identity import run_identity
     from megatron_doremi.phases.resume import resume_point
     from megatron_doremi.phases.train import Trainer
 
-    data = inputs.data
+    data, topology = inputs.data, context.topology
     gpt = setup.resolve_gpt(config, data)
     identity = run_identity(config, gpt, data, topology.world_size, reference_sha256)
     # It may bring back the newest checkpoint.
     from_rank_0(lambda: clear_leftovers(Path(config.run.save)))
-    resume = resume_point(config, identity, data.names, topology, lambda: watchdog.mark("reading a checkpoint"))
+    resume = resume_point(
+        config, identity, data.names, inputs.controller, topology, lambda: watchdog.mark("reading a checkpoint")
+    )
     own: dict[str, Any] = {"identity": identity, "overrides": list(resume.overrides) if resume else []}
     from_rank_0(lambda: setup.write_run_config(config, gpt, data, topology, **own))
     if topology.rank == 0 and inputs.repeated:
         say(inputs.repeated)
-    engine = make_engine(config, gpt, data.weights, topology, groups, device)
-    reference = setup.make_reference(config, inputs.reference, topology, groups)
+    objective = make_objective(config, inputs.controller, data.weights, context)
+    engine = make_engine(config, gpt, objective, context)
+    reference = setup.make_reference(config, inputs.reference, topology, context.groups)
     return Trainer(
         config,
         gpt,
         data,
         engine,
+        inputs.controller,
         reference,
         inputs.reference_losses,
         own,
         resume,
-        topology,
-        groups,
+        context,
         stop,
         watchdog,
         lock,

@@ -42,7 +42,8 @@ from megatron_doremi.config import data_parallel_size, gpt_config
 from megatron_doremi.data.loader import MicroBatch
 from megatron_doremi.engine.build import make_engine
 from megatron_doremi.engine.engines import TrainingEngine
-from megatron_doremi.parallel.groups import make_groups
+from megatron_doremi.mixture.controllers import make_controller, make_objective
+from megatron_doremi.parallel.context import make_context
 from megatron_doremi.parallel.topology import Topology
 
 
@@ -72,9 +73,10 @@ def main() -> None:
     launch = read_launch(os.environ)
     config = make_config(args, launch.world_size)
     topology = Topology(args.pipe, data_parallel_size(config.parallel, launch.world_size), args.tensor, launch.rank)
-    (device, _), groups = join(launch), make_groups(topology)
+    context = make_context(topology, join(launch)[0])
     gpt, sampling = gpt_config(config.model, args.seq, args.vocab), np.full(DOMAINS, 1 / DOMAINS)
-    engine = make_engine(config, gpt, sampling, topology, groups, device)
+    objective = make_objective(config, make_controller(config, sampling), sampling, context)
+    engine = make_engine(config, gpt, objective, context)
     batches = random_batches(args, seed=topology.data_rank)
     checkpointer = Checkpointer(args.output_dir, 1, topology)
     iteration = 0
@@ -129,7 +131,7 @@ def timed_round(
         agreed: list[StepFlags] = []
 
         def before_step(norm: Tensor | None, found: list[StepFlags] = agreed) -> None:
-            found.append(reduce_flags(engine.objective.local_sums, norm, 0, *checkpointer.progress()))
+            found.append(reduce_flags(engine.objective.current.stats.stack(), norm, 0, *checkpointer.progress()))
 
         engine.train_step(batches, before_step=before_step)
         if not agreed[0].writing:

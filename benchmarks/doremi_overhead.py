@@ -58,8 +58,10 @@ from megatron_doremi.data.reference_loss_file import CHUNK_WINDOWS
 from megatron_doremi.data.reference_losses import ReferenceLosses, ReferenceLossFolder
 from megatron_doremi.engine.build import make_engine
 from megatron_doremi.engine.engines import TrainingEngine
+from megatron_doremi.mixture.controllers import make_controller, make_objective
 from megatron_doremi.model.forward import forward_only
 from megatron_doremi.model.pipeline import GPTPipeline
+from megatron_doremi.parallel.context import ParallelContext
 from megatron_doremi.parallel.exchange import broadcast_json
 from megatron_doremi.parallel.groups import ProcessGroups, make_groups
 from megatron_doremi.parallel.layers import TensorParallel
@@ -138,7 +140,7 @@ def batches(
     return steps(
         Blend(NAMES, counts, config.data.global_batch_size, config.data.seed),
         data,
-        lambda: np.full(len(NAMES), 1 / len(NAMES)),
+        lambda step: np.full(len(NAMES), 1 / len(NAMES)),
         BlendState.start(len(NAMES)),
         args.seq,
         args.micro_batch_size,
@@ -177,11 +179,14 @@ def run(
     """Builds the engines and lets them take turns."""
     gpt, sampling = gpt_config(config.model, args.seq, args.vocab), np.full(DOMAINS, 1 / DOMAINS)
 
+    context = ParallelContext(topology, groups, device, TensorParallel(groups.tensor))
+
     def build(phase: str, update: str = "alternating") -> TrainingEngine:
         chosen = replace(
             config, data=replace(config.data, phase=phase), doremi=replace(config.doremi, doremi_update=update)
         )
-        return make_engine(chosen, gpt, sampling, topology, groups, device)
+        objective = make_objective(chosen, make_controller(chosen, sampling), sampling, context)
+        return make_engine(chosen, gpt, objective, context)
 
     plain, given, online = build(MAIN), build(PROXY), build(PROXY)
     simultaneous = build(PROXY, "simultaneous")

@@ -97,6 +97,9 @@ def make(
     )
     from megatron_doremi.data.loader import MicroBatch
     from megatron_doremi.engine.build import make_engine
+    from megatron_doremi.mixture.controllers import make_controller, make_objective
+    from megatron_doremi.parallel.context import ParallelContext
+    from megatron_doremi.parallel.layers import TensorParallel
 
     topology, groups, device = joined or single(place)
     if place.cpu:
@@ -116,7 +119,10 @@ def make(
         RunConfig(),
     )
     gpt = gpt_config(model, seq, vocab)
-    engine = make_engine(config, gpt, np.full(8, 1 / 8), topology, groups, device)
+    weights = np.full(8, 1 / 8)
+    context = ParallelContext(topology, groups, device, TensorParallel(groups.tensor))
+    objective = make_objective(config, make_controller(config, weights), weights, context)
+    engine = make_engine(config, gpt, objective, context)
     generator = torch.Generator().manual_seed(1)
     batches = []
     for number in range(count):

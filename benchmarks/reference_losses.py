@@ -169,7 +169,7 @@ def first_steps(reference_losses: ReferenceLosses, config: Config, data: RunData
     return steps(
         blend,
         data.train,
-        lambda: data.weights,
+        lambda step: data.weights,
         state,
         SEQ,
         8,

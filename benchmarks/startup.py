@@ -105,7 +105,7 @@ def first_batch(manifest: Path, batch: int = 512, seq_length: int = 1024) -> Sta
     data = open_data(config, training=True)
     counts = tuple(window_count(dataset.num_tokens, seq_length) for dataset in data.train)
     blend, state = Blend(data.names, counts, batch, config.data.seed), BlendState.start(len(counts))
-    reader = steps(blend, data.train, lambda: data.weights, state, seq_length, 8, 0, 1, reads=True, ahead=False)
+    reader = steps(blend, data.train, lambda step: data.weights, state, seq_length, 8, 0, 1, reads=True, ahead=False)
     step = next(reader)
     return Start(step, time.perf_counter() - began, resident_mebibytes() - before)
 

@@ -52,8 +52,9 @@ class DataConfig:
     domains: str = setting("", "manifest of the domains (domains.json, or Megatron-LM's 'weight prefix ...' file)")
     domain_weights: str = setting(
         "",
-        "how windows are sampled: uniform, natural (by token count), given (the weights of a Megatron-LM list) or a "
-        "weights file (default: uniform for a proxy, else given where there is such a list, else natural)",
+        "how windows are sampled: uniform, natural (by token count N), temperature:T (by N^(1/T)), unimax (as uniform "
+        "as --max-epochs-per-domain allows), given (the weights of a Megatron-LM list) or a weights file (default: "
+        "uniform for a proxy, else given where there is such a list, else natural)",
         phases=NO_EVALUATION,
     )
     vocab_size: int = setting(
@@ -85,8 +86,9 @@ class DataConfig:
     )
     max_epochs_per_domain: float = setting(
         0.0,
-        "refuse a mixture that would read a domain more often than this; 0: any (what repeats is said at the start)",
-        phases=TRAINING,
+        "refuse a mixture that would read a domain more often than this; unimax: fit the mixture to it; 0: any "
+        "(domains that repeat are listed at the start)",
+        phases=NO_EVALUATION,
         bounds=Bounds(0.0, 1e9),
     )
     eval_iters: int = setting(

@@ -10,6 +10,8 @@ REFERENCE, SCORE, PROXY, MAIN, EVALUATE = "reference", "score", "proxy", "main",
 PHASES = (REFERENCE, SCORE, PROXY, MAIN, EVALUATE)
 TRAINING = (REFERENCE, PROXY, MAIN)
 NO_EVALUATION = (*TRAINING, SCORE)
+# The value of --domain-weights that needs a budget.
+UNIMAX = "unimax"
 MAX_LAYERS, MAX_WIDTH = 10_000, 1 << 20
 
 

@@ -18,7 +18,7 @@ from megatron_doremi.config import (
     gpt_config,
 )
 from megatron_doremi.errors import Fault
-from megatron_doremi.settings import EVALUATE, PHASES, PROXY, SCORE, TRAINING, phases_of
+from megatron_doremi.settings import EVALUATE, PHASES, PROXY, SCORE, TRAINING, UNIMAX, phases_of
 
 
 def find_faults(config: Config, world_size: int) -> list[Fault]:
@@ -64,6 +64,13 @@ def _required(config: Config) -> list[Fault]:
     elif data.phase:
         need("train_iters", data.train_iters, "training needs a number of steps")
         need("save", run.save or run.dry_run, "training needs a folder for its results")
+    if data.domain_weights == UNIMAX and data.phase != EVALUATE:
+        cap = "--domain-weights unimax fits the mixture to a cap on each domain's epochs"
+        need("max_epochs_per_domain", data.max_epochs_per_domain, cap)
+        if data.phase == SCORE:
+            need("train_iters", data.train_iters, "--domain-weights unimax divides the tokens of the proxies to come")
+    elif data.phase == SCORE and data.max_epochs_per_domain:
+        faults.append(_without_effect("--max-epochs-per-domain", "score reads it for --domain-weights unimax alone"))
     online = config.doremi.reference_losses == "online"
     if data.phase == PROXY and config.doremi.doremi_objective != "hardest" and online:
         need("reference_load", config.doremi.reference_load, "a proxy is trained against a reference's losses")

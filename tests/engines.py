@@ -39,6 +39,20 @@ def make_config(topology, data: dict, parallel: dict | None = None, doremi: dict
     )
 
 
+def build_engine(config, gpt, weights, topology, groups, device):
+    """The engine of a run that samples domains by [k] `weights`, under the controller that its flags choose."""
+    from megatron_doremi.engine.build import make_engine
+    from megatron_doremi.mixture.controllers import make_controller, make_objective
+    from megatron_doremi.parallel.context import ParallelContext
+    from megatron_doremi.parallel.layers import TensorParallel
+
+    context = ParallelContext(
+        topology, groups, device, TensorParallel(groups.tensor, config.parallel.sequence_parallel)
+    )
+    objective = make_objective(config, make_controller(config, weights), weights, context)
+    return make_engine(config, gpt, objective, context)
+
+
 def read_parameters(engine, read=lambda parameter: parameter.detach()):
     """{name: (this rank's part, spec)} of the engine's parameters, or of what `read` makes of each."""
     from megatron_doremi.model.unpipelined import gathered

@@ -124,6 +124,8 @@ WRONG = {
     "--phase evaluate --load r --seed 3": "--train-iters, --seed: no effect",
     "--phase proxy --reference-load r --reference-losses l": "--reference-load: has no effect",
     "--phase proxy --reference-load r --doremi-objective hardest": "hardest reads no reference",
+    "--domain-weights unimax": "--max-epochs-per-domain: not given",
+    "--phase score --reference-load r --max-epochs-per-domain 2": "for --domain-weights unimax alone",
     "--num-layers 1000000000": "at most 10,000",
     "--seq-length 99999999999": "at most 16,777,216",
     "--distributed-timeout-minutes 1e12": "at most 43,200",

@@ -28,7 +28,7 @@ from megatron_doremi.data.blend import Blend, BlendState, too_short, window_coun
 from megatron_doremi.data.indexed_dataset import IndexedDataset, paths_of
 from megatron_doremi.data.manifest import Manifest, load_manifest, print_warnings
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any, run_or_exit
-from megatron_doremi.mixture.static import resolve_weights
+from megatron_doremi.mixture.static import Budget, resolve_weights
 from megatron_doremi.preprocessing.tokenizer import Tokenizer, load_tokenizer
 from megatron_doremi.storage.files import atomic_write_text, sha256_of
 
@@ -61,6 +61,10 @@ def build_parser() -> argparse.ArgumentParser:
             command.add_argument("--number", required=True, type=int, metavar="N", help="of the sample, from 0")
             command.add_argument("--domain-weights", default="uniform", help="as in training (default: uniform)")
             command.add_argument("--allow-tokenizer-mismatch", action="store_true")
+            command.add_argument("--train-iters", type=int, default=0, metavar="N", help="as in training, for unimax")
+            command.add_argument(
+                "--max-epochs-per-domain", type=float, default=0.0, metavar="E", help="as in training, for unimax"
+            )
             command.add_argument("--seq-length", required=True, type=int, metavar="N")
             command.add_argument("--global-batch-size", required=True, type=int, metavar="N")
             command.add_argument("--seed", type=int, default=1234, metavar="N", help="(default: 1234)")
@@ -165,12 +169,12 @@ def window(args: argparse.Namespace) -> None:
             ("--seq-length", args.seq_length, 1, 1 << 31),
             ("--global-batch-size", args.global_batch_size, 1, 1 << 24),
             ("--seed", args.seed, 0, (1 << 63) - 1),
+            ("--train-iters", args.train_iters, 0, 10**9),
         )
         if not least <= value <= most
     ]
     raise_if_any(faults)
     manifest = open_manifest(args.domains)
-    weights = resolve_weights(args.domain_weights, manifest, args.allow_tokenizer_mismatch)
     datasets = [dataset for _, dataset in open_split(manifest, "train")]
     short = [
         too_short(domain.name, domain.train, dataset.num_tokens, args.seq_length)
@@ -178,6 +182,11 @@ def window(args: argparse.Namespace) -> None:
     ]
     raise_if_any([fault for fault in short if fault is not None])
     sizes = tuple(window_count(dataset.num_tokens, args.seq_length) for dataset in datasets)
+    budget = None
+    if args.train_iters and args.max_epochs_per_domain:
+        windows = args.train_iters * args.global_batch_size
+        budget = Budget(windows * args.seq_length, [n * args.seq_length for n in sizes], args.max_epochs_per_domain)
+    weights = resolve_weights(args.domain_weights, manifest, args.allow_tokenizer_mismatch, budget=budget)
     blend = Blend(manifest.names, sizes, args.global_batch_size, args.seed)
     step, place = divmod(args.number, args.global_batch_size)
     state = BlendState.start(len(datasets))

@@ -14,7 +14,6 @@ writes one under a temporary name, so that a folder named iter_* is complete; th
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -43,8 +42,6 @@ _EARLY_IDENTITY = (
     "seed",
     "reference",
 )
-# Rounding error of a float64 sum over domains and steps.
-_ROUNDING = 1e-6
 # Errors of reading JSON that may be anything.
 UNREADABLE = (OSError, ValueError, RecursionError)
 
@@ -80,25 +77,6 @@ class BlendEntry(Schema):
         return self
 
 
-class DomainWeightsEntry(Schema):
-    """A proxy's domain weights; see `DomainWeights`."""
-
-    steps: Count
-    weights: dict[Name, Annotated[float, Field(ge=0, le=1)]]
-    excess: dict[Name, float]
-    weight_sum: dict[Name, Annotated[float, Field(ge=0)]]
-
-    @model_validator(mode="after")
-    def _sums(self) -> DomainWeightsEntry:
-        if not self.weights.keys() == self.excess.keys() == self.weight_sum.keys():
-            raise ValueError("weights, excess and weight_sum must name the same domains")
-        for name, total, expected in (("weights", self.weights, 1.0), ("weight_sum", self.weight_sum, self.steps)):
-            actual = math.fsum(total.values())
-            if not math.isclose(actual, expected, rel_tol=_ROUNDING, abs_tol=_ROUNDING):
-                raise ValueError(f"{name} must sum to {expected:g}, not {actual!r}")
-        return self
-
-
 class CheckpointState(Schema):
     """state.json of a checkpoint. Version 0.1 wrote no `identity`; it recorded a part of it at the top level."""
 
@@ -112,7 +90,6 @@ class CheckpointState(Schema):
     # SHA-256 of each file; none in checkpoints of version 0.1.
     checksums: dict[Name, str] = Field(default_factory=dict)
     blend: BlendEntry
-    doremi: DomainWeightsEntry | None = None
     identity: IdentityEntry | None = None
     overrides: list[dict[str, Any]] = Field(default_factory=list)
     # Size of metrics.jsonl when the checkpoint was taken.
@@ -127,9 +104,12 @@ class CheckpointState(Schema):
         self._early_identity()
         if self.blend.step != self.iteration:
             raise ValueError(f"blend.step {self.blend.step} must equal iteration {self.iteration}")
-        if self.doremi is not None and self.doremi.steps != self.iteration:
-            raise ValueError(f"doremi.steps {self.doremi.steps} must equal iteration {self.iteration}")
         return self
+
+    def entry(self, name: str) -> Any:
+        """An entry of the file that this schema does not know, such as a mixture controller's state; None where it is
+        missing."""
+        return (self.model_extra or {}).get(name)
 
     def recorded_identity(self) -> dict[str, Any]:
         """The identity of the run that wrote the checkpoint, or the part of it that version 0.1 recorded."""

@@ -114,7 +114,7 @@ def read_windows(
 def steps(
     blend: Blend,
     datasets: Sequence[IndexedDataset],
-    weights: Callable[[], NDArray[np.float64]],
+    weights: Callable[[int], NDArray[np.float64]],
     state: BlendState,
     seq_length: int,
     micro_batch_size: int,
@@ -128,7 +128,8 @@ def steps(
     """Steps from `state` on; the next is read in the background while the caller works on one.
 
     Args:
-        weights: gives the sampling weights [k] of the step that is about to be read.
+        weights: gives the sampling weights [k] of a step by its number, the first being 1; where `ahead`, on the
+            thread that reads.
         reads: False on ranks that need no text (stages in the middle of a pipeline).
         ahead: False where a step's weights are known only after the step before it; nothing is read ahead then.
         reference_losses: the reference's losses, on the last stage of a proxy that has them on disk.
@@ -136,7 +137,7 @@ def steps(
     """
 
     def read(state: BlendState) -> Step:
-        batch, after = blend.next_batch(state, weights())
+        batch, after = blend.next_batch(state, weights(state.step + 1))
         parts = rank_slice(batch, micro_batch_size, data_rank, data_size) if reads else []
         targets = np.bincount(batch.domains, minlength=len(blend.names)) * seq_length
         micro_batches = [read_windows(datasets, part, seq_length, reference_losses) for part in parts]

@@ -19,16 +19,16 @@ from torch import Tensor
 
 from megatron_doremi.data.loader import MicroBatch
 from megatron_doremi.engine.schedule import AlternatingSchedule, UpdateDomainWeights
-from megatron_doremi.mixture.objective import MeanLoss
-from megatron_doremi.parallel.groups import ProcessGroups
+from megatron_doremi.mixture.objective import Objective
+from megatron_doremi.parallel.context import ParallelContext
 
 
 class TrainingEngine(DeepSpeedEngine):
     """What the training loop asks of an engine."""
 
-    def __init__(self, objective: MeanLoss, groups: ProcessGroups, clip_grad: float, **deepspeed: Any):
+    def __init__(self, objective: Objective, context: ParallelContext, clip_grad: float, **deepspeed: Any):
         super().__init__(**deepspeed)
-        self.objective, self.groups, self.clip_grad = objective, groups, clip_grad
+        self.objective, self.context, self.clip_grad = objective, context, clip_grad
         self._before_step: Callable[[Tensor | None], None] = lambda norm: None
 
     def train_step(
@@ -37,7 +37,7 @@ class TrainingEngine(DeepSpeedEngine):
         targets: Tensor | None = None,
         before_step: Callable[[Tensor | None], None] = lambda norm: None,
     ) -> None:
-        """One step of the optimizer on this rank's micro-batches; for the rest see `MeanLoss.begin`.
+        """One step of the optimizer on this rank's micro-batches; for the rest see `Objective.begin`.
 
         A gradient whose norm is NaN or Inf moves no parameter under ZeRO 1 to 3, nor in bfloat16: DeepSpeed's
         optimizers skip that step on all ranks, and `was_step_applied` is false. Without them it is up to `before_step`.
@@ -109,7 +109,7 @@ class PipelinedEngine(TrainingEngine, PipelineEngine):
             self.loss = self.objective.loss(token_loss, domains)
 
     def _exec_update_domain_weights(self) -> None:
-        self.objective.turn()
+        self.objective.update_domain_weights()
 
     def _exec_backward_pass(self, buffer_id: int) -> None:
         if buffer_id in self._held:
@@ -121,7 +121,7 @@ class PipelinedEngine(TrainingEngine, PipelineEngine):
     def _exec_reduce_grads(self) -> None:
         # A single replica has nothing to reduce; a sharded optimizer collects its gradients here.
         sharded = self.optimizer is not self.basic_optimizer and not self.using_bf16_optimizer
-        if self.objective.topology.data_size > 1 or sharded:
+        if self.context.topology.data_size > 1 or sharded:
             super()._exec_reduce_grads()
 
     def _norm_in_time(self) -> Tensor | None:
@@ -137,7 +137,7 @@ class PipelinedEngine(TrainingEngine, PipelineEngine):
         counted = [p.grad for p in parameters if p.model_parallel]
         norms = torch.stack(torch._foreach_norm(counted)).double() if counted else torch.zeros(1).double()
         total = norms.to(self.device).square().sum()
-        dist.all_reduce(total, group=self.groups.model)
+        dist.all_reduce(total, group=self.context.groups.model)
         norm = total.sqrt()
         if self.clip_grad > 0.0:
             factor = (self.clip_grad / (norm + 1e-6)).clamp(max=1.0).float()
@@ -172,7 +172,7 @@ class ZeroEngine(TrainingEngine):
             held = [self(batch.tokens, batch.targets) for batch in batches]
             for token_loss, batch in zip(held, batches, strict=True):
                 self.objective.record(token_loss, batch.domains, batch.reference)
-            self.objective.turn()
+            self.objective.update_domain_weights()
             while held:
                 # A micro-batch's graph goes with its backward pass.
                 self._descend(held.pop(0), batches.pop(0).domains)
@@ -180,7 +180,7 @@ class ZeroEngine(TrainingEngine):
             with torch.no_grad():
                 for batch in batches:
                     self._forward_and_record(batch)
-            self.objective.turn()
+            self.objective.update_domain_weights()
             for batch in batches:
                 self._descend(self(batch.tokens, batch.targets), batch.domains)
 

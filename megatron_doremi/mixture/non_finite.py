@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from megatron_doremi.data.loader import MicroBatch
 from megatron_doremi.errors import RunError
-from megatron_doremi.mixture.objective import GroupDRO, MeanLoss
+from megatron_doremi.mixture.objective import Objective
 from megatron_doremi.parallel.exchange import gather_json
 
 _SHOWN_WINDOWS = 20
@@ -21,30 +21,30 @@ class NonFinite(RunError):
 
 
 def explain_loss(
-    objective: MeanLoss, micro_batches: Sequence[MicroBatch], names: Sequence[str], iteration: int
+    objective: Objective, micro_batches: Sequence[MicroBatch], names: Sequence[str], iteration: int, model: str
 ) -> NonFinite:
     """The error for a step with a loss that is NaN or Inf: whose loss, and in which windows; a collective call.
 
     Args:
         micro_batches: this rank's of the step.
         iteration: the step's number, the first being 1.
+        model: what the message calls the model that is trained.
     """
     windows = _windows(objective, micro_batches)
-    whose = "proxy" if isinstance(objective, GroupDRO) else "model"
     parts = []
     # A window's entry: domain, window, whether the model's losses are finite, and the reference's.
-    for place, subject in ((2, whose), (3, "reference")):
+    for place, subject in ((2, model), (3, "reference")):
         bad = [window for window in windows if not window[place]]
         if bad:
             places = windows_by_domain([(domain, number) for domain, number, _, _ in bad], names)
             parts.append(f"the {subject}'s loss of iteration {iteration} is NaN or Inf in {places}")
     if not any(not window[2] for window in windows):
-        parts.append(f"the {whose}'s own losses are finite: check the reference or its recorded losses")
+        parts.append(f"the {model}'s own losses are finite: check the reference or its recorded losses")
     return NonFinite("\n      ".join([*parts, _batch(windows, names)]) + "\n" + _REMEDY)
 
 
 def explain_gradient(
-    objective: MeanLoss, micro_batches: Sequence[MicroBatch], names: Sequence[str], iteration: int
+    objective: Objective, micro_batches: Sequence[MicroBatch], names: Sequence[str], iteration: int
 ) -> NonFinite:
     """The error for a step whose gradient is NaN or Inf although its losses are finite; a collective call."""
     return NonFinite(
@@ -53,11 +53,11 @@ def explain_gradient(
     )
 
 
-def _windows(objective: MeanLoss, micro_batches: Sequence[MicroBatch]) -> list[tuple[int, int, bool, bool]]:
+def _windows(objective: Objective, micro_batches: Sequence[MicroBatch]) -> list[tuple[int, int, bool, bool]]:
     """(domain, window, model's losses finite, reference's losses finite) of the global batch, in order."""
-    topology, own = objective.topology, []
+    topology, own = objective.context.topology, []
     if topology.rank == topology.loss_rank():
-        for batch, finite in zip(micro_batches, objective.finite, strict=True):
+        for batch, finite in zip(micro_batches, objective.current.finite, strict=True):
             rows = zip(batch.domains.tolist(), batch.windows.tolist(), *finite.tolist(), strict=True)
             own += [row for row in rows if row[0] >= 0]
     return sorted(tuple(row) for part in gather_json(own) for row in part)

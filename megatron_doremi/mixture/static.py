@@ -24,8 +24,9 @@ from megatron_doremi.data.manifest import Manifest
 from megatron_doremi.data.weights_file import load_weights, positive_shares
 from megatron_doremi.errors import ConfigError, Fault
 from megatron_doremi.mixture.controller import MixtureController
+from megatron_doremi.settings import UNIMAX
 
-TEMPERATURE, UNIMAX = "temperature:", "unimax"
+_TEMPERATURE = "temperature:"
 _NAMES = "uniform, natural, temperature:T, unimax"
 
 
@@ -83,7 +84,7 @@ def unimax_weights(budget: Budget) -> NDArray[np.float64]:
     sizes = np.array(budget.domain_tokens, dtype=np.float64)
     caps = budget.max_epochs * sizes
     # What rounding takes from a budget that is exactly filled is no lack of text.
-    if caps.sum() < budget.tokens * (1.0 - 1e-12):
+    if not caps.sum() >= budget.tokens * (1.0 - 1e-12):
         raise ValueError("the caps sum to less than the budget")
     left, taken = float(budget.tokens), np.zeros(len(sizes))
     for place, domain in enumerate(np.argsort(sizes, kind="stable")):
@@ -120,7 +121,7 @@ def resolve_weights(
         return np.full(count, 1.0 / count)
     if setting == UNIMAX:
         return _resolve_unimax(subject, manifest, budget)
-    if setting == "natural" or setting.startswith(TEMPERATURE):
+    if setting == "natural" or setting.startswith(_TEMPERATURE):
         temperature = 1.0 if setting == "natural" else _temperature(setting)
         if not sum(domain.tokens for domain in manifest.domains):
             remedy = "use a domains.json of tools/preprocess_data.py, or uniform, or a weights file"
@@ -135,7 +136,7 @@ def resolve_weights(
 
 def _temperature(setting: str) -> float:
     try:
-        temperature = float(setting.removeprefix(TEMPERATURE))
+        temperature = float(setting.removeprefix(_TEMPERATURE))
     except ValueError:
         temperature = math.nan
     if not 0.0 < temperature < math.inf:

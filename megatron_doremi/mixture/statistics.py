@@ -1,6 +1,6 @@
 """From token losses to per-domain sums, and from domain weights to the proxy's objective.
 
-What travels between ranks are sums and counts, never means: [3, k] float64 with the rows below. The proxy
+What travels between ranks are sums and counts, never means: `DomainStats`. The proxy
 descends J = sum_i alpha_i * (sum of l over domain i) / (targets of domain i), alpha a constant, nothing
 clipped, absent domains contributing nothing (Xie et al. 2023, Algorithm 1, line 9).
 """
@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-EXCESS, LOSS, TARGETS = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -48,52 +46,22 @@ class DomainStats:
         return DomainStats(self.score + other.score, self.loss + other.loss, self.targets + other.targets)
 
 
-def token_scores(loss: Tensor, reference: Tensor | None, objective: str) -> Tensor:
-    """What each token adds to its domain's lambda.
-
-    Args:
-        loss: the proxy's losses l, float64.
-        reference: the reference's losses r of the same shape; None where nothing asks for them.
-        objective: excess, max(l - r, 0); or, from the paper's ablation (its Table 3), hardest, l alone, and
-            easiest, -r alone, which is not clipped because nothing would be left of it.
-    """
-    if objective == "hardest":
-        return loss
-    if reference is None:
-        return torch.zeros_like(loss)
-    if objective == "easiest":
-        return -reference.double()
-    reference = reference.double()
-    # 0 x Inf is NaN: without it an infinite reference would look like a proxy that is better everywhere.
-    return (loss - reference).clamp(min=0.0) + 0.0 * reference
-
-
-def domain_sums(
-    token_loss: Tensor,
-    domains: Tensor,
-    num_domains: int,
-    reference: Tensor | None = None,
-    objective: str = "excess",
-) -> Tensor:
+def domain_stats(token_loss: Tensor, domains: Tensor, num_domains: int, scores: Tensor | None = None) -> DomainStats:
     """Sums of one micro-batch by domain.
 
     Args:
         token_loss: [batch, seq] losses l in nats.
         domains: [batch] number of each window's domain; -1 counts for nothing.
         num_domains: k.
-        reference: [batch, seq] the reference's losses r; without them the first row is 0 (but for `hardest`).
-        objective: see `token_scores`.
-
-    Returns:
-        [3, k] float64: sum of scores, sum of l, number of targets.
+        scores: [batch, seq] what each token adds to its domain's score; None: 0.
     """
     loss = token_loss.detach().double()
-    scores = token_scores(loss, reference, objective)
-    rows = torch.stack((scores.sum(dim=1), loss.sum(dim=1), torch.full_like(loss[:, 0], loss.shape[1])))
+    score = torch.zeros_like(loss[:, 0]) if scores is None else scores.sum(dim=1)
+    rows = torch.stack((score, loss.sum(dim=1), torch.full_like(loss[:, 0], loss.shape[1])))
     # No scattered adds, which on a GPU run in an order of their own, and no product with the membership matrix, in
-    # which one window's loss that is no number would make all domains' sums so.
+    # which one window's NaN or Inf would make all domains' sums NaN.
     members = domains.unsqueeze(1) == torch.arange(num_domains, device=domains.device)
-    return torch.where(members, rows.unsqueeze(2), 0.0).sum(dim=1)
+    return DomainStats.unstack(torch.where(members, rows.unsqueeze(2), 0.0).sum(dim=1))
 
 
 def finite_windows(token_loss: Tensor, reference: Tensor | None) -> Tensor:

@@ -12,7 +12,7 @@ from megatron_doremi.data.indexed_dataset import IndexedDataset
 from megatron_doremi.data.manifest import load_manifest
 from megatron_doremi.errors import ConfigError, Fault
 from megatron_doremi.mixture.static import resolve_weights
-from megatron_doremi.settings import EVALUATE, PHASES, PROXY, SCORE
+from megatron_doremi.settings import EVALUATE, PHASES, PROXY, SCORE, UNIMAX
 
 
 def file_faults(config: Config) -> list[Fault]:
@@ -47,7 +47,8 @@ def _data_faults(config: Config) -> list[Fault]:
             if prefix is not None:
                 _collect(faults, partial(IndexedDataset, prefix, vocab_size))
     setting = config.data.domain_weights
-    if setting:
+    # The budget that unimax divides hangs on other settings.
+    if setting and setting != UNIMAX:
         _collect(faults, lambda: resolve_weights(setting, manifest, config.data.allow_tokenizer_mismatch))
     return faults
 

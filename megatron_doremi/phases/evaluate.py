@@ -27,15 +27,13 @@ from megatron_doremi.data.indexed_dataset import IndexedDataset
 from megatron_doremi.data.loader import MicroBatch, rank_slice, read_windows
 from megatron_doremi.errors import RunError
 from megatron_doremi.mixture.non_finite import NonFinite, windows_by_domain
-from megatron_doremi.mixture.objective import reduce_sums
+from megatron_doremi.mixture.objective import reduce_stats
 from megatron_doremi.mixture.reference import ReferenceRun
-from megatron_doremi.mixture.statistics import LOSS, TARGETS, domain_sums, finite_windows
+from megatron_doremi.mixture.statistics import DomainStats, domain_stats, finite_windows
 from megatron_doremi.model.forward import forward_only
 from megatron_doremi.model.unpipelined import GPT
+from megatron_doremi.parallel.context import ParallelContext
 from megatron_doremi.parallel.exchange import from_rank_0, gather_json
-from megatron_doremi.parallel.groups import ProcessGroups
-from megatron_doremi.parallel.layers import TensorParallel
-from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.phases.score import weights_hash
 from megatron_doremi.phases.setup import RunData
 from megatron_doremi.storage.files import AppendFile, make_folder
@@ -96,9 +94,7 @@ def evaluate(
     module: GPT,
     text: HeldOut,
     micro_batch_size: int,
-    topology: Topology,
-    groups: ProcessGroups,
-    device: torch.device,
+    context: ParallelContext,
     subject: str,
     progress: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
@@ -114,10 +110,11 @@ def evaluate(
     Raises:
         NonFinite: on every rank, naming the windows whose loss is NaN or Inf.
     """
+    topology, device = context.topology, context.device
     shape, k = (micro_batch_size, text.seq_length), len(text.datasets)
     batch = pad_to(text.windows(), micro_batch_size * topology.data_size)
     parts = rank_slice(batch, micro_batch_size, topology.data_rank, topology.data_size)
-    sums = torch.zeros(3, k, dtype=torch.float64, device=device)
+    stats = DomainStats.zeros(k, device)
     finite: list[Tensor] = []
     # Enough micro-batches in flight to fill the pipe, few enough to keep what is read small.
     stride = 4 * topology.pipe_size
@@ -129,20 +126,20 @@ def evaluate(
             micro_batches = [read_windows(text.datasets, part, text.seq_length) for part in chunk]
         losses = forward_only(module, micro_batches, len(chunk), shape, topology)
         for micro_batch, loss in zip(micro_batches, losses, strict=False):
-            sums += domain_sums(loss, micro_batch.domains.to(device), k)
+            stats = stats + domain_stats(loss, micro_batch.domains.to(device), k)
             finite.append(finite_windows(loss, None)[0])
-    total = reduce_sums(sums, topology, groups)
-    if not bool(torch.isfinite(total).all()):
-        raise _explain(parts, finite, topology, text.names, subject)
-    return evaluation_entries(total.tolist(), text.names, text.counts(), text.seq_length)
+    total = reduce_stats(stats, context)
+    if not bool(torch.isfinite(total.loss).all()):
+        raise _explain(parts, finite, context, text.names, subject)
+    return evaluation_entries(total, text.names, text.counts(), text.seq_length)
 
 
 def _explain(
-    parts: Sequence[GlobalBatch], finite: Sequence[Tensor], topology: Topology, names: Sequence[str], subject: str
+    parts: Sequence[GlobalBatch], finite: Sequence[Tensor], context: ParallelContext, names: Sequence[str], subject: str
 ) -> NonFinite:
     """The error that names the windows of all ranks whose loss is NaN or Inf; a collective call."""
     own: list[tuple[int, int]] = []
-    if topology.rank == topology.loss_rank():
+    if context.topology.rank == context.topology.loss_rank():
         for part, good in zip(parts, finite, strict=True):
             rows = zip(part.domains.tolist(), part.windows.tolist(), good.tolist(), strict=True)
             own += [(domain, window) for domain, window, is_finite in rows if domain >= 0 and not is_finite]
@@ -151,7 +148,7 @@ def _explain(
 
 
 def evaluation_entries(
-    sums: Sequence[Sequence[float]], names: Sequence[str], counts: Sequence[int], seq_length: int
+    stats: DomainStats, names: Sequence[str], counts: Sequence[int], seq_length: int
 ) -> dict[str, Any]:
     """What an evaluation line says of each domain and of all.
 
@@ -159,17 +156,18 @@ def evaluation_entries(
     its estimate where --eval-iters limits what is read.
 
     Args:
-        sums: [3, k] over the windows that were read; see mixture/statistics.py for the rows.
+        stats: over the windows that were read.
         counts: [k] windows of each domain's held-out stream.
     """
-    read = [(n, s / t, int(t), c) for n, s, t, c in zip(names, sums[LOSS], sums[TARGETS], counts, strict=True) if t]
+    loss, targets = torch.stack((stats.loss, stats.targets)).tolist()
+    read = [(n, s / t, int(t), c) for n, s, t, c in zip(names, loss, targets, counts, strict=True) if t]
     means = {name: mean for name, mean, _, _ in read}
     return {
         "eval": means,
         "eval_uniform_mean": sum(means.values()) / len(means),
         "eval_worst": max(means.values()),
         "eval_token_mean": sum(mean * count for _, mean, _, count in read) / sum(count for *_, count in read),
-        "eval_windows": {name: targets // seq_length for name, _, targets, _ in read},
+        "eval_windows": {name: count // seq_length for name, _, count, _ in read},
     }
 
 
@@ -177,9 +175,7 @@ def evaluate_run(
     config: Config,
     data: RunData,
     run: ReferenceRun,
-    topology: Topology,
-    groups: ProcessGroups,
-    device: torch.device,
+    context: ParallelContext,
     watchdog: Watchdog,
 ) -> None:
     """Evaluates a checkpoint of --load, the newest when the program started, at any layout.
@@ -194,9 +190,10 @@ def evaluate_run(
     if save is not None:
         # Tried before the work, not after it.
         from_rank_0(lambda: append_line(save, ""))
-    tp = TensorParallel(groups.tensor, config.parallel.sequence_parallel)
     dtype = torch.bfloat16 if config.optimizer.bf16 else torch.float32
-    module = load_frozen(run.gpt, run.weights, topology, tp, dtype, config.parallel.loss_chunk_tokens)
+    module = load_frozen(
+        run.gpt, run.weights, context.topology, context.tensor_parallel, dtype, config.parallel.loss_chunk_tokens
+    )
     # In batches of the run itself: what is read depends neither on this layout nor on its batch.
     most = data_config.eval_iters * run.global_batch_size
     checkpoint = run.weights.parent
@@ -204,13 +201,11 @@ def evaluate_run(
         module,
         HeldOut(data.names, data.valid, data_config.seq_length, most),
         data_config.micro_batch_size,
-        topology,
-        groups,
-        device,
+        context,
         str(checkpoint),
         lambda: watchdog.mark("evaluating"),
     )
-    if topology.rank == 0:
+    if context.topology.rank == 0:
         _print(entries, checkpoint)
     if save is not None:
         line = {

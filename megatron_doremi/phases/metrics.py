@@ -14,7 +14,7 @@ import torch
 
 from megatron_doremi.config import GPTConfig
 from megatron_doremi.data.weights_file import SMALLEST_SHARE
-from megatron_doremi.mixture.statistics import LOSS, TARGETS
+from megatron_doremi.mixture.statistics import DomainStats
 
 # Dense bfloat16 peak of a GPU in TFLOP/s, from the vendors' data sheets, by a part of its name. The longest matching
 # part counts: "NVIDIA H100 PCIe" has its own, "NVIDIA H100 80GB HBM3" is the SXM model.
@@ -65,30 +65,13 @@ def peak_tflops(gpu_name: str) -> float | None:
     return _PEAK_TFLOPS[max(parts, key=len)] if parts else None
 
 
-def domain_entries(sums: Sequence[Sequence[float]], names: Sequence[str]) -> dict[str, Any]:
-    """loss, domain_loss and domain_tokens of a global batch from its [3, k] sums; absent domains have no loss."""
-    loss, targets = sums[LOSS], sums[TARGETS]
+def domain_entries(stats: DomainStats, names: Sequence[str]) -> dict[str, Any]:
+    """loss, domain_loss and domain_tokens of a global batch; absent domains have no loss."""
+    loss, targets = torch.stack((stats.loss, stats.targets)).tolist()
     return {
         "loss": sum(loss) / sum(targets),
         "domain_loss": {n: s / t for n, s, t in zip(names, loss, targets, strict=True) if t},
         "domain_tokens": {n: int(t) for n, t in zip(names, targets, strict=True)},
-    }
-
-
-def proxy_entries(
-    sums: Sequence[Sequence[float]],
-    excess: Sequence[float],
-    weights: Sequence[float],
-    gradient_weights: Sequence[float],
-    names: Sequence[str],
-) -> dict[str, Any]:
-    """What a proxy adds to a line: lambda_t, alpha_t, and the sum of each domain's mean loss times the weight under
-    which its gradient was taken."""
-    means = [s / t if t else 0.0 for s, t in zip(sums[LOSS], sums[TARGETS], strict=True)]
-    return {
-        "domain_excess": dict(zip(names, excess, strict=True)),
-        "domain_weights": dict(zip(names, weights, strict=True)),
-        "dro_loss": sum(w * m for w, m in zip(gradient_weights, means, strict=True)),
     }
 
 
@@ -122,8 +105,13 @@ def evaluation_summary(entry: Mapping[str, Any]) -> str:
 class VanishedWeights:
     """Warns of domains whose weight has all but vanished, each once: no mixture can be trained on such weights."""
 
-    def __init__(self) -> None:
+    def __init__(self, remedy: str) -> None:
+        """
+        Args:
+            remedy: what keeps a weight from vanishing.
+        """
         self._names: set[str] = set()
+        self._remedy = remedy
 
     def warnings(self, iteration: int, weights: Mapping[str, float]) -> list[str]:
         """A message for each domain whose weight has vanished since the last call."""
@@ -131,8 +119,7 @@ class VanishedWeights:
         self._names |= vanished.keys()
         return [
             f"warning: iteration {iteration:,}: the weight of {name!r} is {weight:.1e}; shares below "
-            f"{SMALLEST_SHARE} are refused in a mixture: give --doremi-smoothing above 0, or a smaller "
-            "--doremi-step-size"
+            f"{SMALLEST_SHARE} are refused in a mixture: {self._remedy}"
             for name, weight in vanished.items()
         ]
 

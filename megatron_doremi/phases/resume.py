@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import create_model
+
 from megatron_doremi.checkpoint.folder import (
     CheckpointState,
     check_contents,
@@ -17,8 +19,8 @@ from megatron_doremi.checkpoint.reader import check_files
 from megatron_doremi.config import Config
 from megatron_doremi.console import note
 from megatron_doremi.data.blend import BlendState
-from megatron_doremi.errors import Fault, raise_if_any
-from megatron_doremi.mixture.domain_weights import DomainWeights
+from megatron_doremi.errors import ConfigError, Fault, raise_if_any
+from megatron_doremi.mixture.controller import ControllerState, MixtureController
 from megatron_doremi.parallel.exchange import from_rank_0
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.phases.identity import (
@@ -28,7 +30,7 @@ from megatron_doremi.phases.identity import (
     override_faults,
     schedule_change,
 )
-from megatron_doremi.settings import PROXY
+from megatron_doremi.storage.formats import Schema, check_entry
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class ResumePoint:
         checkpoint: its folder.
         iteration: steps taken.
         blend: where the blend was.
-        domain_weights: a proxy's.
+        controller_state: of a controller that learns; see `MixtureController.load_state_dict`.
         metrics_bytes: size of metrics.jsonl when the checkpoint was taken; None where the checkpoint does not say.
         overrides: entries of the run's identity that were changed on purpose, at which iteration, over its whole life.
     """
@@ -47,7 +49,7 @@ class ResumePoint:
     checkpoint: Path
     iteration: int
     blend: BlendState
-    domain_weights: DomainWeights | None
+    controller_state: dict[str, Any] | None
     metrics_bytes: int | None = None
     overrides: tuple[dict[str, Any], ...] = ()
 
@@ -56,6 +58,7 @@ def resume_point(
     config: Config,
     identity: Identity,
     names: tuple[str, ...],
+    controller: MixtureController,
     topology: Topology,
     progress: Callable[[], None] = lambda: None,
 ) -> ResumePoint | None:
@@ -64,6 +67,7 @@ def resume_point(
     Args:
         identity: of this run.
         names: the domains.
+        controller: of the mixture; names its state and says what it may hold.
         progress: called with each file of the checkpoint that is read.
 
     Raises:
@@ -87,7 +91,12 @@ def resume_point(
     if config.data.train_iters < state.iteration:
         rule = f"at least the {state.iteration:,} steps that were taken"
         faults.append(Fault("--train-iters", f"{config.data.train_iters:,}", rule, "give more, or a new --save"))
-    faults += _domain_faults(state, config, names, subject)
+    learned = None
+    try:
+        learned = _controller_state(checkpoint, state, controller)
+    except ConfigError as error:
+        faults += error.faults
+    faults += _domain_faults(state, learned, controller.state_name, names, subject)
     raise_if_any(faults)
     check_files(checkpoint)
     check_contents(checkpoint, state, topology.rank, topology.world_size, progress)
@@ -98,12 +107,9 @@ def resume_point(
         *state.overrides,
         *({"iteration": state.iteration, "name": n, "before": before[n], "now": identity[n]} for n in changed),
     ]
-    learned = None
-    if config.data.phase == PROXY:
-        assert state.doremi is not None
-        learned = DomainWeights.from_dict(state.doremi.model_dump(), names, "cpu")
     blend = BlendState.from_dict(state.blend.model_dump(), names)
-    return ResumePoint(checkpoint, state.iteration, blend, learned, state.metrics_bytes, tuple(overrides))
+    entry = None if learned is None else learned.model_dump()
+    return ResumePoint(checkpoint, state.iteration, blend, entry, state.metrics_bytes, tuple(overrides))
 
 
 def _find_checkpoint(load: Path) -> str | None:
@@ -121,11 +127,32 @@ def _find_checkpoint(load: Path) -> str | None:
     return str(newest)
 
 
-def _domain_faults(state: CheckpointState, config: Config, names: Sequence[str], subject: str) -> list[Fault]:
+def _controller_state(
+    checkpoint: Path, state: CheckpointState, controller: MixtureController
+) -> ControllerState | None:
+    """The controller's entry of state.json, checked; None where it keeps none. Raises ConfigError."""
+    if not controller.learns:
+        return None
+    name, subject = controller.state_name, str(checkpoint / "state.json")
+    remedy = f"delete {checkpoint} to resume from an older one"
+    # Checked under its name, which messages then show.
+    schema = create_model("State", __base__=Schema, **{name: (controller.state_schema, ...)})  # type: ignore[call-overload]
+    found = state.entry(name)
+    entry: ControllerState = getattr(check_entry({} if found is None else {name: found}, subject, schema, remedy), name)
+    if entry.steps != state.iteration:
+        rule = f"{name}.steps {entry.steps} must equal iteration {state.iteration}"
+        raise ConfigError(Fault(subject, f"{name}.steps: {entry.steps}", rule, remedy))
+    return entry
+
+
+def _domain_faults(
+    state: CheckpointState, learned: ControllerState | None, learned_name: str, names: Sequence[str], subject: str
+) -> list[Fault]:
     """Faults of a state that does not name exactly the run's domains."""
     held: dict[str, set[str]] = {"blend": set(state.blend.cursors)}
-    if config.data.phase == PROXY:
-        held["doremi"] = set() if state.doremi is None else set(state.doremi.weights)
+    for key, value in learned or ():
+        if isinstance(value, dict):
+            held[f"{learned_name}.{key}"] = set(value)
     faults = []
     for part, found in held.items():
         wrong = [f"no {name!r}" for name in names if name not in found]

@@ -16,18 +16,19 @@ from megatron_doremi import __version__
 from megatron_doremi.checkpoint.folder import newest_checkpoint, read_state
 from megatron_doremi.checkpoint.run_config import RunConfigFile, read_run_config
 from megatron_doremi.config import Config, GPTConfig, global_batch_size, gpt_config
-from megatron_doremi.data.blend import too_short
+from megatron_doremi.data.blend import too_short, window_count
 from megatron_doremi.data.content_hash import content_hash
 from megatron_doremi.data.indexed_dataset import IndexedDataset
 from megatron_doremi.data.manifest import Domain, Manifest, load_manifest
 from megatron_doremi.data.reference_losses import ReferenceLosses
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any
+from megatron_doremi.mixture.controller import MixtureController
 from megatron_doremi.mixture.reference import (
     OnlineReference,
     ReferenceRun,
     check_reference,
 )
-from megatron_doremi.mixture.static import resolve_weights
+from megatron_doremi.mixture.static import Budget, resolve_weights
 from megatron_doremi.parallel.groups import ProcessGroups
 from megatron_doremi.parallel.layers import TensorParallel
 from megatron_doremi.parallel.topology import Topology
@@ -66,7 +67,7 @@ class RunData:
         return self.manifest.tokenizer.sha256 if self.manifest.tokenizer else None
 
 
-def open_data(config: Config, training: bool) -> RunData:
+def open_data(config: Config, training: bool, world_size: int = 1) -> RunData:
     """Opens what the run reads. Raises ConfigError with every fault of every file."""
     manifest = load_manifest(Path(config.data.domains))
     faults: list[Fault] = []
@@ -106,6 +107,7 @@ def open_data(config: Config, training: bool) -> RunData:
             manifest,
             config.data.allow_tokenizer_mismatch,
             config.run.allow_unfinished,
+            _budget(config, train, world_size),
         )
     except ConfigError as error:
         faults += error.faults
@@ -123,6 +125,16 @@ def open_data(config: Config, training: bool) -> RunData:
     contents = (content_hash(manifest.names, opened) if training else "", content_hash(manifest.names, valid))
     manifest = replace(manifest, warnings=(*manifest.warnings, *warnings))
     return RunData(manifest, opened, tuple(valid), weights, vocab_size, *contents)
+
+
+def _budget(config: Config, train: Sequence[IndexedDataset | None], world_size: int) -> Budget | None:
+    """What a run reads, and what there is to read; None where a stream is missing or the flags give no budget."""
+    data = config.data
+    if not train or not data.train_iters or not data.max_epochs_per_domain or any(each is None for each in train):
+        return None
+    tokens = data.train_iters * global_batch_size(config, world_size) * data.seq_length
+    counts = [window_count(each.num_tokens, data.seq_length) for each in train if each is not None]
+    return Budget(tokens, [data.seq_length * count for count in counts], data.max_epochs_per_domain)
 
 
 def sampling_setting(config: Config, manifest: Manifest) -> str:
@@ -165,21 +177,14 @@ def _open_held_out(
     return None
 
 
-def needs_reference(config: Config) -> bool:
-    """Whether a run loads a reference: to record its losses, or as a proxy that scores its batches with it."""
-    if config.data.phase == SCORE:
-        return True
-    return config.data.phase == PROXY and scores_batches(config) and config.doremi.reference_losses == "online"
+def needs_reference(config: Config, controller: MixtureController) -> bool:
+    """Whether a run loads a reference: to record its losses, or to score its own batches with it."""
+    return config.data.phase == SCORE or (controller.needs_reference and config.doremi.reference_losses == "online")
 
 
-def scores_batches(config: Config) -> bool:
-    """Whether a proxy's weights depend on a reference at all; by `hardest` only its own loss counts."""
-    return config.doremi.doremi_objective != "hardest"
-
-
-def reads_reference_losses(config: Config) -> bool:
-    """Whether a run is a proxy whose reference losses are read from disk."""
-    return config.data.phase == PROXY and scores_batches(config) and config.doremi.reference_losses != "online"
+def reads_reference_losses(config: Config, controller: MixtureController) -> bool:
+    """Whether a run reads recorded reference losses."""
+    return controller.needs_reference and config.doremi.reference_losses != "online"
 
 
 def read_trained(folder: Path, flag: str, data: RunData, config: Config, needs_all_steps: bool = False) -> ReferenceRun:

@@ -123,7 +123,8 @@ class JsonLines(Sink):
             metrics_bytes: size of the file in the checkpoint from which the run resumes.
         """
         self.subject = str(path)
-        self._file = MetricsFile(path, iteration, metrics_bytes)
+        # A run that starts may evaluate before its first step: lines of iteration 0 are not an earlier run's to keep.
+        self._file = MetricsFile(path, iteration or -1, metrics_bytes)
 
     def write(self, entry: Mapping[str, Any]) -> None:
         self._file.write(entry)

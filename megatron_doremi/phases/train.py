@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_doremi import __version__
@@ -27,13 +26,11 @@ from megatron_doremi.data.weights_file import save_weights
 from megatron_doremi.engine.engines import TrainingEngine
 from megatron_doremi.engine.optimizer import learning_rate
 from megatron_doremi.errors import RunError, machine_failure
-from megatron_doremi.mixture.domain_weights import DomainWeights
+from megatron_doremi.mixture.controller import MixtureController
 from megatron_doremi.mixture.non_finite import explain_gradient, explain_loss
-from megatron_doremi.mixture.objective import GroupDRO
 from megatron_doremi.mixture.reference import OnlineReference
+from megatron_doremi.parallel.context import ParallelContext
 from megatron_doremi.parallel.exchange import broadcast_json
-from megatron_doremi.parallel.groups import ProcessGroups
-from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.phases.evaluate import HeldOut, evaluate
 from megatron_doremi.phases.identity import identity_hash
 from megatron_doremi.phases.metrics import (
@@ -41,12 +38,12 @@ from megatron_doremi.phases.metrics import (
     VanishedWeights,
     domain_entries,
     flops_per_token,
-    proxy_entries,
     rate_entries,
 )
 from megatron_doremi.phases.resume import ResumePoint
 from megatron_doremi.phases.setup import RunData, held_out
 from megatron_doremi.phases.sinks import RunLog, open_log
+from megatron_doremi.settings import PROXY
 
 
 class Trainer:
@@ -58,12 +55,12 @@ class Trainer:
         gpt: GPTConfig,
         data: RunData,
         engine: TrainingEngine,
+        controller: MixtureController,
         reference: OnlineReference | None,
         reference_losses: ReferenceLosses | None,
         run: dict[str, Any],
         resume: ResumePoint | None,
-        topology: Topology,
-        groups: ProcessGroups,
+        context: ParallelContext,
         stop: StopRequest,
         watchdog: Watchdog,
         lock: HeldLock,
@@ -75,8 +72,9 @@ class Trainer:
             resume: where to resume.
         """
         self.config, self.gpt, self.data = config, gpt, data
-        self.engine, self.reference, self.topology, self.groups = engine, reference, topology, groups
-        self.reference_losses = reference_losses if topology.is_last_stage else None
+        self.engine, self.reference = engine, reference
+        self.context, self.topology = context, context.topology
+        self.reference_losses = reference_losses if self.topology.is_last_stage else None
         self.run, self.stop, self.watchdog = run, stop, watchdog
         self.save_dir = Path(config.run.save)
         keep = config.run.keep_checkpoints
@@ -84,24 +82,23 @@ class Trainer:
         self.checkpoints = Checkpointer(
             self.save_dir,
             keep,
-            topology,
+            self.topology,
             lambda: watchdog.mark("waiting for a checkpoint to be written"),
             lock.token,
             lock.lost_to,
         )
         # One rank's clock decides for all.
-        self.save_timer = SaveTimer(config.run.save_interval_in_mins if topology.rank == 0 else 0.0)
-        self.batch_size = global_batch_size(config, topology.world_size)
-        self.micro_batches = micro_batches_per_step(config, topology.world_size)
+        self.save_timer = SaveTimer(config.run.save_interval_in_mins if self.topology.rank == 0 else 0.0)
+        self.batch_size = global_batch_size(config, self.topology.world_size)
+        self.micro_batches = micro_batches_per_step(config, self.topology.world_size)
         counts = tuple(window_count(dataset.num_tokens, config.data.seq_length) for dataset in data.train)
         self.blend = Blend(data.names, counts, self.batch_size, config.data.seed)
         self.blend_state = BlendState.start(len(data.names))
         self.iteration = 0
         self.metrics_bytes: int | None = None
-        # What only a proxy has.
-        self.dro = engine.objective if isinstance(engine.objective, GroupDRO) else None
+        self.controller = controller
         self._on_domain_weights = Guard(str(self.save_dir / "domain_weights.json"))
-        self.vanished = VanishedWeights()
+        self.vanished = VanishedWeights(controller.vanishing_remedy)
         if resume is not None:
             self._go_on(resume)
 
@@ -112,8 +109,8 @@ class Trainer:
         load_training(self.engine, resume.checkpoint, self.topology, resume.iteration, progress)
         self.iteration, self.blend_state = resume.iteration, resume.blend
         self.metrics_bytes = resume.metrics_bytes
-        if self.dro is not None and resume.domain_weights is not None:
-            self.dro.state = resume.domain_weights.to(self.engine.device)
+        if resume.controller_state is not None:
+            self.controller.load_state_dict(resume.controller_state, self.data.names)
 
     def train(self) -> bool:
         """Trains to the last iteration, or to the exit interval.
@@ -123,6 +120,8 @@ class Trainer:
         """
         config, total = self.config, self.config.data.train_iters
         log = open_log(config, self.iteration, self.metrics_bytes, self.lock.lost_to)
+        if self.iteration == 0 and self.controller.evaluates_at(0):
+            self._evaluate(log)
         timer, stop = StepTimer(self.iteration), KEEP_RUNNING
         for step in self._steps():
             self.watchdog.mark(f"in iteration {self.iteration + 1}")
@@ -133,7 +132,8 @@ class Trainer:
             with timer.paused():
                 if self._due(config.run.check_ranks_interval):
                     check_replicas(self.engine.module, self._own_state(), self.topology, self.iteration)
-                if self._due(config.data.eval_interval) or self.iteration == total:
+                asked_for = self.controller.evaluates_at(self.iteration)
+                if asked_for or self._due(config.data.eval_interval) or self.iteration == total:
                     self._evaluate(log)
                 if agreed.write_failed:
                     self.checkpoints.finish()
@@ -147,8 +147,8 @@ class Trainer:
                 break
             self.watchdog.mark(f"reading the data of iteration {self.iteration + 1}")
         self.checkpoints.finish()
-        if self.dro is not None and self.iteration >= total:
-            self._finish_domain_weights(self.dro.state)
+        if self.controller.learns and self.iteration >= total:
+            self._finish_domain_weights()
         if self.iteration < total:
             why = REASONS.get(stop, "--exit-interval")
             log.say(
@@ -164,22 +164,17 @@ class Trainer:
     def _steps(self) -> Any:
         data = self.config.data
         reads = self.topology.is_first_stage or self.topology.is_last_stage
-        dro = self.dro if self.dro is not None and self.dro.resamples else None
-
-        def sampling() -> NDArray[np.float64]:
-            return self.data.weights if dro is None else dro.state.weights.cpu().numpy()
-
         return steps(
             self.blend,
             self.data.train,
-            sampling,
+            self.controller.sampling_weights,
             self.blend_state,
             data.seq_length,
             data.micro_batch_size,
             self.topology.data_rank,
             self.topology.data_size,
             reads,
-            ahead=dro is None,
+            ahead=self.controller.samples_ahead,
             reference_losses=self.reference_losses,
             total=self.config.data.train_iters,
         )
@@ -193,14 +188,15 @@ class Trainer:
         agreed: list[StepFlags] = []
 
         batch = (self.engine.objective, micro_batches, self.data.names, self.iteration + 1)
+        model = "proxy" if self.config.data.phase == PROXY else "model"
 
         def before_step(norm: Tensor | None) -> None:
             state = (self.stop.reason(), *self.checkpoints.progress(), self.save_timer.due())
-            flags = reduce_flags(self.engine.objective.local_sums, norm, *state)
+            flags = reduce_flags(self.engine.objective.current.stats.stack(), norm, *state)
             if flags.loss_non_finite or flags.gradient_non_finite:
                 # What was saved before is good, also where it is still being written.
                 self.checkpoints.finish()
-                raise explain_loss(*batch) if flags.loss_non_finite else explain_gradient(*batch)
+                raise explain_loss(*batch, model) if flags.loss_non_finite else explain_gradient(*batch)
             agreed.append(flags)
 
         self.engine.train_step(micro_batches, targets, before_step)
@@ -213,10 +209,13 @@ class Trainer:
         return agreed[0]
 
     def _log_step(self, lr: float, timer: StepTimer, log: RunLog) -> None:
-        """Logs the step just taken: a line at the log interval, of a proxy at every step; a collective call."""
+        """Logs the step just taken: a line at the log interval, or at every step where the mixture is learned.
+
+        A collective call.
+        """
         at_log_interval = self._due(self.config.run.log_interval) or self.iteration == self.config.data.train_iters
         entry = None
-        if at_log_interval or self.dro is not None:
+        if at_log_interval or self.controller.learns:
             entry = self._entry(lr)
             seconds, tokens = timer.lap(self.iteration), self.batch_size * self.config.data.seq_length
             flops = tokens * flops_per_token(self.gpt, self.config.data.seq_length)
@@ -232,21 +231,15 @@ class Trainer:
     def _entry(self, lr: float) -> dict[str, Any]:
         """The line of the step just taken; a collective call."""
         samples, names = self._consumed_samples(), self.data.names
-        sums = self.engine.objective.step_sums().tolist()
-        entry: dict[str, Any] = {
+        return {
             "iteration": self.iteration,
             "consumed_samples": samples,
             "consumed_tokens": samples * self.config.data.seq_length,
-            **domain_entries(sums, names),
+            **domain_entries(self.engine.objective.stats(), names),
             "lr": lr,
             "grad_norm": self.engine.grad_norm(),
+            **self.controller.entries(names),
         }
-        if self.dro is not None:
-            state = self.dro.state
-            entry |= proxy_entries(
-                sums, state.excess.tolist(), state.weights.tolist(), self.dro.gradient_weights.tolist(), names
-            )
-        return entry
 
     def _evaluate(self, log: RunLog) -> None:
         datasets = held_out(self.data)
@@ -257,13 +250,14 @@ class Trainer:
             self.engine.module,
             HeldOut(self.data.names, datasets, data.seq_length, data.eval_iters * self.batch_size),
             data.micro_batch_size,
-            self.topology,
-            self.groups,
-            self.engine.device,
+            self.context,
             f"iteration {self.iteration}",
             lambda: self.watchdog.mark(f"evaluating after iteration {self.iteration}"),
         )
         log.evaluation({"iteration": self.iteration, **entries})
+        if self.controller.evaluates_at(self.iteration):
+            losses = [entries["eval"].get(name, np.nan) for name in self.data.names]
+            self.controller.observe_evaluation(np.array(losses))
 
     def _consumed_samples(self) -> int:
         """Windows read since the run began, also where the batch size was changed on the way."""
@@ -272,8 +266,8 @@ class Trainer:
     def _own_state(self) -> dict[str, Any]:
         """The state that every rank computes for itself."""
         state: dict[str, Any] = {"blend": self.blend_state.to_dict(self.data.names)}
-        if self.dro is not None:
-            state["doremi"] = self.dro.state.to_dict(self.data.names)
+        if self.controller.learns:
+            state[self.controller.state_name] = self.controller.state_dict(self.data.names)
         return state
 
     def _save(self, log: RunLog, ephemeral: bool) -> None:
@@ -292,12 +286,11 @@ class Trainer:
             self.lock.check()
 
         self.checkpoints.start(self.engine, self.iteration, state, before_publishing)
-        if self.dro is not None and self.topology.rank == 0:
-            learned = self.dro.state
-            self._on_domain_weights(lambda: self._write_domain_weights(learned))
+        if self.controller.learns and self.topology.rank == 0:
+            self._on_domain_weights(self._write_domain_weights)
 
-    def _finish_domain_weights(self, learned: DomainWeights) -> None:
-        """Writes what the proxy was trained for, once more at the end; a collective call.
+    def _finish_domain_weights(self) -> None:
+        """Writes the learned weights once more at the end; a collective call.
 
         Raises:
             RunError: on every rank, where the file cannot be written. The last checkpoint is complete by then.
@@ -305,7 +298,7 @@ class Trainer:
         failure = None
         if self.topology.rank == 0:
             try:
-                self._write_domain_weights(learned)
+                self._write_domain_weights()
             except OSError as error:
                 failure = str(machine_failure(error))
         failure = broadcast_json(failure)
@@ -315,20 +308,18 @@ class Trainer:
                 f"{self.iteration} holds them: make room and run the same command again, which writes them"
             )
 
-    def _write_domain_weights(self, learned: DomainWeights) -> None:
+    def _write_domain_weights(self) -> None:
         doremi = self.config.doremi
         provenance = {
-            "method": f"doremi, {doremi.doremi_update}, {doremi.doremi_objective}, {doremi.doremi_weighting}, "
-            f"{doremi.doremi_normalization}",
-            "steps": learned.steps,
+            "method": self.controller.method,
+            "steps": self.iteration,
             "train_iters": self.config.data.train_iters,
-            "step_size": doremi.doremi_step_size,
-            "smoothing": doremi.doremi_smoothing,
+            **self.controller.settings(),
             "seed": self.config.data.seed,
             "reference": doremi.reference_load if doremi.reference_losses == "online" else doremi.reference_losses,
             "identity_sha256": identity_hash(self.run["identity"]),
             "overrides": self.run["overrides"],
             "code_version": __version__,
         }
-        weights = dict(zip(self.data.names, learned.mean().tolist(), strict=True))
+        weights = dict(zip(self.data.names, self.controller.result().tolist(), strict=True))
         save_weights(self.save_dir / "domain_weights.json", weights, self.data.tokenizer_sha256, provenance)

@@ -242,6 +242,11 @@ def _training_images(prefix: str, run: Run, names: Sequence[str]) -> list[Image]
         figure = plots.excess_over_time(run.iterations, run.excess.ordered(names), names)
         caption = "Excess loss of the proxy over the reference, which drives the weights"
         images.append(Image(f"{prefix}excess_loss.png", plots.png(figure), caption))
+    if run.score.values.size:
+        title = "Score by domain"
+        figure = plots.loss_over_time(run.iterations, run.score.ordered(names), names, title, "score")
+        caption = "Score of each domain, which drives the weights in place of the excess loss"
+        images.append(Image(f"{prefix}score.png", plots.png(figure), caption))
     if run.loss.values.size:
         figure = plots.loss_over_time(run.iterations, run.loss.ordered(names), names)
         images.append(Image(f"{prefix}training_loss.png", plots.png(figure), "Training loss by domain"))

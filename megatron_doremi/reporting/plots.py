@@ -108,14 +108,20 @@ def weights_over_time(iterations: Integers, weights: Floats, names: Sequence[str
         return figure
 
 
-def loss_over_time(iterations: Integers, losses: Floats, names: Sequence[str]) -> Figure:
-    """Draws training losses [lines, domains] in nats a token: raw (faint) and smoothed (strong)."""
+def loss_over_time(
+    iterations: Integers,
+    losses: Floats,
+    names: Sequence[str],
+    title: str = "Training loss by domain",
+    label: str = "loss",
+) -> Figure:
+    """Draws training losses [lines, domains] in nats a token, or scores: raw (faint) and smoothed (strong)."""
     smoothed = smooth(losses)
     with matplotlib.rc_context(STYLE):
         figure, panels = _figure(len(names), panels=1)
         _lines(panels[0], iterations, losses, smoothed, names)
-        panels[0].set_title("Training loss by domain")
-        panels[0].set_ylabel("loss (nats a token)")
+        panels[0].set_title(title)
+        panels[0].set_ylabel(f"{label} (nats a token)")
         _limit_to_bulk(panels[0], losses, smoothed)
         _legend(figure, panels, smoothed, names, "smoothed (end); faint: each line", [])
         return figure

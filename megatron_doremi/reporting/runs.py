@@ -69,6 +69,7 @@ class Run:
         scalars: [lines] by name, NaN where missing; see SCALARS.
         loss: training loss by domain in nats a token.
         excess: clipped excess over the reference by domain (lambda_t) in nats a token; a proxy's only.
+        score: the same of a proxy whose weights another objective drives.
         weights: domain weights (alpha_t); a proxy's only.
         evaluations: ascending by iteration.
         recorded_weights: the weights of domain_weights.json; None if there is no such file.
@@ -82,6 +83,7 @@ class Run:
     scalars: dict[str, Floats]
     loss: Series
     excess: Series
+    score: Series
     weights: Series
     evaluations: tuple[Evaluation, ...]
     recorded_weights: dict[str, float] | None
@@ -130,6 +132,7 @@ class _Metrics:
     scalars: dict[str, Floats]
     loss: Series
     excess: Series
+    score: Series
     weights: Series
     evaluations: tuple[Evaluation, ...]
 
@@ -188,7 +191,7 @@ def _evaluated(path: Path, lines: Sequence[EvaluationLine]) -> Run:
     evaluations = {line.iteration: line.evaluation() for line in lines}
     empty = Series((), np.empty((0, 0)))
     history = tuple(evaluations[iteration] for iteration in sorted(evaluations))
-    return Run(path, "evaluate", config, np.empty(0, np.int64), {}, empty, empty, empty, history, None, {})
+    return Run(path, "evaluate", config, np.empty(0, np.int64), {}, empty, empty, empty, empty, history, None, {})
 
 
 def _read_trained(path: Path, after_training: Sequence[Evaluation]) -> Run:
@@ -206,6 +209,7 @@ def _read_trained(path: Path, after_training: Sequence[Evaluation]) -> Run:
         metrics.scalars,
         metrics.loss,
         metrics.excess,
+        metrics.score,
         metrics.weights,
         tuple(history[iteration] for iteration in sorted(history)),
         recorded,
@@ -275,7 +279,7 @@ def _bad_line(path: Path, line_number: int, problem: str) -> Fault:
 
 
 def _read_metrics(path: Path) -> _Metrics:
-    scalars, loss, excess, weights = _Columns(), _Columns(), _Columns(), _Columns()
+    scalars, loss, excess, score, weights = _Columns(), _Columns(), _Columns(), _Columns(), _Columns()
     iterations: array[int] = array("q")
     evaluations: dict[int, Evaluation] = {}
     for line_number, row in _metrics_lines(path):
@@ -287,6 +291,7 @@ def _read_metrics(path: Path) -> _Metrics:
                 scalars.append({name: row.get(name) for name in SCALARS})
                 loss.append(row.get("domain_loss") or {})
                 excess.append(row.get("domain_excess") or {})
+                score.append(row.get("domain_score") or {})
                 weights.append(row.get("domain_weights") or {})
                 iterations.append(iteration)
         except MALFORMED as error:
@@ -302,6 +307,7 @@ def _read_metrics(path: Path) -> _Metrics:
         {name: columns.values[:, index] for index, name in enumerate(columns.names)},
         loss.series(keep),
         excess.series(keep),
+        score.series(keep),
         weights.series(keep),
         tuple(evaluations[iteration] for iteration in sorted(evaluations)),
     )

@@ -16,6 +16,7 @@ from megatron_doremi.data.blend import Blend, BlendState, window_count
 from megatron_doremi.data.indexed_dataset import IndexedDataset
 from megatron_doremi.data.loader import steps
 from megatron_doremi.data.manifest import load_manifest
+from megatron_doremi.mixture.static import Budget, resolve_weights
 from megatron_doremi.preprocessing.tokenizer import SentencePieceTokenizer
 
 TRAIN = documents_of(2, 90)
@@ -82,19 +83,24 @@ def test_documents(data):
     assert "--first, --count" in refused("documents", data, "--domain", "Books", "--first", 1_000)
 
 
-@pytest.mark.parametrize("number", [0, 5, 1_234])
-def test_window(number, data):
+@pytest.mark.parametrize(("number", "setting"), [(0, "natural"), (5, "temperature:2"), (1_234, "unimax")])
+def test_window(number, setting, data):
     """The sample that training reads, found here by training's own loader."""
     manifest = load_manifest(data)
     datasets = [IndexedDataset(domain.train) for domain in manifest.domains]
     sizes = tuple(window_count(dataset.num_tokens, 16) for dataset in datasets)
-    weights = manifest.natural_weights()
+    # All of the text of three domains, but for a few windows of the largest.
+    train_iters = sum(sizes) // 6
+    budget = Budget(train_iters * 6 * 16, [16 * size for size in sizes], 1.0)
+    weights = resolve_weights(setting, manifest, False, budget=budget)
+    assert len({*weights}) > 1
     blend = Blend(manifest.names, sizes, 6, 77)
-    reader = steps(blend, datasets, lambda: weights, BlendState.start(len(sizes)), 16, 6, 0, 1, True, ahead=False)
+    reader = steps(blend, datasets, lambda step: weights, BlendState.start(len(sizes)), 16, 6, 0, 1, True, ahead=False)
     step = next(islice(reader, number // 6, None))
     row, place = step.micro_batches[0], number % 6
     ids = [*row.tokens[place].tolist(), row.targets[place, -1].item()]
-    flags = ["--seq-length", 16, "--global-batch-size", 6, "--seed", 77, "--domain-weights", "natural"]
+    flags = ["--seq-length", 16, "--global-batch-size", 6, "--seed", 77, "--domain-weights", setting]
+    flags += ["--train-iters", train_iters, "--max-epochs-per-domain", 1]
     first, text = inspect("window", data, "--number", number, *flags).split("\n", 1)
     assert f"sample {number:,}: step {number // 6 + 1:,}, place {place}; " in first
     assert f"{manifest.names[row.domains[place]]}, window {row.windows[place].item():,} of " in first

@@ -105,7 +105,7 @@ def test_steps_read_ahead_without_moving_the_state(datasets):
     blend = Blend(("a", "b"), (4, 2), 6, 1)
     weights = np.array([0.5, 0.5])
     state = BlendState.start(2)
-    stream = steps(blend, datasets, lambda: weights, state, 10, 2, 0, 1, reads=True)
+    stream = steps(blend, datasets, lambda step: weights, state, 10, 2, 0, 1, reads=True)
     for step in itertools.islice(stream, 5):
         expected, state = blend.next_batch(state, weights)
         assert step.state_after.cursors.tolist() == state.cursors.tolist()
@@ -117,7 +117,7 @@ def test_steps_read_ahead_without_moving_the_state(datasets):
 
 def test_middle_stages_read_nothing(datasets):
     blend = Blend(("a", "b"), (4, 2), 6, 1)
-    stream = steps(blend, datasets, lambda: np.array([0.5, 0.5]), BlendState.start(2), 10, 2, 0, 1, reads=False)
+    stream = steps(blend, datasets, lambda step: np.array([0.5, 0.5]), BlendState.start(2), 10, 2, 0, 1, reads=False)
     step = next(iter(stream))
     assert step.micro_batches == ()
     assert step.state_after.step == 1

@@ -13,7 +13,7 @@ import pytest
 import torch
 from device.fake import fake_device
 from engine.test_gradients import GPT
-from engines import make_config
+from engines import build_engine, make_config
 from ranks import on_ranks
 
 SEQ, MICRO_BATCHES = 32, 3
@@ -34,7 +34,6 @@ def on_the_device(launch, work, *arguments):
 
 
 def build(device, phase, zero_stage, bf16, chunk, doremi=None):
-    from megatron_doremi.engine.build import make_engine
     from megatron_doremi.parallel.groups import make_groups
     from megatron_doremi.parallel.topology import Topology
 
@@ -43,7 +42,7 @@ def build(device, phase, zero_stage, bf16, chunk, doremi=None):
     data = {"phase": phase, "seq_length": SEQ, "micro_batch_size": 2, "global_batch_size": 2 * MICRO_BATCHES}
     parallel = {"zero_stage": zero_stage, "loss_chunk_tokens": chunk}
     config = make_config(topology, data, parallel, doremi, clip_grad=1.0, bf16=bf16)
-    return topology, groups, make_engine(config, GPT, np.full(3, 1 / 3), topology, groups, device)
+    return topology, groups, build_engine(config, GPT, np.full(3, 1 / 3), topology, groups, device)
 
 
 def micro_batches():
@@ -74,11 +73,13 @@ def whole_step(device, phase, zero_stage, bf16, chunk, doremi):
     engine.train_step(
         batches,
         torch.ones(3, dtype=torch.float64).to(device),
-        lambda norm: seen.append(reduce_flags(engine.objective.local_sums, norm, 0, False, False)),
+        lambda norm: seen.append(reduce_flags(engine.objective.current.stats.stack(), norm, 0, False, False)),
     )
     assert len(seen) == 1
     engine.grad_norm()
-    assert engine.objective.step_sums().device == device
+    assert engine.objective.stats().loss.device == device
+    if phase == "proxy":
+        engine.objective.controller.entries(["a", "b", "c"])
     digest(module, {}, topology)
     files = [weights_file(module, topology), optimizer_file(engine, topology)]
     assert {tensor.device.type for file in files for tensor in file.tensors.values()} == {"cpu"}
@@ -123,8 +124,10 @@ def test_no_operation_mixes_devices(step):
 
 def planted(device):
     """What these tests are for: sums that were left on the host."""
+    from megatron_doremi.mixture.objective import StepRecord
+
     _, _, engine = build(device, "main", 0, False, 8)
-    engine.objective.local_sums = torch.zeros(3, 3, dtype=torch.float64)
+    engine.objective.current = StepRecord(3, torch.device("cpu"))
     engine.train_step(micro_batches())
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from engines import gather_whole, layout, make_config, read_parameters
+from engines import build_engine, gather_whole, layout, make_config, read_parameters
 from ranks import on_ranks
 
 from megatron_doremi.config import GPTConfig
@@ -40,14 +40,13 @@ SEQ, MICRO_BATCHES = 32, 6
 
 def build(launch, zero_stage, bf16, pipe=1, chunk=1024):
     """An engine, and this rank's micro-batches of one window each."""
-    from megatron_doremi.engine.build import make_engine
 
     topology, groups, device = layout(launch, pipe, 1)
     batch = MICRO_BATCHES * topology.data_size
     data = {"phase": "main", "seq_length": SEQ, "micro_batch_size": 1, "global_batch_size": batch, "seed": 3}
     parallel = {"zero_stage": zero_stage, "loss_chunk_tokens": chunk}
     config = make_config(topology, data, parallel, clip_grad=1.0, bf16=bf16, lr=1e-2)
-    engine = make_engine(config, GPT, np.full(3, 1 / 3), topology, groups, device)
+    engine = build_engine(config, GPT, np.full(3, 1 / 3), topology, groups, device)
     ids = torch.randint(0, GPT.vocab_size, (batch, SEQ + 1), generator=torch.Generator().manual_seed(5))
     domains = torch.arange(batch) % 3
     mine = [
@@ -151,7 +150,7 @@ def infinite_gradient(launch, pipe, zero_stage, bf16):
     seen = []
 
     def before_step(norm):
-        flags = reduce_flags(engine.objective.local_sums, norm, 0, False, False)
+        flags = reduce_flags(engine.objective.current.stats.stack(), norm, 0, False, False)
         assert not flags.loss_non_finite
         seen.append(flags.gradient_non_finite)
         if flags.gradient_non_finite:

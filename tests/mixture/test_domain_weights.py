@@ -10,16 +10,18 @@ import math
 import pytest
 import torch
 
-from megatron_doremi.mixture.domain_weights import DomainWeights
+from megatron_doremi.mixture.group_dro import DomainWeights, token_scores
 from megatron_doremi.mixture.statistics import (
-    EXCESS,
-    LOSS,
-    TARGETS,
     batch_coefficients,
     domain_coefficients,
-    domain_sums,
+    domain_stats,
     weighted_loss,
 )
+
+
+def scored(loss, domains, k, reference=None, objective="excess"):
+    """Sums by domain, tokens scored as Group DRO scores them."""
+    return domain_stats(loss, domains, k, token_scores(loss.double(), reference, objective))
 
 
 def step(state: DomainWeights, excess: list[float], targets: list[float], eta=1.0, c=1e-3) -> DomainWeights:
@@ -67,14 +69,14 @@ def test_five_domains_three_steps_from_token_losses():
     # Two targets a window; windows of domains 0, 1, 2, 3 in the first batch.
     proxy = torch.tensor([[3.0, 1.0], [1.0, 1.0], [2.0, 2.0], [5.0, 1.0]])
     reference = torch.tensor([[2.0, 2.0], [2.0, 3.0], [2.0, 2.0], [3.0, 2.0]])
-    sums = domain_sums(proxy, torch.tensor([0, 1, 2, 3]), 5, reference)
+    sums = scored(proxy, torch.tensor([0, 1, 2, 3]), 5, reference)
     # Clipped per token: domain 0 has (1, -1) -> 1; domain 1 (-1, -2) -> 0; domain 2 0; domain 3 (2, -1) -> 2.
-    assert sums[EXCESS].tolist() == [1.0, 0.0, 0.0, 2.0, 0.0]
-    assert sums[LOSS].tolist() == [4.0, 2.0, 4.0, 6.0, 0.0]
-    assert sums[TARGETS].tolist() == [2, 2, 2, 2, 0]
+    assert sums.score.tolist() == [1.0, 0.0, 0.0, 2.0, 0.0]
+    assert sums.loss.tolist() == [4.0, 2.0, 4.0, 6.0, 0.0]
+    assert sums.targets.tolist() == [2, 2, 2, 2, 0]
 
     c, k = 0.05, 5
-    state = DomainWeights.start(k).update(sums[EXCESS], sums[TARGETS], 1.0, c)
+    state = DomainWeights.start(k).update(sums.score, sums.targets, 1.0, c)
     lam = [0.5, 0.0, 0.0, 1.0, 0.0]
     alpha = algorithm_1([0.2] * k, lam, 1.0, c)
     assert state.weights.tolist() == pytest.approx(alpha, abs=1e-15)
@@ -83,21 +85,21 @@ def test_five_domains_three_steps_from_token_losses():
     assert state.weights.tolist() == pytest.approx(decimals, abs=1e-7)
 
     # Second batch: only domains 1 and 4, domain 1 behind the reference by 2 on one of its two targets.
-    sums = domain_sums(
+    sums = scored(
         torch.tensor([[4.0, 0.0], [7.0, 5.0]]),
         torch.tensor([1, 4]),
         5,
         torch.tensor([[2.0, 1.0], [6.0, 5.0]]),
     )
-    state = state.update(sums[EXCESS], sums[TARGETS], 1.0, c)
+    state = state.update(sums.score, sums.targets, 1.0, c)
     lam = [0.5, 1.0, 0.0, 1.0, 0.5]
     alpha2 = algorithm_1(alpha, lam, 1.0, c)
     assert state.excess.tolist() == lam
     assert state.weights.tolist() == pytest.approx(alpha2, abs=1e-15)
 
     # Third batch: all domains level with or ahead of the reference.
-    sums = domain_sums(torch.ones(5, 2), torch.arange(5), 5, torch.full((5, 2), 1.5))
-    state = state.update(sums[EXCESS], sums[TARGETS], 1.0, c)
+    sums = scored(torch.ones(5, 2), torch.arange(5), 5, torch.full((5, 2), 1.5))
+    state = state.update(sums.score, sums.targets, 1.0, c)
     alpha3 = algorithm_1(alpha2, [0.0] * 5, 1.0, c)
     assert state.weights.tolist() == pytest.approx(alpha3, abs=1e-15)
     assert state.mean().tolist() == pytest.approx(
@@ -141,9 +143,9 @@ def test_state_survives_json_to_the_bit():
 
 
 def test_padding_counts_for_nothing():
-    sums = domain_sums(torch.tensor([[1.0], [9.0]]), torch.tensor([0, -1]), 2)
-    assert sums[LOSS].tolist() == [1.0, 0.0]
-    assert sums[TARGETS].tolist() == [1.0, 0.0]
+    sums = domain_stats(torch.tensor([[1.0], [9.0]]), torch.tensor([0, -1]), 2)
+    assert sums.loss.tolist() == [1.0, 0.0]
+    assert sums.targets.tolist() == [1.0, 0.0]
 
 
 def test_objective_and_its_gradient_by_hand():
@@ -151,8 +153,8 @@ def test_objective_and_its_gradient_by_hand():
     losses = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], requires_grad=True)
     domains = torch.tensor([0, 0, 1])
     weights = torch.tensor([0.25, 0.75], dtype=torch.float64)
-    sums = domain_sums(losses, domains, 2)
-    coefficients = domain_coefficients(weights, sums[TARGETS], accumulation=2)
+    sums = domain_stats(losses, domains, 2)
+    coefficients = domain_coefficients(weights, sums.targets, accumulation=2)
     total = sum(weighted_loss(losses[part], domains[part], coefficients) / 2 for part in (slice(0, 1), slice(1, 3)))
     total.backward()
     # Means 2.5 and 5.5.
@@ -171,10 +173,10 @@ def test_objectives_of_the_ablation_by_hand():
     """hardest: the proxy's loss alone; easiest: the reference's alone, negative and not clipped."""
     proxy, reference = torch.tensor([[3.0, 1.0], [2.0, 4.0]]), torch.tensor([[2.0, 2.0], [5.0, 1.0]])
     domains = torch.tensor([0, 1])
-    assert domain_sums(proxy, domains, 2, reference, "excess")[EXCESS].tolist() == [1.0, 3.0]
-    assert domain_sums(proxy, domains, 2, reference, "hardest")[EXCESS].tolist() == [4.0, 6.0]
-    assert domain_sums(proxy, domains, 2, None, "hardest")[EXCESS].tolist() == [4.0, 6.0]
-    assert domain_sums(proxy, domains, 2, reference, "easiest")[EXCESS].tolist() == [-4.0, -6.0]
+    assert scored(proxy, domains, 2, reference, "excess").score.tolist() == [1.0, 3.0]
+    assert scored(proxy, domains, 2, reference, "hardest").score.tolist() == [4.0, 6.0]
+    assert scored(proxy, domains, 2, None, "hardest").score.tolist() == [4.0, 6.0]
+    assert scored(proxy, domains, 2, reference, "easiest").score.tolist() == [-4.0, -6.0]
     # Two targets each: lambda (-2, -3), so the domain that is easier for the reference gains.
     state = DomainWeights.start(2).update(torch.tensor([-4.0, -6.0]), torch.tensor([2.0, 2.0]), 1.0, 0.0)
     assert state.weights.tolist() == pytest.approx([1 / (1 + math.exp(-1)), 1 / (1 + math.exp(1))], abs=1e-7)

@@ -14,7 +14,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from engines import gather_whole, layout, make_config, read_parameters
+from engines import build_engine, gather_whole, layout, make_config, read_parameters
 from model.plain_gpt import token_losses as plain_token_losses
 from model.test_against_plain_model import GPT
 from ranks import on_ranks
@@ -46,13 +46,12 @@ def all_options(launch, pipe, tensor, parallel):
 
 def proxy_steps(options, topology, groups, device, parallel):
     from megatron_doremi.data.loader import MicroBatch
-    from megatron_doremi.engine.build import make_engine
 
     data = {"phase": "proxy", "seq_length": SEQ, "micro_batch_size": 2, "global_batch_size": WINDOWS, "seed": 3}
     doremi = {"doremi_step_size": ETA, "doremi_smoothing": C, **options}
     adam = {"clip_grad": CLIP, "adam_eps": EPS, "weight_decay": 0.0, "adam_beta2": 0.99}
     config = make_config(topology, data, parallel, doremi, **adam)
-    engine = make_engine(config, GPT, np.array(SAMPLING), topology, groups, device)
+    engine = build_engine(config, GPT, np.array(SAMPLING), topology, groups, device)
     start, trace = gather_whole(topology, read_parameters(engine)), []
     for tokens, targets, domains, reference in batches():
         first = range(2 * topology.data_rank, WINDOWS, 2 * topology.data_size)
@@ -60,7 +59,7 @@ def proxy_steps(options, topology, groups, device, parallel):
         counts = torch.bincount(domains, minlength=K).double() * SEQ
         engine.set_learning_rate(LR)
         engine.train_step(mine, counts)
-        state = engine.objective.state
+        state = engine.objective.controller.state
         trace.append((state.weights.tolist(), state.excess.tolist(), engine.grad_norm()))
     return start, trace, gather_whole(topology, read_parameters(engine))
 

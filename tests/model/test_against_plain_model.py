@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from engines import gather_whole, layout, make_config, read_parameters
+from engines import build_engine, gather_whole, layout, make_config, read_parameters
 from model.plain_gpt import token_losses as plain_token_losses
 from ranks import on_ranks
 
@@ -72,13 +72,11 @@ def losses_and_gradients(gpt, topology, groups, device, flags, bf16):
     import deepspeed
 
     from megatron_doremi.data.loader import MicroBatch
-    from megatron_doremi.engine.build import make_engine
-    from megatron_doremi.mixture.statistics import LOSS
     from megatron_doremi.parallel.parameters import shard, spec_of, start_values
 
     data = {"phase": "main", "seq_length": 12, "micro_batch_size": 1, "global_batch_size": 4, "seed": 3}
     config = make_config(topology, data, flags, clip_grad=0.0, bf16=bf16)
-    engine = make_engine(config, gpt, np.full(3, 1 / 3), topology, groups, device)
+    engine = build_engine(config, gpt, np.full(3, 1 / 3), topology, groups, device)
     # The norms and biases leave their constant starts, so that a gradient through them can be wrong.
     with torch.no_grad():
         for name, parameter in engine.module.model_parameters():
@@ -101,8 +99,7 @@ def losses_and_gradients(gpt, topology, groups, device, flags, bf16):
     weights, gradients = read_parameters(engine), {}
     engine._take_model_step = lambda *a, **k: gradients.update(read_parameters(engine, gradient))
     engine.train_step(mine)
-    sums = engine.objective.step_sums()
-    return sums[LOSS].tolist(), gather_whole(topology, weights), gather_whole(topology, gradients)
+    return engine.objective.stats().loss.tolist(), gather_whole(topology, weights), gather_whole(topology, gradients)
 
 
 SP = {"sequence_parallel": True}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engines import layout, make_config
+from engines import build_engine, layout, make_config
 from phases.small import MODEL, train, training_lines
 from ranks import on_ranks
 
@@ -74,13 +74,12 @@ def carry(launch, sizes, parallel, gpt, optimizer, source, target):
 
     from megatron_doremi.checkpoint.reader import load_training
     from megatron_doremi.checkpoint.writer import Checkpointer
-    from megatron_doremi.engine.build import make_engine
 
     topology, groups, device = layout(launch, *sizes)
     batch = 8 // topology.data_size
     data = {"micro_batch_size": batch, "global_batch_size": 8, "seq_length": 16, "train_iters": 5}
     config = make_config(topology, data, parallel, **optimizer)
-    engine = make_engine(config, GPTConfig(**gpt), np.ones(3) / 3, topology, groups, device)
+    engine = build_engine(config, GPTConfig(**gpt), np.ones(3) / 3, topology, groups, device)
     load_training(engine, source, topology, 5)
     checkpointer = Checkpointer(target, 0, topology)
     checkpointer.start(engine, 5, {})

@@ -9,10 +9,12 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from cluster.test_survival import poison
 from phases.small import MODEL, metrics, read_by, train, write_data
 from ranks import run_program
 
+from megatron_doremi.mixture.statistics import DomainStats
 from megatron_doremi.phases.evaluate import evaluation_entries, evaluation_windows
 
 TP2, PP2 = ["--tensor-model-parallel-size", "2"], ["--pipeline-model-parallel-size", "2"]
@@ -20,8 +22,8 @@ TP2, PP2 = ["--tensor-model-parallel-size", "2"], ["--pipeline-model-parallel-si
 
 def test_entries_by_hand():
     """Of domain a 2 of 6 windows were read, of b 1 of 1; c has no held-out text. Windows of 2 targets."""
-    sums = [[1.0, 0.0, 0.0], [6.0, 6.0, 0.0], [4.0, 2.0, 0.0]]
-    entry = evaluation_entries(sums, ["a", "b", "c"], [6, 1, 0], 2)
+    stats = DomainStats(torch.zeros(3), torch.tensor([6.0, 6.0, 0.0]), torch.tensor([4.0, 2.0, 0.0]))
+    entry = evaluation_entries(stats, ["a", "b", "c"], [6, 1, 0], 2)
     assert entry["eval"] == {"a": 1.5, "b": 3.0}
     assert entry["eval_windows"] == {"a": 2, "b": 1}
     assert entry["eval_uniform_mean"] == 2.25

@@ -6,15 +6,17 @@ Run alone: python -m pytest tests/phases/test_metrics.py
 from __future__ import annotations
 
 import pytest
+import torch
 
 from megatron_doremi.config import GPTConfig
+from megatron_doremi.mixture.statistics import DomainStats
 from megatron_doremi.phases.metrics import domain_entries, flops_per_token, peak_tflops
 
-SUMS = [[1.0, 0.0, 0.0], [6.0, 3.0, 0.0], [4.0, 1.0, 0.0]]
+STATS = DomainStats(*torch.tensor([[1.0, 0.0, 0.0], [6.0, 3.0, 0.0], [4.0, 1.0, 0.0]]))
 
 
 def test_domain_entries_by_hand():
-    entry = domain_entries(SUMS, ["a", "b", "c"])
+    entry = domain_entries(STATS, ["a", "b", "c"])
     assert entry["loss"] == pytest.approx(9.0 / 5.0)
     assert entry["domain_loss"] == {"a": 1.5, "b": 3.0}
     assert entry["domain_tokens"] == {"a": 4, "b": 1, "c": 0}

@@ -22,10 +22,14 @@ def data(tmp_path_factory):
     return write_data(tmp_path_factory.mktemp("data"), tokens=1000)
 
 
-def check(data, *flags, phase="main", world_size=1):
+def opened(data, *flags, phase="main", world_size=1):
     base = ["--phase", phase, "--domains", str(data), "--save", "unused", "--train-iters", "31", *MODEL]
     config = parse_config([*base, *flags], world_size)
-    return check_repetition(config, open_data(config, training=True), world_size)
+    return config, open_data(config, True, world_size)
+
+
+def check(data, *flags, phase="main", world_size=1):
+    return check_repetition(*opened(data, *flags, phase=phase, world_size=world_size), world_size)
 
 
 def test_said_at_the_start(data):
@@ -48,6 +52,18 @@ def test_the_cap(data):
     assert "at most --max-epochs-per-domain 0.5" in text
     with pytest.raises(ConfigError, match="not negative"):
         check(data, "--max-epochs-per-domain", "-1")
+
+
+def test_a_mixture_that_is_fitted_to_the_cap(data):
+    """248 windows: a third of them is more than the 62 of domain 0, so that the others share the other 186."""
+    unimax = ["--domain-weights", "unimax", "--max-epochs-per-domain"]
+    _, read = opened(data, *unimax, "1")
+    assert read.weights.tolist() == pytest.approx([62 / 248, 93 / 248, 93 / 248], abs=1e-15)
+    assert check(data, *unimax, "1") == ""
+    assert check(data, *unimax, "1.3", "--train-iters", "50").startswith("epochs of domains that repeat: domain 0 1.3")
+    # Caps of 93, 186 and 280.5 windows for 600: every one binds before they are read.
+    with pytest.raises(ConfigError, match="raise --max-epochs-per-domain"):
+        check(data, *unimax, "1.5", "--train-iters", "75")
 
 
 def test_a_mixture_that_is_learned_while_it_samples(data):

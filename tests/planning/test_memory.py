@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from engines import layout, make_config
+from engines import build_engine, layout, make_config
 from model.test_against_plain_model import GPT as SMALL
 from ranks import on_ranks
 
@@ -48,12 +48,11 @@ def peak_of_a_step(topology, groups, device, parallel, bf16, update, count):
     from torch.profiler import ProfilerActivity, profile
 
     from megatron_doremi.data.loader import MicroBatch
-    from megatron_doremi.engine.build import make_engine
 
     batch = count * WINDOWS * topology.data_size
     data = {"phase": "proxy", "seq_length": SEQ, "micro_batch_size": WINDOWS, "global_batch_size": batch}
     config = make_config(topology, data, parallel, {"doremi_update": update}, bf16=bf16)
-    engine = make_engine(config, GPT, np.full(K, 1 / K), topology, groups, device)
+    engine = build_engine(config, GPT, np.full(K, 1 / K), topology, groups, device)
     ids = torch.zeros(WINDOWS, SEQ, dtype=torch.int64)
     batches = [MicroBatch(ids, ids, ids[:, 0], ids[:, 0], torch.zeros(WINDOWS, SEQ)) for _ in range(count)]
     targets = torch.tensor([batch * SEQ, 0, 0], dtype=torch.float64)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_doremi.errors import ConfigError
+from megatron_doremi.reporting.assemble import _run_images as run_images
 from megatron_doremi.reporting.runs import find_phase, read_all, read_run
 
 
@@ -96,3 +97,13 @@ def test_all_missing_folders_are_said_at_once(tmp_path: Path):
 def test_an_empty_metrics_file_is_said(write_run):
     with pytest.raises(ConfigError, match="at least one training or evaluation line"):
         read_run(write_run("r", []))
+
+
+def test_what_drives_the_weights_is_read_under_either_name(write_run, rows):
+    proxy_row, _ = rows
+    excess = proxy_row(2, {"a": 0.25, "b": 0.75})
+    score = {"domain_score" if key == "domain_excess" else key: value for key, value in excess.items()}
+    run, other = read_run(write_run("excess", [excess], "proxy")), read_run(write_run("score", [score], "proxy"))
+    assert run.excess.values.tolist() == other.score.values.tolist() == [[0.25, 0.25]]
+    assert run.score.values.size == other.excess.values.size == 0
+    assert [image.name for image in run_images("", other)] == ["weights.png", "score.png", "training_loss.png"]

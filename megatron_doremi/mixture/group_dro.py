@@ -1,0 +1,215 @@
+"""Group DRO over domains: from a step's losses to alpha_t and their mean (Xie et al. 2023, Algorithm 1).
+
+With k domains, eta the step size and c the smoothing, at step t:
+
+    lambda_i = sum of max(l - r, 0) over the batch's targets of domain i / their number
+               (no target of i in the batch: the last lambda_i seen, 0 before the first)
+    alpha'_i = alpha_i * exp(eta * lambda_i)
+    alpha_i  = (1 - c) * alpha'_i / sum_j alpha'_j + c / k
+
+l is the proxy's token loss and r the reference's, in nats. The result is the mean of alpha_1 .. alpha_T.
+Everything is float64, on logarithms, from sums that all ranks share: the same on every rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from megatron_doremi.config import DoReMiConfig, alternates
+from megatron_doremi.mixture.controller import ControllerState, MixtureController
+from megatron_doremi.mixture.statistics import DomainStats
+from megatron_doremi.storage.formats import Name
+
+# Rounding error of a float64 sum over domains and steps.
+_ROUNDING = 1e-6
+
+
+def token_scores(loss: Tensor, reference: Tensor | None, objective: str) -> Tensor:
+    """What each token adds to its domain's lambda.
+
+    Args:
+        loss: the proxy's losses l, float64.
+        reference: the reference's losses r of the same shape; None where nothing asks for them.
+        objective: excess, max(l - r, 0); or, from the paper's ablation (its Table 3), hardest, l alone, and
+            easiest, -r alone, which is not clipped because nothing would be left of it.
+    """
+    if objective == "hardest":
+        return loss
+    if reference is None:
+        return torch.zeros_like(loss)
+    if objective == "easiest":
+        return -reference.double()
+    reference = reference.double()
+    # 0 x Inf is NaN: without it an infinite reference would look like a proxy that is better everywhere.
+    return (loss - reference).clamp(min=0.0) + 0.0 * reference
+
+
+def next_excess(last: Tensor, excess_sum: Tensor, targets: Tensor) -> Tensor:
+    """lambda_t: [k] mean clipped excess loss of each domain, in nats; absent domains keep their last."""
+    seen = targets > 0
+    return torch.where(seen, excess_sum / targets.clamp(min=1.0), last)
+
+
+def next_weights(weights: Tensor, excess: Tensor, step_size: float, smoothing: float) -> Tensor:
+    """alpha_t: [k] from alpha_{t-1} and lambda_t (Algorithm 1, lines 6 to 8)."""
+    logs = weights.log() + step_size * excess
+    normalized = torch.exp(logs - torch.logsumexp(logs, dim=0))
+    return (1.0 - smoothing) * normalized + smoothing / weights.numel()
+
+
+@dataclass(frozen=True)
+class DomainWeights:
+    """The state of the algorithm after `steps` updates. All vectors are [k] float64.
+
+    Attributes:
+        weights: alpha_t.
+        excess: lambda_t, with the last value seen for domains that were absent.
+        weight_sum: alpha_1 + ... + alpha_t.
+        steps: t.
+    """
+
+    weights: Tensor
+    excess: Tensor
+    weight_sum: Tensor
+    steps: int
+
+    @staticmethod
+    def start(num_domains: int, device: torch.device | str = "cpu") -> DomainWeights:
+        """alpha_0 = 1 / k."""
+        zeros = torch.zeros(num_domains, dtype=torch.float64, device=device)
+        return DomainWeights(torch.full_like(zeros, 1.0 / num_domains), zeros, zeros.clone(), 0)
+
+    def update(self, excess_sum: Tensor, targets: Tensor, step_size: float, smoothing: float) -> DomainWeights:
+        """One step, from the global batch's [k] sums of clipped excess and [k] numbers of targets."""
+        excess = next_excess(self.excess, excess_sum, targets)
+        weights = next_weights(self.weights, excess, step_size, smoothing)
+        return DomainWeights(weights, excess, self.weight_sum + weights, self.steps + 1)
+
+    def mean(self) -> Tensor:
+        """The result: the mean of alpha over all steps; 1 / k before the first."""
+        return self.weight_sum / self.steps if self.steps else self.weights
+
+    def to_dict(self, names: Sequence[str]) -> dict[str, Any]:
+        """For a checkpoint, keyed by domain; floats survive JSON exactly."""
+        vectors = {key: getattr(self, key).tolist() for key in ("weights", "excess", "weight_sum")}
+        return {"steps": self.steps, **{key: dict(zip(names, v, strict=True)) for key, v in vectors.items()}}
+
+    @staticmethod
+    def from_dict(entry: Mapping[str, Any], names: Sequence[str], device: torch.device | str) -> DomainWeights:
+        """The state that `to_dict` wrote. Raises KeyError where a domain is missing."""
+
+        def vector(key: str) -> Tensor:
+            return torch.tensor([entry[key][name] for name in names], dtype=torch.float64, device=device)
+
+        return DomainWeights(vector("weights"), vector("excess"), vector("weight_sum"), int(entry["steps"]))
+
+    def to(self, device: torch.device | str) -> DomainWeights:
+        """The same on a device."""
+        return DomainWeights(self.weights.to(device), self.excess.to(device), self.weight_sum.to(device), self.steps)
+
+
+class GroupDROState(ControllerState):
+    """A proxy's domain weights in a checkpoint; see `DomainWeights`."""
+
+    weights: dict[Name, Annotated[float, Field(ge=0, le=1)]]
+    excess: dict[Name, float]
+    weight_sum: dict[Name, Annotated[float, Field(ge=0)]]
+
+    @model_validator(mode="after")
+    def _sums(self) -> GroupDROState:
+        if not self.weights.keys() == self.excess.keys() == self.weight_sum.keys():
+            raise ValueError("weights, excess and weight_sum must name the same domains")
+        for name, total, expected in (("weights", self.weights, 1.0), ("weight_sum", self.weight_sum, self.steps)):
+            actual = math.fsum(total.values())
+            if not math.isclose(actual, expected, rel_tol=_ROUNDING, abs_tol=_ROUNDING):
+                raise ValueError(f"{name} must sum to {expected:g}, not {actual!r}")
+        return self
+
+
+class GroupDRO(MixtureController):
+    """Algorithm 1 as a controller.
+
+    `alternating`: alpha_t from this batch, then its gradient under alpha_t. `simultaneous`: the gradient under
+    alpha_{t-1}, then alpha_t, the textbook step toward a saddle point. With `resample` the loss is the plain
+    mean, the weights act on the sampling of the next batch, and both updates come to the same.
+
+    Attributes:
+        state: alpha_t and its history.
+    """
+
+    learns = True
+    state_name = "doremi"
+    state_schema = GroupDROState
+    vanishing_remedy = "give --doremi-smoothing above 0, or a smaller --doremi-step-size"
+
+    def __init__(self, doremi: DoReMiConfig, sampling: NDArray[np.float64]):
+        """
+        Args:
+            sampling: [k] weights under which domains are sampled, unless it resamples.
+        """
+        self.doremi, self._sampling = doremi, sampling
+        self._resamples = doremi.doremi_weighting == "resample"
+        self.method = (
+            f"doremi, {doremi.doremi_update}, {doremi.doremi_objective}, {doremi.doremi_weighting}, "
+            f"{doremi.doremi_normalization}"
+        )
+        self.needs_reference = doremi.doremi_objective != "hardest"
+        self.before_backward = alternates(doremi)
+        self.samples_ahead = not self._resamples
+        self.state = DomainWeights.start(len(sampling))
+        # Of the last step: the weights that its gradient was taken under, and its losses.
+        self._gradient_weights = self.state.weights
+        self._stats = DomainStats.zeros(len(sampling))
+
+    def to(self, device: torch.device) -> None:
+        self.state = self.state.to(device)
+
+    def token_scores(self, loss: Tensor, reference: Tensor | None) -> Tensor:
+        return token_scores(loss, reference, self.doremi.doremi_objective)
+
+    def observe(self, stats: DomainStats) -> None:
+        before, doremi = self.state, self.doremi
+        self.state = before.update(stats.score, stats.targets, doremi.doremi_step_size, doremi.doremi_smoothing)
+        self._gradient_weights = self.state.weights if self.before_backward else before.weights
+        self._stats = stats
+
+    def loss_weights(self) -> Tensor | None:
+        return None if self._resamples else self.state.weights
+
+    def sampling_weights(self, step: int) -> NDArray[np.float64]:
+        return self.state.weights.cpu().numpy() if self._resamples else self._sampling
+
+    def result(self) -> NDArray[np.float64]:
+        return self.state.mean().cpu().numpy()
+
+    def settings(self) -> dict[str, Any]:
+        return {"step_size": self.doremi.doremi_step_size, "smoothing": self.doremi.doremi_smoothing}
+
+    def entries(self, names: Sequence[str]) -> dict[str, Any]:
+        """lambda_t, alpha_t, and the sum of each domain's mean loss times the weight under which its gradient was
+        taken. lambda_t is the excess of Algorithm 1, or the score of another objective."""
+        vectors = (self.state.excess, self.state.weights, self._gradient_weights, self._stats.loss, self._stats.targets)
+        # One wait for the device, not five.
+        scores, weights, gradient_weights, loss, targets = torch.stack(vectors).tolist()
+        means = [s / t if t else 0.0 for s, t in zip(loss, targets, strict=True)]
+        score = "domain_excess" if self.doremi.doremi_objective == "excess" else "domain_score"
+        return {
+            score: dict(zip(names, scores, strict=True)),
+            "domain_weights": dict(zip(names, weights, strict=True)),
+            "dro_loss": sum(w * m for w, m in zip(gradient_weights, means, strict=True)),
+        }
+
+    def state_dict(self, names: Sequence[str]) -> dict[str, Any]:
+        return self.state.to_dict(names)
+
+    def load_state_dict(self, entry: Mapping[str, Any], names: Sequence[str]) -> None:
+        self.state = DomainWeights.from_dict(entry, names, self.state.weights.device)
