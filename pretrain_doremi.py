@@ -202,7 +202,7 @@ def run_phase(
         assert inputs.reference is not None
         if any_rank(signals.begin(), device):
             return True
-        return score(config, data, inputs.reference, topology, context.groups, stop, watchdog, meeting.store)
+        return score(config, data, inputs.reference, context, stop, watchdog, meeting.store)
     trainer = make_trainer(config, inputs, reference_sha256, context, stop, watchdog, lock)
     # Before the lock is released: its thread may be publishing.
     held.callback(trainer.checkpoints.close)
@@ -246,7 +246,7 @@ def make_trainer(
         say(inputs.repeated)
     objective = make_objective(config, inputs.controller, data.weights, context)
     engine = make_engine(config, gpt, objective, context)
-    reference = setup.make_reference(config, inputs.reference, topology, context.groups)
+    reference = setup.make_reference(config, inputs.reference, context)
     return Trainer(
         config,
         gpt,

@@ -61,10 +61,8 @@ from megatron_doremi.engine.engines import TrainingEngine
 from megatron_doremi.mixture.controllers import make_controller, make_objective
 from megatron_doremi.model.forward import forward_only
 from megatron_doremi.model.pipeline import GPTPipeline
-from megatron_doremi.parallel.context import ParallelContext
+from megatron_doremi.parallel.context import ParallelContext, make_context
 from megatron_doremi.parallel.exchange import broadcast_json
-from megatron_doremi.parallel.groups import ProcessGroups, make_groups
-from megatron_doremi.parallel.layers import TensorParallel
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.settings import MAIN, PROXY
 
@@ -157,13 +155,13 @@ def main() -> None:
     launch = read_launch(os.environ)
     config = make_config(args, launch.world_size)
     topology = Topology(args.pipe, data_parallel_size(config.parallel, launch.world_size), args.tensor, launch.rank)
-    (device, _), groups = join(launch), make_groups(topology)
+    context = make_context(topology, join(launch)[0])
     with tempfile.TemporaryDirectory() as own:
         folder = Path(broadcast_json(own))
         if launch.rank == 0:
             write_data(folder, args, WINDOWS)
         dist.barrier()
-        run(args, config, topology, groups, device, folder)
+        run(args, config, context, folder)
         dist.barrier()
     dist.destroy_process_group()
 
@@ -171,15 +169,12 @@ def main() -> None:
 def run(
     args: argparse.Namespace,
     config: Config,
-    topology: Topology,
-    groups: ProcessGroups,
-    device: torch.device,
+    context: ParallelContext,
     folder: Path,
 ) -> None:
     """Builds the engines and lets them take turns."""
+    topology = context.topology
     gpt, sampling = gpt_config(config.model, args.seq, args.vocab), np.full(DOMAINS, 1 / DOMAINS)
-
-    context = ParallelContext(topology, groups, device, TensorParallel(groups.tensor))
 
     def build(phase: str, update: str = "alternating") -> TrainingEngine:
         chosen = replace(
@@ -190,12 +185,12 @@ def run(
 
     plain, given, online = build(MAIN), build(PROXY), build(PROXY)
     simultaneous = build(PROXY, "simultaneous")
-    model = GPTPipeline(gpt, topology, TensorParallel(groups.tensor), seed=2).requires_grad_(False)
+    model = GPTPipeline(gpt, context, seed=2).requires_grad_(False)
     model.to(torch.bfloat16 if args.bf16 else torch.float32)
     shape = (args.micro_batch_size, args.seq)
 
     def score(micro_batches: tuple[MicroBatch, ...]) -> tuple[MicroBatch, ...]:
-        losses = forward_only(model, micro_batches, args.micro_batches, shape, topology)
+        losses = forward_only(model, micro_batches, args.micro_batches, shape, context)
         if not losses:
             return micro_batches
         return tuple(replace(batch, reference=loss) for batch, loss in zip(micro_batches, losses, strict=True))
@@ -205,7 +200,7 @@ def run(
 
         def take() -> None:
             step = next(coming)
-            targets = torch.from_numpy(step.targets).to(device, torch.float64)
+            targets = torch.from_numpy(step.targets).to(context.device, torch.float64)
             engine.train_step(score(step.micro_batches) if online else step.micro_batches, targets)
 
         return take
@@ -222,7 +217,7 @@ def run(
             dist.barrier()
             began = time.perf_counter()
             run()
-            if device.type == "cuda":
+            if context.device.type == "cuda":
                 torch.cuda.synchronize()
             dist.barrier()
             if step >= 3:

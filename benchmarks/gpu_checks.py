@@ -50,7 +50,8 @@ def versions(place: Place, report: Report) -> bool:
         gpu = torch.cuda.get_device_properties(0)
         report(gpu=gpu.name, memory_gib=round(gpu.total_memory / 2**30, 1), gpus=torch.cuda.device_count())
         report(capability=f"{gpu.major}.{gpu.minor}", cudnn=torch.backends.cudnn.version())
-    _, groups, device = single(place)
+    context = single(place)
+    groups, device = context.groups, context.device
     value = torch.ones(3).to(device)
     dist.all_reduce(value, group=groups.data)
     report(device=str(device), backend=dist.get_backend(), reduced=value.tolist())
@@ -67,9 +68,9 @@ def float32(place: Place, report: Report) -> bool:
     from megatron_doremi.model.unpipelined import GPTModel
     from megatron_doremi.parallel.cross_entropy import token_losses
     from megatron_doremi.parallel.groups import TensorGroup
-    from megatron_doremi.parallel.layers import TensorParallel
 
-    topology, _, device = single(place)
+    context = single(place)
+    device = context.device
     base = GPTConfig(2, 64, 128, 4, 2, 16, "RMSNorm", 1e-5, True, "rope", 1e4, True, False, 501, 128, 128, 0.1)
     other = replace(
         base, num_query_groups=4, normalization="LayerNorm", swiglu=False, bias_linear=True, tied_embeddings=False
@@ -80,7 +81,7 @@ def float32(place: Place, report: Report) -> bool:
     def compare(gpt: GPTConfig, recompute: str) -> dict[str, float]:
         found = []
         for where in (torch.device("cpu"), device):
-            model = GPTModel(gpt, topology, TensorParallel(), 3, recompute, 64).to(where)
+            model = GPTModel(gpt, context, 3, recompute, 64).to(where)
             losses = model(ids[:, :-1].to(where), ids[:, 1:].to(where))
             losses.mean().backward()
             gradients = {name: each.grad.cpu() for name, each in model.named_parameters() if each.grad is not None}

@@ -62,17 +62,16 @@ def attempt(report: Report, name: str, work: Callable[[], Any]) -> bool:
         return False
 
 
-def single(place: Place) -> tuple[Any, Any, torch.device]:
-    """(topology, groups, device) of this one process, joined as the program joins."""
+def single(place: Place) -> Any:
+    """The ParallelContext of this one process, joined as the program joins."""
     from megatron_doremi.cluster.launch import Launch
     from megatron_doremi.cluster.process_group import join
-    from megatron_doremi.parallel.groups import make_groups
+    from megatron_doremi.parallel.context import make_context
     from megatron_doremi.parallel.topology import Topology
 
     device = join(Launch())[0]
-    topology = Topology(1, 1, 1, 0)
     assert (device.type == "cpu") == place.cpu, device
-    return topology, make_groups(topology), device
+    return make_context(Topology(1, 1, 1, 0), device)
 
 
 def make(
@@ -82,7 +81,7 @@ def make(
     batch: tuple[int, int, int],
     phase: str = "main",
     recompute: str = "none",
-    joined: tuple[Any, Any, torch.device] | None = None,
+    context: Any = None,
 ) -> tuple[Any, Any, Sequence[Any]]:
     """(engine, shape, micro-batches) in bfloat16 with ZeRO 1; `batch` is (micro-batches, windows in each, length)."""
     from megatron_doremi.config import (
@@ -98,10 +97,8 @@ def make(
     from megatron_doremi.data.loader import MicroBatch
     from megatron_doremi.engine.build import make_engine
     from megatron_doremi.mixture.controllers import make_controller, make_objective
-    from megatron_doremi.parallel.context import ParallelContext
-    from megatron_doremi.parallel.layers import TensorParallel
 
-    topology, groups, device = joined or single(place)
+    context = context or single(place)
     if place.cpu:
         vocab, batch = 500, (batch[0], 2, 64)
         model = ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, swiglu=True)
@@ -120,7 +117,6 @@ def make(
     )
     gpt = gpt_config(model, seq, vocab)
     weights = np.full(8, 1 / 8)
-    context = ParallelContext(topology, groups, device, TensorParallel(groups.tensor))
     objective = make_objective(config, make_controller(config, weights), weights, context)
     engine = make_engine(config, gpt, objective, context)
     generator = torch.Generator().manual_seed(1)

@@ -195,11 +195,11 @@ def compiled(place: Place, report: Report) -> bool:
 
 def proxy_280m(place: Place, report: Report) -> bool:
     """A proxy of 280m, vocabulary 256,000, eight micro-batches of 8 x 1024: without and with full recomputation."""
-    joined, good = single(place), []
+    context, good = single(place), []
     for recompute in ("none", "full"):
 
         def measure(recompute: str = recompute) -> dict[str, Any]:
-            engine, gpt, batches = make(place, "280m", 256000, (8, 8, 1024), "proxy", recompute, joined)
+            engine, gpt, batches = make(place, "280m", 256000, (8, 8, 1024), "proxy", recompute, context)
             return speed(place, engine, gpt, batches, 3)
 
         good.append(attempt(report, recompute, measure))
@@ -216,7 +216,7 @@ def checkpoint(place: Place, report: Report) -> bool:
 
     engine, _, batches = make(place, "280m", 50257, (1, 2, 1024))
     step_of(place, engine, batches)()
-    topology = engine.objective.topology
+    topology = engine.context.topology
 
     def copies() -> Iterator[dict[str, float]]:
         for _ in range(3):

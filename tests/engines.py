@@ -6,15 +6,15 @@ from dataclasses import replace
 from typing import Any
 
 
-def layout(launch, pipe, tensor):
-    """Joins the other ranks; returns (topology, groups, device)."""
+def layout(launch, pipe, tensor, sequence_parallel=False):
+    """Joins the other ranks; returns this rank's ParallelContext."""
     from megatron_doremi.cluster.process_group import join
-    from megatron_doremi.parallel.groups import make_groups
+    from megatron_doremi.parallel.context import make_context
     from megatron_doremi.parallel.topology import Topology
 
     topology = Topology(pipe, launch.world_size // pipe // tensor, tensor, launch.rank)
     device, _ = join(launch)
-    return topology, make_groups(topology), device
+    return make_context(topology, device, sequence_parallel)
 
 
 def make_config(topology, data: dict, parallel: dict | None = None, doremi: dict | None = None, **optimizer: Any):
@@ -39,16 +39,11 @@ def make_config(topology, data: dict, parallel: dict | None = None, doremi: dict
     )
 
 
-def build_engine(config, gpt, weights, topology, groups, device):
+def build_engine(config, gpt, weights, context):
     """The engine of a run that samples domains by [k] `weights`, under the controller that its flags choose."""
     from megatron_doremi.engine.build import make_engine
     from megatron_doremi.mixture.controllers import make_controller, make_objective
-    from megatron_doremi.parallel.context import ParallelContext
-    from megatron_doremi.parallel.layers import TensorParallel
 
-    context = ParallelContext(
-        topology, groups, device, TensorParallel(groups.tensor, config.parallel.sequence_parallel)
-    )
     objective = make_objective(config, make_controller(config, weights), weights, context)
     return make_engine(config, gpt, objective, context)
 

@@ -20,7 +20,7 @@ from megatron_doremi.checkpoint.resharding import ShardedFolder, ShardingEntry, 
 from megatron_doremi.config import GPTConfig
 from megatron_doremi.model.pipeline import GPTPipeline
 from megatron_doremi.model.unpipelined import GPT, gathered
-from megatron_doremi.parallel.layers import TensorParallel
+from megatron_doremi.parallel.context import ParallelContext
 from megatron_doremi.parallel.parameters import ParameterSpec, spec_of, unshard
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.storage.formats import check_entry
@@ -118,8 +118,7 @@ class WeightsFolder(ShardedFolder):
 def load_frozen(
     gpt: GPTConfig,
     weights: Path,
-    topology: Topology,
-    tp: TensorParallel,
+    context: ParallelContext,
     dtype: torch.dtype,
     loss_chunk_tokens: int = 0,
 ) -> GPTPipeline:
@@ -130,7 +129,7 @@ def load_frozen(
         loss_chunk_tokens: see `token_losses` in parallel/cross_entropy.py.
     """
     # Start values of an 8B model take minutes to draw, and would be thrown away.
-    module = GPTPipeline(gpt, topology, tp, seed=None, loss_chunk_tokens=loss_chunk_tokens)
-    WeightsFolder(weights).load_into(module, topology)
+    module = GPTPipeline(gpt, context, seed=None, loss_chunk_tokens=loss_chunk_tokens)
+    WeightsFolder(weights).load_into(module, context.topology)
     module.to(dtype).requires_grad_(False).eval()
     return module

@@ -63,14 +63,7 @@ def make_engine(
     parallel, topology = config.parallel, context.topology
     parameters = sum(parameters_by_layer(gpt, topology.tensor_size))
     entry = deepspeed_config(config, gpt.hidden_size, parameters, topology.world_size)
-    model = (
-        gpt,
-        topology,
-        context.tensor_parallel,
-        config.data.seed,
-        parallel.recompute_granularity,
-        parallel.loss_chunk_tokens,
-    )
+    model = (gpt, context, config.data.seed, parallel.recompute_granularity, parallel.loss_chunk_tokens)
     module: GPT
     kind: type[TrainingEngine]
     if parallel.zero_stage < 2:

@@ -15,8 +15,7 @@ from megatron_doremi.data.loader import MicroBatch
 from megatron_doremi.data.manifest import Manifest
 from megatron_doremi.errors import Fault, raise_if_any
 from megatron_doremi.model.forward import forward_only
-from megatron_doremi.parallel.layers import TensorParallel
-from megatron_doremi.parallel.topology import Topology
+from megatron_doremi.parallel.context import ParallelContext
 
 
 @dataclass(frozen=True)
@@ -98,8 +97,7 @@ class OnlineReference:
     def __init__(
         self,
         run: ReferenceRun,
-        topology: Topology,
-        tp: TensorParallel,
+        context: ParallelContext,
         dtype: torch.dtype,
         shape: tuple[int, int],
         loss_chunk_tokens: int,
@@ -110,8 +108,8 @@ class OnlineReference:
             shape: (batch, seq) of a micro-batch.
             loss_chunk_tokens: see `token_losses` in parallel/cross_entropy.py.
         """
-        self.topology, self.shape = topology, shape
-        self.module = load_frozen(run.gpt, run.weights, topology, tp, dtype, loss_chunk_tokens)
+        self.context, self.shape = context, shape
+        self.module = load_frozen(run.gpt, run.weights, context, dtype, loss_chunk_tokens)
 
     def score(self, micro_batches: Sequence[MicroBatch], count: int) -> tuple[MicroBatch, ...]:
         """The micro-batches with the reference's losses, on the last stage; elsewhere as they came. A collective call.
@@ -120,7 +118,7 @@ class OnlineReference:
             micro_batches: of this rank; empty on stages in the middle.
             count: how many each rank of the replica has.
         """
-        losses = forward_only(self.module, micro_batches, count, self.shape, self.topology)
+        losses = forward_only(self.module, micro_batches, count, self.shape, self.context)
         if not losses:
             return tuple(micro_batches)
         pairs = zip(micro_batches, losses, strict=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_doremi.data.loader import MicroBatch
 from megatron_doremi.model.unpipelined import GPT
-from megatron_doremi.parallel.topology import Topology
+from megatron_doremi.parallel.context import ParallelContext
 
 
 @torch.no_grad()
@@ -19,7 +19,7 @@ def forward_only(
     micro_batches: Sequence[MicroBatch],
     count: int,
     shape: tuple[int, int],
-    topology: Topology,
+    context: ParallelContext,
 ) -> list[Tensor]:
     """Passes micro-batches through the pipeline in evaluation mode.
 
@@ -30,12 +30,12 @@ def forward_only(
         micro_batches: the micro-batches; read on the first and the last stage only.
         count: how many there are (stages in the middle are not given them).
         shape: (batch, seq) of a micro-batch.
-        topology: this rank's place.
+        context: this rank's place.
 
     Returns:
         On the last stage one [batch, seq] tensor of token losses in nats a micro-batch; elsewhere nothing.
     """
-    was_training = module.training
+    topology, was_training = context.topology, module.training
     module.eval()
     parameter = next(module.parameters())
     losses: list[Tensor] = []

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from megatron_doremi.config import GPTConfig
 from megatron_doremi.model.gpt import Block
+from megatron_doremi.parallel.context import ParallelContext
 from megatron_doremi.parallel.cross_entropy import token_losses
 from megatron_doremi.parallel.layers import LearnedPositions, Norm, TensorParallel, VocabParallelEmbedding
 from megatron_doremi.parallel.parameters import initialize, spec_of
@@ -85,8 +86,7 @@ class GPTPipeline(NamedLayers, PipelineModule):
     def __init__(
         self,
         gpt: GPTConfig,
-        topology: Topology,
-        tp: TensorParallel,
+        context: ParallelContext,
         seed: int | None,
         recompute: str = "none",
         loss_chunk_tokens: int = 0,
@@ -98,6 +98,7 @@ class GPTPipeline(NamedLayers, PipelineModule):
             recompute: see `Block`.
             loss_chunk_tokens: see `token_losses` in parallel/cross_entropy.py.
         """
+        topology, tp = context.topology, context.tensor_parallel
         self.gpt, self.tp, self.loss_chunk_tokens = gpt, tp, loss_chunk_tokens
         self.names = layer_names(gpt)
         axes = ProcessTopology(

@@ -17,10 +17,10 @@ from megatron_doremi.model.pipeline import (
     layer_specs,
     mark_for_gradient_norm,
 )
+from megatron_doremi.parallel.context import ParallelContext
 from megatron_doremi.parallel.cross_entropy import token_losses
 from megatron_doremi.parallel.layers import TensorParallel
 from megatron_doremi.parallel.parameters import initialize
-from megatron_doremi.parallel.topology import Topology
 
 
 class LossHead(nn.Module):
@@ -44,8 +44,7 @@ class GPTModel(NamedLayers, nn.Module):
     def __init__(
         self,
         gpt: GPTConfig,
-        topology: Topology,
-        tp: TensorParallel,
+        context: ParallelContext,
         seed: int,
         recompute: str = "none",
         loss_chunk_tokens: int = 0,
@@ -60,6 +59,7 @@ class GPTModel(NamedLayers, nn.Module):
                 so that a rank never holds more than one whole layer.
         """
         nn.Module.__init__(self)
+        tp = context.tensor_parallel
         self.gpt, self.tp, self.names = gpt, tp, layer_names(gpt)
         self.layers = nn.ModuleList()
         for name, spec in zip(self.names, layer_specs(gpt, tp, recompute), strict=True):
@@ -71,7 +71,7 @@ class GPTModel(NamedLayers, nn.Module):
             if isinstance(layer, OutputLayer):
                 layer = LossHead(layer.weight, gpt, tp, loss_chunk_tokens)
             initialize(layer, name, seed, tp.group)
-            mark_for_gradient_norm(layer.parameters(), topology)
+            mark_for_gradient_norm(layer.parameters(), context.topology)
             if partition is not None:
                 partition(layer)
             self.layers.append(layer)

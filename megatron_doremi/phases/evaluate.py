@@ -124,7 +124,7 @@ def evaluate(
         micro_batches: list[MicroBatch] = []
         if topology.is_first_stage or topology.is_last_stage:
             micro_batches = [read_windows(text.datasets, part, text.seq_length) for part in chunk]
-        losses = forward_only(module, micro_batches, len(chunk), shape, topology)
+        losses = forward_only(module, micro_batches, len(chunk), shape, context)
         for micro_batch, loss in zip(micro_batches, losses, strict=False):
             stats = stats + domain_stats(loss, micro_batch.domains.to(device), k)
             finite.append(finite_windows(loss, None)[0])
@@ -191,9 +191,7 @@ def evaluate_run(
         # Tried before the work, not after it.
         from_rank_0(lambda: append_line(save, ""))
     dtype = torch.bfloat16 if config.optimizer.bf16 else torch.float32
-    module = load_frozen(
-        run.gpt, run.weights, context.topology, context.tensor_parallel, dtype, config.parallel.loss_chunk_tokens
-    )
+    module = load_frozen(run.gpt, run.weights, context, dtype, config.parallel.loss_chunk_tokens)
     # In batches of the run itself: what is read depends neither on this layout nor on its batch.
     most = data_config.eval_iters * run.global_batch_size
     checkpoint = run.weights.parent

@@ -44,9 +44,8 @@ from megatron_doremi.mixture.reference import ReferenceRun
 from megatron_doremi.model.forward import forward_only
 from megatron_doremi.model.pipeline import GPTPipeline
 from megatron_doremi.parallel import exchange
+from megatron_doremi.parallel.context import ParallelContext
 from megatron_doremi.parallel.exchange import broadcast_json, gather_json
-from megatron_doremi.parallel.groups import ProcessGroups
-from megatron_doremi.parallel.layers import TensorParallel
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.phases.setup import RunData
 from megatron_doremi.storage.files import sha256_of
@@ -176,8 +175,7 @@ def score(
     config: Config,
     data: RunData,
     run: ReferenceRun,
-    topology: Topology,
-    groups: ProcessGroups,
+    context: ParallelContext,
     stop: StopRequest,
     watchdog: Watchdog,
     store: dist.Store,
@@ -190,7 +188,7 @@ def score(
     Raises:
         RunError: a loss is NaN, Inf or negative, of which nothing is recorded, or a file cannot be written.
     """
-    store = dist.PrefixStore("score", store)
+    store, topology = dist.PrefixStore("score", store), context.topology
 
     def start() -> dict[str, Any]:
         fingerprint = {**data_fingerprint(config, data), "reference": weights_hash(run.weights, watchdog)}
@@ -201,10 +199,9 @@ def score(
     fingerprint = run_on_rank_0_via_store(store, "folder", topology.rank, start)
     # Of each replica only one rank touches files of losses.
     folder = ReferenceLossFolder(Path(config.run.save), fingerprint) if topology.rank == topology.loss_rank() else None
-    tp = TensorParallel(groups.tensor, config.parallel.sequence_parallel)
     dtype = torch.bfloat16 if config.optimizer.bf16 else torch.float32
-    module = load_frozen(run.gpt, run.weights, topology, tp, dtype, config.parallel.loss_chunk_tokens)
-    replica = _Replica(config, data, module, topology, groups, watchdog, store, folder)
+    module = load_frozen(run.gpt, run.weights, context, dtype, config.parallel.loss_chunk_tokens)
+    replica = _Replica(config, data, module, context, watchdog, store, folder)
     replica.score(stop)
     barrier_via_store(store, "done", topology.rank, topology.world_size, lambda: replica.hear(stop))
     outcomes = gather_json([int(replica.stopped), replica.windows, replica.clipped])
@@ -233,14 +230,13 @@ class _Replica:
         config: Config,
         data: RunData,
         module: GPTPipeline,
-        topology: Topology,
-        groups: ProcessGroups,
+        context: ParallelContext,
         watchdog: Watchdog,
         store: dist.Store,
         folder: ReferenceLossFolder | None,
     ):
         self.config, self.data, self.module, self.folder = config, data, module, folder
-        self.topology, self.groups, self.watchdog, self.store = topology, groups, watchdog, store
+        self.context, self.topology, self.watchdog, self.store = context, context.topology, watchdog, store
         self.stopped, self.windows, self.clipped = False, 0, 0
 
     def score(self, stop: StopRequest) -> None:
@@ -279,7 +275,7 @@ class _Replica:
             if self.folder is not None:
                 self.watchdog.mark("looking for what is recorded")
                 found = self._telling(lambda: self._next_turn(mine))
-            found = broadcast_json(found, self.topology.loss_rank(), self.groups.model)
+            found = broadcast_json(found, self.topology.loss_rank(), self.context.groups.model)
             if found is None:
                 return
             yield found[0], found[1]
@@ -313,7 +309,7 @@ class _Replica:
             self.watchdog.mark(f"scoring domain {self.data.names[domain]!r}, window {int(padded[first * size]):,}")
             some = parts[first : first + stride]
             batches = [read_windows(self.data.train, part, seq_length) for part in some] if reads else []
-            losses = forward_only(self.module, batches, len(some), (size, seq_length), self.topology)
+            losses = forward_only(self.module, batches, len(some), (size, seq_length), self.context)
             rows += [loss.to("cpu", torch.float32).numpy() for loss in losses]
         return np.concatenate(rows)[: len(windows)] if rows else np.empty((0, seq_length), np.float32)
 
@@ -353,7 +349,7 @@ class _Replica:
         elif self._asked_to_stop(stop):
             own = _STOP
         flag = torch.tensor([own], device=next(self.module.parameters()).device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.groups.model)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.context.groups.model)
         if flag.item() == _FAILED:
             raise error_of(self.store.get("error").decode())
         return bool(flag.item())

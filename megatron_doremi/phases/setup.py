@@ -29,8 +29,7 @@ from megatron_doremi.mixture.reference import (
     check_reference,
 )
 from megatron_doremi.mixture.static import Budget, resolve_weights
-from megatron_doremi.parallel.groups import ProcessGroups
-from megatron_doremi.parallel.layers import TensorParallel
+from megatron_doremi.parallel.context import ParallelContext
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.settings import PROXY, SCORE
 from megatron_doremi.storage.files import atomic_write_text, make_folder, sha256_of
@@ -229,16 +228,13 @@ def read_reference(config: Config, data: RunData) -> ReferenceRun:
     return read_trained(Path(config.doremi.reference_load), "--reference-load", data, config, needs_all_steps=True)
 
 
-def make_reference(
-    config: Config, run: ReferenceRun | None, topology: Topology, groups: ProcessGroups
-) -> OnlineReference | None:
+def make_reference(config: Config, run: ReferenceRun | None, context: ParallelContext) -> OnlineReference | None:
     """The frozen reference on the proxy's layout and in its precision; None if the losses are on disk or not needed."""
     if run is None:
         return None
-    tp = TensorParallel(groups.tensor, config.parallel.sequence_parallel)
     dtype = torch.bfloat16 if config.optimizer.bf16 else torch.float32
     shape = (config.data.micro_batch_size, config.data.seq_length)
-    return OnlineReference(run, topology, tp, dtype, shape, config.parallel.loss_chunk_tokens)
+    return OnlineReference(run, context, dtype, shape, config.parallel.loss_chunk_tokens)
 
 
 def what_is_read(

@@ -21,21 +21,20 @@ def drift(launch, what, on_rank):
     from megatron_doremi.cluster.replica_check import ReplicaMismatch, check_replicas
     from megatron_doremi.model.pipeline import GPTPipeline
     from megatron_doremi.model.unpipelined import GPTModel
-    from megatron_doremi.parallel.groups import make_groups
-    from megatron_doremi.parallel.layers import TensorParallel
+    from megatron_doremi.parallel.context import make_context
     from megatron_doremi.parallel.topology import Topology
 
-    join(launch)
+    device, _ = join(launch)
     topology = Topology(1, 2, 2, launch.rank)
-    groups = make_groups(topology)
+    context = make_context(topology, device)
 
     def partition(layer):
-        deepspeed.zero.Init(layer, groups.data, dtype=torch.float32)
+        deepspeed.zero.Init(layer, context.groups.data, dtype=torch.float32)
 
     if what == "whole, ZeRO 3":
-        module = GPTModel(GPT, topology, TensorParallel(groups.tensor), seed=1, partition=partition)
+        module = GPTModel(GPT, context, seed=1, partition=partition)
     else:
-        module = GPTPipeline(GPT, topology, TensorParallel(groups.tensor), seed=1)
+        module = GPTPipeline(GPT, context, seed=1)
     state = {"doremi": {"weights": {"a": 0.5}}}
     check_replicas(module, state, topology, 1)
     if launch.rank == on_rank:

@@ -34,15 +34,14 @@ def on_the_device(launch, work, *arguments):
 
 
 def build(device, phase, zero_stage, bf16, chunk, doremi=None):
-    from megatron_doremi.parallel.groups import make_groups
+    from megatron_doremi.parallel.context import make_context
     from megatron_doremi.parallel.topology import Topology
 
-    topology = Topology(1, 1, 1, 0)
-    groups = make_groups(topology)
+    context = make_context(Topology(1, 1, 1, 0), device)
     data = {"phase": phase, "seq_length": SEQ, "micro_batch_size": 2, "global_batch_size": 2 * MICRO_BATCHES}
     parallel = {"zero_stage": zero_stage, "loss_chunk_tokens": chunk}
-    config = make_config(topology, data, parallel, doremi, clip_grad=1.0, bf16=bf16)
-    return topology, groups, build_engine(config, GPT, np.full(3, 1 / 3), topology, groups, device)
+    config = make_config(context.topology, data, parallel, doremi, clip_grad=1.0, bf16=bf16)
+    return context, build_engine(config, GPT, np.full(3, 1 / 3), context)
 
 
 def micro_batches():
@@ -62,10 +61,10 @@ def whole_step(device, phase, zero_stage, bf16, chunk, doremi):
     from megatron_doremi.cluster.step_flags import reduce_flags
     from megatron_doremi.model.forward import forward_only
 
-    topology, _, engine = build(device, phase, zero_stage, bf16, chunk, doremi)
-    module, batches = engine.module, micro_batches()
+    context, engine = build(device, phase, zero_stage, bf16, chunk, doremi)
+    topology, module, batches = context.topology, engine.module, micro_batches()
     assert {parameter.device for _, parameter in module.model_parameters()} == {device}
-    losses = forward_only(module, batches, MICRO_BATCHES, (2, SEQ), topology)
+    losses = forward_only(module, batches, MICRO_BATCHES, (2, SEQ), context)
     assert {loss.device for loss in losses} == {device}
     seen = []
     if phase == "proxy":

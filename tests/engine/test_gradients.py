@@ -41,12 +41,13 @@ SEQ, MICRO_BATCHES = 32, 6
 def build(launch, zero_stage, bf16, pipe=1, chunk=1024):
     """An engine, and this rank's micro-batches of one window each."""
 
-    topology, groups, device = layout(launch, pipe, 1)
+    context = layout(launch, pipe, 1)
+    topology = context.topology
     batch = MICRO_BATCHES * topology.data_size
     data = {"phase": "main", "seq_length": SEQ, "micro_batch_size": 1, "global_batch_size": batch, "seed": 3}
     parallel = {"zero_stage": zero_stage, "loss_chunk_tokens": chunk}
     config = make_config(topology, data, parallel, clip_grad=1.0, bf16=bf16, lr=1e-2)
-    engine = build_engine(config, GPT, np.full(3, 1 / 3), topology, groups, device)
+    engine = build_engine(config, GPT, np.full(3, 1 / 3), context)
     ids = torch.randint(0, GPT.vocab_size, (batch, SEQ + 1), generator=torch.Generator().manual_seed(5))
     domains = torch.arange(batch) % 3
     mine = [

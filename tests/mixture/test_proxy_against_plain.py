@@ -40,18 +40,19 @@ def batches():
 
 def all_options(launch, pipe, tensor, parallel):
     """Three steps under each of OPTIONS, in the processes of one start."""
-    place = layout(launch, pipe, tensor)
-    return {name: proxy_steps(options, *place, parallel) for name, options in OPTIONS.items()}
+    context = layout(launch, pipe, tensor, parallel.get("sequence_parallel", False))
+    return {name: proxy_steps(options, context, parallel) for name, options in OPTIONS.items()}
 
 
-def proxy_steps(options, topology, groups, device, parallel):
+def proxy_steps(options, context, parallel):
     from megatron_doremi.data.loader import MicroBatch
 
+    topology = context.topology
     data = {"phase": "proxy", "seq_length": SEQ, "micro_batch_size": 2, "global_batch_size": WINDOWS, "seed": 3}
     doremi = {"doremi_step_size": ETA, "doremi_smoothing": C, **options}
     adam = {"clip_grad": CLIP, "adam_eps": EPS, "weight_decay": 0.0, "adam_beta2": 0.99}
     config = make_config(topology, data, parallel, doremi, **adam)
-    engine = build_engine(config, GPT, np.array(SAMPLING), topology, groups, device)
+    engine = build_engine(config, GPT, np.array(SAMPLING), context)
     start, trace = gather_whole(topology, read_parameters(engine)), []
     for tokens, targets, domains, reference in batches():
         first = range(2 * topology.data_rank, WINDOWS, 2 * topology.data_size)
@@ -168,7 +169,7 @@ def holding_forwards(launch, zero_stage):
     from megatron_doremi.engine.engines import ZeroEngine
 
     ZeroEngine._holds_forwards = lambda self: True
-    return proxy_steps({}, *layout(launch, 1, 1), {"zero_stage": zero_stage})
+    return proxy_steps({}, layout(launch, 1, 1), {"zero_stage": zero_stage})
 
 
 def test_the_wrong_gradient_of_several_outstanding_forwards_is_seen():

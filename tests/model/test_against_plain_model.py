@@ -63,20 +63,21 @@ def example(gpt):
 
 def all_variants(launch, pipe, tensor, flags, bf16):
     """The losses and gradients of each of VARIANTS, in the processes of one start."""
-    place = layout(launch, pipe, tensor)
-    return {name: losses_and_gradients(gpt, *place, flags, bf16) for name, gpt in VARIANTS.items()}
+    context = layout(launch, pipe, tensor, flags.get("sequence_parallel", False))
+    return {name: losses_and_gradients(gpt, context, flags, bf16) for name, gpt in VARIANTS.items()}
 
 
-def losses_and_gradients(gpt, topology, groups, device, flags, bf16):
+def losses_and_gradients(gpt, context, flags, bf16):
     """Runs a global batch through the engine without its optimizer; gathers what came out."""
     import deepspeed
 
     from megatron_doremi.data.loader import MicroBatch
     from megatron_doremi.parallel.parameters import shard, spec_of, start_values
 
+    topology = context.topology
     data = {"phase": "main", "seq_length": 12, "micro_batch_size": 1, "global_batch_size": 4, "seed": 3}
     config = make_config(topology, data, flags, clip_grad=0.0, bf16=bf16)
-    engine = build_engine(config, gpt, np.full(3, 1 / 3), topology, groups, device)
+    engine = build_engine(config, gpt, np.full(3, 1 / 3), context)
     # The norms and biases leave their constant starts, so that a gradient through them can be wrong.
     with torch.no_grad():
         for name, parameter in engine.module.model_parameters():

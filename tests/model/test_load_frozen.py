@@ -20,14 +20,13 @@ def load(launch, gpt, folder):
     from megatron_doremi.cluster.process_group import join
     from megatron_doremi.model.pipeline import GPTPipeline
     from megatron_doremi.parallel import parameters
-    from megatron_doremi.parallel.groups import make_groups
-    from megatron_doremi.parallel.layers import TensorParallel
+    from megatron_doremi.parallel.context import make_context
     from megatron_doremi.parallel.topology import Topology
 
-    join(launch)
+    device, _ = join(launch)
     topology = Topology(tensor_size=launch.world_size, rank=launch.rank)
-    tp = TensorParallel(make_groups(topology).tensor)
-    trained = GPTPipeline(gpt, topology, tp, seed=3)
+    context = make_context(topology, device)
+    trained = GPTPipeline(gpt, context, seed=3)
     weights_file(trained, topology).write(folder)
     torch.distributed.barrier()
 
@@ -35,7 +34,7 @@ def load(launch, gpt, folder):
         raise AssertionError("start values were drawn")
 
     parameters.start_values = drawn
-    frozen = load_frozen(gpt, folder, topology, tp, torch.float32)
+    frozen = load_frozen(gpt, folder, context, torch.float32)
     loaded = dict(frozen.model_parameters())
     return [name for name, parameter in trained.model_parameters() if not torch.equal(parameter, loaded[name])]
 

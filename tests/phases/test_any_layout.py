@@ -75,11 +75,12 @@ def carry(launch, sizes, parallel, gpt, optimizer, source, target):
     from megatron_doremi.checkpoint.reader import load_training
     from megatron_doremi.checkpoint.writer import Checkpointer
 
-    topology, groups, device = layout(launch, *sizes)
+    context = layout(launch, *sizes)
+    topology = context.topology
     batch = 8 // topology.data_size
     data = {"micro_batch_size": batch, "global_batch_size": 8, "seq_length": 16, "train_iters": 5}
     config = make_config(topology, data, parallel, **optimizer)
-    engine = build_engine(config, GPTConfig(**gpt), np.ones(3) / 3, topology, groups, device)
+    engine = build_engine(config, GPTConfig(**gpt), np.ones(3) / 3, context)
     load_training(engine, source, topology, 5)
     checkpointer = Checkpointer(target, 0, topology)
     checkpointer.start(engine, 5, {})

@@ -36,23 +36,24 @@ WINDOWS, SEQ, K = 2, 128, 3
 
 def peak_bytes(launch, pipe, tensor, parallel, bf16):
     """This rank's peak of allocated bytes in a step, over what was there before: {update: [by micro-batches]}."""
-    place = layout(launch, pipe, tensor)
+    context = layout(launch, pipe, tensor, parallel.get("sequence_parallel", False))
     return {
-        update: [peak_of_a_step(*place, parallel, bf16, update, count) for count in MICRO_BATCHES]
+        update: [peak_of_a_step(context, parallel, bf16, update, count) for count in MICRO_BATCHES]
         for update in ("alternating", "simultaneous")
     }
 
 
-def peak_of_a_step(topology, groups, device, parallel, bf16, update, count):
+def peak_of_a_step(context, parallel, bf16, update, count):
     import torch
     from torch.profiler import ProfilerActivity, profile
 
     from megatron_doremi.data.loader import MicroBatch
 
+    topology = context.topology
     batch = count * WINDOWS * topology.data_size
     data = {"phase": "proxy", "seq_length": SEQ, "micro_batch_size": WINDOWS, "global_batch_size": batch}
     config = make_config(topology, data, parallel, {"doremi_update": update}, bf16=bf16)
-    engine = build_engine(config, GPT, np.full(K, 1 / K), topology, groups, device)
+    engine = build_engine(config, GPT, np.full(K, 1 / K), context)
     ids = torch.zeros(WINDOWS, SEQ, dtype=torch.int64)
     batches = [MicroBatch(ids, ids, ids[:, 0], ids[:, 0], torch.zeros(WINDOWS, SEQ)) for _ in range(count)]
     targets = torch.tensor([batch * SEQ, 0, 0], dtype=torch.float64)
