@@ -125,7 +125,7 @@ def planted(device):
     """What these tests are for: sums that were left on the host."""
     from megatron_doremi.mixture.objective import StepRecord
 
-    _, _, engine = build(device, "main", 0, False, 8)
+    _, engine = build(device, "main", 0, False, 8)
     engine.objective.current = StepRecord(3, torch.device("cpu"))
     engine.train_step(micro_batches())
 
