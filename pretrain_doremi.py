@@ -180,7 +180,8 @@ def run_phase(
     context = make_context(topology, device, config.parallel.sequence_parallel)
     reference_sha256 = None
     if phase in TRAINING:
-        if inputs.reference_losses is not None:
+        # Where the mixture samples by what it learns, a missing window is found when it is read.
+        if inputs.reference_losses is not None and inputs.controller.samples_ahead:
             check_reference_losses(inputs.reference_losses, config, data, topology, meeting.store, watchdog)
         reference_sha256 = reference_hash(inputs.reference, inputs.reference_losses, topology, watchdog)
     # Nothing is written before all that is read has been checked.
@@ -234,7 +235,7 @@ def make_trainer(
 
     data, topology = inputs.data, context.topology
     gpt = setup.resolve_gpt(config, data)
-    identity = run_identity(config, gpt, data, topology.world_size, reference_sha256)
+    identity = run_identity(config, gpt, data, inputs.controller, topology.world_size, reference_sha256)
     # It may bring back the newest checkpoint.
     from_rank_0(lambda: clear_leftovers(Path(config.run.save)))
     resume = resume_point(
@@ -279,7 +280,7 @@ def dry_run(config: Config, topology: Topology) -> None:
         print_warnings(data.manifest)
         loaded = inputs.reference
         gpt = setup.resolve_gpt(config, data) if config.data.phase in TRAINING or loaded is None else loaded.gpt
-        print(describe_run(config, gpt, topology))
+        print(describe_run(config, gpt, topology, inputs.controller.before_backward))
         if repeated:
             say(repeated)
 

@@ -384,9 +384,3 @@ def micro_batches_per_step(config: Config, world_size: int) -> int:
     """Forward passes of one rank in one step."""
     per_pass = config.data.micro_batch_size * data_parallel_size(config.parallel, world_size)
     return global_batch_size(config, world_size) // per_pass
-
-
-def alternates(doremi: DoReMiConfig) -> bool:
-    """Whether a proxy's weights move between a batch's forwards and its backwards. Weights that act on the sampling
-    of the next batch have no such turn."""
-    return doremi.doremi_update == "alternating" and doremi.doremi_weighting == "reweight"

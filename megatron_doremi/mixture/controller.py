@@ -112,6 +112,10 @@ class MixtureController:
         """The method's own settings, for the provenance of its result."""
         return {}
 
+    def identity(self) -> dict[str, Any]:
+        """Settings of the method that a run must keep when it resumes, by the names of their flags."""
+        return {}
+
     def entries(self, names: Sequence[str]) -> dict[str, Any]:
         """What the method adds to the metrics line of the step just taken."""
         return {}

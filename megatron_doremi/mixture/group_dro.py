@@ -24,13 +24,22 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from megatron_doremi.config import DoReMiConfig, alternates
+from megatron_doremi.config import DoReMiConfig
 from megatron_doremi.mixture.controller import ControllerState, MixtureController
 from megatron_doremi.mixture.statistics import DomainStats
 from megatron_doremi.storage.formats import Name
 
 # Rounding error of a float64 sum over domains and steps.
 _ROUNDING = 1e-6
+# Settings that a resumed run must share.
+_IDENTITY = (
+    "doremi_step_size",
+    "doremi_smoothing",
+    "doremi_update",
+    "doremi_weighting",
+    "doremi_objective",
+    "doremi_normalization",
+)
 
 
 def token_scores(loss: Tensor, reference: Tensor | None, objective: str) -> Tensor:
@@ -163,7 +172,7 @@ class GroupDRO(MixtureController):
             f"{doremi.doremi_normalization}"
         )
         self.needs_reference = doremi.doremi_objective != "hardest"
-        self.before_backward = alternates(doremi)
+        self.before_backward = doremi.doremi_update == "alternating" and not self._resamples
         self.samples_ahead = not self._resamples
         self.state = DomainWeights.start(len(sampling))
         # Of the last step: the weights that its gradient was taken under, and its losses.
@@ -193,6 +202,9 @@ class GroupDRO(MixtureController):
 
     def settings(self) -> dict[str, Any]:
         return {"step_size": self.doremi.doremi_step_size, "smoothing": self.doremi.doremi_smoothing}
+
+    def identity(self) -> dict[str, Any]:
+        return {name: getattr(self.doremi, name) for name in _IDENTITY}
 
     def entries(self, names: Sequence[str]) -> dict[str, Any]:
         """lambda_t, alpha_t, and the sum of each domain's mean loss times the weight under which its gradient was

@@ -19,6 +19,7 @@ from megatron_doremi import __version__
 from megatron_doremi.config import Config, GPTConfig, global_batch_size
 from megatron_doremi.engine.optimizer import learning_rate
 from megatron_doremi.errors import ConfigError, Fault
+from megatron_doremi.mixture.controller import MixtureController
 from megatron_doremi.parallel.exchange import gather_json
 from megatron_doremi.phases.setup import RunData
 from megatron_doremi.settings import PROXY
@@ -38,14 +39,6 @@ _OPTIMIZER = (
     "adam_eps",
     "clip_grad",
 )
-_DOREMI = (
-    "doremi_step_size",
-    "doremi_smoothing",
-    "doremi_update",
-    "doremi_weighting",
-    "doremi_objective",
-    "doremi_normalization",
-)
 _REMEDY = "resume with the settings and data that the run began with, or start a new folder"
 _REMEDIES = {
     "global_batch_size": "give --global-batch-size; its default follows from the number of ranks",
@@ -55,11 +48,17 @@ Identity = dict[str, Any]
 
 
 def run_identity(
-    config: Config, gpt: GPTConfig, data: RunData, world_size: int, reference: str | None = None
+    config: Config,
+    gpt: GPTConfig,
+    data: RunData,
+    controller: MixtureController,
+    world_size: int,
+    reference: str | None = None,
 ) -> Identity:
     """The identity of a training run.
 
     Args:
+        controller: of the mixture; tells the settings of its method.
         reference: hash of the weights of a proxy's reference; None without one.
     """
     identity: Identity = {
@@ -77,8 +76,8 @@ def run_identity(
         "train_iters": config.data.train_iters,
         **{name: getattr(config.optimizer, name) for name in _OPTIMIZER},
     }
+    identity |= controller.identity()
     if config.data.phase == PROXY:
-        identity |= {name: getattr(config.doremi, name) for name in _DOREMI}
         online = config.doremi.reference_losses == "online"
         identity |= {"reference": reference, "reference_losses": "online" if online else "recorded"}
     return identity

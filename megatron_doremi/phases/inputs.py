@@ -57,7 +57,7 @@ def open_inputs(config: Config, world_size: int) -> Inputs:
         raise ConfigError([*faults, *reference_faults(config)])
     opened = data
     controller = make_controller(config, data.weights)
-    repeated = collect(lambda: check_repetition(config, opened, world_size))
+    repeated = collect(lambda: check_repetition(config, opened, controller, world_size))
     reference = reference_losses = None
     if setup.needs_reference(config, controller):
         reference = collect(lambda: setup.read_reference(config, opened))

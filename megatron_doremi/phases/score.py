@@ -151,9 +151,6 @@ def check_reference_losses(
     Raises:
         ConfigError: on every rank, with a fault for each domain of which windows are missing.
     """
-    if config.doremi.doremi_weighting != "reweight":
-        # With resampling nobody knows yet what will be read; a window that is missing is found when it comes.
-        return
 
     def look() -> None:
         needed = windows_needed(config, data, topology.world_size, watchdog.mark)

@@ -25,7 +25,7 @@ from megatron_doremi.data.reference_losses import ReferenceLosses
 from megatron_doremi.data.weights_file import save_weights
 from megatron_doremi.engine.engines import TrainingEngine
 from megatron_doremi.engine.optimizer import learning_rate
-from megatron_doremi.errors import RunError, machine_failure
+from megatron_doremi.errors import ConfigError, Fault, RunError, machine_failure
 from megatron_doremi.mixture.controller import MixtureController
 from megatron_doremi.mixture.non_finite import explain_gradient, explain_loss
 from megatron_doremi.mixture.reference import OnlineReference
@@ -242,8 +242,12 @@ class Trainer:
         }
 
     def _evaluate(self, log: RunLog) -> None:
-        datasets = held_out(self.data)
+        datasets, asked_for = held_out(self.data), self.controller.evaluates_at(self.iteration)
         if not datasets:
+            if asked_for:
+                rule = f"the mixture ({self.controller.method}) follows the held-out losses"
+                remedy = "run tools/preprocess_data.py with --split valid"
+                raise ConfigError(Fault("--domains", "no held-out text that fills a window", rule, remedy))
             return
         data = self.config.data
         entries = evaluate(
@@ -255,7 +259,7 @@ class Trainer:
             lambda: self.watchdog.mark(f"evaluating after iteration {self.iteration}"),
         )
         log.evaluation({"iteration": self.iteration, **entries})
-        if self.controller.evaluates_at(self.iteration):
+        if asked_for:
             losses = [entries["eval"].get(name, np.nan) for name in self.data.names]
             self.controller.observe_evaluation(np.array(losses))
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from megatron_doremi.config import Config, global_batch_size
 from megatron_doremi.data.blend import window_count
 from megatron_doremi.errors import Fault, raise_if_any
+from megatron_doremi.mixture.controller import MixtureController
 from megatron_doremi.phases.setup import RunData
 from megatron_doremi.settings import MAIN, PROXY, REFERENCE
 
@@ -29,7 +30,7 @@ def repetition_notice(names: Sequence[str], epochs: NDArray[np.float64]) -> str:
     return "epochs of domains that repeat: " + ", ".join(repeated) if repeated else ""
 
 
-def check_repetition(config: Config, data: RunData, world_size: int) -> str:
+def check_repetition(config: Config, data: RunData, controller: MixtureController, world_size: int) -> str:
     """The notice of a training run under its sampling weights, before anything is built.
 
     Raises:
@@ -39,11 +40,11 @@ def check_repetition(config: Config, data: RunData, world_size: int) -> str:
     if config.data.phase not in (REFERENCE, PROXY, MAIN):
         return ""
     cap = config.data.max_epochs_per_domain
-    if config.data.phase == PROXY and config.doremi.doremi_weighting == "resample":
+    if not controller.samples_ahead:
         if cap:
             rule = "sampling weights that are known at the start"
-            remedy = "leave it out, or give --doremi-weighting reweight"
-            value = f"{cap:g} with --doremi-weighting resample"
+            remedy = "leave it out, or sample by fixed weights (a proxy: --doremi-weighting reweight)"
+            value = f"{cap:g} with sampling weights that are learned ({controller.method})"
             raise_if_any([Fault("--max-epochs-per-domain", value, rule, remedy)])
         return ""
     counts = [window_count(dataset.num_tokens, config.data.seq_length) for dataset in data.train]

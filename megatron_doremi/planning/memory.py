@@ -14,14 +14,13 @@ from megatron_doremi.config import (
     Config,
     GPTConfig,
     ParallelConfig,
-    alternates,
     global_batch_size,
     micro_batches_per_step,
 )
 from megatron_doremi.model.pipeline import layer_names
 from megatron_doremi.model.sizes import parameters_by_layer
 from megatron_doremi.parallel.topology import Topology, stage_bounds
-from megatron_doremi.settings import PROXY, TRAINING
+from megatron_doremi.settings import TRAINING
 
 
 def block_bytes_per_token(gpt: GPTConfig, parallel: ParallelConfig, element: int) -> float:
@@ -93,10 +92,9 @@ def state_bytes_per_parameter(config: Config, data_size: int) -> float:
     return sum(sharded)
 
 
-def _activations(config: Config, gpt: GPTConfig, topology: Topology) -> str:
+def _activations(config: Config, gpt: GPTConfig, topology: Topology, alternating: bool) -> str:
     """What the stage that holds most keeps for its backward passes."""
     count = micro_batches_per_step(config, topology.world_size)
-    alternating = config.data.phase == PROXY and alternates(config.doremi)
     tokens, element = config.data.micro_batch_size * config.data.seq_length, 2 if config.optimizer.bf16 else 4
     blocks = [b - a for a, b in pairwise(stage_bounds(gpt.num_layers, topology.pipe_size, 0, 0))]
     most, held = max(
@@ -107,8 +105,12 @@ def _activations(config: Config, gpt: GPTConfig, topology: Topology) -> str:
     return f"{most / 2**30:.2f} GiB of activations of {held} micro-batches"
 
 
-def describe_run(config: Config, gpt: GPTConfig, topology: Topology) -> str:
-    """The resolved configuration and the sizes of the largest stage, as text."""
+def describe_run(config: Config, gpt: GPTConfig, topology: Topology, alternating: bool) -> str:
+    """The resolved configuration and the sizes of the largest stage, as text.
+
+    Args:
+        alternating: all forward passes of a step come before its first backward pass.
+    """
     counts = parameters_by_layer(gpt, topology.tensor_size)
     names = layer_names(gpt)
     first = names.index("layers.0")
@@ -120,9 +122,9 @@ def describe_run(config: Config, gpt: GPTConfig, topology: Topology) -> str:
     trains = config.data.phase in TRAINING
     state = state_bytes_per_parameter(config, topology.data_size) if trains else 2 if config.optimizer.bf16 else 4
     gib = largest * state / 2**30
-    holds = (
-        f"weights, gradients and optimizer state, and {_activations(config, gpt, topology)}" if trains else "weights"
-    )
+    holds = "weights"
+    if trains:
+        holds += f", gradients and optimizer state, and {_activations(config, gpt, topology, alternating)}"
     total = sum(parameters_by_layer(gpt, 1))
     batch = global_batch_size(config, topology.world_size)
     lines = [

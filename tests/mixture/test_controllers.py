@@ -112,10 +112,12 @@ def test_a_controller_of_held_out_losses_and_a_history_resumes_to_the_last_bit(t
     assert len({json.dumps(line["domain_tokens"]) for line in lines}) > 2
 
 
-def test_a_state_of_another_method_is_refused(tmp_path):
-    """A checkpoint without the controller's state, and one whose state names other domains."""
-    data, save = write_data(tmp_path, tokens=1500), tmp_path / "run"
+def test_what_a_method_cannot_resume_from_or_lacks_is_refused(tmp_path):
+    """A checkpoint without the controller's state, and data without held-out text."""
+    data, save = write_data(tmp_path, tokens=1500, held_out=1), tmp_path / "run"
     flags = ["--exit-interval", "1"]
     on_ranks(1, program, argv(data, save, *flags))
     with pytest.raises(AssertionError, match="curves is missing"):
         on_ranks(1, under_curves, argv(data, save, *flags))
+    with pytest.raises(AssertionError, match="curves\\) follows the held-out losses"):
+        on_ranks(1, under_curves, argv(data, tmp_path / "new", *flags))

@@ -12,6 +12,7 @@ from phases.small import MODEL, write_data
 from megatron_doremi.arguments import parse_config
 from megatron_doremi.data.blend import Blend, BlendState
 from megatron_doremi.errors import ConfigError
+from megatron_doremi.mixture.controllers import make_controller
 from megatron_doremi.phases.setup import open_data
 from megatron_doremi.planning.epochs import check_repetition, epochs_per_domain, repetition_notice
 
@@ -29,7 +30,8 @@ def opened(data, *flags, phase="main", world_size=1):
 
 
 def check(data, *flags, phase="main", world_size=1):
-    return check_repetition(*opened(data, *flags, phase=phase, world_size=world_size), world_size)
+    config, read = opened(data, *flags, phase=phase, world_size=world_size)
+    return check_repetition(config, read, make_controller(config, read.weights), world_size)
 
 
 def test_said_at_the_start(data):
