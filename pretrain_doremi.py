@@ -185,7 +185,7 @@ def run_phase(
             check_reference_losses(inputs.reference_losses, config, data, topology, meeting.store, watchdog)
         reference_sha256 = reference_hash(inputs.reference, inputs.reference_losses, topology, watchdog)
     # Nothing is written before all that is read has been checked.
-    from_rank_0(lambda: check_outputs(config))
+    from_rank_0(lambda: check_outputs(config, inputs.controller.learns))
     if phase == EVALUATE:
         assert inputs.reference is not None
         evaluate_run(config, data, inputs.reference, context, watchdog)

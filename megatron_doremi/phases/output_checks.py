@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_doremi.config import Config
 from megatron_doremi.errors import Fault, raise_if_any
-from megatron_doremi.settings import EVALUATE, PROXY, SCORE, TRAINING
+from megatron_doremi.settings import EVALUATE, SCORE, TRAINING
 from megatron_doremi.storage.files import temporary_beside
 
 # Errors that the user can fix with another path or other permissions. All others, such as a full disk or a lost file
@@ -34,8 +34,11 @@ USER_ERRORS = frozenset(
 _PROBE_BYTES = 1 << 16
 
 
-def check_outputs(config: Config) -> None:
+def check_outputs(config: Config, learns: bool = False) -> None:
     """Checks the folders and files that the run's phase writes. Creates the folders; files are not modified.
+
+    Args:
+        learns: training learns a mixture, and writes it.
 
     Raises:
         ConfigError: with every file or folder that cannot be written for a reason that the user can fix.
@@ -43,7 +46,7 @@ def check_outputs(config: Config) -> None:
     """
     faults: list[Fault] = []
     failed: list[Path] = []
-    for check, path, flag, rule in _checks(config) if config.run.save else ():
+    for check, path, flag, rule in _checks(config, learns) if config.run.save else ():
         if any(folder in path.parents for folder in failed):
             continue
         try:
@@ -58,7 +61,7 @@ def check_outputs(config: Config) -> None:
     raise_if_any(faults)
 
 
-def _checks(config: Config) -> Iterator[tuple[Callable[[Path], None], Path, str, str]]:
+def _checks(config: Config, learns: bool) -> Iterator[tuple[Callable[[Path], None], Path, str, str]]:
     """Yields (check, path, flag, rule) for each output of the phase."""
     phase, save = config.data.phase, Path(config.run.save)
     folder, file = "a writable folder", "a writable file, or nothing"
@@ -73,7 +76,7 @@ def _checks(config: Config) -> Iterator[tuple[Callable[[Path], None], Path, str,
         yield _check_appended, save / "metrics.jsonl", "--save", file
         yield _check_folder, save / "checkpoints", "--save", folder
         yield _check_replaced, save / "checkpoints" / "latest", "--save", file
-        if phase == PROXY:
+        if learns:
             yield _check_replaced, save / "domain_weights.json", "--save", file
         if config.run.tensorboard_dir:
             yield _check_folder, Path(config.run.tensorboard_dir), "--tensorboard-dir", folder
