@@ -84,16 +84,16 @@ def start(argv: Sequence[str], signals: Signals) -> int:
         if config.run.dry_run:
             dry_run(config, topology)
             return 0
-        meeting = meet(config, launch, argv)
+        rendezvous = join_rendezvous(config, launch, argv)
     except (ConfigError, RunError) as error:
         raise error_without_peers(error, os.environ) from error
     try:
-        return run(config, topology, launch, signals, meeting)
+        return run(config, topology, launch, signals, rendezvous)
     except (ConfigError, RunError, OSError) as error:
-        raise merged_error(meeting, machine_failure(error) if isinstance(error, OSError) else error) from error
+        raise merged_error(rendezvous, machine_failure(error) if isinstance(error, OSError) else error) from error
 
 
-def meet(config: Config, launch: Launch, argv: Sequence[str] | None) -> Rendezvous:
+def join_rendezvous(config: Config, launch: Launch, argv: Sequence[str] | None) -> Rendezvous:
     """Meets the other ranks at their store."""
     # Imported here, after the flags: torch and DeepSpeed take seconds, and one process says a wrong flag at once.
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -111,25 +111,25 @@ def run(
     topology: Topology,
     launch: Launch,
     signals: Signals | None = None,
-    meeting: Rendezvous | None = None,
+    rendezvous: Rendezvous | None = None,
 ) -> int:
     """Runs the phase: files are checked on every rank before any model is built. Returns the exit code.
 
     Args:
         signals: of `main`; made here where the caller has none.
-        meeting: of the ranks; made here where the caller has none.
+        rendezvous: of the ranks; made here where the caller has none.
     """
     if signals is None:
         signals = Signals(os.environ)
         signals.install()
-    meeting = meeting or meet(config, launch, None)
+    rendezvous = rendezvous or join_rendezvous(config, launch, None)
     import torch.distributed as dist
 
     from megatron_doremi.cluster.watchdog import Watchdog
 
-    with Watchdog(meeting, 60.0 * config.run.distributed_timeout_minutes) as watchdog, ExitStack() as held:
-        signals.before_leaving = watchdog.tell
-        stopped = run_phase(config, topology, meeting, signals, watchdog, held)
+    with Watchdog(rendezvous, 60.0 * config.run.distributed_timeout_minutes) as watchdog, ExitStack() as held:
+        signals.before_leaving = watchdog.announce_exit
+        stopped = run_phase(config, topology, rendezvous, signals, watchdog, held)
         dist.barrier()
         signals.finish(EXIT_STOPPED if stopped else 0)
     dist.destroy_process_group()
@@ -137,7 +137,7 @@ def run(
 
 
 def run_phase(
-    config: Config, topology: Topology, meeting: Rendezvous, signals: Signals, watchdog: Watchdog, held: ExitStack
+    config: Config, topology: Topology, rendezvous: Rendezvous, signals: Signals, watchdog: Watchdog, held: ExitStack
 ) -> bool:
     """Opens the files, joins the process group and runs the phase. Returns whether a request stopped it.
 
@@ -160,7 +160,7 @@ def run_phase(
     from megatron_doremi.settings import EVALUATE, SCORE, TRAINING
 
     phase, minutes = config.data.phase, config.run.distributed_timeout_minutes
-    faults, inputs, stop = [*meeting.faults, *device_faults(meeting.launch)], None, None
+    faults, inputs, stop = [*rendezvous.faults, *device_faults(rendezvous.launch)], None, None
     try:
         stop = StopRequest(config.run, os.environ, signals)
     except ConfigError as error:
@@ -169,20 +169,20 @@ def run_phase(
         inputs = open_inputs(config, topology.world_size)
     except ConfigError as error:
         faults += error.faults
-    raise_faults_of_all_ranks(meeting, faults, 60.0 * minutes)
+    raise_faults_of_all_ranks(rendezvous, faults, 60.0 * minutes)
     assert inputs is not None
     assert stop is not None
     data = inputs.data
     if topology.rank == 0:
         print_warnings(data.manifest)
-    device = join_group(meeting, minutes)
+    device = join_group(rendezvous, minutes)
     check_ranks_start_alike(config, setup.what_is_read(data, inputs.reference, inputs.reference_losses))
     context = make_context(topology, device, config.parallel.sequence_parallel)
     reference_sha256 = None
     if phase in TRAINING:
         # Where the mixture samples by what it learns, a missing window is found when it is read.
         if inputs.reference_losses is not None and inputs.controller.samples_ahead:
-            check_reference_losses(inputs.reference_losses, config, data, topology, meeting.store, watchdog)
+            check_reference_losses(inputs.reference_losses, config, data, topology, rendezvous.store, watchdog)
         reference_sha256 = reference_hash(inputs.reference, inputs.reference_losses, topology, watchdog)
     # Nothing is written before all that is read has been checked.
     from_rank_0(lambda: check_outputs(config, inputs.controller.learns))
@@ -203,7 +203,7 @@ def run_phase(
         assert inputs.reference is not None
         if any_rank(signals.begin(), device):
             return True
-        return score(config, data, inputs.reference, context, stop, watchdog, meeting.store)
+        return score(config, data, inputs.reference, context, stop, watchdog, rendezvous.store)
     trainer = make_trainer(config, inputs, reference_sha256, context, stop, watchdog, lock)
     # Before the lock is released: its thread may be publishing.
     held.callback(trainer.checkpoints.close)

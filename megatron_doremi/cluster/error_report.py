@@ -1,4 +1,4 @@
-"""One voice: what the ranks of a run have to say about an error is gathered, and rank 0 says it once."""
+"""One report for all ranks: the errors of all ranks are gathered, and rank 0 reports each once."""
 
 from __future__ import annotations
 
@@ -14,132 +14,134 @@ from megatron_doremi.errors import EXIT_USER_ERROR, ConfigError, Fault, Reported
 if TYPE_CHECKING:
     from megatron_doremi.cluster.rendezvous import Rendezvous
 
-# For ranks that may have died, where this one knows already that the run cannot begin.
+# For ranks that may have died, if this one already knows that the run cannot start.
 _SECONDS_FOR_OTHERS = 60.0
-# For a rank that fails with the others, or alone.
-_SECONDS_FOR_THE_SAME = 8.0
+# For other ranks that fail as well.
+_SECONDS_FOR_PEER_ERRORS = 8.0
 _SECONDS_FOR_RANK_0 = 5.0
 
 
 def command_line_error(launch: Launch, argv: Sequence[str], faults: Sequence[Fault]) -> Exception:
-    """What a rank shall raise whose command line is wrong.
+    """The error to raise on a rank whose command line is wrong.
 
-    Rank 0 says it at once. The others have the same command line as a rule, and leave silently; where rank 0 has
-    another and waits for them, it is told, and says it.
+    Rank 0 reports it at once. The others usually have the same command line and exit silently; if rank 0 has another
+    and waits for them, it is told, and reports their faults.
     """
     if launch.rank == 0:
         return ConfigError(faults)
-    from megatron_doremi.cluster.rendezvous import refuse
+    from megatron_doremi.cluster.rendezvous import reject_command_line
 
-    placed = _placed(faults, f"rank {launch.rank} on {socket.gethostname()}: ")
-    return ReportedElsewhere(EXIT_USER_ERROR) if refuse(launch, argv, placed) else ConfigError(placed)
+    placed = _prefix_faults(faults, f"rank {launch.rank} on {socket.gethostname()}: ")
+    return ReportedElsewhere(EXIT_USER_ERROR) if reject_command_line(launch, argv, placed) else ConfigError(placed)
 
 
-def raise_faults_of_all_ranks(meeting: Rendezvous, faults: Sequence[Fault], seconds: float) -> None:
-    """Ends the start on all ranks together where one of them has found a fault; all ranks call it once.
+def raise_faults_of_all_ranks(rendezvous: Rendezvous, faults: Sequence[Fault], seconds: float) -> None:
+    """Stops all ranks together if one of them has found a fault; every rank calls it once.
 
     Args:
         faults: this rank's.
-        seconds: to wait for ranks that still look.
+        seconds: to wait for ranks that are still checking.
 
     Raises:
         ConfigError: on rank 0, with every rank's faults.
         ReportedElsewhere: on the others.
         RunError: rank 0 does not answer.
     """
-    if meeting.launch.world_size == 1:
+    if rendezvous.launch.world_size == 1:
         if faults:
             raise ConfigError(faults)
         return
-    own = [meeting.host, [asdict(fault) for fault in faults]]
-    patience = min(seconds, _SECONDS_FOR_OTHERS) if faults else seconds
-    everyone = meeting.exchange("faults", own, patience)
-    if meeting.launch.rank == 0:
-        union = merge_faults(everyone)
-        meeting.answer("faults", len(union))
-        if union:
-            raise ConfigError(union)
+    report = [rendezvous.host, [asdict(fault) for fault in faults]]
+    timeout = min(seconds, _SECONDS_FOR_OTHERS) if faults else seconds
+    reports = rendezvous.gather("faults", report, timeout)
+    if rendezvous.launch.rank == 0:
+        merged = merge_faults(reports)
+        rendezvous.reply("faults", len(merged))
+        if merged:
+            raise ConfigError(merged)
         return
-    count = meeting.answered("faults")
+    count = rendezvous.read_reply("faults")
     if count:
         raise ReportedElsewhere(EXIT_USER_ERROR)
     if count is None:
         if faults:
-            raise ConfigError(_placed(faults, f"rank {meeting.launch.rank} on {meeting.host}: "))
-        raise RunError(f"rank {meeting.launch.rank} on {meeting.host}: rank 0 never said whether the run may begin")
+            raise ConfigError(_prefix_faults(faults, f"rank {rendezvous.launch.rank} on {rendezvous.host}: "))
+        raise RunError(
+            f"rank {rendezvous.launch.rank} on {rendezvous.host}: rank 0 has not confirmed that the run may start"
+        )
 
 
-def merge_faults(everyone: Sequence[tuple[str, list[dict[str, str]]] | None]) -> list[Fault]:
-    """Every fault once, in the order of ranks; those that only some ranks have name them.
+def merge_faults(reports: Sequence[tuple[str, list[dict[str, str]]] | None]) -> list[Fault]:
+    """Every fault once, in the order of ranks; a fault that only some ranks have names them.
 
     Args:
-        everyone: (host, faults as dictionaries) by rank; None for a rank that said nothing.
+        reports: (host, faults as dictionaries) by rank; None for a rank that sent no report.
     """
-    holders: dict[Fault, list[int]] = {}
-    spoke = [rank for rank, entry in enumerate(everyone) if entry is not None]
-    for rank in spoke:
-        for fault in everyone[rank][1]:  # type: ignore[index]
-            holders.setdefault(Fault(**fault), []).append(rank)
-    union = []
-    for fault, ranks in holders.items():
+    ranks_by_fault: dict[Fault, list[int]] = {}
+    reporting = [rank for rank, report in enumerate(reports) if report is not None]
+    for rank in reporting:
+        for fault in reports[rank][1]:  # type: ignore[index]
+            ranks_by_fault.setdefault(Fault(**fault), []).append(rank)
+    merged = []
+    for fault, ranks in ranks_by_fault.items():
         ranks = sorted(set(ranks))
         prefix = ""
-        if ranks != spoke:
-            shown = ", ".join(map(str, ranks[:4])) + (", ..." if len(ranks) > 4 else "")
-            hosts = sorted({everyone[rank][0] for rank in ranks})  # type: ignore[index]
-            places = ", ".join(hosts[:4]) + (", ..." if len(hosts) > 4 else "")
-            prefix = f"rank{'s' if len(ranks) > 1 else ''} {shown} on {places}: "
-        union += _placed([fault], prefix)
-    return union
+        if ranks != reporting:
+            shown_ranks = ", ".join(map(str, ranks[:4])) + (", ..." if len(ranks) > 4 else "")
+            hosts = sorted({reports[rank][0] for rank in ranks})  # type: ignore[index]
+            shown_hosts = ", ".join(hosts[:4]) + (", ..." if len(hosts) > 4 else "")
+            prefix = f"rank{'s' if len(ranks) > 1 else ''} {shown_ranks} on {shown_hosts}: "
+        merged += _prefix_faults([fault], prefix)
+    return merged
 
 
-def _placed(faults: Sequence[Fault], prefix: str) -> list[Fault]:
+def _prefix_faults(faults: Sequence[Fault], prefix: str) -> list[Fault]:
     return [
         fault if fault.what.startswith(prefix[:-2]) else replace(fault, what=prefix + fault.what) for fault in faults
     ]
 
 
-def merged_error(meeting: Rendezvous, error: ConfigError | RunError) -> Exception:
-    """What this rank shall raise in place of an error: rank 0 speaks for all that fail with it.
+def merged_error(rendezvous: Rendezvous, error: ConfigError | RunError) -> Exception:
+    """The error to raise in place of `error`: rank 0 reports for all ranks that fail together.
 
-    A rank that fails while rank 0 does not speaks for itself.
+    A rank that fails while rank 0 does not reports its own error.
     """
-    from megatron_doremi.cluster.store import in_time
+    from megatron_doremi.cluster.store import call_with_timeout
 
-    launch = meeting.launch
+    launch = rendezvous.launch
     if launch.world_size == 1:
         return error
     code = EXIT_USER_ERROR if isinstance(error, ConfigError) else 1
     faults = [asdict(fault) for fault in error.faults] if isinstance(error, ConfigError) else []
-    entry: dict[str, Any] = {"place": [meeting.host, faults], "text": "" if faults else str(error)}
+    report: dict[str, Any] = {"place": [rendezvous.host, faults], "text": "" if faults else str(error)}
 
-    def ask() -> Any:
-        everyone = meeting.exchange("errors", entry, _SECONDS_FOR_THE_SAME)
+    def exchange() -> Any:
+        gathered = rendezvous.gather("errors", report, _SECONDS_FOR_PEER_ERRORS)
         if launch.rank:
-            return meeting.answered("errors")
-        meeting.answer("errors", 1)
-        return everyone
+            return rendezvous.read_reply("errors")
+        rendezvous.reply("errors", 1)
+        return gathered
 
     try:
-        # A store whose machine is lost answers nothing, not even an error.
-        everyone = in_time(ask, 2 * _SECONDS_FOR_THE_SAME)
+        # A store whose host is lost does not answer, not even with an error.
+        reports = call_with_timeout(exchange, 2 * _SECONDS_FOR_PEER_ERRORS)
     except (RuntimeError, ValueError, TimeoutError):
         # The store is gone, and rank 0 with it.
         return error if launch.rank < 2 else ReportedElsewhere(code)
     if launch.rank:
-        return (
-            _prefixed(error, f"rank {launch.rank} on {meeting.host}: ") if everyone is None else ReportedElsewhere(code)
-        )
-    union = merge_faults([None if entry is None else tuple(entry["place"]) for entry in everyone])
-    texts = list(dict.fromkeys(entry["text"] for entry in everyone if entry is not None and entry["text"]))
+        if reports is None:
+            return _prefix_error(error, f"rank {launch.rank} on {rendezvous.host}: ")
+        return ReportedElsewhere(code)
+    merged = merge_faults([None if report is None else tuple(report["place"]) for report in reports])
+    texts = list(dict.fromkeys(report["text"] for report in reports if report is not None and report["text"]))
     if texts:
-        return RunError("\n".join([*texts, *map(str, union)]))
-    return ConfigError(union)
+        return RunError("\n".join([*texts, *map(str, merged)]))
+    return ConfigError(merged)
 
 
-def _prefixed(error: ConfigError | RunError, prefix: str) -> Exception:
+def _prefix_error(error: ConfigError | RunError, prefix: str) -> Exception:
     if isinstance(error, ConfigError):
-        return ConfigError(_placed(error.faults, prefix))
+        return ConfigError(_prefix_faults(error.faults, prefix))
     text, rank = str(error), prefix.split(" on ")[0]
     if text.startswith((f"{rank} on ", f"{rank}, ")):
         return error
@@ -147,11 +149,11 @@ def _prefixed(error: ConfigError | RunError, prefix: str) -> Exception:
 
 
 def error_without_peers(error: ConfigError | RunError, environ: Mapping[str, str]) -> Exception:
-    """What a rank shall raise that has met no other: rank 0 at once, others where nobody else can have said it.
+    """The error to raise on a rank that has not met its peers: rank 0 reports at once, others only if they must.
 
-    srun and mpirun give all of a node's ranks the same command and environment, so that the first one speaks of a wrong
-    input for all of them; a machine's failure may be one rank's. Other launchers end the ranks that are left once one
-    has failed: one that is still there after a moment has found a fault of its own.
+    srun and mpirun give all ranks of a node the same command and environment, so that its first rank reports a wrong
+    input for all of them; a failure of the machine may concern one rank. Other launchers end the remaining ranks once
+    one has failed: a rank that still runs after a moment has an error of its own.
     """
     rank = rank_of(environ)
     if not rank:
@@ -159,4 +161,4 @@ def error_without_peers(error: ConfigError | RunError, environ: Mapping[str, str
     if isinstance(error, ConfigError) and local_rank_of(environ) and launcher_of(environ) in (SRUN, MPIRUN):
         return ReportedElsewhere(EXIT_USER_ERROR)
     time.sleep(_SECONDS_FOR_RANK_0)
-    return _prefixed(error, f"rank {rank} on {socket.gethostname()}: ")
+    return _prefix_error(error, f"rank {rank} on {socket.gethostname()}: ")

@@ -1,4 +1,4 @@
-"""Signs of life of the ranks: what each puts into the store, and what can be told from them."""
+"""Heartbeats: what each rank writes into the store every few seconds, and what they reveal about stuck ranks."""
 
 from __future__ import annotations
 
@@ -11,80 +11,83 @@ from functools import cache
 
 from megatron_doremi.cluster.process_identity import boot_id, has_ended, pid_namespace, process_start
 
-# What a rank is doing that has left on purpose.
-LEFT = "left"
-# A rank watches this many: a machine that is lost as a whole is noticed by the ranks before it.
-WATCHED = 8
+# Activity of a rank that has exited on purpose.
+EXITED = "exited"
+# Each rank watches that many of the next ranks: if a machine of 8 GPUs is lost, ranks of another machine notice.
+WATCHED_RANKS = 8
 HEARTBEAT_TIMEOUT_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """A rank's sign of life.
+    """A rank's heartbeat.
 
     Attributes:
-        beat: how many signs it has given.
-        progress: how many steps its main thread has taken, of whatever kind.
-        doing: what that thread is doing; LEFT once it is done.
-        host: where.
-        process: its id and start, as `process_start` gives it.
-        space: tells where such an id means anything: a boot of a machine, and a namespace there; "" if unknown.
+        beat: sequence number.
+        progress: how often the main thread has reported progress, of any kind (`Watchdog.mark`).
+        activity: what the main thread is doing; EXITED at the end.
+        host: name of the machine.
+        process: process id, and start as in `process_start`.
+        pid_scope: where the process id is valid: boot of the machine and pid namespace; "" if unknown.
     """
 
     beat: int
     progress: int
-    doing: str
+    activity: str
     host: str
     process: tuple[int, int] = (0, 0)
-    space: str = ""
+    pid_scope: str = ""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
     @staticmethod
     def from_json(text: bytes | str) -> Heartbeat:
-        entry = json.loads(text)
-        return Heartbeat(**{**entry, "process": tuple(entry["process"])})
+        fields = json.loads(text)
+        return Heartbeat(**{**fields, "process": tuple(fields["process"])})
 
 
-def current_heartbeat(beat: int, progress: int, doing: str) -> Heartbeat:
-    """This process's."""
+def current_heartbeat(beat: int, progress: int, activity: str) -> Heartbeat:
+    """A heartbeat of this process."""
     return Heartbeat(
-        beat, progress, doing, socket.gethostname(), (os.getpid(), process_start(os.getpid()) or 0), _space()
+        beat, progress, activity, socket.gethostname(), (os.getpid(), process_start(os.getpid()) or 0), _pid_scope()
     )
 
 
 @cache
-def _space() -> str:
+def _pid_scope() -> str:
     boot, namespace = boot_id(), pid_namespace()
     return boot + namespace if boot and namespace else ""
 
 
-def is_dead(sign: Heartbeat) -> bool:
-    """Whether a rank on this machine has ended without saying so; False of other machines, where nobody can see it."""
-    if not sign.space or sign.space != _space() or sign.doing == LEFT:
+def is_dead(heartbeat: Heartbeat) -> bool:
+    """Whether a rank on this machine has died; False for ranks on other machines, whose processes cannot be seen."""
+    if not heartbeat.pid_scope or heartbeat.pid_scope != _pid_scope() or heartbeat.activity == EXITED:
         return False
-    return has_ended(*sign.process)
+    return has_ended(*heartbeat.process)
 
 
 def describe_stragglers(before: Mapping[int, Heartbeat], now: Mapping[int, Heartbeat], world_size: int) -> str:
-    """Words for the ranks that hold up the others.
+    """Describes the ranks that the others wait for: those without a heartbeat, or else those furthest behind.
 
     Args:
-        before: signs by rank, some beats ago.
-        now: signs by rank; ranks that never gave one are in neither.
+        before: heartbeats by rank, some time ago.
+        now: heartbeats by rank; ranks that never sent one are in neither.
     """
     silent = [rank for rank in range(world_size) if rank not in now or now[rank] == before.get(rank)]
     if silent:
-        return describe_ranks(silent, now, "no sign of life")
-    least = min(sign.progress for sign in now.values())
-    behind = [rank for rank, sign in now.items() if sign.progress == least]
+        return describe_ranks(silent, now, "no heartbeat")
+    least = min(heartbeat.progress for heartbeat in now.values())
+    behind = [rank for rank, heartbeat in now.items() if heartbeat.progress == least]
     if len(behind) < world_size:
         return describe_ranks(behind, now, "alive, but behind the others")
-    return f"every rank is alive and at the same point: {now[0].doing}"
+    return f"every rank is alive and at the same point: {now[0].activity}"
 
 
-def describe_ranks(ranks: Sequence[int], signs: Mapping[int, Heartbeat], what: str) -> str:
-    """`what` of these ranks, with their hosts and what they were doing."""
-    places = [f"rank {r} on {signs[r].host}, {signs[r].doing}" if r in signs else f"rank {r}" for r in ranks]
-    return f"{what}: {'; '.join(places)}"
+def describe_ranks(ranks: Sequence[int], heartbeats: Mapping[int, Heartbeat], problem: str) -> str:
+    """Names a problem and the ranks that have it, with their hosts and activities."""
+    described = []
+    for rank in ranks:
+        beat = heartbeats.get(rank)
+        described.append(f"rank {rank}" if beat is None else f"rank {rank} on {beat.host}, {beat.activity}")
+    return f"{problem}: {'; '.join(described)}"

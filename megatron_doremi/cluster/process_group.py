@@ -15,14 +15,14 @@ from megatron_doremi.errors import Fault, raise_if_any
 
 
 def join(launch: Launch, minutes: float = 8.0) -> tuple[torch.device, Rendezvous]:
-    """Meets the other ranks and joins them in a process group; returns this process's device and the meeting.
+    """Meets the other ranks and joins them in a process group; returns this process's device and the rendezvous.
 
     Raises:
         ConfigError, RunError: as Rendezvous; and there are more processes than GPUs.
     """
     raise_if_any(device_faults(launch))
-    meeting = Rendezvous(launch, minutes)
-    return join_group(meeting, minutes), meeting
+    rendezvous = Rendezvous(launch, minutes)
+    return join_group(rendezvous, minutes), rendezvous
 
 
 def device_faults(launch: Launch) -> list[Fault]:
@@ -40,13 +40,13 @@ def device_faults(launch: Launch) -> list[Fault]:
     ]
 
 
-def join_group(meeting: Rendezvous, minutes: float) -> torch.device:
+def join_group(rendezvous: Rendezvous, minutes: float) -> torch.device:
     """Makes the process group of all ranks, which have met; returns this process's device.
 
     Args:
         minutes: to wait for peers; see --distributed-timeout-minutes.
     """
-    launch = meeting.launch
+    launch = rendezvous.launch
     # DeepSpeed reads these, whoever started us.
     os.environ["LOCAL_RANK"] = str(launch.local_rank)
     os.environ["RANK"] = str(launch.rank)
@@ -58,7 +58,7 @@ def join_group(meeting: Rendezvous, minutes: float) -> torch.device:
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
         backend,
-        store=dist.PrefixStore("group", meeting.store),
+        store=dist.PrefixStore("group", rendezvous.store),
         rank=launch.rank,
         world_size=launch.world_size,
         # The watchdog speaks before a collective times out.

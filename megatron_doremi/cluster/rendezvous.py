@@ -1,7 +1,8 @@
-"""The ranks of a run at their store: who came, and what they have to say before the run begins.
+"""The rendezvous of all ranks of a run: they meet at its store, compare what they were started with, and exchange
+values before there is a process group.
 
-Everything here is counted for 512 ranks: a rank makes a few requests, however many there are, and waits for all of its
-peers at once.
+Designed for 512 ranks: a rank makes a few requests, however many ranks there are, and waits for all of its peers at
+once.
 """
 
 from __future__ import annotations
@@ -17,59 +18,65 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_doremi.cluster.heartbeat import HEARTBEAT_TIMEOUT_SECONDS, WATCHED, Heartbeat, current_heartbeat, is_dead
+from megatron_doremi.cluster.heartbeat import (
+    HEARTBEAT_TIMEOUT_SECONDS,
+    WATCHED_RANKS,
+    Heartbeat,
+    current_heartbeat,
+    is_dead,
+)
 from megatron_doremi.cluster.launch import Launch
 from megatron_doremi.cluster.store import (
-    get_all,
-    in_time,
-    is_extended,
+    call_with_timeout,
+    get_keys,
+    has_extended_api,
     open_store,
     read_heartbeats,
     second_connection,
 )
 from megatron_doremi.errors import EXIT_USER_ERROR, ConfigError, Fault, ReportedElsewhere, RunError
 
-_SECONDS_BETWEEN_LOOKS = 5.0
-_LONGEST_NAP = 2.0
-_SECONDS_TO_CONNECT_AGAIN = 30.0
-# For a rank whose command line is wrong: longer than rank 0 may take to start besides.
-_SECONDS_TO_REFUSE = 20.0
-# For ranks that look now and then, to read whom the others miss, before their store ends with rank 0.
-_SECONDS_TO_READ = 8.0
-# For other ranks that refuse too.
-_SECONDS_FOR_REFUSALS = 2.0
+_POLL_SECONDS = 5.0
+_LONGEST_PAUSE = 2.0
+_SECONDS_TO_CONNECT = 30.0
+# For a rank whose command line is wrong: rank 0 may take that much longer to start.
+_SECONDS_TO_REJECT = 20.0
+# For peers that poll, to read which rank is lost before rank 0 exits and the store with it.
+_SECONDS_FOR_PEERS_TO_READ = 8.0
+# For other ranks whose command lines are wrong as well.
+_SECONDS_FOR_MORE_REJECTIONS = 2.0
 
 
 class Rendezvous:
-    """The ranks of a run at its store.
+    """This rank among all ranks of a run, which have met at the run's store.
 
     Attributes:
-        store: the ranks' keys.
-        signs: of the ranks on this machine, by rank.
-        faults: of this rank's command line, as compared with another's.
+        store: keys of this run and generation.
+        heartbeats: the first heartbeats of the ranks on this machine, by rank.
+        faults: differences between this rank's command line and that of the first rank to arrive.
     """
 
     def __init__(self, launch: Launch, minutes: float = 8.0, argv: Sequence[str] | None = None):
-        """Joins; returns once all ranks have come.
+        """Joins; returns once all ranks have arrived.
 
         Args:
             minutes: to wait for peers; see --distributed-timeout-minutes.
-            argv: the command line, which has to be the same on all ranks; None does not compare it.
+            argv: the command line, which must be the same on all ranks; None: not compared.
 
         Raises:
-            ConfigError: the host of the rendezvous does not resolve, or its store is another run's.
-            RunError: peers did not come in time, or died meanwhile.
+            ConfigError: the host of the rendezvous does not resolve, or its store belongs to another run.
+            RunError: peers did not arrive in time, or died meanwhile.
         """
         self.launch, self.host = launch, socket.gethostname()
         self._seconds = 60.0 * minutes
         self.root = open_store(launch, self._seconds)
         self.store: dist.Store = dist.PrefixStore(_prefix(launch), self.root)
-        self.signs: dict[int, Heartbeat] = {}
+        self.heartbeats: dict[int, Heartbeat] = {}
         self.faults: list[Fault] = []
-        self._came: set[int] = set()
+        self._arrived: set[int] = set()
         self._beat, self._watched_at = 0, time.monotonic()
-        # (beat, when it was first seen) of the next ranks.
-        self._heard: dict[int, tuple[int, float]] = {}
+        # (sequence number, when it was first seen) of the last heartbeat of each watched rank.
+        self._last_beats: dict[int, tuple[int, float]] = {}
         if launch.world_size > 1:
             try:
                 self._check_run(argv)
@@ -80,163 +87,171 @@ class Rendezvous:
                     f"rank {launch.rank}: the rendezvous at {launch.rendezvous} does not answer ({reason})"
                 ) from error
 
-    def connect_again(self) -> dist.Store:
-        """A second connection to the same keys, which waits for nothing that the first one waits for."""
-        again = in_time(lambda: second_connection(self.root), _SECONDS_TO_CONNECT_AGAIN)
-        return dist.PrefixStore(_prefix(self.launch), again)
+    def new_connection(self) -> dist.Store:
+        """Another connection to the same keys: a wait on one does not block the other."""
+        connection = call_with_timeout(lambda: second_connection(self.root), _SECONDS_TO_CONNECT)
+        return dist.PrefixStore(_prefix(self.launch), connection)
 
     def _check_run(self, argv: Sequence[str] | None) -> None:
-        """Compares what is known of the run with the rank that came first."""
+        """Compares run and command line with those of the rank that arrived first."""
         launch = self.launch
-        own = _identity(launch, argv)
+        own = _run_identity(launch, argv)
         first = json.loads(_run_store(launch, self.root).compare_set("run", "", json.dumps(own)))
         if not _is_same_run(first, own):
-            named = f"{first['run'] or 'a run without a name'} with {first['world_size']} ranks"
-            rule = f"this run's ({launch.run_id or 'no name'}, {launch.world_size} ranks); "
+            other = f"{first['run'] or 'a run without an id'} with {first['world_size']} ranks"
+            rule = f"the rendezvous of this run ({launch.run_id or 'no id'}, {launch.world_size} ranks); "
             raise ConfigError(
                 Fault(
                     f"MASTER_ADDR, MASTER_PORT (rank {launch.rank} on {self.host})",
-                    f"{launch.rendezvous} is the rendezvous of {named}",
-                    f"{rule}rank {first['rank']} of another run ({first['place']}) meets there",
+                    f"{launch.rendezvous} is the rendezvous of {other}",
+                    f"{rule}rank {first['rank']} of another run ({first['place']}) is using it",
                     "export another MASTER_PORT for one of the two runs",
                 )
             )
         if first["argv"] != own["argv"] and first["argv"] is not None and own["argv"] is not None:
             mine, theirs = ([w for w in a["argv"] if w not in b["argv"]] for a, b in ((own, first), (first, own)))
             value = f"{' '.join(mine) or 'none'} against {' '.join(theirs) or 'none'} of rank {first['rank']} on "
-            value += first["place"] + ("" if mine or theirs else ": the same words in another order")
+            value += first["place"] + ("" if mine or theirs else ": the same arguments in another order")
             fault = Fault(
                 f"rank {launch.rank} on {self.host}",
                 value,
                 "the same command line on every rank",
                 "start all ranks with the same flags; if that is another run, export another MASTER_PORT",
             )
-            if not _is_ours(launch):
-                # Perhaps another run, which is none of our business.
+            if not _is_surely_this_run(launch):
+                # The first rank may belong to another run, which must not be stopped.
                 raise ConfigError(fault)
             self.faults.append(fault)
 
     def _arrive(self) -> None:
         launch, store = self.launch, self.store
         if store.add(f"rank/{launch.rank}", 1) > 1:
-            raise RunError(f"a second rank {launch.rank} came to {launch.rendezvous}: are two runs using this port?")
-        sign = current_heartbeat(0, 0, "starting")
-        store.set(f"sign/{launch.rank}", sign.to_json())
-        if is_extended(store):
-            store.append("came", f"{launch.rank}@{_machine(sign)},")  # type: ignore[attr-defined]
-        if store.add("arrived", 1) == launch.world_size:
+            raise RunError(f"a second rank {launch.rank} arrived at {launch.rendezvous}: are two runs using this port?")
+        heartbeat = current_heartbeat(0, 0, "starting")
+        store.set(f"heartbeat/{launch.rank}", heartbeat.to_json())
+        if has_extended_api(store):
+            store.append("arrivals", f"{launch.rank}@{_machine_id(heartbeat)},")  # type: ignore[attr-defined]
+        if store.add("arrival_count", 1) == launch.world_size:
             store.set("complete", "1")
-        if not self._waited("complete", self._seconds, self._look_and_watch):
-            missing = [rank for rank in range(launch.world_size) if rank not in self._came]
+        if not self._wait_for_key("complete", self._seconds, self._poll_and_send_heartbeat):
+            missing = [rank for rank in range(launch.world_size) if rank not in self._arrived]
             raise RunError(
-                f"rank {launch.rank} on {self.host}: of {launch.world_size} ranks these did not come to "
+                f"rank {launch.rank} on {self.host}: of {launch.world_size} ranks these did not arrive at "
                 f"{launch.rendezvous} within {self._seconds / 60:g} minutes (--distributed-timeout-minutes): {missing}"
             )
-        self._look()
+        self._poll()
 
-    def _waited(self, key: str, seconds: float, look: Callable[[], None] = lambda: None) -> bool:
-        """Waits until a key is there; False where it is not in time.
+    def _wait_for_key(self, key: str, seconds: float, poll: Callable[[], None] = lambda: None) -> bool:
+        """Waits until a key is set; returns False if it is not in time.
 
-        Asks now and then: the store's own wait writes to the console when it times out.
+        Polls, because the store's own wait writes to the console when it times out.
 
         Args:
-            look: called every few seconds.
+            poll: called every `_POLL_SECONDS`.
         """
-        end, nap, looked = time.monotonic() + seconds, 0.02, time.monotonic()
-        while not self._has(key):
+        end, pause, polled = time.monotonic() + seconds, 0.02, time.monotonic()
+        while not self._has_key(key):
             now = time.monotonic()
             if now >= end:
-                look()
+                poll()
                 return False
-            if now - looked > _SECONDS_BETWEEN_LOOKS:
-                look()
-                looked = now
-            time.sleep(min(nap, end - now))
-            nap = min(2 * nap, _LONGEST_NAP)
+            if now - polled > _POLL_SECONDS:
+                poll()
+                polled = now
+            time.sleep(min(pause, end - now))
+            pause = min(2 * pause, _LONGEST_PAUSE)
         return True
 
-    def _has(self, key: str) -> bool:
-        """Whether a key is in the store. Raises RuntimeError where it gives no answer: its machine may be lost."""
+    def _has_key(self, key: str) -> bool:
+        """Whether a key is in the store. Raises RuntimeError if the store does not answer: its host may be lost."""
         try:
-            return in_time(lambda: bool(self.store.check([key])), HEARTBEAT_TIMEOUT_SECONDS)
+            return call_with_timeout(lambda: bool(self.store.check([key])), HEARTBEAT_TIMEOUT_SECONDS)
         except TimeoutError as error:
             raise RuntimeError(f"no answer for {HEARTBEAT_TIMEOUT_SECONDS:g} s") from error
 
-    def _look(self) -> None:
-        """Learns who has come since the last look; raises where one of them has died, or refuses to start."""
+    def _poll(self) -> None:
+        """Notes which ranks have arrived since the last poll; raises if one has died or was started wrongly."""
         store = self.store
         new = []
-        if is_extended(store):
-            machine = _machine(current_heartbeat(0, 0, ""))
-            for entry in store.get("came").decode().split(",")[:-1]:
-                rank, _, where = entry.partition("@")
-                if int(rank) not in self._came:
-                    self._came.add(int(rank))
-                    new += [int(rank)] if where == machine else []
+        if has_extended_api(store):
+            machine = _machine_id(current_heartbeat(0, 0, ""))
+            for arrival in store.get("arrivals").decode().split(",")[:-1]:
+                rank, _, rank_machine = arrival.partition("@")
+                if int(rank) not in self._arrived:
+                    self._arrived.add(int(rank))
+                    new += [int(rank)] if rank_machine == machine else []
         else:
-            new = [r for r in range(self.launch.world_size) if r not in self._came and store.check([f"sign/{r}"])]
-            self._came |= set(new)
-        self.signs |= read_heartbeats(store, new)
-        if store.check(["refused"]):
-            self._follow_refusals()
+            absent = [rank for rank in range(self.launch.world_size) if rank not in self._arrived]
+            new = [rank for rank in absent if store.check([f"heartbeat/{rank}"])]
+            self._arrived |= set(new)
+        self.heartbeats |= read_heartbeats(store, new)
+        if store.check(["rejected"]):
+            self._raise_rejection()
         if store.check(["lost"]):
-            self._end_with(json.loads(store.get("lost")))
-        dead = [rank for rank, sign in self.signs.items() if is_dead(sign)]
+            self._raise_lost_rank(json.loads(store.get("lost")))
+        dead = [rank for rank, heartbeat in self.heartbeats.items() if is_dead(heartbeat)]
         if dead:
-            self._lose(dead[0], self.signs[dead[0]].host, "died")
+            self._report_lost_rank(dead[0], self.heartbeats[dead[0]].host, "died")
 
-    def _look_and_watch(self) -> None:
-        """Gives a sign of life, and looks for those of the next ranks, which may be on other machines."""
-        self._look()
+    def _poll_and_send_heartbeat(self) -> None:
+        """Polls, sends a heartbeat, and checks those of the next ranks, which may be on other machines."""
+        self._poll()
         self._beat += 1
-        self.store.set(f"sign/{self.launch.rank}", current_heartbeat(self._beat, 0, "starting").to_json())
+        self.store.set(f"heartbeat/{self.launch.rank}", current_heartbeat(self._beat, 0, "starting").to_json())
         now = time.monotonic()
         if now - self._watched_at > HEARTBEAT_TIMEOUT_SECONDS / 2:
-            # This process itself was stopped for a while, and so may have been the others.
-            self._heard = {}
+            # This process was suspended for a while; others may have been, too.
+            self._last_beats = {}
         self._watched_at = now
-        after = sorted(self._came - {self.launch.rank}, key=lambda rank: (rank < self.launch.rank, rank))
-        for rank, sign in read_heartbeats(self.store, after[:WATCHED]).items():
-            if rank not in self._heard or self._heard[rank][0] != sign.beat:
-                self._heard[rank] = (sign.beat, now)
-            elif now - self._heard[rank][1] > HEARTBEAT_TIMEOUT_SECONDS:
-                self._lose(rank, sign.host, f"gave no sign of life for {HEARTBEAT_TIMEOUT_SECONDS:g} s")
+        after = sorted(self._arrived - {self.launch.rank}, key=lambda rank: (rank < self.launch.rank, rank))
+        for rank, heartbeat in read_heartbeats(self.store, after[:WATCHED_RANKS]).items():
+            if rank not in self._last_beats or self._last_beats[rank][0] != heartbeat.beat:
+                self._last_beats[rank] = (heartbeat.beat, now)
+            elif now - self._last_beats[rank][1] > HEARTBEAT_TIMEOUT_SECONDS:
+                self._report_lost_rank(rank, heartbeat.host, f"sent no heartbeat for {HEARTBEAT_TIMEOUT_SECONDS:g} s")
 
-    def _lose(self, rank: int, host: str, how: str) -> None:
-        """Ends the wait on all ranks: one of them is gone."""
+    def _report_lost_rank(self, rank: int, host: str, how: str) -> None:
+        """Ends the wait on all ranks, because one is lost."""
         text = f"rank {rank} on {host} {how} before all ranks had met"
-        entry = json.dumps({"by": self.launch.rank, "text": text})
-        self._end_with(json.loads(self.store.compare_set("lost", "", entry)))
+        report = json.dumps({"by": self.launch.rank, "text": text})
+        self._raise_lost_rank(json.loads(self.store.compare_set("lost", "", report)))
 
-    def _end_with(self, lost: dict[str, Any]) -> None:
-        """Raises RunError on rank 0, or on the rank that found out where rank 0 has not come or does not look any more.
+    def _raise_lost_rank(self, lost: dict[str, Any]) -> None:
+        """Raises RunError on rank 0, or, if rank 0 is absent or no longer polls, on the rank that reported the loss.
 
-        The others leave silently.
+        The other ranks exit silently.
         """
         launch, store = self.launch, self.store
         if launch.rank:
             store.add("lost/read", 1)
-            if lost["by"] != launch.rank or (0 in self._came and not store.check(["complete"])):
+            if lost["by"] != launch.rank or (0 in self._arrived and not store.check(["complete"])):
                 raise ReportedElsewhere(1)
         elif not launch.hosted:
-            end = time.monotonic() + _SECONDS_TO_READ
-            # All that came but this rank and the one that is gone.
-            while store.add("lost/read", 0) < len(self._came) - 2 and time.monotonic() < end:
+            end = time.monotonic() + _SECONDS_FOR_PEERS_TO_READ
+            # All ranks that arrived, except this one and the lost one.
+            while store.add("lost/read", 0) < len(self._arrived) - 2 and time.monotonic() < end:
                 time.sleep(0.1)
         raise RunError(lost["text"])
 
-    def _follow_refusals(self) -> None:
+    def _raise_rejection(self) -> None:
         if self.launch.rank:
             raise ReportedElsewhere(EXIT_USER_ERROR)
-        time.sleep(_SECONDS_FOR_REFUSALS)
-        lines = self.store.get("refused").decode().splitlines()
-        faults = [Fault(**entry) for line in lines for entry in json.loads(line)]
+        time.sleep(_SECONDS_FOR_MORE_REJECTIONS)
+        lines = self.store.get("rejected").decode().splitlines()
+        faults = [Fault(**fault) for line in lines for fault in json.loads(line)]
         raise ConfigError(list(dict.fromkeys(faults)))
 
-    def exchange(self, name: str, value: Any, seconds: float) -> list[Any]:
-        """Every rank's value in the order of ranks, None for ranks that gave none in time; on rank 0 only.
+    def gather(self, name: str, value: Any, seconds: float) -> list[Any]:
+        """Gathers a value from every rank on rank 0, which then calls `reply`.
 
-        The others get an empty list, once rank 0 has answered or `seconds` are over.
+        Args:
+            name: of the keys; used once in a run.
+            value: anything that JSON takes.
+            seconds: to wait.
+
+        Returns:
+            on rank 0 the values in the order of ranks, None for ranks that sent none in time; on other ranks an empty
+            list, once rank 0 has replied or the time is over.
         """
         launch, store = self.launch, self.store
         if launch.world_size == 1:
@@ -245,45 +260,45 @@ class Rendezvous:
         if store.add(f"{name}/count", 1) == launch.world_size:
             store.set(f"{name}/complete", "1")
         if launch.rank:
-            self._waited(f"{name}/answer", seconds)
+            self._wait_for_key(f"{name}/reply", seconds)
             return []
         ranks = list(range(launch.world_size))
-        if not self._waited(f"{name}/complete", seconds):
+        if not self._wait_for_key(f"{name}/complete", seconds):
             ranks = [rank for rank in ranks if store.check([f"{name}/{rank}"])]
-        texts = dict(zip(ranks, get_all(store, [f"{name}/{rank}" for rank in ranks]), strict=True))
+        texts = dict(zip(ranks, get_keys(store, [f"{name}/{rank}" for rank in ranks]), strict=True))
         return [json.loads(texts[rank]) if rank in texts else None for rank in range(launch.world_size)]
 
-    def answer(self, name: str, value: Any) -> None:
-        """Rank 0's answer to what the others gave to `exchange`."""
-        self.store.set(f"{name}/answer", json.dumps(value))
+    def reply(self, name: str, value: Any) -> None:
+        """Sends rank 0's reply to the values that it has gathered."""
+        self.store.set(f"{name}/reply", json.dumps(value))
 
-    def answered(self, name: str) -> Any:
-        """Rank 0's answer; None where there is none."""
-        key = f"{name}/answer"
+    def read_reply(self, name: str) -> Any:
+        """Rank 0's reply; None if there is none."""
+        key = f"{name}/reply"
         return json.loads(self.store.get(key)) if self.store.check([key]) else None
 
 
-def refuse(launch: Launch, argv: Sequence[str], faults: Sequence[Fault]) -> bool:
-    """Tells rank 0, where it waits for its peers, that this rank's command line is wrong.
+def reject_command_line(launch: Launch, argv: Sequence[str], faults: Sequence[Fault]) -> bool:
+    """Tells rank 0, which may be waiting for its peers, that this rank's command line is wrong.
 
     Returns:
-        whether rank 0 can be told, or says the same by itself; False where somebody else may listen there.
+        whether rank 0 reports the faults, these or its own; False if the store may belong to another run.
     """
     try:
-        root = open_store(launch, _SECONDS_TO_REFUSE)
+        root = open_store(launch, _SECONDS_TO_REJECT)
         runs = _run_store(launch, root)
         if runs.check(["run"]):
             first = json.loads(runs.get("run"))
-            if not (_is_same_run(first, _identity(launch, argv)) and _is_ours(launch)):
+            if not (_is_same_run(first, _run_identity(launch, argv)) and _is_surely_this_run(launch)):
                 return False
         store = dist.PrefixStore(_prefix(launch), root)
         line = json.dumps([asdict(fault) for fault in faults]) + "\n"
-        if is_extended(store):
-            store.append("refused", line)  # type: ignore[attr-defined]
+        if has_extended_api(store):
+            store.append("rejected", line)  # type: ignore[attr-defined]
         else:
-            store.set("refused", line)
+            store.set("rejected", line)
     except (RunError, RuntimeError):
-        # Rank 0 has left: it was started with the same flags.
+        # Rank 0 has exited: it was started with the same flags.
         return True
     except ConfigError:
         return False
@@ -291,7 +306,7 @@ def refuse(launch: Launch, argv: Sequence[str], faults: Sequence[Fault]) -> bool
 
 
 def _prefix(launch: Launch) -> str:
-    # torchrun keeps its store over a restart: the keys of the workers before must not be met again.
+    # torchrun keeps its store when it restarts workers: keys of the former workers must not be read again.
     return f"doremi/{launch.generation}/{launch.world_size}"
 
 
@@ -299,25 +314,25 @@ def _run_store(launch: Launch, root: dist.Store) -> dist.Store:
     return dist.PrefixStore(f"doremi/{launch.generation}", root)
 
 
-def _identity(launch: Launch, argv: Sequence[str] | None) -> dict[str, Any]:
+def _run_identity(launch: Launch, argv: Sequence[str] | None) -> dict[str, Any]:
     return {
         "run": launch.run_id,
         "world_size": launch.world_size,
-        # The deepspeed launcher gives each rank one of its own.
-        "argv": None if argv is None else [word for word in argv if not word.startswith("--local_rank=")],
+        # The deepspeed launcher passes a different --local_rank to each rank.
+        "argv": None if argv is None else [argument for argument in argv if not argument.startswith("--local_rank=")],
         "rank": launch.rank,
         "place": f"{socket.gethostname()}, process {os.getpid()}, folder {os.getcwd()}",
     }
 
 
-def _is_same_run(first: dict[str, Any], own: dict[str, Any]) -> bool:
-    return first["run"] == own["run"] and first["world_size"] == own["world_size"]
+def _is_same_run(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return a["run"] == b["run"] and a["world_size"] == b["world_size"]
 
 
-def _is_ours(launch: Launch) -> bool:
-    """Whether a store of the same name and size is this run's for sure."""
+def _is_surely_this_run(launch: Launch) -> bool:
+    """Whether a store with this run's id and world size certainly belongs to this run."""
     return launch.hosted or bool(launch.run_id)
 
 
-def _machine(sign: Heartbeat) -> str:
-    return f"{zlib.crc32(sign.space.encode()):x}"
+def _machine_id(heartbeat: Heartbeat) -> str:
+    return f"{zlib.crc32(heartbeat.pid_scope.encode()):x}"

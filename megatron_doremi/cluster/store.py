@@ -1,6 +1,6 @@
-"""The store of keys at which the ranks of a run meet; rank 0, or torchrun, hosts it over TCP.
+"""Connections to the key-value store of a run, which rank 0 or torchrun hosts over TCP.
 
-It listens on all interfaces without authentication; what we put into it is JSON, and nothing of it is executed.
+It listens on all interfaces without authentication; it holds JSON only, and nothing in it is executed.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from megatron_doremi.cluster.launch import Launch
 from megatron_doremi.errors import ConfigError, Fault, RunError
 
 _SECONDS_TO_RESOLVE = 45.0
-# For a store that torchrun hosts, which is up before its workers are, and for an answer once something listens.
+# For a store that torchrun hosts, which is up before the workers start, and for a reply once something listens.
 _SECONDS_TO_ANSWER = 30.0
 T = TypeVar("T")
 
 
 def open_store(launch: Launch, timeout: float) -> dist.Store:
-    """A connection to the store of the run, which may be hosted by this process.
+    """Connects to the store of the run; rank 0 hosts it, unless the launcher does.
 
     Args:
         timeout: seconds to wait for the host of the store.
 
     Raises:
-        ConfigError: the host's name does not resolve.
-        RunError: nobody listens there in time, or something else does.
+        ConfigError: the host name does not resolve.
+        RunError: nothing listens there in time, or another program does.
     """
     if not launch.rendezvous:
         return dist.HashStore()
@@ -48,15 +48,15 @@ def open_store(launch: Launch, timeout: float) -> dist.Store:
         _wait_for_listener(host, port, launch, limit)
 
     def connect() -> dist.Store:
-        patience = timedelta(seconds=_SECONDS_TO_ANSWER)
-        return dist.TCPStore(host, port, None, hosts, patience, wait_for_workers=False, multi_tenant=True)
+        limit = timedelta(seconds=_SECONDS_TO_ANSWER)
+        return dist.TCPStore(host, port, None, hosts, limit, wait_for_workers=False, multi_tenant=True)
 
     try:
-        store = in_time(connect, _SECONDS_TO_ANSWER)
+        store = call_with_timeout(connect, _SECONDS_TO_ANSWER)
     except TimeoutError as error:
         raise RunError(
-            f"rank {launch.rank}: what listens at {launch.rendezvous} does not answer as the rendezvous of a run: "
-            "another program's port, or MASTER_ADDR is not the host of rank 0; export another MASTER_PORT"
+            f"rank {launch.rank}: the process at {launch.rendezvous} does not answer as the rendezvous of a run: "
+            "the port is another program's, or MASTER_ADDR is not the host of rank 0; export another MASTER_PORT"
         ) from error
     except (RuntimeError, OSError) as error:
         reason = str(error).splitlines()[0]
@@ -67,29 +67,29 @@ def open_store(launch: Launch, timeout: float) -> dist.Store:
     return store
 
 
-def in_time(question: Callable[[], T], seconds: float) -> T:
-    """The answer to a question that may never return: asked in a thread that may be left behind.
+def call_with_timeout(function: Callable[[], T], seconds: float) -> T:
+    """Calls a function that may never return, in a thread that is abandoned after `seconds`.
 
     Raises:
-        TimeoutError: no answer came in time.
+        TimeoutError: the function has not returned in time.
     """
-    answers: list[T] = []
+    results: list[T] = []
     errors: list[BaseException] = []
 
-    def ask() -> None:
+    def call() -> None:
         try:
-            answers.append(question())
+            results.append(function())
         except BaseException as error:
             errors.append(error)
 
-    thread = threading.Thread(target=ask, daemon=True)
+    thread = threading.Thread(target=call, daemon=True)
     thread.start()
     thread.join(seconds)
     if errors:
         raise errors[0]
-    if not answers:
+    if not results:
         raise TimeoutError
-    return answers[0]
+    return results[0]
 
 
 def _resolve(host: str, port: int, launch: Launch) -> None:
@@ -97,11 +97,11 @@ def _resolve(host: str, port: int, launch: Launch) -> None:
     reason = "no answer from the resolver"
     while (left := end - time.monotonic()) > 0:
         try:
-            in_time(lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM), left)
+            call_with_timeout(lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM), left)
             return
         except OSError as error:
             reason = str(error)
-            # The name of a node that has just started may take a moment to be known.
+            # The name of a node that has just started may not be known yet.
             time.sleep(min(3.0, max(0.0, end - time.monotonic())))
     remedy = "export MASTER_ADDR with the host of rank 0 as this network knows it"
     rule = f"a host that resolves on {socket.gethostname()} (rank {launch.rank}): {reason}"
@@ -109,7 +109,7 @@ def _resolve(host: str, port: int, launch: Launch) -> None:
 
 
 def _wait_for_listener(host: str, port: int, launch: Launch, seconds: float) -> None:
-    """Waits until somebody listens; PyTorch's own client would log each try with a trace."""
+    """Waits until a process listens there; PyTorch's own client would log a stack trace for each attempt."""
     end = time.monotonic() + seconds
     reason = ""
     while time.monotonic() < end:
@@ -119,36 +119,36 @@ def _wait_for_listener(host: str, port: int, launch: Launch, seconds: float) -> 
         except OSError as error:
             reason = str(error)
             time.sleep(0.3)
-    whose = "torchrun, which hosts the rendezvous, is gone" if launch.hosted else "is rank 0 on that host?"
+    hint = "torchrun, which hosts the rendezvous, is gone" if launch.hosted else "is rank 0 on that host?"
     raise RunError(
-        f"rank {launch.rank}: nobody listens at {launch.rendezvous} after {seconds:g} s "
-        f"(--distributed-timeout-minutes): {reason}; {whose}"
+        f"rank {launch.rank}: nothing listens at {launch.rendezvous} after {seconds:g} s "
+        f"(--distributed-timeout-minutes): {reason}; {hint}"
     )
 
 
 def second_connection(store: dist.Store) -> dist.Store:
-    """Another connection to a store, so that a wait on one does not block the other."""
+    """Another connection to a store: a wait on one does not block the other."""
     if hasattr(store, "clone"):
         return store.clone()
-    # Older versions of torch (2.11) cannot clone one. Stores in a file or in memory have no connection to share.
+    # torch 2.11 has no `clone`. Stores in a file or in memory have no connection.
     if isinstance(store, dist.TCPStore):
         return dist.TCPStore(store.host, store.port, is_master=False, wait_for_workers=False)
     return store
 
 
-def get_all(store: dist.Store, keys: Sequence[str]) -> list[bytes]:
-    """The values of keys that are there, in one request where the store can."""
+def get_keys(store: dist.Store, keys: Sequence[str]) -> list[bytes]:
+    """The values of keys that are set, in one request if the store supports it."""
     if not keys:
         return []
-    return store.multi_get(list(keys)) if is_extended(store) else [store.get(key) for key in keys]
+    return store.multi_get(list(keys)) if has_extended_api(store) else [store.get(key) for key in keys]
 
 
-def is_extended(store: dist.Store) -> bool:
-    """Whether a store knows multi_get and append."""
+def has_extended_api(store: dist.Store) -> bool:
+    """Whether a store supports multi_get and append."""
     return bool(store.has_extended_api())  # type: ignore[attr-defined]
 
 
 def read_heartbeats(store: dist.Store, ranks: Sequence[int]) -> dict[int, Heartbeat]:
-    """Signs of ranks that have given one."""
-    texts = get_all(store, [f"sign/{rank}" for rank in ranks])
+    """The last heartbeats of ranks, each of which has sent one."""
+    texts = get_keys(store, [f"heartbeat/{rank}" for rank in ranks])
     return {rank: Heartbeat.from_json(text) for rank, text in zip(ranks, texts, strict=True)}

@@ -1,7 +1,7 @@
-"""Waiting for ranks whose work takes long, where a collective would time out: by keys of the store at which all met.
+"""A barrier and a broadcast through the run's store, for work that may outlast the timeout of a collective.
 
-Who waits does not mark the watchdog. It sees the progress of those who work, so that a run whose last worker hangs
-still ends.
+Waiting ranks do not report progress to the watchdog, which sees the progress of the working ones: if the last of those
+hangs, the run still ends.
 """
 
 from __future__ import annotations
@@ -19,15 +19,17 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.005, 1.0
 
 
 def run_on_rank_0_via_store(store: dist.Store, name: str, rank: int, work: Callable[[], Any]) -> Any:
-    """What rank 0 computes, on every rank, however long it takes.
+    """Calls `work` on rank 0 and returns its result on every rank, however long it takes.
+
+    For short work, `run_on_rank_0` (parallel/exchange.py) does the same by a collective.
 
     Args:
         name: of the key; used once in a run.
-        work: called on rank 0 only; gives anything that JSON takes.
+        work: returns anything that JSON takes.
 
     Raises:
-        ConfigError: on every rank, where `work` raises one.
-        RunError: on every rank, where `work` raises one, or an OSError.
+        ConfigError: on every rank, if `work` raises one.
+        RunError: on every rank, if `work` raises one, or an OSError.
     """
     if rank == 0:
         try:
@@ -52,14 +54,14 @@ def barrier_via_store(
 
     Args:
         name: of the keys; used once in a run.
-        meanwhile: called now and then; may raise.
+        meanwhile: called at least every second while this rank waits; may raise.
     """
-    store.set(f"{name}/{rank}", "here")
+    store.set(f"{name}/{rank}", "arrived")
     _wait(store, [f"{name}/{other}" for other in range(world_size)], meanwhile)
 
 
 def _wait(store: dist.Store, keys: list[str], meanwhile: Callable[[], None]) -> None:
-    # By turns: a store that waits for a key answers nobody else on this connection.
+    # Polls: while a store waits for a key, it answers nothing else on this connection.
     pause = _FIRST_PAUSE
     while not store.check(keys):
         meanwhile()

@@ -1,4 +1,4 @@
-"""Where ranks meet: strangers, names that do not resolve, IPv6, the dead, faults in one voice, requests by count.
+"""Where ranks meet: strangers, names that do not resolve, IPv6, the dead, one report of all faults, number of requests.
 
 Run alone: python -m pytest tests/cluster/test_rendezvous.py
 """
@@ -28,7 +28,7 @@ from megatron_doremi.cluster.error_report import (
 from megatron_doremi.cluster.heartbeat import Heartbeat, current_heartbeat, is_dead
 from megatron_doremi.cluster.launch import BY_HAND, SRUN, Launch
 from megatron_doremi.cluster.process_identity import process_start
-from megatron_doremi.cluster.rendezvous import Rendezvous, refuse
+from megatron_doremi.cluster.rendezvous import Rendezvous, reject_command_line
 from megatron_doremi.errors import ConfigError, Fault, ReportedElsewhere, RunError
 
 
@@ -61,7 +61,7 @@ def test_ranks_meet_by_names_and_both_kinds_of_addresses(host):
     port = free_port(socket.AF_INET6, "::1") if host == "[::1]" else free_port()
     places = launches(3, host, port)
     met = on_threads(3, lambda rank: Rendezvous(places[rank], 1.0, ["--a"]))
-    assert [sorted(meeting.signs) for meeting in met] == [[0, 1, 2]] * 3
+    assert [sorted(rendezvous.heartbeats) for rendezvous in met] == [[0, 1, 2]] * 3
 
 
 def hang(*_, **__):
@@ -90,7 +90,7 @@ def test_who_listens_is_told_from_a_rendezvous(monkeypatch):
             Rendezvous(Launch(1, 2, 1, f"tcp://127.0.0.1:{port}"), 0.1)
         with pytest.raises(RunError, match=rf"port {port} of .* is in use: export another MASTER_PORT"):
             Rendezvous(Launch(0, 2, 0, f"tcp://127.0.0.1:{port}"), 0.1)
-    with pytest.raises(RunError, match=r"nobody listens .*is rank 0 on that host"):
+    with pytest.raises(RunError, match=r"nothing listens .*is rank 0 on that host"):
         Rendezvous(Launch(1, 2, 1, f"tcp://127.0.0.1:{free_port()}"), 0.01)
     with pytest.raises(RunError, match="torchrun, which hosts the rendezvous, is gone"):
         Rendezvous(Launch(1, 2, 1, f"tcp://127.0.0.1:{free_port()}", hosted=True), 0.01)
@@ -104,7 +104,7 @@ def test_who_listens_is_told_from_a_rendezvous(monkeypatch):
             (SRUN, "SLURM job 8 step 0", ["-a"]),
             "rendezvous of SLURM job 7 step 0",
         ),
-        ((SRUN, "SLURM job 7 step 0", ["-a"]), (BY_HAND, "", ["-a"]), r"this run's \(no name, 2 ranks\)"),
+        ((SRUN, "SLURM job 7 step 0", ["-a"]), (BY_HAND, "", ["-a"]), r"of this run \(no id, 2 ranks\)"),
         ((BY_HAND, "", ["--save", "x"]), (BY_HAND, "", ["--save", "y"]), "rank 1 on .*: y against x of rank 0"),
     ],
 )
@@ -125,7 +125,7 @@ def test_the_store_of_a_strangers_run_is_noticed(theirs, ours, words):
     first, stranger, second = on_threads(3, enter)
     assert isinstance(stranger, ConfigError)
     assert re.search(words, str(stranger))
-    assert sorted(first.signs) == sorted(second.signs) == [0, 1]
+    assert sorted(first.heartbeats) == sorted(second.heartbeats) == [0, 1]
 
 
 def test_a_second_process_of_a_rank_is_noticed():
@@ -134,7 +134,7 @@ def test_a_second_process_of_a_rank_is_noticed():
     two = [Launch(rank, 2, rank, place) for rank in (0, 0, 1)]
     two[1] = Launch(1, 2, 1, place)
     outcomes = on_threads(3, lambda number: Rendezvous(two[number], 0.1))
-    assert sum(isinstance(o, RunError) and "a second rank 1 came" in str(o) for o in outcomes) == 1
+    assert sum(isinstance(o, RunError) and "a second rank 1 arrived" in str(o) for o in outcomes) == 1
 
 
 def test_a_restarted_generation_does_not_meet_the_one_before(monkeypatch):
@@ -142,18 +142,17 @@ def test_a_restarted_generation_does_not_meet_the_one_before(monkeypatch):
     hosted = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
     place = f"tcp://127.0.0.1:{hosted.port}"
     for generation in (0, 1):
-        entry = {"run_id": "r", "generation": generation, "hosted": True}
-        met = on_threads(
-            2, lambda rank, e=entry: Rendezvous(Launch(rank, 2, rank, place, "torchrun", **e), 0.5, ["-a"])
-        )
-        assert [sorted(meeting.signs) for meeting in met] == [[0, 1], [0, 1]]
+        options = {"run_id": "r", "generation": generation, "hosted": True}
+        workers = [Launch(rank, 2, rank, place, "torchrun", **options) for rank in (0, 1)]
+        met = on_threads(2, lambda rank, workers=workers: Rendezvous(workers[rank], 0.5, ["-a"]))
+        assert [sorted(rendezvous.heartbeats) for rendezvous in met] == [[0, 1], [0, 1]]
 
 
 def test_the_dead_are_seen_on_this_machine_only():
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     own = current_heartbeat(1, 1, "in iteration 3")
     start = process_start(process.pid)
-    peer = Heartbeat(1, 1, "in iteration 3", own.host, (process.pid, start), own.space)
+    peer = Heartbeat(1, 1, "in iteration 3", own.host, (process.pid, start), own.pid_scope)
     assert not is_dead(own)
     assert not is_dead(peer)
     process.kill()
@@ -161,13 +160,13 @@ def test_the_dead_are_seen_on_this_machine_only():
     limit = time.monotonic() + 10
     while not is_dead(peer):
         assert time.monotonic() < limit
-    assert not is_dead(Heartbeat(1, 1, "left", own.host, (process.pid, start), own.space))
+    assert not is_dead(Heartbeat(1, 1, "exited", own.host, (process.pid, start), own.pid_scope))
     assert not is_dead(Heartbeat(1, 1, "in iteration 3", "elsewhere", (process.pid, start), "another boot"))
     process.wait()
 
 
 def test_a_rank_that_dies_before_all_have_met_ends_the_wait(monkeypatch):
-    monkeypatch.setattr(rendezvous, "_SECONDS_BETWEEN_LOOKS", 0.2)
+    monkeypatch.setattr(rendezvous, "_POLL_SECONDS", 0.2)
     places = launches(3)
     died = subprocess.Popen([sys.executable, "-c", ""])
     died.wait()
@@ -179,8 +178,8 @@ def test_a_rank_that_dies_before_all_have_met_ends_the_wait(monkeypatch):
         if rank == 1:
             keys = dist.PrefixStore("doremi/0/3", store.open_store(places[1], 10.0))
             own = current_heartbeat(0, 0, "starting")
-            keys.set("sign/1", Heartbeat(0, 0, "starting", own.host, (died.pid, 1), own.space).to_json())
-            keys.append("came", f"1@{rendezvous._machine(own)},")
+            keys.set("heartbeat/1", Heartbeat(0, 0, "starting", own.host, (died.pid, 1), own.pid_scope).to_json())
+            keys.append("arrivals", f"1@{rendezvous._machine_id(own)},")
 
     outcome = on_threads(3, enter)[0]
     assert isinstance(outcome, RunError)
@@ -191,17 +190,17 @@ def test_a_rank_that_dies_before_all_have_met_ends_the_wait(monkeypatch):
 def on_machines(monkeypatch, quick=0.2):
     """A function that puts the calling thread on a machine of this name; looks follow each other quickly."""
     machine = threading.local()
-    monkeypatch.setattr(heartbeat, "_space", lambda: f"machine {machine.name}")
-    monkeypatch.setattr(rendezvous, "_SECONDS_BETWEEN_LOOKS", quick)
-    monkeypatch.setattr(rendezvous, "_LONGEST_NAP", quick)
+    monkeypatch.setattr(heartbeat, "_pid_scope", lambda: f"machine {machine.name}")
+    monkeypatch.setattr(rendezvous, "_POLL_SECONDS", quick)
+    monkeypatch.setattr(rendezvous, "_LONGEST_PAUSE", quick)
     return lambda name: setattr(machine, "name", name)
 
 
-def come(launch, sign):
+def come(launch, heartbeat):
     """What a rank leaves that came and then died."""
     keys = dist.PrefixStore(f"doremi/0/{launch.world_size}", store.open_store(launch, 10.0))
-    keys.set(f"sign/{launch.rank}", sign.to_json())
-    keys.append("came", f"{launch.rank}@{rendezvous._machine(sign)},")
+    keys.set(f"heartbeat/{launch.rank}", heartbeat.to_json())
+    keys.append("arrivals", f"{launch.rank}@{rendezvous._machine_id(heartbeat)},")
 
 
 def test_a_death_before_all_have_met_ends_the_ranks_of_other_machines_too(monkeypatch):
@@ -213,7 +212,7 @@ def test_a_death_before_all_have_met_ends_the_ranks_of_other_machines_too(monkey
         move("a" if rank in (0, 3) else "b")
         if rank == 2:
             own = current_heartbeat(0, 0, "starting")
-            come(places[2], Heartbeat(0, 0, "starting", "host-b", (own.process[0], own.process[1] + 1), own.space))
+            come(places[2], Heartbeat(0, 0, "starting", "host-b", (own.process[0], own.process[1] + 1), own.pid_scope))
         # Rank 4 never comes.
         elif rank != 4:
             return Rendezvous(places[rank], 0.5)
@@ -233,13 +232,13 @@ def test_a_machine_that_is_lost_before_all_have_met_is_found_by_its_silence(monk
         move(str(rank))
         if rank == 1:
             come(places[1], Heartbeat(0, 0, "starting", "host-1", (1, 1), "machine 1"))
-        # Rank 3 never comes; rank 2 gives signs of life.
+        # Rank 3 never comes; rank 2 gives heartbeats of life.
         elif rank != 3:
             return Rendezvous(places[rank], 0.5)
 
     said, _, silent, _ = on_threads(4, enter)
     assert isinstance(said, RunError)
-    assert str(said) == "rank 1 on host-1 gave no sign of life for 2 s before all ranks had met"
+    assert str(said) == "rank 1 on host-1 sent no heartbeat for 2 s before all ranks had met"
     assert isinstance(silent, ReportedElsewhere)
 
 
@@ -255,8 +254,8 @@ def test_rank_0_says_the_union_and_all_leave_together():
     places = launches(3)
 
     def enter(rank):
-        meeting = Rendezvous(places[rank], 1.0, ["-a"] if rank < 2 else ["-b"])
-        raise_faults_of_all_ranks(meeting, [*([WORSE] if rank == 1 else []), *meeting.faults], 10.0)
+        rendezvous = Rendezvous(places[rank], 1.0, ["-a"] if rank < 2 else ["-b"])
+        raise_faults_of_all_ranks(rendezvous, [*([WORSE] if rank == 1 else []), *rendezvous.faults], 10.0)
 
     places = [Launch(p.rank, 3, p.rank, p.rendezvous, SRUN, "SLURM job 1 step 0") for p in places]
     said, *others = on_threads(3, enter)
@@ -269,16 +268,16 @@ def test_rank_0_says_the_union_and_all_leave_together():
 
 def test_a_rank_whose_command_line_is_wrong_is_said_by_rank_0(monkeypatch):
     """Alone among others; of a run that is not its own it keeps away."""
-    monkeypatch.setattr(rendezvous, "_SECONDS_BETWEEN_LOOKS", 0.2)
-    monkeypatch.setattr(rendezvous, "_SECONDS_FOR_REFUSALS", 0.2)
-    monkeypatch.setattr(rendezvous, "_SECONDS_TO_REFUSE", 1.0)
+    monkeypatch.setattr(rendezvous, "_POLL_SECONDS", 0.2)
+    monkeypatch.setattr(rendezvous, "_SECONDS_FOR_MORE_REJECTIONS", 0.2)
+    monkeypatch.setattr(rendezvous, "_SECONDS_TO_REJECT", 1.0)
     ours = launches(3, launcher=SRUN, run_id="SLURM job 1 step 0")
     stranger = Launch(2, 3, 2, ours[0].rendezvous, SRUN, "SLURM job 2 step 0")
 
     def enter(rank):
         if rank == 2:
             time.sleep(0.5)
-            return refuse(stranger, ["-b"], [WORSE]), refuse(ours[2], ["-b"], [BAD])
+            return reject_command_line(stranger, ["-b"], [WORSE]), reject_command_line(ours[2], ["-b"], [BAD])
         return Rendezvous(ours[rank], 1.0, ["-a"])
 
     said, silent, told = on_threads(3, enter)
@@ -287,11 +286,11 @@ def test_a_rank_whose_command_line_is_wrong_is_said_by_rank_0(monkeypatch):
     assert isinstance(silent, ReportedElsewhere)
     assert told == (False, True)
     # Nobody listens: rank 0 has said the same, and left.
-    assert refuse(launches(2)[1], [], [BAD])
+    assert reject_command_line(launches(2)[1], [], [BAD])
 
 
 def test_an_error_of_all_ranks_is_said_once_and_one_of_a_single_rank_by_itself(monkeypatch):
-    monkeypatch.setattr(error_report, "_SECONDS_FOR_THE_SAME", 1.0)
+    monkeypatch.setattr(error_report, "_SECONDS_FOR_PEER_ERRORS", 1.0)
     places = launches(2)
     met = on_threads(2, lambda rank: Rendezvous(places[rank], 1.0))
     same = on_threads(2, lambda rank: merged_error(met[rank], RunError("the disk is full")))
@@ -379,27 +378,27 @@ def test_512_ranks_meet_and_watch_with_a_few_requests_each(counted, monkeypatch)
     """Version 0.1: each rank waited for 512 keys one by one, and read 1024 keys a beat once it had to wait."""
     world = 512
     machine = threading.local()
-    monkeypatch.setattr(heartbeat, "_space", lambda: f"machine {machine.number}")
+    monkeypatch.setattr(heartbeat, "_pid_scope", lambda: f"machine {machine.number}")
 
     def enter(rank):
         machine.number = rank // 8
         return Rendezvous(Launch(rank, world, rank % 8, "tcp://n:1", SRUN, "r"), 1.0, ["-a"])
 
     met = on_threads(world, enter)
-    assert all(len(meeting.signs) == 8 for meeting in met)
+    assert all(len(rendezvous.heartbeats) == 8 for rendezvous in met)
     assert sum(counted["requests"].values()) <= 30 * world
     assert sum(counted["keys"].values()) <= 60 * world
     counted["requests"].clear()
     counted["keys"].clear()
-    monkeypatch.setattr(heartbeat, "_space", lambda: "")
-    monkeypatch.setattr(watchdog, "_SECONDS_BETWEEN_SIGNS", 3600.0)
-    dogs = [watchdog.Watchdog(meeting, 8 * 3600.0) for meeting in met[:64]]
+    monkeypatch.setattr(heartbeat, "_pid_scope", lambda: "")
+    monkeypatch.setattr(watchdog, "_HEARTBEAT_SECONDS", 3600.0)
+    dogs = [watchdog.Watchdog(rendezvous, 8 * 3600.0) for rendezvous in met[:64]]
     for dog in dogs:
-        dog._give_sign()
-        dog._follow(dog._ended())
-        dog._end_with_the_dead({})
+        dog._send_heartbeat()
+        dog._follow_exit(dog._announced_exit())
+        dog._exit_if_a_peer_died({})
     assert sum(counted["requests"].values()) <= 3 * len(dogs)
-    assert sum(counted["keys"].values()) <= (2 + watchdog.WATCHED) * len(dogs)
+    assert sum(counted["keys"].values()) <= (2 + watchdog.WATCHED_RANKS) * len(dogs)
     counted["requests"].clear()
     assert len(dogs[0]._read_all()) == world
     assert sum(counted["requests"].values()) == 1
@@ -412,7 +411,7 @@ def test_a_store_that_answers_nothing_holds_nobody(counted, monkeypatch):
     places = [Launch(rank, 2, rank, "tcp://n:1") for rank in range(2)]
     met = on_threads(2, lambda rank: Rendezvous(places[rank], 1.0))
     monkeypatch.setattr(rendezvous, "HEARTBEAT_TIMEOUT_SECONDS", 0.3)
-    monkeypatch.setattr(error_report, "_SECONDS_FOR_THE_SAME", 0.3)
+    monkeypatch.setattr(error_report, "_SECONDS_FOR_PEER_ERRORS", 0.3)
     monkeypatch.setattr(CountingStore, "check", hang)
     counted["data"].clear()
     began = time.monotonic()
@@ -425,7 +424,7 @@ def test_a_store_that_answers_nothing_holds_nobody(counted, monkeypatch):
 
 def test_missing_ranks_are_waited_for_together(counted, monkeypatch):
     """Ten that never come cost one timeout, not ten, and are named."""
-    monkeypatch.setattr(rendezvous, "_SECONDS_BETWEEN_LOOKS", 0.2)
+    monkeypatch.setattr(rendezvous, "_POLL_SECONDS", 0.2)
     began = time.monotonic()
     outcomes = on_threads(22, lambda rank: Rendezvous(Launch(rank, 32, rank, "tcp://n:1"), 0.01))
     assert all(isinstance(outcome, RunError) for outcome in outcomes)
@@ -434,24 +433,24 @@ def test_missing_ranks_are_waited_for_together(counted, monkeypatch):
 
 
 def test_a_silent_rank_is_found_by_those_before_it(counted, monkeypatch):
-    """60 s after its last sign, whatever --distributed-timeout-minutes says; one that left on purpose is not missed."""
+    """60 s after its last heartbeat, whatever --distributed-timeout-minutes; not one that exited on purpose."""
     world = 32
     met = on_threads(world, lambda rank: Rendezvous(Launch(rank, world, rank, "tcp://n:1"), 1.0))
     clock = [1000.0]
     monkeypatch.setattr(watchdog.time, "monotonic", lambda: clock[0])
     ended = []
     dog = watchdog.Watchdog(met[3], 480.0)
-    monkeypatch.setattr(dog, "_end", ended.append)
-    heard: dict = {}
-    left = json.dumps({**json.loads(current_heartbeat(7, 1, "left").to_json())}).encode()
-    counted["data"]["doremi/0/32/sign/6"] = left
+    monkeypatch.setattr(dog, "_end_process", ended.append)
+    last_beats: dict = {}
+    left = json.dumps({**json.loads(current_heartbeat(7, 1, "exited").to_json())}).encode()
+    counted["data"]["doremi/0/32/heartbeat/6"] = left
     for beat in range(14):
         for rank in (4, 5, 7, 8, 9, 10):
-            counted["data"][f"doremi/0/32/sign/{rank}"] = (
+            counted["data"][f"doremi/0/32/heartbeat/{rank}"] = (
                 current_heartbeat(beat + 10, 1, "in iteration 5").to_json().encode()
             )
-        dog._end_with_the_dead(heard)
+        dog._exit_if_a_peer_died(last_beats)
         clock[0] += 5.0
     assert len(ended) == 1
-    assert ended[0].startswith("no sign of life: rank 11 on")
+    assert ended[0].startswith("no heartbeat: rank 11 on")
     dog._stopped.set()

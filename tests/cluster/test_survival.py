@@ -169,7 +169,7 @@ def test_a_rank_that_hangs_or_dies_is_named(hurt, number, data, tmp_path):
         assert run.ranks[1 - hurt].wait(60) == 1
         said = run.logs[1 - hurt].read_text()
         assert re.search(
-            rf"no sign of life: rank {hurt} on |rank {hurt}, at which all ranks meet, does not answer", said
+            rf"no heartbeat: rank {hurt} on |rank {hurt}, which hosts the rendezvous, does not answer", said
         ), said
         assert "Traceback" not in said
     finally:
