@@ -1,8 +1,8 @@
-"""Do the ranks still agree? What has to be the same on several ranks is hashed and compared every so often.
+"""The replica check: what must be identical on several ranks is hashed and compared every few steps.
 
 Three things can drift apart silently: the domain weights and the blend's state, which every rank computes
 for itself; the parameters of replicas, which differ only if a gradient was not reduced; and, within a stage, the
-parameters that every tensor rank holds whole. A run whose ranks disagree is stopped: its numbers mean nothing.
+parameters that are not sharded over tensor ranks. A run whose ranks differ is stopped: its numbers mean nothing.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ _BYTES_TO_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int
 
 
 class ReplicaMismatch(RunError):
-    """Ranks that should hold the same do not: a fault of ours or of a machine, never of the input."""
+    """Ranks that must be identical are not: a fault of ours or of a machine, never of the input."""
 
 
 @dataclass(frozen=True)
-class Digest:
-    """What a rank holds, in hashes.
+class ReplicaDigest:
+    """Hashes of what a rank holds.
 
     Attributes:
         rank, pipe, tensor: its place.
-        part: which part of parameters that ZeRO 3 has cut over the data group it holds; 0 where it holds all.
+        part: which shard it holds of parameters that ZeRO 3 shards over the data group; 0 if it holds them in full.
         state: of the run's own state, the same on all ranks.
         parameters: of its parameters, the same on all replicas.
-        replicated: of the parameters that are not cut, the same on all tensor ranks of a stage.
+        replicated: of the parameters that are not sharded, the same on all tensor ranks of a stage.
     """
 
     rank: int
@@ -68,7 +68,7 @@ def bits_hash(tensors: Iterable[Tensor]) -> str:
     return hashlib.sha256(json.dumps(numbers).encode()).hexdigest()
 
 
-def digest(module: GPT, state: Any, topology: Topology) -> Digest:
+def digest(module: GPT, state: Any, topology: Topology) -> ReplicaDigest:
     """Hashes what this rank holds; `state` is anything that JSON takes."""
     held, whole = [], []
     for _, parameter in module.model_parameters():
@@ -78,7 +78,7 @@ def digest(module: GPT, state: Any, topology: Topology) -> Digest:
             whole.append(part)
     partitioned = any(is_partitioned(parameter) for _, parameter in module.model_parameters())
     text = json.dumps(state, sort_keys=True)
-    return Digest(
+    return ReplicaDigest(
         topology.rank,
         topology.pipe_rank,
         topology.tensor_rank,
@@ -89,7 +89,7 @@ def digest(module: GPT, state: Any, topology: Topology) -> Digest:
     )
 
 
-def disagreements(digests: Sequence[Digest]) -> list[str]:
+def find_mismatches(digests: Sequence[ReplicaDigest]) -> list[str]:
     """What does not agree, each with the ranks that differ from most of their group."""
     found = []
     for what, key, value in (
@@ -97,7 +97,7 @@ def disagreements(digests: Sequence[Digest]) -> list[str]:
         ("parameters of replicas", lambda d: (d.pipe, d.tensor, d.part), lambda d: d.parameters),
         ("parameters that tensor ranks share", lambda d: (d.pipe, d.part), lambda d: d.replicated),
     ):
-        groups: dict[Any, list[Digest]] = defaultdict(list)
+        groups: dict[Any, list[ReplicaDigest]] = defaultdict(list)
         for entry in digests:
             groups[key(entry)].append(entry)
         for group in groups.values():
@@ -116,7 +116,7 @@ def check_replicas(module: GPT, state: Any, topology: Topology, iteration: int) 
         ReplicaMismatch: on every rank, naming what differs and where.
     """
     own = digest(module, state, topology)
-    found = disagreements([Digest(**entry) for entry in gather_json(asdict(own))])
+    found = find_mismatches([ReplicaDigest(**entry) for entry in gather_json(asdict(own))])
     if found:
         raise ReplicaMismatch(f"after iteration {iteration} ranks disagree: " + "; ".join(found))
 

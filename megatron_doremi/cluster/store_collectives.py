@@ -21,7 +21,7 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.005, 1.0
 def run_on_rank_0_via_store(store: dist.Store, name: str, rank: int, work: Callable[[], Any]) -> Any:
     """Calls `work` on rank 0 and returns its result on every rank, however long it takes.
 
-    For short work, `run_on_rank_0` (parallel/exchange.py) does the same by a collective.
+    For short work, `from_rank_0` (parallel/exchange.py) does the same by a collective.
 
     Args:
         name: of the key; used once in a run.

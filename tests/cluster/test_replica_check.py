@@ -10,7 +10,7 @@ import torch
 from model.test_against_plain_model import GPT
 from ranks import on_ranks
 
-from megatron_doremi.cluster.replica_check import Digest, bits_hash, disagreements
+from megatron_doremi.cluster.replica_check import ReplicaDigest, bits_hash, find_mismatches
 
 
 def drift(launch, what, on_rank):
@@ -84,6 +84,7 @@ def test_the_hash_sees_a_bit_and_a_place():
 
 def test_stages_need_not_agree_with_each_other():
     digests = [
-        Digest(rank, pipe=rank, tensor=0, part=0, state="s", parameters=f"p{rank}", replicated="r") for rank in (0, 1)
+        ReplicaDigest(rank, pipe=rank, tensor=0, part=0, state="s", parameters=f"p{rank}", replicated="r")
+        for rank in (0, 1)
     ]
-    assert disagreements(digests) == []
+    assert find_mismatches(digests) == []
