@@ -31,7 +31,7 @@ from megatron_doremi.mixture.reference import (
 from megatron_doremi.mixture.static import Budget, resolve_weights
 from megatron_doremi.parallel.context import ParallelContext
 from megatron_doremi.parallel.topology import Topology
-from megatron_doremi.settings import PROXY, SCORE
+from megatron_doremi.settings import PROXY, SCORE, UNIMAX
 from megatron_doremi.storage.files import atomic_write_text, make_folder, sha256_of
 from megatron_doremi.validation import misfits
 
@@ -100,9 +100,13 @@ def open_data(config: Config, training: bool, world_size: int = 1) -> RunData:
                 )
             train.append(dataset)
         valid.append(_open_held_out(domain, seq_length, vocab_size, faults, warnings))
+    setting = sampling_setting(config, manifest)
+    if setting == UNIMAX:
+        # A budget is divided by sizes, which have to be right.
+        raise_if_any(faults)
     try:
         weights = resolve_weights(
-            sampling_setting(config, manifest),
+            setting,
             manifest,
             config.data.allow_tokenizer_mismatch,
             config.run.allow_unfinished,
@@ -127,7 +131,7 @@ def open_data(config: Config, training: bool, world_size: int = 1) -> RunData:
 
 
 def _budget(config: Config, train: Sequence[IndexedDataset | None], world_size: int) -> Budget | None:
-    """What a run reads, and what there is to read; None where a stream is missing or the flags give no budget."""
+    """What a run reads, and what there is to read; None where the flags give no budget, or a stream is missing."""
     data = config.data
     if not train or not data.train_iters or not data.max_epochs_per_domain or any(each is None for each in train):
         return None

@@ -63,6 +63,9 @@ def test_a_mixture_that_is_fitted_to_the_cap(data):
     assert read.weights.tolist() == pytest.approx([62 / 248, 93 / 248, 93 / 248], abs=1e-15)
     assert check(data, *unimax, "1") == ""
     assert check(data, *unimax, "1.3", "--train-iters", "50").startswith("epochs of domains that repeat: domain 0 1.3")
+    # Nothing to divide: the fault is the missing text alone.
+    with pytest.raises(ConfigError, match="1 fault in"):
+        opened(data, *unimax, "1", "--seq-length", "1500")
     # Caps of 93, 186 and 280.5 windows for 600: every one binds before they are read.
     with pytest.raises(ConfigError, match="raise --max-epochs-per-domain"):
         check(data, *unimax, "1.5", "--train-iters", "75")
