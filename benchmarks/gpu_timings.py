@@ -150,6 +150,7 @@ def compiled(place: Place, report: Report) -> bool:
     """A block and the head's row losses, as they are and compiled, forward and backward."""
     from megatron_doremi.config import ModelConfig, gpt_config
     from megatron_doremi.model.gpt import Block
+    from megatron_doremi.model.positions import rotary_table
     from megatron_doremi.parallel.cross_entropy import _logits, _losses_of
     from megatron_doremi.parallel.groups import TensorGroup
     from megatron_doremi.parallel.layers import TensorParallel
@@ -168,9 +169,10 @@ def compiled(place: Place, report: Report) -> bool:
         layer.to(device, torch.bfloat16)
         x = torch.randn(windows, seq, gpt.hidden_size, device=device, dtype=torch.bfloat16, requires_grad=True)
         fast = torch.compile(layer, backend=backend, fullgraph=True)
+        rotary = rotary_table(torch.arange(seq, device=device), gpt.kv_channels, gpt.rotary_base)
 
-        def work(run: Callable[[Tensor], Tensor]) -> None:
-            run(x).sum().backward()
+        def work(run: Callable[..., Tensor]) -> None:
+            run(x, rotary).sum().backward()
 
         return {n: place.milliseconds(partial(work, each)) for n, each in (("eager", layer), ("compiled", fast))}
 

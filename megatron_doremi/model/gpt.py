@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_doremi.config import GPTConfig
+from megatron_doremi.model.positions import RotaryTable, rotate
 from megatron_doremi.parallel.layers import (
     ColumnParallelLinear,
     Norm,
     RowParallelLinear,
     TensorParallel,
-    rotate,
 )
 
 
@@ -29,12 +29,12 @@ def residual_std(gpt: GPTConfig) -> float:
     return gpt.init_method_std / math.sqrt(2.0 * gpt.num_layers)
 
 
-def recomputed(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Calls a function and keeps only its input; the backward pass calls it again (Chen et al. 2016).
+def recomputed(function: Callable[..., Tensor], *inputs: Tensor | RotaryTable | None) -> Tensor:
+    """Calls a function and keeps only its inputs; the backward pass calls it again (Chen et al. 2016).
 
     There is no dropout, so no generator has to be put back.
     """
-    return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 class Attention(nn.Module):
@@ -50,26 +50,25 @@ class Attention(nn.Module):
         self.groups = gpt.num_query_groups // tp.size
         self.queries_per_group = gpt.num_attention_heads // gpt.num_query_groups
         self.width = gpt.kv_channels
-        self.rotary_base = gpt.rotary_base if gpt.position_embedding_type == "rope" else None
         fused = (gpt.num_attention_heads + 2 * gpt.num_query_groups) * gpt.kv_channels
         heads = gpt.num_attention_heads * gpt.kv_channels
         self.qkv = ColumnParallelLinear(gpt.hidden_size, fused, gpt.bias_linear, gpt.init_method_std, tp)
         self.proj = RowParallelLinear(heads, gpt.hidden_size, gpt.bias_linear, residual_std(gpt), tp)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotary: RotaryTable | None) -> Tensor:
         qkv = self.qkv(x)
-        mixed = recomputed(self._mix, qkv) if self.recompute else self._mix(qkv)
+        mixed = recomputed(self._mix, qkv, rotary) if self.recompute else self._mix(qkv, rotary)
         return self.proj(mixed)
 
-    def _mix(self, qkv: Tensor) -> Tensor:
+    def _mix(self, qkv: Tensor, rotary: RotaryTable | None) -> Tensor:
         """From the fused projection, [b, s, (n + 2 g) d / t], to the heads' outputs, [b, s, n d / t]."""
         b, s, _ = qkv.shape
         qkv = qkv.view(b, s, self.groups, self.queries_per_group + 2, self.width)
         q, k, v = qkv.split([self.queries_per_group, 1, 1], dim=3)
         q = q.reshape(b, s, self.groups * self.queries_per_group, self.width).transpose(1, 2)
         k, v = (part.reshape(b, s, self.groups, self.width).transpose(1, 2) for part in (k, v))
-        if self.rotary_base is not None:
-            q, k = rotate(q, self.rotary_base), rotate(k, self.rotary_base)
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.queries_per_group > 1)
         return out.transpose(1, 2).reshape(b, s, -1)
 
@@ -107,9 +106,12 @@ class Block(nn.Module):
         self.mlp_norm = Norm(gpt.hidden_size, gpt.normalization, gpt.norm_epsilon, tp)
         self.mlp = MLP(gpt, tp)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return recomputed(self._forward, x) if self.recompute else self._forward(x)
+    def forward(self, x: Tensor, rotary: RotaryTable | None) -> Tensor:
+        """Args:
+        rotary: the table of all positions of the sequence, which attention sees; None with learned positions.
+        """
+        return recomputed(self._forward, x, rotary) if self.recompute else self._forward(x, rotary)
 
-    def _forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x))
+    def _forward(self, x: Tensor, rotary: RotaryTable | None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotary)
         return x + self.mlp(self.mlp_norm(x))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from megatron_doremi.config import GPTConfig
 from megatron_doremi.model.gpt import Block
+from megatron_doremi.model.positions import Positions
 from megatron_doremi.parallel.context import ParallelContext
 from megatron_doremi.parallel.cross_entropy import token_losses
 from megatron_doremi.parallel.layers import LearnedPositions, Norm, TensorParallel, VocabParallelEmbedding
@@ -51,6 +52,7 @@ class NamedLayers:
 
     gpt: GPTConfig
     tp: TensorParallel
+    positions: Positions
 
     @abstractmethod
     def named_layers(self) -> Iterator[tuple[str, nn.Module]]:
@@ -76,8 +78,21 @@ class NamedLayers:
 
     def activation_shape(self, micro_batch_size: int, seq_length: int) -> tuple[int, int, int]:
         """Shape of what a stage hands to the next."""
-        positions = seq_length // self.tp.size if self.tp.sequence_parallel else seq_length
-        return micro_batch_size, positions, self.gpt.hidden_size
+        return micro_batch_size, seq_length // self.tp.sequence_shards, self.gpt.hidden_size
+
+    def _through(self, layers: Iterable[Callable[..., Tensor]], x: Tensor) -> Tensor:
+        """Passes token ids, or the hidden states of the stage before, through layers of this stage."""
+        # Token ids are never split by position.
+        shards = self.tp.sequence_shards if x.is_floating_point() else 1
+        positions, rotary = self.positions.of_window(x.shape[1] * shards, x.device)
+        for layer in layers:
+            if isinstance(layer, Block):
+                x = layer(x, rotary)
+            elif isinstance(layer, LearnedPositions):
+                x = layer(x, positions)
+            else:
+                x = layer(x)
+        return x
 
 
 class GPTPipeline(NamedLayers, PipelineModule):
@@ -100,7 +115,7 @@ class GPTPipeline(NamedLayers, PipelineModule):
         """
         topology, tp = context.topology, context.tensor_parallel
         self.gpt, self.tp, self.loss_chunk_tokens = gpt, tp, loss_chunk_tokens
-        self.names = layer_names(gpt)
+        self.names, self.positions = layer_names(gpt), Positions(gpt)
         axes = ProcessTopology(
             axes=["pipe", "data", "model"],
             dims=[topology.pipe_size, topology.data_size, topology.tensor_size],
@@ -142,6 +157,10 @@ class GPTPipeline(NamedLayers, PipelineModule):
             seen.add(name)
             tied = name == "embedding" and TIED_KEY in self.tied_modules
             yield name, self.tied_modules[TIED_KEY] if tied else getattr(self, str(index))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """DeepSpeed's hands each layer one input; ours hands the positions to those that take them."""
+        return self._through(self.forward_funcs, x)
 
     def run(self, x: Tensor, targets: Tensor | None) -> Tensor:
         x = self(x)

@@ -17,6 +17,7 @@ from megatron_doremi.model.pipeline import (
     layer_specs,
     mark_for_gradient_norm,
 )
+from megatron_doremi.model.positions import Positions
 from megatron_doremi.parallel.context import ParallelContext
 from megatron_doremi.parallel.cross_entropy import token_losses
 from megatron_doremi.parallel.layers import TensorParallel
@@ -60,7 +61,7 @@ class GPTModel(NamedLayers, nn.Module):
         """
         nn.Module.__init__(self)
         tp = context.tensor_parallel
-        self.gpt, self.tp, self.names = gpt, tp, layer_names(gpt)
+        self.gpt, self.tp, self.names, self.positions = gpt, tp, layer_names(gpt), Positions(gpt)
         self.layers = nn.ModuleList()
         for name, spec in zip(self.names, layer_specs(gpt, tp, recompute), strict=True):
             if name in self.names[: len(self.layers)]:
@@ -85,10 +86,7 @@ class GPTModel(NamedLayers, nn.Module):
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """[batch, seq] ids and targets -> [batch, seq] losses in nats, float32."""
-        x = tokens
-        for layer in self.layers[:-1]:
-            x = layer(x)
-        return self.layers[-1](x, targets)
+        return self.layers[-1](self._through(self.layers[:-1], tokens), targets)
 
     def run(self, x: Tensor, targets: Tensor | None) -> Tensor:
         assert targets is not None

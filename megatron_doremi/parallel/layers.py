@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -41,6 +40,15 @@ class TensorParallel:
     def leave(self, x: Tensor) -> Tensor:
         """From the parts of a sum, [batch, seq, hidden], to the residual stream."""
         return reduce_scatter_sequence(x, self.group) if self.sequence_parallel else reduce_from_tensor(x, self.group)
+
+    @property
+    def sequence_shards(self) -> int:
+        """Ranks over which the residual stream is split by position."""
+        return self.size if self.sequence_parallel else 1
+
+    def sequence_shard(self, x: Tensor) -> Tensor:
+        """This rank's positions of the residual stream: [..., seq] -> [..., seq / t] with sequence parallel."""
+        return x.chunk(self.size, dim=-1)[self.group.rank] if self.sequence_parallel else x
 
     def replicated(self, parameter: Tensor) -> Tensor:
         """A parameter that every rank holds, for use on the residual stream."""
@@ -120,19 +128,8 @@ class LearnedPositions(nn.Module):
         self.tp = tp
         self.weight = make_parameter(ParameterSpec((positions, hidden), std=std), tp.group)
 
-    def forward(self, x: Tensor) -> Tensor:
-        first = self.tp.group.rank * x.shape[1] if self.tp.sequence_parallel else 0
-        return x + self.tp.replicated(self.weight)[first : first + x.shape[1]]
-
-
-def rotate(x: Tensor, base: float) -> Tensor:
-    """Rotary position embedding (Su et al. 2021), halves paired: [batch, heads, seq, width] -> the same.
-
-    Angles are computed in float32 (positions to 10^6 keep 7 digits in their frequencies).
-    """
-    seq, width = x.shape[-2:]
-    rates = base ** (-torch.arange(0, width, 2, device=x.device, dtype=torch.float32) / width)
-    angles = torch.outer(torch.arange(seq, device=x.device, dtype=torch.float32), rates)
-    cos, sin = angles.cos(), angles.sin()
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Args:
+        positions: [seq] or [batch, seq], of the full sequence, whatever part of it `x` holds.
+        """
+        return x + F.embedding(self.tp.sequence_shard(positions), self.tp.replicated(self.weight))
