@@ -71,7 +71,19 @@ def float32(place: Place, report: Report) -> bool:
 
     context = single(place)
     device = context.device
-    base = GPTConfig(2, 64, 128, 4, 2, 16, "RMSNorm", 1e-5, True, "rope", 1e4, True, False, 501, 128, 128, 0.1)
+    base = GPTConfig(
+        num_layers=2,
+        hidden_size=64,
+        ffn_hidden_size=128,
+        num_attention_heads=4,
+        num_query_groups=2,
+        kv_channels=16,
+        swiglu=True,
+        bias_linear=False,
+        vocab_size=501,
+        max_positions=128,
+        init_method_std=0.1,
+    )
     other = replace(
         base, num_query_groups=4, normalization="LayerNorm", swiglu=False, bias_linear=True, tied_embeddings=False
     )

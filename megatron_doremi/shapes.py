@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
 
 # Shapes of Xie et al. 2023, Table 8: layers, heads, head width, hidden width, feed-forward width. The names
 # of the small sizes count a 256k-token embedding.
@@ -18,9 +20,14 @@ PAPER_SHAPES: dict[str, tuple[int, int, int, int, int]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GPTConfig:
-    """A transformer with every size resolved: all that its forward pass and its parameters depend on."""
+    """A transformer with every size resolved: all that its forward pass and its parameters depend on.
+
+    A default is what a config.json or checkpoint that lacks the field means, whatever the default of the flag: a new
+    field needs one, the value that describes every model trained before it, and no default is ever changed. Sizes have
+    none.
+    """
 
     num_layers: int
     hidden_size: int
@@ -28,19 +35,25 @@ class GPTConfig:
     num_attention_heads: int
     num_query_groups: int
     kv_channels: int
-    normalization: str
-    norm_epsilon: float
-    swiglu: bool
-    position_embedding_type: str
-    rotary_base: float
-    tied_embeddings: bool
-    bias_linear: bool
+    normalization: str = "RMSNorm"
+    norm_epsilon: float = 1e-5
+    swiglu: bool = False
+    position_embedding_type: str = "rope"
+    rotary_base: float = 10000.0
+    tied_embeddings: bool = True
+    bias_linear: bool = True
     vocab_size: int
-    make_vocab_size_divisible_by: int
+    make_vocab_size_divisible_by: int = 128
     max_positions: int
-    init_method_std: float
+    init_method_std: float = 0.02
 
     def padded_vocab_size(self, tensor_size: int) -> int:
         """Rows of the embedding table on `tensor_size` ranks together; rows past `vocab_size` stay unused."""
         multiple = math.lcm(self.make_vocab_size_divisible_by, tensor_size)
         return -(-self.vocab_size // multiple) * multiple
+
+
+def with_defaults(shape: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a `GPTConfig` that a file records, and the defaults of those that it lacks."""
+    defaults = {field.name: field.default for field in fields(GPTConfig) if field.default is not MISSING}
+    return {**defaults, **shape}

@@ -15,7 +15,10 @@ _Width = Annotated[int, Field(ge=1, le=MAX_WIDTH)]
 
 
 class GPTEntry(Schema):
-    """A `GPTConfig` in a file. An unknown entry is refused: it would be a model that this version cannot build."""
+    """A `GPTConfig` in a file; a missing field has the default of `GPTConfig`.
+
+    An unknown field is refused: it describes a model that this version cannot build.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -25,17 +28,17 @@ class GPTEntry(Schema):
     num_attention_heads: _Width
     num_query_groups: _Width
     kv_channels: _Width
-    normalization: Literal["RMSNorm", "LayerNorm"]
-    norm_epsilon: Annotated[float, Field(gt=0)]
-    swiglu: bool
-    position_embedding_type: Literal["rope", "learned_absolute"]
-    rotary_base: Annotated[float, Field(gt=0)]
-    tied_embeddings: bool
-    bias_linear: bool
+    normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
+    norm_epsilon: Annotated[float, Field(gt=0)] = GPTConfig.norm_epsilon
+    swiglu: bool = GPTConfig.swiglu
+    position_embedding_type: Literal["rope", "learned_absolute"] = "rope"
+    rotary_base: Annotated[float, Field(gt=0)] = GPTConfig.rotary_base
+    tied_embeddings: bool = GPTConfig.tied_embeddings
+    bias_linear: bool = GPTConfig.bias_linear
     vocab_size: Positive
-    make_vocab_size_divisible_by: Positive
+    make_vocab_size_divisible_by: Positive = GPTConfig.make_vocab_size_divisible_by
     max_positions: Positive
-    init_method_std: Annotated[float, Field(gt=0)]
+    init_method_std: Annotated[float, Field(gt=0)] = GPTConfig.init_method_std
 
     @model_validator(mode="after")
     def _heads_divide(self) -> GPTEntry:
@@ -69,8 +72,9 @@ class IdentityEntry(Schema):
     train_iters: Count | None = None
 
     def entries(self) -> dict[str, Any]:
-        """What the file holds, and nothing else."""
-        return self.model_dump(exclude_unset=True)
+        """The entries that the file records; `gpt` complete, with the defaults of fields that it lacks."""
+        recorded = self.model_dump(exclude_unset=True)
+        return recorded if self.gpt is None else recorded | {"gpt": self.gpt.model_dump()}
 
 
 class RunConfigFile(Schema):

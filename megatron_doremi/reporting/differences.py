@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_doremi.data.manifest import similar_names
 from megatron_doremi.reporting.runs import Run, flatten
+from megatron_doremi.shapes import with_defaults
 
 # The names of values of config.json, by the last part of the key.
 PROPERTIES = {
@@ -61,8 +62,10 @@ def similar_names_note(names: Sequence[str]) -> str | None:
 
 
 def _properties(run: Run) -> dict[str, Any]:
-    """The properties that a run's config.json records."""
-    flat = {key: value for key, value in flatten(run.config).items() if not key.startswith("identity.")}
+    """The properties that a run's config.json records, and the defaults of fields that its model shape lacks."""
+    shape = run.config.get("gpt")
+    config = {**run.config, "gpt": with_defaults(shape)} if isinstance(shape, dict) else run.config
+    flat = {key: value for key, value in flatten(config).items() if not key.startswith("identity.")}
     properties = {key.removeprefix("gpt."): value for key, value in flat.items() if key.startswith("gpt.")}
     for key in sorted(flat, key=lambda key: key.count("."), reverse=True):
         name = PROPERTIES.get(key.rsplit(".", 1)[-1])

@@ -39,6 +39,17 @@ def test_peaks_are_found_by_the_longest_name():
 
 def test_flops_of_a_token_by_hand():
     """One layer of width 4, 2 heads of 2, GELU of 8, vocabulary 10, windows of 6."""
-    gpt = GPTConfig(1, 4, 8, 2, 2, 2, "RMSNorm", 1e-5, False, "rope", 1e4, True, False, 10, 1, 6, 0.02)
+    gpt = GPTConfig(
+        num_layers=1,
+        hidden_size=4,
+        ffn_hidden_size=8,
+        num_attention_heads=2,
+        num_query_groups=2,
+        kv_channels=2,
+        bias_linear=False,
+        vocab_size=10,
+        make_vocab_size_divisible_by=1,
+        max_positions=6,
+    )
     # qkv 4 x 12, projection 4 x 4, feed-forward 2 x 4 x 8, output 4 x 10; scores and mixing 2 x 4 x 6 / 2.
     assert flops_per_token(gpt, 6) == 6 * (48 + 16 + 64 + 40 + 24)

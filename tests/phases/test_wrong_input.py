@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from phases.small import MODEL, read_by, train, write_data
+from phases.small import MODEL, read_by, train, unseal, write_data
 
 from megatron_doremi.arguments import parse_config
 from megatron_doremi.data.manifest import load_manifest
@@ -186,6 +186,8 @@ def reference_faults(folder: Path, data: Path, *extra: str, world_size: int = 1)
         (lambda e: e.update(tokenizer_sha256="1" * 64), "losses of other tokens cannot be compared"),
         (lambda e: e.update(domains=["domain 1", "domain 0", "domain 2"]), "in its order"),
         (lambda e: e.pop("gpt"), "gpt is missing"),
+        (lambda e: e["gpt"].pop("hidden_size"), "gpt.hidden_size is missing"),
+        (lambda e: e["gpt"].pop("swiglu"), "what its checkpoint says: swiglu True"),
         (
             lambda e: e["gpt"].update(position_embedding_type="learned_absolute", max_positions=8),
             "learned positions up to 8",
@@ -196,6 +198,18 @@ def test_a_reference_that_does_not_fit(change, words, reference, tmp_path):
     shutil.copytree(reference, tmp_path / "copy")
     edit(tmp_path / "copy" / "run" / "config.json", change)
     assert words in reference_faults(tmp_path / "copy", reference / "domains.json")
+
+
+def test_a_reference_of_before_a_field_existed(reference, tmp_path):
+    """config.json and state.json lack a field whose default is what was trained."""
+    shutil.copytree(reference, tmp_path / "copy")
+    run = tmp_path / "copy" / "run"
+    edit(run / "config.json", lambda e: e["gpt"].pop("normalization"))
+    (state,) = run.rglob("state.json")
+    edit(state, lambda e: e["identity"]["gpt"].pop("normalization"))
+    unseal(run)
+    config, opened = open_with(reference / "domains.json", "--reference-load", str(run), phase="proxy")
+    assert read_reference(config, opened).gpt.normalization == "RMSNorm"
 
 
 def test_a_reference_that_is_none(reference, tmp_path):

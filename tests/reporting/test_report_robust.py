@@ -104,6 +104,12 @@ def test_what_an_older_run_did_not_record_is_no_difference(write_run):
     runs = {"new": read_run(write_run("n", [evaluated(2)], config=config()))}
     runs["old"] = read_run(write_run("o", [{"iteration": 2, "eval": {"code": 1.0}}]))
     assert differences(runs) == ()
+    # A field of the model's shape that did not exist yet has its default.
+    for normalization, values in (("RMSNorm", {}), ("LayerNorm", {"new": "RMSNorm", "later": "LayerNorm"})):
+        shape = {**config()["gpt"], "normalization": normalization}
+        later = read_run(write_run(normalization, [evaluated(2)], config=config(gpt=shape)))
+        found = {difference.name: difference.values for difference in differences({"new": runs["new"], "later": later})}
+        assert found == ({"normalization": values} if values else {})
 
 
 def test_names_that_look_alike_are_said():
