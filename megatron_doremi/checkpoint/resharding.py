@@ -122,7 +122,7 @@ class ShardedFolder:
             ConfigError: the parameter is missing, or of another shape.
         """
         written = self._sharding.get(name)
-        if written is None or not written.spec().is_of_one_model(spec):
+        if written is None or not written.spec().is_same_parameter(spec):
             found = "missing" if written is None else f"shape {written.spec().shape}"
             raise self._error(f"{name}: {found}", f"shape {spec.shape}, as in the model")
         if spec.dim is None:

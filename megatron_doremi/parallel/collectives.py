@@ -21,47 +21,47 @@ _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
-def _sum(x: Tensor, tensor: TensorGroup) -> Tensor:
+def _sum(x: Tensor, tp_group: TensorGroup) -> Tensor:
     x = x.contiguous()
-    dist.all_reduce(x, group=tensor.group)
+    dist.all_reduce(x, group=tp_group.group)
     return x
 
 
-def _gather(x: Tensor, tensor: TensorGroup) -> Tensor:
+def _gather(x: Tensor, tp_group: TensorGroup) -> Tensor:
     """[batch, seq / t, hidden] of each rank -> [batch, seq, hidden]."""
     batch, part, hidden = x.shape
-    parts = x.new_empty(tensor.size * batch, part, hidden)
-    _all_gather(parts, x.contiguous(), group=tensor.group)
-    parts = parts.view(tensor.size, batch, part, hidden)
-    return parts.transpose(0, 1).reshape(batch, tensor.size * part, hidden)
+    parts = x.new_empty(tp_group.size * batch, part, hidden)
+    _all_gather(parts, x.contiguous(), group=tp_group.group)
+    parts = parts.view(tp_group.size, batch, part, hidden)
+    return parts.transpose(0, 1).reshape(batch, tp_group.size * part, hidden)
 
 
-def _scatter_sum(x: Tensor, tensor: TensorGroup) -> Tensor:
+def _scatter_sum(x: Tensor, tp_group: TensorGroup) -> Tensor:
     """Sum over ranks of [batch, seq, hidden], each rank keeping its part of the positions."""
     batch, seq, hidden = x.shape
-    part = seq // tensor.size
-    parts = x.view(batch, tensor.size, part, hidden).transpose(0, 1).contiguous()
-    own = x.new_empty(batch, part, hidden)
-    _reduce_scatter(own, parts.view(tensor.size * batch, part, hidden), group=tensor.group)
-    return own
+    part = seq // tp_group.size
+    parts = x.view(batch, tp_group.size, part, hidden).transpose(0, 1).contiguous()
+    local = x.new_empty(batch, part, hidden)
+    _reduce_scatter(local, parts.view(tp_group.size * batch, part, hidden), group=tp_group.group)
+    return local
 
 
 class _Copy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, tensor: TensorGroup) -> Tensor:
-        ctx.tensor = tensor
+    def forward(ctx: Any, x: Tensor, tp_group: TensorGroup) -> Tensor:
+        ctx.tp_group = tp_group
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         # A gradient may be shared with other branches of the graph: sum a copy.
-        return _sum(grad.clone(), ctx.tensor), None
+        return _sum(grad.clone(), ctx.tp_group), None
 
 
 class _Reduce(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, tensor: TensorGroup) -> Tensor:
-        return _sum(x.clone(), tensor)
+    def forward(ctx: Any, x: Tensor, tp_group: TensorGroup) -> Tensor:
+        return _sum(x.clone(), tp_group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -70,41 +70,41 @@ class _Reduce(torch.autograd.Function):
 
 class _GatherSequence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, tensor: TensorGroup) -> Tensor:
-        ctx.tensor = tensor
-        return _gather(x, tensor)
+    def forward(ctx: Any, x: Tensor, tp_group: TensorGroup) -> Tensor:
+        ctx.tp_group = tp_group
+        return _gather(x, tp_group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _scatter_sum(grad.contiguous(), ctx.tensor), None
+        return _scatter_sum(grad.contiguous(), ctx.tp_group), None
 
 
 class _ReduceScatterSequence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, tensor: TensorGroup) -> Tensor:
-        ctx.tensor = tensor
-        return _scatter_sum(x.contiguous(), tensor)
+    def forward(ctx: Any, x: Tensor, tp_group: TensorGroup) -> Tensor:
+        ctx.tp_group = tp_group
+        return _scatter_sum(x.contiguous(), tp_group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _gather(grad, ctx.tensor), None
+        return _gather(grad, ctx.tp_group), None
 
 
-def copy_to_tensor(x: Tensor, tensor: TensorGroup) -> Tensor:
+def copy_to_tp_group(x: Tensor, tp_group: TensorGroup) -> Tensor:
     """Hands the same tensor to every rank: identity forward, sum of the gradients backward."""
-    return x if tensor.size == 1 else _Copy.apply(x, tensor)
+    return x if tp_group.size == 1 else _Copy.apply(x, tp_group)
 
 
-def reduce_from_tensor(x: Tensor, tensor: TensorGroup) -> Tensor:
+def reduce_from_tp_group(x: Tensor, tp_group: TensorGroup) -> Tensor:
     """Sums the ranks' parts: all-reduce forward, identity backward."""
-    return x if tensor.size == 1 else _Reduce.apply(x, tensor)
+    return x if tp_group.size == 1 else _Reduce.apply(x, tp_group)
 
 
-def gather_sequence(x: Tensor, tensor: TensorGroup) -> Tensor:
+def gather_sequence(x: Tensor, tp_group: TensorGroup) -> Tensor:
     """[batch, seq / t, hidden] -> [batch, seq, hidden]; backward sums and splits the gradients."""
-    return x if tensor.size == 1 else _GatherSequence.apply(x, tensor)
+    return x if tp_group.size == 1 else _GatherSequence.apply(x, tp_group)
 
 
-def reduce_scatter_sequence(x: Tensor, tensor: TensorGroup) -> Tensor:
+def reduce_scatter_sequence(x: Tensor, tp_group: TensorGroup) -> Tensor:
     """Sums the ranks' [batch, seq, hidden] and leaves each its positions; backward gathers."""
-    return x if tensor.size == 1 else _ReduceScatterSequence.apply(x, tensor)
+    return x if tp_group.size == 1 else _ReduceScatterSequence.apply(x, tp_group)

@@ -31,4 +31,4 @@ class ParallelContext:
 def make_context(topology: Topology, device: torch.device, sequence_parallel: bool = False) -> ParallelContext:
     """Makes this rank's process groups; a collective call of all ranks, which have joined one process group."""
     groups = make_groups(topology)
-    return ParallelContext(topology, groups, device, TensorParallel(groups.tensor, sequence_parallel))
+    return ParallelContext(topology, groups, device, TensorParallel(groups.tp_group, sequence_parallel))

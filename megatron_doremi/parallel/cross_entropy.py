@@ -18,20 +18,20 @@ from megatron_doremi.parallel.groups import TensorGroup
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, first: int, tensor: TensorGroup) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, first: int, tp_group: TensorGroup) -> Tensor:
         rows = torch.arange(targets.numel(), device=logits.device)
         local = targets - first
         outside = (local < 0) | (local >= logits.shape[-1])
         local = local.masked_fill(outside, 0)
 
         largest = logits.max(dim=-1).values
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=tensor.group)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=tp_group.group)
         shifted = logits - largest.unsqueeze(-1)
         target = shifted[rows, local].masked_fill(outside, 0.0)
         exponentials = shifted.exp_()
         total = exponentials.sum(dim=-1)
         both = torch.stack((target, total))
-        dist.all_reduce(both, group=tensor.group)
+        dist.all_reduce(both, group=tp_group.group)
         target, total = both[0], both[1]
         probabilities = exponentials.div_(total.unsqueeze(-1))
         ctx.save_for_backward(probabilities, local, outside)
@@ -56,12 +56,12 @@ class _ChunkedLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, tensor: TensorGroup, chunk: int
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, tp_group: TensorGroup, chunk: int
     ) -> Tensor:
         ctx.save_for_backward(hidden, weight, targets)
-        ctx.vocab_size, ctx.tensor, ctx.chunk = vocab_size, tensor, chunk
-        parts, first = zip(hidden.split(chunk), targets.split(chunk), strict=True), tensor.rank * len(weight)
-        return torch.cat([_losses_of(_logits(h, weight, vocab_size, tensor), t, first, tensor) for h, t in parts])
+        ctx.vocab_size, ctx.tp_group, ctx.chunk = vocab_size, tp_group, chunk
+        parts, first = zip(hidden.split(chunk), targets.split(chunk), strict=True), tp_group.rank * len(weight)
+        return torch.cat([_losses_of(_logits(h, weight, vocab_size, tp_group), t, first, tp_group) for h, t in parts])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
@@ -71,9 +71,9 @@ class _ChunkedLosses(torch.autograd.Function):
         hidden_grads: list[Tensor] = []
         weight_grad: Tensor | None = None
         for rows, aims, factors in reversed(list(zip(*chunks, strict=True))):
-            logits = _logits(rows, weight, ctx.vocab_size, ctx.tensor).requires_grad_()
+            logits = _logits(rows, weight, ctx.vocab_size, ctx.tp_group).requires_grad_()
             with torch.enable_grad():
-                losses = _losses_of(logits, aims, ctx.tensor.rank * len(weight), ctx.tensor)
+                losses = _losses_of(logits, aims, ctx.tp_group.rank * len(weight), ctx.tp_group)
             logits_grad = torch.autograd.grad(losses, logits, factors)[0].to(weight.dtype)
             del logits, losses
             columns = logits_grad.shape[1]
@@ -97,7 +97,7 @@ def _float32_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def token_losses(
-    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, tensor: TensorGroup, chunk_tokens: int = 0
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, tp_group: TensorGroup, chunk_tokens: int = 0
 ) -> Tensor:
     """Cross-entropy of each target under the output layer, in float32.
 
@@ -107,7 +107,7 @@ def token_losses(
         weight: [padded vocabulary / t, hidden], this rank's rows of the output layer.
         targets: [batch, seq] token ids below `vocab_size`.
         vocab_size: rows from here on are padding and never enter the softmax, whatever they hold (finite).
-        tensor: the group over which the vocabulary is sharded.
+        tp_group: the group over which the vocabulary is sharded.
         chunk_tokens: hold the logits of at most this many tokens at a time, none between the forward and the
             backward pass, which computes them again; 0: hold the logits of all tokens, computed once.
 
@@ -116,18 +116,18 @@ def token_losses(
     """
     rows, flat = hidden.flatten(0, 1), targets.flatten()
     if chunk_tokens:
-        return _ChunkedLosses.apply(rows, weight, flat, vocab_size, tensor, chunk_tokens).view_as(targets)
-    logits = _logits(rows, weight, vocab_size, tensor)
-    return _losses_of(logits, flat, tensor.rank * len(weight), tensor).view_as(targets)
+        return _ChunkedLosses.apply(rows, weight, flat, vocab_size, tp_group, chunk_tokens).view_as(targets)
+    logits = _logits(rows, weight, vocab_size, tp_group)
+    return _losses_of(logits, flat, tp_group.rank * len(weight), tp_group).view_as(targets)
 
 
-def _logits(hidden: Tensor, weight: Tensor, vocab_size: int, tensor: TensorGroup) -> Tensor:
+def _logits(hidden: Tensor, weight: Tensor, vocab_size: int, tp_group: TensorGroup) -> Tensor:
     """[n, hidden] to [n, columns] float32 logits of this rank's rows.
 
     In 16 bits the product takes the rows of padding too, whose logits become -inf: without them its strides would be
     odd, for which kernels are slow. In float32 they are left out, unless the rank holds nothing else.
     """
-    rows, used = weight.shape[0], max(0, vocab_size - tensor.rank * weight.shape[0])
+    rows, used = weight.shape[0], max(0, vocab_size - tp_group.rank * weight.shape[0])
     if used >= rows:
         return F.linear(hidden, weight).float()
     if used and weight.dtype.itemsize > 2:
@@ -136,8 +136,8 @@ def _logits(hidden: Tensor, weight: Tensor, vocab_size: int, tensor: TensorGroup
     return F.linear(hidden, weight).float().masked_fill_(padding, float("-inf"))
 
 
-def _losses_of(logits: Tensor, targets: Tensor, first: int, tensor: TensorGroup) -> Tensor:
+def _losses_of(logits: Tensor, targets: Tensor, first: int, tp_group: TensorGroup) -> Tensor:
     """[n, columns of this rank] logits, float32, and [n] targets to [n] losses; `first` is the first column's id."""
-    if tensor.size == 1:
+    if tp_group.size == 1:
         return F.cross_entropy(logits, targets, reduction="none")
-    return _VocabParallelCrossEntropy.apply(logits, targets, first, tensor)
+    return _VocabParallelCrossEntropy.apply(logits, targets, first, tp_group)

@@ -23,12 +23,12 @@ class ProcessGroups:
     """The groups that this rank belongs to.
 
     Attributes:
-        tensor: ranks that share this rank's layers.
+        tp_group: ranks that share this rank's layers.
         data: ranks with the same part of the model in other replicas.
         model: all ranks of this rank's replica (pipe x tensor).
     """
 
-    tensor: TensorGroup
+    tp_group: TensorGroup
     data: dist.ProcessGroup
     model: dist.ProcessGroup
 
@@ -40,13 +40,13 @@ def make_groups(topology: Topology) -> ProcessGroups:
     group would make a thousand one after the other.
     """
     t = topology
-    tensor = TensorGroup()
+    tp_group = TensorGroup()
     if t.tensor_size > 1:
         ranks = [t.rank_at(t.pipe_rank, t.data_rank, k) for k in range(t.tensor_size)]
-        tensor = TensorGroup(_group(ranks), t.tensor_size, t.tensor_rank)
+        tp_group = TensorGroup(_group(ranks), t.tensor_size, t.tensor_rank)
     data = _group([t.rank_at(t.pipe_rank, d, t.tensor_rank) for d in range(t.data_size)])
     model = _group([t.rank_at(p, t.data_rank, k) for p in range(t.pipe_size) for k in range(t.tensor_size)])
-    return ProcessGroups(tensor, data, model)
+    return ProcessGroups(tp_group, data, model)
 
 
 def _group(ranks: list[int]) -> dist.ProcessGroup:

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_doremi.parallel.collectives import (
-    copy_to_tensor,
+    copy_to_tp_group,
     gather_sequence,
-    reduce_from_tensor,
+    reduce_from_tp_group,
     reduce_scatter_sequence,
 )
 from megatron_doremi.parallel.groups import TensorGroup
@@ -35,11 +35,11 @@ class TensorParallel:
 
     def enter(self, x: Tensor) -> Tensor:
         """From the residual stream to a layer cut by column: [batch, seq, hidden] on every rank."""
-        return gather_sequence(x, self.group) if self.sequence_parallel else copy_to_tensor(x, self.group)
+        return gather_sequence(x, self.group) if self.sequence_parallel else copy_to_tp_group(x, self.group)
 
     def leave(self, x: Tensor) -> Tensor:
         """From the parts of a sum, [batch, seq, hidden], to the residual stream."""
-        return reduce_scatter_sequence(x, self.group) if self.sequence_parallel else reduce_from_tensor(x, self.group)
+        return reduce_scatter_sequence(x, self.group) if self.sequence_parallel else reduce_from_tp_group(x, self.group)
 
     @property
     def sequence_shards(self) -> int:
@@ -52,7 +52,7 @@ class TensorParallel:
 
     def replicated(self, parameter: Tensor) -> Tensor:
         """A parameter that every rank holds, for use on the residual stream."""
-        return copy_to_tensor(parameter, self.group) if self.sequence_parallel else parameter
+        return copy_to_tp_group(parameter, self.group) if self.sequence_parallel else parameter
 
 
 class ColumnParallelLinear(nn.Module):

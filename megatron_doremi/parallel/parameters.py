@@ -39,12 +39,12 @@ class ParameterSpec:
     constant: float = 0.0
 
     @property
-    def cut_length(self) -> int:
+    def padded_length(self) -> int:
         """Length of the cut dimension, with padding."""
         assert self.dim is not None
         return self.padded or self.shape[self.dim]
 
-    def is_of_one_model(self, other: ParameterSpec) -> bool:
+    def is_same_parameter(self, other: ParameterSpec) -> bool:
         """Whether the other describes the same parameter; its padding depends on the layout."""
         return (self.shape, self.dim, self.blocks) == (other.shape, other.dim, other.blocks)
 
@@ -52,15 +52,15 @@ class ParameterSpec:
         """Shape of one rank's part."""
         if self.dim is None:
             return self.shape
-        assert self.cut_length % (size * self.blocks) == 0, (self, size)
+        assert self.padded_length % (size * self.blocks) == 0, (self, size)
         shape = list(self.shape)
-        shape[self.dim] = self.cut_length // size
+        shape[self.dim] = self.padded_length // size
         return tuple(shape)
 
 
-def make_parameter(spec: ParameterSpec, tensor: TensorGroup) -> nn.Parameter:
+def make_parameter(spec: ParameterSpec, tp_group: TensorGroup) -> nn.Parameter:
     """An uninitialized parameter that holds this rank's part of `spec`."""
-    parameter = nn.Parameter(torch.empty(spec.local_shape(tensor.size)))
+    parameter = nn.Parameter(torch.empty(spec.local_shape(tp_group.size)))
     parameter.spec = spec  # type: ignore[attr-defined]
     return parameter
 
@@ -70,16 +70,16 @@ def spec_of(parameter: Tensor) -> ParameterSpec:
     return parameter.spec  # type: ignore[attr-defined]
 
 
-def shard(whole: Tensor, spec: ParameterSpec, size: int, rank: int) -> Tensor:
-    """The part of `whole` (shape spec.shape) that rank `rank` of `size` holds."""
+def shard(full: Tensor, spec: ParameterSpec, size: int, rank: int) -> Tensor:
+    """The shard of `full` (shape spec.shape) that rank `rank` of `size` holds."""
     if spec.dim is None:
-        return whole
-    padding = spec.cut_length - spec.shape[spec.dim]
+        return full
+    padding = spec.padded_length - spec.shape[spec.dim]
     if padding:
         shape = list(spec.shape)
         shape[spec.dim] = padding
-        whole = torch.cat([whole, whole.new_zeros(shape)], dim=spec.dim)
-    parts = [block.chunk(size, dim=spec.dim)[rank] for block in whole.chunk(spec.blocks, dim=spec.dim)]
+        full = torch.cat([full, full.new_zeros(shape)], dim=spec.dim)
+    parts = [block.chunk(size, dim=spec.dim)[rank] for block in full.chunk(spec.blocks, dim=spec.dim)]
     return torch.cat(parts, dim=spec.dim) if len(parts) > 1 else parts[0]
 
 
@@ -92,7 +92,7 @@ def unshard(parts: Sequence[Tensor], spec: ParameterSpec) -> Tensor:
     return torch.cat(blocks, dim=spec.dim).narrow(spec.dim, 0, spec.shape[spec.dim])
 
 
-def start_values(spec: ParameterSpec, name: str, seed: int) -> Tensor:
+def initial_values(spec: ParameterSpec, name: str, seed: int) -> Tensor:
     """The whole parameter at the start of training, float32: a function of seed and name alone."""
     if spec.std == 0.0:
         return torch.full(spec.shape, spec.constant)
@@ -102,8 +102,8 @@ def start_values(spec: ParameterSpec, name: str, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def initialize(module: nn.Module, prefix: str, seed: int, tensor: TensorGroup) -> None:
+def initialize(module: nn.Module, prefix: str, seed: int, tp_group: TensorGroup) -> None:
     """Fills the parameters of a layer, whose name in the model is `prefix`, with this rank's start values."""
     for name, parameter in module.named_parameters():
         spec = spec_of(parameter)
-        parameter.copy_(shard(start_values(spec, f"{prefix}.{name}", seed), spec, tensor.size, tensor.rank))
+        parameter.copy_(shard(initial_values(spec, f"{prefix}.{name}", seed), spec, tp_group.size, tp_group.rank))

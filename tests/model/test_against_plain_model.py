@@ -72,7 +72,7 @@ def losses_and_gradients(gpt, context, flags, bf16):
     import deepspeed
 
     from megatron_doremi.data.loader import MicroBatch
-    from megatron_doremi.parallel.parameters import shard, spec_of, start_values
+    from megatron_doremi.parallel.parameters import initial_values, shard, spec_of
 
     topology = context.topology
     data = {"phase": "main", "seq_length": 12, "micro_batch_size": 1, "global_batch_size": 4, "seed": 3}
@@ -83,7 +83,7 @@ def losses_and_gradients(gpt, context, flags, bf16):
         for name, parameter in engine.module.model_parameters():
             spec = spec_of(parameter)
             if spec.std == 0.0:
-                noisy = start_values(replace(spec, std=0.3), name, 3) + spec.constant
+                noisy = initial_values(replace(spec, std=0.3), name, 3) + spec.constant
                 with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                     parameter.copy_(shard(noisy, spec, topology.tensor_size, topology.tensor_rank))
     tokens, targets, domains = example(gpt)

@@ -33,7 +33,7 @@ def load(launch, gpt, folder):
     def drawn(*arguments):
         raise AssertionError("start values were drawn")
 
-    parameters.start_values = drawn
+    parameters.initial_values = drawn
     frozen = load_frozen(gpt, folder, context, torch.float32)
     loaded = dict(frozen.model_parameters())
     return [name for name, parameter in trained.model_parameters() if not torch.equal(parameter, loaded[name])]

@@ -32,7 +32,7 @@ def test_512_ranks_make_three_groups_each_and_agree_on_them(pipe, data, tensor, 
         groups = groups_module.make_groups(Topology(pipe, data, tensor, rank))
         assert len(made) <= 3
         members["data"][rank], members["model"][rank] = groups.data, groups.model
-        members["tensor"][rank] = groups.tensor.group or (rank,)
+        members["tensor"][rank] = groups.tp_group.group or (rank,)
     for kind, size in (("tensor", tensor), ("data", data), ("model", pipe * tensor)):
         for rank, ranks in members[kind].items():
             assert rank in ranks
@@ -52,7 +52,7 @@ def sums(launch, pipe, tensor):
     topology = Topology(pipe, launch.world_size // pipe // tensor, tensor, launch.rank)
     groups = make_groups(topology)
     result = []
-    for group in (groups.tensor.group, groups.data, groups.model):
+    for group in (groups.tp_group.group, groups.data, groups.model):
         value = torch.tensor([10.0**launch.rank])
         if group is not None:
             dist.all_reduce(value, group=group)

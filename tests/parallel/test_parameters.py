@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_doremi.parallel.parameters import ParameterSpec, shard, start_values, unshard
+from megatron_doremi.parallel.parameters import ParameterSpec, initial_values, shard, unshard
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -36,12 +36,12 @@ def test_blocks_are_cut_each_by_itself():
     assert shard(whole, spec, 2, 1).flatten().tolist() == [2, 3, 6, 7]
 
 
-def test_start_values_depend_on_seed_and_name_alone():
+def test_initial_values_depend_on_seed_and_name_alone():
     spec = ParameterSpec((64, 64), std=0.02)
-    one = start_values(spec, "layers.0.mlp.fc1.weight", 7)
+    one = initial_values(spec, "layers.0.mlp.fc1.weight", 7)
     torch.manual_seed(99)
-    assert torch.equal(one, start_values(spec, "layers.0.mlp.fc1.weight", 7))
-    assert not torch.equal(one, start_values(spec, "layers.1.mlp.fc1.weight", 7))
-    assert not torch.equal(one, start_values(spec, "layers.0.mlp.fc1.weight", 8))
+    assert torch.equal(one, initial_values(spec, "layers.0.mlp.fc1.weight", 7))
+    assert not torch.equal(one, initial_values(spec, "layers.1.mlp.fc1.weight", 7))
+    assert not torch.equal(one, initial_values(spec, "layers.0.mlp.fc1.weight", 8))
     assert one.std().item() == pytest.approx(0.02, rel=0.05)
     assert abs(one.mean().item()) < 0.002
