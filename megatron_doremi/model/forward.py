@@ -1,4 +1,4 @@
-"""Forward passes without gradients through all pipeline stages: for the frozen reference and for evaluation."""
+"""Forward passes without gradients through all pipeline stages: for the frozen reference and evaluation."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ def forward_only(
 ) -> list[Tensor]:
     """Passes micro-batches through the pipeline in evaluation mode.
 
-    Each stage works on micro-batch m + 1 while the next works on m. All ranks of a replica call it together.
+    A stage computes micro-batch m + 1 while the next computes m. A collective call of all ranks of a replica.
 
     Args:
         module: this rank's stage.
-        micro_batches: the micro-batches; read on the first and the last stage only.
-        count: how many there are (stages in the middle are not given them).
+        micro_batches: read on the first and the last stage only.
+        count: number of micro-batches, on every stage.
         shape: (batch, seq) of a micro-batch.
-        context: this rank's place.
+        context: the layout, and this rank's coordinates in it.
 
     Returns:
-        On the last stage one [batch, seq] tensor of token losses in nats a micro-batch; elsewhere nothing.
+        On the last stage, for each micro-batch, [batch, seq] token losses in nats; an empty list on other stages.
     """
     topology, was_training = context.topology, module.training
     module.eval()

@@ -1,8 +1,8 @@
-"""The transformer block: attention and feed-forward, each behind a norm, each added to the residual stream.
+"""The pre-norm transformer block: attention and feed-forward layer, each added to the residual stream.
 
 Shapes: b batch, s seq, h hidden, n query heads, g key-value heads, d head width, t ranks of the tensor group.
-Between blocks activations are [b, s, h], or [b, s / t, h] with sequence parallel. The block knows how it is
-cut (`TensorParallel`) and nothing of ranks, stages or engines.
+Between blocks activations are [b, s, h], or [b, s / t, h] with sequence parallel. The block knows how its
+layers are sharded (`TensorParallel`) and nothing of stages or engines.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ def residual_std(gpt: GPTConfig) -> float:
 def recomputed(function: Callable[..., Tensor], *inputs: Tensor | RotaryTable | None) -> Tensor:
     """Calls a function and keeps only its inputs; the backward pass calls it again (Chen et al. 2016).
 
-    There is no dropout, so no generator has to be put back.
+    There is no dropout, so no random state has to be restored.
     """
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped queries; heads are cut over the tensor group by key-value group.
+    """Causal self-attention with grouped queries; heads are sharded over the tensor-parallel group by key-value group.
 
     The fused projection holds, for each key-value group, its query heads, its key and its value, so that a
-    cut by rows hands whole groups to a rank.
+    shard of its rows holds complete groups.
     """
 
     def __init__(self, gpt: GPTConfig, tp: TensorParallel, recompute: bool):
@@ -93,11 +93,11 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One transformer block, normalized before each part: [b, s, h] -> [b, s, h]."""
+    """One transformer block: [b, s, h] -> [b, s, h]."""
 
     def __init__(self, gpt: GPTConfig, tp: TensorParallel, recompute: str = "none"):
         """Args:
-        recompute: what the backward pass computes again: none, selective (attention's scores and their mix), full.
+        recompute: what the backward pass computes again: none, selective (attention between its projections), full.
         """
         super().__init__()
         self.recompute = recompute == "full"

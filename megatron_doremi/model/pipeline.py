@@ -29,26 +29,26 @@ TIED_KEY = "embedding"
 
 
 class OutputLayer(VocabParallelEmbedding):
-    """An output layer of its own. Its product with the hidden states is part of the loss; see `token_losses`."""
+    """An untied output layer. The product with its weight is part of the loss; see `token_losses`."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         return hidden
 
 
 def _pass_hidden(embedding: nn.Module, hidden: Tensor) -> Tensor:
-    """The tied output layer: its product is part of the loss, like that of `OutputLayer`."""
+    """The tied output layer: the product with its weight is part of the loss, as for `OutputLayer`."""
     return hidden
 
 
 def layer_names(gpt: GPTConfig) -> list[str]:
-    """Names of the pipeline's layers, in order. A tied output layer is named like the embedding it is."""
+    """Names of the pipeline's layers, in order. A tied output layer has the name of the embedding."""
     positions = ["positions"] if gpt.position_embedding_type == "learned_absolute" else []
     blocks = [f"layers.{i}" for i in range(gpt.num_layers)]
     return ["embedding", *positions, *blocks, "final_norm", "embedding" if gpt.tied_embeddings else "output"]
 
 
 class NamedLayers:
-    """What training, checkpoints and evaluation ask of a rank's part of the GPT; its modules mix this in."""
+    """The part of the GPT that a rank holds, as training, checkpoints and evaluation use it; base of its two forms."""
 
     gpt: GPTConfig
     tp: TensorParallel
@@ -56,14 +56,14 @@ class NamedLayers:
 
     @abstractmethod
     def named_layers(self) -> Iterator[tuple[str, nn.Module]]:
-        """The layers here that hold parameters, by name; a tied layer once."""
+        """The layers of this rank by name; a tied layer once."""
 
     @abstractmethod
     def run(self, x: Tensor, targets: Tensor | None) -> Tensor:
-        """Passes a micro-batch through the layers that are here.
+        """Passes a micro-batch through the layers of this rank.
 
         Args:
-            x: token ids [batch, seq] on the first stage, elsewhere what the stage before returned.
+            x: token ids [batch, seq] on the first stage, elsewhere the output of the previous stage.
             targets: [batch, seq] on the last stage, elsewhere None.
 
         Returns:
@@ -71,17 +71,17 @@ class NamedLayers:
         """
 
     def model_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The parameters here by their names in the whole model."""
+        """The parameters of this rank by their names in the full model."""
         for prefix, layer in self.named_layers():
             for name, parameter in layer.named_parameters():
                 yield f"{prefix}.{name}", parameter
 
     def activation_shape(self, micro_batch_size: int, seq_length: int) -> tuple[int, int, int]:
-        """Shape of what a stage hands to the next."""
+        """Shape of the output of every stage but the last."""
         return micro_batch_size, seq_length // self.tp.sequence_shards, self.gpt.hidden_size
 
     def _through(self, layers: Iterable[Callable[..., Tensor]], x: Tensor) -> Tensor:
-        """Passes token ids, or the hidden states of the stage before, through layers of this stage."""
+        """Passes token ids, or the output of the previous stage, through layers of this stage."""
         # Token ids are never split by position.
         shards = self.tp.sequence_shards if x.is_floating_point() else 1
         positions, rotary = self.positions.of_window(x.shape[1] * shards, x.device)
@@ -96,7 +96,7 @@ class NamedLayers:
 
 
 class GPTPipeline(NamedLayers, PipelineModule):
-    """This rank's stage of the GPT, with start values that depend on `seed` and names alone."""
+    """This rank's stage of the GPT; initial values depend on `seed` and names alone."""
 
     def __init__(
         self,
@@ -106,10 +106,10 @@ class GPTPipeline(NamedLayers, PipelineModule):
         recompute: str = "none",
         loss_chunk_tokens: int = 0,
     ):
-        """Builds and fills this rank's layers.
+        """Builds and initializes the layers of this stage.
 
         Args:
-            seed: None leaves the parameters as they are in memory, for weights that are about to be loaded.
+            seed: None leaves the parameters uninitialized, for weights that are about to be loaded.
             recompute: see `Block`.
             loss_chunk_tokens: see `token_losses` in parallel/cross_entropy.py.
         """
@@ -159,7 +159,7 @@ class GPTPipeline(NamedLayers, PipelineModule):
             yield name, self.tied_modules[TIED_KEY] if tied else getattr(self, str(index))
 
     def forward(self, x: Tensor) -> Tensor:
-        """DeepSpeed's hands each layer one input; ours hands the positions to those that take them."""
+        """Replaces DeepSpeed's, which gives every layer one input: blocks take positions too."""
         return self._through(self.forward_funcs, x)
 
     def run(self, x: Tensor, targets: Tensor | None) -> Tensor:
@@ -171,18 +171,24 @@ class GPTPipeline(NamedLayers, PipelineModule):
 
         Args:
             hidden: what the last layer returns.
-            labels: (targets [batch, seq], ...); the rest is not read here.
+            labels: (targets [batch, seq], ...); further entries are ignored.
 
         Returns:
             [batch, seq] losses in nats, float32, the same on every rank of the tensor group.
         """
-        rows = self.tied_modules[TIED_KEY] if self.gpt.tied_embeddings else getattr(self, str(len(self.names) - 1))
-        hidden = self.tp.enter(hidden)
-        return token_losses(hidden, rows.weight, labels[0], self.gpt.vocab_size, self.tp.group, self.loss_chunk_tokens)
+        output = self.tied_modules[TIED_KEY] if self.gpt.tied_embeddings else getattr(self, str(len(self.names) - 1))
+        return output_losses(hidden, output.weight, labels[0], self.gpt, self.tp, self.loss_chunk_tokens)
+
+
+def output_losses(
+    hidden: Tensor, weight: Tensor, targets: Tensor, gpt: GPTConfig, tp: TensorParallel, loss_chunk_tokens: int
+) -> Tensor:
+    """[batch, seq] token losses of the residual stream under the output layer's `weight`; see `token_losses`."""
+    return token_losses(tp.enter(hidden), weight, targets, gpt.vocab_size, tp.group, loss_chunk_tokens)
 
 
 def layer_specs(gpt: GPTConfig, tp: TensorParallel, recompute: str) -> list[LayerSpec]:
-    """How to build each of `layer_names`."""
+    """How to build each layer of `layer_names`."""
     padded = gpt.padded_vocab_size(tp.size)
     embedding = (gpt.vocab_size, padded, gpt.hidden_size, gpt.init_method_std, tp)
     specs: list[LayerSpec] = []

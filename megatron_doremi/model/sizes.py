@@ -1,4 +1,4 @@
-"""How large a GPT is: parameters by layer, counted on the meta device."""
+"""Numbers of parameters by layer, counted on the meta device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_doremi.parallel.layers import LearnedPositions, Norm, TensorParall
 
 
 def parameters_by_layer(gpt: GPTConfig, tensor_size: int) -> list[int]:
-    """Parameters of each pipeline layer on one tensor rank; a tied output layer counts as none."""
+    """Parameters of each pipeline layer on one tensor rank; 0 for a tied output layer."""
     tp = TensorParallel(TensorGroup(None, tensor_size, 0))
     with torch.device("meta"):
         vocabulary = VocabParallelEmbedding(

@@ -1,4 +1,4 @@
-"""The GPT as one module whose forward pass ends in token losses: for ZeRO 2 and 3, which have no pipeline."""
+"""The GPT as one module whose forward pass returns token losses: for ZeRO 2 and 3, which have no pipeline."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from megatron_doremi.model.pipeline import (
     layer_names,
     layer_specs,
     mark_for_gradient_norm,
+    output_losses,
 )
 from megatron_doremi.model.positions import Positions
 from megatron_doremi.parallel.context import ParallelContext
-from megatron_doremi.parallel.cross_entropy import token_losses
 from megatron_doremi.parallel.layers import TensorParallel
 from megatron_doremi.parallel.parameters import initialize
 
@@ -27,7 +27,7 @@ from megatron_doremi.parallel.parameters import initialize
 class LossHead(nn.Module):
     """The output layer and the token losses under it: hidden [batch, seq, hidden] -> [batch, seq].
 
-    Product and softmax are one module, so that ZeRO 3 has the rows gathered for both.
+    Projection and softmax are one module, so that ZeRO 3 gathers the weight once for both.
     """
 
     def __init__(self, weight: nn.Parameter, gpt: GPTConfig, tp: TensorParallel, loss_chunk_tokens: int):
@@ -35,12 +35,11 @@ class LossHead(nn.Module):
         self.weight, self.gpt, self.tp, self.loss_chunk_tokens = weight, gpt, tp, loss_chunk_tokens
 
     def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        hidden = self.tp.enter(hidden)
-        return token_losses(hidden, self.weight, targets, self.gpt.vocab_size, self.tp.group, self.loss_chunk_tokens)
+        return output_losses(hidden, self.weight, targets, self.gpt, self.tp, self.loss_chunk_tokens)
 
 
 class GPTModel(NamedLayers, nn.Module):
-    """All layers of the GPT (but for what tensor parallel cuts): tokens and targets in, token losses out."""
+    """All layers of the GPT, sharded by tensor parallelism alone: token ids and targets to token losses."""
 
     def __init__(
         self,
@@ -51,13 +50,13 @@ class GPTModel(NamedLayers, nn.Module):
         loss_chunk_tokens: int = 0,
         partition: Callable[[nn.Module], None] | None = None,
     ):
-        """Builds and fills the layers, one after the other.
+        """Builds and initializes the layers one by one.
 
         Args:
             recompute: see `Block`.
             loss_chunk_tokens: see `token_losses` in parallel/cross_entropy.py.
-            partition: called with each layer once it is filled; cuts its parameters over the data group (ZeRO 3),
-                so that a rank never holds more than one whole layer.
+            partition: called with each layer once it is initialized; partitions its parameters over the data-parallel
+                group (ZeRO 3), so that a rank never holds more than one full layer.
         """
         nn.Module.__init__(self)
         tp = context.tensor_parallel

@@ -1,8 +1,8 @@
-"""Collectives over the tensor group that know their gradients.
+"""Differentiable collectives over the tensor-parallel group.
 
 The pairs of Megatron-LM (Shoeybi et al. 2019, section 3; Korthikanti et al. 2022 for the sequence-parallel
-ones): each forward has the adjoint as its backward, so that a layer cut over the tensor group has the
-gradients of the whole layer. All do nothing where the group has one rank. Sequence is dimension 1:
+ones): the backward pass of each is the adjoint of its forward pass, so that a layer sharded over the group
+has the gradients of the unsharded layer. All are the identity in a group of one rank. Sequence is dimension 1:
 activations are [batch, seq, hidden].
 """
 
@@ -37,7 +37,7 @@ def _gather(x: Tensor, tp_group: TensorGroup) -> Tensor:
 
 
 def _scatter_sum(x: Tensor, tp_group: TensorGroup) -> Tensor:
-    """Sum over ranks of [batch, seq, hidden], each rank keeping its part of the positions."""
+    """[batch, seq, hidden] summed over ranks -> [batch, seq / t, hidden] of this rank."""
     batch, seq, hidden = x.shape
     part = seq // tp_group.size
     parts = x.view(batch, tp_group.size, part, hidden).transpose(0, 1).contiguous()
@@ -91,20 +91,20 @@ class _ReduceScatterSequence(torch.autograd.Function):
 
 
 def copy_to_tp_group(x: Tensor, tp_group: TensorGroup) -> Tensor:
-    """Hands the same tensor to every rank: identity forward, sum of the gradients backward."""
+    """Marks a tensor that all ranks hold alike: identity forward, all-reduce of the gradients backward."""
     return x if tp_group.size == 1 else _Copy.apply(x, tp_group)
 
 
 def reduce_from_tp_group(x: Tensor, tp_group: TensorGroup) -> Tensor:
-    """Sums the ranks' parts: all-reduce forward, identity backward."""
+    """Sums the partial results of the ranks: all-reduce forward, identity backward."""
     return x if tp_group.size == 1 else _Reduce.apply(x, tp_group)
 
 
 def gather_sequence(x: Tensor, tp_group: TensorGroup) -> Tensor:
-    """[batch, seq / t, hidden] -> [batch, seq, hidden]; backward sums and splits the gradients."""
+    """[batch, seq / t, hidden] -> [batch, seq, hidden]; backward reduce-scatters the gradients."""
     return x if tp_group.size == 1 else _GatherSequence.apply(x, tp_group)
 
 
 def reduce_scatter_sequence(x: Tensor, tp_group: TensorGroup) -> Tensor:
-    """Sums the ranks' [batch, seq, hidden] and leaves each its positions; backward gathers."""
+    """[batch, seq, hidden] summed over ranks -> [batch, seq / t, hidden]; backward all-gathers the gradients."""
     return x if tp_group.size == 1 else _ReduceScatterSequence.apply(x, tp_group)

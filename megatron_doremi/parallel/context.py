@@ -1,4 +1,4 @@
-"""A rank's place among the others, as one value: made once, when the ranks have joined."""
+"""What a rank knows of the parallel layout, as one value: created once, when the ranks have joined."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from megatron_doremi.parallel.topology import Topology
 
 @dataclass(frozen=True)
 class ParallelContext:
-    """What a rank needs to know of the layout, and the groups in which it communicates.
+    """The layout, this rank's coordinates in it, and the process groups in which it communicates.
 
     Attributes:
-        topology: the layout and this rank's place in it.
+        topology: the sizes of the layout and the coordinates of this rank.
         groups: the process groups of this rank.
-        device: where this rank computes.
-        tensor_parallel: how the layers of a model are split over the tensor group.
+        device: the device on which this rank computes.
+        tensor_parallel: how layers are sharded over the tensor-parallel group.
     """
 
     topology: Topology
@@ -29,6 +29,6 @@ class ParallelContext:
 
 
 def make_context(topology: Topology, device: torch.device, sequence_parallel: bool = False) -> ParallelContext:
-    """Makes this rank's process groups; a collective call of all ranks, which have joined one process group."""
+    """Creates the process groups of this rank; a collective call, after torch.distributed is initialized."""
     groups = make_groups(topology)
     return ParallelContext(topology, groups, device, TensorParallel(groups.tp_group, sequence_parallel))

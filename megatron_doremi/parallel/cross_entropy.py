@@ -1,7 +1,7 @@
 """Cross-entropy of next tokens over a vocabulary that is sharded over the tensor group.
 
-No rank ever holds a whole row of logits (Shoeybi et al. 2019, section 3): three all-reduces of one number a
-token give the largest logit, the sum of exponentials and the target's logit.
+No rank ever holds a full row of logits (Shoeybi et al. 2019, section 3): two all-reduces, of one and of two numbers a
+token, give the largest logit, the target's logit and the sum of exponentials.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The process groups of a layout, made once and handed in wherever ranks talk to each other."""
+"""The process groups of a layout, made once and passed as an argument wherever ranks communicate."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_doremi.parallel.topology import Topology
 
 @dataclass(frozen=True)
 class TensorGroup:
-    """The ranks that share a layer. Without a group a layer is whole and no collective runs."""
+    """The ranks over which a layer is sharded. Without a group layers are unsharded and no collective runs."""
 
     group: dist.ProcessGroup | None = None
     size: int = 1
@@ -23,8 +23,8 @@ class ProcessGroups:
     """The groups that this rank belongs to.
 
     Attributes:
-        tp_group: ranks that share this rank's layers.
-        data: ranks with the same part of the model in other replicas.
+        tp_group: ranks over which the layers of this rank are sharded.
+        data: ranks that hold the same shard of the model in all replicas.
         model: all ranks of this rank's replica (pipe x tensor).
     """
 
@@ -34,10 +34,10 @@ class ProcessGroups:
 
 
 def make_groups(topology: Topology) -> ProcessGroups:
-    """Makes the groups of this rank, whose members meet among themselves; a collective call of all ranks.
+    """Creates the groups of this rank, each among its own members only; a collective call of all ranks.
 
-    Each rank makes its own three at most, whatever the number of ranks: 512 ranks that each took part in making every
-    group would make a thousand one after the other.
+    A rank takes part in creating at most three groups, whatever the number of ranks: with 512 ranks, if every rank took
+    part in all of them, a thousand groups would be created one after the other.
     """
     t = topology
     tp_group = TensorGroup()

@@ -1,8 +1,8 @@
-"""Layers cut over the tensor group: linear by column and by row, embedding by vocabulary.
+"""Layers sharded over the tensor-parallel group: linear by column and by row, embedding by vocabulary.
 
-With sequence parallel the activations between these layers are cut by position, [batch, seq / t, hidden];
-without it every rank holds them whole. A parameter that every rank holds but that sees only the rank's own
-positions has its gradient summed over the group by `replicated`.
+The residual stream between these layers is [batch, seq, hidden] on every rank, or, with sequence parallelism,
+split by position, [batch, seq / t, hidden]. The gradient of a replicated parameter that is applied to split
+activations covers the positions of one rank; `replicated` sums it over the group.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megatron_doremi.parallel.parameters import ParameterSpec, make_parameter
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """How layers are cut: the group, and whether the residual stream is cut by position."""
+    """How layers are sharded: the group, and whether the residual stream is split by position."""
 
     group: TensorGroup = field(default_factory=TensorGroup)
     sequence_parallel: bool = False
@@ -34,11 +34,11 @@ class TensorParallel:
         return self.group.size
 
     def enter(self, x: Tensor) -> Tensor:
-        """From the residual stream to a layer cut by column: [batch, seq, hidden] on every rank."""
+        """From the residual stream to the input of a column-parallel layer, [batch, seq, hidden] on every rank."""
         return gather_sequence(x, self.group) if self.sequence_parallel else copy_to_tp_group(x, self.group)
 
     def leave(self, x: Tensor) -> Tensor:
-        """From the parts of a sum, [batch, seq, hidden], to the residual stream."""
+        """From partial sums, [batch, seq, hidden] on every rank, to the residual stream."""
         return reduce_scatter_sequence(x, self.group) if self.sequence_parallel else reduce_from_tp_group(x, self.group)
 
     @property
@@ -51,12 +51,12 @@ class TensorParallel:
         return x.chunk(self.size, dim=-1)[self.group.rank] if self.sequence_parallel else x
 
     def replicated(self, parameter: Tensor) -> Tensor:
-        """A parameter that every rank holds, for use on the residual stream."""
+        """A parameter that every rank holds in full, for use on the residual stream."""
         return copy_to_tp_group(parameter, self.group) if self.sequence_parallel else parameter
 
 
 class ColumnParallelLinear(nn.Module):
-    """Linear layer whose output features are cut: [batch, seq, in] -> [batch, seq, out / t]."""
+    """Linear layer sharded by output features: [batch, seq, in] -> [batch, seq, out / t]."""
 
     def __init__(self, inputs: int, outputs: int, bias: bool, std: float, tp: TensorParallel, blocks: int = 1):
         super().__init__()
@@ -69,7 +69,7 @@ class ColumnParallelLinear(nn.Module):
 
 
 class RowParallelLinear(nn.Module):
-    """Linear layer whose input features are cut: [batch, seq, in / t] -> the residual stream."""
+    """Linear layer sharded by input features: [batch, seq, in / t] -> the residual stream."""
 
     def __init__(self, inputs: int, outputs: int, bias: bool, std: float, tp: TensorParallel):
         super().__init__()
@@ -83,7 +83,7 @@ class RowParallelLinear(nn.Module):
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Token embedding whose rows are cut: ids [batch, seq] -> the residual stream.
+    """Token embedding sharded by vocabulary: ids [batch, seq] -> the residual stream.
 
     The table is padded to `padded` rows; ids of the padding never occur.
     """
@@ -130,6 +130,6 @@ class LearnedPositions(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         """Args:
-        positions: [seq] or [batch, seq], of the full sequence, whatever part of it `x` holds.
+        positions: [seq] or [batch, seq], of the full sequence, also where `x` is split by position.
         """
         return x + F.embedding(self.tp.sequence_shard(positions), self.tp.replicated(self.weight))

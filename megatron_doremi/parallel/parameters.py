@@ -1,8 +1,8 @@
-"""Parameters that know how they are cut over the tensor group and how they start.
+"""Parameters with a spec: full shape, sharding over the tensor-parallel group, initialization.
 
-A parameter's spec is its layout-free description. From it follow the start values (a function of seed and
-name alone, so that every layout starts from the same model), the part that a rank holds, and the way back
-from the parts to the whole for checkpoints that any layout can read.
+The spec does not depend on the layout, except for padding. From it follow the initial values (a function of seed and
+name alone, so that every layout starts from the same model), the shard that a rank holds, and the full tensor that
+shards of any layout join to.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from megatron_doremi.parallel.groups import TensorGroup
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """A parameter of the whole model.
+    """A parameter of the unsharded model.
 
     Attributes:
-        shape: shape of the whole parameter.
-        dim: dimension cut over the tensor group, or None where every rank holds all of it.
-        blocks: the cut dimension is this many equal blocks, each cut by itself (2 for a fused gate and up
-            projection, so that each rank gets its part of both).
-        padded: length of the cut dimension with padding; the padding is zero and not part of the model.
-        std: standard deviation of the start values; 0 for constants.
-        constant: start value where std is 0.
+        shape: of the full tensor, without padding.
+        dim: the dimension that is sharded over the tensor-parallel group; None if the parameter is replicated.
+        blocks: the sharded dimension consists of this many equal blocks, each sharded separately (2 for a fused gate
+            and up projection, so that each rank gets a shard of both).
+        padded: length of the sharded dimension with padding, which is zero and not part of the model; 0: no padding.
+        std: standard deviation of the initial values; 0: they are `constant`.
+        constant: the initial value where std is 0.
     """
 
     shape: tuple[int, ...]
@@ -40,16 +40,16 @@ class ParameterSpec:
 
     @property
     def padded_length(self) -> int:
-        """Length of the cut dimension, with padding."""
+        """Length of the sharded dimension, with padding."""
         assert self.dim is not None
         return self.padded or self.shape[self.dim]
 
     def is_same_parameter(self, other: ParameterSpec) -> bool:
-        """Whether the other describes the same parameter; its padding depends on the layout."""
+        """Whether both describe the same parameter of a model; padding, which depends on the layout, is ignored."""
         return (self.shape, self.dim, self.blocks) == (other.shape, other.dim, other.blocks)
 
     def local_shape(self, size: int) -> tuple[int, ...]:
-        """Shape of one rank's part."""
+        """Shape of the shard of one of `size` ranks."""
         if self.dim is None:
             return self.shape
         assert self.padded_length % (size * self.blocks) == 0, (self, size)
@@ -59,7 +59,7 @@ class ParameterSpec:
 
 
 def make_parameter(spec: ParameterSpec, tp_group: TensorGroup) -> nn.Parameter:
-    """An uninitialized parameter that holds this rank's part of `spec`."""
+    """An uninitialized parameter that holds this rank's shard of `spec`."""
     parameter = nn.Parameter(torch.empty(spec.local_shape(tp_group.size)))
     parameter.spec = spec  # type: ignore[attr-defined]
     return parameter
@@ -83,17 +83,17 @@ def shard(full: Tensor, spec: ParameterSpec, size: int, rank: int) -> Tensor:
     return torch.cat(parts, dim=spec.dim) if len(parts) > 1 else parts[0]
 
 
-def unshard(parts: Sequence[Tensor], spec: ParameterSpec) -> Tensor:
-    """The whole parameter from the parts of all ranks, in order; padding is dropped."""
+def unshard(shards: Sequence[Tensor], spec: ParameterSpec) -> Tensor:
+    """The full tensor, without padding, from the shards of all ranks in order."""
     if spec.dim is None:
-        return parts[0]
-    cut = [part.chunk(spec.blocks, dim=spec.dim) for part in parts]
-    blocks = [torch.cat([part[block] for part in cut], dim=spec.dim) for block in range(spec.blocks)]
+        return shards[0]
+    split = [each.chunk(spec.blocks, dim=spec.dim) for each in shards]
+    blocks = [torch.cat([each[block] for each in split], dim=spec.dim) for block in range(spec.blocks)]
     return torch.cat(blocks, dim=spec.dim).narrow(spec.dim, 0, spec.shape[spec.dim])
 
 
 def initial_values(spec: ParameterSpec, name: str, seed: int) -> Tensor:
-    """The whole parameter at the start of training, float32: a function of seed and name alone."""
+    """The full tensor at the start of training, float32, as a function of seed and name alone."""
     if spec.std == 0.0:
         return torch.full(spec.shape, spec.constant)
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
@@ -103,7 +103,7 @@ def initial_values(spec: ParameterSpec, name: str, seed: int) -> Tensor:
 
 @torch.no_grad()
 def initialize(module: nn.Module, prefix: str, seed: int, tp_group: TensorGroup) -> None:
-    """Fills the parameters of a layer, whose name in the model is `prefix`, with this rank's start values."""
+    """Fills the parameters of the layer named `prefix` with this rank's shards of their initial values."""
     for name, parameter in module.named_parameters():
         spec = spec_of(parameter)
         parameter.copy_(shard(initial_values(spec, f"{prefix}.{name}", seed), spec, tp_group.size, tp_group.rank))

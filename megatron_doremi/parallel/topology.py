@@ -1,4 +1,4 @@
-"""Which rank does what: arithmetic over (pipe, data, tensor) coordinates, without any process group.
+"""The coordinates (pipe, data, tensor) of ranks: arithmetic only, without process groups.
 
 Tensor is the fastest axis, then data, then pipe: ranks of a tensor group are neighbors, as in Megatron-LM.
 """
@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Topology:
-    """The layout of a run and one rank's place in it.
+    """The layout of a run and the coordinates of one rank.
 
     Attributes:
-        pipe_size, data_size, tensor_size: pipeline stages, model replicas, ranks that share a layer.
-        rank: this process among all of them.
+        pipe_size, data_size, tensor_size: pipeline stages, model replicas, ranks over which a layer is sharded.
+        rank: global rank of this process.
     """
 
     pipe_size: int = 1
@@ -55,11 +55,11 @@ class Topology:
         return (pipe * self.data_size + data) * self.tensor_size + tensor
 
     def neighbor(self, stages: int) -> int:
-        """The rank `stages` further down the pipe (negative: up), at the same data and tensor coordinates."""
+        """The rank `stages` stages later in the pipeline (negative: earlier), same data and tensor rank."""
         return self.rank_at(self.pipe_rank + stages, self.data_rank, self.tensor_rank)
 
     def loss_rank(self) -> int:
-        """The one rank of this replica that speaks for its losses: last stage, first of the tensor group."""
+        """The rank of this replica that reports its losses: last stage, first tensor rank."""
         return self.rank_at(self.pipe_size - 1, self.data_rank, 0)
 
 
@@ -67,7 +67,7 @@ def stage_bounds(num_blocks: int, pipe_size: int, before: int, after: int) -> li
     """Splits the layers [`before` layers, blocks, `after` layers] into `pipe_size` consecutive stages.
 
     Blocks are spread evenly; the layers before them go to the first stage and those after them to the last,
-    so where the blocks do not divide, stages in the middle take the rest.
+    so the stages in the middle take the remainder.
 
     Returns:
         pipe_size + 1 bounds: stage s holds the layers bounds[s] to bounds[s + 1] - 1.
