@@ -92,7 +92,7 @@ class GPTModel(NamedLayers, nn.Module):
         return self(x, targets)
 
 
-# A rank's part of the GPT, in stages or whole.
+# The part of the GPT that a rank holds.
 GPT = GPTPipeline | GPTModel
 
 

@@ -1,4 +1,4 @@
-"""Small values between ranks, as JSON: nothing that arrives from a peer is unpickled."""
+"""Exchange of small values between ranks, as JSON: nothing from a peer is unpickled."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from megatron_doremi.errors import ConfigError, RunError, error_of, error_text
 
 
 def gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """Every rank's value, in the order of ranks of the group; a collective call.
+    """The values of all ranks of a group, in their order; a collective call.
 
     Args:
-        value: anything that JSON takes; it comes back as JSON gives it (tuples as lists).
+        value: anything that JSON can represent; returned as JSON decodes it (tuples as lists).
         group: None: all ranks.
     """
-    own = _encode(value)
+    encoded = _encode(value)
     size = dist.get_world_size(group)
     if size == 1:
-        return [_decode(own)]
-    length = torch.tensor([len(own)], device=own.device)
+        return [_decode(encoded)]
+    length = torch.tensor([len(encoded)], device=encoded.device)
     lengths = [torch.empty_like(length) for _ in range(size)]
     dist.all_gather(lengths, length, group=group)
     longest = int(torch.stack(lengths).max())
-    padded = torch.zeros(longest, dtype=torch.uint8, device=own.device)
-    padded[: len(own)] = own
-    everyone = [torch.empty_like(padded) for _ in range(size)]
-    dist.all_gather(everyone, padded, group=group)
-    return [_decode(part[: int(count)]) for part, count in zip(everyone, lengths, strict=True)]
+    padded = torch.zeros(longest, dtype=torch.uint8, device=encoded.device)
+    padded[: len(encoded)] = encoded
+    gathered = [torch.empty_like(padded) for _ in range(size)]
+    dist.all_gather(gathered, padded, group=group)
+    return [_decode(part[: int(count)]) for part, count in zip(gathered, lengths, strict=True)]
 
 
 def broadcast_json(value: Any, source: int = 0, group: dist.ProcessGroup | None = None) -> Any:
@@ -43,12 +43,14 @@ def broadcast_json(value: Any, source: int = 0, group: dist.ProcessGroup | None 
         source: global rank.
         group: None: all ranks.
     """
-    own = _encode(value if dist.get_rank() == source else None)
+    encoded = _encode(value if dist.get_rank() == source else None)
     if dist.get_world_size(group) == 1:
-        return _decode(own)
-    length = torch.tensor([len(own)], device=own.device)
+        return _decode(encoded)
+    length = torch.tensor([len(encoded)], device=encoded.device)
     dist.broadcast(length, source, group=group)
-    buffer = own if dist.get_rank() == source else torch.empty(int(length), dtype=torch.uint8, device=own.device)
+    buffer = (
+        encoded if dist.get_rank() == source else torch.empty(int(length), dtype=torch.uint8, device=encoded.device)
+    )
     dist.broadcast(buffer, source, group=group)
     return _decode(buffer)
 
@@ -57,7 +59,7 @@ def from_rank_0(work: Callable[[], Any]) -> Any:
     """What `work` returns on rank 0, on every rank; a collective call.
 
     Args:
-        work: called on rank 0 only; returns anything that JSON takes.
+        work: called on rank 0 only; returns anything that JSON can represent.
 
     Raises:
         ConfigError: on every rank, where `work` raises one.

@@ -1,4 +1,4 @@
-"""A frozen model is loaded without drawing the start values that its weights replace.
+"""A frozen model is loaded without drawing the initial values that its weights replace.
 
 Run alone: python -m pytest tests/model/test_load_frozen.py
 """
@@ -31,7 +31,7 @@ def load(launch, gpt, folder):
     torch.distributed.barrier()
 
     def drawn(*arguments):
-        raise AssertionError("start values were drawn")
+        raise AssertionError("initial values were drawn")
 
     parameters.initial_values = drawn
     frozen = load_frozen(gpt, folder, context, torch.float32)
@@ -40,7 +40,7 @@ def load(launch, gpt, folder):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_no_start_value_is_drawn(variant, tmp_path):
+def test_no_initial_value_is_drawn(variant, tmp_path):
     """With 53 ids padded to 56 rows, so that padding is filled too."""
     for world in (1, 2):
         folder = Path(tmp_path / str(world))

@@ -1,4 +1,4 @@
-"""Parameters: start values by name, cutting and joining at any number of ranks.
+"""Parameters: initial values by name, sharding and unsharding at any number of ranks.
 
 Run alone: python -m pytest tests/parallel/test_parameters.py
 """
