@@ -138,6 +138,6 @@ def step_of(place: Place, engine: Any, batches: Sequence[Any]) -> Callable[[], N
     targets = torch.ones(8, dtype=torch.float64).to(engine.device)
 
     def before_step(norm: Tensor | None) -> None:
-        reduce_flags(engine.objective.local_sums, norm, 0, False, False)
+        reduce_flags(engine.objective.current.stats.stack(), norm, 0, False, False)
 
     return lambda: engine.train_step(batches, targets, before_step)
