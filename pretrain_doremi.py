@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from megatron_doremi.cluster.signals import EXIT_STOPPED, Signals
 from megatron_doremi.errors import (
@@ -30,8 +30,8 @@ from megatron_doremi.errors import (
 )
 
 if TYPE_CHECKING:
+    from megatron_doremi.cluster.control import RunControl
     from megatron_doremi.cluster.launch import Launch
-    from megatron_doremi.cluster.preemption import StopRequest
     from megatron_doremi.cluster.rendezvous import Rendezvous
     from megatron_doremi.cluster.run_lock import HeldLock
     from megatron_doremi.cluster.watchdog import Watchdog
@@ -144,6 +144,7 @@ def run_phase(
     Args:
         held: takes the lock of the run's folder.
     """
+    from megatron_doremi.cluster.control import RunControl
     from megatron_doremi.cluster.error_report import raise_faults_of_all_ranks
     from megatron_doremi.cluster.preemption import StopRequest
     from megatron_doremi.cluster.process_group import any_rank, device_faults, join_group
@@ -151,10 +152,9 @@ def run_phase(
     from megatron_doremi.data.manifest import print_warnings
     from megatron_doremi.parallel.context import make_context
     from megatron_doremi.parallel.exchange import from_rank_0
-    from megatron_doremi.phases import setup
     from megatron_doremi.phases.evaluate import evaluate_run
     from megatron_doremi.phases.identity import check_ranks_start_alike
-    from megatron_doremi.phases.inputs import open_inputs
+    from megatron_doremi.phases.inputs import open_inputs, what_is_read
     from megatron_doremi.phases.output_checks import check_outputs
     from megatron_doremi.phases.score import check_reference_losses, reference_hash, score
     from megatron_doremi.settings import EVALUATE, SCORE, TRAINING
@@ -166,29 +166,29 @@ def run_phase(
     except ConfigError as error:
         faults += error.faults
     try:
-        inputs = open_inputs(config, topology.world_size)
+        inputs = open_inputs(config, topology)
     except ConfigError as error:
         faults += error.faults
     raise_faults_of_all_ranks(rendezvous, faults, 60.0 * minutes)
     assert inputs is not None
     assert stop is not None
-    data = inputs.data
+    data, control = inputs.data, RunControl(stop, watchdog, rendezvous.store)
     if topology.rank == 0:
         print_warnings(data.manifest)
     device = join_group(rendezvous, minutes)
-    check_ranks_start_alike(config, setup.what_is_read(data, inputs.reference, inputs.reference_losses))
+    check_ranks_start_alike(config, what_is_read(inputs))
     context = make_context(topology, device, config.parallel.sequence_parallel)
     reference_sha256 = None
     if phase in TRAINING:
         # Where the mixture samples by what it learns, a missing window is found when it is read.
         if inputs.reference_losses is not None and inputs.controller.samples_ahead:
-            check_reference_losses(inputs.reference_losses, config, data, topology, rendezvous.store, watchdog)
+            check_reference_losses(inputs.reference_losses, inputs.plan, rendezvous.store, watchdog)
         reference_sha256 = reference_hash(inputs.reference, inputs.reference_losses, topology, watchdog)
     # Nothing is written before all that is read has been checked.
     from_rank_0(lambda: check_outputs(config, inputs.controller.learns))
     if phase == EVALUATE:
         assert inputs.reference is not None
-        evaluate_run(config, data, inputs.reference, context, watchdog)
+        evaluate_run(inputs.plan, data, inputs.reference, context, watchdog)
         return False
     kind = f"shard-{config.doremi.shard}" if phase == SCORE else "run"
     lock = held.enter_context(
@@ -203,8 +203,8 @@ def run_phase(
         assert inputs.reference is not None
         if any_rank(signals.begin(), device):
             return True
-        return score(config, data, inputs.reference, context, stop, watchdog, rendezvous.store)
-    trainer = make_trainer(config, inputs, reference_sha256, context, stop, watchdog, lock)
+        return score(inputs.plan, data, inputs.reference, context, control)
+    trainer = make_trainer(inputs, reference_sha256, context, control, lock)
     # Before the lock is released: its thread may be publishing.
     held.callback(trainer.checkpoints.close)
     # From here on there is something to save. Ranks that were asked before are followed by those that were not.
@@ -214,13 +214,7 @@ def run_phase(
 
 
 def make_trainer(
-    config: Config,
-    inputs: Inputs,
-    reference_sha256: str | None,
-    context: ParallelContext,
-    stop: StopRequest,
-    watchdog: Watchdog,
-    lock: HeldLock,
+    inputs: Inputs, reference_sha256: str | None, context: ParallelContext, control: RunControl, lock: HeldLock
 ) -> Trainer:
     """Tidies the run's folder, finds where the run resumes, writes its config.json and builds it."""
     from megatron_doremi.checkpoint.publishing import clear_leftovers
@@ -228,61 +222,38 @@ def make_trainer(
     from megatron_doremi.engine.build import make_engine
     from megatron_doremi.mixture.controllers import make_objective
     from megatron_doremi.parallel.exchange import from_rank_0
-    from megatron_doremi.phases import setup
-    from megatron_doremi.phases.identity import run_identity
+    from megatron_doremi.phases.identity import run_identity, write_run_config
     from megatron_doremi.phases.resume import resume_point
     from megatron_doremi.phases.train import Trainer
+    from megatron_doremi.phases.trained_run import make_reference
 
-    data, topology = inputs.data, context.topology
-    gpt = setup.resolve_gpt(config, data)
-    identity = run_identity(config, gpt, data, inputs.controller, topology.world_size, reference_sha256)
+    plan = inputs.plan
+    identity = run_identity(plan, inputs.data, inputs.controller, reference_sha256)
     # It may bring back the newest checkpoint.
-    from_rank_0(lambda: clear_leftovers(Path(config.run.save)))
-    resume = resume_point(
-        config, identity, data.names, inputs.controller, topology, lambda: watchdog.mark("reading a checkpoint")
-    )
-    own: dict[str, Any] = {"identity": identity, "overrides": list(resume.overrides) if resume else []}
-    from_rank_0(lambda: setup.write_run_config(config, gpt, data, topology, **own))
-    if topology.rank == 0 and inputs.repeated:
+    from_rank_0(lambda: clear_leftovers(Path(plan.config.run.save)))
+    resume = resume_point(plan, identity, inputs.controller, lambda: control.watchdog.mark("reading a checkpoint"))
+    overrides = resume.overrides if resume else ()
+    from_rank_0(lambda: write_run_config(plan, inputs.data, identity, overrides))
+    if context.topology.rank == 0 and inputs.repeated:
         say(inputs.repeated)
-    objective = make_objective(config, inputs.controller, data.weights, context)
-    engine = make_engine(config, gpt, objective, context)
-    reference = setup.make_reference(config, inputs.reference, context)
-    return Trainer(
-        config,
-        gpt,
-        data,
-        engine,
-        inputs.controller,
-        reference,
-        inputs.reference_losses,
-        own,
-        resume,
-        context,
-        stop,
-        watchdog,
-        lock,
-    )
+    engine = make_engine(plan, make_objective(plan, inputs.controller, context), context)
+    reference = make_reference(plan, inputs.reference, context)
+    return Trainer(inputs, identity, resume, engine, reference, context, control, lock)
 
 
 def dry_run(config: Config, topology: Topology) -> None:
     """Prints the resolved configuration and what a rank gets; touches no other process."""
     from megatron_doremi.console import say
     from megatron_doremi.data.manifest import print_warnings
-    from megatron_doremi.phases import setup
     from megatron_doremi.phases.inputs import open_inputs
     from megatron_doremi.planning.memory import describe_run
-    from megatron_doremi.settings import TRAINING
 
-    inputs = open_inputs(config, topology.world_size)
-    data, repeated = inputs.data, inputs.repeated
+    inputs = open_inputs(config, topology)
     if topology.rank == 0:
-        print_warnings(data.manifest)
-        loaded = inputs.reference
-        gpt = setup.resolve_gpt(config, data) if config.data.phase in TRAINING or loaded is None else loaded.gpt
-        print(describe_run(config, gpt, topology, inputs.controller.before_backward))
-        if repeated:
-            say(repeated)
+        print_warnings(inputs.data.manifest)
+        print(describe_run(inputs.plan, inputs.controller.before_backward))
+        if inputs.repeated:
+            say(inputs.repeated)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ from megatron_doremi.engine.engines import TrainingEngine
 from megatron_doremi.mixture.controllers import make_controller, make_objective
 from megatron_doremi.parallel.context import make_context
 from megatron_doremi.parallel.topology import Topology
+from megatron_doremi.plan import make_plan
 
 
 def parse() -> argparse.Namespace:
@@ -75,8 +76,9 @@ def main() -> None:
     topology = Topology(args.pipe, data_parallel_size(config.parallel, launch.world_size), args.tensor, launch.rank)
     context = make_context(topology, join(launch)[0])
     gpt, sampling = gpt_config(config.model, args.seq, args.vocab), np.full(DOMAINS, 1 / DOMAINS)
-    objective = make_objective(config, make_controller(config, sampling), sampling, context)
-    engine = make_engine(config, gpt, objective, context)
+    names = tuple(f"domain {number}" for number in range(DOMAINS))
+    plan = make_plan(config, topology, gpt, names, (1,) * DOMAINS, sampling)
+    engine = make_engine(plan, make_objective(plan, make_controller(plan), context), context)
     batches = random_batches(args, seed=topology.data_rank)
     checkpointer = Checkpointer(args.output_dir, 1, topology)
     iteration = 0

@@ -64,6 +64,7 @@ from megatron_doremi.model.pipeline import GPTPipeline
 from megatron_doremi.parallel.context import ParallelContext, make_context
 from megatron_doremi.parallel.exchange import broadcast_json
 from megatron_doremi.parallel.topology import Topology
+from megatron_doremi.plan import make_plan
 from megatron_doremi.settings import MAIN, PROXY
 
 DOMAINS = 8
@@ -180,8 +181,8 @@ def run(
         chosen = replace(
             config, data=replace(config.data, phase=phase), doremi=replace(config.doremi, doremi_update=update)
         )
-        objective = make_objective(chosen, make_controller(chosen, sampling), sampling, context)
-        return make_engine(chosen, gpt, objective, context)
+        plan = make_plan(chosen, topology, gpt, NAMES, (1,) * DOMAINS, sampling)
+        return make_engine(plan, make_objective(plan, make_controller(plan), context), context)
 
     plain, given, online = build(MAIN), build(PROXY), build(PROXY)
     simultaneous = build(PROXY, "simultaneous")

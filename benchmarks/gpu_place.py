@@ -97,6 +97,7 @@ def make(
     from megatron_doremi.data.loader import MicroBatch
     from megatron_doremi.engine.build import make_engine
     from megatron_doremi.mixture.controllers import make_controller, make_objective
+    from megatron_doremi.plan import make_plan
 
     context = context or single(place)
     if place.cpu:
@@ -116,9 +117,9 @@ def make(
         RunConfig(),
     )
     gpt = gpt_config(model, seq, vocab)
-    weights = np.full(8, 1 / 8)
-    objective = make_objective(config, make_controller(config, weights), weights, context)
-    engine = make_engine(config, gpt, objective, context)
+    names = tuple(f"domain {number}" for number in range(8))
+    plan = make_plan(config, context.topology, gpt, names, (1,) * 8, np.full(8, 1 / 8))
+    engine = make_engine(plan, make_objective(plan, make_controller(plan), context), context)
     generator = torch.Generator().manual_seed(1)
     batches = []
     for number in range(count):

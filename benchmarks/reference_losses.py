@@ -35,14 +35,16 @@ from startup import resident_mebibytes, write_sparse_domains
 
 from megatron_doremi.arguments import parse_config
 from megatron_doremi.config import Config
-from megatron_doremi.data.blend import Blend, BlendState, window_count
+from megatron_doremi.data.blend import BlendState
 from megatron_doremi.data.loader import Step, steps
 from megatron_doremi.data.reference_loss_file import CHUNK_WINDOWS, chunk_path, row_checksum, unpack
 from megatron_doremi.data.reference_losses import ReferenceLosses, ScoresFile
 from megatron_doremi.parallel.topology import Topology
+from megatron_doremi.phases.inputs import plan_run
 from megatron_doremi.phases.metrics_file import MetricsFile
+from megatron_doremi.phases.run_data import RunData, open_data
 from megatron_doremi.phases.score import check_reference_losses, data_fingerprint, open_reference_losses, windows_needed
-from megatron_doremi.phases.setup import RunData, open_data
+from megatron_doremi.plan import RunPlan
 
 SEQ, BATCH = 1024, 512
 TOKENS = 300e9
@@ -88,9 +90,9 @@ def proxy_of(folder: Path, train_iters: int, *flags: str) -> tuple[Config, RunDa
     return config, open_data(config, training=True)
 
 
-def blend_of(data: RunData, seed: int) -> Blend:
-    """The blend of a proxy on this data."""
-    return Blend(data.names, tuple(window_count(d.num_tokens, SEQ) for d in data.train), BATCH, seed)
+def plan_of(config: Config, data: RunData) -> RunPlan:
+    """The plan of a proxy of one rank."""
+    return plan_run(config, Topology(), data)
 
 
 def row_of(domain: int, window: int) -> NDArray[np.uint16]:
@@ -105,7 +107,7 @@ def write_losses(folder: Path, config: Config, data: RunData, first_steps: int =
         the number of files.
     """
     shown: dict[tuple[int, int], set[int]] = {}
-    blend, state = blend_of(data, config.data.seed), BlendState.start(len(data.names))
+    blend, state = plan_of(config, data).blend, BlendState.start(len(data.names))
     for _ in range(first_steps):
         batch, state = blend.next_batch(state, data.weights)
         for domain, window in zip(batch.domains.tolist(), batch.windows.tolist(), strict=True):
@@ -114,7 +116,7 @@ def write_losses(folder: Path, config: Config, data: RunData, first_steps: int =
     (folder / "losses").mkdir(parents=True)
     (folder / "scores.json").write_text(json.dumps({**entry, "reference": "0" * 64, "reference_iteration": 1}))
     count, empty = 0, bytes(2 * SEQ)
-    for domain, chunks in enumerate(windows_needed(config, data, 1)):
+    for domain, chunks in enumerate(windows_needed(plan_of(config, data))):
         chunk_path(folder, domain, 0).parent.mkdir()
         for chunk, bits in chunks:
             windows = (chunk * CHUNK_WINDOWS + np.flatnonzero(unpack(bits))).tolist()
@@ -159,13 +161,13 @@ class Marks:
 def check(reference_losses: ReferenceLosses, config: Config, data: RunData) -> int:
     """What a proxy checks before it builds anything; returns the signs of progress that it gave."""
     marks: Any = Marks()
-    check_reference_losses(reference_losses, config, data, Topology(), dist.HashStore(), marks)
+    check_reference_losses(reference_losses, plan_of(config, data), dist.HashStore(), marks)
     return int(marks.count)
 
 
 def first_steps(reference_losses: ReferenceLosses, config: Config, data: RunData) -> Iterator[Step]:
     """Steps as the training loop of the only rank reads them."""
-    blend, state = blend_of(data, config.data.seed), BlendState.start(len(data.names))
+    blend, state = plan_of(config, data).blend, BlendState.start(len(data.names))
     return steps(
         blend,
         data.train,

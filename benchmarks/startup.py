@@ -27,10 +27,12 @@ os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
 import numpy as np
 
 from megatron_doremi.arguments import parse_config
-from megatron_doremi.data.blend import Blend, BlendState, window_count
+from megatron_doremi.data.blend import BlendState
 from megatron_doremi.data.loader import Step, steps
 from megatron_doremi.data.manifest import MANIFEST_FORMAT
-from megatron_doremi.phases.setup import open_data
+from megatron_doremi.parallel.topology import Topology
+from megatron_doremi.phases.inputs import plan_run
+from megatron_doremi.phases.run_data import open_data
 
 TOKENS_A_DOCUMENT = 1000
 # An index of no more is read as a whole when it is opened.
@@ -103,8 +105,7 @@ def first_batch(manifest: Path, batch: int = 512, seq_length: int = 1024) -> Sta
     before, began = resident_mebibytes(), time.perf_counter()
     config = parse_config([*argv.split(), "--domains", str(manifest), "--seq-length", str(seq_length)], world_size=1)
     data = open_data(config, training=True)
-    counts = tuple(window_count(dataset.num_tokens, seq_length) for dataset in data.train)
-    blend, state = Blend(data.names, counts, batch, config.data.seed), BlendState.start(len(counts))
+    blend, state = plan_run(config, Topology(), data).blend, BlendState.start(len(data.names))
     reader = steps(blend, data.train, lambda step: data.weights, state, seq_length, 8, 0, 1, reads=True, ahead=False)
     step = next(reader)
     return Start(step, time.perf_counter() - began, resident_mebibytes() - before)

@@ -372,15 +372,3 @@ def gpt_config(model: ModelConfig, seq_length: int, vocab_size: int) -> GPTConfi
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
     """Replicas of the model on `world_size` ranks."""
     return world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
-
-
-def global_batch_size(config: Config, world_size: int) -> int:
-    """Windows in one step: as given, or one micro-batch a data-parallel rank."""
-    default = config.data.micro_batch_size * data_parallel_size(config.parallel, world_size)
-    return config.data.global_batch_size or default
-
-
-def micro_batches_per_step(config: Config, world_size: int) -> int:
-    """Forward passes of one rank in one step."""
-    per_pass = config.data.micro_batch_size * data_parallel_size(config.parallel, world_size)
-    return global_batch_size(config, world_size) // per_pass

@@ -43,9 +43,11 @@ def build_engine(config, gpt, weights, context):
     """The engine of a run that samples domains by [k] `weights`, under the controller that its flags choose."""
     from megatron_doremi.engine.build import make_engine
     from megatron_doremi.mixture.controllers import make_controller, make_objective
+    from megatron_doremi.plan import make_plan
 
-    objective = make_objective(config, make_controller(config, weights), weights, context)
-    return make_engine(config, gpt, objective, context)
+    names = tuple(f"domain {number}" for number in range(len(weights)))
+    plan = make_plan(config, context.topology, gpt, names, (1,) * len(weights), weights)
+    return make_engine(plan, make_objective(plan, make_controller(plan), context), context)
 
 
 def read_parameters(engine, read=lambda parameter: parameter.detach()):

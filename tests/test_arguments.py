@@ -14,11 +14,10 @@ from megatron_doremi.arguments import build_parser, parse_config
 from megatron_doremi.config import (
     PAPER_SHAPES,
     data_parallel_size,
-    global_batch_size,
     gpt_config,
-    micro_batches_per_step,
 )
 from megatron_doremi.errors import ConfigError
+from megatron_doremi.plan import batch_sizes
 
 GOOD = (
     "--phase main --domains d.json --save out --train-iters 10 --num-layers 4 --hidden-size 64 --num-attention-heads 4"
@@ -32,8 +31,7 @@ def parse(extra: str = "", world_size: int = 1, base: str = GOOD):
 def test_defaults_and_derived_sizes():
     config = parse("--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --micro-batch-size 3", 8)
     assert data_parallel_size(config.parallel, 8) == 2
-    assert global_batch_size(config, 8) == 6
-    assert micro_batches_per_step(config, 8) == 1
+    assert batch_sizes(config, 2) == (6, 1)
     gpt = gpt_config(config.model, 1024, 50_000)
     assert (gpt.ffn_hidden_size, gpt.kv_channels, gpt.num_query_groups) == (256, 16, 4)
     assert gpt.tied_embeddings
@@ -41,7 +39,7 @@ def test_defaults_and_derived_sizes():
 
 
 def test_micro_batches():
-    assert micro_batches_per_step(parse("--global-batch-size 48 --micro-batch-size 4", 3), 3) == 4
+    assert batch_sizes(parse("--global-batch-size 48 --micro-batch-size 4", 3), 3) == (48, 4)
 
 
 @pytest.mark.parametrize("name", PAPER_SHAPES)

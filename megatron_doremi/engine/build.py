@@ -6,13 +6,11 @@ import logging
 from dataclasses import dataclass
 
 import deepspeed
-import torch
 import torch.distributed as dist
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.utils import logger as deepspeed_logger
 from torch import nn
 
-from megatron_doremi.config import Config, GPTConfig
 from megatron_doremi.engine.deepspeed_config import deepspeed_config
 from megatron_doremi.engine.engines import PipelinedEngine, TrainingEngine, ZeroEngine
 from megatron_doremi.engine.optimizer import make_optimizer
@@ -21,6 +19,7 @@ from megatron_doremi.model.pipeline import GPTPipeline
 from megatron_doremi.model.sizes import parameters_by_layer
 from megatron_doremi.model.unpipelined import GPT, GPTModel
 from megatron_doremi.parallel.context import ParallelContext
+from megatron_doremi.plan import RunPlan
 
 
 @dataclass(frozen=True)
@@ -48,21 +47,16 @@ class Layout:
         return self.context.topology.tensor_rank
 
 
-def make_engine(
-    config: Config,
-    gpt: GPTConfig,
-    objective: Objective,
-    context: ParallelContext,
-) -> TrainingEngine:
+def make_engine(plan: RunPlan, objective: Objective, context: ParallelContext) -> TrainingEngine:
     """Builds this rank's part of the model and the DeepSpeed engine that trains it.
 
     Args:
         objective: what it descends.
     """
     deepspeed_logger.setLevel(logging.WARNING)
-    parallel, topology = config.parallel, context.topology
-    parameters = sum(parameters_by_layer(gpt, topology.tensor_size))
-    entry = deepspeed_config(config, gpt.hidden_size, parameters, topology.world_size)
+    config, gpt, parallel = plan.config, plan.gpt, plan.config.parallel
+    parameters = sum(parameters_by_layer(gpt, context.topology.tensor_size))
+    entry = deepspeed_config(plan, parameters)
     model = (gpt, context, config.data.seed, parallel.recompute_granularity, parallel.loss_chunk_tokens)
     module: GPT
     kind: type[TrainingEngine]
@@ -74,9 +68,8 @@ def make_engine(
 
         def partition(layer: nn.Module) -> None:
             # `dtype` below is for parameters that are yet to be made; those that are there keep their own.
-            dtype = torch.bfloat16 if config.optimizer.bf16 else torch.float32
-            layer.to(dtype)
-            deepspeed.zero.Init(layer, context.groups.data, config_dict_or_path=entry, dtype=dtype, mpu=mpu)
+            layer.to(plan.dtype)
+            deepspeed.zero.Init(layer, context.groups.data, config_dict_or_path=entry, dtype=plan.dtype, mpu=mpu)
 
         module = GPTModel(*model, partition=partition if parallel.zero_stage == 3 else None)
     return kind(

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_doremi.config import Config, global_batch_size, micro_batches_per_step
+from megatron_doremi.config import Config
+from megatron_doremi.plan import RunPlan
 
 
-def deepspeed_config(config: Config, hidden_size: int, parameters: int, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's dictionary for a run on `world_size` ranks.
+def deepspeed_config(plan: RunPlan, parameters: int) -> dict[str, Any]:
+    """DeepSpeed's dictionary for a run.
 
     Args:
-        hidden_size: the model's width.
         parameters: of the model on a rank, before ZeRO 3 cuts them.
     """
+    config = plan.config
     result: dict[str, Any] = {
-        "train_batch_size": global_batch_size(config, world_size),
+        "train_batch_size": plan.global_batch_size,
         "train_micro_batch_size_per_gpu": config.data.micro_batch_size,
-        "gradient_accumulation_steps": micro_batches_per_step(config, world_size),
+        "gradient_accumulation_steps": plan.micro_batches,
         # Our loop logs; DeepSpeed's own report would cost a synchronization.
         "steps_per_print": None,
         "wall_clock_breakdown": False,
         # It would wait for the device at each forward pass and step.
         "timers": {"throughput": {"enabled": False}},
-        "zero_optimization": _zero(config, hidden_size, parameters),
+        "zero_optimization": _zero(config, plan.gpt.hidden_size, parameters),
         "gradient_clipping": config.optimizer.clip_grad if config.parallel.zero_stage else 0.0,
         # Reentrant checkpointing cuts a first stage, whose inputs are integers, off the graph. "Partitioned"
         # sends assume that tensor ranks hold the same activations, which with sequence parallel they do not.

@@ -17,6 +17,7 @@ from megatron_doremi.mixture.group_dro import GroupDRO
 from megatron_doremi.mixture.objective import MeanObjective, Objective, WeightedObjective
 from megatron_doremi.mixture.static import StaticMixture
 from megatron_doremi.parallel.context import ParallelContext
+from megatron_doremi.plan import RunPlan
 from megatron_doremi.settings import PROXY
 
 # Each makes a controller from the settings and the [k] weights of --domain-weights.
@@ -26,23 +27,15 @@ METHODS: dict[str, Callable[[Config, NDArray[np.float64]], MixtureController]] =
 }
 
 
-def make_controller(config: Config, weights: NDArray[np.float64]) -> MixtureController:
-    """What decides a run's mixture: Group DRO for a proxy, the given weights for every other phase.
-
-    Args:
-        weights: [k] sampling weights, sum 1.
-    """
-    return METHODS["doremi" if config.data.phase == PROXY else "static"](config, weights)
+def make_controller(plan: RunPlan) -> MixtureController:
+    """What decides a run's mixture: Group DRO for a proxy, the given weights for every other phase."""
+    method = "doremi" if plan.config.data.phase == PROXY else "static"
+    return METHODS[method](plan.config, plan.sampling_weights)
 
 
-def make_objective(
-    config: Config, controller: MixtureController, weights: NDArray[np.float64], context: ParallelContext
-) -> Objective:
-    """What a run descends under a controller.
-
-    Args:
-        weights: [k] sampling weights, sum 1.
-    """
+def make_objective(plan: RunPlan, controller: MixtureController, context: ParallelContext) -> Objective:
+    """What a run descends under a controller."""
     if not controller.learns:
-        return MeanObjective(len(weights), context)
-    return WeightedObjective(controller, torch.from_numpy(weights), context, config.doremi.doremi_normalization)
+        return MeanObjective(len(plan.names), context)
+    sampling, normalization = torch.from_numpy(plan.sampling_weights), plan.config.doremi.doremi_normalization
+    return WeightedObjective(controller, sampling, context, normalization)

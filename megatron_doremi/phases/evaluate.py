@@ -20,7 +20,6 @@ from torch import Tensor
 
 from megatron_doremi.checkpoint.weights import load_frozen
 from megatron_doremi.cluster.watchdog import Watchdog
-from megatron_doremi.config import Config
 from megatron_doremi.console import say
 from megatron_doremi.data.blend import GlobalBatch, window_count
 from megatron_doremi.data.indexed_dataset import IndexedDataset
@@ -34,8 +33,9 @@ from megatron_doremi.model.forward import forward_only
 from megatron_doremi.model.unpipelined import GPT
 from megatron_doremi.parallel.context import ParallelContext
 from megatron_doremi.parallel.exchange import from_rank_0, gather_json
+from megatron_doremi.phases.run_data import RunData
 from megatron_doremi.phases.score import weights_hash
-from megatron_doremi.phases.setup import RunData
+from megatron_doremi.plan import RunPlan
 from megatron_doremi.storage.files import AppendFile, make_folder
 
 EVALUATION_FORMAT = "megatron-doremi-evaluation/1"
@@ -172,7 +172,7 @@ def evaluation_entries(
 
 
 def evaluate_run(
-    config: Config,
+    plan: RunPlan,
     data: RunData,
     run: ReferenceRun,
     context: ParallelContext,
@@ -185,13 +185,13 @@ def evaluate_run(
     Raises:
         NonFinite: a held-out loss is NaN or Inf; nothing is recorded.
     """
+    config = plan.config
     data_config, save = config.data, Path(config.run.save) if config.run.save else None
     from_rank_0(lambda: weights_hash(run.weights, watchdog))
     if save is not None:
         # Tried before the work, not after it.
         from_rank_0(lambda: append_line(save, ""))
-    dtype = torch.bfloat16 if config.optimizer.bf16 else torch.float32
-    module = load_frozen(run.gpt, run.weights, context, dtype, config.parallel.loss_chunk_tokens)
+    module = load_frozen(run.gpt, run.weights, context, plan.dtype, config.parallel.loss_chunk_tokens)
     # In batches of the run itself: what is read depends neither on this layout nor on its batch.
     most = data_config.eval_iters * run.global_batch_size
     checkpoint = run.weights.parent

@@ -11,18 +11,22 @@ import json
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_doremi import __version__
-from megatron_doremi.config import Config, GPTConfig, global_batch_size
+from megatron_doremi.checkpoint.run_config import RunConfigFile
+from megatron_doremi.config import Config
 from megatron_doremi.engine.optimizer import learning_rate
 from megatron_doremi.errors import ConfigError, Fault
 from megatron_doremi.mixture.controller import MixtureController
 from megatron_doremi.parallel.exchange import gather_json
-from megatron_doremi.phases.setup import RunData
+from megatron_doremi.phases.run_data import RunData
+from megatron_doremi.plan import RunPlan
 from megatron_doremi.settings import PROXY
+from megatron_doremi.storage.files import atomic_write_text, make_folder
 
 # What the parameters and the order of windows hang on: nothing that was trained could be kept.
 FIXED = ("phase", "gpt", "domains", "tokenizer_sha256", "seq_length")
@@ -47,31 +51,25 @@ _REMEDIES = {
 Identity = dict[str, Any]
 
 
-def run_identity(
-    config: Config,
-    gpt: GPTConfig,
-    data: RunData,
-    controller: MixtureController,
-    world_size: int,
-    reference: str | None = None,
-) -> Identity:
+def run_identity(plan: RunPlan, data: RunData, controller: MixtureController, reference: str | None = None) -> Identity:
     """The identity of a training run.
 
     Args:
         controller: of the mixture; tells the settings of its method.
         reference: hash of the weights of a proxy's reference; None without one.
     """
+    config = plan.config
     identity: Identity = {
         "phase": config.data.phase,
-        "gpt": asdict(gpt),
+        "gpt": asdict(plan.gpt),
         "precision": "bfloat16" if config.optimizer.bf16 else "float32",
-        "domains": list(data.names),
+        "domains": list(plan.names),
         "tokenizer_sha256": data.tokenizer_sha256,
         "data_fingerprint": data.manifest.fingerprint(),
         "data_content": data.content,
-        "sampling_weights": dict(zip(data.names, data.weights.tolist(), strict=True)),
+        "sampling_weights": dict(zip(plan.names, plan.sampling_weights.tolist(), strict=True)),
         "seq_length": config.data.seq_length,
-        "global_batch_size": global_batch_size(config, world_size),
+        "global_batch_size": plan.global_batch_size,
         "seed": config.data.seed,
         "train_iters": config.data.train_iters,
         **{name: getattr(config.optimizer, name) for name in _OPTIMIZER},
@@ -81,6 +79,39 @@ def run_identity(
         online = config.doremi.reference_losses == "online"
         identity |= {"reference": reference, "reference_losses": "online" if online else "recorded"}
     return identity
+
+
+def write_run_config(
+    plan: RunPlan,
+    data: RunData,
+    identity: Mapping[str, Any],
+    overrides: Sequence[Mapping[str, Any]],
+) -> None:
+    """Writes SAVE/config.json: every resolved value of the run.
+
+    Args:
+        identity: of the run.
+        overrides: what of it was changed on purpose, at which iteration.
+    """
+    save = Path(plan.config.run.save)
+    make_folder(save, "--save")
+    entry = {
+        "format": RunConfigFile.FORMAT,
+        "program": f"megatron-doremi {__version__}",
+        "phase": plan.config.data.phase,
+        "gpt": asdict(plan.gpt),
+        "domains": list(plan.names),
+        "sampling_weights": dict(zip(plan.names, plan.sampling_weights.tolist(), strict=True)),
+        "tokenizer_sha256": data.tokenizer_sha256,
+        "data_fingerprint": data.manifest.fingerprint(),
+        "held_out_content": data.held_out_content,
+        "global_batch_size": plan.global_batch_size,
+        "topology": {k: v for k, v in asdict(plan.topology).items() if k != "rank"},
+        "identity": dict(identity),
+        "overrides": list(overrides),
+        "settings": plan.config.to_dict(),
+    }
+    atomic_write_text(save / "config.json", json.dumps(entry, indent=2) + "\n")
 
 
 def identity_hash(identity: Mapping[str, Any]) -> str:
@@ -158,7 +189,7 @@ def check_ranks_start_alike(config: Config, read: Mapping[str, Any]) -> None:
     """Compares what every rank is about to run: settings, files as it sees them, versions. A collective call.
 
     Args:
-        read: hashes of the files that this rank sees; of `what_is_read` in setup.py.
+        read: hashes of the files that this rank sees; of `what_is_read` in inputs.py.
 
     Raises:
         ConfigError: on every rank, naming the ranks that differ from most and what differs.

@@ -22,7 +22,6 @@ from megatron_doremi.data.blend import BlendState
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any
 from megatron_doremi.mixture.controller import ControllerState, MixtureController
 from megatron_doremi.parallel.exchange import from_rank_0
-from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.phases.identity import (
     Identity,
     differences,
@@ -30,6 +29,7 @@ from megatron_doremi.phases.identity import (
     override_faults,
     schedule_change,
 )
+from megatron_doremi.plan import RunPlan
 from megatron_doremi.storage.formats import Schema, check_entry
 
 
@@ -55,24 +55,22 @@ class ResumePoint:
 
 
 def resume_point(
-    config: Config,
+    plan: RunPlan,
     identity: Identity,
-    names: tuple[str, ...],
     controller: MixtureController,
-    topology: Topology,
     progress: Callable[[], None] = lambda: None,
 ) -> ResumePoint | None:
     """Where the run resumes; None where it starts. A collective call.
 
     Args:
         identity: of this run.
-        names: the domains.
         controller: of the mixture; names its state and says what it may hold.
         progress: called with each file of the checkpoint that is read.
 
     Raises:
         ConfigError: the checkpoint is of another run, with everything that differs, or is damaged.
     """
+    config, names, topology = plan.config, plan.names, plan.topology
     raise_if_any(override_faults(config.run.override_resume, identity))
     if not config.run.load:
         return None

@@ -21,12 +21,13 @@ from tqdm import tqdm
 
 from megatron_doremi.checkpoint.folder import read_state
 from megatron_doremi.checkpoint.weights import load_frozen
+from megatron_doremi.cluster.control import RunControl
 from megatron_doremi.cluster.preemption import KEEP_RUNNING, StopRequest
 from megatron_doremi.cluster.store_collectives import barrier_via_store, run_on_rank_0_via_store
 from megatron_doremi.cluster.watchdog import Watchdog
-from megatron_doremi.config import Config, global_batch_size
+from megatron_doremi.config import Config
 from megatron_doremi.console import say
-from megatron_doremi.data.blend import Blend, GlobalBatch, window_count
+from megatron_doremi.data.blend import GlobalBatch
 from megatron_doremi.data.loader import read_windows
 from megatron_doremi.data.reference_loss_file import (
     CHUNK_WINDOWS,
@@ -47,7 +48,8 @@ from megatron_doremi.parallel import exchange
 from megatron_doremi.parallel.context import ParallelContext
 from megatron_doremi.parallel.exchange import broadcast_json, gather_json
 from megatron_doremi.parallel.topology import Topology
-from megatron_doremi.phases.setup import RunData
+from megatron_doremi.phases.run_data import RunData
+from megatron_doremi.plan import RunPlan
 from megatron_doremi.storage.files import sha256_of
 
 # Windows whose numbers are computed at a time, and chunks whose files a replica looks at before it scores some.
@@ -100,37 +102,29 @@ def reference_hash(
     return str(exchange.from_rank_0(lambda: weights_hash(run.weights, watchdog)))
 
 
-def windows_needed(
-    config: Config, data: RunData, world_size: int, progress: Callable[[str], None] = lambda doing: None
-) -> Iterator[Chunks]:
+def windows_needed(plan: RunPlan, progress: Callable[[str], None] = lambda doing: None) -> Iterator[Chunks]:
     """The windows of each domain that a proxy with these settings reads, by chunk; all, without --train-iters.
 
     Quotas stay less than a window from a domain's share, so its count is known without playing the blend; it may be
-    one more than is read. Each domain's are to be used before the next one's are asked for.
+    one more than is read. Use the chunks of a domain before asking for the next domain's.
     """
-    sizes = _window_counts(config, data)
-    blend = Blend(data.names, sizes, global_batch_size(config, world_size), config.data.seed)
+    blend = plan.blend
 
     def parts(domain: int, count: int) -> Iterator[NDArray[np.int64]]:
         for first in range(0, count, _PART):
-            progress(f"listing the windows of domain {data.names[domain]!r}")
+            progress(f"listing the windows of domain {plan.names[domain]!r}")
             yield blend.windows_at(domain, first, min(_PART, count - first))
 
-    for domain, (size, count) in enumerate(zip(sizes, _counts_needed(config, data, world_size), strict=True)):
+    for domain, (size, count) in enumerate(zip(plan.window_counts, _counts_needed(plan), strict=True)):
         yield all_chunks(size) if count == size else chunks_of(parts(domain, count), size)
 
 
-def _window_counts(config: Config, data: RunData) -> tuple[int, ...]:
-    return tuple(window_count(dataset.num_tokens, config.data.seq_length) for dataset in data.train)
-
-
-def _counts_needed(config: Config, data: RunData, world_size: int) -> list[int]:
+def _counts_needed(plan: RunPlan) -> list[int]:
     """How many windows of each domain `windows_needed` gives."""
-    sizes = _window_counts(config, data)
-    if not config.data.train_iters:
-        return list(sizes)
-    read = config.data.train_iters * global_batch_size(config, world_size)
-    return [min(size, int(np.ceil(read * weight)) + 1) for size, weight in zip(sizes, data.weights, strict=True)]
+    if not plan.config.data.train_iters:
+        return list(plan.window_counts)
+    pairs = zip(plan.window_counts, plan.sampling_weights, strict=True)
+    return [min(size, int(np.ceil(plan.windows * weight)) + 1) for size, weight in pairs]
 
 
 def open_reference_losses(config: Config, data: RunData) -> ReferenceLosses:
@@ -139,12 +133,7 @@ def open_reference_losses(config: Config, data: RunData) -> ReferenceLosses:
 
 
 def check_reference_losses(
-    reference_losses: ReferenceLosses,
-    config: Config,
-    data: RunData,
-    topology: Topology,
-    store: dist.Store,
-    watchdog: Watchdog,
+    reference_losses: ReferenceLosses, plan: RunPlan, store: dist.Store, watchdog: Watchdog
 ) -> None:
     """Checks that every window that a proxy reads is recorded; rank 0 looks and tells the others.
 
@@ -153,30 +142,22 @@ def check_reference_losses(
     """
 
     def look() -> None:
-        needed = windows_needed(config, data, topology.world_size, watchdog.mark)
-        counts = zip(_window_counts(config, data), _counts_needed(config, data, topology.world_size), strict=True)
+        needed = windows_needed(plan, watchdog.mark)
+        counts = zip(plan.window_counts, _counts_needed(plan), strict=True)
         total = sum(min(-(-size // CHUNK_WINDOWS), count) for size, count in counts)
         # Silent where it is quick.
         with tqdm(total=total, unit="file", desc="reference losses", delay=2.0, leave=False) as bar:
 
             def progress(domain: int, files: int) -> None:
-                watchdog.mark(f"checking the reference losses of domain {data.names[domain]!r}")
+                watchdog.mark(f"checking the reference losses of domain {plan.names[domain]!r}")
                 bar.update(files)
 
             raise_if_any(reference_losses.check(needed, progress))
 
-    run_on_rank_0_via_store(store, "reference losses", topology.rank, look)
+    run_on_rank_0_via_store(store, "reference losses", plan.topology.rank, look)
 
 
-def score(
-    config: Config,
-    data: RunData,
-    run: ReferenceRun,
-    context: ParallelContext,
-    stop: StopRequest,
-    watchdog: Watchdog,
-    store: dist.Store,
-) -> bool:
+def score(plan: RunPlan, data: RunData, run: ReferenceRun, context: ParallelContext, control: RunControl) -> bool:
     """Scores this task's share of the windows that are not recorded yet.
 
     Returns:
@@ -185,7 +166,8 @@ def score(
     Raises:
         RunError: a loss is NaN, Inf or negative, of which nothing is recorded, or a file cannot be written.
     """
-    store, topology = dist.PrefixStore("score", store), context.topology
+    config, topology, watchdog = plan.config, context.topology, control.watchdog
+    store = dist.PrefixStore("score", control.store)
 
     def start() -> dict[str, Any]:
         fingerprint = {**data_fingerprint(config, data), "reference": weights_hash(run.weights, watchdog)}
@@ -196,11 +178,10 @@ def score(
     fingerprint = run_on_rank_0_via_store(store, "folder", topology.rank, start)
     # Of each replica only one rank touches files of losses.
     folder = ReferenceLossFolder(Path(config.run.save), fingerprint) if topology.rank == topology.loss_rank() else None
-    dtype = torch.bfloat16 if config.optimizer.bf16 else torch.float32
-    module = load_frozen(run.gpt, run.weights, context, dtype, config.parallel.loss_chunk_tokens)
-    replica = _Replica(config, data, module, context, watchdog, store, folder)
-    replica.score(stop)
-    barrier_via_store(store, "done", topology.rank, topology.world_size, lambda: replica.hear(stop))
+    module = load_frozen(run.gpt, run.weights, context, plan.dtype, config.parallel.loss_chunk_tokens)
+    replica = _Replica(plan, data, module, context, watchdog, store, folder)
+    replica.score(control.stop)
+    barrier_via_store(store, "done", topology.rank, topology.world_size, lambda: replica.hear(control.stop))
     outcomes = gather_json([int(replica.stopped), replica.windows, replica.clipped])
     stopped, windows, cut = (sum(values) for values in zip(*outcomes, strict=True))
     if cut and topology.rank == 0:
@@ -224,7 +205,7 @@ class _Replica:
 
     def __init__(
         self,
-        config: Config,
+        plan: RunPlan,
         data: RunData,
         module: GPTPipeline,
         context: ParallelContext,
@@ -232,14 +213,15 @@ class _Replica:
         store: dist.Store,
         folder: ReferenceLossFolder | None,
     ):
-        self.config, self.data, self.module, self.folder = config, data, module, folder
+        self.plan, self.data = plan, data
+        self.module, self.folder = module, folder
         self.context, self.topology, self.watchdog, self.store = context, context.topology, watchdog, store
         self.stopped, self.windows, self.clipped = False, 0, 0
 
     def score(self, stop: StopRequest) -> None:
         """Scores and records this replica's chunks, until they are done or a rank of the run has to stop."""
-        seq_length = self.config.data.seq_length
-        total = sum(_counts_needed(self.config, self.data, self.topology.world_size)) // self._shares()
+        seq_length = self.plan.config.data.seq_length
+        total = sum(_counts_needed(self.plan)) // self._shares()
         hidden = self.topology.rank != 0
         with tqdm(total=total * seq_length, unit="token", unit_scale=True, desc="score", disable=hidden) as bar:
             for chunks, recorded in self._turns():
@@ -256,15 +238,15 @@ class _Replica:
         self._must_stop(stop)
 
     def _shares(self) -> int:
-        return self.config.doremi.num_shards * self.topology.data_size
+        return self.plan.config.doremi.num_shards * self.topology.data_size
 
     def _turns(self) -> Iterator[tuple[list[tuple[int, int, str]], int]]:
         """Some chunks at a time: (domain, chunk, bits of the windows to score), and how many are recorded already.
 
         One rank of the replica looks, for files come and go.
         """
-        place = self.config.doremi.shard * self.topology.data_size + self.topology.data_rank
-        needed = windows_needed(self.config, self.data, self.topology.world_size, self.watchdog.mark)
+        place = self.plan.config.doremi.shard * self.topology.data_size + self.topology.data_rank
+        needed = windows_needed(self.plan, self.watchdog.mark)
         chunks = ((domain, chunk, bits) for domain, part in enumerate(needed) for chunk, bits in part)
         mine = itertools.islice(chunks, place, None, self._shares())
         while True:
@@ -296,7 +278,7 @@ class _Replica:
 
     def _losses(self, domain: int, windows: NDArray[np.int64]) -> NDArray[np.float32]:
         """[n, seq] losses of windows of one domain, on the last stage; elsewhere nothing."""
-        size, seq_length = self.config.data.micro_batch_size, self.config.data.seq_length
+        size, seq_length = self.plan.batch_shape
         padded = np.concatenate([windows, np.full(-len(windows) % size, windows[-1])])
         parts = [GlobalBatch(np.full(size, domain), part) for part in padded.reshape(-1, size)]
         rows: list[NDArray[np.float32]] = []

@@ -12,27 +12,25 @@ from torch import Tensor
 from megatron_doremi import __version__
 from megatron_doremi.checkpoint.reader import load_training
 from megatron_doremi.checkpoint.writer import Checkpointer, SaveTimer
-from megatron_doremi.cluster.preemption import KEEP_RUNNING, REASONS, StopRequest
+from megatron_doremi.cluster.control import RunControl
+from megatron_doremi.cluster.preemption import KEEP_RUNNING, REASONS
 from megatron_doremi.cluster.replica_check import check_replicas
 from megatron_doremi.cluster.run_lock import HeldLock
 from megatron_doremi.cluster.step_flags import StepFlags, reduce_flags
-from megatron_doremi.cluster.watchdog import Watchdog
-from megatron_doremi.config import Config, GPTConfig, global_batch_size, micro_batches_per_step
 from megatron_doremi.console import Guard
-from megatron_doremi.data.blend import Blend, BlendState, window_count
+from megatron_doremi.data.blend import BlendState
 from megatron_doremi.data.loader import Step, steps
-from megatron_doremi.data.reference_losses import ReferenceLosses
 from megatron_doremi.data.weights_file import save_weights
 from megatron_doremi.engine.engines import TrainingEngine
 from megatron_doremi.engine.optimizer import learning_rate
 from megatron_doremi.errors import ConfigError, Fault, RunError, machine_failure
-from megatron_doremi.mixture.controller import MixtureController
 from megatron_doremi.mixture.non_finite import explain_gradient, explain_loss
 from megatron_doremi.mixture.reference import OnlineReference
 from megatron_doremi.parallel.context import ParallelContext
 from megatron_doremi.parallel.exchange import broadcast_json
 from megatron_doremi.phases.evaluate import HeldOut, evaluate
-from megatron_doremi.phases.identity import identity_hash
+from megatron_doremi.phases.identity import Identity, identity_hash
+from megatron_doremi.phases.inputs import Inputs
 from megatron_doremi.phases.metrics import (
     StepTimer,
     VanishedWeights,
@@ -41,7 +39,7 @@ from megatron_doremi.phases.metrics import (
     rate_entries,
 )
 from megatron_doremi.phases.resume import ResumePoint
-from megatron_doremi.phases.setup import RunData, held_out
+from megatron_doremi.phases.run_data import held_out
 from megatron_doremi.phases.sinks import RunLog, open_log
 from megatron_doremi.settings import PROXY
 
@@ -51,58 +49,48 @@ class Trainer:
 
     def __init__(
         self,
-        config: Config,
-        gpt: GPTConfig,
-        data: RunData,
-        engine: TrainingEngine,
-        controller: MixtureController,
-        reference: OnlineReference | None,
-        reference_losses: ReferenceLosses | None,
-        run: dict[str, Any],
+        inputs: Inputs,
+        identity: Identity,
         resume: ResumePoint | None,
+        engine: TrainingEngine,
+        reference: OnlineReference | None,
         context: ParallelContext,
-        stop: StopRequest,
-        watchdog: Watchdog,
+        control: RunControl,
         lock: HeldLock,
     ):
         """
         Args:
-            reference, reference_losses: where a proxy's reference losses come from, if it has any.
-            run: what every checkpoint says of the run: its `identity` and the `overrides` of it.
-            resume: where to resume.
+            identity: of the run; every checkpoint holds it.
+            resume: where to resume; None where the run starts.
+            reference: scores the batches of a run whose reference losses are not recorded.
+            lock: on the run's folder.
         """
-        self.config, self.gpt, self.data = config, gpt, data
-        self.engine, self.reference = engine, reference
+        self.plan, self.config, self.data = inputs.plan, inputs.plan.config, inputs.data
+        self.controller, self.engine, self.reference = inputs.controller, engine, reference
         self.context, self.topology = context, context.topology
-        self.reference_losses = reference_losses if self.topology.is_last_stage else None
-        self.run, self.stop, self.watchdog = run, stop, watchdog
-        self.save_dir = Path(config.run.save)
-        keep = config.run.keep_checkpoints
-        self.lock = lock
+        self.reference_losses = inputs.reference_losses if self.topology.is_last_stage else None
+        self.stop, self.watchdog, self.lock = control.stop, control.watchdog, lock
+        self.identity, self.overrides = identity, list(resume.overrides) if resume else []
+        self.save_dir = Path(self.config.run.save)
         self.checkpoints = Checkpointer(
             self.save_dir,
-            keep,
+            self.config.run.keep_checkpoints,
             self.topology,
-            lambda: watchdog.mark("waiting for a checkpoint to be written"),
+            lambda: self.watchdog.mark("waiting for a checkpoint to be written"),
             lock.token,
             lock.lost_to,
         )
         # One rank's clock decides for all.
-        self.save_timer = SaveTimer(config.run.save_interval_in_mins if self.topology.rank == 0 else 0.0)
-        self.batch_size = global_batch_size(config, self.topology.world_size)
-        self.micro_batches = micro_batches_per_step(config, self.topology.world_size)
-        counts = tuple(window_count(dataset.num_tokens, config.data.seq_length) for dataset in data.train)
-        self.blend = Blend(data.names, counts, self.batch_size, config.data.seed)
-        self.blend_state = BlendState.start(len(data.names))
+        self.save_timer = SaveTimer(self.config.run.save_interval_in_mins if self.topology.rank == 0 else 0.0)
+        self.blend_state = BlendState.start(len(self.plan.names))
         self.iteration = 0
         self.metrics_bytes: int | None = None
-        self.controller = controller
         self._on_domain_weights = Guard(str(self.save_dir / "domain_weights.json"))
-        self.vanished = VanishedWeights(controller.vanishing_remedy)
+        self.vanished = VanishedWeights(self.controller.vanishing_remedy)
         if resume is not None:
-            self._go_on(resume)
+            self._resume(resume)
 
-    def _go_on(self, resume: ResumePoint) -> None:
+    def _resume(self, resume: ResumePoint) -> None:
         def progress() -> None:
             self.watchdog.mark(f"loading {resume.checkpoint.name}")
 
@@ -110,7 +98,7 @@ class Trainer:
         self.iteration, self.blend_state = resume.iteration, resume.blend
         self.metrics_bytes = resume.metrics_bytes
         if resume.controller_state is not None:
-            self.controller.load_state_dict(resume.controller_state, self.data.names)
+            self.controller.load_state_dict(resume.controller_state, self.plan.names)
 
     def train(self) -> bool:
         """Trains to the last iteration, or to the exit interval.
@@ -162,15 +150,14 @@ class Trainer:
         return interval > 0 and self.iteration % interval == 0
 
     def _steps(self) -> Any:
-        data = self.config.data
         reads = self.topology.is_first_stage or self.topology.is_last_stage
         return steps(
-            self.blend,
+            self.plan.blend,
             self.data.train,
             self.controller.sampling_weights,
             self.blend_state,
-            data.seq_length,
-            data.micro_batch_size,
+            self.config.data.seq_length,
+            self.config.data.micro_batch_size,
             self.topology.data_rank,
             self.topology.data_size,
             reads,
@@ -183,11 +170,11 @@ class Trainer:
         self.engine.set_learning_rate(lr)
         micro_batches = step.micro_batches
         if self.reference is not None:
-            micro_batches = self.reference.score(micro_batches, self.micro_batches)
+            micro_batches = self.reference.score(micro_batches, self.plan.micro_batches)
         targets = torch.from_numpy(step.targets).to(self.engine.device, torch.float64)
         agreed: list[StepFlags] = []
 
-        batch = (self.engine.objective, micro_batches, self.data.names, self.iteration + 1)
+        batch = (self.engine.objective, micro_batches, self.plan.names, self.iteration + 1)
         model = "proxy" if self.config.data.phase == PROXY else "model"
 
         def before_step(norm: Tensor | None) -> None:
@@ -217,8 +204,8 @@ class Trainer:
         entry = None
         if at_log_interval or self.controller.learns:
             entry = self._entry(lr)
-            seconds, tokens = timer.lap(self.iteration), self.batch_size * self.config.data.seq_length
-            flops = tokens * flops_per_token(self.gpt, self.config.data.seq_length)
+            flops = self.plan.step_tokens * flops_per_token(self.plan.gpt, self.config.data.seq_length)
+            seconds, tokens = timer.lap(self.iteration), self.plan.step_tokens
             entry |= rate_entries(seconds, tokens, flops, self.topology.world_size)
         log.step(entry)
         if entry is None:
@@ -230,7 +217,7 @@ class Trainer:
 
     def _entry(self, lr: float) -> dict[str, Any]:
         """The line of the step just taken; a collective call."""
-        samples, names = self._consumed_samples(), self.data.names
+        samples, names = self._consumed_samples(), self.plan.names
         return {
             "iteration": self.iteration,
             "consumed_samples": samples,
@@ -252,7 +239,7 @@ class Trainer:
         data = self.config.data
         entries = evaluate(
             self.engine.module,
-            HeldOut(self.data.names, datasets, data.seq_length, data.eval_iters * self.batch_size),
+            HeldOut(self.plan.names, datasets, data.seq_length, data.eval_iters * self.plan.global_batch_size),
             data.micro_batch_size,
             self.context,
             f"iteration {self.iteration}",
@@ -260,7 +247,7 @@ class Trainer:
         )
         log.evaluation({"iteration": self.iteration, **entries})
         if asked_for:
-            losses = [entries["eval"].get(name, np.nan) for name in self.data.names]
+            losses = [entries["eval"].get(name, np.nan) for name in self.plan.names]
             self.controller.observe_evaluation(np.array(losses))
 
     def _consumed_samples(self) -> int:
@@ -269,9 +256,9 @@ class Trainer:
 
     def _own_state(self) -> dict[str, Any]:
         """The state that every rank computes for itself."""
-        state: dict[str, Any] = {"blend": self.blend_state.to_dict(self.data.names)}
+        state: dict[str, Any] = {"blend": self.blend_state.to_dict(self.plan.names)}
         if self.controller.learns:
-            state[self.controller.state_name] = self.controller.state_dict(self.data.names)
+            state[self.controller.state_name] = self.controller.state_dict(self.plan.names)
         return state
 
     def _save(self, log: RunLog, ephemeral: bool) -> None:
@@ -281,7 +268,13 @@ class Trainer:
         own_state = self._own_state()
         # What is saved has to be what every rank holds: a resume would spread one rank's difference to all.
         check_replicas(self.engine.module, own_state, self.topology, self.iteration)
-        state = {**self.run, "consumed_samples": self._consumed_samples(), **own_state, **log.checkpoint_state()}
+        state = {
+            "identity": self.identity,
+            "overrides": self.overrides,
+            "consumed_samples": self._consumed_samples(),
+            **own_state,
+            **log.checkpoint_state(),
+        }
         if ephemeral:
             state["ephemeral"] = True
 
@@ -321,9 +314,9 @@ class Trainer:
             **self.controller.settings(),
             "seed": self.config.data.seed,
             "reference": doremi.reference_load if doremi.reference_losses == "online" else doremi.reference_losses,
-            "identity_sha256": identity_hash(self.run["identity"]),
-            "overrides": self.run["overrides"],
+            "identity_sha256": identity_hash(self.identity),
+            "overrides": self.overrides,
             "code_version": __version__,
         }
-        weights = dict(zip(self.data.names, self.controller.result().tolist(), strict=True))
+        weights = dict(zip(self.plan.names, self.controller.result().tolist(), strict=True))
         save_weights(self.save_dir / "domain_weights.json", weights, self.data.tokenizer_sha256, provenance)

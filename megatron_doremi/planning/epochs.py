@@ -7,20 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_doremi.config import Config, global_batch_size
-from megatron_doremi.data.blend import window_count
 from megatron_doremi.errors import Fault, raise_if_any
 from megatron_doremi.mixture.controller import MixtureController
-from megatron_doremi.phases.setup import RunData
-from megatron_doremi.settings import MAIN, PROXY, REFERENCE
+from megatron_doremi.plan import RunPlan
+from megatron_doremi.settings import TRAINING
 
 # A domain that is read once and a few windows more is not worth a word.
 _WORTH_A_WORD = 1.05
-
-
-def epochs_per_domain(window_counts: Sequence[int], weights: NDArray[np.float64], windows: int) -> NDArray[np.float64]:
-    """[k] passes over each domain in a run of `windows` windows in all; exact but for less than one window."""
-    return windows * weights / np.array(window_counts, dtype=np.float64)
 
 
 def repetition_notice(names: Sequence[str], epochs: NDArray[np.float64]) -> str:
@@ -30,14 +23,15 @@ def repetition_notice(names: Sequence[str], epochs: NDArray[np.float64]) -> str:
     return "epochs of domains that repeat: " + ", ".join(repeated) if repeated else ""
 
 
-def check_repetition(config: Config, data: RunData, controller: MixtureController, world_size: int) -> str:
+def check_repetition(plan: RunPlan, controller: MixtureController) -> str:
     """The notice of a training run under its sampling weights, before anything is built.
 
     Raises:
         ConfigError: a domain repeats more often than --max-epochs-per-domain allows, or, where the weights are learned
             while they sample, nobody can say.
     """
-    if config.data.phase not in (REFERENCE, PROXY, MAIN):
+    config = plan.config
+    if config.data.phase not in TRAINING:
         return ""
     cap = config.data.max_epochs_per_domain
     if not controller.samples_ahead:
@@ -47,19 +41,18 @@ def check_repetition(config: Config, data: RunData, controller: MixtureControlle
             value = f"{cap:g} with sampling weights that are learned ({controller.method})"
             raise_if_any([Fault("--max-epochs-per-domain", value, rule, remedy)])
         return ""
-    counts = [window_count(dataset.num_tokens, config.data.seq_length) for dataset in data.train]
-    windows = config.data.train_iters * global_batch_size(config, world_size)
-    epochs = epochs_per_domain(counts, data.weights, windows)
+    epochs = plan.epochs
+    domains = (plan.names, epochs, plan.window_counts, plan.sampling_weights)
     faults = [
         Fault(
             f"domain {name!r}",
-            f"{passes:,.2f} epochs: {windows * weight:,.0f} of {count:,} windows",
+            f"{passes:,.2f} epochs: {plan.windows * weight:,.0f} of {count:,} windows",
             f"at most --max-epochs-per-domain {cap:g}",
             f"lower its weight ({weight:.4f}), add text, train fewer steps, or raise the cap",
         )
-        for name, passes, count, weight in zip(data.names, epochs, counts, data.weights, strict=True)
+        for name, passes, count, weight in zip(*domains, strict=True)
         # A mixture that was fitted to the cap may exceed it by a rounding.
         if cap and passes > cap * (1.0 + 1e-9)
     ]
     raise_if_any(faults)
-    return repetition_notice(data.names, epochs)
+    return repetition_notice(plan.names, epochs)

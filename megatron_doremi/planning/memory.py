@@ -8,18 +8,18 @@ operation needs while it runs.
 from __future__ import annotations
 
 import json
+import math
 from itertools import pairwise
 
 from megatron_doremi.config import (
     Config,
     GPTConfig,
     ParallelConfig,
-    global_batch_size,
-    micro_batches_per_step,
 )
 from megatron_doremi.model.pipeline import layer_names
 from megatron_doremi.model.sizes import parameters_by_layer
-from megatron_doremi.parallel.topology import Topology, stage_bounds
+from megatron_doremi.parallel.topology import stage_bounds
+from megatron_doremi.plan import RunPlan
 from megatron_doremi.settings import TRAINING
 
 
@@ -92,25 +92,27 @@ def state_bytes_per_parameter(config: Config, data_size: int) -> float:
     return sum(sharded)
 
 
-def _activations(config: Config, gpt: GPTConfig, topology: Topology, alternating: bool) -> str:
+def _activations(plan: RunPlan, alternating: bool) -> str:
     """What the stage that holds most keeps for its backward passes."""
-    count = micro_batches_per_step(config, topology.world_size)
-    tokens, element = config.data.micro_batch_size * config.data.seq_length, 2 if config.optimizer.bf16 else 4
+    config, gpt, topology = plan.config, plan.gpt, plan.topology
+    tokens, element = math.prod(plan.batch_shape), plan.dtype.itemsize
     blocks = [b - a for a, b in pairwise(stage_bounds(gpt.num_layers, topology.pipe_size, 0, 0))]
-    most, held = max(
+    zero, stages = config.parallel.zero_stage, topology.pipe_size
+    largest, held = max(
         (held * micro_batch_bytes(gpt, config.parallel, tokens, element, blocks[stage], stage), held)
-        for stage in range(topology.pipe_size)
-        for held in [held_micro_batches(alternating, count, topology.pipe_size, stage, config.parallel.zero_stage)]
+        for stage in range(stages)
+        for held in [held_micro_batches(alternating, plan.micro_batches, stages, stage, zero)]
     )
-    return f"{most / 2**30:.2f} GiB of activations of {held} micro-batches"
+    return f"{largest / 2**30:.2f} GiB of activations of {held} micro-batches"
 
 
-def describe_run(config: Config, gpt: GPTConfig, topology: Topology, alternating: bool) -> str:
+def describe_run(plan: RunPlan, alternating: bool) -> str:
     """The resolved configuration and the sizes of the largest stage, as text.
 
     Args:
         alternating: all forward passes of a step come before its first backward pass.
     """
+    config, gpt, topology = plan.config, plan.gpt, plan.topology
     counts = parameters_by_layer(gpt, topology.tensor_size)
     names = layer_names(gpt)
     first = names.index("layers.0")
@@ -120,22 +122,20 @@ def describe_run(config: Config, gpt: GPTConfig, topology: Topology, alternating
         stages[-1] += counts[0]
     largest = max(stages)
     trains = config.data.phase in TRAINING
-    state = state_bytes_per_parameter(config, topology.data_size) if trains else 2 if config.optimizer.bf16 else 4
+    state = state_bytes_per_parameter(config, topology.data_size) if trains else plan.dtype.itemsize
     gib = largest * state / 2**30
     holds = "weights"
     if trains:
-        holds += f", gradients and optimizer state, and {_activations(config, gpt, topology, alternating)}"
+        holds += f", gradients and optimizer state, and {_activations(plan, alternating)}"
     total = sum(parameters_by_layer(gpt, 1))
-    batch = global_batch_size(config, topology.world_size)
     lines = [
         json.dumps(config.to_dict(), indent=2),
         f"layout: tensor {topology.tensor_size} x pipeline {topology.pipe_size} x data {topology.data_size} "
         f"= {topology.world_size} ranks, ZeRO {config.parallel.zero_stage}",
         f"parameters: {total:,} (vocabulary {gpt.vocab_size:,} tokens), at most {largest:,} a rank",
         f"memory a rank: {gib:.2f} GiB of {holds} (docs/memory.md)",
-        f"a step: {batch:,} windows = {batch * config.data.seq_length:,} tokens in "
-        f"{micro_batches_per_step(config, topology.world_size)} micro-batches a rank",
-        f"the run: {config.data.train_iters:,} steps = "
-        f"{config.data.train_iters * batch * config.data.seq_length:,} tokens",
+        f"a step: {plan.global_batch_size:,} windows = {plan.step_tokens:,} tokens in "
+        f"{plan.micro_batches} micro-batches a rank",
+        f"the run: {config.data.train_iters:,} steps = {plan.tokens:,} tokens",
     ]
     return "\n".join(lines)

@@ -21,7 +21,8 @@ from megatron_doremi.checkpoint.optimizer_state import OptimizerFolder
 from megatron_doremi.checkpoint.weights import WeightsFolder
 from megatron_doremi.errors import ConfigError, Fault
 from megatron_doremi.parallel.topology import Topology
-from megatron_doremi.phases.setup import open_data, read_trained
+from megatron_doremi.phases.run_data import open_data
+from megatron_doremi.phases.trained_run import read_trained
 
 # More of them: MEGATRON_DOREMI_FUZZ=5000.
 CASES = int(os.environ.get("MEGATRON_DOREMI_FUZZ", "600"))

@@ -42,6 +42,7 @@ def proxy(launch, folder):
         check,
         first_steps,
         open_reference_losses,
+        plan_of,
         proxy_of,
         resume_metrics,
         row_of,
@@ -62,7 +63,7 @@ def proxy(launch, folder):
     files = len(os.listdir("/proc/self/fd"))
     # The largest domain's windows in the paper's 200,000 steps; version 0.1 compared all of them with each chunk.
     config, data = proxy_of(folder, 200_000)
-    chunks = list(next(windows_needed(config, data, 1)))
+    chunks = list(next(windows_needed(plan_of(config, data))))
     before = bytes_read()
     resume_metrics(folder / "metrics.jsonl")
     return {

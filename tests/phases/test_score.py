@@ -23,8 +23,9 @@ from megatron_doremi.arguments import parse_config
 from megatron_doremi.data.reference_loss_file import LossFile, chunk_path
 from megatron_doremi.errors import ConfigError, RunError
 from megatron_doremi.parallel.topology import Topology
+from megatron_doremi.phases.inputs import plan_run
+from megatron_doremi.phases.run_data import open_data
 from megatron_doremi.phases.score import check_reference_losses, open_reference_losses, windows_needed
-from megatron_doremi.phases.setup import open_data
 
 pytestmark = pytest.mark.slow
 STEPS = 20
@@ -69,7 +70,7 @@ def check(config, data):
     import torch.distributed as dist
 
     reference_losses = open_reference_losses(config, data)
-    check_reference_losses(reference_losses, config, data, Topology(), dist.HashStore(), Quiet())
+    check_reference_losses(reference_losses, plan_run(config, Topology(), data), dist.HashStore(), Quiet())
     return reference_losses
 
 
@@ -153,7 +154,8 @@ def test_only_what_a_proxy_reads(folder, tmp_path):
     """With --train-iters fewer windows are scored, and they suffice; for a longer run they do not."""
     score(folder, tmp_path / "few", flags=f"--train-iters {STEPS}")
     config, data = opened(folder, "--reference-losses", str(tmp_path / "few"))
-    needed = [sum(bits.bit_count() for _, bits in chunks) for chunks in windows_needed(config, data, 1)]
+    plan = plan_run(config, Topology(), data)
+    needed = [sum(bits.bit_count() for _, bits in chunks) for chunks in windows_needed(plan)]
     # 20 batches of 8 over 3 domains: 53.3 windows of each and one to spare.
     assert needed == [55, 55, 55]
     check(config, data)

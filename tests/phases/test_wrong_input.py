@@ -17,7 +17,8 @@ from phases.small import MODEL, read_by, train, unseal, write_data
 from megatron_doremi.arguments import parse_config
 from megatron_doremi.data.manifest import load_manifest
 from megatron_doremi.errors import ConfigError
-from megatron_doremi.phases.setup import open_data, read_reference
+from megatron_doremi.phases.run_data import open_data
+from megatron_doremi.phases.trained_run import read_reference
 
 ROOT = Path(__file__).resolve().parents[2]
 

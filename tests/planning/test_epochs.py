@@ -13,8 +13,11 @@ from megatron_doremi.arguments import parse_config
 from megatron_doremi.data.blend import Blend, BlendState
 from megatron_doremi.errors import ConfigError
 from megatron_doremi.mixture.controllers import make_controller
-from megatron_doremi.phases.setup import open_data
-from megatron_doremi.planning.epochs import check_repetition, epochs_per_domain, repetition_notice
+from megatron_doremi.parallel.topology import Topology
+from megatron_doremi.phases.inputs import plan_run
+from megatron_doremi.phases.run_data import open_data
+from megatron_doremi.plan import RunPlan
+from megatron_doremi.planning.epochs import check_repetition, repetition_notice
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +29,13 @@ def data(tmp_path_factory):
 def opened(data, *flags, phase="main", world_size=1):
     base = ["--phase", phase, "--domains", str(data), "--save", "unused", "--train-iters", "31", *MODEL]
     config = parse_config([*base, *flags], world_size)
-    return config, open_data(config, True, world_size)
+    topology = Topology(data_size=world_size)
+    return plan_run(config, topology, open_data(config, True, world_size))
 
 
 def check(data, *flags, phase="main", world_size=1):
-    config, read = opened(data, *flags, phase=phase, world_size=world_size)
-    return check_repetition(config, read, make_controller(config, read.weights), world_size)
+    plan = opened(data, *flags, phase=phase, world_size=world_size)
+    return check_repetition(plan, make_controller(plan))
 
 
 def test_said_at_the_start(data):
@@ -59,8 +63,8 @@ def test_the_cap(data):
 def test_a_mixture_that_is_fitted_to_the_cap(data):
     """248 windows: a third of them is more than the 62 of domain 0, so that the others share the other 186."""
     unimax = ["--domain-weights", "unimax", "--max-epochs-per-domain"]
-    _, read = opened(data, *unimax, "1")
-    assert read.weights.tolist() == pytest.approx([62 / 248, 93 / 248, 93 / 248], abs=1e-15)
+    plan = opened(data, *unimax, "1")
+    assert plan.sampling_weights.tolist() == pytest.approx([62 / 248, 93 / 248, 93 / 248], abs=1e-15)
     assert check(data, *unimax, "1") == ""
     assert check(data, *unimax, "1.3", "--train-iters", "50").startswith("epochs of domains that repeat: domain 0 1.3")
     # Nothing to divide: the fault is the missing text alone.
@@ -83,6 +87,8 @@ def test_the_blend_reads_as_often_as_was_said():
     blend, state = Blend(("a", "b", "c"), counts, 8, 1), BlendState.start(3)
     for _ in range(33):
         _, state = blend.next_batch(state, weights)
-    epochs = epochs_per_domain(counts, weights, 33 * 8)
+    settings = parse_config(["--phase", "main", "--domains", "d", "--save", "s", "--train-iters", "33", *MODEL], 1)
+    plan = RunPlan(settings, Topology(), None, blend.names, counts, weights, 8, 1)
+    epochs = plan.epochs
     assert np.abs(state.cursors - epochs * counts).max() < 1.0
     assert repetition_notice(blend.names, epochs) == "epochs of domains that repeat: a 18.9, b 2.0"

@@ -16,8 +16,8 @@ from phases.small import train, write_data
 
 from megatron_doremi.arguments import parse_config
 from megatron_doremi.data.reference_losses import ReferenceLossFolder
+from megatron_doremi.phases.run_data import open_data
 from megatron_doremi.phases.score import data_fingerprint
-from megatron_doremi.phases.setup import open_data
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "examples" / "slurm"

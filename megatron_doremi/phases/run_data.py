@@ -1,0 +1,169 @@
+"""The data of a run, opened and checked: streams, held-out streams and sampling weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_doremi.config import Config
+from megatron_doremi.data.blend import too_short, window_count
+from megatron_doremi.data.content_hash import content_hash
+from megatron_doremi.data.indexed_dataset import IndexedDataset
+from megatron_doremi.data.manifest import Domain, Manifest, load_manifest
+from megatron_doremi.errors import ConfigError, Fault, raise_if_any
+from megatron_doremi.mixture.static import Budget, resolve_weights
+from megatron_doremi.plan import batch_sizes
+from megatron_doremi.settings import PROXY, SCORE
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The data of a run, opened and checked.
+
+    Attributes:
+        train: [k] streams to train on; empty for an evaluation.
+        valid: [k] held-out streams, None where a domain has none.
+        weights: [k] sampling weights, sum 1.
+        vocab_size: ids are below this.
+        content: hash of names and sampled content of `train`; "" for an evaluation.
+        held_out_content: the same of `valid`.
+    """
+
+    manifest: Manifest
+    train: tuple[IndexedDataset, ...]
+    valid: tuple[IndexedDataset | None, ...]
+    weights: NDArray[np.float64]
+    vocab_size: int
+    content: str
+    held_out_content: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.manifest.names)
+
+    @property
+    def tokenizer_sha256(self) -> str | None:
+        return self.manifest.tokenizer.sha256 if self.manifest.tokenizer else None
+
+    def window_counts(self, seq_length: int) -> tuple[int, ...]:
+        """[k] windows of each stream to train on; empty for an evaluation."""
+        return tuple(window_count(dataset.num_tokens, seq_length) for dataset in self.train)
+
+
+def open_data(config: Config, training: bool, data_size: int = 1) -> RunData:
+    """Opens what a run on `data_size` replicas reads. Raises ConfigError with every fault of every file."""
+    manifest = load_manifest(Path(config.data.domains))
+    faults: list[Fault] = []
+    vocab_size = manifest.tokenizer.vocab_size if manifest.tokenizer else config.data.vocab_size
+    if not vocab_size:
+        faults.append(
+            Fault(
+                "--vocab-size",
+                "not given",
+                f"needed, because {config.data.domains} names no tokenizer",
+                "give it, or the domains.json that tools/preprocess_data.py writes",
+            )
+        )
+    elif manifest.tokenizer and config.data.vocab_size:
+        rule = f"the manifest's tokenizer has {vocab_size:,} ids; --vocab-size is for a list that names none"
+        faults.append(Fault("--vocab-size", f"{config.data.vocab_size:,} has no effect", rule, "leave it out"))
+    train, valid = [], []
+    warnings: list[str] = []
+    seq_length = config.data.seq_length
+    for domain in manifest.domains:
+        if training:
+            dataset = _open(domain.name, domain.train, seq_length, vocab_size, faults)
+            if dataset is not None and dataset.num_tokens != domain.tokens:
+                faults.append(
+                    Fault(
+                        f"domain {domain.name!r} ({domain.train})",
+                        f"{dataset.num_tokens:,} tokens",
+                        f"the {domain.tokens:,} of the manifest, which natural weights are made of",
+                        "make the data set again with tools/preprocess_data.py",
+                    )
+                )
+            train.append(dataset)
+        valid.append(_open_held_out(domain, seq_length, vocab_size, faults, warnings))
+    try:
+        weights = resolve_weights(
+            sampling_setting(config, manifest),
+            manifest,
+            config.data.allow_tokenizer_mismatch,
+            config.run.allow_unfinished,
+            _budget(config, train, data_size),
+        )
+    except ConfigError as error:
+        faults += error.faults
+    if not training and not faults and not any(dataset is not None for dataset in valid):
+        faults.append(
+            Fault(
+                f"--domains {config.data.domains}",
+                "no held-out text that fills a window" if warnings else "no held-out text",
+                "an evaluation reads the valid split",
+                "run tools/preprocess_data.py with --split valid",
+            )
+        )
+    raise_if_any(faults)
+    opened = tuple(d for d in train if d is not None)
+    contents = (content_hash(manifest.names, opened) if training else "", content_hash(manifest.names, valid))
+    manifest = replace(manifest, warnings=(*manifest.warnings, *warnings))
+    return RunData(manifest, opened, tuple(valid), weights, vocab_size, *contents)
+
+
+def _budget(config: Config, train: Sequence[IndexedDataset | None], data_size: int) -> Budget | None:
+    """What a run reads, and what there is to read; None where a stream is missing or the flags give no budget."""
+    data = config.data
+    if not train or not data.train_iters or not data.max_epochs_per_domain or any(each is None for each in train):
+        return None
+    tokens = data.train_iters * batch_sizes(config, data_size)[0] * data.seq_length
+    counts = [window_count(each.num_tokens, data.seq_length) for each in train if each is not None]
+    return Budget(tokens, [data.seq_length * count for count in counts], data.max_epochs_per_domain)
+
+
+def sampling_setting(config: Config, manifest: Manifest) -> str:
+    """--domain-weights, or its default: a proxy, and what is scored for it, is sampled
+    uniformly (Algorithm 1), others by what there is."""
+    if config.data.domain_weights:
+        return config.data.domain_weights
+    if config.data.phase in (PROXY, SCORE):
+        return "uniform"
+    return "natural" if manifest.given_weights is None else "given"
+
+
+def _open(name: str, prefix: Path, seq_length: int, vocab_size: int, faults: list[Fault]) -> IndexedDataset | None:
+    try:
+        dataset = IndexedDataset(prefix, vocab_size)
+    except ConfigError as error:
+        faults += error.faults
+        return None
+    short = too_short(name, prefix, dataset.num_tokens, seq_length)
+    if short is not None:
+        faults.append(short)
+    return dataset
+
+
+def _open_held_out(
+    domain: Domain, seq_length: int, vocab_size: int, faults: list[Fault], warnings: list[str]
+) -> IndexedDataset | None:
+    """A domain's held-out stream; None, with a warning, where it does not fill one window: that never blocks a run."""
+    if domain.valid is None:
+        return None
+    try:
+        dataset = IndexedDataset(domain.valid, vocab_size)
+    except ConfigError as error:
+        faults += error.faults
+        return None
+    short = too_short(domain.name, domain.valid, dataset.num_tokens, seq_length)
+    if short is None:
+        return dataset
+    warnings.append(f"{short.what}: the held-out text {short.value}, {short.rule}: the domain is not evaluated")
+    return None
+
+
+def held_out(data: RunData) -> Sequence[IndexedDataset | None]:
+    """The held-out streams, or an empty list where no domain has any."""
+    return data.valid if any(dataset is not None for dataset in data.valid) else ()

@@ -1,0 +1,97 @@
+"""The run as resolved: what follows from the settings, the layout and the data, derived once and read everywhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from megatron_doremi.config import Config
+from megatron_doremi.data.blend import Blend
+from megatron_doremi.parallel.topology import Topology
+from megatron_doremi.shapes import GPTConfig
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A run as it will be: every phase, --dry-run, DeepSpeed's configuration, resume and reports read it.
+
+    Attributes:
+        config: the settings that were given.
+        topology: the layout and this rank's place in it.
+        gpt: shape of the model: of the run's own, or of the one that it loads.
+        names: the k domains.
+        window_counts: [k] windows of each domain's training stream; 0 where a phase reads none.
+        sampling_weights: [k] float64 at the start of the run, sum 1.
+        global_batch_size: windows in a step, over all ranks.
+        micro_batches: forward passes of a rank in a step.
+    """
+
+    config: Config
+    topology: Topology
+    gpt: GPTConfig
+    names: tuple[str, ...]
+    window_counts: tuple[int, ...]
+    sampling_weights: NDArray[np.float64]
+    global_batch_size: int
+    micro_batches: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and activations."""
+        return torch.bfloat16 if self.config.optimizer.bf16 else torch.float32
+
+    @property
+    def batch_shape(self) -> tuple[int, int]:
+        """(batch, seq) of a micro-batch."""
+        return self.config.data.micro_batch_size, self.config.data.seq_length
+
+    @property
+    def blend(self) -> Blend:
+        """Which windows a step reads."""
+        return Blend(self.names, self.window_counts, self.global_batch_size, self.config.data.seed)
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens in a step, over all ranks."""
+        return self.global_batch_size * self.config.data.seq_length
+
+    @property
+    def windows(self) -> int:
+        """Windows that the whole run reads, over all ranks and domains."""
+        return self.config.data.train_iters * self.global_batch_size
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the whole run reads."""
+        return self.config.data.train_iters * self.step_tokens
+
+    @property
+    def epochs(self) -> NDArray[np.float64]:
+        """[k] passes over each domain under the sampling weights; exact to less than one window."""
+        return self.windows * self.sampling_weights / np.array(self.window_counts, dtype=np.float64)
+
+
+def batch_sizes(config: Config, data_size: int) -> tuple[int, int]:
+    """(windows in a global batch, micro-batches of a rank and step) on `data_size` replicas.
+
+    Without --global-batch-size a step takes one micro-batch a replica.
+    """
+    windows_per_pass = config.data.micro_batch_size * data_size
+    global_batch_size = config.data.global_batch_size or windows_per_pass
+    return global_batch_size, global_batch_size // windows_per_pass
+
+
+def make_plan(
+    config: Config,
+    topology: Topology,
+    gpt: GPTConfig,
+    names: tuple[str, ...],
+    window_counts: tuple[int, ...],
+    sampling_weights: NDArray[np.float64],
+) -> RunPlan:
+    """Resolves a run; see `RunPlan` for what is given."""
+    sizes = batch_sizes(config, topology.data_size)
+    return RunPlan(config, topology, gpt, names, window_counts, sampling_weights, *sizes)
