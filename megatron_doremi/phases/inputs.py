@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from megatron_doremi.config import Config, gpt_config
+from megatron_doremi.config import Config, GPTConfig, gpt_config
 from megatron_doremi.data.reference_losses import ReferenceLosses
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any
 from megatron_doremi.mixture.controller import MixtureController
@@ -17,7 +16,7 @@ from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.phases.early_checks import reference_faults
 from megatron_doremi.phases.run_data import RunData, open_data
 from megatron_doremi.phases.score import open_reference_losses
-from megatron_doremi.phases.trained_run import needs_reference, read_reference, read_trained, reads_reference_losses
+from megatron_doremi.phases.trained_run import read_loaded, read_reference, reads_reference_losses, scores_online
 from megatron_doremi.plan import RunPlan, make_plan
 from megatron_doremi.planning.epochs import check_repetition
 from megatron_doremi.settings import EVALUATE, TRAINING
@@ -62,27 +61,32 @@ def open_inputs(config: Config, topology: Topology) -> Inputs:
         # What the reference says of itself can be known without the data.
         raise ConfigError([*faults, *reference_faults(config)])
     opened = data
+    if phase not in TRAINING:
+        # The model is that of the run that is loaded; no flag describes it.
+        loaded = read_loaded(config, data)
+        plan = plan_run(config, topology, data, loaded.gpt)
+        return Inputs(data, plan, make_controller(plan), "", loaded, None)
     plan = plan_run(config, topology, data)
     controller = make_controller(plan)
     repeated = collect(lambda: check_repetition(plan, controller))
     reference = reference_losses = None
-    if needs_reference(config, controller):
+    if scores_online(config, controller):
         reference = collect(lambda: read_reference(config, opened))
-    if phase == EVALUATE:
-        reference = collect(lambda: read_trained(Path(config.run.load), "--load", opened, config))
     if reads_reference_losses(config, controller):
         reference_losses = collect(lambda: open_reference_losses(config, opened))
     raise_if_any(faults)
-    if phase not in TRAINING and reference is not None:
-        plan = replace(plan, gpt=reference.gpt)
     return Inputs(data, plan, controller, repeated or "", reference, reference_losses)
 
 
-def plan_run(config: Config, topology: Topology, data: RunData) -> RunPlan:
-    """The run as resolved, with the model that the flags describe."""
-    gpt = gpt_config(config.model, config.data.seq_length, data.vocab_size)
+def plan_run(config: Config, topology: Topology, data: RunData, gpt: GPTConfig | None = None) -> RunPlan:
+    """The run as resolved.
+
+    Args:
+        gpt: shape of the model that is loaded; None: the one that the flags describe.
+    """
+    shape = gpt or gpt_config(config.model, config.data.seq_length, data.vocab_size)
     counts = data.window_counts(config.data.seq_length)
-    return make_plan(config, topology, gpt, data.names, counts, data.weights)
+    return make_plan(config, topology, shape, data.names, counts, data.weights)
 
 
 def what_is_read(inputs: Inputs) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from megatron_doremi.data.manifest import Domain, Manifest, load_manifest
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any
 from megatron_doremi.mixture.static import Budget, resolve_weights
 from megatron_doremi.plan import batch_sizes
-from megatron_doremi.settings import PROXY, SCORE
+from megatron_doremi.settings import PROXY, SCORE, UNIMAX
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,13 @@ def open_data(config: Config, training: bool, data_size: int = 1) -> RunData:
                 )
             train.append(dataset)
         valid.append(_open_held_out(domain, seq_length, vocab_size, faults, warnings))
+    setting = sampling_setting(config, manifest)
+    if setting == UNIMAX:
+        # A budget is divided by sizes, which have to be right.
+        raise_if_any(faults)
     try:
         weights = resolve_weights(
-            sampling_setting(config, manifest),
+            setting,
             manifest,
             config.data.allow_tokenizer_mismatch,
             config.run.allow_unfinished,
@@ -115,7 +119,7 @@ def open_data(config: Config, training: bool, data_size: int = 1) -> RunData:
 
 
 def _budget(config: Config, train: Sequence[IndexedDataset | None], data_size: int) -> Budget | None:
-    """What a run reads, and what there is to read; None where a stream is missing or the flags give no budget."""
+    """What a run reads, and what there is to read; None where the flags give no budget, or a stream is missing."""
     data = config.data
     if not train or not data.train_iters or not data.max_epochs_per_domain or any(each is None for each in train):
         return None

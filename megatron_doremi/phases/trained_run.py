@@ -14,13 +14,13 @@ from megatron_doremi.mixture.reference import OnlineReference, ReferenceRun, che
 from megatron_doremi.parallel.context import ParallelContext
 from megatron_doremi.phases.run_data import RunData
 from megatron_doremi.plan import RunPlan
-from megatron_doremi.settings import SCORE
+from megatron_doremi.settings import EVALUATE
 from megatron_doremi.validation import misfits
 
 
-def needs_reference(config: Config, controller: MixtureController) -> bool:
-    """Whether a run loads a reference: to record its losses, or to score its own batches with it."""
-    return config.data.phase == SCORE or (controller.needs_reference and config.doremi.reference_losses == "online")
+def scores_online(config: Config, controller: MixtureController) -> bool:
+    """Whether a training run scores its own batches with a reference."""
+    return controller.needs_reference and config.doremi.reference_losses == "online"
 
 
 def reads_reference_losses(config: Config, controller: MixtureController) -> bool:
@@ -68,6 +68,13 @@ def read_trained(folder: Path, flag: str, data: RunData, config: Config, needs_a
 def read_reference(config: Config, data: RunData) -> ReferenceRun:
     """Finds and checks the reference of a proxy, or of scoring."""
     return read_trained(Path(config.doremi.reference_load), "--reference-load", data, config, needs_all_steps=True)
+
+
+def read_loaded(config: Config, data: RunData) -> ReferenceRun:
+    """Finds and checks the model of scoring or of an evaluation."""
+    if config.data.phase == EVALUATE:
+        return read_trained(Path(config.run.load), "--load", data, config)
+    return read_reference(config, data)
 
 
 def make_reference(plan: RunPlan, run: ReferenceRun | None, context: ParallelContext) -> OnlineReference | None:

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from megatron_doremi.arguments import parse_config
 from megatron_doremi.data.reference_loss_file import LossFile, chunk_path
 from megatron_doremi.errors import ConfigError, RunError
+from megatron_doremi.parallel.context import ParallelContext
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.phases.inputs import plan_run
 from megatron_doremi.phases.run_data import open_data
@@ -258,7 +259,8 @@ def test_a_request_to_stop_hides_no_error():
     from megatron_doremi.cluster.preemption import SIGNAL
     from megatron_doremi.phases.score import _Replica
 
-    replica = _Replica(None, None, None, Topology(), None, Quiet(), dist.HashStore(), None)
+    context = ParallelContext(Topology(), None, None, None)
+    replica = _Replica(None, None, None, context, Quiet(), dist.HashStore(), None)
 
     def fails():
         raise OSError(28, "No space left on device", "losses")
