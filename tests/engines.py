@@ -52,7 +52,7 @@ def build_engine(config, gpt, weights, context):
 
 def read_parameters(engine, read=lambda parameter: parameter.detach()):
     """{name: (this rank's part, spec)} of the engine's parameters, or of what `read` makes of each."""
-    from megatron_doremi.model.unpipelined import gathered
+    from megatron_doremi.parallel.deepspeed_internals import gathered
     from megatron_doremi.parallel.parameters import spec_of
 
     values = {}

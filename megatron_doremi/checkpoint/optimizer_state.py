@@ -26,7 +26,7 @@ from pydantic import Strict, model_validator
 from torch import Tensor, nn
 
 from megatron_doremi.checkpoint.resharding import ShardedFolder, ShardingEntry, sharding_entry, writes_parameter
-from megatron_doremi.model.unpipelined import is_partitioned
+from megatron_doremi.parallel.deepspeed_internals import flat_partitions, owned_piece, torch_state, wraps_optimizer
 from megatron_doremi.parallel.parameters import ParameterSpec
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.storage.files import atomic_write_text
@@ -62,52 +62,30 @@ class OwnedState:
         return len(self.tensors[MOMENTS[0]])
 
 
-def flat_partitions(engine: DeepSpeedEngine) -> list[Tensor]:
-    """The tensors that the optimizer itself moves: flat float32 partitions under ZeRO, else the parameters."""
-    for attribute in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
-        if hasattr(engine.optimizer, attribute):
-            return list(getattr(engine.optimizer, attribute))
-    return [parameter for group in engine.basic_optimizer.param_groups for parameter in group["params"]]
-
-
 def start_state(engine: DeepSpeedEngine, steps: int) -> None:
     """Gives the optimizer the state that it makes for itself at its first step, `steps` steps old, moments zero."""
     for flat in flat_partitions(engine):
-        state = engine.basic_optimizer.state[flat]
+        state = torch_state(engine, flat)
         state["step"] = torch.tensor(float(steps), dtype=torch.float32, device=flat.device)
         for key in MOMENTS:
             state[key] = torch.zeros_like(flat)
 
 
 def owned_state(engine: DeepSpeedEngine, data_rank: int) -> Iterator[OwnedState]:
-    """What this rank owns, parameter by parameter; the state has to be there (a step taken, or `start_state`)."""
-    optimizer, flats = engine.optimizer, flat_partitions(engine)
+    """What this rank owns, parameter by parameter; the state must exist (a step taken, or `start_state`)."""
+    flats = flat_partitions(engine)
     for name, parameter in engine.module.model_parameters():
-        master = True
-        if is_partitioned(parameter):
-            group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
-            start, flat = data_rank * size, flats[group]
-            count = min(size, parameter.ds_numel - start)
-        elif optimizer is engine.basic_optimizer:
-            offset, start, count, flat, master = 0, 0, parameter.numel(), parameter, False
-        elif parameter._hp_mapping is None:
+        piece = owned_piece(engine, parameter, data_rank, flats)
+        if piece is None:
             continue
-        else:
-            piece = parameter._hp_mapping
-            offset, start = piece.hp_fragment_address.start, piece.lp_fragment_address.start
-            count, flat = piece.hp_fragment_address.numel, flats[piece.param_group_index]
-        if count <= 0:
-            # ZeRO 3 pads a parameter to equal pieces; the last ones may hold nothing but padding.
-            continue
-        state = engine.basic_optimizer.state[flat]
-        whole = {key: state[key] for key in MOMENTS} | ({MASTER: flat} if master else {})
-        tensors = {key: tensor.detach().view(-1).narrow(0, offset, count) for key, tensor in whole.items()}
-        yield OwnedState(name, parameter, start, tensors)
+        state = torch_state(engine, piece.flat)
+        full = {key: state[key] for key in MOMENTS} | ({MASTER: piece.flat} if piece.is_master else {})
+        yield OwnedState(name, parameter, piece.start, {key: piece.of(tensor) for key, tensor in full.items()})
 
 
 def optimizer_file(engine: DeepSpeedEngine, topology: Topology) -> TensorFile:
     """Copies the state that this rank owns to the host; of copies on several ranks, one is written."""
-    sharded = engine.optimizer is not engine.basic_optimizer
+    sharded = wraps_optimizer(engine)
     tensors: dict[str, Tensor] = {}
     pieces: dict[str, dict[str, Any]] = {}
     for owned in owned_state(engine, topology.data_rank):

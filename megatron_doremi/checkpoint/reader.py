@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_doremi.checkpoint.optimizer_state import MASTER, OptimizerFolder, owned_state, start_state
 from megatron_doremi.checkpoint.weights import WeightsFolder
-from megatron_doremi.model.unpipelined import writable
+from megatron_doremi.parallel.deepspeed_internals import writable
 from megatron_doremi.parallel.parameters import ParameterSpec, spec_of
 from megatron_doremi.parallel.topology import Topology
 

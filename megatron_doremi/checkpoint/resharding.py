@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from megatron_doremi.errors import MALFORMED, ConfigError, Fault
+from megatron_doremi.parallel.deepspeed_internals import is_tied_copy
 from megatron_doremi.parallel.parameters import ParameterSpec, shard, spec_of, unshard
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.storage.formats import Count, Positive, Schema
@@ -71,8 +72,7 @@ def sharding_entry(parameter: nn.Parameter, topology: Topology) -> dict[str, Any
 
 def writes_parameter(parameter: nn.Parameter, topology: Topology) -> bool:
     """Whether this rank writes its shard of a parameter: of copies on several ranks of a replica, one is written."""
-    copy = getattr(parameter, "ds_pipe_replicated", False)
-    return not copy and (spec_of(parameter).dim is not None or topology.tensor_rank == 0)
+    return not is_tied_copy(parameter) and (spec_of(parameter).dim is not None or topology.tensor_rank == 0)
 
 
 class ShardedFolder:

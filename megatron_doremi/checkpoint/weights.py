@@ -19,8 +19,9 @@ from torch import Tensor
 from megatron_doremi.checkpoint.resharding import ShardedFolder, ShardingEntry, sharding_entry, writes_parameter
 from megatron_doremi.config import GPTConfig
 from megatron_doremi.model.pipeline import GPTPipeline
-from megatron_doremi.model.unpipelined import GPT, gathered
+from megatron_doremi.model.unpipelined import GPT
 from megatron_doremi.parallel.context import ParallelContext
+from megatron_doremi.parallel.deepspeed_internals import gathered
 from megatron_doremi.parallel.parameters import ParameterSpec, spec_of, unshard
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.storage.formats import check_entry

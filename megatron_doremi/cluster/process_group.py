@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron_doremi.cluster.launch import Launch
 from megatron_doremi.cluster.rendezvous import Rendezvous
 from megatron_doremi.errors import Fault, raise_if_any
+from megatron_doremi.parallel.deepspeed_internals import disable_shared_memory_all_reduce
 
 
 def join(launch: Launch, minutes: float = 8.0) -> tuple[torch.device, Rendezvous]:
@@ -64,9 +65,8 @@ def join_group(rendezvous: Rendezvous, minutes: float) -> torch.device:
         # The watchdog speaks before a collective times out.
         timeout=timedelta(minutes=minutes + 1),
     )
-    # DeepSpeed wraps the group that is there. Its all-reduce through shared memory would be compiled at the
-    # first start on a machine; gloo serves.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed wraps the existing group.
+    disable_shared_memory_all_reduce()
     deepspeed.init_distributed(dist_backend=backend, dist_init_required=False)
     return device
 

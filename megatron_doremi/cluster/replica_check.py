@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from megatron_doremi.errors import RunError
-from megatron_doremi.model.unpipelined import GPT, is_partitioned
+from megatron_doremi.model.unpipelined import GPT
+from megatron_doremi.parallel.deepspeed_internals import is_partitioned, local_shard
 from megatron_doremi.parallel.exchange import gather_json
 from megatron_doremi.parallel.parameters import spec_of
 from megatron_doremi.parallel.topology import Topology
@@ -72,7 +73,7 @@ def digest(module: GPT, state: Any, topology: Topology) -> ReplicaDigest:
     """Hashes what this rank holds; `state` is anything that JSON takes."""
     held, whole = [], []
     for _, parameter in module.model_parameters():
-        part = parameter.ds_tensor if is_partitioned(parameter) else parameter  # type: ignore[attr-defined]
+        part = local_shard(parameter)
         held.append(part)
         if spec_of(parameter).dim is None:
             whole.append(part)

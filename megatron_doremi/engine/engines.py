@@ -21,6 +21,7 @@ from megatron_doremi.data.loader import MicroBatch
 from megatron_doremi.engine.schedule import AlternatingSchedule, UpdateDomainWeights
 from megatron_doremi.mixture.objective import Objective
 from megatron_doremi.parallel.context import ParallelContext
+from megatron_doremi.parallel.deepspeed_internals import is_counted_in_gradient_norm, wraps_optimizer
 
 
 class TrainingEngine(DeepSpeedEngine):
@@ -120,21 +121,21 @@ class PipelinedEngine(TrainingEngine, PipelineEngine):
 
     def _exec_reduce_grads(self) -> None:
         # A single replica has nothing to reduce; a sharded optimizer collects its gradients here.
-        sharded = self.optimizer is not self.basic_optimizer and not self.using_bf16_optimizer
+        sharded = wraps_optimizer(self) and not self.using_bf16_optimizer
         if self.context.topology.data_size > 1 or sharded:
             super()._exec_reduce_grads()
 
     def _norm_in_time(self) -> Tensor | None:
         # Without ZeRO or mixed precision DeepSpeed neither reports a norm nor counts tied copies and
         # replicated parameters once; its sharded optimizers do both.
-        if self.optimizer is not self.basic_optimizer:
+        if wraps_optimizer(self):
             return None
         self._global_grad_norm = self._clip_gradients()
         return self._global_grad_norm
 
     def _clip_gradients(self) -> Tensor:
         parameters = [p for p in self.module.parameters() if p.grad is not None]
-        counted = [p.grad for p in parameters if p.model_parallel]
+        counted = [p.grad for p in parameters if is_counted_in_gradient_norm(p)]
         norms = torch.stack(torch._foreach_norm(counted)).double() if counted else torch.zeros(1).double()
         total = norms.to(self.device).square().sum()
         dist.all_reduce(total, group=self.context.groups.model)

@@ -21,6 +21,7 @@ from megatron_doremi.model.gpt import Block
 from megatron_doremi.model.positions import Positions
 from megatron_doremi.parallel.context import ParallelContext
 from megatron_doremi.parallel.cross_entropy import token_losses
+from megatron_doremi.parallel.deepspeed_internals import count_in_gradient_norm, is_tied_copy
 from megatron_doremi.parallel.layers import LearnedPositions, Norm, TensorParallel, VocabParallelEmbedding
 from megatron_doremi.parallel.parameters import initialize, spec_of
 from megatron_doremi.parallel.topology import Topology, stage_bounds
@@ -208,12 +209,8 @@ def layer_specs(gpt: GPTConfig, tp: TensorParallel, recompute: str) -> list[Laye
 
 
 def mark_for_gradient_norm(parameters: Iterable[nn.Parameter], topology: Topology) -> None:
-    """Tells DeepSpeed which parameters this rank counts in the global gradient norm: each of the model once.
-
-    Its optimizers count a parameter on the first tensor rank, or where `model_parallel` is set, and leave out
-    tied copies (`ds_pipe_replicated`, set by PipelineModule).
-    """
+    """Tells DeepSpeed which parameters this rank counts in the global gradient norm: each of the model once."""
     for parameter in parameters:
         replicated = spec_of(parameter).dim is None
-        copy = getattr(parameter, "ds_pipe_replicated", False)
-        parameter.model_parallel = not copy and (not replicated or topology.tensor_rank == 0)  # type: ignore[attr-defined]
+        first = not replicated or topology.tensor_rank == 0
+        count_in_gradient_norm(parameter, first and not is_tied_copy(parameter))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
 
-import deepspeed
 from torch import Tensor, nn
 
 from megatron_doremi.config import GPTConfig
@@ -94,21 +92,3 @@ class GPTModel(NamedLayers, nn.Module):
 
 # The part of the GPT that a rank holds.
 GPT = GPTPipeline | GPTModel
-
-
-def is_partitioned(parameter: Tensor) -> bool:
-    """Whether ZeRO 3 has cut this parameter over the data group."""
-    return hasattr(parameter, "ds_id")
-
-
-def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
-    """Makes parameters that ZeRO 3 has cut whole on every rank of the data group, for reading; a collective call."""
-    cut = [parameter for parameter in parameters if is_partitioned(parameter)]
-    return deepspeed.zero.GatheredParameters(cut) if cut else nullcontext()
-
-
-def writable(parameter: nn.Parameter) -> AbstractContextManager[None]:
-    """Makes a parameter whole for writing: every rank of the data group writes the same, the first one's counts."""
-    return (
-        deepspeed.zero.GatheredParameters([parameter], modifier_rank=0) if is_partitioned(parameter) else nullcontext()
-    )

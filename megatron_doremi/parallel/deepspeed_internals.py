@@ -1,0 +1,149 @@
+"""DeepSpeed's private and undocumented names that this package depends on, each of them used in this file only.
+
+Written against DeepSpeed 0.19.8. An upgrade checks this file; tests/parallel/test_deepspeed_internals.py lists the
+names, asserts that the installed DeepSpeed has them and that no other file of the package mentions them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import Tensor, nn
+
+
+def disable_shared_memory_all_reduce() -> None:
+    """Keeps DeepSpeed from compiling its shared-memory all-reduce at the first start on a machine; gloo serves.
+
+    `deepspeed.init_distributed` builds that op wherever `__compatible_ops__` says that it can; there is no setting.
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+# Parameters under ZeRO 3.
+
+
+def is_partitioned(parameter: Tensor) -> bool:
+    """Whether ZeRO 3 has sharded this parameter over the data-parallel group: `ds_id` marks those that it has."""
+    return hasattr(parameter, "ds_id")
+
+
+def local_shard(parameter: Tensor) -> Tensor:
+    """This rank's part of a parameter, without communication: under ZeRO 3 its shard (`ds_tensor`), else all of it."""
+    shard: Tensor = parameter.ds_tensor if is_partitioned(parameter) else parameter  # type: ignore[attr-defined]
+    return shard
+
+
+def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
+    """Makes parameters that ZeRO 3 shards full on every rank of the data group, for reading; a collective call."""
+    sharded = [parameter for parameter in parameters if is_partitioned(parameter)]
+    return deepspeed.zero.GatheredParameters(sharded) if sharded else nullcontext()
+
+
+def writable(parameter: nn.Parameter) -> AbstractContextManager[None]:
+    """Makes a parameter full for writing: every rank of the data group writes the same, the first one's counts."""
+    return (
+        deepspeed.zero.GatheredParameters([parameter], modifier_rank=0) if is_partitioned(parameter) else nullcontext()
+    )
+
+
+# The global gradient norm.
+
+
+def is_tied_copy(parameter: nn.Parameter) -> bool:
+    """Whether another stage holds the first copy of this tied parameter: PipelineModule sets `ds_pipe_replicated`."""
+    return bool(getattr(parameter, "ds_pipe_replicated", False))
+
+
+def count_in_gradient_norm(parameter: nn.Parameter, counted: bool) -> None:
+    """Tells DeepSpeed's optimizers whether this rank counts a parameter in the global gradient norm.
+
+    They count a parameter on the first tensor rank, or where `model_parallel` is set, and leave out tied copies.
+    """
+    parameter.model_parallel = counted  # type: ignore[attr-defined]
+
+
+def is_counted_in_gradient_norm(parameter: nn.Parameter) -> bool:
+    """What `count_in_gradient_norm` set."""
+    return bool(parameter.model_parallel)  # type: ignore[attr-defined]
+
+
+# The optimizer's state.
+
+
+@dataclass(frozen=True)
+class OwnedPiece:
+    """The piece of a parameter's optimizer state that a rank owns.
+
+    Attributes:
+        start: its first element within this rank's tensor-parallel shard of the parameter, flattened.
+        count: its elements, at least 1.
+        flat: the tensor that the optimizer moves and that holds the piece's weights; see `flat_partitions`.
+        offset: first element of the piece within `flat`, flattened.
+        is_master: whether `flat` is a float32 copy of the weights and not the parameter itself.
+    """
+
+    start: int
+    count: int
+    flat: Tensor
+    offset: int
+    is_master: bool
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """[count], the piece of a tensor shaped like `flat`; it shares the tensor's memory."""
+        return tensor.detach().view(-1).narrow(0, self.offset, self.count)
+
+
+def wraps_optimizer(engine: DeepSpeedEngine) -> bool:
+    """Whether DeepSpeed's own optimizer (ZeRO or mixed precision) drives the torch optimizer, `basic_optimizer`."""
+    return engine.optimizer is not engine.basic_optimizer
+
+
+def flat_partitions(engine: DeepSpeedEngine) -> list[Tensor]:
+    """The tensors that the torch optimizer itself moves: flat float32 partitions under ZeRO, else the parameters.
+
+    ZeRO 3, ZeRO 1 and 2, and the bfloat16 optimizer each have their own name for the partitions of their groups.
+    """
+    for attribute in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
+        if hasattr(engine.optimizer, attribute):
+            return list(getattr(engine.optimizer, attribute))
+    return [parameter for group in engine.basic_optimizer.param_groups for parameter in group["params"]]
+
+
+def torch_state(engine: DeepSpeedEngine, flat: Tensor) -> dict[str, Any]:
+    """The torch optimizer's state of one of `flat_partitions`, by key; empty before the first step."""
+    state: dict[str, Any] = engine.basic_optimizer.state[flat]
+    return state
+
+
+def owned_piece(
+    engine: DeepSpeedEngine, parameter: nn.Parameter, data_rank: int, flats: list[Tensor]
+) -> OwnedPiece | None:
+    """Where the state of a parameter lies that this rank owns, or None if it owns none.
+
+    ZeRO 3 splits every parameter into equal pieces, a rank's in order, and records where each lies in its group's
+    partition (`grad_position`). ZeRO 1 and 2 and the bfloat16 optimizer partition the concatenated parameters of a
+    group, and record in `_hp_mapping` the part of a parameter that lies in this rank's partition.
+
+    Args:
+        flats: the engine's `flat_partitions`.
+    """
+    optimizer = engine.optimizer
+    if is_partitioned(parameter):
+        group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        start = data_rank * size
+        count = min(size, parameter.ds_numel - start)  # type: ignore[attr-defined]
+        # The last pieces may hold nothing but padding.
+        return OwnedPiece(start, count, flats[group], offset, is_master=True) if count > 0 else None
+    if not wraps_optimizer(engine):
+        return OwnedPiece(0, parameter.numel(), parameter, 0, is_master=False)
+    piece = parameter._hp_mapping  # type: ignore[attr-defined]
+    if piece is None or piece.hp_fragment_address.numel <= 0:
+        return None
+    address = piece.hp_fragment_address
+    flat = flats[piece.param_group_index]
+    return OwnedPiece(piece.lp_fragment_address.start, address.numel, flat, address.start, is_master=True)

@@ -1,0 +1,66 @@
+"""One file alone mentions DeepSpeed's private names, and the installed DeepSpeed has them.
+
+Run alone: python -m pytest tests/parallel/test_deepspeed_internals.py
+"""
+
+from __future__ import annotations
+
+import ast
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[2] / "megatron_doremi"
+INTERNALS = PACKAGE / "parallel" / "deepspeed_internals.py"
+(DEEPSPEED,) = find_spec("deepspeed").submodule_search_locations
+# DeepSpeed's file -> the names in it that this package depends on.
+NAMES = {
+    "ops/__init__.py": ["__compatible_ops__"],
+    "ops/op_builder/cpu/comm.py": ["deepspeed_shm_comm"],
+    "runtime/zero/partition_parameters.py": ["ds_id", "ds_numel", "ds_tensor", "GatheredParameters"],
+    "runtime/zero/stage3.py": ["fp32_partitioned_groups_flat", "get_param_id", "grad_position"],
+    "runtime/zero/stage_1_and_2.py": ["single_partition_of_fp32_groups"],
+    "runtime/bf16_optimizer.py": ["fp32_groups_flat_partition"],
+    "utils/tensor_fragment.py": ["_hp_mapping", "hp_fragment_address", "lp_fragment_address", "param_group_index"],
+    "runtime/utils.py": ["model_parallel"],
+    "runtime/pipe/module.py": ["ds_pipe_replicated"],
+    "runtime/engine.py": ["basic_optimizer"],
+}
+
+
+def mentioned(path: Path) -> set[str]:
+    """Identifiers of a file, and strings that could name one in a getattr."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Name):
+            found.add(node.id)
+        elif isinstance(node, ast.Attribute):
+            found.add(node.attr)
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.add(node.value)
+    return found
+
+
+@pytest.mark.parametrize("file", NAMES)
+def test_the_installed_deepspeed_has_them(file):
+    missing = set(NAMES[file]) - mentioned(Path(DEEPSPEED, file))
+    assert not missing, f"this DeepSpeed lacks {sorted(missing)} in {file}: adapt {INTERNALS.name}"
+
+
+def test_no_other_file_mentions_them():
+    names = {name for listed in NAMES.values() for name in listed}
+    for path in PACKAGE.rglob("*.py"):
+        if path != INTERNALS:
+            found = names & mentioned(path)
+            assert not found, f"{path} mentions {sorted(found)}, which only {INTERNALS.name} may"
+
+
+def test_the_list_is_complete_and_current():
+    names = {name for listed in NAMES.values() for name in listed}
+    used = mentioned(INTERNALS)
+    assert names <= used, f"{INTERNALS.name} no longer uses {sorted(names - used)}"
+    private = {name for name in used if name.isidentifier() and name.startswith(("_", "ds_"))}
+    assert not private - names - {"__init__"}, f"not in the list: {sorted(private - names)}"
