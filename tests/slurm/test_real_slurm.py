@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from phases.small import metrics, training_lines
-from slurm.cluster import cluster, wait_for
+from slurm.slurm_cluster import cluster, wait_for
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
