@@ -11,8 +11,7 @@ import io
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 
-import torch
-from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.pipe import LayerSpec, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import ProcessTopology
 from torch import Tensor, nn
 
@@ -21,7 +20,7 @@ from megatron_doremi.model.gpt import Block
 from megatron_doremi.model.positions import Positions
 from megatron_doremi.parallel.context import ParallelContext
 from megatron_doremi.parallel.cross_entropy import token_losses
-from megatron_doremi.parallel.deepspeed_internals import count_in_gradient_norm, is_tied_copy
+from megatron_doremi.parallel.deepspeed_internals import PipelineModuleHooks, count_in_gradient_norm, is_tied_copy
 from megatron_doremi.parallel.layers import LearnedPositions, Norm, TensorParallel, VocabParallelEmbedding
 from megatron_doremi.parallel.parameters import initialize, spec_of
 from megatron_doremi.parallel.topology import Topology, stage_bounds
@@ -96,7 +95,7 @@ class NamedLayers:
         return x
 
 
-class GPTPipeline(NamedLayers, PipelineModule):
+class GPTPipeline(NamedLayers, PipelineModuleHooks):
     """This rank's stage of the GPT; initial values depend on `seed` and names alone."""
 
     def __init__(
@@ -133,17 +132,10 @@ class GPTPipeline(NamedLayers, PipelineModule):
             self._start(seed)
         mark_for_gradient_norm((p for _, p in self.model_parameters()), topology)
 
-    def _partition_layers(self, method: str = "uniform") -> None:
-        """DeepSpeed's hook that decides which layers this stage holds; ours is `stage_bounds`."""
+    def layer_bounds(self, num_stages: int) -> list[int]:
         first = self.names.index("layers.0")
         after = len(self.names) - first - self.gpt.num_layers
-        self.parts = stage_bounds(self.gpt.num_layers, self.num_stages, first, after)
-        self._set_bounds(start=self.parts[self.stage_id], stop=self.parts[self.stage_id + 1])
-
-    @torch.no_grad()
-    def _synchronize_tied_weights(self) -> None:
-        """DeepSpeed's hook; without no_grad the broadcast would become part of the graph."""
-        super()._synchronize_tied_weights()
+        return stage_bounds(self.gpt.num_layers, num_stages, first, after)
 
     def _start(self, seed: int) -> None:
         for name, layer in self.named_layers():
@@ -151,17 +143,17 @@ class GPTPipeline(NamedLayers, PipelineModule):
 
     def named_layers(self) -> Iterator[tuple[str, nn.Module]]:
         seen: set[str] = set()
-        for index in range(self._local_start, self._local_stop):
+        for index in self.stage_layers():
             name = self.names[index]
             if name in seen:
                 continue
             seen.add(name)
-            tied = name == "embedding" and TIED_KEY in self.tied_modules
-            yield name, self.tied_modules[TIED_KEY] if tied else getattr(self, str(index))
+            tied = name == "embedding" and self.has_tied_layer(TIED_KEY)
+            yield name, self.tied_layer(TIED_KEY) if tied else self.untied_layer(index)
 
     def forward(self, x: Tensor) -> Tensor:
         """Replaces DeepSpeed's, which gives every layer one input: blocks take positions too."""
-        return self._through(self.forward_funcs, x)
+        return self._through(self.layer_functions(), x)
 
     def run(self, x: Tensor, targets: Tensor | None) -> Tensor:
         x = self(x)
@@ -177,8 +169,10 @@ class GPTPipeline(NamedLayers, PipelineModule):
         Returns:
             [batch, seq] losses in nats, float32, the same on every rank of the tensor group.
         """
-        output = self.tied_modules[TIED_KEY] if self.gpt.tied_embeddings else getattr(self, str(len(self.names) - 1))
-        return output_losses(hidden, output.weight, labels[0], self.gpt, self.tp, self.loss_chunk_tokens)
+        output = self.tied_layer(TIED_KEY) if self.gpt.tied_embeddings else self.untied_layer(len(self.names) - 1)
+        return output_losses(
+            hidden, output.get_parameter("weight"), labels[0], self.gpt, self.tp, self.loss_chunk_tokens
+        )
 
 
 def output_losses(

@@ -6,12 +6,15 @@ names, asserts that the installed DeepSpeed has them and that no other file of t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
+import torch
+from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 
@@ -147,3 +150,47 @@ def owned_piece(
     address = piece.hp_fragment_address
     flat = flats[piece.param_group_index]
     return OwnedPiece(piece.lp_fragment_address.start, address.numel, flat, address.start, is_master=True)
+
+
+# The pipeline module.
+
+
+class PipelineModuleHooks(PipelineModule):
+    """DeepSpeed's pipeline module, its hooks and its layers under public names."""
+
+    @abstractmethod
+    def layer_bounds(self, num_stages: int) -> list[int]:
+        """The first layer of every stage, then the number of layers; called while the module is built."""
+
+    def _partition_layers(self, method: str = "uniform") -> None:
+        """Decides which layers this stage holds; DeepSpeed's own takes no other method than those it knows."""
+        self.parts = self.layer_bounds(self.num_stages)
+        self._set_bounds(start=self.parts[self.stage_id], stop=self.parts[self.stage_id + 1])
+
+    @torch.no_grad()
+    def _synchronize_tied_weights(self) -> None:
+        """Broadcasts tied weights; without no_grad the broadcast would become part of the graph."""
+        super()._synchronize_tied_weights()
+
+    def stage_layers(self) -> range:
+        """Indices, among all layers, of the layers of this stage."""
+        return range(self._local_start, self._local_stop)
+
+    def untied_layer(self, index: int) -> nn.Module:
+        """An untied layer of this stage by its index among all layers: DeepSpeed registers it under that number."""
+        layer: nn.Module = getattr(self, str(index))
+        return layer
+
+    def has_tied_layer(self, key: str) -> bool:
+        """Whether this stage holds a copy of the tied layer `key` (of its TiedLayerSpec)."""
+        return key in self.tied_modules
+
+    def tied_layer(self, key: str) -> nn.Module:
+        """This stage's copy of the tied layer `key`."""
+        layer: nn.Module = self.tied_modules[key]
+        return layer
+
+    def layer_functions(self) -> list[Callable[..., Tensor]]:
+        """What this stage calls in order: layers, and forward functions bound to tied layers."""
+        functions: list[Callable[..., Tensor]] = self.forward_funcs
+        return functions

@@ -24,7 +24,16 @@ NAMES = {
     "runtime/bf16_optimizer.py": ["fp32_groups_flat_partition"],
     "utils/tensor_fragment.py": ["_hp_mapping", "hp_fragment_address", "lp_fragment_address", "param_group_index"],
     "runtime/utils.py": ["model_parallel"],
-    "runtime/pipe/module.py": ["ds_pipe_replicated"],
+    "runtime/pipe/module.py": [
+        "ds_pipe_replicated",
+        "_partition_layers",
+        "_set_bounds",
+        "_synchronize_tied_weights",
+        "_local_start",
+        "_local_stop",
+        "tied_modules",
+        "forward_funcs",
+    ],
     "runtime/engine.py": ["basic_optimizer"],
 }
 
