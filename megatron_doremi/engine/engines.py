@@ -7,24 +7,27 @@ whole batch before any gradient is taken (see objective.py) makes the pipeline e
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.pipe.engine import PipelineEngine
-from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass, PipeSchedule, ReduceGrads
+from deepspeed.runtime.pipe.schedule import PipeInstruction, PipeSchedule
 from torch import Tensor
 
 from megatron_doremi.data.loader import MicroBatch
 from megatron_doremi.engine.schedule import AlternatingSchedule, UpdateDomainWeights
 from megatron_doremi.mixture.objective import Objective
 from megatron_doremi.parallel.context import ParallelContext
-from megatron_doremi.parallel.deepspeed_internals import is_counted_in_gradient_norm, wraps_optimizer
+from megatron_doremi.parallel.deepspeed_internals import (
+    EngineHooks,
+    PipelineEngineHooks,
+    is_counted_in_gradient_norm,
+    wraps_optimizer,
+)
 
 
-class TrainingEngine(DeepSpeedEngine):
+class TrainingEngine(EngineHooks):
     """What the training loop asks of an engine."""
 
     def __init__(self, objective: Objective, context: ParallelContext, clip_grad: float, **deepspeed: Any):
@@ -53,9 +56,8 @@ class TrainingEngine(DeepSpeedEngine):
         self._accumulate_and_step(micro_batches)
         self.objective.end()
 
-    def _take_model_step(self, *args: Any, **kwargs: Any) -> None:
+    def before_model_step(self) -> None:
         self._before_step(self._norm_in_time())
-        super()._take_model_step(*args, **kwargs)
 
     def _norm_in_time(self) -> Tensor | None:
         """The gradient's global norm, clipped by it, where this engine computes it and not the optimizer."""
@@ -67,7 +69,7 @@ class TrainingEngine(DeepSpeedEngine):
 
     def grad_norm(self) -> float:
         """Global norm of the last step's gradient before clipping."""
-        return float(self._global_grad_norm)
+        return float(self.last_grad_norm())
 
     def set_learning_rate(self, lr: float) -> None:
         """Sets the rate of the next step."""
@@ -75,7 +77,7 @@ class TrainingEngine(DeepSpeedEngine):
             group["lr"] = lr
 
 
-class PipelinedEngine(TrainingEngine, PipelineEngine):
+class PipelinedEngine(TrainingEngine, PipelineEngineHooks):
     """Any number of stages, ZeRO 0 and 1: 1F1B, or the alternating schedule where the objective needs it."""
 
     # DeepSpeed's: token losses after a forward pass, then what the next backward pass starts from.
@@ -87,51 +89,44 @@ class PipelinedEngine(TrainingEngine, PipelineEngine):
 
     def _accumulate_and_step(self, micro_batches: Sequence[MicroBatch]) -> None:
         # Here and not one by one by DeepSpeed, which waits for each copy.
-        self.set_dataiterator(iter([batch.to(self.device).as_pipe_batch() for batch in micro_batches]))
-        self.total_loss = None
-        self._compute_loss = True
-        self._exec_schedule(self._train_schedule())
+        self.run_schedule(iter([batch.to(self.device).as_pipe_batch() for batch in micro_batches]))
 
-    def _train_schedule(self) -> PipeSchedule:
+    def schedule(self) -> PipeSchedule | None:
         if self.objective.before_backward:
             return AlternatingSchedule(self.micro_batches, self.num_stages, self.stage_id)
-        return super()._train_schedule()
+        return None
 
-    def _exec_forward_pass(self, buffer_id: int) -> None:
-        super()._exec_forward_pass(buffer_id)
-        if not self.is_last_stage():
-            return
+    def instructions(self) -> Mapping[type[PipeInstruction], Callable[..., None]]:
+        return {UpdateDomainWeights: PipelinedEngine._update_domain_weights}
+
+    def _update_domain_weights(self) -> None:
+        self.objective.update_domain_weights()
+
+    def after_forward(self, buffer_id: int, labels: tuple[Tensor, ...]) -> None:
         token_loss = self.loss
-        _, domains, *reference = self.pipe_buffers["labels"][buffer_id]
+        _, domains, *reference = labels
         self.objective.record(token_loss, domains, *reference)
         if self.objective.before_backward:
             self._held[buffer_id] = (token_loss, domains)
         else:
             self.loss = self.objective.loss(token_loss, domains)
 
-    def _exec_update_domain_weights(self) -> None:
-        self.objective.update_domain_weights()
-
-    def _exec_backward_pass(self, buffer_id: int) -> None:
+    def before_backward(self, buffer_id: int) -> None:
         if buffer_id in self._held:
             self.loss = self.objective.loss(*self._held.pop(buffer_id))
-        super()._exec_backward_pass(buffer_id)
-        # DeepSpeed keeps the last stage's hidden states until the buffer's next forward pass.
-        self.pipe_buffers["outputs"][buffer_id] = None
 
-    def _exec_reduce_grads(self) -> None:
+    def reduces_gradients(self) -> bool:
         # A single replica has nothing to reduce; a sharded optimizer collects its gradients here.
-        sharded = wraps_optimizer(self) and not self.using_bf16_optimizer
-        if self.context.topology.data_size > 1 or sharded:
-            super()._exec_reduce_grads()
+        return self.context.topology.data_size > 1 or self.collects_reduced_gradients()
 
     def _norm_in_time(self) -> Tensor | None:
         # Without ZeRO or mixed precision DeepSpeed neither reports a norm nor counts tied copies and
         # replicated parameters once; its sharded optimizers do both.
         if wraps_optimizer(self):
             return None
-        self._global_grad_norm = self._clip_gradients()
-        return self._global_grad_norm
+        norm = self._clip_gradients()
+        self.set_grad_norm(norm)
+        return norm
 
     def _clip_gradients(self) -> Tensor:
         parameters = [p for p in self.module.parameters() if p.grad is not None]
@@ -144,15 +139,6 @@ class PipelinedEngine(TrainingEngine, PipelineEngine):
             factor = (self.clip_grad / (norm + 1e-6)).clamp(max=1.0).float()
             torch._foreach_mul_([p.grad for p in parameters], factor)
         return norm
-
-    # DeepSpeed looks instructions up here, not among the methods.
-    _INSTRUCTION_MAP: ClassVar[dict[type, Any]] = {
-        **PipelineEngine._INSTRUCTION_MAP,
-        ForwardPass: _exec_forward_pass,
-        UpdateDomainWeights: _exec_update_domain_weights,
-        BackwardPass: _exec_backward_pass,
-        ReduceGrads: _exec_reduce_grads,
-    }
 
 
 class ZeroEngine(TrainingEngine):

@@ -7,7 +7,7 @@ names, asserts that the installed DeepSpeed has them and that no other file of t
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,8 @@ import deepspeed
 import torch
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass, PipeInstruction, PipeSchedule, ReduceGrads
 from torch import Tensor, nn
 
 
@@ -194,3 +196,90 @@ class PipelineModuleHooks(PipelineModule):
         """What this stage calls in order: layers, and forward functions bound to tied layers."""
         functions: list[Callable[..., Tensor]] = self.forward_funcs
         return functions
+
+
+# The engines.
+
+
+class EngineHooks(DeepSpeedEngine):
+    """Any of DeepSpeed's engines, the hooks of its step under public names."""
+
+    def before_model_step(self) -> None:
+        """Called once a step, after the last backward pass and before any parameter moves."""
+
+    def _take_model_step(self, *args: Any, **kwargs: Any) -> None:
+        """The optimizer's step, on the last micro-batch of a step."""
+        self.before_model_step()
+        super()._take_model_step(*args, **kwargs)
+
+    def last_grad_norm(self) -> Tensor | float:
+        """The gradient's norm in the last step: the optimizer's, or what `set_grad_norm` gave."""
+        norm: Tensor | float = self._global_grad_norm
+        return norm
+
+    def set_grad_norm(self, norm: Tensor) -> None:
+        """Keeps a norm as the last step's, where the optimizer computes none."""
+        self._global_grad_norm = norm
+
+
+class PipelineEngineHooks(PipelineEngine):
+    """DeepSpeed's pipeline engine, the hooks of its schedule under public names."""
+
+    def run_schedule(self, micro_batches: Iterator[Any]) -> None:
+        """What `train_batch` does, less its timers and its reduction of a loss that nobody reads."""
+        self.set_dataiterator(micro_batches)
+        self.total_loss = None
+        self._compute_loss = True
+        self._exec_schedule(self._train_schedule())
+
+    def schedule(self) -> PipeSchedule | None:
+        """The schedule of a step; None for DeepSpeed's 1F1B."""
+        return None
+
+    def instructions(self) -> Mapping[type[PipeInstruction], Callable[..., None]]:
+        """Functions of the engine that carry out instructions which DeepSpeed does not know, by instruction."""
+        return {}
+
+    def after_forward(self, buffer_id: int, labels: tuple[Tensor, ...]) -> None:
+        """Called on the last stage once `loss` holds what the module's loss function returned."""
+
+    def before_backward(self, buffer_id: int) -> None:
+        """Called on every stage; the last one's backward pass starts from `loss`."""
+
+    def reduces_gradients(self) -> bool:
+        """Whether the replicas' gradients are reduced after the last backward pass."""
+        return True
+
+    def collects_reduced_gradients(self) -> bool:
+        """Whether the optimizer collects its gradients in the reduction: ZeRO does, the bfloat16 optimizer before."""
+        return wraps_optimizer(self) and not self.using_bf16_optimizer
+
+    def _train_schedule(self) -> PipeSchedule:
+        own = self.schedule()
+        return super()._train_schedule() if own is None else own
+
+    def _exec_forward_pass(self, buffer_id: int) -> None:
+        super()._exec_forward_pass(buffer_id)
+        if self.is_last_stage():
+            self.after_forward(buffer_id, self.pipe_buffers["labels"][buffer_id])
+
+    def _exec_backward_pass(self, buffer_id: int) -> None:
+        self.before_backward(buffer_id)
+        super()._exec_backward_pass(buffer_id)
+        # DeepSpeed keeps the last stage's hidden states until the buffer's next forward pass.
+        self.pipe_buffers["outputs"][buffer_id] = None
+
+    def _exec_reduce_grads(self) -> None:
+        if self.reduces_gradients():
+            super()._exec_reduce_grads()
+
+    @property
+    def _INSTRUCTION_MAP(self) -> dict[type[PipeInstruction], Callable[..., None]]:
+        """DeepSpeed looks instructions up here, not among the methods."""
+        return {
+            **PipelineEngine._INSTRUCTION_MAP,
+            ForwardPass: PipelineEngineHooks._exec_forward_pass,
+            BackwardPass: PipelineEngineHooks._exec_backward_pass,
+            ReduceGrads: PipelineEngineHooks._exec_reduce_grads,
+            **self.instructions(),
+        }

@@ -24,6 +24,19 @@ NAMES = {
     "runtime/bf16_optimizer.py": ["fp32_groups_flat_partition"],
     "utils/tensor_fragment.py": ["_hp_mapping", "hp_fragment_address", "lp_fragment_address", "param_group_index"],
     "runtime/utils.py": ["model_parallel"],
+    "runtime/pipe/engine.py": [
+        "using_bf16_optimizer",
+        "pipe_buffers",
+        "total_loss",
+        "set_dataiterator",
+        "_compute_loss",
+        "_exec_schedule",
+        "_train_schedule",
+        "_exec_forward_pass",
+        "_exec_backward_pass",
+        "_exec_reduce_grads",
+        "_INSTRUCTION_MAP",
+    ],
     "runtime/pipe/module.py": [
         "ds_pipe_replicated",
         "_partition_layers",
@@ -34,7 +47,7 @@ NAMES = {
         "tied_modules",
         "forward_funcs",
     ],
-    "runtime/engine.py": ["basic_optimizer"],
+    "runtime/engine.py": ["basic_optimizer", "_take_model_step", "_global_grad_norm"],
 }
 
 
