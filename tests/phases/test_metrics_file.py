@@ -1,4 +1,4 @@
-"""metrics.jsonl: full precision, resumption in place, damaged bytes, and outputs that cannot be written.
+"""metrics.jsonl: full precision, truncation on resume, damaged bytes, and failed writes.
 
 Run alone: python -m pytest tests/phases/test_metrics_file.py
 """
@@ -57,7 +57,7 @@ def test_the_evaluation_of_the_resumed_iteration_stays_and_is_not_repeated(recor
 
 @pytest.mark.parametrize("recorded", [False, True])
 def test_a_damaged_byte_stays_and_a_link_stays_a_link(recorded, tmp_path):
-    """Fault 27: the line vanished, or a byte that is no UTF-8 was a traceback; the link became a file."""
+    """Fault 27: the line vanished, or a byte that is not UTF-8 raised a traceback; the link was replaced by a file."""
     target, path = tmp_path / "elsewhere.jsonl", tmp_path / "metrics.jsonl"
     damaged = line(2).replace(b"loss", b"l\xffss")
     broken = line(3).replace(b"{", b"[", 1)
@@ -122,8 +122,8 @@ def claims_more_than(last: int, text: bytes) -> bool:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_fuzzed_files(seed, tmp_path, monkeypatch):
-    """One byte of a file changed, its end cut off or replaced by zeros: undamaged lines up to the resumed iteration
-    stay, undamaged later ones go, whatever the checkpoint says of the size."""
+    """One byte of a file changed, its end missing or replaced by zeros: undamaged lines up to the resumed iteration
+    are kept, undamaged later ones removed, whatever size the checkpoint records."""
     generator = random.Random(seed)
     monkeypatch.setattr(metrics_file, "_BLOCK", 256)
     path = tmp_path / "metrics.jsonl"

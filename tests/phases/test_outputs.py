@@ -1,4 +1,4 @@
-"""Everything that will be written is tried at the start; only the checkpoint ends a run that cannot be written.
+"""Every output is checked at startup; of the outputs that fail later, only a checkpoint ends the run.
 
 Run alone: python -m pytest tests/phases/test_outputs.py
 """

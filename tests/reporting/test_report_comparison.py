@@ -1,4 +1,4 @@
-"""The table's numbers and the words, against figures computed by hand."""
+"""The table and the statements, against numbers computed by hand."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_the_table_by_hand(comparison):
     )
 
 
-def test_the_words_say_better_worse_and_equal(comparison):
+def test_the_statements_say_better_worse_and_equal(comparison):
     words = describe(comparison)
     assert "main is better than the baseline on 1 of 3 domains (nats a token): code (-0.250)." in words
     assert "main is worse than the baseline on 1 of 3 domains (nats a token): noise (+0.250)." in words
@@ -66,7 +66,7 @@ def test_the_words_say_better_worse_and_equal(comparison):
     assert "Token mean: main 2.600 against 2.800 nats a token (-0.200, better)." in words
 
 
-def test_nothing_better_is_said_too(comparison):
+def test_no_improvement_is_reported_too(comparison):
     worse = [replace(each, loss=Pair(1.0, 1.5)) for each in comparison.domains]
     assert describe_domains(worse)[0] == "main is better than the baseline on 0 of 3 domains."
 
@@ -80,19 +80,19 @@ def test_planted_domains_are_reported_either_way(comparison):
     assert "kept its weight at the end (0.3333), against uniform 1/3 = 0.3333." in boilerplate
 
 
-def test_without_planted_domains_there_is_no_word_of_them(runs, comparison):
+def test_without_planted_domains_none_are_mentioned(runs, comparison):
     domains = tuple(replace(each, name=f"real-{n}") for n, each in enumerate(comparison.domains))
     assert not any("lanted" in sentence for sentence in describe(replace(comparison, domains=domains)))
 
 
-def test_words_and_table_agree_on_a_difference_that_rounds_to_nothing():
+def test_statements_and_table_agree_on_a_difference_that_rounds_to_zero():
     assert (verdict(-0.0004), format_difference(-0.0004)) == ("equal", "0.000")
     assert (verdict(-0.0006), format_difference(-0.0006)) == ("better", "-0.001")
     assert verdict(None) == ""
     assert format_difference(None) == "-"
 
 
-def test_the_weights_file_is_preferred_and_a_gap_to_the_trajectory_is_said(runs):
+def test_the_weights_file_is_preferred_and_a_gap_to_the_trajectory_is_reported(runs):
     recorded = {"code": 0.6, "noise": 0.2, "boilerplate": 0.2}
     proxy = replace(runs["proxy"], recorded_weights=recorded)
     comparison = compare(MANIFEST, proxy, runs["main"], runs["baseline"])
@@ -100,13 +100,13 @@ def test_the_weights_file_is_preferred_and_a_gap_to_the_trajectory_is_said(runs)
     assert any("differs from the mean of the trajectory" in note and "0.1:" in note for note in comparison.notes)
 
 
-def test_unequal_budgets_are_said(runs):
+def test_unequal_budgets_are_reported(runs):
     shorter = replace(runs["baseline"], evaluations=runs["baseline"].evaluations[:1])
     notes = compare(MANIFEST, runs["proxy"], runs["main"], shorter).notes
     assert notes[0] == "The budgets differ: the baseline was evaluated at step 1, main at step 2."
 
 
-def test_a_domain_without_held_out_text_is_left_out_and_said(runs):
+def test_a_domain_without_held_out_text_is_excluded_and_reported(runs):
     newest = runs["main"].evaluations[-1]
     partial = replace(newest, losses={"code": 2.5, "noise": 5.75})
     comparison = compare(MANIFEST, runs["proxy"], replace(runs["main"], evaluations=(partial,)), runs["baseline"])
@@ -115,7 +115,7 @@ def test_a_domain_without_held_out_text_is_left_out_and_said(runs):
     assert any("boilerplate" in note and "excluded" in note for note in comparison.notes)
 
 
-def test_everything_that_prevents_a_comparison_is_said_at_once(runs):
+def test_everything_that_prevents_a_comparison_is_reported_at_once(runs):
     empty = replace(runs["main"], evaluations=())
     with pytest.raises(ConfigError) as caught:
         compare((*MANIFEST[:2], domain("other", 5)), runs["main"], empty, runs["baseline"])
@@ -125,7 +125,7 @@ def test_everything_that_prevents_a_comparison_is_said_at_once(runs):
     assert "not in the manifest: boilerplate" in message
 
 
-def test_a_diverged_run_is_said(runs):
+def test_a_diverged_run_is_a_fault(runs):
     newest = replace(runs["main"].evaluations[-1], losses={"code": float("nan"), "noise": 1.0})
     with pytest.raises(ConfigError, match="diverged"):
         compare(MANIFEST, runs["proxy"], replace(runs["main"], evaluations=(newest,)), runs["baseline"])

@@ -64,7 +64,9 @@ def evaluation_line(run, iteration, own, **changes):
     return json.dumps({**line, **changes}) + "\n"
 
 
-def test_every_difference_of_what_is_compared_is_said(tool, three_runs, write_run, write_manifest, tmp_path, capsys):
+def test_every_difference_between_compared_runs_is_reported(
+    tool, three_runs, write_run, write_manifest, tmp_path, capsys
+):
     """In the table, in the sentences, in results.json and in the HTML."""
     wide = {"num_layers": 2, "hidden_size": 128, "vocab_size": 1000}
     longer = {"data": {"seq_length": 128}, "optimizer": {"bf16": False}}
@@ -90,7 +92,7 @@ def test_every_difference_of_what_is_compared_is_said(tool, three_runs, write_ru
     assert set(found) == {"hidden_size", "sequence length", "data fingerprint", "held-out windows"}
 
 
-def test_runs_side_by_side_say_it_too(tool, write_run, tmp_path, capsys):
+def test_a_report_on_several_runs_lists_the_differences_too(tool, write_run, tmp_path, capsys):
     paths = [write_run(name, [evaluated(2, losses=(x, x, x))], config=config()) for name, x in (("a", 1.0), ("b", 2.0))]
     longer = {"data": {"seq_length": 128}, "optimizer": {"bf16": True}}
     paths.append(write_run("c", [evaluated(2)], config=config(settings=longer)))
@@ -112,7 +114,7 @@ def test_what_an_older_run_did_not_record_is_no_difference(write_run):
         assert found == ({"normalization": values} if values else {})
 
 
-def test_names_that_look_alike_are_said():
+def test_similar_names_are_reported():
     assert similar_names_note(["Code", "code", "web", "w eb", "law"]) == (
         "Domain names that differ only by case or spaces: 'Code', 'code', 'web', 'w eb'."
     )
@@ -189,7 +191,7 @@ def test_a_line_that_holds_no_numbers_is_one_message(line, write_run):
 
 
 @pytest.mark.parametrize("text", ["[" * 100000, '{"a": ' * 900 + "1" + "}" * 900, "[]", '{"a": 1' + "0" * 5000 + "}"])
-def test_a_config_that_is_no_object_is_one_message(text, write_run):
+def test_a_config_that_is_not_an_object_is_one_message(text, write_run):
     path = write_run("r", [{"iteration": 1, "loss": 1.0}])
     (path / "config.json").write_text(text)
     with pytest.raises(ConfigError, match=r"config\.json") as caught:
@@ -200,7 +202,7 @@ def test_a_config_that_is_no_object_is_one_message(text, write_run):
 @pytest.mark.parametrize(
     "weights", [{"a": 0.0, "b": 0.0}, {"a": float("nan"), "b": 1.0}, {"a": "1"}, {"a": -1.0, "b": 2.0}]
 )
-def test_weights_that_are_none_are_one_message(weights, write_run, rows):
+def test_invalid_weights_are_one_message(weights, write_run, rows):
     path = write_run("p", [rows[0](1, {"a": 0.5, "b": 0.5})], "proxy", weights=weights)
     with pytest.raises(ConfigError, match=r"domain_weights\.json"):
         read_run(path)

@@ -42,7 +42,7 @@ def test_a_torn_line_with_more_after_it_is_an_error_with_its_number(write_run):
 
 
 @pytest.mark.parametrize("line", ['{"loss": 1.0}', '{"iteration": 2, "loss": "high"}', '{"iteration": 2, "eval": [1]}'])
-def test_a_line_that_is_no_metrics_line_is_an_error_with_its_number(write_run, line):
+def test_a_line_that_is_not_a_metrics_line_is_an_error_with_its_number(write_run, line):
     with pytest.raises(ConfigError, match="line 2"):
         read_run(write_run("r", [{"iteration": 1, "loss": 2.0}], tail=line + "\n"))
 
@@ -88,13 +88,13 @@ def test_a_missing_file_is_named_with_a_remedy(write_run, name):
     assert "--save" in caught.value.faults[0].remedy
 
 
-def test_all_missing_folders_are_said_at_once(tmp_path: Path):
+def test_all_missing_folders_are_reported_at_once(tmp_path: Path):
     with pytest.raises(ConfigError) as caught:
         read_all([partial(read_run, tmp_path / name) for name in ("one", "two")])
     assert len(caught.value.faults) == 2
 
 
-def test_an_empty_metrics_file_is_said(write_run):
+def test_an_empty_metrics_file_is_a_fault(write_run):
     with pytest.raises(ConfigError, match="at least one training or evaluation line"):
         read_run(write_run("r", []))
 
