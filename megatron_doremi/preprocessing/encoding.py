@@ -200,7 +200,7 @@ def encode_all(
     append_eod: bool,
     workers: int,
 ) -> Generator[EncodedBlock, None, None]:
-    """EncodedBlock blocks in their order; a few a worker are under way at a time.
+    """Encoded blocks, in order; a few a worker are under way at a time.
 
     Raises:
         WorkerDied: the machine killed a worker.
