@@ -46,7 +46,6 @@ def proxy(launch, folder):
         proxy_of,
         resume_metrics,
         row_of,
-        window_count,
         windows_needed,
     )
 
@@ -67,7 +66,7 @@ def proxy(launch, folder):
     before = bytes_read()
     resume_metrics(folder / "metrics.jsonl")
     return {
-        "windows": [window_count(dataset.num_tokens, 1024) for dataset in data.train],
+        "windows": plan_of(config, data).window_counts,
         "marks": marks,
         "rows": rows,
         "bytes a row": read,
