@@ -105,12 +105,12 @@ def read_command_line(argv: Sequence[str], world_size: int) -> tuple[Config, lis
                 value, fault = _read(entry, getattr(known, entry.name))
                 values[entry.name] = value
                 faults += fault
-                unreadable |= {each.what for each in fault}
+                unreadable |= {each.subject for each in fault}
         sections[section] = cls(**values)
     config = Config(**sections)
     # A flag whose value cannot be read has its default here: what follows from that is no fault of the user's.
     found = find_faults(config, world_size) if readable else []
-    return config, faults + [fault for fault in found if fault.what not in unreadable]
+    return config, faults + [fault for fault in found if fault.subject not in unreadable]
 
 
 def _unknown_faults(unknown: Sequence[str]) -> list[Fault]:

@@ -1,6 +1,6 @@
 """Faults of the user's input, collected and said in one message.
 
-A fault is *what, the value given, the rule, the remedy*. Checks append faults to a list and raise once,
+A fault is *the subject, the value given, the rule, the remedy*. Checks append faults to a list and raise once,
 so that a user of a 512-GPU job hears of everything that is wrong at the first start and not of one thing
 a start. Programs turn a ConfigError into exit code 2 without a traceback (`run_or_exit`); an `assert` in
 this code base is always about our own mistakes.
@@ -33,20 +33,20 @@ class Fault:
     """One thing that is wrong with the input.
 
     Attributes:
-        what: the flag, file or entry at fault, spelled as the user spells it.
+        subject: the flag, file or entry at fault, spelled as the user spells it.
         value: what was given (already formatted), or "" where there is nothing to show.
         rule: what would have been right.
         remedy: what to do.
     """
 
-    what: str
+    subject: str
     value: str
     rule: str
     remedy: str
 
     def __str__(self) -> str:
         given = f": {self.value}" if self.value else ""
-        return f"{self.what}{given}\n      rule:   {self.rule}\n      remedy: {self.remedy}"
+        return f"{self.subject}{given}\n      rule:   {self.rule}\n      remedy: {self.remedy}"
 
 
 class ConfigError(Exception):

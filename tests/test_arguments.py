@@ -141,7 +141,7 @@ def test_wrong_flags(extra):
         parse(extra)
     assert WRONG[extra] in str(caught.value)
     for fault in caught.value.faults:
-        assert fault.what
+        assert fault.subject
         assert fault.rule
         assert fault.remedy
 

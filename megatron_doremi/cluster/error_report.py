@@ -97,7 +97,8 @@ def merge_faults(reports: Sequence[tuple[str, list[dict[str, str]]] | None]) -> 
 
 def _prefix_faults(faults: Sequence[Fault], prefix: str) -> list[Fault]:
     return [
-        fault if fault.what.startswith(prefix[:-2]) else replace(fault, what=prefix + fault.what) for fault in faults
+        fault if fault.subject.startswith(prefix[:-2]) else replace(fault, subject=prefix + fault.subject)
+        for fault in faults
     ]
 
 

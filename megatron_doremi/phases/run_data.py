@@ -164,7 +164,7 @@ def _open_held_out(
     short = too_short(domain.name, domain.valid, dataset.num_tokens, seq_length)
     if short is None:
         return dataset
-    warnings.append(f"{short.what}: the held-out text {short.value}, {short.rule}: the domain is not evaluated")
+    warnings.append(f"{short.subject}: the held-out text {short.value}, {short.rule}: the domain is not evaluated")
     return None
 
 

@@ -247,7 +247,7 @@ BAD, WORSE = Fault("--lr", "fast", "a number", "give one"), Fault("x.bin", "4 by
 
 def test_faults_of_all_ranks_are_one_message():
     everyone = [("n1", [BAD.__dict__]), ("n2", [BAD.__dict__, WORSE.__dict__]), None]
-    assert [fault.what for fault in merge_faults(everyone)] == ["--lr", "rank 1 on n2: x.bin"]
+    assert [fault.subject for fault in merge_faults(everyone)] == ["--lr", "rank 1 on n2: x.bin"]
 
 
 def test_rank_0_says_the_union_and_all_leave_together():
@@ -261,8 +261,8 @@ def test_rank_0_says_the_union_and_all_leave_together():
     said, *others = on_threads(3, enter)
     assert isinstance(said, ConfigError)
     assert [type(other) for other in others] == [ReportedElsewhere, ReportedElsewhere]
-    assert {fault.what.split(" on ")[0] for fault in said.faults} >= {"rank 1"}
-    assert any("x.bin" in fault.what for fault in said.faults)
+    assert {fault.subject.split(" on ")[0] for fault in said.faults} >= {"rank 1"}
+    assert any("x.bin" in fault.subject for fault in said.faults)
     assert any("the same command line" in fault.rule for fault in said.faults)
 
 

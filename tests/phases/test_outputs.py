@@ -37,7 +37,7 @@ def config_of(phase: str, save: Path | str, *flags: str):
 def faults_of(config) -> dict[str, str]:
     with pytest.raises(ConfigError) as caught:
         check_outputs(config, learns=config.data.phase == "proxy")
-    return {fault.what: fault.value for fault in caught.value.faults}
+    return {fault.subject: fault.value for fault in caught.value.faults}
 
 
 @pytest.mark.parametrize(

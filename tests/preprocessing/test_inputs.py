@@ -267,7 +267,7 @@ def test_wrong_columns_are_said_before_anything_is_read(tmp_path):
     put(tmp_path / "twice.csv", b"text,domain,text\nx,a,b\n")
     with pytest.raises(ConfigError) as caught:
         options(*sorted(tmp_path.iterdir()), "--domain-key", "domain")
-    assert [(Path(fault.what.split()[1]).name, fault.value) for fault in caught.value.faults] == [
+    assert [(Path(fault.subject.split()[1]).name, fault.value) for fault in caught.value.faults] == [
         ("integers.parquet", "column 'text' holds int64"),
         ("other.csv", "no column 'text'"),
         ("other.parquet", "no column 'text'"),

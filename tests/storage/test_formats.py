@@ -62,7 +62,7 @@ def test_a_good_entry_is_read_and_older_formats_too(tmp_path):
 )
 def test_a_violation_names_its_place(change, place):
     (fault,) = faults_of(GOOD | change)
-    assert fault.what == "file x"
+    assert fault.subject == "file x"
     assert fault.value.startswith(place)
 
 
