@@ -1,4 +1,4 @@
-"""Filling a model and its optimizer from a checkpoint that any layout wrote."""
+"""Loads a checkpoint of any layout: a model and its optimizer to train on, or a frozen model for forward passes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from torch import Tensor
 
 from megatron_doremi.checkpoint.optimizer_state import MASTER, OptimizerFolder, owned_state, start_state
 from megatron_doremi.checkpoint.weights import WeightsFolder
+from megatron_doremi.config import GPTConfig
+from megatron_doremi.model.pipeline import GPTPipeline
+from megatron_doremi.parallel.context import ParallelContext
 from megatron_doremi.parallel.deepspeed_internals import writable
 from megatron_doremi.parallel.parameters import ParameterSpec, spec_of
 from megatron_doremi.parallel.topology import Topology
@@ -59,3 +62,23 @@ def load_training(
         progress()
         for key, tensor in owned.tensors.items():
             tensor.copy_(read(owned.name, key, spec_of(owned.parameter), owned.start, owned.count))
+
+
+def load_frozen(
+    gpt: GPTConfig,
+    weights: Path,
+    context: ParallelContext,
+    dtype: torch.dtype,
+    loss_chunk_tokens: int = 0,
+) -> GPTPipeline:
+    """This rank's stage of a trained model, for forward passes only.
+
+    Args:
+        weights: folder of the files of `weights_file`, at any layout.
+        loss_chunk_tokens: see `token_losses` in parallel/cross_entropy.py.
+    """
+    # Drawing the initial values of an 8B model takes minutes, and the weights overwrite them.
+    module = GPTPipeline(gpt, context, seed=None, loss_chunk_tokens=loss_chunk_tokens)
+    WeightsFolder(weights).load_into(module, context.topology)
+    module.to(dtype).requires_grad_(False).eval()
+    return module

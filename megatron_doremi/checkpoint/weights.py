@@ -17,10 +17,8 @@ import torch
 from torch import Tensor
 
 from megatron_doremi.checkpoint.resharding import ShardedFolder, ShardingEntry, sharding_entry, writes_parameter
-from megatron_doremi.config import GPTConfig
 from megatron_doremi.model.pipeline import GPTPipeline
 from megatron_doremi.model.unpipelined import GPT
-from megatron_doremi.parallel.context import ParallelContext
 from megatron_doremi.parallel.deepspeed_internals import gathered
 from megatron_doremi.parallel.parameters import ParameterSpec, spec_of, unshard
 from megatron_doremi.parallel.topology import Topology
@@ -114,23 +112,3 @@ class WeightsFolder(ShardedFolder):
         """Fills this rank's parameters. Raises ConfigError if names or shapes differ."""
         for name, parameter in module.model_parameters():
             parameter.copy_(self.local_shard(name, spec_of(parameter), topology))
-
-
-def load_frozen(
-    gpt: GPTConfig,
-    weights: Path,
-    context: ParallelContext,
-    dtype: torch.dtype,
-    loss_chunk_tokens: int = 0,
-) -> GPTPipeline:
-    """This rank's stage of a trained model, for forward passes only.
-
-    Args:
-        weights: folder of the files of `weights_file`, at any layout.
-        loss_chunk_tokens: see `token_losses` in parallel/cross_entropy.py.
-    """
-    # Start values of an 8B model take minutes to draw, and would be thrown away.
-    module = GPTPipeline(gpt, context, seed=None, loss_chunk_tokens=loss_chunk_tokens)
-    WeightsFolder(weights).load_into(module, context.topology)
-    module.to(dtype).requires_grad_(False).eval()
-    return module

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
+from megatron_doremi.checkpoint.reader import load_frozen
 from megatron_doremi.checkpoint.run_config import RunConfigFile
-from megatron_doremi.checkpoint.weights import load_frozen
 from megatron_doremi.config import GPTConfig
 from megatron_doremi.data.loader import MicroBatch
 from megatron_doremi.data.manifest import Manifest

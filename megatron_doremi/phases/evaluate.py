@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_doremi.checkpoint.weights import load_frozen
+from megatron_doremi.checkpoint.reader import load_frozen
 from megatron_doremi.cluster.watchdog import Watchdog
 from megatron_doremi.console import say
 from megatron_doremi.data.blend import GlobalBatch, window_count

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from megatron_doremi.checkpoint.folder import read_state
-from megatron_doremi.checkpoint.weights import load_frozen
+from megatron_doremi.checkpoint.reader import load_frozen
 from megatron_doremi.cluster.control import RunControl
 from megatron_doremi.cluster.preemption import KEEP_RUNNING, StopRequest
 from megatron_doremi.cluster.store_collectives import barrier_via_store, run_on_rank_0_via_store

@@ -1,6 +1,6 @@
 """A frozen model is loaded without drawing the initial values that its weights replace.
 
-Run alone: python -m pytest tests/model/test_load_frozen.py
+Run alone: python -m pytest tests/checkpoint/test_load_frozen.py
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ def load(launch, gpt, folder):
     """Writes a model's weights and loads them at this layout; returns the names whose bits differ."""
     import torch
 
-    from megatron_doremi.checkpoint.weights import load_frozen, weights_file
+    from megatron_doremi.checkpoint.reader import load_frozen
+    from megatron_doremi.checkpoint.weights import weights_file
     from megatron_doremi.cluster.process_group import join
     from megatron_doremi.model.pipeline import GPTPipeline
     from megatron_doremi.parallel import parameters
