@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_doremi import __version__
 from megatron_doremi.checkpoint.reader import load_training
 from megatron_doremi.checkpoint.writer import Checkpointer, SaveTimer
 from megatron_doremi.cluster.control import RunControl
@@ -17,20 +16,18 @@ from megatron_doremi.cluster.preemption import KEEP_RUNNING, REASONS
 from megatron_doremi.cluster.replica_check import check_replicas
 from megatron_doremi.cluster.run_lock import HeldLock
 from megatron_doremi.cluster.step_flags import StepFlags, reduce_flags
-from megatron_doremi.console import Guard
 from megatron_doremi.data.blend import BlendState
 from megatron_doremi.data.loader import Step, steps
-from megatron_doremi.data.weights_file import save_weights
 from megatron_doremi.engine.engines import TrainingEngine
 from megatron_doremi.engine.optimizer import learning_rate
-from megatron_doremi.errors import ConfigError, Fault, RunError, machine_failure
+from megatron_doremi.errors import ConfigError, Fault
 from megatron_doremi.mixture.non_finite import explain_gradient, explain_loss
 from megatron_doremi.mixture.reference import OnlineReference
 from megatron_doremi.parallel.context import ParallelContext
-from megatron_doremi.parallel.exchange import broadcast_json
 from megatron_doremi.phases.evaluate import HeldOut, evaluate
-from megatron_doremi.phases.identity import Identity, identity_hash
+from megatron_doremi.phases.identity import Identity
 from megatron_doremi.phases.inputs import Inputs
+from megatron_doremi.phases.learned_weights import LearnedWeights
 from megatron_doremi.phases.metrics import (
     StepTimer,
     VanishedWeights,
@@ -71,9 +68,8 @@ class Trainer:
         self.reference_losses = inputs.reference_losses if self.topology.is_last_stage else None
         self.stop, self.watchdog, self.lock = control.stop, control.watchdog, lock
         self.identity, self.overrides = identity, list(resume.overrides) if resume else []
-        self.save_dir = Path(self.config.run.save)
         self.checkpoints = Checkpointer(
-            self.save_dir,
+            Path(self.config.run.save),
             self.config.run.keep_checkpoints,
             self.topology,
             lambda: self.watchdog.mark("waiting for a checkpoint to be written"),
@@ -85,7 +81,7 @@ class Trainer:
         self.blend_state = BlendState.start(len(self.plan.names))
         self.iteration = 0
         self.metrics_bytes: int | None = None
-        self._on_domain_weights = Guard(str(self.save_dir / "domain_weights.json"))
+        self.learned_weights = LearnedWeights(inputs, identity, self.overrides, self.topology.rank)
         self.vanished = VanishedWeights(self.controller.vanishing_remedy)
         if resume is not None:
             self._resume(resume)
@@ -136,7 +132,7 @@ class Trainer:
             self.watchdog.mark(f"reading the data of iteration {self.iteration + 1}")
         self.checkpoints.finish()
         if self.controller.learns and self.iteration >= total:
-            self._finish_domain_weights()
+            self.learned_weights.finish(self.iteration)
         if self.iteration < total:
             why = REASONS.get(stop, "--exit-interval")
             log.say(
@@ -283,40 +279,5 @@ class Trainer:
             self.lock.check()
 
         self.checkpoints.start(self.engine, self.iteration, state, before_publishing)
-        if self.controller.learns and self.topology.rank == 0:
-            self._on_domain_weights(self._write_domain_weights)
-
-    def _finish_domain_weights(self) -> None:
-        """Writes the learned weights once more at the end; a collective call.
-
-        Raises:
-            RunError: on every rank, where the file cannot be written. The last checkpoint is complete by then.
-        """
-        failure = None
-        if self.topology.rank == 0:
-            try:
-                self._write_domain_weights()
-            except OSError as error:
-                failure = str(machine_failure(error))
-        failure = broadcast_json(failure)
-        if failure is not None:
-            raise RunError(
-                f"the learned domain weights cannot be written: {failure}; the checkpoint of iteration "
-                f"{self.iteration} holds them: make room and run the same command again, which writes them"
-            )
-
-    def _write_domain_weights(self) -> None:
-        doremi = self.config.doremi
-        provenance = {
-            "method": self.controller.method,
-            "steps": self.iteration,
-            "train_iters": self.config.data.train_iters,
-            **self.controller.settings(),
-            "seed": self.config.data.seed,
-            "reference": doremi.reference_load if doremi.reference_losses == "online" else doremi.reference_losses,
-            "identity_sha256": identity_hash(self.identity),
-            "overrides": self.overrides,
-            "code_version": __version__,
-        }
-        weights = dict(zip(self.plan.names, self.controller.result().tolist(), strict=True))
-        save_weights(self.save_dir / "domain_weights.json", weights, self.data.tokenizer_sha256, provenance)
+        if self.controller.learns:
+            self.learned_weights.update(self.iteration)

@@ -171,12 +171,12 @@ def test_logs_that_cannot_be_written_are_warnings(data, tmp_path):
 
 def domain_weights_lost(launch, argv):
     """A proxy at whose end domain_weights.json cannot be written."""
-    from megatron_doremi.phases import train as train_phase
+    from megatron_doremi.phases import learned_weights
 
     def full(*_):
         raise OSError(28, "No space left on device", "domain_weights.json")
 
-    train_phase.save_weights = full
+    learned_weights.save_weights = full
     try:
         program(launch, argv)
     except RunError as error:
