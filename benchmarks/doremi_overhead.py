@@ -53,7 +53,7 @@ from megatron_doremi.config import (
 )
 from megatron_doremi.data.blend import Blend, BlendState, window_count
 from megatron_doremi.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, dtype_for
-from megatron_doremi.data.loader import MicroBatch, Step, steps
+from megatron_doremi.data.loader import MicroBatch, Step, StepReader, steps
 from megatron_doremi.data.reference_loss_file import CHUNK_WINDOWS
 from megatron_doremi.data.reference_losses import ReferenceLosses, ReferenceLossFolder
 from megatron_doremi.engine.build import make_engine
@@ -136,18 +136,10 @@ def batches(
     """Steps as the training loop reads them."""
     data = [IndexedDataset(folder / name) for name in NAMES]
     counts = tuple(window_count(dataset.num_tokens, args.seq) for dataset in data)
-    return steps(
-        Blend(NAMES, counts, config.data.global_batch_size, config.data.seed),
-        data,
-        lambda step: np.full(len(NAMES), 1 / len(NAMES)),
-        BlendState.start(len(NAMES)),
-        args.seq,
-        args.micro_batch_size,
-        topology.data_rank,
-        topology.data_size,
-        reads=topology.is_first_stage or topology.is_last_stage,
-        reference_losses=ReferenceLosses(folder / "losses", NAMES, {}) if recorded and topology.is_last_stage else None,
-    )
+    blend = Blend(NAMES, counts, config.data.global_batch_size, config.data.seed)
+    losses = ReferenceLosses(folder / "losses", NAMES, {}) if recorded and topology.is_last_stage else None
+    reader = StepReader(blend, data, (args.micro_batch_size, args.seq), topology, losses)
+    return steps(reader, BlendState.start(len(NAMES)), lambda step: np.full(len(NAMES), 1 / len(NAMES)))
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ from startup import resident_mebibytes, write_sparse_domains
 from megatron_doremi.arguments import parse_config
 from megatron_doremi.config import Config
 from megatron_doremi.data.blend import BlendState
-from megatron_doremi.data.loader import Step, steps
+from megatron_doremi.data.loader import Step, StepReader, steps
 from megatron_doremi.data.reference_loss_file import CHUNK_WINDOWS, chunk_path, row_checksum, unpack
 from megatron_doremi.data.reference_losses import ReferenceLosses, ScoresFile
 from megatron_doremi.parallel.topology import Topology
@@ -167,20 +167,9 @@ def check(reference_losses: ReferenceLosses, config: Config, data: RunData) -> i
 
 def first_steps(reference_losses: ReferenceLosses, config: Config, data: RunData) -> Iterator[Step]:
     """Steps as the training loop of the only rank reads them."""
-    blend, state = plan_of(config, data).blend, BlendState.start(len(data.names))
-    return steps(
-        blend,
-        data.train,
-        lambda step: data.weights,
-        state,
-        SEQ,
-        8,
-        0,
-        1,
-        reads=True,
-        ahead=False,
-        reference_losses=reference_losses,
-    )
+    plan = plan_of(config, data)
+    reader = StepReader(plan.blend, data.train, plan.batch_shape, plan.topology, reference_losses)
+    return steps(reader, BlendState.start(len(data.names)), lambda step: data.weights, ahead=False)
 
 
 def resume_metrics(path: Path, steps_taken: int = 200_000, bytes_a_line: int = 3140) -> float:

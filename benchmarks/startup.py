@@ -28,7 +28,7 @@ import numpy as np
 
 from megatron_doremi.arguments import parse_config
 from megatron_doremi.data.blend import BlendState
-from megatron_doremi.data.loader import Step, steps
+from megatron_doremi.data.loader import Step, StepReader, steps
 from megatron_doremi.data.manifest import MANIFEST_FORMAT
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.phases.inputs import plan_run
@@ -105,9 +105,9 @@ def first_batch(manifest: Path, batch: int = 512, seq_length: int = 1024) -> Sta
     before, began = resident_mebibytes(), time.perf_counter()
     config = parse_config([*argv.split(), "--domains", str(manifest), "--seq-length", str(seq_length)], world_size=1)
     data = open_data(config, training=True)
-    blend, state = plan_run(config, Topology(), data).blend, BlendState.start(len(data.names))
-    reader = steps(blend, data.train, lambda step: data.weights, state, seq_length, 8, 0, 1, reads=True, ahead=False)
-    step = next(reader)
+    plan = plan_run(config, Topology(), data)
+    reader = StepReader(plan.blend, data.train, plan.batch_shape, plan.topology)
+    step = next(steps(reader, BlendState.start(len(data.names)), lambda step: data.weights, ahead=False))
     return Start(step, time.perf_counter() - began, resident_mebibytes() - before)
 
 

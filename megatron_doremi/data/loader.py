@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_doremi.data.blend import Blend, BlendState, GlobalBatch
 from megatron_doremi.data.indexed_dataset import IndexedDataset
 from megatron_doremi.data.reference_losses import ReferenceLosses
+from megatron_doremi.parallel.topology import Topology
 
 
 @dataclass(frozen=True)
@@ -111,39 +112,55 @@ def read_windows(
     )
 
 
+@dataclass(frozen=True)
+class StepReader:
+    """Reads one rank's part of the global batches.
+
+    Attributes:
+        blend: which windows a step reads.
+        datasets: [k] the domains' training streams.
+        batch_shape: (batch, seq) of a micro-batch.
+        topology: the layout and this rank's place in it.
+        reference_losses: the reference's losses of a proxy that has them on disk; read on the last stage only.
+    """
+
+    blend: Blend
+    datasets: Sequence[IndexedDataset]
+    batch_shape: tuple[int, int]
+    topology: Topology
+    reference_losses: ReferenceLosses | None = None
+
+    def read(self, state: BlendState, weights: NDArray[np.float64]) -> Step:
+        """Reads the step after `state`, under [k] sampling weights."""
+        (size, seq_length), topology = self.batch_shape, self.topology
+        batch, state_after = self.blend.next_batch(state, weights)
+        parts = rank_slice(batch, size, topology.data_rank, topology.data_size) if topology.reads_batches else []
+        targets = np.bincount(batch.domains, minlength=len(self.blend.names)) * seq_length
+        losses = self.reference_losses if topology.is_last_stage else None
+        micro_batches = [read_windows(self.datasets, part, seq_length, losses) for part in parts]
+        if torch.cuda.is_available():
+            micro_batches = [each.pinned() for each in micro_batches]
+        return Step(tuple(micro_batches), targets, state_after)
+
+
 def steps(
-    blend: Blend,
-    datasets: Sequence[IndexedDataset],
-    weights: Callable[[int], NDArray[np.float64]],
+    reader: StepReader,
     state: BlendState,
-    seq_length: int,
-    micro_batch_size: int,
-    data_rank: int,
-    data_size: int,
-    reads: bool,
+    weights: Callable[[int], NDArray[np.float64]],
     ahead: bool = True,
-    reference_losses: ReferenceLosses | None = None,
     total: int | None = None,
 ) -> Iterator[Step]:
-    """Steps from `state` on; the next is read in the background while the caller works on one.
+    """Yields the steps after `state`; the next one is read in the background while the caller works on one.
 
     Args:
-        weights: gives the sampling weights [k] of a step by its number, the first being 1; where `ahead`, on the
-            thread that reads.
-        reads: False on ranks that need no text (stages in the middle of a pipeline).
-        ahead: False where a step's weights are known only after the step before it; nothing is read ahead then.
-        reference_losses: the reference's losses, on the last stage of a proxy that has them on disk.
-        total: the step number at which to end; nothing beyond it is read. None: endless.
+        weights: returns the [k] sampling weights of a step by its number, the first being 1; with `ahead` it is called
+            on the thread that reads.
+        ahead: False if a step's weights are known only after the step before it: nothing is read ahead then.
+        total: number of the last step; nothing beyond it is read. None: endless.
     """
 
     def read(state: BlendState) -> Step:
-        batch, after = blend.next_batch(state, weights(state.step + 1))
-        parts = rank_slice(batch, micro_batch_size, data_rank, data_size) if reads else []
-        targets = np.bincount(batch.domains, minlength=len(blend.names)) * seq_length
-        micro_batches = [read_windows(datasets, part, seq_length, reference_losses) for part in parts]
-        if torch.cuda.is_available():
-            micro_batches = [each.pinned() for each in micro_batches]
-        return Step(tuple(micro_batches), targets, after)
+        return reader.read(state, weights(state.step + 1))
 
     def remains(state: BlendState) -> bool:
         return total is None or state.step < total
@@ -155,8 +172,8 @@ def steps(
             state = step.state_after
         return
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as pool:
-        coming = pool.submit(read, state) if remains(state) else None
-        while coming is not None:
-            step = coming.result()
-            coming = pool.submit(read, step.state_after) if remains(step.state_after) else None
+        pending = pool.submit(read, state) if remains(state) else None
+        while pending is not None:
+            step = pending.result()
+            pending = pool.submit(read, step.state_after) if remains(step.state_after) else None
             yield step

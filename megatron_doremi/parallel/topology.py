@@ -50,6 +50,11 @@ class Topology:
     def is_last_stage(self) -> bool:
         return self.pipe_rank == self.pipe_size - 1
 
+    @property
+    def reads_batches(self) -> bool:
+        """Whether this rank reads windows: the first stage takes their tokens, the last stage their targets."""
+        return self.is_first_stage or self.is_last_stage
+
     def rank_at(self, pipe: int, data: int, tensor: int) -> int:
         """The rank at these coordinates."""
         return (pipe * self.data_size + data) * self.tensor_size + tensor

@@ -122,7 +122,7 @@ def evaluate(
         progress()
         chunk = parts[first : first + stride]
         micro_batches: list[MicroBatch] = []
-        if topology.is_first_stage or topology.is_last_stage:
+        if topology.reads_batches:
             micro_batches = [read_windows(text.datasets, part, text.seq_length) for part in chunk]
         losses = forward_only(module, micro_batches, len(chunk), shape, context)
         for micro_batch, loss in zip(micro_batches, losses, strict=False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from megatron_doremi.cluster.replica_check import check_replicas
 from megatron_doremi.cluster.run_lock import HeldLock
 from megatron_doremi.cluster.step_flags import StepFlags, reduce_flags
 from megatron_doremi.data.blend import BlendState
-from megatron_doremi.data.loader import Step, steps
+from megatron_doremi.data.loader import Step, StepReader, steps
 from megatron_doremi.engine.engines import TrainingEngine
 from megatron_doremi.engine.optimizer import learning_rate
 from megatron_doremi.errors import ConfigError, Fault
@@ -65,7 +66,9 @@ class Trainer:
         self.plan, self.config, self.data = inputs.plan, inputs.plan.config, inputs.data
         self.controller, self.engine, self.reference = inputs.controller, engine, reference
         self.context, self.topology = context, context.topology
-        self.reference_losses = inputs.reference_losses if self.topology.is_last_stage else None
+        self.reader = StepReader(
+            self.plan.blend, self.data.train, self.plan.batch_shape, self.topology, inputs.reference_losses
+        )
         self.stop, self.watchdog, self.lock = control.stop, control.watchdog, lock
         self.identity, self.overrides = identity, list(resume.overrides) if resume else []
         self.checkpoints = Checkpointer(
@@ -145,21 +148,13 @@ class Trainer:
     def _due(self, interval: int) -> bool:
         return interval > 0 and self.iteration % interval == 0
 
-    def _steps(self) -> Any:
-        reads = self.topology.is_first_stage or self.topology.is_last_stage
+    def _steps(self) -> Iterator[Step]:
         return steps(
-            self.plan.blend,
-            self.data.train,
-            self.controller.sampling_weights,
+            self.reader,
             self.blend_state,
-            self.config.data.seq_length,
-            self.config.data.micro_batch_size,
-            self.topology.data_rank,
-            self.topology.data_size,
-            reads,
-            ahead=self.controller.samples_ahead,
-            reference_losses=self.reference_losses,
-            total=self.config.data.train_iters,
+            self.controller.sampling_weights,
+            self.controller.samples_ahead,
+            self.config.data.train_iters,
         )
 
     def _take_step(self, step: Step, lr: float) -> StepFlags:

@@ -14,9 +14,10 @@ from preprocessing.test_preprocess import documents_of, jsonl_of, run
 
 from megatron_doremi.data.blend import Blend, BlendState, window_count
 from megatron_doremi.data.indexed_dataset import IndexedDataset
-from megatron_doremi.data.loader import steps
+from megatron_doremi.data.loader import StepReader, steps
 from megatron_doremi.data.manifest import load_manifest
 from megatron_doremi.mixture.static import Budget, resolve_weights
+from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.preprocessing.tokenizer import SentencePieceTokenizer
 
 TRAIN = documents_of(2, 90)
@@ -95,8 +96,9 @@ def test_window(number, setting, data):
     weights = resolve_weights(setting, manifest, False, budget=budget)
     assert len({*weights}) > 1
     blend = Blend(manifest.names, sizes, 6, 77)
-    reader = steps(blend, datasets, lambda step: weights, BlendState.start(len(sizes)), 16, 6, 0, 1, True, ahead=False)
-    step = next(islice(reader, number // 6, None))
+    reader = StepReader(blend, datasets, (6, 16), Topology())
+    stream = steps(reader, BlendState.start(len(sizes)), lambda step: weights, ahead=False)
+    step = next(islice(stream, number // 6, None))
     row, place = step.micro_batches[0], number % 6
     ids = [*row.tokens[place].tolist(), row.targets[place, -1].item()]
     flags = ["--seq-length", 16, "--global-batch-size", 6, "--seed", 77, "--domain-weights", setting]

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from megatron_doremi.data.blend import Blend, BlendState, GlobalBatch, too_short, window_count
 from megatron_doremi.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, dtype_for
-from megatron_doremi.data.loader import rank_slice, read_windows, steps
+from megatron_doremi.data.loader import StepReader, rank_slice, read_windows, steps
 from megatron_doremi.errors import ConfigError
+from megatron_doremi.parallel.topology import Topology
 
 
 @pytest.fixture
@@ -105,7 +106,7 @@ def test_steps_read_ahead_without_moving_the_state(datasets):
     blend = Blend(("a", "b"), (4, 2), 6, 1)
     weights = np.array([0.5, 0.5])
     state = BlendState.start(2)
-    stream = steps(blend, datasets, lambda step: weights, state, 10, 2, 0, 1, reads=True)
+    stream = steps(StepReader(blend, datasets, (2, 10), Topology()), state, lambda step: weights)
     for step in itertools.islice(stream, 5):
         expected, state = blend.next_batch(state, weights)
         assert step.state_after.cursors.tolist() == state.cursors.tolist()
@@ -117,7 +118,8 @@ def test_steps_read_ahead_without_moving_the_state(datasets):
 
 def test_middle_stages_read_nothing(datasets):
     blend = Blend(("a", "b"), (4, 2), 6, 1)
-    stream = steps(blend, datasets, lambda step: np.array([0.5, 0.5]), BlendState.start(2), 10, 2, 0, 1, reads=False)
+    reader = StepReader(blend, datasets, (2, 10), Topology(pipe_size=3, rank=1))
+    stream = steps(reader, BlendState.start(2), lambda step: np.array([0.5, 0.5]))
     step = next(iter(stream))
     assert step.micro_batches == ()
     assert step.state_after.step == 1
