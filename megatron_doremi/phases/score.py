@@ -282,15 +282,11 @@ class _Replica:
         padded = np.concatenate([windows, np.full(-len(windows) % size, windows[-1])])
         parts = [GlobalBatch(np.full(size, domain), part) for part in padded.reshape(-1, size)]
         rows: list[NDArray[np.float32]] = []
-        stride = 4 * self.topology.pipe_size
+        stride, reads = 4 * self.topology.pipe_size, self.topology.reads_batches
         for first in range(0, len(parts), stride):
             self.watchdog.mark(f"scoring domain {self.data.names[domain]!r}, window {int(padded[first * size]):,}")
             some = parts[first : first + stride]
-            batches = (
-                [read_windows(self.data.train, part, seq_length) for part in some]
-                if self.topology.reads_batches
-                else []
-            )
+            batches = [read_windows(self.data.train, part, seq_length) for part in some] if reads else []
             losses = forward_only(self.module, batches, len(some), (size, seq_length), self.context)
             rows += [loss.to("cpu", torch.float32).numpy() for loss in losses]
         return np.concatenate(rows)[: len(windows)] if rows else np.empty((0, seq_length), np.float32)

@@ -108,7 +108,7 @@ class Trainer:
         config, total = self.config, self.config.data.train_iters
         log = open_log(config, self.iteration, self.metrics_bytes, self.lock.lost_to)
         if self.iteration == 0 and self.controller.evaluates_at(0):
-            self._evaluate(log)
+            self._evaluate(log, for_controller=True)
         timer, stop = StepTimer(self.iteration), KEEP_RUNNING
         for step in self._steps():
             self.watchdog.mark(f"in iteration {self.iteration + 1}")
@@ -119,9 +119,9 @@ class Trainer:
             with timer.paused():
                 if self._due(config.run.check_ranks_interval):
                     check_replicas(self.engine.module, self._own_state(), self.topology, self.iteration)
-                asked_for = self.controller.evaluates_at(self.iteration)
-                if asked_for or self._due(config.data.eval_interval) or self.iteration == total:
-                    self._evaluate(log)
+                for_controller = self.controller.evaluates_at(self.iteration)
+                if for_controller or self._due(config.data.eval_interval) or self.iteration == total:
+                    self._evaluate(log, for_controller)
                 if agreed.write_failed:
                     self.checkpoints.finish()
                 if not agreed.writing:
@@ -219,10 +219,15 @@ class Trainer:
             **self.controller.entries(names),
         }
 
-    def _evaluate(self, log: RunLog) -> None:
-        datasets, asked_for = held_out(self.data), self.controller.evaluates_at(self.iteration)
+    def _evaluate(self, log: RunLog, for_controller: bool) -> None:
+        """Records the held-out losses; a collective call.
+
+        Args:
+            for_controller: the controller has asked for them.
+        """
+        datasets = held_out(self.data)
         if not datasets:
-            if asked_for:
+            if for_controller:
                 rule = f"the mixture ({self.controller.method}) follows the held-out losses"
                 remedy = "run tools/preprocess_data.py with --split valid"
                 raise ConfigError(Fault("--domains", "no held-out text that fills a window", rule, remedy))
@@ -237,7 +242,7 @@ class Trainer:
             lambda: self.watchdog.mark(f"evaluating after iteration {self.iteration}"),
         )
         log.evaluation({"iteration": self.iteration, **entries})
-        if asked_for:
+        if for_controller:
             losses = [entries["eval"].get(name, np.nan) for name in self.plan.names]
             self.controller.observe_evaluation(np.array(losses))
 
