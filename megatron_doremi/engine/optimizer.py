@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -32,28 +33,47 @@ def make_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], optim: Optimi
     )
 
 
-def warmup_steps(optim: OptimizerConfig, train_iters: int) -> int:
-    """Steps of linear warmup."""
-    return optim.lr_warmup_iters or round(optim.lr_warmup_fraction * train_iters)
+@dataclass(frozen=True)
+class LearningRate:
+    """The learning rate as a function of the step.
 
+    It rises linearly to the peak over the warmup and then falls to the minimum at the last step: linearly, along half
+    a cosine, exponentially, not at all, or (WSD) linearly over the last part of the run only.
 
-def learning_rate(step: int, optim: OptimizerConfig, train_iters: int) -> float:
-    """The rate of step `step` (the first is 1) of `train_iters`.
-
-    It rises linearly to the peak over the warmup and then falls to `min_lr` at the last step: linearly, along
-    half a cosine, exponentially, not at all, or (WSD) linearly over the last part of the run only.
+    Attributes:
+        style: of --lr-decay-style.
+        peak: at the end of the warmup.
+        minimum: at the last step, unless the style is constant.
+        warmup: steps of linear warmup.
+        decay_start: last step before the decay.
+        train_iters: last step.
     """
-    warmup = warmup_steps(optim, train_iters)
-    if step <= warmup:
-        return optim.lr * step / warmup
-    if optim.lr_decay_style == "constant":
-        return optim.lr
-    first = warmup
+
+    style: str
+    peak: float
+    minimum: float
+    warmup: int
+    decay_start: int
+    train_iters: int
+
+    def at(self, step: int) -> float:
+        """The rate of a step; the first step is 1."""
+        if step <= self.warmup:
+            return self.peak * step / self.warmup
+        if self.style == "constant":
+            return self.peak
+        done = min(1.0, max(0.0, (step - self.decay_start) / max(1, self.train_iters - self.decay_start)))
+        if self.style == "cosine":
+            return self.minimum + (self.peak - self.minimum) * 0.5 * (1.0 + math.cos(math.pi * done))
+        if self.style == "exponential":
+            return self.peak * (self.minimum / self.peak) ** done
+        return self.peak + (self.minimum - self.peak) * done
+
+
+def make_learning_rate(optim: OptimizerConfig, train_iters: int) -> LearningRate:
+    """The learning rate of a run of `train_iters` steps."""
+    warmup = optim.lr_warmup_iters or round(optim.lr_warmup_fraction * train_iters)
+    decay_start = warmup
     if optim.lr_decay_style == "WSD":
-        first = max(warmup, train_iters - round(optim.lr_wsd_decay_fraction * train_iters))
-    done = min(1.0, max(0.0, (step - first) / max(1, train_iters - first)))
-    if optim.lr_decay_style == "cosine":
-        return optim.min_lr + (optim.lr - optim.min_lr) * 0.5 * (1.0 + math.cos(math.pi * done))
-    if optim.lr_decay_style == "exponential":
-        return optim.lr * (optim.min_lr / optim.lr) ** done
-    return optim.lr + (optim.min_lr - optim.lr) * done
+        decay_start = max(warmup, train_iters - round(optim.lr_wsd_decay_fraction * train_iters))
+    return LearningRate(optim.lr_decay_style, optim.lr, optim.min_lr, warmup, decay_start, train_iters)

@@ -165,7 +165,9 @@ class GroupDRO(MixtureController):
         Args:
             sampling: [k] weights under which domains are sampled, unless it resamples.
         """
-        self.doremi, self._sampling = doremi, sampling
+        self._objective, self._sampling = doremi.doremi_objective, sampling
+        self._step_size, self._smoothing = doremi.doremi_step_size, doremi.doremi_smoothing
+        self._identity = {name: getattr(doremi, name) for name in _IDENTITY}
         self._resamples = doremi.doremi_weighting == "resample"
         self.method = (
             f"doremi, {doremi.doremi_update}, {doremi.doremi_objective}, {doremi.doremi_weighting}, "
@@ -183,11 +185,11 @@ class GroupDRO(MixtureController):
         self.state = self.state.to(device)
 
     def token_scores(self, loss: Tensor, reference: Tensor | None) -> Tensor:
-        return token_scores(loss, reference, self.doremi.doremi_objective)
+        return token_scores(loss, reference, self._objective)
 
     def observe(self, stats: DomainStats) -> None:
-        before, doremi = self.state, self.doremi
-        self.state = before.update(stats.score, stats.targets, doremi.doremi_step_size, doremi.doremi_smoothing)
+        before = self.state
+        self.state = before.update(stats.score, stats.targets, self._step_size, self._smoothing)
         self._gradient_weights = self.state.weights if self.before_backward else before.weights
         self._stats = stats
 
@@ -201,10 +203,10 @@ class GroupDRO(MixtureController):
         return self.state.mean().cpu().numpy()
 
     def settings(self) -> dict[str, Any]:
-        return {"step_size": self.doremi.doremi_step_size, "smoothing": self.doremi.doremi_smoothing}
+        return {"step_size": self._step_size, "smoothing": self._smoothing}
 
     def identity(self) -> dict[str, Any]:
-        return {name: getattr(self.doremi, name) for name in _IDENTITY}
+        return self._identity
 
     def entries(self, names: Sequence[str]) -> dict[str, Any]:
         """lambda_t, alpha_t, and the sum of each domain's mean loss times the weight under which its gradient was
@@ -213,7 +215,7 @@ class GroupDRO(MixtureController):
         # One wait for the device, not five.
         scores, weights, gradient_weights, loss, targets = torch.stack(vectors).tolist()
         means = [s / t if t else 0.0 for s, t in zip(loss, targets, strict=True)]
-        score = "domain_excess" if self.doremi.doremi_objective == "excess" else "domain_score"
+        score = "domain_excess" if self._objective == "excess" else "domain_score"
         return {
             score: dict(zip(names, scores, strict=True)),
             "domain_weights": dict(zip(names, weights, strict=True)),

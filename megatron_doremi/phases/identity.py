@@ -19,7 +19,7 @@ import torch
 from megatron_doremi import __version__
 from megatron_doremi.checkpoint.run_config import RunConfigFile
 from megatron_doremi.config import Config
-from megatron_doremi.engine.optimizer import learning_rate
+from megatron_doremi.engine.optimizer import make_learning_rate
 from megatron_doremi.errors import ConfigError, Fault
 from megatron_doremi.mixture.controller import MixtureController
 from megatron_doremi.parallel.exchange import gather_json
@@ -177,8 +177,8 @@ def schedule_change(before: Mapping[str, Any], config: Config, iteration: int) -
     if planned is None or planned == total:
         return None
     step = min(iteration + 1, total)
-    rate = learning_rate(step, config.optimizer, total)
-    planned_rate = learning_rate(min(step, planned), config.optimizer, planned)
+    rate = make_learning_rate(config.optimizer, total).at(step)
+    planned_rate = make_learning_rate(config.optimizer, planned).at(min(step, planned))
     return (
         f"--train-iters {planned:,} -> {total:,}: the learning rate of iteration {step:,} is {rate:.3e}, where the run "
         f"was planned with {planned_rate:.3e}; warmup and decay now span {total:,} iterations"

@@ -20,7 +20,7 @@ from megatron_doremi.cluster.step_flags import StepFlags, reduce_flags
 from megatron_doremi.data.blend import BlendState
 from megatron_doremi.data.loader import Step, StepReader, steps
 from megatron_doremi.engine.engines import TrainingEngine
-from megatron_doremi.engine.optimizer import learning_rate
+from megatron_doremi.engine.optimizer import make_learning_rate
 from megatron_doremi.errors import ConfigError, Fault
 from megatron_doremi.mixture.non_finite import explain_gradient, explain_loss
 from megatron_doremi.mixture.reference import OnlineReference
@@ -81,6 +81,8 @@ class Trainer:
         )
         # One rank's clock decides for all.
         self.save_timer = SaveTimer(self.config.run.save_interval_in_mins if self.topology.rank == 0 else 0.0)
+        self.learning_rate = make_learning_rate(self.config.optimizer, self.config.data.train_iters)
+        self.step_flops = self.plan.step_tokens * flops_per_token(self.plan.gpt, self.config.data.seq_length)
         self.blend_state = BlendState.start(len(self.plan.names))
         self.iteration = 0
         self.metrics_bytes: int | None = None
@@ -112,7 +114,7 @@ class Trainer:
         timer, stop = StepTimer(self.iteration), KEEP_RUNNING
         for step in self._steps():
             self.watchdog.mark(f"in iteration {self.iteration + 1}")
-            lr = learning_rate(self.iteration + 1, config.optimizer, total)
+            lr = self.learning_rate.at(self.iteration + 1)
             agreed = self._take_step(step, lr)
             stop = agreed.stop
             self._log_step(lr, timer, log)
@@ -195,9 +197,8 @@ class Trainer:
         entry = None
         if at_log_interval or self.controller.learns:
             entry = self._entry(lr)
-            flops = self.plan.step_tokens * flops_per_token(self.plan.gpt, self.config.data.seq_length)
-            seconds, tokens = timer.lap(self.iteration), self.plan.step_tokens
-            entry |= rate_entries(seconds, tokens, flops, self.topology.world_size)
+            seconds = timer.lap(self.iteration)
+            entry |= rate_entries(seconds, self.plan.step_tokens, self.step_flops, self.topology.world_size)
         log.step(entry)
         if entry is None:
             return

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_doremi.cluster.launch import DEEPSPEED, MPIRUN, SRUN, TORCHRUN, Launch, read_launch
 from megatron_doremi.config import OptimizerConfig
-from megatron_doremi.engine.optimizer import learning_rate, make_optimizer
+from megatron_doremi.engine.optimizer import make_learning_rate, make_optimizer
 from megatron_doremi.errors import ConfigError
 from megatron_doremi.parallel.groups import TensorGroup
 from megatron_doremi.parallel.parameters import ParameterSpec, make_parameter
@@ -31,15 +31,15 @@ BASE = OptimizerConfig(lr=1.0, min_lr=0.01, lr_warmup_fraction=0.1)
 )
 def test_decay_styles(style, at):
     for step, rate in at.items():
-        assert learning_rate(step, replace(BASE, lr_decay_style=style), 100) == pytest.approx(rate)
+        assert make_learning_rate(replace(BASE, lr_decay_style=style), 100).at(step) == pytest.approx(rate)
 
 
 def test_warmup_in_iterations_overrules_the_fraction():
-    assert learning_rate(2, replace(BASE, lr_warmup_iters=4), 100) == pytest.approx(0.5)
+    assert make_learning_rate(replace(BASE, lr_warmup_iters=4), 100).at(2) == pytest.approx(0.5)
 
 
 def test_no_warmup_starts_at_the_peak():
-    assert learning_rate(1, replace(BASE, lr_warmup_fraction=0.0, lr_decay_style="constant"), 100) == 1.0
+    assert make_learning_rate(replace(BASE, lr_warmup_fraction=0.0, lr_decay_style="constant"), 100).at(1) == 1.0
 
 
 def test_vectors_do_not_decay():

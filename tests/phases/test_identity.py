@@ -15,7 +15,7 @@ from phases.small import MODEL, metrics, train, training_lines, write_data
 from ranks import on_ranks, program
 
 from megatron_doremi.config import OptimizerConfig
-from megatron_doremi.engine.optimizer import learning_rate
+from megatron_doremi.engine.optimizer import make_learning_rate
 from megatron_doremi.phases.identity import differences, identity_hash, override_faults
 
 pytestmark = pytest.mark.slow
@@ -93,7 +93,8 @@ def test_an_override_is_said_and_kept(data, copy_of_the_data, tmp_path):
     assert "resume: from iteration 6 of 9" in said
     assert "changed from" not in said
     rates = [
-        learning_rate(step, OptimizerConfig(lr=5e-3 if step < 4 else 4e-3, min_lr=1e-3), 9) for step in range(1, 10)
+        make_learning_rate(OptimizerConfig(lr=5e-3 if step < 4 else 4e-3, min_lr=1e-3), 9).at(step)
+        for step in range(1, 10)
     ]
     assert [line["lr"] for line in lines] == rates
     for entry in (
@@ -109,7 +110,7 @@ def test_an_override_is_said_and_kept(data, copy_of_the_data, tmp_path):
 def test_a_longer_run_says_what_happens_to_the_learning_rate(data, tmp_path):
     resume(data, tmp_path / "run", 4)
     lines, said = resume(data, tmp_path / "run", 8)
-    rate = learning_rate(5, OptimizerConfig(lr=5e-3, min_lr=1e-3), 8)
+    rate = make_learning_rate(OptimizerConfig(lr=5e-3, min_lr=1e-3), 8).at(5)
     assert lines[4]["lr"] == rate
     assert f"--train-iters 4 -> 8: the learning rate of iteration 5 is {rate:.3e}" in said
 
