@@ -1,12 +1,14 @@
-"""Trains and evaluates GPTs on domains whose mixture DoReMi learns.
+"""Trains and evaluates GPTs on a mixture of domains that DoReMi learns.
 
-Phases: reference, score (its token losses, recorded), proxy, main, evaluate.
+Phases: reference, score (records the reference's token losses), proxy (learns the domain weights), main, evaluate.
 
     torchrun --nproc-per-node 2 pretrain_doremi.py --phase proxy --domains data/domains.json ...
 
-Also started by srun (one task a rank), deepspeed, mpirun, or plain python for one process. `--help` lists the flags.
-Exit codes: 0 done; 2 the input is wrong, said in one message; 3 stopped by a signal or a time limit, saved, run again
-to resume; 128 + N ended by a second signal N; any other: a fault of ours or of the machine.
+Other launchers: srun (one task per rank), deepspeed, mpirun; plain python runs one process. `--help` lists the flags.
+
+Exit codes: 0: done. 2: the input is wrong; one message reports all faults. 3: stopped by a signal or a time limit after
+saving; run the same command again to resume. 128 + N: terminated by a second signal N. Any other: an error of the
+program or of the machine.
 """
 
 from __future__ import annotations
@@ -41,15 +43,15 @@ if TYPE_CHECKING:
     from megatron_doremi.phases.inputs import Inputs
     from megatron_doremi.phases.train import Trainer
 
-# What DeepSpeed notes about itself is not about this program's input.
+# DeepSpeed's log of its own start-up does not concern the user.
 os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
-# From the run's end to the process's, whatever library hangs in between.
+# From the end of the run to the end of the process, even if a library hangs at exit.
 _SECONDS_TO_EXIT = 25.0
 
 
 def main() -> int:
     """Reads the flags, joins the other ranks and runs the phase."""
-    # First of all: a signal may come at any moment.
+    # First of all: a signal may arrive at any time.
     signals = Signals(os.environ)
     signals.install()
     signals.seconds_to_exit = _SECONDS_TO_EXIT
@@ -59,7 +61,7 @@ def main() -> int:
 
 
 def start(argv: Sequence[str], signals: Signals) -> int:
-    """Reads the flags and runs the phase, or says with one voice what is wrong with them. Returns the exit code."""
+    """Reads the flags and runs the phase; returns the exit code. The errors of all ranks become one message."""
     from megatron_doremi.arguments import read_command_line
     from megatron_doremi.cluster.error_report import command_line_error, error_without_peers, merged_error
     from megatron_doremi.cluster.launch import read_launch
@@ -95,7 +97,7 @@ def start(argv: Sequence[str], signals: Signals) -> int:
 
 def join_rendezvous(config: Config, launch: Launch, argv: Sequence[str] | None) -> Rendezvous:
     """Meets the other ranks at their store."""
-    # Imported here, after the flags: torch and DeepSpeed take seconds, and one process says a wrong flag at once.
+    # Imported after the flags are checked: torch and DeepSpeed take seconds, and a wrong flag is reported immediately.
     warnings.filterwarnings("ignore", category=FutureWarning)
     import torch
 
@@ -116,8 +118,8 @@ def run(
     """Runs the phase: files are checked on every rank before any model is built. Returns the exit code.
 
     Args:
-        signals: of `main`; made here where the caller has none.
-        rendezvous: of the ranks; made here where the caller has none.
+        signals: created here if None.
+        rendezvous: of all ranks; created here if None.
     """
     if signals is None:
         signals = Signals(os.environ)
@@ -128,7 +130,7 @@ def run(
     from megatron_doremi.cluster.watchdog import Watchdog
 
     with Watchdog(rendezvous, 60.0 * config.run.distributed_timeout_minutes) as watchdog, ExitStack() as held:
-        signals.before_leaving = watchdog.announce_exit
+        signals.before_exit = watchdog.announce_exit
         stopped = run_phase(config, topology, rendezvous, signals, watchdog, held)
         dist.barrier()
         signals.finish(EXIT_STOPPED if stopped else 0)
@@ -139,10 +141,10 @@ def run(
 def run_phase(
     config: Config, topology: Topology, rendezvous: Rendezvous, signals: Signals, watchdog: Watchdog, held: ExitStack
 ) -> bool:
-    """Opens the files, joins the process group and runs the phase. Returns whether a request stopped it.
+    """Opens the files, joins the process group and runs the phase. Returns whether it was stopped early.
 
     Args:
-        held: takes the lock of the run's folder.
+        held: holds the lock of the run's folder, and releases it when closed.
     """
     from megatron_doremi.cluster.control import RunControl
     from megatron_doremi.cluster.error_report import raise_faults_of_all_ranks
@@ -180,11 +182,11 @@ def run_phase(
     context = make_context(topology, device, config.parallel.sequence_parallel)
     reference_sha256 = None
     if phase in TRAINING:
-        # Where the mixture samples by what it learns, a missing window is found when it is read.
+        # If sampling depends on what the mixture learns, the windows are not known yet: reading reports a missing one.
         if inputs.reference_losses is not None and inputs.controller.samples_ahead:
             check_reference_losses(inputs.reference_losses, inputs.plan, rendezvous.store, watchdog)
         reference_sha256 = reference_hash(inputs.reference, inputs.reference_losses, topology, watchdog)
-    # Nothing is written before all that is read has been checked.
+    # Nothing is written before every input has been checked.
     from_rank_0(lambda: check_outputs(config, inputs.controller.learns))
     if phase == EVALUATE:
         assert inputs.reference is not None
@@ -205,9 +207,9 @@ def run_phase(
             return True
         return score(inputs.plan, data, inputs.reference, context, control)
     trainer = make_trainer(inputs, reference_sha256, context, control, lock)
-    # Before the lock is released: its thread may be publishing.
+    # Runs before the lock is released: the checkpoint thread may be publishing.
     held.callback(trainer.checkpoints.close)
-    # From here on there is something to save. Ranks that were asked before are followed by those that were not.
+    # From now on there is something to save. If any rank received a stop request before, all ranks stop here.
     if any_rank(signals.begin(), device):
         return True
     return trainer.train()
@@ -216,9 +218,9 @@ def run_phase(
 def make_trainer(
     inputs: Inputs, reference_sha256: str | None, context: ParallelContext, control: RunControl, lock: HeldLock
 ) -> Trainer:
-    """Tidies the run's folder, finds where the run resumes, writes its config.json and builds it."""
+    """Cleans up the run's folder, finds the checkpoint to resume from, writes config.json and builds the trainer."""
     from megatron_doremi.checkpoint.publishing import clear_leftovers
-    from megatron_doremi.console import say
+    from megatron_doremi.console import print_stdout
     from megatron_doremi.engine.build import make_engine
     from megatron_doremi.mixture.controllers import make_objective
     from megatron_doremi.parallel.exchange import from_rank_0
@@ -229,13 +231,13 @@ def make_trainer(
 
     plan = inputs.plan
     identity = run_identity(plan, inputs.data, inputs.controller, reference_sha256)
-    # It may bring back the newest checkpoint.
+    # Before the search: this may restore the newest checkpoint.
     from_rank_0(lambda: clear_leftovers(Path(plan.config.run.save)))
     resume = resume_point(plan, identity, inputs.controller, lambda: control.watchdog.mark("reading a checkpoint"))
     overrides = resume.overrides if resume else ()
     from_rank_0(lambda: write_run_config(plan, inputs.data, identity, overrides))
     if context.topology.rank == 0 and inputs.repeated:
-        say(inputs.repeated)
+        print_stdout(inputs.repeated)
     engine = make_engine(plan, make_objective(plan, inputs.controller, context), context)
     reference = make_reference(plan, inputs.reference, context)
     return Trainer(inputs, identity, resume, engine, reference, context, control, lock)
@@ -243,7 +245,7 @@ def make_trainer(
 
 def dry_run(config: Config, topology: Topology) -> None:
     """Prints the resolved configuration and what a rank gets; touches no other process."""
-    from megatron_doremi.console import say
+    from megatron_doremi.console import print_stdout
     from megatron_doremi.data.manifest import print_warnings
     from megatron_doremi.phases.inputs import open_inputs
     from megatron_doremi.planning.memory import describe_run
@@ -253,9 +255,9 @@ def dry_run(config: Config, topology: Topology) -> None:
         print_warnings(inputs.data.manifest)
         print(describe_run(inputs.plan, inputs.controller.before_backward))
         if inputs.repeated:
-            say(inputs.repeated)
+            print_stdout(inputs.repeated)
 
 
 if __name__ == "__main__":
-    # The trainer has closed the metrics' files and `run` has released the lock: no thread that hangs is waited for.
-    run_or_exit(main, at_once=True)
+    # The trainer has closed the metrics files and `run` has released the lock: do not wait for a thread that hangs.
+    run_or_exit(main, skip_cleanup=True)

@@ -1,4 +1,4 @@
-"""What programs print: a console that cannot be written (closed pipe or terminal, full disk) ends no work."""
+"""Console output that never ends the program: a closed pipe or terminal and a full disk are tolerated."""
 
 from __future__ import annotations
 
@@ -9,38 +9,38 @@ import sys
 from collections.abc import Callable
 from typing import TextIO
 
-# What writing to a stream raises: ValueError where it was closed, or where its encoding lacks a character.
+# Errors of writing to a stream. ValueError: the stream is closed, or its encoding has no such character.
 CONSOLE_ERRORS = (OSError, ValueError)
 
 
-def tolerate_any_character() -> None:
-    """Lets stdout and stderr print every character, escaped where their encoding lacks it."""
+def escape_unencodable_characters() -> None:
+    """Makes stdout and stderr print characters that their encoding does not have as backslash escapes."""
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
             reconfigure(errors="backslashreplace")
 
 
-def say(text: str) -> None:
-    """Prints a line on stdout, as far as that can be written."""
-    if sys.stdout is not None and not _written(sys.stdout, text):
-        mend_streams()
+def print_stdout(text: str) -> None:
+    """Prints a line to stdout; silently drops it if that fails."""
+    if sys.stdout is not None and not _try_print(sys.stdout, text):
+        flush_streams()
 
 
-def note(text: str) -> None:
-    """Prints a line on stderr, or on stdout where stderr cannot be written."""
+def print_stderr(text: str) -> None:
+    """Prints a line to stderr, or to stdout if that fails; silently drops it if both fail."""
     for stream in (sys.stderr, sys.stdout):
-        if stream is not None and _written(stream, text):
+        if stream is not None and _try_print(stream, text):
             return
-    mend_streams()
+    flush_streams()
 
 
 def warn(text: str) -> None:
-    """Prints a warning; see `note`."""
-    note(f"warning: {text}")
+    """Prints a warning by `print_stderr`."""
+    print_stderr(f"warning: {text}")
 
 
-def _written(stream: TextIO, line: str) -> bool:
+def _try_print(stream: TextIO, line: str) -> bool:
     try:
         print(line, file=stream, flush=True)
     except CONSOLE_ERRORS:
@@ -48,12 +48,14 @@ def _written(stream: TextIO, line: str) -> bool:
     return True
 
 
-def mend_streams() -> None:
-    """Points streams whose reader is gone to the null device: what is still in their buffers must not fail again,
-    least of all when the interpreter flushes them at its end and changes the exit code."""
+def flush_streams() -> None:
+    """Flushes stdout and stderr, and redirects them to the null device if nobody can read them any more.
+
+    Otherwise the interpreter's own flush at exit would fail on what is still buffered, and change the exit code.
+    """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(*CONSOLE_ERRORS):
-            if stream is not None and _has_lost_its_reader(stream.fileno()):
+            if stream is not None and _is_broken(stream.fileno()):
                 null = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(null, stream.fileno())
                 os.close(null)
@@ -62,32 +64,33 @@ def mend_streams() -> None:
                 stream.flush()
 
 
-def _has_lost_its_reader(descriptor: int) -> bool:
-    """Whether a pipe or terminal is closed at its other end. A full disk is not: it may get room again."""
+def _is_broken(descriptor: int) -> bool:
+    """Whether the other end of a pipe or terminal is closed. A full disk does not count: space may become free."""
     poll = select.poll()
     poll.register(descriptor, select.POLLOUT)
-    gone = select.POLLERR | select.POLLHUP | select.POLLNVAL
-    return any(event & gone for _, event in poll.poll(0))
+    broken = select.POLLERR | select.POLLHUP | select.POLLNVAL
+    return any(event & broken for _, event in poll.poll(0))
 
 
-class Guard:
-    """Writes to one output of a run; where that fails, it warns once, and the run continues without what was lost."""
+class BestEffortWriter:
+    """Writes to one output of a run. A failed write loses its data; the first one prints a warning."""
 
     def __init__(self, subject: str, errors: tuple[type[Exception], ...] = (OSError,)):
         """
         Args:
-            subject: what the output is, for the warning.
-            errors: what writing to it raises: an error of the machine, and of a stream `CONSOLE_ERRORS`.
+            subject: name of the output, for the warning.
+            errors: what a failed write raises: OSError, or `CONSOLE_ERRORS` for a stream.
         """
         self.subject, self._errors = subject, errors
         self._warned = False
 
     def __call__(self, write: Callable[[], object]) -> None:
-        """Calls `write`; one of `errors` becomes a warning."""
+        """Calls `write`; turns one of `errors` into a warning, once."""
         try:
             write()
         except self._errors as error:
-            mend_streams()
+            flush_streams()
             if not self._warned:
                 self._warned = True
-                warn(f"{self.subject} cannot be written: {error}; training continues, what is not written is lost")
+                message = f"{self.subject} cannot be written: {error}"
+                warn(f"{message}; training continues, but output is lost until a write succeeds")

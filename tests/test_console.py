@@ -1,4 +1,4 @@
-"""A console that cannot be written: programs finish their work, with their own exit code.
+"""A console that cannot be written to: programs finish their work and exit with their own code.
 
 Run alone: python -m pytest tests/test_console.py
 """
@@ -11,19 +11,19 @@ import sys
 
 import pytest
 
-from megatron_doremi.console import CONSOLE_ERRORS, Guard
+from megatron_doremi.console import CONSOLE_ERRORS, BestEffortWriter
 
 PROGRAM = """
 import sys
-from megatron_doremi.console import CONSOLE_ERRORS, Guard, say, warn
+from megatron_doremi.console import CONSOLE_ERRORS, BestEffortWriter, print_stdout, warn
 from megatron_doremi.errors import RunError, run_or_exit
 
 def main():
-    guard = Guard("the console", CONSOLE_ERRORS)
+    write = BestEffortWriter("the console", CONSOLE_ERRORS)
     for number in range(3000):
-        say(f"line {number} \\u00e9\\u4e2d")
-        guard(lambda: print("progress", file=sys.stdout, flush=True))
-    warn("the last word")
+        print_stdout(f"line {number} \\u00e9\\u4e2d")
+        write(lambda: print("progress", file=sys.stdout, flush=True))
+    warn("the last warning")
     open(sys.argv[1], "w").write("done")
     {ending}
 
@@ -47,18 +47,20 @@ def closed_pipe() -> int:
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_a_closed_or_full_stdout_ends_nothing(full, tmp_path):
+def test_a_closed_or_full_stdout_does_not_end_the_program(full, tmp_path):
     for ending, code in (("return 0", 0), ("return 3", 3), ("raise RunError('machine')", 1)):
         stdout = os.open("/dev/full", os.O_WRONLY) if full else closed_pipe()
         process = run(tmp_path, ending, stdout)
         os.close(stdout)
         assert process.returncode == code
-        said = process.stderr.decode()
-        assert "Traceback" not in said
-        assert "Exception ignored" not in said
-        assert said.count("the console cannot be written") == full, "say() has found a closed pipe before"
-        assert "warning: the last word" in said
-        assert ("error: machine" in said) == (code == 1)
+        stderr = process.stderr.decode()
+        assert "Traceback" not in stderr
+        assert "Exception ignored" not in stderr
+        assert stderr.count("the console cannot be written") == full, (
+            "print_stdout() has detected the closed pipe before"
+        )
+        assert "warning: the last warning" in stderr
+        assert ("error: machine" in stderr) == (code == 1)
 
 
 def test_without_any_stream(tmp_path):
@@ -68,10 +70,10 @@ def test_without_any_stream(tmp_path):
     assert (tmp_path / "marker").read_text() == "done"
 
 
-def test_a_warning_goes_where_it_can(tmp_path):
+def test_a_warning_goes_to_stdout_if_stderr_is_closed(tmp_path):
     process = run(tmp_path, "return 0", subprocess.PIPE, closed_pipe())
     assert process.returncode == 0
-    assert b"warning: the last word" in process.stdout
+    assert b"warning: the last warning" in process.stdout
 
 
 def test_an_ascii_console(tmp_path):
@@ -81,7 +83,7 @@ def test_an_ascii_console(tmp_path):
 
 
 @pytest.mark.parametrize(("ending", "code"), [("print('x' * 10**6)", 141), ("open('/nowhere/file', 'w')", 1)])
-def test_what_run_or_exit_makes_of_errors_of_the_machine(ending, code, tmp_path):
+def test_exit_codes_and_messages_of_machine_errors(ending, code, tmp_path):
     program = f"from megatron_doremi.errors import run_or_exit\ndef main():\n    {ending}\nrun_or_exit(main)"
     stdout = closed_pipe()
     process = subprocess.run([sys.executable, "-c", program], stdout=stdout, stderr=subprocess.PIPE)
@@ -90,8 +92,8 @@ def test_what_run_or_exit_makes_of_errors_of_the_machine(ending, code, tmp_path)
     assert process.stderr == (b"" if code == 141 else b"error: /nowhere/file: No such file or directory\n")
 
 
-def test_a_guard_hides_errors_of_the_machine_only(capsys):
-    """A ValueError is one of a stream, or else a fault of ours."""
+def test_best_effort_writes_suppress_only_the_given_errors(capsys):
+    """A ValueError comes from a closed stream; anywhere else it is a bug."""
 
     def closed():
         raise ValueError("I/O operation on closed file")
@@ -99,8 +101,8 @@ def test_a_guard_hides_errors_of_the_machine_only(capsys):
     def full():
         raise OSError(28, "No space left on device")
 
-    Guard("the console", CONSOLE_ERRORS)(closed)
-    metrics = Guard("metrics.jsonl")
+    BestEffortWriter("the console", CONSOLE_ERRORS)(closed)
+    metrics = BestEffortWriter("metrics.jsonl")
     metrics(full)
     assert capsys.readouterr().err.count("cannot be written") == 2
     with pytest.raises(ValueError, match="closed file"):

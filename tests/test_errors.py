@@ -1,4 +1,4 @@
-"""How a program says what is wrong with its input.
+"""How a program reports what is wrong with its input.
 
 Run alone: python -m pytest tests/test_errors.py
 """
@@ -37,8 +37,8 @@ def test_a_message_holds_every_fault():
     raise_if_any([])
 
 
-def test_the_program_leaves_with_2_and_no_traceback():
-    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: 2 faults")
-    assert "Traceback" not in done.stderr
+def test_the_program_exits_with_2_and_without_a_traceback():
+    process = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert process.returncode == 2
+    assert process.stderr.startswith("error: 2 faults")
+    assert "Traceback" not in process.stderr

@@ -1,4 +1,4 @@
-"""Who holds a run's lock, and whether that process still lives, as far as another process can tell."""
+"""The process that holds a run's lock, and whether it is alive, as far as another process can tell."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from megatron_doremi.storage.formats import Count, Name, Schema
 
 
 class Holder(Schema):
-    """Who holds a lock.
+    """The process that holds a lock.
 
     Attributes:
-        token: drawn at the start; tells two starts apart.
-        boot, pid_namespace: tell whether `pid` means the same process to a reader; "" where unknown.
-        started: the process's start in clock ticks since boot; 0 where unknown.
-        job: of SLURM, with its cluster; "" outside.
-        restart: how often SLURM has requeued the job.
+        token: random; differs between two starts.
+        boot, pid_namespace: where `pid` is valid; "" if unknown.
+        started: the process's start time in clock ticks since boot; 0 if unknown.
+        job: SLURM job and cluster; "" outside SLURM.
+        step: SLURM step; "" if none.
+        restart: how many times SLURM has requeued the job.
     """
 
     FORMAT: ClassVar[str] = "megatron-doremi-lock/1"
@@ -41,7 +42,7 @@ class Holder(Schema):
 
 
 def this_process(environ: Mapping[str, str]) -> Holder:
-    """This process as a holder."""
+    """Describes this process."""
     restart = environ.get("SLURM_RESTART_COUNT", "0")
     job, cluster = environ.get("SLURM_JOB_ID", ""), environ.get("SLURM_CLUSTER_NAME", "")
     return Holder(
@@ -58,11 +59,11 @@ def this_process(environ: Mapping[str, str]) -> Holder:
 
 
 def is_dead(holder: Holder, reader: Holder) -> bool | None:
-    """Whether a holder has ended, as far as `reader` can know at once; None where its file has to be watched."""
-    same_kernel = holder.boot and (holder.host, holder.boot) == (reader.host, reader.boot)
-    if same_kernel and holder.pid_namespace == reader.pid_namespace:
+    """Whether a holder has ended, as far as `reader` can tell immediately; None if its file has to be watched."""
+    same_boot = holder.boot and (holder.host, holder.boot) == (reader.host, reader.boot)
+    if same_boot and holder.pid_namespace == reader.pid_namespace:
         return has_ended(holder.pid, holder.started)
-    # SLURM starts a requeued job when all of its former processes are gone.
+    # SLURM restarts a requeued job only after all of its earlier processes have ended.
     if holder.job and holder.job == reader.job and holder.restart < reader.restart:
         return True
     return None

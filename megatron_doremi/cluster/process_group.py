@@ -1,4 +1,4 @@
-"""Joining the other processes of a run."""
+"""Creating the process group of all ranks, and one small all-reduce over it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from megatron_doremi.parallel.deepspeed_internals import disable_shared_memory_a
 
 
 def join(launch: Launch, minutes: float = 8.0) -> tuple[torch.device, Rendezvous]:
-    """Meets the other ranks and joins them in a process group; returns this process's device and the rendezvous.
+    """Meets the other ranks and creates the process group; returns this process's device and the rendezvous.
 
     Raises:
-        ConfigError, RunError: as Rendezvous; and there are more processes than GPUs.
+        ConfigError: as `Rendezvous`, or there are more processes than GPUs on this machine.
+        RunError: as `Rendezvous`.
     """
     raise_if_any(device_faults(launch))
     rendezvous = Rendezvous(launch, minutes)
@@ -27,28 +28,28 @@ def join(launch: Launch, minutes: float = 8.0) -> tuple[torch.device, Rendezvous
 
 
 def device_faults(launch: Launch) -> list[Fault]:
-    """A fault where this machine has more processes than GPUs, of the first that has none."""
+    """A fault if this machine has more processes than GPUs; reported only by the first process without a GPU."""
     if not torch.cuda.is_available() or launch.local_rank != torch.cuda.device_count():
         return []
     return [
         Fault(
             "processes on this machine",
             f"at least {launch.local_rank + 1}",
-            f"one a GPU, of which there are {torch.cuda.device_count()}",
-            "start fewer, let every task see all GPUs of its node (SLURM: --gpus-per-node in place of "
-            "--gpus-per-task), or set CUDA_VISIBLE_DEVICES to nothing to train on the CPU",
+            f"one per visible GPU, {torch.cuda.device_count()} at most",
+            "start fewer; let every task see all GPUs of its node (SLURM: --gpus-per-node instead of "
+            "--gpus-per-task); or set CUDA_VISIBLE_DEVICES to an empty string to train on the CPU",
         )
     ]
 
 
 def join_group(rendezvous: Rendezvous, minutes: float) -> torch.device:
-    """Makes the process group of all ranks, which have met; returns this process's device.
+    """Creates the process group of all ranks after the rendezvous; returns this process's device.
 
     Args:
         minutes: to wait for peers; see --distributed-timeout-minutes.
     """
     launch = rendezvous.launch
-    # DeepSpeed reads these, whoever started us.
+    # DeepSpeed reads these, whatever the launcher was.
     os.environ["LOCAL_RANK"] = str(launch.local_rank)
     os.environ["RANK"] = str(launch.rank)
     os.environ["WORLD_SIZE"] = str(launch.world_size)
@@ -62,17 +63,17 @@ def join_group(rendezvous: Rendezvous, minutes: float) -> torch.device:
         store=dist.PrefixStore("group", rendezvous.store),
         rank=launch.rank,
         world_size=launch.world_size,
-        # The watchdog speaks before a collective times out.
+        # Longer than the watchdog's timeout: its message names the rank that hangs, a collective's does not.
         timeout=timedelta(minutes=minutes + 1),
     )
-    # DeepSpeed wraps the existing group.
     disable_shared_memory_all_reduce()
+    # DeepSpeed uses the existing group.
     deepspeed.init_distributed(dist_backend=backend, dist_init_required=False)
     return device
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether a rank says yes; a collective call."""
-    value = torch.tensor([int(flag)], device=device)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return bool(value.item())
+    """Whether `flag` is set on any rank; a collective call."""
+    flags = torch.tensor([int(flag)], device=device)
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return bool(flags.item())

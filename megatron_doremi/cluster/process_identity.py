@@ -1,4 +1,4 @@
-"""What tells a process from all others, and whether it still runs, as far as another process can see."""
+"""Identifies a process uniquely, and tells whether it still runs, as far as another process can see it."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from pathlib import Path
 
 
 def process_start(pid: int) -> int | None:
-    """When a process of this host started, in clock ticks since boot; None where it has ended, or cannot be seen."""
-    # pid (name) state ppid ...; the name may hold anything.
+    """Start time of a process on this host, in clock ticks since boot; None if it has ended or is not visible."""
+    # pid (name) state ppid ...; the name may contain any character.
     fields = _text(f"/proc/{pid}/stat").rpartition(")")[2].split()
     return int(fields[19]) if len(fields) > 19 and fields[0] not in ("Z", "X") else None
 
 
 def boot_id() -> str:
-    """Names this boot of this machine's kernel; "" where unknown."""
+    """Identifies the current boot of this machine's kernel; "" if unknown."""
     return _text("/proc/sys/kernel/random/boot_id")
 
 
 def pid_namespace() -> str:
-    """Names the namespace in which this process's ids are counted; "" where unknown."""
+    """Identifies the pid namespace of this process; "" if unknown."""
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -27,10 +27,10 @@ def pid_namespace() -> str:
 
 
 def has_ended(pid: int, started: int) -> bool:
-    """Whether a process has ended. Asked only where boot and namespace are the process's own.
+    """Whether a process has ended. Valid only if the process runs, or ran, in the caller's boot and pid namespace.
 
     Args:
-        started: as `process_start` gave it; 0 where unknown, and then any process of this id counts.
+        started: its `process_start`, because the kernel reuses process ids; 0 if unknown.
     """
     start = process_start(pid)
     return start is None or (started != 0 and start != started)

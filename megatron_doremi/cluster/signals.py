@@ -1,13 +1,13 @@
-"""Signals and the launcher's death: how this process is asked to stop. Installed before anything heavy is imported.
+"""Stop requests by signals and by the launcher's death. Installed before anything heavy is imported.
 
-The first signal is a request: before the first step there is nothing to save and the process leaves at once with exit
-code 3; later it takes a note, and the ranks save together after the step under way. A second signal ends the process at
-once with 128 + its number. A launcher that dies counts as a request too, with a limit of time, so that no worker stays
-behind.
+The first signal requests a stop. Before the first step there is nothing to save, and the process exits immediately with
+code 3; later the request is recorded, and the ranks save together after the current step. A second signal ends the
+process immediately with code 128 + its number. The launcher's death also requests a stop, with a deadline, so that no
+worker is orphaned.
 
-Python runs a signal's handler in the main thread between two of its instructions, which never come while that thread
-waits in a collective or for its peers. So the handlers do nothing, and a thread reads the signals' numbers from the
-descriptor that `signal.set_wakeup_fd` names: the interpreter writes there in whatever state the main thread is.
+Python runs a signal handler in the main thread between two bytecode instructions, which never happens while that thread
+is blocked in a collective or waits for its peers. The handlers therefore do nothing; a thread reads the signal numbers
+from the descriptor given to `signal.set_wakeup_fd`, to which the interpreter writes whatever the main thread is doing.
 """
 
 from __future__ import annotations
@@ -22,142 +22,148 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 
-from megatron_doremi.cluster.launch import BY_HAND, DEEPSPEED, TORCHRUN, launcher_of, rank_of, stop_marker
+from megatron_doremi.cluster.launch import DEEPSPEED, NO_LAUNCHER, TORCHRUN, launcher_of, rank_of, stop_marker
 
 EXIT_STOPPED = 3
-STOPS = tuple(
+STOP_SIGNALS = tuple(
     getattr(signal, name)
     for name in ("SIGINT", "SIGHUP", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGXCPU")
     if hasattr(signal, name)
 )
-# A terminal's Ctrl-C reaches the launcher, which passes it on, and often its workers too: one request.
+# Ctrl-C in a terminal often reaches both the launcher, which forwards it, and the workers: that is one request.
 _SECONDS_OF_ONE_REQUEST = 1.0
-# From the launcher's death to the end of its workers, a save included.
+# From the launcher's death until its workers are killed; includes the save.
 _SECONDS_WITHOUT_LAUNCHER = 25
-_SECONDS_BETWEEN_LOOKS = 1.0
-# For the words, the marker and for telling the others (watchdog.tell: at most 12 s), whatever of them hangs.
-_SECONDS_TO_LEAVE = 15.0
-# Should the interpreter itself hang meanwhile, the kernel ends the process by SIGALRM.
-_SECONDS_OF_ALARM = 20
+_POLL_SECONDS = 1.0
+# For the message, the stop marker and the announcement to the peers (`Watchdog.announce_exit`: at most 12 s).
+_SECONDS_TO_EXIT = 15.0
+# If the interpreter itself hangs while exiting, the kernel ends the process by SIGALRM.
+_ALARM_SECONDS = 20
 _PR_SET_PDEATHSIG = 1
 
 
 class Signals:
-    """What this process was asked for, and whether there is something to save."""
+    """Stop requests to this process, and whether it has something to save.
+
+    Attributes:
+        requested_by: the signal that requested a stop; 0: none.
+        before_exit: called with the exit code before the process exits because of a signal.
+        seconds_to_exit: time from `finish` until a process that hangs in its exit is ended; None: no limit.
+    """
 
     def __init__(self, environ: Mapping[str, str]):
         self._environ, self._rank = environ, rank_of(environ)
         self._lock = threading.Lock()
-        self._asked_at: float | None = None
-        self._saves, self._done, self._done_at = False, -1, 0.0
-        # Of a launcher only: a shell may go before its jobs do (nohup, setsid).
+        self._requested_at: float | None = None
+        # The exit code and the time of `finish`; -1 before.
+        self._exit_code, self._finished_at = -1, 0.0
+        self._can_save = False
         launcher = launcher_of(environ)
-        self._parent = 0 if launcher == BY_HAND else os.getppid()
-        # These two start their workers from the main thread; to others' workers the death of a mere thread would look
-        # like the launcher's.
-        self._by_main_thread = launcher in (TORCHRUN, DEEPSPEED)
-        self.asked = 0
-        self.before_leaving: Callable[[int], None] = lambda code: None
-        # From `finish` to the end of the process, which is ended then; None: as long as it takes.
+        # 0 without a launcher: a shell may exit before its jobs (nohup, setsid).
+        self._parent = 0 if launcher == NO_LAUNCHER else os.getppid()
+        # PR_SET_PDEATHSIG fires when the parent's thread exits: safe only if the main thread starts the workers.
+        self._started_by_main_thread = launcher in (TORCHRUN, DEEPSPEED)
+        self.requested_by = 0
+        self.before_exit: Callable[[int], None] = lambda code: None
         self.seconds_to_exit: float | None = None
 
     def install(self) -> None:
-        """Catches the signals and watches the launcher from here on; called in the main thread.
+        """Catches the signals and watches the launcher from now on; called in the main thread.
 
-        Until the first step the kernel ends the process with its launcher, where it can be told to.
+        Until `begin` the kernel kills the process when its launcher dies, if the platform supports that.
         """
         marker = stop_marker(self._environ)
         if marker is not None and marker.exists():
-            self._leave(EXIT_STOPPED, "was asked to stop before the launcher restarted it")
-        self._end_with_parent(signal.SIGKILL)
-        reads, writes = os.pipe()
-        os.set_blocking(writes, False)
-        for number in STOPS:
+            self._exit(EXIT_STOPPED, "a stop was requested before the launcher restarted this process")
+        self._set_parent_death_signal(signal.SIGKILL)
+        read_end, write_end = os.pipe()
+        os.set_blocking(write_end, False)
+        for number in STOP_SIGNALS:
             signal.signal(number, lambda *_: None)
-        signal.set_wakeup_fd(writes, warn_on_full_buffer=False)
-        threading.Thread(target=self._listen, args=(reads,), name="signals", daemon=True).start()
+        signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, args=(read_end,), name="signals", daemon=True).start()
 
     def begin(self) -> bool:
-        """From here on there is something to save. Returns whether the process was asked to stop already."""
+        """Declares that there is something to save from now on. Returns whether a stop was already requested."""
         with self._lock:
-            self._saves = True
-        self._end_with_parent(0)
-        return bool(self.asked)
+            self._can_save = True
+        self._set_parent_death_signal(0)
+        return bool(self.requested_by)
 
     def finish(self, code: int) -> None:
-        """Everything is saved: from here on the process leaves with `code`, whatever asks it to."""
+        """Declares that everything is saved: whatever happens from now on, the process exits with `code`."""
         with self._lock:
-            self._done, self._done_at = code, time.monotonic()
+            self._exit_code, self._finished_at = code, time.monotonic()
         if code == EXIT_STOPPED:
-            self._leave_marker()
+            self._create_marker()
 
-    def _listen(self, reads: int) -> None:
+    def _listen(self, read_end: int) -> None:
         while True:
-            ready, _, _ = select.select([reads], [], [], _SECONDS_BETWEEN_LOOKS)
-            for number in os.read(reads, 64) if ready else b"":
-                if number in STOPS:
-                    self._came(number)
-            self._end_late_exit()
+            ready, _, _ = select.select([read_end], [], [], _POLL_SECONDS)
+            for number in os.read(read_end, 64) if ready else b"":
+                if number in STOP_SIGNALS:
+                    self._handle(number)
+            self._end_hung_exit()
             if self._parent and os.getppid() != self._parent:
                 self._parent = 0
-                # Ends the process where it neither leaves nor saves in time, in whatever state its threads are.
+                # Ends the process if it neither saves nor exits in time, whatever its threads are doing.
                 signal.alarm(_SECONDS_WITHOUT_LAUNCHER)
-                self._request(signal.SIGHUP, "its launcher has died")
+                self._request_stop(signal.SIGHUP, "the launcher died")
 
-    def _end_late_exit(self) -> None:
-        """Ends a process that is done but hangs in its exit, with the code that it would leave with."""
+    def _end_hung_exit(self) -> None:
+        """Ends a process that has finished but hangs in its exit, with the exit code given to `finish`."""
         with self._lock:
-            done, late = self._done, time.monotonic() - self._done_at
-        if done >= 0 and self.seconds_to_exit is not None and late > self.seconds_to_exit:
-            os._exit(done)
+            code, seconds = self._exit_code, time.monotonic() - self._finished_at
+        if code >= 0 and self.seconds_to_exit is not None and seconds > self.seconds_to_exit:
+            os._exit(code)
 
-    def _came(self, number: int) -> None:
+    def _handle(self, number: int) -> None:
         name = signal.Signals(number).name
-        if self._asked_at is None:
-            self._request(number, f"stopped by {name}")
-        elif time.monotonic() - self._asked_at > _SECONDS_OF_ONE_REQUEST:
+        if self._requested_at is None:
+            self._request_stop(number, f"stopped by {name}")
+        elif time.monotonic() - self._requested_at > _SECONDS_OF_ONE_REQUEST:
             with self._lock:
-                done = self._done
-            if done < 0:
-                self._leave(
-                    128 + number, f"left at once by a second signal, {name}: steps since the last checkpoint are lost"
+                code = self._exit_code
+            if code < 0:
+                self._exit(
+                    128 + number, f"terminated by a second signal, {name}: steps since the last checkpoint are lost"
                 )
-            self._leave(done, "")
+            self._exit(code, "")
 
-    def _request(self, number: int, why: str) -> None:
+    def _request_stop(self, number: int, reason: str) -> None:
         with self._lock:
-            self._asked_at = self._asked_at or time.monotonic()
-            self.asked = self.asked or number
-            saves, done = self._saves, self._done
-        if done >= 0:
-            self._leave(done, "")
-        if not saves:
-            self._leave(EXIT_STOPPED, f"{why} before the first step: nothing to save")
+            self._requested_at = self._requested_at or time.monotonic()
+            self.requested_by = self.requested_by or number
+            can_save, code = self._can_save, self._exit_code
+        if code >= 0:
+            self._exit(code, "")
+        if not can_save:
+            self._exit(EXIT_STOPPED, f"{reason} before the first step: nothing to save")
 
-    def _leave(self, code: int, why: str) -> None:
-        # What blocks, such as a pipe that nobody reads, must neither keep the process nor change its exit code.
-        signal.alarm(_SECONDS_OF_ALARM)
-        farewell = threading.Thread(target=self._take_leave, args=(code, why), name="farewell", daemon=True)
-        farewell.start()
-        farewell.join(_SECONDS_TO_LEAVE)
+    def _exit(self, code: int, message: str) -> None:
+        # Nothing that blocks, such as a pipe that nobody reads, may keep the process alive or change its exit code.
+        signal.alarm(_ALARM_SECONDS)
+        last_steps = threading.Thread(target=self._prepare_exit, args=(code, message), name="exit", daemon=True)
+        last_steps.start()
+        last_steps.join(_SECONDS_TO_EXIT)
         os._exit(code)
 
-    def _take_leave(self, code: int, why: str) -> None:
-        if why and not self._rank:
+    def _prepare_exit(self, code: int, message: str) -> None:
+        if message and not self._rank:
             with contextlib.suppress(OSError):
-                os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"{why}\n".encode())
-        self._leave_marker()
+                os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"{message}\n".encode())
+        self._create_marker()
         with contextlib.suppress(Exception):
-            self.before_leaving(code)
+            self.before_exit(code)
 
-    def _leave_marker(self) -> None:
+    def _create_marker(self) -> None:
         marker = stop_marker(self._environ)
         if marker is not None:
             with contextlib.suppress(OSError):
                 marker.touch()
 
-    def _end_with_parent(self, number: int) -> None:
-        """Tells the kernel to send a signal where the parent dies; 0: none."""
-        if self._by_main_thread and sys.platform == "linux":
+    def _set_parent_death_signal(self, number: int) -> None:
+        """Makes the kernel send this process a signal when its parent dies; 0: none."""
+        if self._started_by_main_thread and sys.platform == "linux":
             with contextlib.suppress(OSError, AttributeError):
                 ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_doremi.errors import ConfigError, RunError, error_of, error_text
+from megatron_doremi.errors import ConfigError, RunError, error_from_json, error_to_json
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.005, 1.0
 
@@ -35,15 +35,15 @@ def run_on_rank_0_via_store(store: dist.Store, name: str, rank: int, work: Calla
         try:
             value = work()
         except (ConfigError, RunError, OSError) as error:
-            failure = error_text(error)
+            failure = error_to_json(error)
             store.set(name, json.dumps((None, failure)))
-            raise error_of(failure) from error
+            raise error_from_json(failure) from error
         store.set(name, json.dumps((value, None)))
         return value
     _wait(store, [name], lambda: None)
     value, failure = json.loads(store.get(name))
     if failure is not None:
-        raise error_of(failure)
+        raise error_from_json(failure)
     return value
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_doremi.errors import ConfigError, RunError, error_of, error_text
+from megatron_doremi.errors import ConfigError, RunError, error_from_json, error_to_json
 
 
 def gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
@@ -70,10 +70,10 @@ def from_rank_0(work: Callable[[], Any]) -> Any:
         try:
             result = work()
         except (ConfigError, RunError, OSError) as error:
-            failure = error_text(error)
+            failure = error_to_json(error)
     result, failure = broadcast_json((result, failure))
     if failure is not None:
-        raise error_of(failure)
+        raise error_from_json(failure)
     return result
 
 

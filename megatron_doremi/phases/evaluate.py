@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_doremi.checkpoint.reader import load_frozen
 from megatron_doremi.cluster.watchdog import Watchdog
-from megatron_doremi.console import say
+from megatron_doremi.console import print_stdout
 from megatron_doremi.data.blend import GlobalBatch, window_count
 from megatron_doremi.data.indexed_dataset import IndexedDataset
 from megatron_doremi.data.loader import MicroBatch, rank_slice, read_windows
@@ -242,10 +242,10 @@ def append_line(folder: Path, line: str) -> None:
 
 def _print(entry: dict[str, Any], checkpoint: Path) -> None:
     width = max(map(len, entry["eval"]))
-    say(f"held-out loss of {checkpoint}, nats a token")
+    print_stdout(f"held-out loss of {checkpoint}, nats a token")
     for name, loss in entry["eval"].items():
-        say(f"  {name:<{width}}  {loss:.4f}")
-    say(
+        print_stdout(f"  {name:<{width}}  {loss:.4f}")
+    print_stdout(
         f"uniform mean {entry['eval_uniform_mean']:.4f}, worst {entry['eval_worst']:.4f}, "
         f"token mean {entry['eval_token_mean']:.4f}"
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_doremi import __version__
-from megatron_doremi.console import Guard
+from megatron_doremi.console import BestEffortWriter
 from megatron_doremi.data.weights_file import save_weights
 from megatron_doremi.errors import RunError, machine_failure
 from megatron_doremi.parallel.exchange import broadcast_json
@@ -27,7 +27,7 @@ class LearnedWeights:
         self._plan, self._data, self._controller = inputs.plan, inputs.data, inputs.controller
         self._identity, self._overrides, self._rank = identity, list(overrides), rank
         self._path = Path(inputs.plan.config.run.save) / "domain_weights.json"
-        self._guard = Guard(str(self._path))
+        self._guard = BestEffortWriter(str(self._path))
 
     def update(self, iteration: int) -> None:
         """Rewrites the file after `iteration` steps; a failure is a warning, printed once."""

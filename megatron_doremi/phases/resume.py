@@ -17,7 +17,7 @@ from megatron_doremi.checkpoint.folder import (
 )
 from megatron_doremi.checkpoint.reader import check_files
 from megatron_doremi.config import Config
-from megatron_doremi.console import note
+from megatron_doremi.console import print_stderr
 from megatron_doremi.data.blend import BlendState
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any
 from megatron_doremi.mixture.controller import ControllerState, MixtureController
@@ -99,7 +99,7 @@ def resume_point(
     check_files(checkpoint)
     check_contents(checkpoint, state, topology.rank, topology.world_size, progress)
     for line in _statements(before, identity, overridden, config, state.iteration, topology.rank):
-        note(line)
+        print_stderr(line)
     changed = [name for name in identity if name in before and before[name] != identity[name]]
     overrides = [
         *state.overrides,
@@ -121,7 +121,7 @@ def _find_checkpoint(load: Path) -> str | None:
         raise_if_any([Fault(what, f"no complete one: {line}", rule, remedy) for line in passed_over])
         return None
     for line in passed_over:
-        note(line)
+        print_stderr(line)
     return str(newest)
 
 

@@ -26,7 +26,7 @@ from megatron_doremi.cluster.preemption import KEEP_RUNNING, StopRequest
 from megatron_doremi.cluster.store_collectives import barrier_via_store, run_on_rank_0_via_store
 from megatron_doremi.cluster.watchdog import Watchdog
 from megatron_doremi.config import Config
-from megatron_doremi.console import say
+from megatron_doremi.console import print_stdout
 from megatron_doremi.data.blend import GlobalBatch
 from megatron_doremi.data.loader import read_windows
 from megatron_doremi.data.reference_loss_file import (
@@ -40,7 +40,7 @@ from megatron_doremi.data.reference_loss_file import (
     unpack,
 )
 from megatron_doremi.data.reference_losses import ReferenceLosses, ReferenceLossFolder
-from megatron_doremi.errors import ConfigError, Fault, RunError, error_of, error_text, raise_if_any
+from megatron_doremi.errors import ConfigError, Fault, RunError, error_from_json, error_to_json, raise_if_any
 from megatron_doremi.mixture.reference import ReferenceRun
 from megatron_doremi.model.forward import forward_only
 from megatron_doremi.model.pipeline import GPTPipeline
@@ -185,13 +185,13 @@ def score(plan: RunPlan, data: RunData, run: ReferenceRun, context: ParallelCont
     outcomes = gather_json([int(replica.stopped), replica.windows, replica.clipped])
     stopped, windows, cut = (sum(values) for values in zip(*outcomes, strict=True))
     if cut and topology.rank == 0:
-        say(
+        print_stdout(
             f"score: {cut:,} of {windows * config.data.seq_length:,} token losses lay above {LARGEST_LOSS:.4f} nats "
             "and were recorded as that"
         )
     if topology.rank == 0:
         end = "stopped before all were scored; run the same command again for the rest" if stopped else "done"
-        say(f"score: {windows:,} windows recorded in {config.run.save} by this run: {end}")
+        print_stdout(f"score: {windows:,} windows recorded in {config.run.save} by this run: {end}")
     return bool(stopped)
 
 
@@ -273,7 +273,7 @@ class _Replica:
         try:
             return work()
         except (ConfigError, RunError, OSError) as error:
-            self.store.set("error", error_text(error))
+            self.store.set("error", error_to_json(error))
         return None
 
     def _losses(self, domain: int, windows: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -329,7 +329,7 @@ class _Replica:
         flag = torch.tensor([own], device=next(self.module.parameters()).device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.context.groups.model)
         if flag.item() == _FAILED:
-            raise error_of(self.store.get("error").decode())
+            raise error_from_json(self.store.get("error").decode())
         return bool(flag.item())
 
     def _asked_to_stop(self, stop: StopRequest) -> bool:
@@ -344,5 +344,5 @@ class _Replica:
     def hear(self, stop: StopRequest) -> None:
         """While others are waited for: tells them to stop, or raises what one of them has met."""
         if self.store.check(["error"]):
-            raise error_of(self.store.get("error").decode())
+            raise error_from_json(self.store.get("error").decode())
         self._asked_to_stop(stop)

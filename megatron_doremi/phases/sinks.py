@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_doremi.config import Config
-from megatron_doremi.console import CONSOLE_ERRORS, Guard
+from megatron_doremi.console import CONSOLE_ERRORS, BestEffortWriter
 from megatron_doremi.parallel.exchange import from_rank_0
 from megatron_doremi.phases.metrics import evaluation_summary, step_summary
 from megatron_doremi.phases.metrics_file import EventsFile, MetricsFile
@@ -67,7 +67,7 @@ class RunLog:
             sinks: in the order in which they are called; empty on all ranks but rank 0.
             lost_to: who has taken over the run's lock, if anyone; no metrics are written from then on.
         """
-        self._sinks = [(Guard(sink.subject, sink.errors), sink) for sink in sinks]
+        self._sinks = [(BestEffortWriter(sink.subject, sink.errors), sink) for sink in sinks]
         self._lost_to = lost_to
 
     def step(self, entry: Mapping[str, Any] | None) -> None:

@@ -26,7 +26,7 @@ from megatron_doremi.cluster.error_report import (
     raise_faults_of_all_ranks,
 )
 from megatron_doremi.cluster.heartbeat import Heartbeat, current_heartbeat, is_dead
-from megatron_doremi.cluster.launch import BY_HAND, SRUN, Launch
+from megatron_doremi.cluster.launch import NO_LAUNCHER, SRUN, Launch
 from megatron_doremi.cluster.process_identity import process_start
 from megatron_doremi.cluster.rendezvous import Rendezvous, reject_command_line
 from megatron_doremi.errors import ConfigError, Fault, ReportedElsewhere, RunError
@@ -104,8 +104,8 @@ def test_who_listens_is_told_from_a_rendezvous(monkeypatch):
             (SRUN, "SLURM job 8 step 0", ["-a"]),
             "rendezvous of SLURM job 7 step 0",
         ),
-        ((SRUN, "SLURM job 7 step 0", ["-a"]), (BY_HAND, "", ["-a"]), r"of this run \(no id, 2 ranks\)"),
-        ((BY_HAND, "", ["--save", "x"]), (BY_HAND, "", ["--save", "y"]), "rank 1 on .*: y against x of rank 0"),
+        ((SRUN, "SLURM job 7 step 0", ["-a"]), (NO_LAUNCHER, "", ["-a"]), r"of this run \(no id, 2 ranks\)"),
+        ((NO_LAUNCHER, "", ["--save", "x"]), (NO_LAUNCHER, "", ["--save", "y"]), "rank 1 on .*: y against x of rank 0"),
     ],
 )
 def test_the_store_of_a_strangers_run_is_noticed(theirs, ours, words):

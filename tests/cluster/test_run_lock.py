@@ -29,7 +29,7 @@ from megatron_doremi.errors import ConfigError, RunError
 
 TAKERS = 12
 ROUNDS = 4 * int(os.environ.get("MEGATRON_DOREMI_FUZZ", "1"))
-QUICK = {"beat": 0.05, "dead_after": 0.5, "poll": 0.1}
+QUICK = {"interval": 0.05, "timeout": 0.5, "poll": 0.1}
 _CONTEXT = multiprocessing.get_context("forkserver")
 
 
@@ -148,7 +148,7 @@ def test_a_lock_that_flock_holds_is_alive_whatever_else_it_says(tmp_path):
     with RunLock(tmp_path, {}, **QUICK):
         edit(files(tmp_path)[0], host="other")
         with pytest.raises(ConfigError, match="on host other"):
-            RunLock(tmp_path, {}, beat=10.0, dead_after=10**6, poll=10**6)
+            RunLock(tmp_path, {}, interval=10.0, timeout=10**6, poll=10**6)
 
 
 def race(folder, start, done, results, dies) -> None:
@@ -189,12 +189,12 @@ def test_of_many_that_take_over_exactly_one_wins(tmp_path):
 
 
 def test_a_suspended_holder_notices_before_it_writes(tmp_path):
-    lock = RunLock(tmp_path, {}, beat=10**6)
+    lock = RunLock(tmp_path, {}, interval=10**6)
     taken = files(tmp_path)[0].with_name("run-0000002.json")
-    holder = {**lock.own.model_dump(), "host": "other", "job": "5", "token": "another"}
+    holder = {**lock.holder.model_dump(), "host": "other", "job": "5", "token": "another"}
     assert lock.lost_to() is None
     taken.write_text(json.dumps({"format": Holder.FORMAT, **holder}))
-    with pytest.raises(RunError, match=r"process \d+ on host other, SLURM job 5 has taken .* over"):
+    with pytest.raises(RunError, match=r"process \d+ on host other, SLURM job 5 has taken over"):
         lock.check()
     assert "host other" in lock.lost_to()
     before = taken.stat().st_mtime_ns
@@ -205,7 +205,7 @@ def test_a_suspended_holder_notices_before_it_writes(tmp_path):
 
 def test_a_stale_descriptor_hides_no_successor(tmp_path, monkeypatch):
     """On NFS: the successor has deleted the file through which the old holder gives signs."""
-    lock, fstat = RunLock(tmp_path, {}, beat=10**6), os.fstat
+    lock, fstat = RunLock(tmp_path, {}, interval=10**6), os.fstat
 
     def stale(*_, **__):
         raise OSError(errno.ESTALE, "Stale file handle")
@@ -214,10 +214,10 @@ def test_a_stale_descriptor_hides_no_successor(tmp_path, monkeypatch):
         patch.setattr(os, "utime", stale)
         patch.setattr(os, "fstat", lambda file: stale() if file == lock._descriptor else fstat(file))
         # A server that answers so for a moment takes nothing from the holder.
-        lock._look()
+        lock._send_heartbeat()
     assert lock.lost_to() is None
     (held,) = files(tmp_path)
-    other = {**lock.own.model_dump(), "host": "other", "token": "another"}
+    other = {**lock.holder.model_dump(), "host": "other", "token": "another"}
     held.with_name("run-0000002.json").write_text(json.dumps({"format": Holder.FORMAT, **other}))
     held.unlink()
     monkeypatch.setattr(os, "utime", stale)
@@ -304,7 +304,7 @@ def test_a_run_whose_lock_was_taken_over_ends_without_a_checkpoint(data, tmp_pat
         run.kill()
         run.join()
     assert kind == "error"
-    assert f"has taken {save} over" in said
+    assert f"has taken over {save}" in said
     # At most the one whose rename was under way when the process was suspended.
     assert len(list((save / "checkpoints").glob("iter_*"))) <= published + 1
 

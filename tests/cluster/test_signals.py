@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from megatron_doremi.cluster.process_identity import process_start
-from megatron_doremi.cluster.signals import STOPS
+from megatron_doremi.cluster.signals import STOP_SIGNALS
 
 HERE = Path(__file__).resolve().parent
 WORKER = [sys.executable, str(HERE / "worker.py")]
@@ -44,7 +44,7 @@ def end(process: subprocess.Popen, *signals: signal.Signals | float) -> tuple[in
     return process.returncode, out, err
 
 
-@pytest.mark.parametrize("number", STOPS, ids=lambda number: number.name)
+@pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
 def test_before_the_first_step_a_signal_leaves_at_once_with_3(number):
     """Version 0.1 lost everything at SIGINT, SIGHUP, SIGUSR2, SIGXCPU, and ignored SIGTERM and SIGUSR1 here."""
     code, _, err = end(start("starting"), number)
@@ -60,7 +60,7 @@ def test_a_signal_that_comes_twice_within_a_moment_is_one_request():
 def test_a_second_signal_leaves_at_once_with_128_and_its_number():
     code, out, err = end(start("training", "60"), signal.SIGUSR1, 1.3, signal.SIGTERM)
     assert (code, out) == (128 + signal.SIGTERM, "saving\n")
-    assert err == "left at once by a second signal, SIGTERM: steps since the last checkpoint are lost\n"
+    assert err == "terminated by a second signal, SIGTERM: steps since the last checkpoint are lost\n"
 
 
 def test_once_all_is_saved_a_signal_changes_no_exit_code():
@@ -159,5 +159,5 @@ def test_torchrun_does_not_restart_a_stop_that_was_asked_for(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
     assert (tmp_path / "starts").read_text() == "0"
-    assert "was asked to stop before the launcher restarted it" in done.stderr
+    assert "a stop was requested before the launcher restarted this process" in done.stderr
     assert "exitcode  : 3" in done.stderr

@@ -11,7 +11,7 @@ from datetime import timedelta
 import pytest
 from ranks import on_ranks
 
-from megatron_doremi.errors import ConfigError, Fault, RunError, error_of, error_text
+from megatron_doremi.errors import ConfigError, Fault, RunError, error_from_json, error_to_json
 
 # Seconds: of a collective, of the watchdog, and of the last rank's work.
 COLLECTIVE, WATCHDOG, WORK = 0.5, 2.0, 3.0
@@ -69,7 +69,7 @@ def test_who_is_done_waits_for_who_works():
 
 @pytest.mark.parametrize("error", [RunError("a disk\nis full"), ConfigError(Fault("--x", "y", "z", "w"))])
 def test_errors_travel(error):
-    copy = error_of(error_text(error))
+    copy = error_from_json(error_to_json(error))
     assert type(copy) is type(error)
     assert str(copy) == str(error)
 

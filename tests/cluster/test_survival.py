@@ -89,7 +89,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_is_made_good(dat
     for process in run.ranks:
         process.send_signal(signal.SIGUSR1)
     assert run.wait() == [3, 3], run.text()
-    assert "a signal asked for it" in run.text()
+    assert "a signal requested it" in run.text()
     stopped = training_lines(metrics(save))[-1]["iteration"]
     assert 5 <= stopped < 150
     assert [iteration for iteration, _ in checkpoints(save)] == [stopped]

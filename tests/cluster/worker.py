@@ -13,14 +13,14 @@ import time
 from megatron_doremi.cluster import signals
 
 signals._SECONDS_WITHOUT_LAUNCHER = 2
-signals._SECONDS_TO_LEAVE = 1.0
+signals._SECONDS_TO_EXIT = 1.0
 stage, seconds = sys.argv[1], float(sys.argv[2]) if len(sys.argv) > 2 else None
 watched = signals.Signals(os.environ)
 watched.install()
 
 
 def save() -> None:
-    while not watched.asked:
+    while not watched.requested_by:
         time.sleep(0.01)
     print("saving", flush=True)
     time.sleep(seconds)
@@ -30,7 +30,7 @@ def save() -> None:
 
 
 if stage == "untold":
-    watched.before_leaving = lambda code: time.sleep(60.0)
+    watched.before_exit = lambda code: time.sleep(60.0)
 if stage in ("training", "done"):
     watched.begin()
 if stage == "done":
