@@ -39,6 +39,27 @@ def make_config(topology, data: dict, parallel: dict | None = None, doremi: dict
     )
 
 
+def small_gpt(**changes: Any):
+    """A model shape small enough to train in a test; `changes` are fields of GPTConfig."""
+    from megatron_doremi.config import GPTConfig
+
+    shape = {
+        "num_layers": 2,
+        "hidden_size": 24,
+        "ffn_hidden_size": 40,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "kv_channels": 8,
+        "swiglu": True,
+        "bias_linear": False,
+        "vocab_size": 53,
+        "make_vocab_size_divisible_by": 8,
+        "max_positions": 32,
+        "init_method_std": 0.2,
+    }
+    return GPTConfig(**{**shape, **changes})
+
+
 def build_engine(config, gpt, weights, context):
     """The engine of a run that samples domains by [k] `weights`, under the controller that its flags choose."""
     from megatron_doremi.engine.build import make_engine

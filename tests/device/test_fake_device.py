@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 from device.fake import fake_device
-from engine.test_gradients import GPT
-from engines import build_engine, make_config
+from engines import build_engine, make_config, small_gpt
 from ranks import on_ranks
 
+GPT = small_gpt(tied_embeddings=False)
 SEQ, MICRO_BATCHES = 32, 3
 
 

@@ -8,33 +8,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from engines import build_engine, gather_whole, layout, make_config, read_parameters
+from engines import build_engine, gather_whole, layout, make_config, read_parameters, small_gpt
 from ranks import on_ranks
 
-from megatron_doremi.config import GPTConfig
 from megatron_doremi.data.loader import MicroBatch
 
 pytestmark = pytest.mark.slow
 
-GPT = GPTConfig(
-    num_layers=2,
-    hidden_size=24,
-    ffn_hidden_size=40,
-    num_attention_heads=4,
-    num_query_groups=2,
-    kv_channels=8,
-    normalization="RMSNorm",
-    norm_epsilon=1e-5,
-    swiglu=True,
-    position_embedding_type="rope",
-    rotary_base=10000.0,
-    tied_embeddings=False,
-    bias_linear=False,
-    vocab_size=53,
-    make_vocab_size_divisible_by=8,
-    max_positions=32,
-    init_method_std=0.2,
-)
+GPT = small_gpt(tied_embeddings=False)
 SEQ, MICRO_BATCHES = 32, 6
 
 

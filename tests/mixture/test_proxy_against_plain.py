@@ -14,9 +14,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from engines import build_engine, gather_whole, layout, make_config, read_parameters
+from engines import build_engine, gather_whole, layout, make_config, read_parameters, small_gpt
 from model.plain_gpt import token_losses as plain_token_losses
-from model.test_against_plain_model import GPT
 from ranks import on_ranks
 
 pytestmark = pytest.mark.slow
@@ -26,6 +25,7 @@ ETA, C, LR, EPS, CLIP = 0.8, 0.01, 1e-2, 1e-3, 0.5
 # Uneven counts; domain 2 is absent from the second batch, whose weights must keep its last lambda.
 DOMAINS = [[0, 1, 1, 2, 0, 1, 2, 2], [0, 1, 1, 0, 1, 1, 0, 1], [2, 0, 2, 2, 1, 2, 0, 2]]
 SAMPLING = [0.25, 0.375, 0.375]
+GPT = small_gpt(max_positions=SEQ)
 
 
 def batches():

@@ -11,33 +11,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from engines import build_engine, gather_whole, layout, make_config, read_parameters
+from engines import build_engine, gather_whole, layout, make_config, read_parameters, small_gpt
 from model.plain_gpt import token_losses as plain_token_losses
 from ranks import on_ranks
 
-from megatron_doremi.config import GPTConfig
-
 pytestmark = pytest.mark.slow
 
-GPT = GPTConfig(
-    num_layers=2,
-    hidden_size=24,
-    ffn_hidden_size=40,
-    num_attention_heads=4,
-    num_query_groups=2,
-    kv_channels=8,
-    normalization="RMSNorm",
-    norm_epsilon=1e-5,
-    swiglu=True,
-    position_embedding_type="rope",
-    rotary_base=10000.0,
-    tied_embeddings=True,
-    bias_linear=False,
-    vocab_size=53,
-    make_vocab_size_divisible_by=8,
-    max_positions=12,
-    init_method_std=0.2,
-)
+GPT = small_gpt(max_positions=12)
 VARIANTS = {
     "rope, RMSNorm, SwiGLU, grouped queries, tied": GPT,
     "learned, LayerNorm, GELU, biases, untied": replace(

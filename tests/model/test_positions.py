@@ -9,11 +9,13 @@ import math
 
 import pytest
 import torch
-from model.test_against_plain_model import GPT
+from engines import small_gpt
 
 from megatron_doremi.model.gpt import Block
 from megatron_doremi.model.positions import Positions, rotary_table
 from megatron_doremi.parallel.layers import LearnedPositions, TensorParallel
+
+GPT = small_gpt(max_positions=12)
 
 
 def filled(layer):

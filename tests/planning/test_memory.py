@@ -5,12 +5,9 @@ Run alone: python -m pytest tests/planning/test_memory.py -s
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
-from engines import build_engine, layout, make_config
-from model.test_against_plain_model import GPT as SMALL
+from engines import build_engine, layout, make_config, small_gpt
 from ranks import on_ranks
 
 from megatron_doremi.config import ParallelConfig
@@ -20,8 +17,7 @@ pytestmark = pytest.mark.slow
 
 # LayerNorm and as many key-value groups as heads: on a CPU the other two keep more than their kernels on a GPU (see
 # docs/memory.md).
-GPT = replace(
-    SMALL,
+GPT = small_gpt(
     num_layers=3,
     hidden_size=128,
     ffn_hidden_size=320,
