@@ -244,16 +244,17 @@ def make_trainer(
 
 
 def dry_run(config: Config, topology: Topology) -> None:
-    """Prints the resolved configuration and what a rank gets; touches no other process."""
+    """Prints the run as resolved; touches no other process and writes nothing."""
+    # No device is used, and DeepSpeed would say on standard output that it found none.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from megatron_doremi.console import print_stdout
     from megatron_doremi.data.manifest import print_warnings
-    from megatron_doremi.phases.inputs import open_inputs
-    from megatron_doremi.planning.memory import describe_run
+    from megatron_doremi.phases.inputs import open_inputs, plan_text
 
     inputs = open_inputs(config, topology)
     if topology.rank == 0:
         print_warnings(inputs.data.manifest)
-        print(describe_run(inputs.plan, inputs.controller.before_backward))
+        print(plan_text(inputs))
         if inputs.repeated:
             print_stdout(inputs.repeated)
 

@@ -34,7 +34,6 @@ from safetensors import safe_open
 from startup import resident_mebibytes, write_sparse_domains
 
 from megatron_doremi.arguments import parse_config
-from megatron_doremi.config import Config
 from megatron_doremi.data.blend import BlendState
 from megatron_doremi.data.loader import Step, StepReader, steps
 from megatron_doremi.data.reference_loss_file import CHUNK_WINDOWS, chunk_path, row_checksum, unpack
@@ -81,18 +80,14 @@ def pile_counts() -> dict[str, tuple[int, int]]:
     return {name: (int(TOKENS * size / total), int(size * 2**20 / document)) for name, (size, document) in PILE.items()}
 
 
-def proxy_of(folder: Path, train_iters: int, *flags: str) -> tuple[Config, RunData]:
-    """The configuration and the opened data of a proxy on FOLDER/domains.json and FOLDER/losses."""
+def proxy_of(folder: Path, train_iters: int, *flags: str) -> tuple[RunPlan, RunData]:
+    """The plan and the opened data of a proxy of one rank on FOLDER/domains.json and FOLDER/losses."""
     model = "--num-layers 1 --hidden-size 8 --num-attention-heads 1 --micro-batch-size 8"
     argv = f"--phase proxy --save unused --train-iters {train_iters} --global-batch-size {BATCH} {model}".split()
     argv += ["--domains", str(folder / "domains.json"), "--reference-losses", str(folder / "losses")]
     config = parse_config([*argv, "--seq-length", str(SEQ), *flags], world_size=1)
-    return config, open_data(config, training=True)
-
-
-def plan_of(config: Config, data: RunData) -> RunPlan:
-    """The plan of a proxy of one rank."""
-    return plan_run(config, Topology(), data)
+    data, weights = open_data(config, training=True)
+    return plan_run(config, Topology(), data, weights), data
 
 
 def row_of(domain: int, window: int) -> NDArray[np.uint16]:
@@ -100,23 +95,23 @@ def row_of(domain: int, window: int) -> NDArray[np.uint16]:
     return ((np.arange(SEQ) + 1009 * domain + window) % 65536).astype("<u2")
 
 
-def write_losses(folder: Path, config: Config, data: RunData, first_steps: int = 2) -> int:
+def write_losses(folder: Path, plan: RunPlan, data: RunData, first_steps: int = 2) -> int:
     """Records what a proxy reads, sparsely: the rows of its first steps are `row_of`, all others are 0.
 
     Returns:
         the number of files.
     """
     shown: dict[tuple[int, int], set[int]] = {}
-    blend, state = plan_of(config, data).blend, BlendState.start(len(data.names))
+    blend, state = plan.blend, BlendState.start(len(data.names))
     for _ in range(first_steps):
-        batch, state = blend.next_batch(state, data.weights)
+        batch, state = blend.next_batch(state, plan.sampling_weights)
         for domain, window in zip(batch.domains.tolist(), batch.windows.tolist(), strict=True):
             shown.setdefault((domain, window // CHUNK_WINDOWS), set()).add(window)
-    entry = {"format": ScoresFile.FORMAT, **data_fingerprint(config, data)}
+    entry = {"format": ScoresFile.FORMAT, **data_fingerprint(plan.config, data)}
     (folder / "losses").mkdir(parents=True)
     (folder / "scores.json").write_text(json.dumps({**entry, "reference": "0" * 64, "reference_iteration": 1}))
     count, empty = 0, bytes(2 * SEQ)
-    for domain, chunks in enumerate(windows_needed(plan_of(config, data))):
+    for domain, chunks in enumerate(windows_needed(plan)):
         chunk_path(folder, domain, 0).parent.mkdir()
         for chunk, bits in chunks:
             windows = (chunk * CHUNK_WINDOWS + np.flatnonzero(unpack(bits))).tolist()
@@ -158,18 +153,17 @@ class Marks:
         self.count += 1
 
 
-def check(reference_losses: ReferenceLosses, config: Config, data: RunData) -> int:
+def check(reference_losses: ReferenceLosses, plan: RunPlan, data: RunData) -> int:
     """What a proxy checks before it builds anything; returns the signs of progress that it gave."""
     marks: Any = Marks()
-    check_reference_losses(reference_losses, plan_of(config, data), dist.HashStore(), marks)
+    check_reference_losses(reference_losses, plan, dist.HashStore(), marks)
     return int(marks.count)
 
 
-def first_steps(reference_losses: ReferenceLosses, config: Config, data: RunData) -> Iterator[Step]:
+def first_steps(reference_losses: ReferenceLosses, plan: RunPlan, data: RunData) -> Iterator[Step]:
     """Steps as the training loop of the only rank reads them."""
-    plan = plan_of(config, data)
     reader = StepReader(plan.blend, data.train, plan.batch_shape, plan.topology, reference_losses)
-    return steps(reader, BlendState.start(len(data.names)), lambda step: data.weights, ahead=False)
+    return steps(reader, BlendState.start(len(data.names)), lambda step: plan.sampling_weights, ahead=False)
 
 
 def resume_metrics(path: Path, steps_taken: int = 200_000, bytes_a_line: int = 3140) -> float:
@@ -212,13 +206,13 @@ def at_size(train_iters: int) -> None:
     with tempfile.TemporaryDirectory() as own:
         folder = Path(own)
         write_sparse_domains(folder, pile_counts())
-        config, data = timed("open 22 domains", lambda: proxy_of(folder, train_iters))
-        files = timed("(write the files of losses)", lambda: write_losses(folder / "losses", config, data))
-        reference_losses = timed("open the reference losses", lambda: open_reference_losses(config, data))
+        plan, data = timed("open 22 domains", lambda: proxy_of(folder, train_iters))
+        files = timed("(write the files of losses)", lambda: write_losses(folder / "losses", plan, data))
+        reference_losses = timed("open the reference losses", lambda: open_reference_losses(plan.config, data))
         marks = timed(
-            f"check {files:,} files, {train_iters * BATCH:,} windows", lambda: check(reference_losses, config, data)
+            f"check {files:,} files, {train_iters * BATCH:,} windows", lambda: check(reference_losses, plan, data)
         )
-        coming = first_steps(reference_losses, config, data)
+        coming = first_steps(reference_losses, plan, data)
         before = bytes_read()
         timed(f"{2 * BATCH:,} windows with their losses", lambda: [next(coming), next(coming)])
         read = (bytes_read() - before) / (2 * BATCH)

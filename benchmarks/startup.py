@@ -104,10 +104,10 @@ def first_batch(manifest: Path, batch: int = 512, seq_length: int = 1024) -> Sta
     argv = f"--phase main --save unused --train-iters 1000 --global-batch-size {batch} --micro-batch-size 8 {model}"
     before, began = resident_mebibytes(), time.perf_counter()
     config = parse_config([*argv.split(), "--domains", str(manifest), "--seq-length", str(seq_length)], world_size=1)
-    data = open_data(config, training=True)
-    plan = plan_run(config, Topology(), data)
+    data, weights = open_data(config, training=True)
+    plan = plan_run(config, Topology(), data, weights)
     reader = StepReader(plan.blend, data.train, plan.batch_shape, plan.topology)
-    step = next(steps(reader, BlendState.start(len(data.names)), lambda step: data.weights, ahead=False))
+    step = next(steps(reader, BlendState.start(len(data.names)), lambda step: weights, ahead=False))
     return Start(step, time.perf_counter() - began, resident_mebibytes() - before)
 
 

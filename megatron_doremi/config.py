@@ -306,7 +306,10 @@ class RunConfig:
     )
     tensorboard_dir: str = setting("", "folder of the TensorBoard events (default: SAVE/tensorboard)")
     dry_run: bool = setting(
-        False, "print the resolved configuration and the sizes a rank gets, then leave", phases=PHASES
+        False,
+        "print the run as resolved and exit: settings, model, layout, memory a rank, domains; write nothing. What an "
+        "earlier stage has yet to write is stood in for (score and evaluate: give the model flags of their run)",
+        phases=PHASES,
     )
 
 
@@ -367,6 +370,11 @@ def gpt_config(model: ModelConfig, seq_length: int, vocab_size: int) -> GPTConfi
         max_positions=seq_length,
         init_method_std=model.init_method_std,
     )
+
+
+def states_shape(model: ModelConfig) -> bool:
+    """Whether any model flag was given a value other than its default."""
+    return model != ModelConfig()
 
 
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:

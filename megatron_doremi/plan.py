@@ -66,7 +66,18 @@ class RunPlan:
     @property
     def tokens(self) -> int:
         """Tokens that the whole run reads."""
-        return self.config.data.train_iters * self.step_tokens
+        return run_tokens(self.config, self.topology.data_size)
+
+    @property
+    def windows_needed(self) -> tuple[int, ...]:
+        """[k] windows of each domain that the whole run reads, at most one too many; all of them without --train-iters.
+
+        A domain's quota stays less than a window from its share, so its count follows without playing the blend.
+        """
+        if not self.config.data.train_iters:
+            return self.window_counts
+        pairs = zip(self.window_counts, self.sampling_weights, strict=True)
+        return tuple(min(count, int(np.ceil(self.windows * weight)) + 1) for count, weight in pairs)
 
     @property
     def epochs(self) -> NDArray[np.float64]:
@@ -82,6 +93,11 @@ def batch_sizes(config: Config, data_size: int) -> tuple[int, int]:
     windows_per_pass = config.data.micro_batch_size * data_size
     global_batch_size = config.data.global_batch_size or windows_per_pass
     return global_batch_size, global_batch_size // windows_per_pass
+
+
+def run_tokens(config: Config, data_size: int) -> int:
+    """Tokens that a whole run on `data_size` replicas reads."""
+    return config.data.train_iters * batch_sizes(config, data_size)[0] * config.data.seq_length
 
 
 def make_plan(

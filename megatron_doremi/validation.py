@@ -16,6 +16,7 @@ from megatron_doremi.config import (
     ParallelConfig,
     data_parallel_size,
     gpt_config,
+    states_shape,
 )
 from megatron_doremi.errors import Fault
 from megatron_doremi.settings import EVALUATE, PHASES, PROXY, SCORE, TRAINING, UNIMAX, phases_of
@@ -26,9 +27,14 @@ def find_faults(config: Config, world_size: int) -> list[Fault]:
     return [
         *_required(config),
         *_ranges(config),
-        *(_model_faults(config.model, config.parallel) if config.data.phase not in (SCORE, EVALUATE) else ()),
+        *(_model_faults(config.model, config.parallel) if _reads_shape(config) else ()),
         *_layout_faults(config, world_size),
     ]
+
+
+def _reads_shape(config: Config) -> bool:
+    """Whether the model flags describe the model: score and evaluate read a shape in a dry run only, where given."""
+    return config.data.phase not in (SCORE, EVALUATE) or (config.run.dry_run and states_shape(config.model))
 
 
 def _flag(name: str) -> str:
@@ -102,13 +108,18 @@ def _required(config: Config) -> list[Fault]:
 
 
 def phase_faults(phase: str, given: Collection[str]) -> list[Fault]:
-    """Faults of flags that were given although the phase does not read them: they would have no effect, silently."""
+    """Faults of flags that were given although the phase does not read them: they would have no effect, silently.
+
+    A dry run of any phase takes the model flags: they state the shape of a run that does not exist yet.
+    """
     if phase not in PHASES:
         return []
     unread: dict[tuple[bool, tuple[str, ...]], list[str]] = {}
     for section, cls in SECTIONS.items():
         for entry in dataclasses.fields(cls):
             phases = phases_of(cls, entry)
+            if section == "model" and "dry_run" in given:
+                phases = PHASES
             if entry.name in given and phase not in phases:
                 unread.setdefault((section == "model", phases), []).append(_flag(entry.name))
     faults = []

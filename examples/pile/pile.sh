@@ -22,7 +22,8 @@ TRAINING=(
     --weight-decay 0.01 --clip-grad 1.0 --zero-stage 1
     --save-interval 1000 --keep-checkpoints 3 --eval-interval 10000 --eval-iters 1
 )
-# One node of eight GPUs. The paper's 280M has a tied embedding of 256k rows.
+# Reference and proxy on one node of eight GPUs: the shape and the micro-batch only, for a dry run of the score stage
+# reads these flags too. The paper's 280M has a tied embedding of 256k rows.
 SMALL_MODEL=(--model-size 280m --micro-batch-size 8)
 SCORE=("${WINDOWS[@]}" --micro-batch-size 8)
 REFERENCE=(--domain-weights natural)

@@ -2,7 +2,8 @@
 # Sourced by the batch scripts, in the folder from which they were submitted: the repository's root.
 #
 # SITE names what differs between clusters (site.sh), EXPERIMENT what is trained (../pile/pile.sh). With DRY_RUN=N a
-# training script does not train: it prints what one of N ranks would hold, checks flags and files, and needs no SLURM.
+# training script does not train: it prints the run as resolved for N ranks and checks flags and files. It needs no SLURM
+# and no earlier stage; only the data must exist.
 
 # shellcheck source=examples/slurm/site.sh
 source "${SITE:-examples/slurm/site.sh}"

@@ -30,6 +30,11 @@ _TEMPERATURE = "temperature:"
 _NAMES = "uniform, natural, temperature:T, unimax"
 
 
+def is_weights_file(setting: str) -> bool:
+    """Whether --domain-weights names a file, not a mixture; "" is the phase's default mixture."""
+    return setting not in ("", "given", "uniform", "natural", UNIMAX) and not setting.startswith(_TEMPERATURE)
+
+
 @dataclass(frozen=True)
 class Budget:
     """What `unimax` divides among the domains.

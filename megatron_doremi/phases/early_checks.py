@@ -12,6 +12,7 @@ from megatron_doremi.data.indexed_dataset import IndexedDataset
 from megatron_doremi.data.manifest import load_manifest
 from megatron_doremi.errors import ConfigError, Fault
 from megatron_doremi.mixture.static import resolve_weights
+from megatron_doremi.phases.to_come import LOADED_RUN, REFERENCE_RUN, WEIGHTS, inputs_to_come
 from megatron_doremi.settings import EVALUATE, PHASES, PROXY, SCORE, UNIMAX
 
 
@@ -25,11 +26,11 @@ def file_faults(config: Config) -> list[Fault]:
 
 def reference_faults(config: Config) -> list[Fault]:
     """Faults of the model that a run reads, by itself; the data that it should fit are at fault."""
-    phase, faults = config.data.phase, list[Fault]()
-    if phase == EVALUATE and config.run.load:
+    phase, faults, to_come = config.data.phase, list[Fault](), inputs_to_come(config)
+    if phase == EVALUATE and config.run.load and LOADED_RUN not in to_come:
         _collect(faults, lambda: read_run_config(Path(config.run.load), "--load"))
     needed = phase == SCORE or (phase == PROXY and config.doremi.reference_losses == "online")
-    if needed and config.doremi.reference_load:
+    if needed and config.doremi.reference_load and REFERENCE_RUN not in to_come:
         _collect(faults, lambda: read_run_config(Path(config.doremi.reference_load), "--reference-load"))
     return faults
 
@@ -48,7 +49,7 @@ def _data_faults(config: Config) -> list[Fault]:
                 _collect(faults, partial(IndexedDataset, prefix, vocab_size))
     setting = config.data.domain_weights
     # The budget that unimax divides hangs on other settings.
-    if setting and setting != UNIMAX:
+    if setting and setting != UNIMAX and WEIGHTS not in inputs_to_come(config):
         _collect(faults, lambda: resolve_weights(setting, manifest, config.data.allow_tokenizer_mismatch))
     return faults
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from megatron_doremi.config import Config, GPTConfig, gpt_config
 from megatron_doremi.data.reference_losses import ReferenceLosses
@@ -14,10 +17,12 @@ from megatron_doremi.mixture.controllers import make_controller
 from megatron_doremi.mixture.reference import ReferenceRun
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.phases.early_checks import reference_faults
-from megatron_doremi.phases.run_data import RunData, open_data
+from megatron_doremi.phases.run_data import RunData, open_data, sampling_setting
 from megatron_doremi.phases.score import open_reference_losses
+from megatron_doremi.phases.to_come import LOSSES, WEIGHTS, inputs_to_come
 from megatron_doremi.phases.trained_run import read_loaded, read_reference, reads_reference_losses, scores_online
 from megatron_doremi.plan import RunPlan, make_plan
+from megatron_doremi.planning.describe import describe_plan
 from megatron_doremi.planning.epochs import check_repetition
 from megatron_doremi.settings import EVALUATE, TRAINING
 from megatron_doremi.storage.files import sha256_of
@@ -35,6 +40,7 @@ class Inputs:
         repeated: what its mixture repeats, in words; "" where nothing is.
         reference: the model that scoring, an evaluation, or a proxy that scores its batches with it loads.
         reference_losses: of a proxy that reads them from disk; else None.
+        to_come: of a dry run: flags whose files do not exist yet, and what stands in (phases/to_come.py).
     """
 
     data: RunData
@@ -43,6 +49,7 @@ class Inputs:
     repeated: str
     reference: ReferenceRun | None
     reference_losses: ReferenceLosses | None
+    to_come: Mapping[str, str]
 
 
 def open_inputs(config: Config, topology: Topology) -> Inputs:
@@ -56,37 +63,50 @@ def open_inputs(config: Config, topology: Topology) -> Inputs:
             faults.extend(error.faults)
             return None
 
-    data = collect(lambda: open_data(config, phase != EVALUATE, topology.data_size))
-    if data is None:
+    to_come = inputs_to_come(config)
+    opened = collect(lambda: open_data(config, phase != EVALUATE, topology.data_size, to_come))
+    if opened is None:
         # What the reference says of itself can be known without the data.
         raise ConfigError([*faults, *reference_faults(config)])
-    opened = data
+    data, weights = opened
     if phase not in TRAINING:
-        # The model is that of the run that is loaded; no flag describes it.
-        loaded = read_loaded(config, data)
-        plan = plan_run(config, topology, data, loaded.gpt)
-        return Inputs(data, plan, make_controller(plan), "", loaded, None)
-    plan = plan_run(config, topology, data)
+        loaded = read_loaded(config, data, to_come)
+        plan = plan_run(config, topology, data, weights, loaded.gpt)
+        return Inputs(data, plan, make_controller(plan), "", loaded, None, to_come)
+    plan = plan_run(config, topology, data, weights)
     controller = make_controller(plan)
-    repeated = collect(lambda: check_repetition(plan, controller))
+    repeated = None if WEIGHTS in to_come else collect(lambda: check_repetition(plan, controller))
     reference = reference_losses = None
     if scores_online(config, controller):
-        reference = collect(lambda: read_reference(config, opened))
-    if reads_reference_losses(config, controller):
-        reference_losses = collect(lambda: open_reference_losses(config, opened))
+        reference = collect(lambda: read_reference(config, data, to_come))
+    if reads_reference_losses(config, controller) and LOSSES not in to_come:
+        reference_losses = collect(lambda: open_reference_losses(config, data))
     raise_if_any(faults)
-    return Inputs(data, plan, controller, repeated or "", reference, reference_losses)
+    return Inputs(data, plan, controller, repeated or "", reference, reference_losses, to_come)
 
 
-def plan_run(config: Config, topology: Topology, data: RunData, gpt: GPTConfig | None = None) -> RunPlan:
+def plan_run(
+    config: Config, topology: Topology, data: RunData, weights: NDArray[np.float64], gpt: GPTConfig | None = None
+) -> RunPlan:
     """The run as resolved.
 
     Args:
+        weights: [k] sampling weights, sum 1.
         gpt: shape of the model that is loaded; None: the one that the flags describe.
     """
     shape = gpt or gpt_config(config.model, config.data.seq_length, data.vocab_size)
     counts = data.window_counts(config.data.seq_length)
-    return make_plan(config, topology, shape, data.names, counts, data.weights)
+    return make_plan(config, topology, shape, data.names, counts, weights)
+
+
+def plan_text(inputs: Inputs) -> str:
+    """What --dry-run prints."""
+    data, plan, to_come = inputs.data, inputs.plan, inputs.to_come
+    setting = plan.config.data.domain_weights if WEIGHTS in to_come else sampling_setting(plan.config, data.manifest)
+    # Scoring and an evaluation hold one model, the plan's.
+    reference = inputs.reference.gpt if inputs.reference and plan.config.data.phase in TRAINING else None
+    held_out = data.held_out_counts(plan.config.data.seq_length)
+    return describe_plan(plan, inputs.controller, setting, held_out, reference, to_come.values())
 
 
 def what_is_read(inputs: Inputs) -> dict[str, Any]:
@@ -98,7 +118,7 @@ def what_is_read(inputs: Inputs) -> dict[str, Any]:
         "data_fingerprint": data.manifest.fingerprint(),
         "data_content": data.content,
         "held_out_content": data.held_out_content,
-        "sampling weights": data.weights.tolist(),
+        "sampling weights": inputs.plan.sampling_weights.tolist(),
     }
     if reference is not None:
         # Not its weights, which may be gigabytes: what its checkpoint says of them.

@@ -1,8 +1,8 @@
-"""The data of a run, opened and checked: streams, held-out streams and sampling weights."""
+"""The data of a run, opened and checked: streams and held-out streams, and the sampling weights that fit them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +16,8 @@ from megatron_doremi.data.indexed_dataset import IndexedDataset
 from megatron_doremi.data.manifest import Domain, Manifest, load_manifest
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any
 from megatron_doremi.mixture.static import Budget, resolve_weights
-from megatron_doremi.plan import batch_sizes
+from megatron_doremi.phases.to_come import WEIGHTS
+from megatron_doremi.plan import run_tokens
 from megatron_doremi.settings import PROXY, SCORE, UNIMAX
 
 
@@ -27,7 +28,6 @@ class RunData:
     Attributes:
         train: [k] streams to train on; empty for an evaluation.
         valid: [k] held-out streams, None where a domain has none.
-        weights: [k] sampling weights, sum 1.
         vocab_size: ids are below this.
         content: hash of names and sampled content of `train`; "" for an evaluation.
         held_out_content: the same of `valid`.
@@ -36,7 +36,6 @@ class RunData:
     manifest: Manifest
     train: tuple[IndexedDataset, ...]
     valid: tuple[IndexedDataset | None, ...]
-    weights: NDArray[np.float64]
     vocab_size: int
     content: str
     held_out_content: str
@@ -53,9 +52,25 @@ class RunData:
         """[k] windows of each stream to train on; empty for an evaluation."""
         return tuple(window_count(dataset.num_tokens, seq_length) for dataset in self.train)
 
+    def held_out_counts(self, seq_length: int) -> tuple[int, ...]:
+        """[k] windows of each held-out stream; 0 where a domain has none."""
+        return tuple(0 if each is None else window_count(each.num_tokens, seq_length) for each in self.valid)
 
-def open_data(config: Config, training: bool, data_size: int = 1) -> RunData:
-    """Opens what a run on `data_size` replicas reads. Raises ConfigError with every fault of every file."""
+
+def open_data(
+    config: Config, training: bool, data_size: int = 1, to_come: Collection[str] = ()
+) -> tuple[RunData, NDArray[np.float64]]:
+    """Opens what a run on `data_size` replicas reads.
+
+    Args:
+        to_come: flags of a dry run whose files do not exist yet (phases/to_come.py).
+
+    Returns:
+        the data, and [k] sampling weights, sum 1.
+
+    Raises:
+        ConfigError: with every fault of every file.
+    """
     manifest = load_manifest(Path(config.data.domains))
     faults: list[Fault] = []
     vocab_size = manifest.tokenizer.vocab_size if manifest.tokenizer else config.data.vocab_size
@@ -88,7 +103,7 @@ def open_data(config: Config, training: bool, data_size: int = 1) -> RunData:
                 )
             train.append(dataset)
         valid.append(_open_held_out(domain, seq_length, vocab_size, faults, warnings))
-    setting = sampling_setting(config, manifest)
+    setting = "uniform" if WEIGHTS in to_come else sampling_setting(config, manifest)
     if setting == UNIMAX:
         # A budget is divided by sizes, which have to be right.
         raise_if_any(faults)
@@ -115,7 +130,7 @@ def open_data(config: Config, training: bool, data_size: int = 1) -> RunData:
     opened = tuple(d for d in train if d is not None)
     contents = (content_hash(manifest.names, opened) if training else "", content_hash(manifest.names, valid))
     manifest = replace(manifest, warnings=(*manifest.warnings, *warnings))
-    return RunData(manifest, opened, tuple(valid), weights, vocab_size, *contents)
+    return RunData(manifest, opened, tuple(valid), vocab_size, *contents), weights
 
 
 def _budget(config: Config, train: Sequence[IndexedDataset | None], data_size: int) -> Budget | None:
@@ -123,9 +138,9 @@ def _budget(config: Config, train: Sequence[IndexedDataset | None], data_size: i
     data = config.data
     if not train or not data.train_iters or not data.max_epochs_per_domain or any(each is None for each in train):
         return None
-    tokens = data.train_iters * batch_sizes(config, data_size)[0] * data.seq_length
     counts = [window_count(each.num_tokens, data.seq_length) for each in train if each is not None]
-    return Budget(tokens, [data.seq_length * count for count in counts], data.max_epochs_per_domain)
+    domain_tokens = [data.seq_length * count for count in counts]
+    return Budget(run_tokens(config, data_size), domain_tokens, data.max_epochs_per_domain)
 
 
 def sampling_setting(config: Config, manifest: Manifest) -> str:

@@ -103,10 +103,9 @@ def reference_hash(
 
 
 def windows_needed(plan: RunPlan, progress: Callable[[str], None] = lambda doing: None) -> Iterator[Chunks]:
-    """The windows of each domain that a proxy with these settings reads, by chunk; all, without --train-iters.
+    """The windows of each domain that a proxy with these settings reads (`RunPlan.windows_needed`), by chunk.
 
-    Quotas stay less than a window from a domain's share, so its count is known without playing the blend; it may be
-    one more than is read. Use the chunks of a domain before asking for the next domain's.
+    Use the chunks of a domain before asking for the next domain's.
     """
     blend = plan.blend
 
@@ -115,16 +114,8 @@ def windows_needed(plan: RunPlan, progress: Callable[[str], None] = lambda doing
             progress(f"listing the windows of domain {plan.names[domain]!r}")
             yield blend.windows_at(domain, first, min(_PART, count - first))
 
-    for domain, (size, count) in enumerate(zip(plan.window_counts, _counts_needed(plan), strict=True)):
+    for domain, (size, count) in enumerate(zip(plan.window_counts, plan.windows_needed, strict=True)):
         yield all_chunks(size) if count == size else chunks_of(parts(domain, count), size)
-
-
-def _counts_needed(plan: RunPlan) -> list[int]:
-    """How many windows of each domain `windows_needed` gives."""
-    if not plan.config.data.train_iters:
-        return list(plan.window_counts)
-    pairs = zip(plan.window_counts, plan.sampling_weights, strict=True)
-    return [min(size, int(np.ceil(plan.windows * weight)) + 1) for size, weight in pairs]
 
 
 def open_reference_losses(config: Config, data: RunData) -> ReferenceLosses:
@@ -143,7 +134,7 @@ def check_reference_losses(
 
     def look() -> None:
         needed = windows_needed(plan, watchdog.mark)
-        counts = zip(plan.window_counts, _counts_needed(plan), strict=True)
+        counts = zip(plan.window_counts, plan.windows_needed, strict=True)
         total = sum(min(-(-size // CHUNK_WINDOWS), count) for size, count in counts)
         # Silent where it is quick.
         with tqdm(total=total, unit="file", desc="reference losses", delay=2.0, leave=False) as bar:
@@ -221,7 +212,7 @@ class _Replica:
     def score(self, stop: StopRequest) -> None:
         """Scores and records this replica's chunks, until they are done or a rank of the run has to stop."""
         seq_length = self.plan.config.data.seq_length
-        total = sum(_counts_needed(self.plan)) // self._shares()
+        total = sum(self.plan.windows_needed) // self._shares()
         hidden = self.topology.rank != 0
         with tqdm(total=total * seq_length, unit="token", unit_scale=True, desc="score", disable=hidden) as bar:
             for chunks, recorded in self._turns():

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 
 from megatron_doremi.checkpoint.folder import newest_checkpoint, read_state
 from megatron_doremi.checkpoint.run_config import read_run_config
-from megatron_doremi.config import Config
+from megatron_doremi.config import Config, gpt_config, states_shape
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any
 from megatron_doremi.mixture.controller import MixtureController
 from megatron_doremi.mixture.reference import OnlineReference, ReferenceRun, check_reference
 from megatron_doremi.parallel.context import ParallelContext
 from megatron_doremi.phases.run_data import RunData
+from megatron_doremi.phases.to_come import LOADED_RUN, REFERENCE_RUN
 from megatron_doremi.plan import RunPlan
 from megatron_doremi.settings import EVALUATE
 from megatron_doremi.validation import misfits
@@ -65,16 +67,51 @@ def read_trained(folder: Path, flag: str, data: RunData, config: Config, needs_a
     return ReferenceRun(gpt, checkpoint / "weights", state.iteration, batch)
 
 
-def read_reference(config: Config, data: RunData) -> ReferenceRun:
-    """Finds and checks the reference of a proxy, or of scoring."""
-    return read_trained(Path(config.doremi.reference_load), "--reference-load", data, config, needs_all_steps=True)
+def read_reference(config: Config, data: RunData, to_come: Collection[str] = ()) -> ReferenceRun:
+    """Finds and checks the reference of a proxy, or of scoring.
+
+    Args:
+        to_come: flags of a dry run whose files do not exist yet (phases/to_come.py).
+    """
+    folder = Path(config.doremi.reference_load)
+    if REFERENCE_RUN in to_come:
+        return _stand_in(config, data, folder, REFERENCE_RUN)
+    return read_trained(folder, REFERENCE_RUN, data, config, needs_all_steps=True)
 
 
-def read_loaded(config: Config, data: RunData) -> ReferenceRun:
-    """Finds and checks the model of scoring or of an evaluation."""
-    if config.data.phase == EVALUATE:
-        return read_trained(Path(config.run.load), "--load", data, config)
-    return read_reference(config, data)
+def read_loaded(config: Config, data: RunData, to_come: Collection[str] = ()) -> ReferenceRun:
+    """Finds and checks the model of scoring or of an evaluation; `to_come` as above.
+
+    No flag describes it, except in a dry run, which plans with the model flags where that run does not exist yet.
+    """
+    if config.data.phase != EVALUATE:
+        loaded, flag = read_reference(config, data, to_come), REFERENCE_RUN
+    else:
+        folder, flag = Path(config.run.load), LOADED_RUN
+        loaded = _stand_in(config, data, folder, flag) if flag in to_come else read_trained(folder, flag, data, config)
+    if states_shape(config.model):
+        raise_if_any(_shape_differences(config, loaded, flag))
+    return loaded
+
+
+def _stand_in(config: Config, data: RunData, folder: Path, flag: str) -> ReferenceRun:
+    """What a dry run plans with in place of a run that does not exist yet; its weights are never read."""
+    if not states_shape(config.model):
+        rule, remedy = "a run, or for a dry run the shape of one to come", "train it first, or give its model flags"
+        raise ConfigError(Fault(f"{flag} {folder}", "does not exist", rule, remedy))
+    shape = gpt_config(config.model, config.data.seq_length, data.vocab_size)
+    return ReferenceRun(shape, folder, 0, config.data.global_batch_size)
+
+
+def _shape_differences(config: Config, loaded: ReferenceRun, flag: str) -> list[Fault]:
+    """Faults of model flags that describe another model than the one that is loaded, whatever its vocabulary."""
+    stated = asdict(gpt_config(config.model, loaded.gpt.max_positions, loaded.gpt.vocab_size))
+    rule, remedy = f"the shape of the run of {flag}", "leave out the model flags, or name another run"
+    return [
+        Fault("model flags", f"{name} {stated[name]}", f"{rule}: {name} {value}", remedy)
+        for name, value in asdict(loaded.gpt).items()
+        if stated[name] != value
+    ]
 
 
 def make_reference(plan: RunPlan, run: ReferenceRun | None, context: ParallelContext) -> OnlineReference | None:

@@ -1,4 +1,4 @@
-"""What a run costs before it starts: parameters and bytes a rank, tokens a step. For --dry-run.
+"""Parameters and bytes that a rank will hold, computed before a run starts.
 
 Activations follow the formula of docs/memory.md, measured by tests/planning/test_memory.py. Counted is what waits for
 the backward pass. Not counted: a few numbers a token (statistics of norms and softmax, rotary angles), and what an
@@ -7,20 +7,14 @@ operation needs while it runs.
 
 from __future__ import annotations
 
-import json
 import math
 from itertools import pairwise
 
-from megatron_doremi.config import (
-    Config,
-    GPTConfig,
-    ParallelConfig,
-)
+from megatron_doremi.config import Config, GPTConfig, ParallelConfig
 from megatron_doremi.model.pipeline import layer_names
 from megatron_doremi.model.sizes import parameters_by_layer
 from megatron_doremi.parallel.topology import stage_bounds
 from megatron_doremi.plan import RunPlan
-from megatron_doremi.settings import TRAINING
 
 
 def block_bytes_per_token(gpt: GPTConfig, parallel: ParallelConfig, element: int) -> float:
@@ -92,50 +86,30 @@ def state_bytes_per_parameter(config: Config, data_size: int) -> float:
     return sum(sharded)
 
 
-def _activations(plan: RunPlan, alternating: bool) -> str:
-    """What the stage that holds most keeps for its backward passes."""
-    config, gpt, topology = plan.config, plan.gpt, plan.topology
-    tokens, element = math.prod(plan.batch_shape), plan.dtype.itemsize
-    blocks = [b - a for a, b in pairwise(stage_bounds(gpt.num_layers, topology.pipe_size, 0, 0))]
-    zero, stages = config.parallel.zero_stage, topology.pipe_size
-    largest, held = max(
-        (held * micro_batch_bytes(gpt, config.parallel, tokens, element, blocks[stage], stage), held)
-        for stage in range(stages)
-        for held in [held_micro_batches(alternating, plan.micro_batches, stages, stage, zero)]
-    )
-    return f"{largest / 2**30:.2f} GiB of activations of {held} micro-batches"
+def parameters_by_stage(gpt: GPTConfig, tensor_size: int, pipe_size: int) -> list[int]:
+    """Parameters that a rank of each pipeline stage holds, without ZeRO."""
+    counts, names = parameters_by_layer(gpt, tensor_size), layer_names(gpt)
+    first = names.index("layers.0")
+    bounds = stage_bounds(gpt.num_layers, pipe_size, first, len(names) - first - gpt.num_layers)
+    stages = [sum(counts[a:b]) for a, b in pairwise(bounds)]
+    if gpt.tied_embeddings and pipe_size > 1:
+        stages[-1] += counts[0]
+    return stages
 
 
-def describe_run(plan: RunPlan, alternating: bool) -> str:
-    """The resolved configuration and the sizes of the largest stage, as text.
+def held_activations(plan: RunPlan, alternating: bool) -> tuple[float, int]:
+    """(bytes of activations, micro-batches) that the stage that holds most keeps for its backward passes.
 
     Args:
         alternating: all forward passes of a step come before its first backward pass.
     """
-    config, gpt, topology = plan.config, plan.gpt, plan.topology
-    counts = parameters_by_layer(gpt, topology.tensor_size)
-    names = layer_names(gpt)
-    first = names.index("layers.0")
-    bounds = stage_bounds(gpt.num_layers, topology.pipe_size, first, len(names) - first - gpt.num_layers)
-    stages = [sum(counts[a:b]) for a, b in pairwise(bounds)]
-    if gpt.tied_embeddings and topology.pipe_size > 1:
-        stages[-1] += counts[0]
-    largest = max(stages)
-    trains = config.data.phase in TRAINING
-    state = state_bytes_per_parameter(config, topology.data_size) if trains else plan.dtype.itemsize
-    gib = largest * state / 2**30
-    holds = "weights"
-    if trains:
-        holds += f", gradients and optimizer state, and {_activations(plan, alternating)}"
-    total = sum(parameters_by_layer(gpt, 1))
-    lines = [
-        json.dumps(config.to_dict(), indent=2),
-        f"layout: tensor {topology.tensor_size} x pipeline {topology.pipe_size} x data {topology.data_size} "
-        f"= {topology.world_size} ranks, ZeRO {config.parallel.zero_stage}",
-        f"parameters: {total:,} (vocabulary {gpt.vocab_size:,} tokens), at most {largest:,} a rank",
-        f"memory a rank: {gib:.2f} GiB of {holds} (docs/memory.md)",
-        f"a step: {plan.global_batch_size:,} windows = {plan.step_tokens:,} tokens in "
-        f"{plan.micro_batches} micro-batches a rank",
-        f"the run: {config.data.train_iters:,} steps = {plan.tokens:,} tokens",
-    ]
-    return "\n".join(lines)
+    config, gpt, stages = plan.config, plan.gpt, plan.topology.pipe_size
+    tokens, element = math.prod(plan.batch_shape), plan.dtype.itemsize
+    blocks = [b - a for a, b in pairwise(stage_bounds(gpt.num_layers, stages, 0, 0))]
+    return max(
+        (held * micro_batch_bytes(gpt, config.parallel, tokens, element, blocks[stage], stage), held)
+        for stage in range(stages)
+        for held in [
+            held_micro_batches(alternating, plan.micro_batches, stages, stage, config.parallel.zero_stage),
+        ]
+    )

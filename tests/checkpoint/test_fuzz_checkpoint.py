@@ -70,7 +70,7 @@ def read_as_reference(run: Path, folder: Path) -> tuple:
     """What a proxy makes of a run's config.json and newest checkpoint."""
     flags = ["--phase", "proxy", "--domains", str(folder / "domains.json"), "--save", "s", "--train-iters", "1"]
     config = parse_config([*flags, *MODEL, "--reference-load", str(run)], 1)
-    reference = read_trained(run, "--reference-load", open_data(config, training=True), config)
+    reference = read_trained(run, "--reference-load", open_data(config, training=True)[0], config)
     return reference.gpt, reference.iteration, reference.global_batch_size
 
 

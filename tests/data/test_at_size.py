@@ -29,8 +29,8 @@ def folder(tmp_path_factory):
         write_sparse_domains(folder, pile_counts())
     except OSError as error:
         pytest.skip(f"this file system holds no sparse files of 170 GB: {error}")
-    config, data = proxy_of(folder, TRAIN_ITERS)
-    assert write_losses(folder / "losses", config, data) > 1800
+    plan, data = proxy_of(folder, TRAIN_ITERS)
+    assert write_losses(folder / "losses", plan, data) > 1800
     assert sum(path.stat().st_blocks for path in folder.rglob("*")) * 512 < 100 * 2**20
     return folder
 
@@ -42,18 +42,17 @@ def proxy(launch, folder):
         check,
         first_steps,
         open_reference_losses,
-        plan_of,
         proxy_of,
         resume_metrics,
         row_of,
         windows_needed,
     )
 
-    config, data = proxy_of(folder, TRAIN_ITERS)
-    reference_losses = open_reference_losses(config, data)
-    marks = check(reference_losses, config, data)
+    plan, data = proxy_of(folder, TRAIN_ITERS)
+    reference_losses = open_reference_losses(plan.config, data)
+    marks = check(reference_losses, plan, data)
     before, rows = bytes_read(), 0
-    for step in itertools.islice(first_steps(reference_losses, config, data), 2):
+    for step in itertools.islice(first_steps(reference_losses, plan, data), 2):
         for batch in step.micro_batches:
             for domain, window, losses in zip(batch.domains, batch.windows, batch.reference, strict=True):
                 assert np.array_equal(losses.numpy() * 2048, row_of(int(domain), int(window)))
@@ -61,12 +60,12 @@ def proxy(launch, folder):
     read = (bytes_read() - before) / rows
     files = len(os.listdir("/proc/self/fd"))
     # The largest domain's windows in the paper's 200,000 steps; version 0.1 compared all of them with each chunk.
-    config, data = proxy_of(folder, 200_000)
-    chunks = list(next(windows_needed(plan_of(config, data))))
+    plan, data = proxy_of(folder, 200_000)
+    chunks = list(next(windows_needed(plan)))
     before = bytes_read()
     resume_metrics(folder / "metrics.jsonl")
     return {
-        "windows": plan_of(config, data).window_counts,
+        "windows": plan.window_counts,
         "marks": marks,
         "rows": rows,
         "bytes a row": read,
@@ -96,12 +95,12 @@ def test_a_proxy_starts_and_reads(folder):
 def test_one_file_of_thousands_is_missing(folder):
     from benchmarks.reference_losses import check, chunk_path, open_reference_losses, proxy_of
 
-    config, data = proxy_of(folder, TRAIN_ITERS)
-    reference_losses = open_reference_losses(config, data)
+    plan, data = proxy_of(folder, TRAIN_ITERS)
+    reference_losses = open_reference_losses(plan.config, data)
     paths = [next(chunk_path(folder / "losses", domain, 0).parent.iterdir()) for domain in (0, 21)]
     hidden = [path.rename(path.with_suffix(".hidden")) for path in paths]
     with pytest.raises(Exception, match=r"of domain 'Pile-CC' (is|are) missing") as caught:
-        check(reference_losses, config, data)
+        check(reference_losses, plan, data)
     assert "of domain 'Enron Emails'" in str(caught.value)
     for path, name in zip(hidden, paths, strict=True):
         path.rename(name)

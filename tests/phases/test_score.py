@@ -66,12 +66,12 @@ class Quiet:
         pass
 
 
-def check(config, data):
+def check(plan, data):
     """What a proxy does with recorded losses before it builds anything."""
     import torch.distributed as dist
 
-    reference_losses = open_reference_losses(config, data)
-    check_reference_losses(reference_losses, plan_run(config, Topology(), data), dist.HashStore(), Quiet())
+    reference_losses = open_reference_losses(plan.config, data)
+    check_reference_losses(reference_losses, plan, dist.HashStore(), Quiet())
     return reference_losses
 
 
@@ -85,7 +85,8 @@ def read_chunk(folder, domain, chunk):
 def opened(folder, *flags):
     base = ["--phase", "proxy", "--domains", str(folder / "domains.json"), "--save", "unused"]
     config = parse_config([*base, "--train-iters", str(STEPS), *MODEL, *flags], 1)
-    return config, open_data(config, training=True)
+    data, weights = open_data(config, training=True)
+    return plan_run(config, Topology(), data, weights), data
 
 
 def test_a_proxy_on_recorded_losses(folder, tmp_path):
@@ -154,22 +155,21 @@ def test_tasks_share_the_work_and_a_killed_run_goes_on(folder, tmp_path):
 def test_only_what_a_proxy_reads(folder, tmp_path):
     """With --train-iters fewer windows are scored, and they suffice; for a longer run they do not."""
     score(folder, tmp_path / "few", flags=f"--train-iters {STEPS}")
-    config, data = opened(folder, "--reference-losses", str(tmp_path / "few"))
-    plan = plan_run(config, Topology(), data)
+    plan, data = opened(folder, "--reference-losses", str(tmp_path / "few"))
     needed = [sum(bits.bit_count() for _, bits in chunks) for chunks in windows_needed(plan)]
     # 20 batches of 8 over 3 domains: 53.3 windows of each and one to spare.
     assert needed == [55, 55, 55]
-    check(config, data)
+    check(plan, data)
     proxy(folder, tmp_path / "proxy", "--reference-losses", str(tmp_path / "few"))
-    config, data = opened(folder, "--reference-losses", str(tmp_path / "few"), "--train-iters", "40")
+    plan, data = opened(folder, "--reference-losses", str(tmp_path / "few"), "--train-iters", "40")
     with pytest.raises(
         ConfigError, match=r"windows of domain 'domain 0' are missing, the first is window \d+"
     ) as caught:
-        check(config, data)
+        check(plan, data)
     assert len(caught.value.faults) == 3
     # Scoring for the longer run adds to what is there.
     score(folder, tmp_path / "few", flags="--train-iters 40")
-    check(config, data)
+    check(plan, data)
 
 
 def test_another_references_scores_are_not_mixed_in(folder, tmp_path):
@@ -222,9 +222,9 @@ def test_losses_of_another_precision_are_refused(folder, tmp_path):
     score(folder, tmp_path / "scores", flags="--train-iters 2")
     scores_json = json.loads((tmp_path / "scores" / "scores.json").read_text())
     assert scores_json["precision"] == "float32"
-    config, data = opened(folder, "--reference-losses", str(tmp_path / "scores"), "--bf16", "--zero-stage", "1")
+    plan, data = opened(folder, "--reference-losses", str(tmp_path / "scores"), "--bf16", "--zero-stage", "1")
     with pytest.raises(ConfigError, match=r"precision float32\n.*precision bfloat16"):
-        open_reference_losses(config, data)
+        open_reference_losses(plan.config, data)
 
 
 def change_weights(run, name, change):

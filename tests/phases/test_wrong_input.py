@@ -15,7 +15,6 @@ import pytest
 from phases.small import MODEL, read_by, train, unseal, write_data
 
 from megatron_doremi.arguments import parse_config
-from megatron_doremi.data.manifest import load_manifest
 from megatron_doremi.errors import ConfigError
 from megatron_doremi.phases.run_data import open_data
 from megatron_doremi.phases.trained_run import read_reference
@@ -42,7 +41,7 @@ def reference(tmp_path_factory):
 def open_with(data: Path, *extra: str, phase: str = "main", world_size: int = 1):
     base = ["--phase", phase, "--domains", str(data), "--save", "unused", "--train-iters", "5"]
     config = parse_config([*read_by(phase, [*base, *MODEL]), *extra], world_size)
-    return config, open_data(config, training=phase != "evaluate")
+    return (config, *open_data(config, training=phase != "evaluate"))
 
 
 def edit(path: Path, change) -> None:
@@ -111,7 +110,7 @@ def test_short_held_out_text_is_left_out_of_evaluation_and_never_blocks_training
         with IndexedDatasetWriter(data.parent / name, dtype_for(61)) as writer:
             writer.add_document(tokens)
     for phase, flags in (("main", []), ("evaluate", ["--load", "r"])):
-        _, opened = open_with(data, *flags, phase=phase)
+        _, opened, _ = open_with(data, *flags, phase=phase)
         assert [dataset is None for dataset in opened.valid] == [True, False, True]
     print_warnings(opened.manifest)
     said = capsys.readouterr().err
@@ -152,12 +151,12 @@ def test_a_megatron_list(data):
     listed.write_text("3 domain0_train 1 domain2_train")
     with pytest.raises(ConfigError, match="--vocab-size"):
         open_with(listed)
-    _, opened = open_with(listed, "--vocab-size", "61")
+    _, opened, weights = open_with(listed, "--vocab-size", "61")
     assert opened.names == ("domain0_train", "domain2_train")
-    assert opened.weights.tolist() == [0.75, 0.25]
+    assert weights.tolist() == [0.75, 0.25]
     assert opened.manifest.natural_weights().tolist() == pytest.approx([300 / 1200, 900 / 1200])
-    _, proxy = open_with(listed, "--vocab-size", "61", "--reference-load", "r", phase="proxy")
-    assert proxy.weights.tolist() == [0.5, 0.5]
+    _, _, weights = open_with(listed, "--vocab-size", "61", "--reference-load", "r", phase="proxy")
+    assert weights.tolist() == [0.5, 0.5]
     with pytest.raises(ConfigError, match="weight prefix"):
         open_with(data, "--domain-weights", "given")
 
@@ -169,13 +168,13 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(reference):
 
 def test_another_tokenizers_weights_are_taken_when_told(data):
     flags = weights_file(data, THIRD, format="megatron-doremi-weights/1", tokenizer_sha256="f" * 64)
-    _, opened = open_with(data, *flags, "--allow-tokenizer-mismatch")
-    assert opened.weights.tolist() == pytest.approx([0.2, 0.3, 0.5])
+    _, _, weights = open_with(data, *flags, "--allow-tokenizer-mismatch")
+    assert weights.tolist() == pytest.approx([0.2, 0.3, 0.5])
 
 
 def reference_faults(folder: Path, data: Path, *extra: str, world_size: int = 1) -> str:
     flags = ["--reference-load", str(folder / "run"), *extra]
-    config, opened = open_with(data, *flags, phase="proxy", world_size=world_size)
+    config, opened, _ = open_with(data, *flags, phase="proxy", world_size=world_size)
     with pytest.raises(ConfigError) as caught:
         read_reference(config, opened)
     return str(caught.value)
@@ -209,7 +208,7 @@ def test_a_reference_of_before_a_field_existed(reference, tmp_path):
     (state,) = run.rglob("state.json")
     edit(state, lambda e: e["identity"]["gpt"].pop("normalization"))
     unseal(run)
-    config, opened = open_with(reference / "domains.json", "--reference-load", str(run), phase="proxy")
+    config, opened, _ = open_with(reference / "domains.json", "--reference-load", str(run), phase="proxy")
     assert read_reference(config, opened).gpt.normalization == "RMSNorm"
 
 
@@ -268,15 +267,3 @@ def test_under_a_launcher_one_rank_speaks(data, tmp_path):
     assert done.stderr.count("error: ") == 1
     assert "exitcode  : 2" in done.stderr
     assert not (tmp_path / "s").exists()
-
-
-def test_dry_run_writes_nothing(data, tmp_path):
-    flags = ["--phase", "main", "--domains", str(data), "--train-iters", "7", *MODEL, "--dry-run"]
-    done = run(*flags)
-    assert done.returncode == 0, done.stderr
-    manifest = load_manifest(data)
-    assert manifest.tokenizer.vocab_size == 61
-    # 61 * 32 of the table (padding apart it is 64 * 32), 2 blocks, the last norm.
-    block = (4 + 2 * 2) * 8 * 32 + 32 * 32 + 3 * 32 * 64 + 2 * 32
-    assert f"parameters: {64 * 32 + 2 * block + 32:,}" in done.stdout
-    assert "the run: 7 steps = 896 tokens" in done.stdout

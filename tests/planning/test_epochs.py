@@ -30,7 +30,7 @@ def opened(data, *flags, phase="main", world_size=1):
     base = ["--phase", phase, "--domains", str(data), "--save", "unused", "--train-iters", "31", *MODEL]
     config = parse_config([*base, *flags], world_size)
     topology = Topology(data_size=world_size)
-    return plan_run(config, topology, open_data(config, True, world_size))
+    return plan_run(config, topology, *open_data(config, True, world_size))
 
 
 def check(data, *flags, phase="main", world_size=1):

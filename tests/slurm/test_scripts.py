@@ -12,12 +12,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from phases.small import train, write_data
+from phases.small import write_data
 
-from megatron_doremi.arguments import parse_config
-from megatron_doremi.data.reference_losses import ReferenceLossFolder
-from megatron_doremi.phases.run_data import open_data
-from megatron_doremi.phases.score import data_fingerprint
+from megatron_doremi.shapes import PAPER_SHAPES
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "examples" / "slurm"
@@ -48,27 +45,12 @@ def test_bash_parses_it_and_stops_at_errors(path):
     assert sourced != ("set -euo pipefail" in text)
 
 
-def record_nothing(data: Path, save: Path, *flags: str) -> None:
-    """Leaves what --phase score leaves before its first window."""
-    argv = ["--phase", "proxy", "--domains", str(data), "--reference-losses", "r", "--save", "s", "--train-iters", "2"]
-    config = parse_config([*argv, *flags], 1)
-    fingerprint = data_fingerprint(config, open_data(config, training=True))
-    ReferenceLossFolder(save, {**fingerprint, "reference": "0" * 64, "reference_iteration": 2})
-
-
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """A run of every phase that the later ones ask for, and its experiment."""
+    """An experiment of which nothing but the data exists."""
     folder = tmp_path_factory.mktemp("small")
     (folder / "data").mkdir()
-    data = write_data(folder / "data", tokens=300)
-    model = ["--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "4"]
-    model += ["--seq-length", "16", "--global-batch-size", "8", "--micro-batch-size", "2", "--seed", "11"]
-    train(1, "reference", data, folder / "run" / "reference", 2, model=model)
-    (folder / "run" / "proxy").mkdir()
-    weights = {"domain 0": 0.2, "domain 1": 0.3, "domain 2": 0.5}
-    (folder / "run" / "proxy" / "domain_weights.json").write_text(json.dumps(weights))
-    record_nothing(data, folder / "run" / "scores", *model)
+    write_data(folder / "data", tokens=300)
     (folder / "small.sh").write_text(f"DATA={folder}/data\nOUT={folder}/run\n{SMALL}")
     return folder
 
@@ -80,6 +62,14 @@ def settings_of(done: subprocess.CompletedProcess) -> tuple[dict, str]:
     return json.loads(text), rest
 
 
+WEIGHTS = {
+    "reference": "natural",
+    "score": "uniform",
+    "proxy": "uniform",
+    "main": "{}/run/proxy/domain_weights.json",
+}
+
+
 @pytest.mark.parametrize("phase", PHASES)
 def test_the_flags_of_each_phase(phase, small):
     task = {"SLURM_ARRAY_TASK_ID": 1, "SLURM_ARRAY_TASK_COUNT": 3}
@@ -88,15 +78,23 @@ def test_the_flags_of_each_phase(phase, small):
     assert settings["data"]["train_iters"] == 2
     assert settings["data"]["domains"] == f"{small}/data/domains.json"
     assert rest.startswith(f"tensor {2 if phase == 'main' else 1} x ")
-    doremi = settings["doremi"]
-    assert (doremi["shard"], doremi["num_shards"]) == ((1, 3) if phase == "score" else (0, 1))
-    assert doremi["reference_losses"] == (f"{small}/run/scores" if phase == "proxy" else "online")
-    assert settings["run"]["load"] == ("" if phase == "score" else settings["run"]["save"])
+    assert settings["model"]["hidden_size"] == (64 if phase == "main" else 32)
+    assert settings["data"]["domain_weights"] == WEIGHTS[phase].format(small)
+    if phase == "score":
+        assert (settings["doremi"]["shard"], settings["doremi"]["num_shards"]) == (1, 3)
+    else:
+        assert settings["run"]["load"] == settings["run"]["save"]
+    if phase == "proxy":
+        assert settings["doremi"]["reference_losses"] == f"{small}/run/scores"
+    missing = {"score": "/reference", "proxy": "/scores", "main": "/proxy/domain_weights.json"}
+    if phase in missing:
+        assert f"{small}/run{missing[phase]} does not exist yet: " in rest
+    assert not (small / "run").exists()
 
 
 @pytest.fixture(scope="module")
 def pile(tmp_path_factory):
-    """The Pile's 22 domains with the paper's vocabulary, a few windows each, and the weights of a proxy."""
+    """The Pile's 22 domains with the paper's vocabulary, a few windows each."""
     folder = tmp_path_factory.mktemp("pile")
     names = json.loads((ROOT / "examples" / "domains" / "pile.json").read_text())["domains"]
     manifest = write_data(folder, num_domains=22, tokens=5000, held_out=2000)
@@ -105,11 +103,6 @@ def pile(tmp_path_factory):
         domain["name"] = name
     entry["tokenizer"]["vocab_size"] = 256_000
     manifest.write_text(json.dumps(entry))
-    (folder / "proxy").mkdir()
-    (folder / "proxy" / "domain_weights.json").write_text(json.dumps(dict.fromkeys(names, 1 / 22)))
-    record_nothing(
-        manifest, folder / "scores", "--model-size", "280m", "--seq-length", "1024", "--bf16", "--zero-stage", "1"
-    )
     return folder
 
 
@@ -124,13 +117,16 @@ def pile(tmp_path_factory):
 def test_the_papers_hyperparameters(phase, ranks, shape, layout, pile):
     """Xie et al. 2023, section 3 and its appendix on training."""
     settings, rest = settings_of(script(f"{phase}.sbatch", DRY_RUN=ranks, DATA=pile, OUT=pile))
-    data, optimizer, doremi = settings["data"], settings["optimizer"], settings["doremi"]
-    assert settings["model"]["model_size"] == shape
+    data, optimizer = settings["data"], settings["optimizer"]
+    sizes = ("num_layers", "num_attention_heads", "kv_channels", "hidden_size", "ffn_hidden_size")
+    assert tuple(settings["model"][name] for name in sizes) == PAPER_SHAPES[shape]
     assert (data["train_iters"], data["global_batch_size"], data["seq_length"]) == (200_000, 512, 1024)
     assert (optimizer["lr"], optimizer["min_lr"], optimizer["lr_decay_style"]) == (1e-3, 1e-4, "exponential")
     assert (optimizer["lr_warmup_fraction"], optimizer["weight_decay"], optimizer["clip_grad"]) == (0.06, 0.01, 1.0)
-    assert (doremi["doremi_step_size"], doremi["doremi_smoothing"]) == (1.0, 1e-3)
-    assert (doremi["doremi_update"], doremi["doremi_normalization"]) == ("alternating", "domain")
+    if phase == "proxy":
+        doremi = settings["doremi"]
+        assert (doremi["doremi_step_size"], doremi["doremi_smoothing"]) == (1.0, 1e-3)
+        assert (doremi["doremi_update"], doremi["doremi_normalization"]) == ("alternating", "domain")
     assert rest.startswith(layout)
     assert "512 windows = 524,288 tokens" in rest
 

@@ -1,0 +1,39 @@
+"""Inputs of a dry run that an earlier stage has yet to write, and what stands in for each: a whole chain can be planned
+before its first stage has run. What exists is read and checked as in a run, which has no stand-ins.
+"""
+
+from __future__ import annotations
+
+import os
+
+from megatron_doremi.config import Config
+from megatron_doremi.mixture.static import is_weights_file
+from megatron_doremi.settings import EVALUATE, PROXY, SCORE
+
+WEIGHTS, LOSSES, REFERENCE_RUN, LOADED_RUN = "--domain-weights", "--reference-losses", "--reference-load", "--load"
+
+
+def inputs_to_come(config: Config) -> dict[str, str]:
+    """The flags that name what does not exist yet, each with a line that says what stands in; none without --dry-run.
+
+    Whether a run lacks more than its first checkpoint is not asked: a folder that exists is read.
+    """
+    phase, doremi = config.data.phase, config.doremi
+    stand_ins: dict[str, tuple[str, str]] = {}
+    if is_weights_file(config.data.domain_weights) and phase != EVALUATE:
+        stand_ins[WEIGHTS] = (config.data.domain_weights, "uniform weights stand in; no cap on epochs is checked")
+    if phase == PROXY and doremi.reference_losses != "online":
+        stand_ins[LOSSES] = (doremi.reference_losses, "its losses are not checked")
+    if phase == PROXY and doremi.reference_losses == "online" and doremi.reference_load:
+        stand_ins[REFERENCE_RUN] = (doremi.reference_load, "a reference of the proxy's own shape stands in")
+    if phase == SCORE and doremi.reference_load:
+        stand_ins[REFERENCE_RUN] = (doremi.reference_load, "the shape that the model flags give stands in")
+    if phase == EVALUATE and config.run.load:
+        stand_ins[LOADED_RUN] = (config.run.load, "the shape that the model flags give stands in")
+    if not config.run.dry_run:
+        return {}
+    return {
+        flag: f"{flag} {path} does not exist yet: {line}"
+        for flag, (path, line) in stand_ins.items()
+        if not os.path.lexists(path)
+    }

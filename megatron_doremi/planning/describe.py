@@ -1,0 +1,140 @@
+"""A run as resolved, in words and numbers: what --dry-run prints."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from megatron_doremi.config import SECTIONS, GPTConfig
+from megatron_doremi.engine.optimizer import make_learning_rate
+from megatron_doremi.mixture.controller import MixtureController
+from megatron_doremi.model.sizes import parameters_by_layer
+from megatron_doremi.plan import RunPlan
+from megatron_doremi.planning.memory import held_activations, parameters_by_stage, state_bytes_per_parameter
+from megatron_doremi.settings import EVALUATE, NO_EVALUATION, SCORE, TRAINING, phases_of
+
+
+def describe_plan(
+    plan: RunPlan,
+    controller: MixtureController,
+    weights_setting: str,
+    held_out_counts: Sequence[int],
+    reference: GPTConfig | None,
+    stand_ins: Iterable[str],
+) -> str:
+    """The text of --dry-run: the settings as JSON, then the layout, sizes, tokens and domains.
+
+    Args:
+        weights_setting: --domain-weights, its default resolved.
+        held_out_counts: [k] windows of each held-out stream.
+        reference: the model that a proxy holds beside its own; None: it holds none.
+        stand_ins: lines on inputs that do not exist yet.
+    """
+    config, topology = plan.config, plan.topology
+    trains = config.data.phase in TRAINING
+    precision = "float32"
+    if config.optimizer.bf16:
+        precision = "bfloat16 weights and activations"
+        precision += ", float32 gradients and master weights" if trains else ""
+    lines = [
+        json.dumps(resolved_settings(plan, weights_setting), indent=2),
+        f"layout: tensor {topology.tensor_size} x pipeline {topology.pipe_size} x data {topology.data_size} "
+        f"= {topology.world_size} ranks" + (f", ZeRO {config.parallel.zero_stage}" if trains else ""),
+        f"precision: {precision}",
+        *_sizes(plan, controller.before_backward, reference),
+        *(_budget(plan) if trains else ["a forward pass of a replica: [{}, {}]".format(*plan.batch_shape)]),
+        *_mixture(plan, controller, weights_setting),
+        *_table(_columns(plan, controller, held_out_counts)),
+        *stand_ins,
+    ]
+    return "\n".join(lines)
+
+
+def resolved_settings(plan: RunPlan, weights_setting: str) -> dict[str, dict[str, Any]]:
+    """The settings that the phase reads, by section, with defaults that depend on others resolved.
+
+    `model` is the shape of the model, of the run's own or of the one that it loads.
+    """
+    config, phase = plan.config, plan.config.data.phase
+    values: dict[str, dict[str, Any]] = {
+        section: {
+            entry.name: getattr(getattr(config, section), entry.name)
+            for entry in dataclasses.fields(cls)
+            if phase in phases_of(cls, entry)
+        }
+        for section, cls in SECTIONS.items()
+    }
+    values["model"] = dataclasses.asdict(plan.gpt)
+    if phase in NO_EVALUATION:
+        values["data"] |= {"global_batch_size": plan.global_batch_size, "domain_weights": weights_setting}
+    if phase in TRAINING:
+        values["optimizer"]["lr_warmup_iters"] = make_learning_rate(config.optimizer, config.data.train_iters).warmup
+    return {section: entries for section, entries in values.items() if entries}
+
+
+def _sizes(plan: RunPlan, alternating: bool, reference: GPTConfig | None) -> list[str]:
+    """Parameters, and bytes of the rank that holds most; a reference is never sharded over replicas."""
+    config, gpt, topology = plan.config, plan.gpt, plan.topology
+    layout = (topology.tensor_size, topology.pipe_size)
+    largest, total = max(parameters_by_stage(gpt, *layout)), sum(parameters_by_layer(gpt, 1))
+    trains = config.data.phase in TRAINING
+    state = state_bytes_per_parameter(config, topology.data_size) if trains else plan.dtype.itemsize
+    memory = [f"{largest * state / 2**30:.2f} GiB of weights" + (", gradients and optimizer state" if trains else "")]
+    if trains:
+        activations, held = held_activations(plan, alternating)
+        memory.append(f"{activations / 2**30:.2f} GiB of activations of {held} micro-batches")
+    if reference is not None:
+        size = max(parameters_by_stage(reference, *layout)) * plan.dtype.itemsize
+        memory.append(f"{size / 2**30:.2f} GiB of the reference's weights")
+    return [
+        f"parameters: {total:,} (vocabulary {gpt.vocab_size:,} tokens), at most {largest:,} a rank",
+        f"memory a rank: {', '.join(memory)} (docs/memory.md)",
+    ]
+
+
+def _budget(plan: RunPlan) -> list[str]:
+    micro_batch, seq_length = plan.batch_shape
+    return [
+        f"a step: {plan.global_batch_size:,} windows = {plan.step_tokens:,} tokens in {plan.micro_batches} "
+        f"micro-batches a rank, each [{micro_batch}, {seq_length}]",
+        f"the run: {plan.config.data.train_iters:,} steps = {plan.tokens:,} tokens",
+    ]
+
+
+def _mixture(plan: RunPlan, controller: MixtureController, weights_setting: str) -> list[str]:
+    """Lines on what decides the mixture; none for an evaluation, which has none."""
+    phase = plan.config.data.phase
+    if phase == EVALUATE:
+        return []
+    if phase == SCORE:
+        reads = "what a proxy with these weights and steps reads" if plan.config.data.train_iters else "all windows"
+        return [f"to record: {reads}, {sum(plan.windows_needed):,} windows at most; sampling weights {weights_setting}"]
+    start = "sampling weights" if controller.samples_ahead else "sampling weights of the first step"
+    return [f"mixture: {controller.method}; {start}: {weights_setting}"]
+
+
+def _columns(plan: RunPlan, controller: MixtureController, held_out_counts: Sequence[int]) -> dict[str, list[str]]:
+    """The table of domains: a header and [k] cells a column."""
+    phase = plan.config.data.phase
+    columns = {"domain": [json.dumps(name, ensure_ascii=False)[1:-1] for name in plan.names]}
+    if phase != EVALUATE:
+        columns["windows"] = [f"{count:,}" for count in plan.window_counts]
+        columns["weight"] = [f"{weight:.4f}" for weight in plan.sampling_weights]
+    if phase == SCORE:
+        columns["to record"] = [f"{count:,}" for count in plan.windows_needed]
+    if phase in TRAINING and controller.samples_ahead:
+        columns["epochs"] = [f"{passes:,.2f}" for passes in plan.epochs]
+    if phase != SCORE:
+        columns["held-out windows"] = [f"{count:,}" for count in held_out_counts]
+    return columns
+
+
+def _table(columns: dict[str, list[str]]) -> list[str]:
+    rows = list(zip(*([header, *cells] for header, cells in columns.items()), strict=True))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  " + "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]

@@ -1,0 +1,123 @@
+"""--dry-run: the run as resolved, by hand, and a chain that is planned before its first stage has run.
+
+Run alone: python -m pytest tests/phases/test_dry_run.py
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from phases.small import MODEL, read_by
+
+from megatron_doremi.arguments import parse_config
+from megatron_doremi.errors import ConfigError
+from megatron_doremi.parallel.topology import Topology
+from megatron_doremi.phases.inputs import open_inputs, plan_text
+
+ROOT = Path(__file__).resolve().parents[2]
+SHAPE = MODEL[: MODEL.index("--seq-length")]
+# Parameters of MODEL: the table (61 rows, padded to 64), 2 blocks, the last norm.
+BLOCK = (4 + 2 * 2) * 8 * 32 + 32 * 32 + 3 * 32 * 64 + 2 * 32
+PARAMETERS = 64 * 32 + 2 * BLOCK + 32
+
+
+def dry_run(data: Path, phase: str, *flags: str, world_size: int = 1) -> tuple[dict, list[str]]:
+    """The settings and the lines that follow them."""
+    steps = [] if phase == "evaluate" else ["--train-iters", "7"]
+    argv = ["--phase", phase, "--domains", str(data), *steps, *read_by(phase, MODEL), *flags, "--dry-run"]
+    inputs = open_inputs(parse_config(argv, world_size), Topology(data_size=world_size))
+    settings, _, rest = plan_text(inputs).partition("\nlayout: ")
+    return json.loads(settings), rest.splitlines()
+
+
+def rows(lines: list[str]) -> list[list[str]]:
+    """The cells of the domains, which are named by a number, without the names."""
+    return [line.split()[2:] for line in lines if re.match(r"  domain \d", line)]
+
+
+def test_it_prints_and_writes_nothing(data, tmp_path):
+    flags = ["--phase", "main", "--domains", str(data), "--train-iters", "7", *MODEL, "--dry-run"]
+    command = [sys.executable, str(ROOT / "pretrain_doremi.py"), *flags]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("{\n")
+    assert f"parameters: {PARAMETERS:,} (vocabulary 61 tokens), at most {PARAMETERS:,} a rank" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_main_run(data):
+    """7 steps of 8 windows on streams of 93, 187 and 281 windows."""
+    settings, lines = dry_run(data, "main", "--domain-weights", "uniform", "--bf16", "--zero-stage", "1", world_size=2)
+    assert settings["model"]["ffn_hidden_size"] == 64
+    assert settings["model"]["kv_channels"] == 8
+    assert settings["data"]["global_batch_size"] == 8
+    # 0.06 of 7 steps, rounded.
+    assert settings["optimizer"]["lr_warmup_iters"] == 0
+    assert "doremi" not in settings
+    assert lines[0] == "tensor 1 x pipeline 1 x data 2 = 2 ranks, ZeRO 1"
+    assert "precision: bfloat16 weights and activations, float32 gradients and master weights" in lines
+    assert "a step: 8 windows = 128 tokens in 2 micro-batches a rank, each [2, 16]" in lines
+    assert "the run: 7 steps = 896 tokens" in lines
+    assert "mixture: static; sampling weights: uniform" in lines
+    epochs = [f"{56 / 3 / windows:.2f}" for windows in (93, 187, 281)]
+    assert rows(lines) == [[str(n), "0.3333", e, "37"] for n, e in zip((93, 187, 281), epochs, strict=True)]
+
+
+def test_the_reference_counts(data):
+    """A proxy holds the weights of an online reference beside its own state: here 4 bytes for each parameter."""
+    flags = ["--reference-load", "to-come", "--model-size", "8b", "--seq-length", "16"]
+    argv = ["--phase", "proxy", "--domains", str(data), "--train-iters", "7", *flags, "--dry-run"]
+    text = plan_text(open_inputs(parse_config(argv, 1), Topology()))
+    count = int(text.partition("parameters: ")[2].split()[0].replace(",", ""))
+    assert f", {4 * count / 2**30:.2f} GiB of the reference's weights" in text
+
+
+def test_a_chain_is_planned_as_it_will_run(data, reference, tmp_path):
+    """What stands in for an input gives the plan that the input gives once it exists."""
+    run, weights, trained = tmp_path / "run", tmp_path / "weights.json", Path(reference[1])
+    load = ["--reference-load", str(run)]
+    stages = [
+        ("score", [*load, *SHAPE]),
+        ("proxy", load),
+        ("main", ["--domain-weights", str(weights)]),
+        ("evaluate", ["--load", str(run), *SHAPE]),
+    ]
+    before = [dry_run(data, phase, *flags) for phase, flags in stages]
+    shutil.copytree(trained, run)
+    weights.write_text(json.dumps(dict.fromkeys(("domain 0", "domain 1", "domain 2"), 1.0)))
+    after = [dry_run(data, phase, *flags) for phase, flags in stages]
+    for (settings, lines), now in zip(before, after, strict=True):
+        assert "does not exist yet: " in lines[-1]
+        assert (settings, lines[:-1]) == now
+    # Of 56 windows each domain gives 18.7, and one to spare.
+    assert [row[-1] for row in rows(after[0][1])] == ["20", "20", "20"]
+
+
+def test_what_exists_is_checked(data, reference, tmp_path):
+    with pytest.raises(ConfigError, match=r"model flags: num_layers 3\n.*num_layers 2"):
+        dry_run(data, "score", *reference, *SHAPE, "--num-layers", "3")
+    with pytest.raises(ConfigError, match="train it first, or give its model flags"):
+        dry_run(data, "score", "--reference-load", str(tmp_path / "none"))
+    flags = ["--reference-load", str(tmp_path / "none"), *SHAPE, "--tensor-model-parallel-size", "3"]
+    with pytest.raises(ConfigError, match="multiple of --tensor-model-parallel-size 3"):
+        dry_run(data, "score", *flags, world_size=3)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        dry_run(data, "proxy", "--reference-load", str(tmp_path / "empty"))
+    cap = ["--max-epochs-per-domain", "0.1", "--domain-weights", str(tmp_path / "weights.json")]
+    assert "no cap on epochs is checked" in dry_run(data, "main", *cap)[1][-1]
+    (tmp_path / "weights.json").write_text(json.dumps(dict.fromkeys(("domain 0", "domain 1", "domain 2"), 1.0)))
+    with pytest.raises(ConfigError, match=r"0\.20 epochs: 19 of 93 windows"):
+        dry_run(data, "main", *cap)
+
+
+def test_a_run_has_no_stand_ins(data, tmp_path):
+    argv = ["--phase", "main", "--domains", str(data), "--train-iters", "7", *MODEL, "--save", str(tmp_path / "s")]
+    with pytest.raises(ConfigError, match=r"weights\.json"):
+        open_inputs(parse_config([*argv, "--domain-weights", str(tmp_path / "weights.json")], 1), Topology())
