@@ -1,14 +1,14 @@
-"""The format of a checkpoint, the newest complete one of a run, and the checks of what it holds.
+"""The format of a checkpoint, the search for the newest complete one, and the checks of its content.
 
     SAVE/checkpoints/iter_0000100/
         weights/*.safetensors    the model (weights.py)
         optimizer/*              the optimizer's state (optimizer_state.py)
-        state.json               iteration, the run's identity, the state of the blend and of the algorithm by domain,
-                                 size and checksum of every other file
+        state.json               iteration, the run's identity, the state of the blend and of the mixture controller by
+                                 domain, size and checksum of every other file
     SAVE/checkpoints/latest      name of the newest checkpoint, for users; the program does not read it
 
-Checkpoints are layout-independent, and nothing in them is a pickle: a checkpoint of unknown origin is data. writer.py
-writes one under a temporary name, so that a folder named iter_* is complete; the sizes reveal a truncated copy.
+Checkpoints are layout-independent and contain no pickles: a checkpoint of unknown origin cannot execute code. writer.py
+writes each under a temporary name, so that a folder named iter_* is complete; the sizes reveal a truncated copy.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from megatron_doremi.storage.formats import Count, Name, Schema, format_fault, r
 
 FORMAT = "megatron-doremi-checkpoint/2"
 _NAME = re.compile(r"iter_(\d{7,})")
-# Windows owed to a domain: less than one under fixed weights, a few under changing ones.
+# Bound on a domain's credit in windows, which is less than 1 with fixed weights and a few with changing weights.
 _MAX_CREDIT = 1e6
-# What version 0.1 recorded of a run's identity, at the top level of state.json.
+# The identity entries that version 0.1 recorded, at the top level of state.json.
 _EARLY_IDENTITY = (
     "phase",
     "gpt",
@@ -42,7 +42,7 @@ _EARLY_IDENTITY = (
     "seed",
     "reference",
 )
-# Errors of reading JSON that may be anything.
+# Errors of reading an arbitrary file as JSON.
 UNREADABLE = (OSError, ValueError, RecursionError)
 
 
@@ -78,7 +78,7 @@ class BlendEntry(Schema):
 
 
 class CheckpointState(Schema):
-    """state.json of a checkpoint. Version 0.1 wrote no `identity`; it recorded a part of it at the top level."""
+    """state.json of a checkpoint. Version 0.1 wrote no `identity`; it recorded some of its entries at the top level."""
 
     FORMAT: ClassVar[str] = FORMAT
     SEALED: ClassVar[bool] = True
@@ -107,19 +107,18 @@ class CheckpointState(Schema):
         return self
 
     def entry(self, name: str) -> Any:
-        """An entry of the file that this schema does not know, such as a mixture controller's state; None where it is
-        missing."""
+        """An entry that is not in this schema, such as a mixture controller's state; None if it is missing."""
         return (self.model_extra or {}).get(name)
 
     def recorded_identity(self) -> dict[str, Any]:
-        """The identity of the run that wrote the checkpoint, or the part of it that version 0.1 recorded."""
+        """The identity of the run that wrote the checkpoint; only some entries if version 0.1 wrote it."""
         if self.identity is not None:
             return self.identity.entries()
         return self._early_identity().entries() | {"domains": list(self.blend.cursors)}
 
     def _early_identity(self) -> IdentityEntry:
-        known = self.model_extra or {}
-        return IdentityEntry.model_validate({key: known[key] for key in _EARLY_IDENTITY if key in known})
+        extra = self.model_extra or {}
+        return IdentityEntry.model_validate({key: extra[key] for key in _EARLY_IDENTITY if key in extra})
 
 
 def newest_checkpoint(save: Path, report: Callable[[str], None] = lambda _: None) -> Path | None:
@@ -129,8 +128,8 @@ def newest_checkpoint(save: Path, report: Callable[[str], None] = lambda _: None
         report: called with a message for each incomplete checkpoint that is skipped.
 
     Raises:
-        ConfigError: the newest complete one was written by a newer version of this program, or holds what no run
-            writes. An older one is never taken silently in its place.
+        ConfigError: the newest complete checkpoint is invalid, or was written by a newer version of this program. It is
+            never silently replaced by an older one.
     """
     for _, path in reversed(checkpoints(save)):
         reason = incompleteness(path)
@@ -142,7 +141,7 @@ def newest_checkpoint(save: Path, report: Callable[[str], None] = lambda _: None
 
 
 def unchecked_state(checkpoint: Path) -> Any:
-    """The content of state.json, whatever it is. Raises one of `UNREADABLE`."""
+    """The content of state.json as JSON, not validated. Raises one of `UNREADABLE`."""
     return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
 
 
@@ -167,7 +166,7 @@ def incompleteness(checkpoint: Path) -> str | None:
 
 
 def read_state(checkpoint: Path) -> CheckpointState:
-    """state.json of a checkpoint. Raises ConfigError with every fault of it."""
+    """Reads and validates state.json of a checkpoint. Raises ConfigError with every fault."""
     path = checkpoint / "state.json"
     remedy = f"delete {checkpoint} to resume from an older one"
     state = read_checked(path, str(path), CheckpointState, remedy)
@@ -180,11 +179,11 @@ def read_state(checkpoint: Path) -> CheckpointState:
 def changed_files(
     checkpoint: Path, state: CheckpointState, part: int = 0, parts: int = 1, progress: Callable[[], None] = lambda: None
 ) -> list[str]:
-    """Files whose content differs from what was written, by the checksums in state.json.
+    """Names of files whose content does not match its checksum in state.json.
 
     Args:
-        part, parts: which share of the files to read: every `parts`-th, from `part` on.
-        progress: called with each file and each block of it.
+        part, parts: reads every `parts`-th file, starting with number `part`.
+        progress: called before each file and after each block of it.
     """
     changed = []
     for name, value in sorted(state.checksums.items())[part::parts]:
@@ -197,10 +196,13 @@ def changed_files(
 def check_contents(
     checkpoint: Path, state: CheckpointState, rank: int, world_size: int, progress: Callable[[], None] = lambda: None
 ) -> None:
-    """Reads every file of a checkpoint and compares its checksum; a collective call that splits the files over ranks.
+    """Verifies the checksum of every file of a checkpoint; a collective call that splits the files over the ranks.
+
+    Args:
+        progress: called before each file and after each block of it.
 
     Raises:
-        ConfigError: on every rank, with every file whose content changed after it was written.
+        ConfigError: on every rank, with every file that was changed after it was written.
     """
     remedy = f"copy {checkpoint} again, or delete it to resume from an older one"
     raise_if_any(

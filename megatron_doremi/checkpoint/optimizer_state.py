@@ -42,7 +42,7 @@ _REMEDY = "delete this checkpoint to resume from an older one, or copy it again"
 
 @dataclass(frozen=True)
 class OwnedState:
-    """What this rank owns of one parameter's state.
+    """The piece of one parameter's optimizer state that this rank owns.
 
     Attributes:
         name: of the parameter in the full model.
@@ -63,7 +63,7 @@ class OwnedState:
 
 
 def start_state(engine: DeepSpeedEngine, steps: int) -> None:
-    """Gives the optimizer the state that it makes for itself at its first step, `steps` steps old, moments zero."""
+    """Creates the state that the optimizer creates at its first step, with zero moments and a step count of `steps`."""
     for flat in flat_partitions(engine):
         state = torch_state(engine, flat)
         state["step"] = torch.tensor(float(steps), dtype=torch.float32, device=flat.device)
@@ -72,7 +72,7 @@ def start_state(engine: DeepSpeedEngine, steps: int) -> None:
 
 
 def owned_state(engine: DeepSpeedEngine, data_rank: int) -> Iterator[OwnedState]:
-    """What this rank owns, parameter by parameter; the state must exist (a step taken, or `start_state`)."""
+    """The state that this rank owns, by parameter; it must exist (after an optimizer step or `start_state`)."""
     flats = flat_partitions(engine)
     for name, parameter in engine.module.model_parameters():
         piece = owned_piece(engine, parameter, data_rank, flats)
@@ -84,7 +84,7 @@ def owned_state(engine: DeepSpeedEngine, data_rank: int) -> Iterator[OwnedState]
 
 
 def optimizer_file(engine: DeepSpeedEngine, topology: Topology) -> TensorFile:
-    """Copies the state that this rank owns to the host; of copies on several ranks, one is written."""
+    """Copies the state that this rank owns to host memory; if several ranks hold copies, only one writes."""
     sharded = wraps_optimizer(engine)
     tensors: dict[str, Tensor] = {}
     pieces: dict[str, dict[str, Any]] = {}
@@ -188,7 +188,7 @@ class OptimizerFolder(ShardedFolder):
         }
 
     def check_files(self) -> None:
-        """Raises ConfigError if a file lacks a piece of the index, or holds it in another type or size."""
+        """Raises ConfigError if a piece of the index is missing from its file, or has another type or size there."""
         expected: dict[str, list[tuple[str, int]]] = defaultdict(list)
         for name, pieces in self._pieces.items():
             for piece in pieces:
@@ -214,7 +214,7 @@ class OptimizerFolder(ShardedFolder):
             [count] float32.
 
         Raises:
-            ConfigError: the folder lacks the parameter, or a part of it.
+            ConfigError: the parameter, or a part of the range, is missing.
         """
         return self._read_local(name, spec, topology, start, count, partial(self._read, name, key))
 

@@ -1,6 +1,6 @@
-"""What rank 0 does with checkpoint folders: publish one that every rank has written, and delete those not kept.
+"""Rank 0's work on checkpoint folders: publishing one that every rank has written, and deleting old ones.
 
-Only publishing can fail. If something cannot be deleted, here or in the cleanup at the start, that is a warning.
+Only publishing can fail. If a file cannot be deleted, here or in the cleanup at the start, that is a warning.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from megatron_doremi.storage.formats import sealed
 # Prefixes of folders that are being written, replaced by a new one of the same name, or deleted.
 WRITING, REPLACED, DELETING = ".writing-", ".replaced-", ".deleting-"
 _LATEST = ".latest."
-# Rank 0 may see files that other ranks wrote to a shared file system a little later.
-PATIENCE_SECONDS = 10.0
+# On a shared file system the files of other ranks may become visible to rank 0 with a delay.
+VISIBILITY_TIMEOUT_SECONDS = 10.0
 
 
 def publish_checkpoint(
@@ -45,7 +45,7 @@ def publish_checkpoint(
 
     Args:
         state: content of state.json, except the list of files.
-        reports: what each rank has written; see `Checkpointer`. They, not the folder, say which files belong to the
+        reports: of each rank, from `_write` in writer.py. They, not the folder, define which files belong to the
             checkpoint.
         before_publishing: called when everything is written, before the rename.
 
@@ -86,23 +86,23 @@ def publish_checkpoint(
 
 
 def _check_sizes(temporary: Path, reports: Sequence[Mapping[str, Any]]) -> None:
-    """Raises RunError if a file is missing or its size differs from what the rank that wrote it reports."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
+    """Raises RunError if a file is missing or its size differs from the one that its rank reports."""
+    deadline = time.monotonic() + VISIBILITY_TIMEOUT_SECONDS
     while True:
-        wrong = []
+        mismatches = []
         for rank, report in enumerate(reports):
             for name, size in report["files"].items():
                 actual = _size(temporary / name)
                 if actual != size:
-                    wrong.append(f"{name} has {actual:,} bytes, but rank {rank} wrote {size:,}")
-        if not wrong:
+                    mismatches.append(f"{name} has {actual:,} bytes, but rank {rank} wrote {size:,}")
+        if not mismatches:
             return
         if time.monotonic() >= deadline:
             raise RunError(
-                f"rank 0 does not see what other ranks wrote to {temporary}: {wrong[0]} ({len(wrong)} files in total); "
-                "every rank must see the same --save folder"
+                f"rank 0 does not see what other ranks wrote to {temporary}: {mismatches[0]} ({len(mismatches)} files "
+                "in total); every rank must see the same --save folder"
             )
-        time.sleep(min(0.2, PATIENCE_SECONDS))
+        time.sleep(min(0.2, VISIBILITY_TIMEOUT_SECONDS))
 
 
 def _size(path: Path) -> int:
@@ -113,11 +113,11 @@ def _size(path: Path) -> int:
 
 
 class Retention:
-    """Deletes checkpoints of a run when a new one has been published.
+    """Deletes old checkpoints of a run each time a new one has been published.
 
-    - One that was taken for --save-interval-in-mins alone is deleted as soon as a newer one is complete.
-    - --keep-checkpoints N keeps the newest N complete ones. Incomplete ones are neither counted nor deleted, and each
-      is reported once: the disk or a copy failed.
+    - A checkpoint that was taken for --save-interval-in-mins alone is deleted once a newer one is complete.
+    - --keep-checkpoints N keeps the newest N complete checkpoints. An incomplete one, left by a failing disk or an
+      interrupted copy, is neither counted nor deleted, and is reported once.
     - If a checkpoint is a symbolic link, only the link is deleted.
     """
 
@@ -128,11 +128,11 @@ class Retention:
         """
         self.save, self.keep = save, keep
         self._reported: set[Path] = set()
-        # Not ephemeral, so that state.json is read once.
+        # Known not to be ephemeral: their state.json need not be read again.
         self._permanent: set[Path] = set()
 
     def apply(self, iteration: int) -> None:
-        """Deletes what is not kept once the checkpoint of `iteration` is published. Never fails."""
+        """Deletes old checkpoints after the one of `iteration` has been published. Never raises."""
         try:
             older = [path for number, path in reversed(checkpoints(self.save)) if number < iteration]
         except OSError as error:
@@ -172,7 +172,7 @@ def _state(checkpoint: Path) -> dict[str, Any]:
 
 
 def clear_leftovers(save: Path) -> None:
-    """Removes what a killed run left half-written or half-deleted in its --save folder, as far as possible.
+    """Removes partly written and partly deleted files of a killed run from its --save folder; warns on failure.
 
     The caller holds the run's lock: no other process writes these files.
     """
@@ -189,7 +189,7 @@ def clear_leftovers(save: Path) -> None:
     for path in hidden:
         final = folder / path.name.removeprefix(REPLACED)
         if path.name.startswith(REPLACED) and not final.exists() and incompleteness(path) is None:
-            # Killed between two renames: the newer one is lost, this one is complete.
+            # The run was killed between two renames: the new checkpoint is lost, the replaced one is complete.
             try:
                 path.rename(final)
                 continue
@@ -214,6 +214,6 @@ def _remove(path: Path) -> None:
     if not path.exists():
         return
     if not path.name.startswith((WRITING, REPLACED, DELETING)):
-        # Renamed first: if the process is killed meanwhile, no half-deleted folder has a checkpoint's name.
+        # Renamed first: if the process is killed meanwhile, no partly deleted folder has a checkpoint's name.
         path = path.rename(path.with_name(f"{DELETING}{path.name}-{secrets.token_hex(4)}"))
     shutil.rmtree(path)

@@ -20,7 +20,7 @@ from megatron_doremi.parallel.topology import Topology
 
 
 def check_files(checkpoint: Path) -> None:
-    """Raises ConfigError if a checkpoint's weights or optimizer state are damaged, as far as the headers tell."""
+    """Raises ConfigError if the headers of the weights or of the optimizer state reveal damage."""
     WeightsFolder(checkpoint / "weights")
     OptimizerFolder(checkpoint / "optimizer").check_files()
 
@@ -37,10 +37,10 @@ def load_training(
 
     Args:
         iteration: optimizer steps taken.
-        progress: called with each parameter.
+        progress: called before each parameter.
 
     Raises:
-        ConfigError: a file is damaged or of another model.
+        ConfigError: a file is damaged or belongs to another model.
     """
     weights, states = WeightsFolder(checkpoint / "weights"), OptimizerFolder(checkpoint / "optimizer")
 

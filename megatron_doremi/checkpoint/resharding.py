@@ -1,7 +1,7 @@
-"""Reading tensors at another layout than the one that wrote them: what weights and optimizer state have in common.
+"""Reading tensors at another layout than the one that wrote them; shared by weights and optimizer state.
 
-Files hold the shards of the layout that wrote them, and record how each parameter was sharded. A reader takes the shard
-that it needs as it is, if the sharding is the same; otherwise it joins the shards and splits the full tensor again.
+Files hold the shards of the layout that wrote them and record how each parameter was sharded. If the sharding is the
+same, a reader takes its shard as it is; otherwise it joins the shards and splits the full tensor again.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class ShardingEntry(Schema):
 
 
 def sharding_entry(parameter: nn.Parameter, topology: Topology) -> dict[str, Any]:
-    """What a file records of a parameter: a `ShardingEntry`, and how the parameter was initialized."""
+    """The record of a parameter in a file: a `ShardingEntry`, and how the parameter was initialized."""
     spec = spec_of(parameter)
     return {
         "shape": list(spec.shape),
@@ -71,7 +71,7 @@ def sharding_entry(parameter: nn.Parameter, topology: Topology) -> dict[str, Any
 
 
 def writes_parameter(parameter: nn.Parameter, topology: Topology) -> bool:
-    """Whether this rank writes its shard of a parameter: of copies on several ranks of a replica, one is written."""
+    """Whether this rank writes its shard of a parameter: if several ranks of a replica hold copies, one writes."""
     return not is_tied_copy(parameter) and (spec_of(parameter).dim is not None or topology.tensor_rank == 0)
 
 
@@ -81,8 +81,8 @@ class ShardedFolder:
     def __init__(self, folder: Path, subject: str, remedy: str):
         """
         Args:
-            subject: what the files hold, for messages.
-            remedy: what the user can do if they are damaged.
+            subject: content of the files, for messages.
+            remedy: what the user can do if the files are damaged.
         """
         self.folder, self._subject, self._remedy = folder, f"{subject} in {folder}", remedy
         self._sharding: dict[str, ShardingEntry] = {}
@@ -123,8 +123,8 @@ class ShardedFolder:
         """
         written = self._sharding.get(name)
         if written is None or not written.spec().is_same_parameter(spec):
-            found = "missing" if written is None else f"shape {written.spec().shape}"
-            raise self._error(f"{name}: {found}", f"shape {spec.shape}, as in the model")
+            actual = "missing" if written is None else f"shape {written.spec().shape}"
+            raise self._error(f"{name}: {actual}", f"shape {spec.shape}, as in the model")
         if spec.dim is None:
             return read(0, start, count)
         shape = written.local_shape()

@@ -1,4 +1,4 @@
-"""The config.json that a run leaves in its --save folder: what it trained, checked when another run reads it."""
+"""config.json in a run's --save folder: the model and the settings, validated when another run reads them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _Width = Annotated[int, Field(ge=1, le=MAX_WIDTH)]
 
 
 class GPTEntry(Schema):
-    """A `GPTConfig` in a file; a missing field has the default of `GPTConfig`.
+    """A `GPTConfig` in a file. A missing field takes the default of `GPTConfig`.
 
-    An unknown field is refused: it describes a model that this version cannot build.
+    An unknown field is a fault: it describes a model that this version cannot build.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -45,17 +45,19 @@ class GPTEntry(Schema):
         if self.num_attention_heads % self.num_query_groups:
             raise ValueError("num_attention_heads must be a multiple of num_query_groups")
         if self.position_embedding_type == "rope" and self.kv_channels % 2:
-            raise ValueError("rope turns pairs of channels: kv_channels must be even")
+            raise ValueError("rope rotates pairs of channels: kv_channels must be even")
         return self
 
     def gpt(self) -> GPTConfig:
-        """The shape."""
+        """The model shape."""
         return GPTConfig(**self.model_dump())
 
 
 class IdentityEntry(Schema):
-    """A run's identity in a file (phases/identity.py), as far as its entries are used; none of them is required,
-    because version 0.1 recorded fewer."""
+    """A run's identity in a file (phases/identity.py); this schema lists the entries that the program uses.
+
+    None is required, because version 0.1 recorded fewer.
+    """
 
     model_config = ConfigDict(extra="allow")
 
@@ -72,13 +74,13 @@ class IdentityEntry(Schema):
     train_iters: Count | None = None
 
     def entries(self) -> dict[str, Any]:
-        """The entries that the file records; `gpt` complete, with the defaults of fields that it lacks."""
+        """The entries in the file; `gpt` is complete, its missing fields take their defaults."""
         recorded = self.model_dump(exclude_unset=True)
         return recorded if self.gpt is None else recorded | {"gpt": self.gpt.model_dump()}
 
 
 class RunConfigFile(Schema):
-    """config.json of a training run. Attributes as `write_run_config` writes them."""
+    """config.json of a training run, as `write_run_config` (phases/identity.py) writes it."""
 
     FORMAT: ClassVar[str] = "megatron-doremi-run/1"
     FORMAT_OPTIONAL: ClassVar[bool] = True
@@ -97,12 +99,12 @@ class RunConfigFile(Schema):
     overrides: list[dict[str, Any]] = Field(default_factory=list)
 
     def train_iters(self) -> int:
-        """Steps that the run was to take; 0 where the file does not say."""
+        """--train-iters of the run; 0 if the file does not record it."""
         steps = self.settings.get("data", {}).get("train_iters", 0)
         return steps if isinstance(steps, int) and not isinstance(steps, bool) else 0
 
 
 def read_run_config(folder: Path, flag: str) -> RunConfigFile:
-    """The config.json of a run's folder, named by `flag`. Raises ConfigError with every fault."""
+    """Reads config.json of a run's folder. Raises ConfigError with every fault, each naming `flag`."""
     subject = f"{flag} {folder}: config.json"
     return read_checked(folder / "config.json", subject, RunConfigFile, "give the --save folder of a run, unchanged")

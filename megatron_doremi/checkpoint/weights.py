@@ -20,7 +20,7 @@ from megatron_doremi.checkpoint.resharding import ShardedFolder, ShardingEntry, 
 from megatron_doremi.model.pipeline import GPTPipeline
 from megatron_doremi.model.unpipelined import GPT
 from megatron_doremi.parallel.deepspeed_internals import gathered
-from megatron_doremi.parallel.parameters import ParameterSpec, spec_of, unshard
+from megatron_doremi.parallel.parameters import ParameterSpec, spec_of
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.storage.formats import check_entry
 from megatron_doremi.storage.tensor_file import TensorFile, to_host
@@ -31,10 +31,10 @@ _DTYPES = ("F32", "BF16", "F16")
 
 
 def weights_file(module: GPT, topology: Topology) -> TensorFile | None:
-    """Copies this rank's shards of the weights to the host; a collective call.
+    """Copies this rank's shards of the weights to host memory; a collective call.
 
     Returns:
-        None on replicas other than the first.
+        None on replicas other than the first, which write no weights.
     """
     tensors: dict[str, Tensor] = {}
     sharding: dict[str, dict[str, object]] = {}
@@ -76,8 +76,8 @@ class WeightsFolder(ShardedFolder):
                 self._files[name].append(file_name)
                 stored, shape = file.get_slice(name), sharding.local_shape()
                 if stored.get_dtype() not in _DTYPES or tuple(stored.get_shape()) != shape:
-                    value = f"{file_name}: {name} is {stored.get_dtype()} {stored.get_shape()}"
-                    raise self._error(value, f"one of {', '.join(_DTYPES)} of shape {list(shape)}")
+                    value = f"{file_name}: {name} is {stored.get_dtype()} of shape {stored.get_shape()}"
+                    raise self._error(value, f"one of {', '.join(_DTYPES)}, of shape {list(shape)}")
 
     def names(self) -> set[str]:
         """Names of the parameters in the folder."""
@@ -86,12 +86,6 @@ class WeightsFolder(ShardedFolder):
     def spec(self, name: str) -> ParameterSpec:
         """A parameter as the layout that wrote it sharded it."""
         return self._sharding[name].spec()
-
-    def full_tensor(self, name: str) -> Tensor:
-        """An unsharded parameter, without padding."""
-        shape = self._sharding[name].local_shape()
-        ranks = range(len(self._files[name]))
-        return unshard([self._read(name, rank, 0, math.prod(shape)).view(shape) for rank in ranks], self.spec(name))
 
     def local_shard(self, name: str, spec: ParameterSpec, topology: Topology) -> Tensor:
         """This rank's shard of a parameter. Raises ConfigError if the parameter is missing or of another shape."""

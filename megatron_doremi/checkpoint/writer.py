@@ -1,8 +1,8 @@
 """Writing checkpoints in the background while training continues.
 
-Training pauses only for the copy to the host's memory. A thread of each rank then writes its files and makes them
-durable; the step's flags (step_flags.py) tell whether every rank has done so. Then the ranks send the names and sizes
-of their files to rank 0, which publishes the checkpoint by a single rename (publishing.py).
+Training pauses only for the copy to host memory. A thread of each rank then writes its files and makes them durable;
+the step's flags (step_flags.py) tell when every rank has finished. Then the ranks send the names and sizes of their
+files to rank 0, which publishes the checkpoint by a single rename (publishing.py).
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from megatron_doremi.storage.files import sha256_of
 from megatron_doremi.storage.tensor_file import TensorFile
 
 OPTIMIZER = "optimizer"
-# Between two collectives while ranks wait for each other's files.
+# Between two collectives while the ranks wait for each other's files.
 _POLL_SECONDS = 20.0
-# How long a run that fails waits for a checkpoint that every rank has written.
+# How long a failing run waits until a checkpoint that every rank has written is published.
 SECONDS_TO_CLOSE = 20.0
 
 
 class SaveTimer:
-    """Decides on one rank when a checkpoint is due by time; the step's flags pass it on to the other ranks."""
+    """Decides on one rank when --save-interval-in-mins has elapsed; the step's flags tell the other ranks."""
 
     def __init__(self, minutes: float, clock: Callable[[], float] = time.monotonic):
         """
@@ -48,17 +48,23 @@ class SaveTimer:
         self._seconds, self._clock, self._last = 60.0 * minutes, clock, clock()
 
     def due(self) -> bool:
-        """Whether the last checkpoint is that old."""
+        """Whether the interval has elapsed since the last checkpoint."""
         return self._seconds > 0 and self._clock() - self._last >= self._seconds
 
     def restart(self) -> None:
-        """To be called when a checkpoint is taken."""
+        """Restarts the interval; called when a checkpoint is taken."""
         self._last = self._clock()
 
 
 @dataclass
 class _Pending:
-    """A checkpoint in progress: this rank's work on it, and what rank 0 does once every rank has written."""
+    """A checkpoint in progress.
+
+    Attributes:
+        work: this rank's task in the checkpoint thread: write its files, then, on rank 0, publish.
+        publish: called on rank 0 with the reports of all ranks once every rank has written.
+        written_everywhere: whether every rank has written.
+    """
 
     work: Future[Any]
     publish: Callable[[list[Any]], None]
@@ -81,9 +87,8 @@ class Checkpointer:
         Args:
             keep: number of the newest complete checkpoints to keep; 0: all.
             progress: called every few seconds while this rank waits for others.
-            run_token: the same on all ranks, new at each start: two starts never write into the same folder.
-            lost_to: called on rank 0: the process that has taken over the run's lock, if any; then nothing more is
-                published.
+            run_token: the same on all ranks, new at each start, so that two starts never write into the same folder.
+            lost_to: returns the process that has taken over the run's lock, or None; from then on nothing is published.
         """
         self.save, self.topology, self._progress, self._run_token = save, topology, progress, run_token
         self._lost_to = lost_to
@@ -99,12 +104,12 @@ class Checkpointer:
         state: Mapping[str, Any],
         before_publishing: Callable[[], None] = lambda: None,
     ) -> None:
-        """Copies the state of model and optimizer to the host and starts to write it; a collective call.
+        """Copies the state of model and optimizer to host memory and starts writing it; a collective call.
 
         Args:
             state: the rest of the run's state; rank 0 writes it as JSON.
             before_publishing: called on rank 0, in the thread, before the checkpoint is published; if it raises, the
-                checkpoint is not published, and the run ends.
+                checkpoint is not published and the run ends.
         """
         self.finish()
         topology = self.topology
@@ -136,7 +141,7 @@ class Checkpointer:
         return writing, failed or self._lost_to() is not None
 
     def all_written(self) -> None:
-        """To be called when every rank has written its files: rank 0 publishes, in its thread. A collective call."""
+        """Publishes the checkpoint in rank 0's thread; called once every rank has written. A collective call."""
         pending = self._pending
         if pending is not None and not pending.written_everywhere:
             self._publish(pending)
@@ -152,21 +157,21 @@ class Checkpointer:
         """Waits until the last checkpoint is published; a collective call.
 
         Raises:
-            RunError: on every rank, if one could not write, with the reason.
+            RunError: on every rank, with the reason, if any rank failed to write.
         """
         pending = self._pending
         if pending is not None and not pending.written_everywhere:
             self._wait_everywhere(pending.work)
             self._publish(pending)
         self._wait_everywhere(pending.work if pending is not None else None)
-        # Not before: if waiting fails, `close` still waits for what is being published.
+        # Only now: if waiting fails, `close` still has to wait for a checkpoint that is being published.
         self._pending = None
 
     def close(self) -> None:
         """Stops writing before the run's lock is released; not a collective call.
 
-        A checkpoint that every rank has written is published if that takes at most `SECONDS_TO_CLOSE`. Any other is
-        never published. After `finish` there is nothing to wait for.
+        A checkpoint that every rank has written is still published if that takes at most `SECONDS_TO_CLOSE`; any other
+        is discarded. After `finish` there is nothing to wait for.
         """
         pending, self._pending = self._pending, None
         if pending is not None and pending.written_everywhere:
@@ -175,7 +180,7 @@ class Checkpointer:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _wait_everywhere(self, work: Future[Any] | None) -> None:
-        """Waits for every rank's work, by collectives frequent enough for their timeout and the watchdog's."""
+        """Waits for every rank's work, with collectives at intervals shorter than their timeout and the watchdog's."""
         waiting = True
         while waiting:
             if work is not None:
@@ -186,13 +191,13 @@ class Checkpointer:
             failure = None if error is None else f"rank {self.topology.rank}: {error}"
             if (lost_to := self._lost_to()) is not None:
                 failure = lost_message(self.save, lost_to)
-            everyone = gather_json((done, failure))
-            failures = [text for _, text in everyone if text]
+            statuses = gather_json((done, failure))
+            failures = [text for _, text in statuses if text]
             if failures:
                 published = checkpoints(self.save)
                 newest = f"the newest checkpoint is {published[-1][1]}" if published else "there is no checkpoint yet"
                 raise RunError(f"a checkpoint could not be written: {'; '.join(failures)}; {newest}")
-            waiting = not all(is_done for is_done, _ in everyone)
+            waiting = not all(is_done for is_done, _ in statuses)
 
 
 def _write(temporary: Path, files: Sequence[tuple[str, TensorFile | None]]) -> dict[str, Any]:

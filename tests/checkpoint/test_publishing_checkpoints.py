@@ -57,7 +57,7 @@ def tear(checkpoint: Path) -> None:
 @pytest.mark.parametrize("harm", ["missing", "shorter", "longer"])
 def test_a_file_that_rank_0_does_not_see_as_written_is_not_published(harm, tmp_path, monkeypatch):
     """Fault 21: the file list came from the folder, so what was missing there was missing in the list."""
-    monkeypatch.setattr(publishing, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(publishing, "VISIBILITY_TIMEOUT_SECONDS", 0.0)
     good = publish(tmp_path, 1, keep=1)
     temporary = tmp_path / "checkpoints" / f"{WRITING}iter_0000002"
     parts = [write_rank(temporary, rank) for rank in range(2)]
@@ -244,7 +244,7 @@ def unseen(launch, data, save):
         return part
 
     writer._write = elsewhere
-    publishing.PATIENCE_SECONDS = 0.1
+    publishing.VISIBILITY_TIMEOUT_SECONDS = 0.1
     argv = ["--phase", "main", "--domains", str(data), "--save", str(save), "--train-iters", "100000", *MODEL]
     try:
         program(launch, [*argv, "--save-interval", "3", "--keep-checkpoints", "1", "--zero-stage", "1"])

@@ -18,13 +18,12 @@ import time
 from pathlib import Path
 
 import pytest
-from phases.small import MODEL, metrics, train, training_lines, unseal, write_data
+from phases.small import MODEL, full_weights, metrics, train, training_lines, unseal, write_data
 from ranks import on_ranks, program, start_ranks
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from megatron_doremi.checkpoint.folder import checkpoints, newest_checkpoint
-from megatron_doremi.checkpoint.weights import WeightsFolder
 from megatron_doremi.errors import RunError
 
 pytestmark = pytest.mark.slow
@@ -153,10 +152,10 @@ def test_a_loss_that_is_no_number_stops_all_ranks_and_names_the_domain(phase, wh
     assert {int(iteration) for _, iteration, _ in found} == {last + 1}
     if whose == "reference":
         return
-    kept = WeightsFolder(checkpoint / "weights")
-    bad = kept.full_tensor("embedding.weight").isnan().any(dim=1)
-    assert bad.nonzero().flatten().tolist() == [25]
-    assert all(not kept.full_tensor(name).isnan().any() for name in kept.names() - {"embedding.weight"})
+    weights = full_weights(checkpoint)
+    nan_rows = weights.pop("embedding.weight").isnan().any(dim=1)
+    assert nan_rows.nonzero().flatten().tolist() == [25]
+    assert all(not tensor.isnan().any() for tensor in weights.values())
 
 
 @pytest.mark.parametrize(("hurt", "number"), [(1, signal.SIGSTOP), (0, signal.SIGSTOP), (1, signal.SIGKILL)])

@@ -98,6 +98,16 @@ def metrics(save: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
 
 
+def full_weights(checkpoint: Path) -> dict[str, Any]:
+    """{name: unsharded parameter, without padding} of a checkpoint that any layout wrote."""
+    from megatron_doremi.checkpoint.weights import WeightsFolder
+    from megatron_doremi.parallel.topology import Topology
+
+    weights = WeightsFolder(checkpoint / "weights")
+    specs = {name: dataclasses.replace(weights.spec(name), padded=0) for name in weights.names()}
+    return {name: weights.local_shard(name, spec, Topology()) for name, spec in specs.items()}
+
+
 def training_lines(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Training lines without what a clock decides."""
     clock = ("elapsed_ms", "tokens_per_second")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from engines import build_engine, layout, make_config
-from phases.small import MODEL, train, training_lines
+from phases.small import MODEL, full_weights, train, training_lines
 from ranks import on_ranks
 
 from megatron_doremi.checkpoint.folder import checkpoints, newest_checkpoint, read_state
@@ -33,14 +33,14 @@ OTHER = ["--untie-embeddings-and-output-weights", "--position-embedding-type", "
 
 
 def whole_state(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Weights, moments and master weights of a checkpoint, whole parameters by name."""
+    """Weights, moments and master weights of a checkpoint, unsharded, by name."""
     weights, states = WeightsFolder(checkpoint / "weights"), OptimizerFolder(checkpoint / "optimizer")
-    found = {name: weights.full_tensor(name) for name in weights.names()}
-    for name in weights.names():
-        spec = weights.spec(name)
+    state = full_weights(checkpoint)
+    for name, tensor in list(state.items()):
         for key in states.keys:
-            found[f"{name}/{key}"] = states.local_range(name, key, spec, Topology(), 0, found[name].numel())
-    return found
+            values = states.local_range(name, key, weights.spec(name), Topology(), 0, tensor.numel())
+            state[f"{name}/{key}"] = values
+    return state
 
 
 def test_a_run_that_changes_its_layout_is_the_same_run(data, reference, tmp_path):

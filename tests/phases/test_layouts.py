@@ -10,10 +10,8 @@ import math
 
 import pytest
 import torch
-from phases.small import MODEL, read_by, train, training_lines, write_data
+from phases.small import MODEL, full_weights, read_by, train, training_lines, write_data
 from ranks import run_program
-
-from megatron_doremi.checkpoint.weights import WeightsFolder
 
 pytestmark = pytest.mark.slow
 
@@ -106,11 +104,11 @@ def reference(prepared):
 
 
 def proxy(world, task, prepared, save, *flags):
-    """Trains a task's proxy; returns its metrics and the folder of its last weights."""
+    """Trains a task's proxy; returns its metrics and its last weights, unsharded, by name."""
     model, domains, source = TASKS[task]
     data, reference = prepared[domains]
     lines = train(world, "proxy", data, save, STEPS, *reference[source], *flags, model=model)
-    return lines, WeightsFolder(save / "checkpoints" / f"iter_{STEPS:07d}" / "weights")
+    return lines, full_weights(save / "checkpoints" / f"iter_{STEPS:07d}")
 
 
 @pytest.fixture(scope="module")
@@ -136,10 +134,10 @@ def test_twenty_steps_are_the_same(layout, prepared, single, tmp_path):
         assert ours["domain_loss"] == pytest.approx(theirs["domain_loss"], rel=1e-4)
         assert ours["domain_weights"] == pytest.approx(theirs["domain_weights"], abs=1e-6)
     assert run[-1]["eval"] == pytest.approx(expected[-1]["eval"], rel=1e-5)
-    assert weights.names() == expected_weights.names()
-    apart = max((weights.full_tensor(n) - expected_weights.full_tensor(n)).abs().max().item() for n in weights.names())
-    print(f"{layout}: parameters at most {apart:.1e} apart")
-    assert apart < 1e-6
+    assert weights.keys() == expected_weights.keys()
+    difference = max((weights[name] - expected_weights[name]).abs().max().item() for name in weights)
+    print(f"{layout}: parameters differ by at most {difference:.1e}")
+    assert difference < 1e-6
     # The comparison means something: the model learned and the weights moved.
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.04
     alpha = list(lines[-1]["domain_weights"].values())
@@ -199,8 +197,8 @@ def test_bfloat16_follows_float32(flags, reference, data, tmp_path):
     flags = [*reference, "--doremi-step-size", "0.05", *flags]
     exact = training_lines(train(2, "proxy", data, tmp_path / "float32", STEPS, *flags))
     short = training_lines(train(2, "proxy", data, tmp_path / "bf16", STEPS, *flags, "--bf16"))
-    kept = WeightsFolder(tmp_path / "bf16" / "checkpoints" / f"iter_{STEPS:07d}" / "weights")
-    assert {kept.full_tensor(name).dtype for name in kept.names()} == {torch.bfloat16}
+    weights = full_weights(tmp_path / "bf16" / "checkpoints" / f"iter_{STEPS:07d}")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
     loss = max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(short, exact, strict=True))
     weight = max(
         abs(a["domain_weights"][n] - b["domain_weights"][n])

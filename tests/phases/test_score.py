@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from phases.small import MODEL, read_by, train, training_lines, unseal, write_data
+from phases.small import MODEL, full_weights, read_by, train, training_lines, unseal, write_data
 from ranks import on_ranks, program, run_program
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -115,13 +115,11 @@ def test_losses_are_the_references_own(folder, tmp_path):
     from model.plain_gpt import token_losses
 
     from megatron_doremi.checkpoint.folder import newest_checkpoint
-    from megatron_doremi.checkpoint.weights import WeightsFolder
     from megatron_doremi.config import GPTConfig
 
     score(folder, tmp_path)
     checkpoint = newest_checkpoint(folder / "reference")
-    weights = WeightsFolder(checkpoint / "weights")
-    whole = {name: weights.full_tensor(name).double() for name in weights.names()}
+    weights = {name: tensor.double() for name, tensor in full_weights(checkpoint).items()}
     gpt = GPTConfig(**json.loads((folder / "reference" / "config.json").read_text())["gpt"])
     _, data = opened(folder, "--reference-load", "r")
     for domain, dataset in enumerate(data.train):
@@ -129,7 +127,7 @@ def test_losses_are_the_references_own(folder, tmp_path):
         assert windows.tolist() == list(range((dataset.num_tokens - 1) // 16))
         for row in (0, 7, len(windows) - 1):
             ids = torch.from_numpy(dataset.tokens(int(windows[row]) * 16, 17))
-            expected = token_losses(whole, gpt, ids[None, :-1], ids[None, 1:])[0]
+            expected = token_losses(weights, gpt, ids[None, :-1], ids[None, 1:])[0]
             assert losses[row] == pytest.approx(expected.numpy(), abs=2**-12 + 1e-5)
 
 
