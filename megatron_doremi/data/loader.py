@@ -1,4 +1,4 @@
-"""A rank's micro-batches: the blend's global batches, sliced, read from the indexed data one step ahead."""
+"""A rank's micro-batches: its slices of the blend's global batches, read from the indexed data one step ahead."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class MicroBatch:
     Attributes:
         tokens: [batch, seq] inputs, int64.
         targets: [batch, seq] the token after each input, int64.
-        domains: [batch] number of each window's domain, int64; -1 marks padding that counts for nothing.
-        windows: [batch] number of each window within its domain, int64.
-        reference: [batch, seq] token losses of the reference in nats, float32, on the last stage of a proxy that has
-            one; read with the text where they are recorded, computed before the step where they are not.
+        domains: [batch] domain index of each window, int64; -1 marks padding, which is ignored.
+        windows: [batch] index of each window within its domain, int64.
+        reference: [batch, seq] token losses of the reference in nats, float32, on the last stage of a proxy with a
+            reference: read with the text if they are recorded, else computed before the step.
     """
 
     tokens: Tensor
@@ -37,34 +37,35 @@ class MicroBatch:
     reference: Tensor | None = None
 
     def as_pipe_batch(self) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """(inputs, labels), the form of DeepSpeed's pipeline; labels are targets, domains and, if any, reference."""
+        """(inputs, labels), the format of DeepSpeed's pipeline; labels are targets, domains and reference, if any."""
         labels = (self.targets, self.domains)
         return self.tokens, labels if self.reference is None else (*labels, self.reference)
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same on a device, but for the window numbers, which only messages read.
+        """The micro-batch on a device, except for the window indices, which only messages read.
 
-        From page-locked memory (`pinned`) the copies run beside what the host does next.
+        Copies from page-locked memory (`pinned`) are asynchronous.
         """
-        return self._changed(lambda tensor: tensor.to(device, non_blocking=True))
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> MicroBatch:
-        """The same in page-locked memory of the host; needs a GPU."""
-        return self._changed(Tensor.pin_memory)
+        """The micro-batch in page-locked host memory; needs a GPU."""
+        return self._map(Tensor.pin_memory)
 
-    def _changed(self, change: Callable[[Tensor], Tensor]) -> MicroBatch:
-        reference = None if self.reference is None else change(self.reference)
-        return MicroBatch(change(self.tokens), change(self.targets), change(self.domains), self.windows, reference)
+    def _map(self, function: Callable[[Tensor], Tensor]) -> MicroBatch:
+        reference = None if self.reference is None else function(self.reference)
+        tokens, targets, domains = function(self.tokens), function(self.targets), function(self.domains)
+        return MicroBatch(tokens, targets, domains, self.windows, reference)
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a rank reads for one step.
+    """One rank's part of a global batch.
 
     Attributes:
-        micro_batches: those of this rank; none on stages in the middle of a pipeline.
-        targets: [k] int64 targets of each domain in the whole global batch.
-        state_after: the state of the blend after the step.
+        micro_batches: of this rank; none on the middle stages of a pipeline.
+        targets: [k] int64 number of targets of each domain in the global batch.
+        state_after: state of the blend after the step.
     """
 
     micro_batches: tuple[MicroBatch, ...]
@@ -73,10 +74,10 @@ class Step:
 
 
 def rank_slice(batch: GlobalBatch, micro_batch_size: int, data_rank: int, data_size: int) -> list[GlobalBatch]:
-    """The parts of a global batch that one data-parallel rank passes forward, in order.
+    """The micro-batches of one data-parallel rank, in order.
 
-    Micro-batch m of rank r takes the windows from (m * data_size + r) * micro_batch_size on, so that any
-    layout passes the same windows in the same step.
+    Micro-batch m of rank r holds the windows from (m * data_size + r) * micro_batch_size on, so that a step reads the
+    same windows at any layout.
     """
     stride = micro_batch_size * data_size
     parts = []
@@ -92,9 +93,9 @@ def read_windows(
     seq_length: int,
     reference_losses: ReferenceLosses | None = None,
 ) -> MicroBatch:
-    """Reads windows and, where they are recorded, the reference's losses on them.
+    """Reads windows and, from `reference_losses`, the reference's losses on them.
 
-    A window whose domain is -1 becomes padding; it has no losses.
+    A window whose domain is -1 becomes padding, without losses.
     """
     rows = np.zeros((len(part.domains), seq_length + 1), dtype=np.int64)
     for row, domain, window in zip(rows, part.domains, part.windows, strict=True):

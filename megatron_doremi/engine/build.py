@@ -1,4 +1,4 @@
-"""Building the engine that a run trains with: the model, its optimizer and its objective."""
+"""Builds the engine that a run trains with: the model, its optimizer and its objective."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from megatron_doremi.plan import RunPlan
 
 @dataclass(frozen=True)
 class Layout:
-    """What DeepSpeed asks of a layout without a pipeline: its `mpu`, whose method names are Megatron-LM's."""
+    """DeepSpeed's `mpu` for a layout without a pipeline; the names of its methods are Megatron-LM's."""
 
     context: ParallelContext
 
@@ -51,7 +51,7 @@ def make_engine(plan: RunPlan, objective: Objective, context: ParallelContext) -
     """Builds this rank's part of the model and the DeepSpeed engine that trains it.
 
     Args:
-        objective: what it descends.
+        objective: the loss that it minimizes.
     """
     deepspeed_logger.setLevel(logging.WARNING)
     config, gpt, parallel = plan.config, plan.gpt, plan.config.parallel
@@ -67,7 +67,7 @@ def make_engine(plan: RunPlan, objective: Objective, context: ParallelContext) -
         kind, mpu = ZeroEngine, Layout(context)
 
         def partition(layer: nn.Module) -> None:
-            # `dtype` below is for parameters that are yet to be made; those that are there keep their own.
+            # `dtype` below applies only to parameters created later; existing parameters keep theirs.
             layer.to(plan.dtype)
             deepspeed.zero.Init(layer, context.groups.data, config_dict_or_path=entry, dtype=plan.dtype, mpu=mpu)
 

@@ -1,7 +1,7 @@
-"""DeepSpeed's engines, driven by an objective: `PipelinedEngine` for ZeRO 0 and 1, `ZeroEngine` for 2 and 3.
+"""DeepSpeed engines that minimize an objective: `PipelinedEngine` for ZeRO 0 and 1, `ZeroEngine` for ZeRO 2 and 3.
 
-Both take a step on a rank's micro-batches of a global batch. An objective that moves the domain weights on the
-whole batch before any gradient is taken (see objective.py) makes the pipeline engine run `AlternatingSchedule`.
+Both take a step on a rank's micro-batches of a global batch. With an objective that updates the domain weights from
+the full batch before any backward pass (see objective.py), the pipeline engine runs `AlternatingSchedule`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from megatron_doremi.parallel.deepspeed_internals import (
 
 
 class TrainingEngine(EngineHooks):
-    """What the training loop asks of an engine."""
+    """An engine as the training loop uses it."""
 
     def __init__(self, objective: Objective, context: ParallelContext, clip_grad: float, **deepspeed: Any):
         super().__init__(**deepspeed)
@@ -41,14 +41,15 @@ class TrainingEngine(EngineHooks):
         targets: Tensor | None = None,
         before_step: Callable[[Tensor | None], None] = lambda norm: None,
     ) -> None:
-        """One step of the optimizer on this rank's micro-batches; for the rest see `Objective.begin`.
+        """One optimizer step on this rank's micro-batches; a collective call.
 
-        A gradient whose norm is NaN or Inf moves no parameter under ZeRO 1 to 3, nor in bfloat16: DeepSpeed's
-        optimizers skip that step on all ranks, and `was_step_applied` is false. Without them it is up to `before_step`.
+        With ZeRO 1 to 3 or bfloat16, DeepSpeed's optimizers skip a step whose gradient norm is NaN or Inf on all
+        ranks, and `was_step_applied` is then false. Otherwise `before_step` must detect it.
 
         Args:
-            before_step: called on every rank once all losses are recorded and before any parameter moves, with the
-                gradient's global norm, or None where it is computed inside the optimizer's step.
+            targets: [k] float64 number of targets of each domain in the global batch; see `Objective.begin`.
+            before_step: called on every rank after all losses are recorded and before any parameter is updated, with
+                the global norm of the gradient, or None if the optimizer computes the norm within its step.
         """
         self._before_step = before_step
         self.objective.begin(targets, self.gradient_accumulation_steps())
@@ -60,27 +61,27 @@ class TrainingEngine(EngineHooks):
         self._before_step(self._norm_in_time())
 
     def _norm_in_time(self) -> Tensor | None:
-        """The gradient's global norm, clipped by it, where this engine computes it and not the optimizer."""
+        """Clips the gradient and returns its global norm; None if the optimizer does both within its step."""
         return None
 
     @abstractmethod
     def _accumulate_and_step(self, micro_batches: Sequence[MicroBatch]) -> None:
-        """Forwards, backwards and the optimizer's step."""
+        """The forward and backward passes and the optimizer's step."""
 
     def grad_norm(self) -> float:
-        """Global norm of the last step's gradient before clipping."""
+        """Global norm of the last step's gradient, before clipping."""
         return float(self.last_grad_norm())
 
     def set_learning_rate(self, lr: float) -> None:
-        """Sets the rate of the next step."""
+        """Sets the learning rate of the next step."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
 
 class PipelinedEngine(TrainingEngine, PipelineEngineHooks):
-    """Any number of stages, ZeRO 0 and 1: 1F1B, or the alternating schedule where the objective needs it."""
+    """Any number of stages, ZeRO 0 and 1: 1F1B, or the alternating schedule if the objective needs it."""
 
-    # DeepSpeed's: token losses after a forward pass, then what the next backward pass starts from.
+    # DeepSpeed's attribute: the token losses after a forward pass, then the scalar for the next backward pass.
     loss: Tensor
 
     def __init__(self, **arguments: Any):
@@ -88,7 +89,7 @@ class PipelinedEngine(TrainingEngine, PipelineEngineHooks):
         self._held: dict[int, tuple[Tensor, Tensor]] = {}
 
     def _accumulate_and_step(self, micro_batches: Sequence[MicroBatch]) -> None:
-        # Here and not one by one by DeepSpeed, which waits for each copy.
+        # All copies to the device are issued here; DeepSpeed would issue them one by one and wait for each.
         self.run_schedule(iter([batch.to(self.device).as_pipe_batch() for batch in micro_batches]))
 
     def schedule(self) -> PipeSchedule | None:
@@ -116,12 +117,12 @@ class PipelinedEngine(TrainingEngine, PipelineEngineHooks):
             self.loss = self.objective.loss(*self._held.pop(buffer_id))
 
     def reduces_gradients(self) -> bool:
-        # A single replica has nothing to reduce; a sharded optimizer collects its gradients here.
+        # With one replica there is nothing to reduce, but a sharded optimizer collects its gradients here.
         return self.context.topology.data_size > 1 or self.collects_reduced_gradients()
 
     def _norm_in_time(self) -> Tensor | None:
-        # Without ZeRO or mixed precision DeepSpeed neither reports a norm nor counts tied copies and
-        # replicated parameters once; its sharded optimizers do both.
+        # Without ZeRO and mixed precision, DeepSpeed reports no norm and would count tied copies and replicated
+        # parameters several times; its sharded optimizers report a norm that counts each parameter once.
         if wraps_optimizer(self):
             return None
         norm = self._clip_gradients()
@@ -142,11 +143,12 @@ class PipelinedEngine(TrainingEngine, PipelineEngineHooks):
 
 
 class ZeroEngine(TrainingEngine):
-    """One stage, ZeRO 2 and 3, which DeepSpeed's pipeline does not serve; the module is a `GPTModel`.
+    """One stage, ZeRO 2 and 3, which DeepSpeed's pipeline does not support; the module is a `GPTModel`.
 
-    Under ZeRO 3 a parameter is gathered for a forward pass and dropped after it. With several forwards outstanding
-    DeepSpeed's backward passes give wrong gradients without a word (0.19.8), so there a batch whose weights depend on
-    it is scored first, without a graph, and passed forward again to train on it: 4/3 of the arithmetic.
+    ZeRO 3 gathers a parameter for a forward pass and releases it afterwards. With several outstanding forward passes
+    DeepSpeed's backward passes silently compute wrong gradients (0.19.8). If the weights depend on the batch, ZeRO 3
+    therefore scores the batch first, without a graph, and repeats the forward passes for training: 4/3 of the
+    arithmetic.
     """
 
     def _accumulate_and_step(self, micro_batches: Sequence[MicroBatch]) -> None:
@@ -154,34 +156,34 @@ class ZeroEngine(TrainingEngine):
         if not self.objective.before_backward:
             for batch in batches:
                 token_loss = self._forward_and_record(batch)
-                self._descend(token_loss, batch.domains)
+                self._backpropagate(token_loss, batch.domains)
         elif self._holds_forwards():
             held = [self(batch.tokens, batch.targets) for batch in batches]
             for token_loss, batch in zip(held, batches, strict=True):
                 self.objective.record(token_loss, batch.domains, batch.reference)
             self.objective.update_domain_weights()
             while held:
-                # A micro-batch's graph goes with its backward pass.
-                self._descend(held.pop(0), batches.pop(0).domains)
+                # Each backward pass frees the graph of its micro-batch.
+                self._backpropagate(held.pop(0), batches.pop(0).domains)
         else:
             with torch.no_grad():
                 for batch in batches:
                     self._forward_and_record(batch)
             self.objective.update_domain_weights()
             for batch in batches:
-                self._descend(self(batch.tokens, batch.targets), batch.domains)
+                self._backpropagate(self(batch.tokens, batch.targets), batch.domains)
 
     def _forward_and_record(self, batch: MicroBatch) -> Tensor:
-        """[batch, seq] token losses, which the objective has seen."""
+        """[batch, seq] token losses, recorded by the objective."""
         token_loss: Tensor = self(batch.tokens, batch.targets)
         self.objective.record(token_loss, batch.domains, batch.reference)
         return token_loss
 
     def _holds_forwards(self) -> bool:
-        """Whether several forward passes may wait for their backward passes."""
+        """Whether several forward passes may be outstanding."""
         return not self.zero_optimization_partition_weights()
 
-    def _descend(self, token_loss: Tensor, domains: Tensor) -> None:
+    def _backpropagate(self, token_loss: Tensor, domains: Tensor) -> None:
         self.backward(self.objective.loss(token_loss, domains))
-        # Counts micro-batches, and moves the parameters after the last.
+        # Counts micro-batches, and updates the parameters after the last.
         self.step()

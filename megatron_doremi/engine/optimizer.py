@@ -1,4 +1,4 @@
-"""AdamW over matrices and the rest, and the learning rate as a function of the step."""
+"""AdamW with weight decay on matrices only, and the learning rate as a function of the step."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from megatron_doremi.parallel.parameters import spec_of
 
 
 def make_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], optim: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019); biases and norms, the vectors, do not decay."""
+    """AdamW (Loshchilov and Hutter 2019); vectors (biases and norm weights) have no weight decay."""
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
     for _, parameter in parameters:
-        # Not its own shape, which is [0] where ZeRO 3 has cut it.
+        # By the shape in its spec: with ZeRO 3 the parameter's own shape is [0].
         (matrices if len(spec_of(parameter).shape) > 1 else vectors).append(parameter)
     groups = [
         {"params": matrices, "weight_decay": optim.weight_decay},
@@ -37,13 +37,13 @@ def make_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], optim: Optimi
 class LearningRate:
     """The learning rate as a function of the step.
 
-    It rises linearly to the peak over the warmup and then falls to the minimum at the last step: linearly, along half
+    It rises linearly to the peak over the warmup and then decays to the minimum at the last step: linearly, along half
     a cosine, exponentially, not at all, or (WSD) linearly over the last part of the run only.
 
     Attributes:
-        style: of --lr-decay-style.
-        peak: at the end of the warmup.
-        minimum: at the last step, unless the style is constant.
+        style: --lr-decay-style.
+        peak: rate at the end of the warmup.
+        minimum: rate at the last step, unless the style is constant.
         warmup: steps of linear warmup.
         decay_start: last step before the decay.
         train_iters: last step.
@@ -57,7 +57,7 @@ class LearningRate:
     train_iters: int
 
     def at(self, step: int) -> float:
-        """The rate of a step; the first step is 1."""
+        """The learning rate of a step; the first step is 1."""
         if step <= self.warmup:
             return self.peak * step / self.warmup
         if self.style == "constant":
@@ -71,7 +71,7 @@ class LearningRate:
 
 
 def make_learning_rate(optim: OptimizerConfig, train_iters: int) -> LearningRate:
-    """The learning rate of a run of `train_iters` steps."""
+    """The learning rate schedule of a run of `train_iters` steps."""
     warmup = optim.lr_warmup_iters or round(optim.lr_warmup_fraction * train_iters)
     decay_start = warmup
     if optim.lr_decay_style == "WSD":

@@ -1,8 +1,9 @@
-"""The order of a proxy's step, as DeepSpeed pipeline instructions. Pure: no process group is touched.
+"""The alternating schedule of a proxy's step, as DeepSpeed pipeline instructions. Pure: uses no process group.
 
-Algorithm 1 weighs a batch's gradient by weights that the same batch has moved. With several micro-batches
-that takes every forward before the first backward: F F .. F, UpdateDomainWeights, B B .. B. It costs no more
-arithmetic than 1F1B and has the same bubble, (M + P - 1) / M; it holds the activations of M micro-batches.
+In Algorithm 1 a batch's gradient is weighted by domain weights that depend on the losses of the same batch. With
+several micro-batches, all forward passes precede the first backward pass: F F .. F, UpdateDomainWeights, B B .. B.
+With M micro-batches and P stages it costs the same arithmetic as 1F1B and has the same bubble, (M + P - 1) / M; it
+holds the activations of M micro-batches.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ from deepspeed.runtime.pipe.schedule import (
 
 
 class UpdateDomainWeights(PipeInstruction):
-    """Reduces the step's per-domain sums over all ranks and moves the domain weights."""
+    """Reduces the step's statistics by domain over all ranks and updates the domain weights."""
 
 
 class AlternatingSchedule(PipeSchedule):
-    """All forwards, the update of the domain weights, all backwards, the optimizer's step."""
+    """All forward passes, the update of the domain weights, all backward passes, the optimizer's step."""
 
     def steps(self) -> Iterator[list[PipeInstruction]]:
         for buffer in range(self.micro_batches):
@@ -41,7 +42,7 @@ class AlternatingSchedule(PipeSchedule):
         yield [ReduceTiedGrads(), ReduceGrads(), OptimizerStep()]
 
     def num_pipe_buffers(self) -> int:
-        """Every micro-batch is in flight at the turn."""
+        """All micro-batches are in flight when the domain weights are updated."""
         return int(self.micro_batches)
 
     def _forward(self, buffer: int) -> list[PipeInstruction]:

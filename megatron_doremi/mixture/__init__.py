@@ -1,1 +1,1 @@
-"""What decides a mixture of domains: statistics, objectives, Group DRO, the reference."""
+"""Domain mixtures: controllers, statistics by domain, objectives and the reference model."""

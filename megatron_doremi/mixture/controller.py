@@ -1,23 +1,23 @@
-"""What decides a mixture: the weights under which domains are sampled and under which their losses count.
+"""Controllers decide the mixture: the weights by which domains are sampled and by which their losses are weighted.
 
 A `MixtureController` is one method: a static mixture, Group DRO, an online bandit, a fit of loss curves. The training
-loop, resuming, metrics and checkpoints go through this protocol and know no method by name; controllers.py chooses
-one. A step goes like this, on every rank alike:
+loop, resuming, metrics and checkpoints use this protocol and know no method by name; controllers.py selects the
+method. The calls of one step, the same on every rank:
 
-    sampling_weights(step)        the loader, before the step's global batch is drawn
+    sampling_weights(step)        by the loader, before it draws the step's global batch
     [forward passes]              token_scores(loss, reference) for each micro-batch, on the last pipeline stage only
-    observe(stats)                where `before_backward`: all forward passes come before the first backward pass
+    observe(stats)                if `before_backward`: all forward passes precede the first backward pass
     loss_weights()                the weights of the domains' mean losses in this step's gradient
-    [backward passes, optimizer's step]
-    observe(stats)                otherwise
+    [backward passes, optimizer step]
+    observe(stats)                if not `before_backward`
     entries(names)                for the step's metrics line
     evaluates_at(step)            also before the first step, as step 0
-    observe_evaluation(losses)    where it does
-    state_dict(names), result()   where a checkpoint is due
+    observe_evaluation(losses)    if `evaluates_at` is true
+    state_dict(names), result()   when a checkpoint is saved
 
-What a controller is given is equal on all ranks to the last bit, and every rank computes the next weights for itself;
-ranks are compared before each checkpoint. A controller may communicate in `observe` and `observe_evaluation`, which
-all ranks call in the same order: a fit that differs from machine to machine is made on one rank and broadcast.
+A controller's inputs are bit-identical on all ranks, and every rank computes the next weights itself; the ranks are
+compared before each checkpoint. A controller may communicate in `observe` and `observe_evaluation`, which all ranks
+call in the same order: a fit that may differ between machines is computed on one rank and broadcast.
 """
 
 from __future__ import annotations
@@ -41,27 +41,28 @@ class ControllerState(Schema):
     """A controller's entry of a checkpoint's state.json. Every mapping in it is keyed by domain name.
 
     Attributes:
-        steps: `observe` calls so far: the iteration of the checkpoint.
+        steps: number of `observe` calls, which is the iteration of the checkpoint.
     """
 
     steps: Count
 
 
 class MixtureController:
-    """A method that decides the mixture; see above for who calls what. The defaults are those of a mixture that moves
-    nothing: a method overrides what it needs.
+    """A method that decides the mixture; the module's docstring lists the calls. The defaults are those of a mixture
+    that never changes; a method overrides what it needs.
 
     Attributes:
-        method: for the provenance of what it learns.
-        learns: the mixture depends on what training measures. Then `observe` is called at every step, every step has
-            a metrics line, `result` is written at every checkpoint and at the end, and the state is kept.
+        method: name of the method, for the provenance of the learned weights.
+        learns: the mixture depends on losses measured in training. `observe` is then called at every step, every step
+            has a metrics line, `result` is written at every checkpoint and at the end of the run, and checkpoints hold
+            the state.
         needs_reference: `token_scores` reads a reference's losses.
         before_backward: the weights of a step's gradient depend on the losses of the same step.
-        samples_ahead: the sampling weights of a step depend on its number alone. The loader then asks for them a step
-            early, on its own thread.
+        samples_ahead: the sampling weights of a step depend on its number alone. The loader then calls
+            `sampling_weights` a step early, on its own thread.
         state_name: key of the state in state.json, unique to the method.
-        state_schema: what that entry holds.
-        vanishing_remedy: which flags keep a domain's weight from vanishing.
+        state_schema: schema of the state in state.json.
+        vanishing_remedy: which flags keep a domain's weight from vanishing, for a warning.
     """
 
     method: str = ""
@@ -74,56 +75,59 @@ class MixtureController:
     vanishing_remedy: str = ""
 
     def to(self, device: torch.device) -> None:
-        """Moves the state to the device on which `observe` finds its statistics; called once, before training."""
+        """Moves the state to the device of the statistics passed to `observe`; called once, before training."""
 
     def token_scores(self, loss: Tensor, reference: Tensor | None) -> Tensor | None:
-        """What each token adds to its domain's `score`; None: nothing.
+        """[batch, seq] scores of the tokens, summed into `DomainStats.score`; None: all scores are 0.
 
         Args:
-            loss: [batch, seq] the model's losses in nats, float64.
-            reference: [batch, seq] the reference's, where `needs_reference`.
+            loss: [batch, seq] the model's token losses in nats, float64.
+            reference: [batch, seq] the reference's token losses in nats, if `needs_reference`.
         """
         return None
 
     def observe(self, stats: DomainStats) -> None:
-        """Takes the global batch's statistics and moves the weights."""
+        """Updates the weights from the statistics of the global batch."""
 
     def loss_weights(self) -> Tensor | None:
-        """[k] float64 weights of the domains' mean losses; None: the plain mean over the batch's tokens."""
+        """[k] float64 weights of the domains' mean losses; None: the loss is the mean over the batch's tokens."""
         return None
 
     def sampling_weights(self, step: int) -> NDArray[np.float64]:
-        """[k] sampling weights of a step, sum 1; the first step is 1."""
+        """[k] float64 sampling weights of a step, sum 1; the first step is 1."""
         raise NotImplementedError
 
     def evaluates_at(self, step: int) -> bool:
-        """Whether the held-out losses after this step are asked for; 0: before the first step."""
+        """Whether the method needs the held-out losses after this step; 0: before the first step."""
         return False
 
     def observe_evaluation(self, losses: NDArray[np.float64]) -> None:
-        """Takes the [k] held-out losses, in nats a token, that `evaluates_at` asked for; NaN where a domain has no
-        held-out text."""
+        """Updates the method from the held-out losses that `evaluates_at` asked for.
+
+        Args:
+            losses: [k] nats per token; NaN for a domain without held-out text.
+        """
 
     def result(self) -> NDArray[np.float64]:
-        """[k] weights that the method has learned so far, sum 1; asked for where it `learns`."""
+        """[k] weights that the method has learned so far, sum 1; called only if it `learns`."""
         raise NotImplementedError
 
     def settings(self) -> dict[str, Any]:
-        """The method's own settings, for the provenance of its result."""
+        """The method's settings, for the provenance of the learned weights."""
         return {}
 
     def identity(self) -> dict[str, Any]:
-        """Settings of the method that a run must keep when it resumes, by the names of their flags."""
+        """Settings of the method that must not change when a run resumes, by the names of their flags."""
         return {}
 
     def entries(self, names: Sequence[str]) -> dict[str, Any]:
-        """What the method adds to the metrics line of the step just taken."""
+        """The method's entries in the metrics line of the last step."""
         return {}
 
     def state_dict(self, names: Sequence[str]) -> dict[str, Any]:
-        """The state as JSON, keyed by domain name, `steps` included; asked for where it `learns`."""
+        """The state as JSON, keyed by domain name, including `steps`; called only if it `learns`."""
         raise NotImplementedError
 
-    def load_state_dict(self, entry: Mapping[str, Any], names: Sequence[str]) -> None:
-        """Takes up the state that `state_dict` gave, checked by `state_schema`, for the same domains in any order."""
+    def load_state_dict(self, state: Mapping[str, Any], names: Sequence[str]) -> None:
+        """Restores the state that `state_dict` returned, checked by `state_schema`; `names` may be in another order."""
         raise NotImplementedError

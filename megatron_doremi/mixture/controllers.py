@@ -1,6 +1,6 @@
-"""The choice of a method: from the flags to a controller, and from a controller to the objective that it needs.
+"""Makes the controller that the flags select, and the objective that the controller needs.
 
-A new method is a controller in a file of its own and a line of `METHODS`.
+A new method is a controller in a file of its own and an entry of `METHODS`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_doremi.parallel.context import ParallelContext
 from megatron_doremi.plan import RunPlan
 from megatron_doremi.settings import PROXY
 
-# Each makes a controller from the settings and the [k] weights of --domain-weights.
+# Each entry makes a controller from the settings and the [k] weights of --domain-weights.
 METHODS: dict[str, Callable[[Config, NDArray[np.float64]], MixtureController]] = {
     "static": lambda config, weights: StaticMixture(weights),
     "doremi": lambda config, weights: GroupDRO(config.doremi, weights),
@@ -28,13 +28,13 @@ METHODS: dict[str, Callable[[Config, NDArray[np.float64]], MixtureController]] =
 
 
 def make_controller(plan: RunPlan) -> MixtureController:
-    """What decides a run's mixture: Group DRO for a proxy, the given weights for every other phase."""
+    """The controller of a run: Group DRO for a proxy, a static mixture of the given weights for all other phases."""
     method = "doremi" if plan.config.data.phase == PROXY else "static"
     return METHODS[method](plan.config, plan.sampling_weights)
 
 
 def make_objective(plan: RunPlan, controller: MixtureController, context: ParallelContext) -> Objective:
-    """What a run descends under a controller."""
+    """The objective that a run minimizes under a controller."""
     if not controller.learns:
         return MeanObjective(len(plan.names), context)
     sampling, normalization = torch.from_numpy(plan.sampling_weights), plan.config.doremi.doremi_normalization

@@ -1,14 +1,14 @@
-"""Group DRO over domains: from a step's losses to alpha_t and their mean (Xie et al. 2023, Algorithm 1).
+"""Group DRO over domains: the domain weights alpha_t from a step's losses (Xie et al. 2023, Algorithm 1).
 
 With k domains, eta the step size and c the smoothing, at step t:
 
     lambda_i = sum of max(l - r, 0) over the batch's targets of domain i / their number
-               (no target of i in the batch: the last lambda_i seen, 0 before the first)
+               (no target of i in the batch: the previous lambda_i, 0 before the first)
     alpha'_i = alpha_i * exp(eta * lambda_i)
     alpha_i  = (1 - c) * alpha'_i / sum_j alpha'_j + c / k
 
 l is the proxy's token loss and r the reference's, in nats. The result is the mean of alpha_1 .. alpha_T.
-Everything is float64, on logarithms, from sums that all ranks share: the same on every rank.
+All arithmetic is float64, in log space, on sums over the global batch: the weights are bit-identical on all ranks.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from megatron_doremi.mixture.controller import ControllerState, MixtureControlle
 from megatron_doremi.mixture.statistics import DomainStats
 from megatron_doremi.storage.formats import Name
 
-# Rounding error of a float64 sum over domains and steps.
+# Tolerance for the rounding error of a float64 sum over domains and steps.
 _ROUNDING = 1e-6
-# Settings that a resumed run must share.
+# Settings that must not change when a run resumes.
 _IDENTITY = (
     "doremi_step_size",
     "doremi_smoothing",
@@ -43,13 +43,13 @@ _IDENTITY = (
 
 
 def token_scores(loss: Tensor, reference: Tensor | None, objective: str) -> Tensor:
-    """What each token adds to its domain's lambda.
+    """The term that each token adds to the sum in lambda.
 
     Args:
-        loss: the proxy's losses l, float64.
-        reference: the reference's losses r of the same shape; None where nothing asks for them.
-        objective: excess, max(l - r, 0); or, from the paper's ablation (its Table 3), hardest, l alone, and
-            easiest, -r alone, which is not clipped because nothing would be left of it.
+        loss: [batch, seq] the proxy's losses l in nats, float64.
+        reference: [batch, seq] the reference's losses r in nats; None if the objective does not read them.
+        objective: excess, max(l - r, 0); or, from the paper's ablation (Xie et al. 2023, Table 3), hardest, l, and
+            easiest, -r, which is not clipped because it is never positive.
     """
     if objective == "hardest":
         return loss
@@ -58,14 +58,13 @@ def token_scores(loss: Tensor, reference: Tensor | None, objective: str) -> Tens
     if objective == "easiest":
         return -reference.double()
     reference = reference.double()
-    # 0 x Inf is NaN: without it an infinite reference would look like a proxy that is better everywhere.
+    # The product is NaN for an infinite reference loss, which clipping would otherwise turn into an excess of 0.
     return (loss - reference).clamp(min=0.0) + 0.0 * reference
 
 
 def next_excess(last: Tensor, excess_sum: Tensor, targets: Tensor) -> Tensor:
-    """lambda_t: [k] mean clipped excess loss of each domain, in nats; absent domains keep their last."""
-    seen = targets > 0
-    return torch.where(seen, excess_sum / targets.clamp(min=1.0), last)
+    """lambda_t: [k] mean clipped excess loss of each domain, in nats; a domain absent from the batch keeps its last."""
+    return torch.where(targets > 0, excess_sum / targets.clamp(min=1.0), last)
 
 
 def next_weights(weights: Tensor, excess: Tensor, step_size: float, smoothing: float) -> Tensor:
@@ -81,7 +80,7 @@ class DomainWeights:
 
     Attributes:
         weights: alpha_t.
-        excess: lambda_t, with the last value seen for domains that were absent.
+        excess: lambda_t; domains absent from the batch keep their last value.
         weight_sum: alpha_1 + ... + alpha_t.
         steps: t.
     """
@@ -98,23 +97,28 @@ class DomainWeights:
         return DomainWeights(torch.full_like(zeros, 1.0 / num_domains), zeros, zeros.clone(), 0)
 
     def update(self, excess_sum: Tensor, targets: Tensor, step_size: float, smoothing: float) -> DomainWeights:
-        """One step, from the global batch's [k] sums of clipped excess and [k] numbers of targets."""
+        """The state after one more step.
+
+        Args:
+            excess_sum: [k] sums of the clipped excess over the global batch.
+            targets: [k] numbers of targets in the global batch.
+        """
         excess = next_excess(self.excess, excess_sum, targets)
         weights = next_weights(self.weights, excess, step_size, smoothing)
         return DomainWeights(weights, excess, self.weight_sum + weights, self.steps + 1)
 
     def mean(self) -> Tensor:
-        """The result: the mean of alpha over all steps; 1 / k before the first."""
+        """The mean of alpha over all steps; 1 / k before the first."""
         return self.weight_sum / self.steps if self.steps else self.weights
 
     def to_dict(self, names: Sequence[str]) -> dict[str, Any]:
-        """For a checkpoint, keyed by domain; floats survive JSON exactly."""
+        """The state for a checkpoint, keyed by domain name. JSON preserves the floats exactly."""
         vectors = {key: getattr(self, key).tolist() for key in ("weights", "excess", "weight_sum")}
         return {"steps": self.steps, **{key: dict(zip(names, v, strict=True)) for key, v in vectors.items()}}
 
     @staticmethod
     def from_dict(entry: Mapping[str, Any], names: Sequence[str], device: torch.device | str) -> DomainWeights:
-        """The state that `to_dict` wrote. Raises KeyError where a domain is missing."""
+        """The state that `to_dict` returned. Raises KeyError if a domain is missing."""
 
         def vector(key: str) -> Tensor:
             return torch.tensor([entry[key][name] for name in names], dtype=torch.float64, device=device)
@@ -122,7 +126,7 @@ class DomainWeights:
         return DomainWeights(vector("weights"), vector("excess"), vector("weight_sum"), int(entry["steps"]))
 
     def to(self, device: torch.device | str) -> DomainWeights:
-        """The same on a device."""
+        """The state on a device."""
         return DomainWeights(self.weights.to(device), self.excess.to(device), self.weight_sum.to(device), self.steps)
 
 
@@ -147,9 +151,9 @@ class GroupDROState(ControllerState):
 class GroupDRO(MixtureController):
     """Algorithm 1 as a controller.
 
-    `alternating`: alpha_t from this batch, then its gradient under alpha_t. `simultaneous`: the gradient under
-    alpha_{t-1}, then alpha_t, the textbook step toward a saddle point. With `resample` the loss is the plain
-    mean, the weights act on the sampling of the next batch, and both updates come to the same.
+    `alternating`: alpha_t is computed from this batch, then its gradient under alpha_t. `simultaneous`: the gradient
+    under alpha_{t-1}, then alpha_t, the textbook step toward a saddle point. With `resample` the loss is the mean over
+    the batch's tokens and the weights determine the sampling of the next batch, so both updates are the same.
 
     Attributes:
         state: alpha_t and its history.
@@ -163,7 +167,7 @@ class GroupDRO(MixtureController):
     def __init__(self, doremi: DoReMiConfig, sampling: NDArray[np.float64]):
         """
         Args:
-            sampling: [k] weights under which domains are sampled, unless it resamples.
+            sampling: [k] sampling weights of the domains; not used with `resample`.
         """
         self._objective, self._sampling = doremi.doremi_objective, sampling
         self._step_size, self._smoothing = doremi.doremi_step_size, doremi.doremi_smoothing
@@ -177,7 +181,7 @@ class GroupDRO(MixtureController):
         self.before_backward = doremi.doremi_update == "alternating" and not self._resamples
         self.samples_ahead = not self._resamples
         self.state = DomainWeights.start(len(sampling))
-        # Of the last step: the weights that its gradient was taken under, and its losses.
+        # Of the last step: the weights in its gradient, and its statistics.
         self._gradient_weights = self.state.weights
         self._stats = DomainStats.zeros(len(sampling))
 
@@ -209,15 +213,15 @@ class GroupDRO(MixtureController):
         return self._identity
 
     def entries(self, names: Sequence[str]) -> dict[str, Any]:
-        """lambda_t, alpha_t, and the sum of each domain's mean loss times the weight under which its gradient was
-        taken. lambda_t is the excess of Algorithm 1, or the score of another objective."""
+        """lambda_t (the excess of Algorithm 1, or the score of another objective), alpha_t, and the objective: the sum
+        of the domains' mean losses times their weights in the gradient."""
         vectors = (self.state.excess, self.state.weights, self._gradient_weights, self._stats.loss, self._stats.targets)
-        # One wait for the device, not five.
+        # One synchronization with the device, not five.
         scores, weights, gradient_weights, loss, targets = torch.stack(vectors).tolist()
         means = [s / t if t else 0.0 for s, t in zip(loss, targets, strict=True)]
-        score = "domain_excess" if self._objective == "excess" else "domain_score"
+        score_name = "domain_excess" if self._objective == "excess" else "domain_score"
         return {
-            score: dict(zip(names, scores, strict=True)),
+            score_name: dict(zip(names, scores, strict=True)),
             "domain_weights": dict(zip(names, weights, strict=True)),
             "dro_loss": sum(w * m for w, m in zip(gradient_weights, means, strict=True)),
         }
@@ -225,5 +229,5 @@ class GroupDRO(MixtureController):
     def state_dict(self, names: Sequence[str]) -> dict[str, Any]:
         return self.state.to_dict(names)
 
-    def load_state_dict(self, entry: Mapping[str, Any], names: Sequence[str]) -> None:
-        self.state = DomainWeights.from_dict(entry, names, self.state.weights.device)
+    def load_state_dict(self, state: Mapping[str, Any], names: Sequence[str]) -> None:
+        self.state = DomainWeights.from_dict(state, names, self.state.weights.device)

@@ -1,4 +1,4 @@
-"""The errors for losses and gradients that are NaN or Inf: whose, and in which windows."""
+"""Errors for losses and gradients that are NaN or Inf; they name the model and the windows."""
 
 from __future__ import annotations
 
@@ -17,27 +17,26 @@ _REMEDY = (
 
 
 class NonFinite(RunError):
-    """A loss or a gradient is NaN or Inf: another step would spoil the parameters."""
+    """A loss or a gradient is NaN or Inf: another step would corrupt the parameters."""
 
 
 def explain_loss(
     objective: Objective, micro_batches: Sequence[MicroBatch], names: Sequence[str], iteration: int, model: str
 ) -> NonFinite:
-    """The error for a step with a loss that is NaN or Inf: whose loss, and in which windows; a collective call.
+    """The error for a step with a loss that is NaN or Inf, naming the model and the windows; a collective call.
 
     Args:
-        micro_batches: this rank's of the step.
-        iteration: the step's number, the first being 1.
-        model: what the message calls the model that is trained.
+        micro_batches: this rank's micro-batches of the step.
+        iteration: the step's number; the first step is 1.
+        model: name of the trained model in the message.
     """
     windows = _windows(objective, micro_batches)
     parts = []
-    # A window's entry: domain, window, whether the model's losses are finite, and the reference's.
-    for place, subject in ((2, model), (3, "reference")):
-        bad = [window for window in windows if not window[place]]
+    for column, subject in ((2, model), (3, "reference")):
+        bad = [window for window in windows if not window[column]]
         if bad:
-            places = windows_by_domain([(domain, number) for domain, number, _, _ in bad], names)
-            parts.append(f"the {subject}'s loss of iteration {iteration} is NaN or Inf in {places}")
+            listed = windows_by_domain([(domain, number) for domain, number, _, _ in bad], names)
+            parts.append(f"the {subject}'s loss of iteration {iteration} is NaN or Inf in {listed}")
     if not any(not window[2] for window in windows):
         parts.append(f"the {model}'s own losses are finite: check the reference or its recorded losses")
     return NonFinite("\n      ".join([*parts, _batch(windows, names)]) + "\n" + _REMEDY)
@@ -54,17 +53,17 @@ def explain_gradient(
 
 
 def _windows(objective: Objective, micro_batches: Sequence[MicroBatch]) -> list[tuple[int, int, bool, bool]]:
-    """(domain, window, model's losses finite, reference's losses finite) of the global batch, in order."""
-    topology, own = objective.context.topology, []
+    """The windows of the global batch, sorted: (domain, window, model's losses finite, reference's losses finite)."""
+    topology, local = objective.context.topology, []
     if topology.rank == topology.loss_rank():
         for batch, finite in zip(micro_batches, objective.current.finite, strict=True):
             rows = zip(batch.domains.tolist(), batch.windows.tolist(), *finite.tolist(), strict=True)
-            own += [row for row in rows if row[0] >= 0]
-    return sorted(tuple(row) for part in gather_json(own) for row in part)
+            local += [row for row in rows if row[0] >= 0]
+    return sorted(tuple(row) for part in gather_json(local) for row in part)
 
 
 def windows_by_domain(windows: Sequence[tuple[int, int]], names: Sequence[str]) -> str:
-    """Text that names (domain, window) pairs, some of each domain's."""
+    """(domain, window) pairs as text; of each domain at most 20 windows."""
     numbers_of: dict[int, list[int]] = {}
     for domain, window in windows:
         numbers_of.setdefault(domain, []).append(window)

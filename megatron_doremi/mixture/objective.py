@@ -1,8 +1,8 @@
-"""What a step's token losses come to: the plain mean, or a mean weighted by domain. The same for every engine.
+"""The loss that training minimizes: the mean over tokens, or a mean weighted by domain. The same for every engine.
 
-An engine hands each micro-batch's token losses to `record` after its forward pass and asks `loss` for what to
-differentiate. Where `before_backward` is set, the weights under which a batch's gradient is taken depend on the
-whole batch: every micro-batch has to be recorded, and `update_domain_weights` called, before the first `loss`.
+An engine passes each micro-batch's token losses to `record` after its forward pass, and calls `loss` for the scalar to
+differentiate. If `before_backward` is set, the weights in a batch's gradient depend on the full batch: all
+micro-batches must be recorded, and `update_domain_weights` called, before the first `loss`.
 """
 
 from __future__ import annotations
@@ -26,14 +26,13 @@ from megatron_doremi.parallel.context import ParallelContext
 
 
 def reduce_stats(local: DomainStats, context: ParallelContext) -> DomainStats:
-    """Sums over the global batch on every rank, the same to the bit.
+    """Sums statistics over the global batch; bit-identical on all ranks. A collective call.
 
-    One all-reduce over the data group at the end of the pipe, one broadcast to the rest of each replica. The
-    first rank of the tensor group speaks for all of it, so that ranks which computed the same losses cannot
-    disagree by a rounding.
+    One all-reduce over the data group on the last stage, then one broadcast to the rest of each replica. Only the
+    first rank of each tensor group contributes, so that ranks that computed the same losses cannot differ by rounding.
 
     Args:
-        local: of this rank's micro-batches; read on the last stage only.
+        local: statistics of this rank's micro-batches; read on the last stage only.
     """
     topology, groups = context.topology, context.groups
     total = local.stack()
@@ -45,11 +44,11 @@ def reduce_stats(local: DomainStats, context: ParallelContext) -> DomainStats:
 
 
 class StepRecord:
-    """This rank's micro-batches of the current step.
+    """Statistics of this rank's micro-batches of the current step.
 
     Attributes:
-        stats: their sums by domain; zero away from the last stage.
-        finite: `finite_windows` of each, in order; empty away from the last stage.
+        stats: sums by domain; zero on all stages but the last.
+        finite: `finite_windows` of each micro-batch, in order; empty on all stages but the last.
     """
 
     def __init__(self, num_domains: int, device: torch.device):
@@ -64,19 +63,18 @@ class StepRecord:
     def add(
         self, token_loss: Tensor, domains: Tensor, reference: Tensor | None = None, scores: Tensor | None = None
     ) -> None:
-        """Adds a micro-batch: [batch, seq] token losses, [batch] domains, and [batch, seq] the reference's losses and
-        the tokens' scores, where there are any."""
+        """Adds a micro-batch; see `domain_stats` and `finite_windows`."""
         self.stats = self.stats + domain_stats(token_loss, domains, self._num_domains, scores)
         self.finite.append(finite_windows(token_loss, reference))
 
 
 class Objective(Protocol):
-    """What an engine descends.
+    """The loss that an engine minimizes.
 
     Attributes:
-        context: of this rank.
-        before_backward: see above.
-        current: this rank's micro-batches of the current step.
+        context: this rank's context.
+        before_backward: see the module's docstring.
+        current: statistics of this rank's micro-batches of the current step.
     """
 
     context: ParallelContext
@@ -87,8 +85,8 @@ class Objective(Protocol):
         """Starts a step, on every rank.
 
         Args:
-            targets: [k] float64 targets of each domain in the global batch; the plain mean does not read them.
-            micro_batches: of a rank and step.
+            targets: [k] float64 number of targets of each domain in the global batch; not read by `MeanObjective`.
+            micro_batches: micro-batches of a rank per step.
         """
 
     def record(self, token_loss: Tensor, domains: Tensor, reference: Tensor | None = None) -> None:
@@ -96,25 +94,25 @@ class Objective(Protocol):
 
         Args:
             token_loss: [batch, seq] losses in nats.
-            domains: [batch] number of each window's domain.
-            reference: [batch, seq] the reference's losses on the same tokens, where there is one.
+            domains: [batch] domain index of each window.
+            reference: [batch, seq] the reference's losses on the same tokens in nats, if there is a reference.
         """
 
     def update_domain_weights(self) -> None:
-        """Called on every rank between a batch's forwards and its backwards, where `before_backward` is set."""
+        """Called on every rank between a batch's forward and backward passes if `before_backward` is set."""
 
     def loss(self, token_loss: Tensor, domains: Tensor) -> Tensor:
-        """The scalar to differentiate; an engine divides its gradient by micro-batches and replicas."""
+        """The scalar to differentiate; an engine divides its gradient by the numbers of micro-batches and replicas."""
 
     def end(self) -> None:
-        """Called on every rank after the optimizer's step."""
+        """Ends a step, on every rank, after the optimizer's step."""
 
     def stats(self) -> DomainStats:
-        """Sums over the last global batch, on every rank. A collective call."""
+        """Statistics of the last global batch, on every rank; a collective call."""
 
 
 class MeanObjective:
-    """The mean token loss of the global batch; the sums by domain are reduced only where somebody asks for them."""
+    """The mean token loss of the global batch; statistics by domain are reduced only when `stats` is called."""
 
     before_backward = False
 
@@ -128,7 +126,7 @@ class MeanObjective:
         self.current.add(token_loss, domains, reference)
 
     def update_domain_weights(self) -> None:
-        raise AssertionError("a plain mean has no domain weights")
+        raise AssertionError("MeanObjective has no domain weights")
 
     def loss(self, token_loss: Tensor, domains: Tensor) -> Tensor:
         return token_loss.mean()
@@ -141,12 +139,13 @@ class MeanObjective:
 
 
 class WeightedObjective:
-    """The weighted sum of the domains' mean losses, under weights that a controller moves at every step.
+    """The weighted sum of the domains' mean losses, with weights that a controller updates at every step.
 
-    Where the controller gives no loss weights it observes every step all the same, and the loss is the plain mean.
+    If the controller returns no loss weights, the loss is the mean over tokens; the controller still observes every
+    step.
 
     Attributes:
-        controller: what moves the weights.
+        controller: updates the weights.
     """
 
     def __init__(
@@ -158,8 +157,8 @@ class WeightedObjective:
     ):
         """
         Args:
-            sampling: [k] sampling weights of the blend, float64.
-            normalization: domain, weights times each domain's mean; or batch, see `batch_coefficients`.
+            sampling: [k] float64 sampling weights of the blend.
+            normalization: "domain": the weights multiply the domains' mean losses; "batch": see `batch_coefficients`.
         """
         controller.to(context.device)
         self.controller, self.context, self.normalization = controller, context, normalization
@@ -175,7 +174,7 @@ class WeightedObjective:
         self._accumulation = micro_batches * self.context.topology.data_size
         if not self.before_backward:
             assert targets is not None
-            self._weigh(targets)
+            self._set_coefficients(targets)
 
     def record(self, token_loss: Tensor, domains: Tensor, reference: Tensor | None = None) -> None:
         scores = self.controller.token_scores(token_loss.detach().double(), reference)
@@ -183,7 +182,7 @@ class WeightedObjective:
 
     def update_domain_weights(self) -> None:
         self._observe()
-        self._weigh(self._stats.targets)
+        self._set_coefficients(self._stats.targets)
 
     def loss(self, token_loss: Tensor, domains: Tensor) -> Tensor:
         if self._coefficients is None:
@@ -201,7 +200,7 @@ class WeightedObjective:
         self._stats = reduce_stats(self.current.stats, self.context)
         self.controller.observe(self._stats)
 
-    def _weigh(self, targets: Tensor) -> None:
+    def _set_coefficients(self, targets: Tensor) -> None:
         weights = self.controller.loss_weights()
         if weights is None:
             self._coefficients = None

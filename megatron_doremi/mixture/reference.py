@@ -1,4 +1,4 @@
-"""The reference: a second, frozen model with its own configuration on the proxy's layout."""
+"""The reference: a second, frozen model with its own configuration, on the layout of the proxy."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from megatron_doremi.parallel.context import ParallelContext
 
 @dataclass(frozen=True)
 class ReferenceRun:
-    """What a finished run of this program says of its model.
+    """A run of this program whose model is loaded.
 
     Attributes:
         gpt: shape of the model.
-        weights: folder of its newest complete checkpoint's weights.
+        weights: folder of the weights in its newest complete checkpoint.
         iteration: step of that checkpoint.
-        global_batch_size: windows in a step of that run.
+        global_batch_size: windows per step of that run.
     """
 
     gpt: GPTConfig
@@ -38,23 +38,23 @@ class ReferenceRun:
 def check_reference(
     run_config: RunConfigFile, flag: str, folder: Path, manifest: Manifest, seq_length: int, vocab_size: int
 ) -> GPTConfig:
-    """Checks that a run's model can score this data, and returns its shape.
+    """Checks that a run's model can score this data set, and returns its shape.
 
     Args:
-        flag: the flag that named the run, for messages.
-        folder: where it lies, for messages.
-        vocab_size: ids of the data are below this.
+        flag: the flag that names the run, for messages.
+        folder: folder of the run, for messages.
+        vocab_size: token ids of the data are below this.
 
     Raises:
         ConfigError: the run used other domains, another tokenizer, a smaller vocabulary or a shorter window.
     """
-    what, faults = f"{flag} {folder}", []
+    subject, faults = f"{flag} {folder}", []
     gpt = run_config.gpt.gpt()
     ours = manifest.tokenizer.sha256 if manifest.tokenizer else None
     if run_config.tokenizer_sha256 != ours:
         faults.append(
             Fault(
-                what,
+                subject,
                 f"tokenizer {str(run_config.tokenizer_sha256)[:12]}",
                 f"the manifest's tokenizer, {str(ours)[:12]}",
                 "train the model on this data set: losses of other tokens cannot be compared",
@@ -63,7 +63,7 @@ def check_reference(
     if gpt.vocab_size < vocab_size:
         faults.append(
             Fault(
-                what,
+                subject,
                 f"a vocabulary of {gpt.vocab_size:,}",
                 f"at least the data's {vocab_size:,} ids",
                 "train the model on this data set",
@@ -72,7 +72,7 @@ def check_reference(
     if run_config.domains != list(manifest.names):
         faults.append(
             Fault(
-                what,
+                subject,
                 f"domains {', '.join(run_config.domains)}",
                 f"the manifest's, in its order: {', '.join(manifest.names)}",
                 "train the model on this manifest",
@@ -81,7 +81,7 @@ def check_reference(
     if gpt.position_embedding_type == "learned_absolute" and gpt.max_positions < seq_length:
         faults.append(
             Fault(
-                what,
+                subject,
                 f"learned positions up to {gpt.max_positions}",
                 f"--seq-length {seq_length}",
                 "train the model with this --seq-length",
@@ -92,7 +92,7 @@ def check_reference(
 
 
 class OnlineReference:
-    """Scores the proxy's micro-batches with the reference as they come, a forward pass each."""
+    """Scores the proxy's micro-batches with the reference during training: one more forward pass per micro-batch."""
 
     def __init__(
         self,
@@ -112,11 +112,14 @@ class OnlineReference:
         self.module = load_frozen(run.gpt, run.weights, context, dtype, loss_chunk_tokens)
 
     def score(self, micro_batches: Sequence[MicroBatch], count: int) -> tuple[MicroBatch, ...]:
-        """The micro-batches with the reference's losses, on the last stage; elsewhere as they came. A collective call.
+        """Adds the reference's losses to micro-batches; a collective call.
 
         Args:
-            micro_batches: of this rank; empty on stages in the middle.
-            count: how many each rank of the replica has.
+            micro_batches: of this rank; empty on the middle stages.
+            count: number of micro-batches, on every rank of the replica.
+
+        Returns:
+            the micro-batches, with the reference's losses on the last stage and unchanged on all others.
         """
         losses = forward_only(self.module, micro_batches, count, self.shape, self.context)
         if not losses:

@@ -1,13 +1,13 @@
-"""Static mixtures: weights that follow from the domains' sizes and the run's budget, or from a file, before training.
+"""Static mixtures: weights computed before training from the domains' sizes and the run's budget, or read from a file.
 
-With N_i the tokens of domain i, B the tokens that a run reads, and E the passes over a domain that are allowed:
+With N_i the tokens of domain i, B the tokens that a run reads, and E the maximum number of epochs of a domain:
 
     uniform        1 / k
     natural        N_i / sum_j N_j
-    temperature:T  N_i^(1/T) / sum_j N_j^(1/T): natural at T = 1, toward uniform as T grows
-    unimax         as uniform as E N_i allows (UniMax, Chung et al. 2023, arXiv 2304.09151, Algorithm 1)
-    given          those of a Megatron-LM list
-    FILE           those of a weights file
+    temperature:T  N_i^(1/T) / sum_j N_j^(1/T): natural for T = 1, approaches uniform as T grows
+    unimax         as uniform as the caps E N_i allow (UniMax, Chung et al. 2023, arXiv 2304.09151, Algorithm 1)
+    given          the weights in a list 'weight prefix weight prefix ...'
+    FILE           the weights in a weights file
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ def is_weights_file(setting: str) -> bool:
 
 @dataclass(frozen=True)
 class Budget:
-    """What `unimax` divides among the domains.
+    """The budget that `unimax` divides among the domains.
 
     Attributes:
-        tokens: B, that the run reads in all.
-        domain_tokens: [k] N_i, in the windows of one pass over each domain.
-        max_epochs: E, passes over a domain at most.
+        tokens: B, tokens that the run reads in total.
+        domain_tokens: [k] N_i, tokens in the windows of one epoch of each domain.
+        max_epochs: E, maximum number of epochs of a domain.
     """
 
     tokens: int
@@ -51,7 +51,7 @@ class Budget:
 
 
 class StaticMixture(MixtureController):
-    """Sampling weights that never change, and a plain mean loss."""
+    """Sampling weights that never change; the loss is the mean over tokens."""
 
     method = "static"
 
@@ -67,34 +67,35 @@ class StaticMixture(MixtureController):
 
 
 def temperature_weights(tokens: Sequence[int], temperature: float) -> NDArray[np.float64]:
-    """[k] weights in proportion to N_i^(1/T).
+    """[k] weights proportional to N_i^(1/T).
 
     Args:
-        tokens: [k] N_i, not negative, one of them positive.
+        tokens: [k] N_i, non-negative, at least one positive.
         temperature: T, positive.
     """
     with np.errstate(divide="ignore"):
         logs = np.log(np.array(tokens, dtype=np.float64)) / temperature
-    # The largest is 1: no power overflows, however small T.
+    # The largest power is 1, so that none overflows for a small T.
     powers = np.exp(logs - logs.max())
     return powers / powers.sum()
 
 
 def unimax_weights(budget: Budget) -> NDArray[np.float64]:
-    """[k] weights of UniMax: domains in ascending size take an equal part of what is left, or E N_i if that is less.
+    """[k] weights of UniMax: in ascending order of size, each domain takes an equal share of the remaining budget, or
+    its cap E N_i if that is less.
 
     Raises:
-        ValueError: all domains E times over are fewer than B tokens.
+        ValueError: E epochs of all domains are fewer than B tokens.
     """
     sizes = np.array(budget.domain_tokens, dtype=np.float64)
     caps = budget.max_epochs * sizes
-    # What rounding takes from a budget that is exactly filled is no lack of text.
+    # The tolerance admits a budget that equals the sum of the caps up to rounding.
     if not caps.sum() >= budget.tokens * (1.0 - 1e-12):
         raise ValueError("the caps sum to less than the budget")
-    left, taken = float(budget.tokens), np.zeros(len(sizes))
-    for place, domain in enumerate(np.argsort(sizes, kind="stable")):
-        taken[domain] = min(left / (len(sizes) - place), caps[domain])
-        left -= taken[domain]
+    remaining, taken = float(budget.tokens), np.zeros(len(sizes))
+    for served, domain in enumerate(np.argsort(sizes, kind="stable")):
+        taken[domain] = min(remaining / (len(sizes) - served), caps[domain])
+        remaining -= taken[domain]
     return taken / taken.sum()
 
 
@@ -108,13 +109,13 @@ def resolve_weights(
     """[k] sampling weights, sum 1, for --domain-weights.
 
     Args:
-        setting: one of the names above, or a file.
+        setting: one of the names in the module's docstring, or a file.
         allow_tokenizer_mismatch, allow_unfinished: see `load_weights`.
-        budget: of the run; only `unimax` reads it.
+        budget: of the run; read for `unimax` only.
 
     Raises:
-        ConfigError: `given` for a manifest without weights, sizes that are not known, a temperature that is not a
-            positive number, a budget that `unimax` cannot fill, or what `load_weights` raises.
+        ConfigError: `given` for a manifest without weights, unknown domain sizes, a temperature that is not a positive
+            number, a budget above the caps of `unimax`, or an error of `load_weights`.
     """
     subject, count = f"--domain-weights {setting}", len(manifest.domains)
     if setting == "given":
@@ -152,7 +153,7 @@ def _temperature(setting: str) -> float:
 
 def _resolve_unimax(subject: str, manifest: Manifest, budget: Budget | None) -> NDArray[np.float64]:
     if budget is None:
-        rule = "a number of steps and a cap: UniMax repeats no domain more often than that"
+        rule = "a number of steps, and a cap on the epochs of each domain"
         raise ConfigError(Fault(subject, "no budget", rule, "give --train-iters and --max-epochs-per-domain"))
     try:
         weights = unimax_weights(budget)

@@ -1,4 +1,4 @@
-"""Forward passes without gradients through all pipeline stages: for the frozen reference and evaluation."""
+"""Forward passes without gradients through all pipeline stages, for the frozen reference and evaluation."""
 
 from __future__ import annotations
 
@@ -30,7 +30,6 @@ def forward_only(
         micro_batches: read on the first and the last stage only.
         count: number of micro-batches, on every stage.
         shape: (batch, seq) of a micro-batch.
-        context: the layout, and this rank's coordinates in it.
 
     Returns:
         On the last stage, for each micro-batch, [batch, seq] token losses in nats; an empty list on other stages.

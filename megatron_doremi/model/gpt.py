@@ -1,8 +1,8 @@
 """The pre-norm transformer block: attention and feed-forward layer, each added to the residual stream.
 
 Shapes: b batch, s seq, h hidden, n query heads, g key-value heads, d head width, t ranks of the tensor group.
-Between blocks activations are [b, s, h], or [b, s / t, h] with sequence parallel. The block knows how its
-layers are sharded (`TensorParallel`) and nothing of stages or engines.
+Between blocks activations are [b, s, h], or [b, s / t, h] with sequence parallelism. The block knows how its layers
+are sharded (`TensorParallel`), but nothing about stages or engines.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def residual_std(gpt: GPTConfig) -> float:
 
 
 def recomputed(function: Callable[..., Tensor], *inputs: Tensor | RotaryTable | None) -> Tensor:
-    """Calls a function and keeps only its inputs; the backward pass calls it again (Chen et al. 2016).
+    """Calls a function and keeps only its inputs; the backward pass recomputes the rest (Chen et al. 2016).
 
-    There is no dropout, so no random state has to be restored.
+    Without dropout there is no random state to restore.
     """
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
@@ -40,8 +40,8 @@ def recomputed(function: Callable[..., Tensor], *inputs: Tensor | RotaryTable | 
 class Attention(nn.Module):
     """Causal self-attention with grouped queries; heads are sharded over the tensor-parallel group by key-value group.
 
-    The fused projection holds, for each key-value group, its query heads, its key and its value, so that a
-    shard of its rows holds complete groups.
+    The fused projection holds, for each key-value group, its query heads, its key and its value, so that each shard
+    of its rows holds complete groups.
     """
 
     def __init__(self, gpt: GPTConfig, tp: TensorParallel, recompute: bool):
@@ -61,7 +61,7 @@ class Attention(nn.Module):
         return self.proj(mixed)
 
     def _mix(self, qkv: Tensor, rotary: RotaryTable | None) -> Tensor:
-        """From the fused projection, [b, s, (n + 2 g) d / t], to the heads' outputs, [b, s, n d / t]."""
+        """Attention of the fused projection, [b, s, (n + 2 g) d / t] -> heads' outputs, [b, s, n d / t]."""
         b, s, _ = qkv.shape
         qkv = qkv.view(b, s, self.groups, self.queries_per_group + 2, self.width)
         q, k, v = qkv.split([self.queries_per_group, 1, 1], dim=3)
@@ -97,7 +97,7 @@ class Block(nn.Module):
 
     def __init__(self, gpt: GPTConfig, tp: TensorParallel, recompute: str = "none"):
         """Args:
-        recompute: what the backward pass computes again: none, selective (attention between its projections), full.
+        recompute: what the backward pass recomputes: none, selective (attention between its projections), or full.
         """
         super().__init__()
         self.recompute = recompute == "full"
@@ -108,7 +108,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rotary: RotaryTable | None) -> Tensor:
         """Args:
-        rotary: the table of all positions of the sequence, which attention sees; None with learned positions.
+        rotary: the table of all positions of the sequence; None with learned positions.
         """
         return recomputed(self._forward, x, rotary) if self.recompute else self._forward(x, rotary)
 

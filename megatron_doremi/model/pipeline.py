@@ -1,7 +1,7 @@
-"""The GPT as a DeepSpeed pipeline: its layers in order, the stage split, and the token loss at its end.
+"""The GPT as a DeepSpeed pipeline: its layers in order, the split into stages, and the token losses at its end.
 
-The same module serves training (inside an engine), the frozen reference and evaluation. Layers carry the
-names that parameters have in checkpoints ("layers.3.attention.qkv.weight"), whatever the stage split.
+The same module is used for training (inside an engine), for the frozen reference and for evaluation. Layers have the
+names that parameters have in checkpoints ("layers.3.attention.qkv.weight"), regardless of the split into stages.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def layer_names(gpt: GPTConfig) -> list[str]:
 
 
 class NamedLayers:
-    """The part of the GPT that a rank holds, as training, checkpoints and evaluation use it; base of its two forms."""
+    """The part of the GPT that a rank holds; the common base of `GPTPipeline` and `GPTModel`."""
 
     gpt: GPTConfig
     tp: TensorParallel
@@ -96,7 +96,7 @@ class NamedLayers:
 
 
 class GPTPipeline(NamedLayers, PipelineModuleHooks):
-    """This rank's stage of the GPT; initial values depend on `seed` and names alone."""
+    """This rank's stage of the GPT; initial values depend only on `seed` and the parameters' names."""
 
     def __init__(
         self,
@@ -120,7 +120,7 @@ class GPTPipeline(NamedLayers, PipelineModuleHooks):
             axes=["pipe", "data", "model"],
             dims=[topology.pipe_size, topology.data_size, topology.tensor_size],
         )
-        # DeepSpeed prints its topology and stage tables; ours are in config.json and the dry run.
+        # Suppresses DeepSpeed's tables of topology and stages; ours are in config.json and the dry run.
         with contextlib.redirect_stdout(io.StringIO()):
             super().__init__(
                 layers=layer_specs(gpt, tp, recompute),
@@ -129,7 +129,7 @@ class GPTPipeline(NamedLayers, PipelineModuleHooks):
                 partition_method="uniform",
             )
         if seed is not None:
-            self._start(seed)
+            self._initialize_layers(seed)
         mark_for_gradient_norm((p for _, p in self.model_parameters()), topology)
 
     def layer_bounds(self, num_stages: int) -> list[int]:
@@ -137,7 +137,7 @@ class GPTPipeline(NamedLayers, PipelineModuleHooks):
         after = len(self.names) - first - self.gpt.num_layers
         return stage_bounds(self.gpt.num_layers, num_stages, first, after)
 
-    def _start(self, seed: int) -> None:
+    def _initialize_layers(self, seed: int) -> None:
         for name, layer in self.named_layers():
             initialize(layer, name, seed, self.tp.group)
 
@@ -152,7 +152,7 @@ class GPTPipeline(NamedLayers, PipelineModuleHooks):
             yield name, self.tied_layer(TIED_KEY) if tied else self.untied_layer(index)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Replaces DeepSpeed's, which gives every layer one input: blocks take positions too."""
+        """Replaces DeepSpeed's forward pass, which gives every layer one input: blocks also take positions."""
         return self._through(self.layer_functions(), x)
 
     def run(self, x: Tensor, targets: Tensor | None) -> Tensor:
@@ -183,7 +183,7 @@ def output_losses(
 
 
 def layer_specs(gpt: GPTConfig, tp: TensorParallel, recompute: str) -> list[LayerSpec]:
-    """How to build each layer of `layer_names`."""
+    """The specs of the layers in `layer_names`, in order."""
     padded = gpt.padded_vocab_size(tp.size)
     embedding = (gpt.vocab_size, padded, gpt.hidden_size, gpt.init_method_std, tp)
     specs: list[LayerSpec] = []
@@ -203,7 +203,7 @@ def layer_specs(gpt: GPTConfig, tp: TensorParallel, recompute: str) -> list[Laye
 
 
 def mark_for_gradient_norm(parameters: Iterable[nn.Parameter], topology: Topology) -> None:
-    """Tells DeepSpeed which parameters this rank counts in the global gradient norm: each of the model once."""
+    """Marks the parameters that this rank counts in the global gradient norm, so that each is counted once."""
     for parameter in parameters:
         replicated = spec_of(parameter).dim is None
         first = not replicated or topology.tensor_rank == 0

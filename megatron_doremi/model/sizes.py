@@ -1,4 +1,4 @@
-"""Numbers of parameters by layer, counted on the meta device."""
+"""Number of parameters of each layer, counted on the meta device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The GPT as one module whose forward pass returns token losses: for ZeRO 2 and 3, which have no pipeline."""
+"""The GPT as one module whose forward pass returns token losses, for ZeRO 2 and 3, which have no pipeline."""
 
 from __future__ import annotations
 
@@ -90,5 +90,5 @@ class GPTModel(NamedLayers, nn.Module):
         return self(x, targets)
 
 
-# The part of the GPT that a rank holds.
+# The part of the GPT that a rank holds, in either form.
 GPT = GPTPipeline | GPTModel
