@@ -1,7 +1,7 @@
-"""The command line: flags made from the dataclasses of config.py, read with every fault said at once.
+"""The command line: flags derived from the dataclasses of config.py, parsed with all faults collected.
 
-Megatron-LM's spelling throughout. Values are read here and not by argparse, because argparse leaves at the
-first thing that it does not like.
+Flags are spelled as in Megatron-LM. Values are parsed here and not by argparse, because argparse exits at the first
+error.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _TITLES = {
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that hands its complaint back in place of leaving."""
+    """A parser that raises its errors instead of exiting."""
 
     def error(self, message: str) -> typing.NoReturn:
         raise argparse.ArgumentError(None, message)
@@ -45,31 +45,31 @@ def build_parser() -> argparse.ArgumentParser:
     )
     for section, cls in SECTIONS.items():
         group = parser.add_argument_group(_TITLES[section])
-        for entry in dataclasses.fields(cls):
-            _add_flag(group, entry)
+        for field in dataclasses.fields(cls):
+            _add_flag(group, field)
     return parser
 
 
-def _add_flag(group: argparse._ArgumentGroup, entry: dataclasses.Field[Any]) -> None:
-    name = "--" + entry.name.replace("_", "-")
-    text = entry.metadata["help"].replace("%", "%%")
-    if entry.type == "bool":
+def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field[Any]) -> None:
+    name = "--" + field.name.replace("_", "-")
+    text = field.metadata["help"].replace("%", "%%")
+    if field.type == "bool":
         group.add_argument(name, action="store_true", help=text)
         return
-    if entry.type == "tuple[str, ...]":
+    if field.type == "tuple[str, ...]":
         group.add_argument(name, nargs="+", metavar="NAME", help=text)
         return
-    choices = entry.metadata["choices"]
-    metavar = "{" + ",".join(map(str, choices)) + "}" if choices else entry.name.rsplit("_", 1)[-1].upper()
-    default = f" (default: {entry.default})" if entry.default not in ("", 0, ()) else ""
+    choices = field.metadata["choices"]
+    metavar = "{" + ",".join(map(str, choices)) + "}" if choices else field.name.rsplit("_", 1)[-1].upper()
+    default = f" (default: {field.default})" if field.default not in ("", 0, ()) else ""
     group.add_argument(name, metavar=metavar, help=text + default)
 
 
 def parse_config(argv: Sequence[str], world_size: int) -> Config:
-    """Reads and checks the command line; `read_command_line` without its faults.
+    """Parses and checks the command line.
 
     Raises:
-        ConfigError: with every fault of the command line.
+        ConfigError: with all faults of the command line.
     """
     config, faults = read_command_line(argv, world_size)
     raise_if_any(faults)
@@ -77,7 +77,7 @@ def parse_config(argv: Sequence[str], world_size: int) -> Config:
 
 
 def read_command_line(argv: Sequence[str], world_size: int) -> tuple[Config, list[Fault]]:
-    """The settings, and every fault of the command line. Where one has a fault its default, or its value, stands.
+    """The settings, and all faults of the command line. A setting with a fault has its default or the given value.
 
     Args:
         argv: the arguments without the program's name.
@@ -89,8 +89,8 @@ def read_command_line(argv: Sequence[str], world_size: int) -> tuple[Config, lis
     unknown: list[str] = []
     try:
         # The deepspeed launcher adds --local_rank; launch.py reads LOCAL_RANK, which it sets as well.
-        own = [word for word in argv if not word.startswith("--local_rank=")]
-        known, unknown = parser.parse_known_args(own)
+        arguments = [word for word in argv if not word.startswith("--local_rank=")]
+        known, unknown = parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
         faults.append(Fault("command line", str(error), "each flag with its value", "see --help"))
         readable = False
@@ -100,17 +100,17 @@ def read_command_line(argv: Sequence[str], world_size: int) -> tuple[Config, lis
     sections = {}
     for section, cls in SECTIONS.items():
         values = {}
-        for entry in dataclasses.fields(cls):
-            if hasattr(known, entry.name):
-                value, fault = _read(entry, getattr(known, entry.name))
-                values[entry.name] = value
+        for field in dataclasses.fields(cls):
+            if hasattr(known, field.name):
+                value, fault = _read(field, getattr(known, field.name))
+                values[field.name] = value
                 faults += fault
                 unreadable |= {each.subject for each in fault}
         sections[section] = cls(**values)
     config = Config(**sections)
-    # A flag whose value cannot be read has its default here: what follows from that is no fault of the user's.
-    found = find_faults(config, world_size) if readable else []
-    return config, faults + [fault for fault in found if fault.subject not in unreadable]
+    # A flag whose value cannot be parsed has its default here; faults that follow from that default are not the user's.
+    setting_faults = find_faults(config, world_size) if readable else []
+    return config, faults + [fault for fault in setting_faults if fault.subject not in unreadable]
 
 
 def _unknown_faults(unknown: Sequence[str]) -> list[Fault]:
@@ -118,7 +118,7 @@ def _unknown_faults(unknown: Sequence[str]) -> list[Fault]:
     faults = []
     previous = ""
     for word in unknown:
-        # The value of an unknown flag goes with it.
+        # The value that follows an unknown flag is part of the same fault.
         if word.startswith("-") or not previous.startswith("-"):
             near = difflib.get_close_matches(word.split("=")[0], flags, n=1)
             remedy = f"did you mean {near[0]}?" if near else "see --help for all flags"
@@ -128,26 +128,26 @@ def _unknown_faults(unknown: Sequence[str]) -> list[Fault]:
     return faults
 
 
-def _read(entry: dataclasses.Field[Any], text: Any) -> tuple[Any, list[Fault]]:
-    """The value of a flag, or its default and a fault."""
-    flag = "--" + entry.name.replace("_", "-")
-    if entry.type == "bool":
+def _read(field: dataclasses.Field[Any], text: Any) -> tuple[Any, list[Fault]]:
+    """The parsed value of a flag, or its default and a fault."""
+    flag = "--" + field.name.replace("_", "-")
+    if field.type == "bool":
         return text, []
-    if entry.type == "tuple[str, ...]":
+    if field.type == "tuple[str, ...]":
         return tuple(name.replace("-", "_") for word in text for name in word.split(",") if name), []
     value: Any = text
     try:
-        if entry.type == "int":
+        if field.type == "int":
             value = int(text)
-        elif entry.type == "float":
+        elif field.type == "float":
             value = float(text)
             if not math.isfinite(value):
                 raise ValueError
     except ValueError:
-        kind = "a whole number" if entry.type == "int" else "a finite number"
-        return entry.default, [Fault(flag, text, kind, f"give {flag} {kind}")]
-    choices = entry.metadata["choices"]
+        kind = "a whole number" if field.type == "int" else "a finite number"
+        return field.default, [Fault(flag, text, kind, f"give {flag} {kind}")]
+    choices = field.metadata["choices"]
     if choices and value not in choices:
         listed = ", ".join(map(str, choices))
-        return entry.default, [Fault(flag, text, f"one of {listed}", f"give {flag} one of these")]
+        return field.default, [Fault(flag, text, f"one of {listed}", f"give {flag} one of these")]
     return value, []

@@ -1,4 +1,4 @@
-"""The run as resolved: what follows from the settings, the layout and the data, derived once and read everywhere."""
+"""The resolved run: everything that follows from settings, layout and data, derived once and read everywhere."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from megatron_doremi.shapes import GPTConfig
 
 @dataclass(frozen=True)
 class RunPlan:
-    """A run as it will be: every phase, --dry-run, DeepSpeed's configuration, resume and reports read it.
+    """A resolved run; every phase, --dry-run, DeepSpeed's configuration, resume and reports read it.
 
     Attributes:
-        config: the settings that were given.
+        config: the settings as given.
         topology: the layout and this rank's place in it.
-        gpt: shape of the model: of the run's own, or of the one that it loads.
+        gpt: shape of the model that the run trains or loads.
         names: the k domains.
-        window_counts: [k] windows of each domain's training stream; 0 where a phase reads none.
-        sampling_weights: [k] float64 at the start of the run, sum 1.
+        window_counts: [k] windows of each domain's training stream; empty if the phase reads none.
+        sampling_weights: [k] float64, sum 1, at the start of the run.
         global_batch_size: windows in a step, over all ranks.
         micro_batches: forward passes of a rank in a step.
     """
@@ -40,7 +40,7 @@ class RunPlan:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of weights and activations."""
+        """The dtype of weights and activations."""
         return torch.bfloat16 if self.config.optimizer.bf16 else torch.float32
 
     @property
@@ -50,7 +50,7 @@ class RunPlan:
 
     @property
     def blend(self) -> Blend:
-        """Which windows a step reads."""
+        """The blend, which picks the windows of each step."""
         return Blend(self.names, self.window_counts, self.global_batch_size, self.config.data.seed)
 
     @property
@@ -60,19 +60,19 @@ class RunPlan:
 
     @property
     def windows(self) -> int:
-        """Windows that the whole run reads, over all ranks and domains."""
+        """Windows that the run reads, over all steps, ranks and domains."""
         return self.config.data.train_iters * self.global_batch_size
 
     @property
     def tokens(self) -> int:
-        """Tokens that the whole run reads."""
+        """Tokens that the run reads."""
         return run_tokens(self.config, self.topology.data_size)
 
     @property
     def windows_needed(self) -> tuple[int, ...]:
-        """[k] windows of each domain that the whole run reads, at most one too many; all of them without --train-iters.
+        """[k] windows of each domain that the run reads, rounded up by at most one; without --train-iters, all.
 
-        A domain's quota stays less than a window from its share, so its count follows without playing the blend.
+        The blend keeps each domain within one window of its share, so the count follows without running the blend.
         """
         if not self.config.data.train_iters:
             return self.window_counts
@@ -81,14 +81,14 @@ class RunPlan:
 
     @property
     def epochs(self) -> NDArray[np.float64]:
-        """[k] passes over each domain under the sampling weights; exact to less than one window."""
+        """[k] epochs of each domain under the sampling weights, exact to within one window."""
         return self.windows * self.sampling_weights / np.array(self.window_counts, dtype=np.float64)
 
 
 def batch_sizes(config: Config, data_size: int) -> tuple[int, int]:
-    """(windows in a global batch, micro-batches of a rank and step) on `data_size` replicas.
+    """(windows in a global batch, micro-batches per rank and step) on `data_size` replicas.
 
-    Without --global-batch-size a step takes one micro-batch a replica.
+    Without --global-batch-size a step has one micro-batch per replica.
     """
     windows_per_pass = config.data.micro_batch_size * data_size
     global_batch_size = config.data.global_batch_size or windows_per_pass
@@ -96,7 +96,7 @@ def batch_sizes(config: Config, data_size: int) -> tuple[int, int]:
 
 
 def run_tokens(config: Config, data_size: int) -> int:
-    """Tokens that a whole run on `data_size` replicas reads."""
+    """Tokens that a run on `data_size` replicas reads."""
     return config.data.train_iters * batch_sizes(config, data_size)[0] * config.data.seq_length
 
 
@@ -108,6 +108,6 @@ def make_plan(
     window_counts: tuple[int, ...],
     sampling_weights: NDArray[np.float64],
 ) -> RunPlan:
-    """Resolves a run; see `RunPlan` for what is given."""
+    """Resolves a run; see `RunPlan` for the arguments."""
     sizes = batch_sizes(config, topology.data_size)
     return RunPlan(config, topology, gpt, names, window_counts, sampling_weights, *sizes)

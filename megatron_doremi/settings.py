@@ -1,9 +1,9 @@
-"""What a setting is: a dataclass field that is also a flag, for some phases, within bounds."""
+"""A setting: a dataclass field that is also a flag, with the phases that read it and the bounds of its value."""
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 REFERENCE, SCORE, PROXY, MAIN, EVALUATE = "reference", "score", "proxy", "main", "evaluate"
@@ -17,10 +17,10 @@ MAX_LAYERS, MAX_WIDTH = 10_000, 1 << 20
 
 @dataclass(frozen=True)
 class Bounds:
-    """Where a number may lie. Far above anything in use, and low enough that a typing mistake takes no memory.
+    """The range of a number: far above anything in use, and low enough that a typo allocates no memory.
 
     Attributes:
-        low, high: both allowed, unless above_low or below_high is set.
+        low, high: both included, unless above_low or below_high is set.
     """
 
     low: float
@@ -64,13 +64,15 @@ def setting(
     """A dataclass field that is also a flag.
 
     Args:
-        choices: the values that it may have; empty where any will do.
-        phases: that read it, and outside of which it is refused; None: the `default_phases` of its section.
-        bounds: of a number.
+        choices: the allowed values; empty: any.
+        phases: the phases that read it; others refuse it. None: the `default_phases` of its section.
+        bounds: the range of a number.
     """
-    return field(default=default, metadata={"help": help, "choices": choices, "phases": phases, "bounds": bounds})
+    return dataclasses.field(
+        default=default, metadata={"help": help, "choices": choices, "phases": phases, "bounds": bounds}
+    )
 
 
-def phases_of(section: type, entry: dataclasses.Field[Any]) -> tuple[str, ...]:
+def phases_of(section: type, field: dataclasses.Field[Any]) -> tuple[str, ...]:
     """The phases that read a setting of a section."""
-    return entry.metadata["phases"] or section.default_phases  # type: ignore[attr-defined]
+    return field.metadata["phases"] or section.default_phases  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Shapes of transformers: those of the paper by name, and one with every size resolved."""
+"""Shapes of transformers: the paper's by name, and one with every size resolved."""
 
 from __future__ import annotations
 
@@ -24,9 +24,8 @@ PAPER_SHAPES: dict[str, tuple[int, int, int, int, int]] = {
 class GPTConfig:
     """A transformer with every size resolved: all that its forward pass and its parameters depend on.
 
-    A default is what a config.json or checkpoint that lacks the field means, whatever the default of the flag: a new
-    field needs one, the value that describes every model trained before it, and no default is ever changed. Sizes have
-    none.
+    A default is the value of a config.json or checkpoint without the field, whatever the default of the flag. A new
+    field needs a default that describes every model trained before it, and no default is ever changed. Sizes have none.
     """
 
     num_layers: int
@@ -54,6 +53,6 @@ class GPTConfig:
 
 
 def with_defaults(shape: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a `GPTConfig` that a file records, and the defaults of those that it lacks."""
+    """The fields of a `GPTConfig` in a file, with the defaults of missing fields."""
     defaults = {field.name: field.default for field in fields(GPTConfig) if field.default is not MISSING}
     return {**defaults, **shape}

@@ -1,4 +1,4 @@
-"""What can be wrong with the settings by themselves: every fault, found before data is opened or a model built."""
+"""Faults of the settings by themselves: found, all of them, before data is opened or a model is built."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from megatron_doremi.settings import EVALUATE, PHASES, PROXY, SCORE, TRAINING, U
 
 
 def find_faults(config: Config, world_size: int) -> list[Fault]:
-    """Everything that is wrong with the settings by themselves, before any file is opened."""
+    """All faults of the settings by themselves, before any file is opened."""
     return [
         *_required(config),
         *_ranges(config),
@@ -33,7 +33,7 @@ def find_faults(config: Config, world_size: int) -> list[Fault]:
 
 
 def _reads_shape(config: Config) -> bool:
-    """Whether the model flags describe the model: score and evaluate read a shape in a dry run only, where given."""
+    """Whether the model flags apply: score and evaluate read them in a dry run only, and only where given."""
     return config.data.phase not in (SCORE, EVALUATE) or (config.run.dry_run and states_shape(config.model))
 
 
@@ -49,7 +49,7 @@ def _holds_run(save: Path) -> bool:
     try:
         return any((save / "checkpoints").glob("iter_*"))
     except (OSError, ValueError):
-        # No path at all; said when the outputs are tried.
+        # Not a path; output_checks.py reports it.
         return False
 
 
@@ -63,26 +63,32 @@ def _required(config: Config) -> list[Fault]:
     need("phase", data.phase, f"one of {', '.join(PHASES)}")
     need("domains", data.domains, "a manifest of the domains")
     if data.phase == EVALUATE:
-        need("load", run.load, "an evaluation reads the weights of a finished run")
+        need("load", run.load, "an evaluation loads a trained run")
     elif data.phase == SCORE:
-        need("save", run.save or run.dry_run, "scoring needs a folder for the losses")
-        need("reference_load", config.doremi.reference_load, "scoring takes a trained reference")
+        need("save", run.save or run.dry_run, "scoring writes the losses to a folder")
+        need("reference_load", config.doremi.reference_load, "scoring loads a trained reference")
     elif data.phase:
         need("train_iters", data.train_iters, "training needs a number of steps")
-        need("save", run.save or run.dry_run, "training needs a folder for its results")
+        need("save", run.save or run.dry_run, "training writes its results to a folder")
     if data.domain_weights == UNIMAX and data.phase != EVALUATE:
-        cap = "--domain-weights unimax fits the mixture to a cap on each domain's epochs"
+        cap = "--domain-weights unimax fits the mixture to a cap on epochs per domain"
         need("max_epochs_per_domain", data.max_epochs_per_domain, cap)
         if data.phase == SCORE:
-            need("train_iters", data.train_iters, "--domain-weights unimax divides the tokens of the proxies to come")
+            need(
+                "train_iters", data.train_iters, "--domain-weights unimax divides the tokens that the proxies will read"
+            )
     elif data.phase == SCORE and data.max_epochs_per_domain:
-        faults.append(_without_effect("--max-epochs-per-domain", "score reads it for --domain-weights unimax alone"))
+        faults.append(_without_effect("--max-epochs-per-domain", "score reads it only for --domain-weights unimax"))
     online = config.doremi.reference_losses == "online"
     if data.phase == PROXY and config.doremi.doremi_objective != "hardest" and online:
         need("reference_load", config.doremi.reference_load, "a proxy is trained against a reference's losses")
     if data.phase == PROXY and config.doremi.reference_load:
         if not online:
-            faults.append(_without_effect("--reference-load", "--reference-losses names what its losses are read from"))
+            faults.append(
+                _without_effect(
+                    "--reference-load", "--reference-losses already names the source of the reference losses"
+                )
+            )
         elif config.doremi.doremi_objective == "hardest":
             faults.append(_without_effect("--reference-load", "--doremi-objective hardest reads no reference"))
     holds_run = bool(run.save) and _holds_run(Path(run.save))
@@ -91,8 +97,8 @@ def _required(config: Config) -> list[Fault]:
             Fault(
                 "--save",
                 f"{run.save} holds a run",
-                "a folder of its own for each run",
-                f"add --load {run.save} to go on with it, or give another folder",
+                "a separate folder for each run",
+                f"add --load {run.save} to resume it, or give another folder",
             )
         )
     if run.load and run.save and data.phase != EVALUATE and realpath(run.load) != realpath(run.save):
@@ -100,7 +106,7 @@ def _required(config: Config) -> list[Fault]:
             Fault(
                 "--load",
                 run.load,
-                f"a run goes on in its own folder, --save {run.save}",
+                f"a run resumes in its own folder, --save {run.save}",
                 "give the same folder to --load and --save",
             )
         )
@@ -108,20 +114,20 @@ def _required(config: Config) -> list[Fault]:
 
 
 def phase_faults(phase: str, given: Collection[str]) -> list[Fault]:
-    """Faults of flags that were given although the phase does not read them: they would have no effect, silently.
+    """Faults of flags that the phase does not read: they would be ignored silently.
 
-    A dry run of any phase takes the model flags: they state the shape of a run that does not exist yet.
+    A dry run of any phase accepts the model flags: they give the shape of a run that does not exist yet.
     """
     if phase not in PHASES:
         return []
     unread: dict[tuple[bool, tuple[str, ...]], list[str]] = {}
     for section, cls in SECTIONS.items():
-        for entry in dataclasses.fields(cls):
-            phases = phases_of(cls, entry)
+        for field in dataclasses.fields(cls):
+            phases = phases_of(cls, field)
             if section == "model" and "dry_run" in given:
                 phases = PHASES
-            if entry.name in given and phase not in phases:
-                unread.setdefault((section == "model", phases), []).append(_flag(entry.name))
+            if field.name in given and phase not in phases:
+                unread.setdefault((section == "model", phases), []).append(_flag(field.name))
     faults = []
     for (is_model, phases), flags in unread.items():
         remedy = "leave it out" if len(flags) == 1 else "leave them out"
@@ -141,10 +147,10 @@ def _ranges(config: Config) -> list[Fault]:
 
     for section in SECTIONS:
         values = getattr(config, section)
-        for entry in dataclasses.fields(values):
-            bounds, value = entry.metadata["bounds"], getattr(values, entry.name)
+        for field in dataclasses.fields(values):
+            bounds, value = field.metadata["bounds"], getattr(values, field.name)
             rule = bounds.broken_rule(value) if bounds is not None else None
-            check(rule is None, entry.name, value, rule or "")
+            check(rule is None, field.name, value, rule or "")
     doremi, optim, steps = config.doremi, config.optimizer, config.data.train_iters
     check(doremi.shard < max(1, doremi.num_shards), "shard", doremi.shard, "from 0 to --num-shards - 1")
     check(optim.min_lr <= optim.lr, "min_lr", optim.min_lr, f"between 0 and --lr {optim.lr}")
@@ -152,7 +158,9 @@ def _ranges(config: Config) -> list[Fault]:
         check(optim.min_lr > 0, "min_lr", optim.min_lr, "above 0 where the decay is exponential")
     if steps > 0:
         warmup = optim.lr_warmup_iters
-        check(warmup <= steps, "lr_warmup_iters", warmup, f"at most --train-iters {steps}: the peak is never reached")
+        check(
+            warmup <= steps, "lr_warmup_iters", warmup, f"at most --train-iters {steps}, else the peak is never reached"
+        )
     return faults
 
 
@@ -166,7 +174,7 @@ def _model_faults(model: ModelConfig, parallel: ParallelConfig) -> list[Fault]:
             Fault(
                 "--model-size",
                 model.model_size,
-                "stands in place of " + ", ".join(map(_flag, given)),
+                "in place of " + ", ".join(map(_flag, given)),
                 "give either --model-size or the sizes",
             )
         )
@@ -181,8 +189,8 @@ def _model_faults(model: ModelConfig, parallel: ParallelConfig) -> list[Fault]:
             )
         )
     wrong = any(
-        entry.metadata["bounds"] is not None and entry.metadata["bounds"].broken_rule(getattr(model, entry.name))
-        for entry in dataclasses.fields(model)
+        field.metadata["bounds"] is not None and field.metadata["bounds"].broken_rule(getattr(model, field.name))
+        for field in dataclasses.fields(model)
     )
     if faults or wrong:
         return faults
@@ -211,7 +219,7 @@ def _shape_faults(gpt: GPTConfig, model: ModelConfig, parallel: ParallelConfig) 
             Fault(
                 "--kv-channels",
                 str(gpt.kv_channels),
-                "rope turns pairs of channels: an even width",
+                "an even width: rope rotates pairs of channels",
                 "give an even --kv-channels, or --position-embedding-type learned_absolute",
             )
         )
@@ -222,17 +230,17 @@ def _shape_faults(gpt: GPTConfig, model: ModelConfig, parallel: ParallelConfig) 
 
 
 def misfits(gpt: GPTConfig, parallel: ParallelConfig) -> list[tuple[str, int, str]]:
-    """What of a model's shape cannot be cut by a layout: (the shape's field, its value, the rule that it breaks)."""
+    """Sizes of a model that a layout cannot shard: (field of the shape, its value, the rule that it breaks)."""
     tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     rule = f"must be a multiple of --tensor-model-parallel-size {tensor}"
-    found = [
+    broken = [
         (name, getattr(gpt, name), rule)
         for name in ("num_query_groups", "ffn_hidden_size")
         if tensor > 0 and getattr(gpt, name) % tensor
     ]
     if stages > gpt.num_layers:
-        found.append(("num_layers", gpt.num_layers, f"at least --pipeline-model-parallel-size {stages}"))
-    return found
+        broken.append(("num_layers", gpt.num_layers, f"at least --pipeline-model-parallel-size {stages}"))
+    return broken
 
 
 def _layout_faults(config: Config, world_size: int) -> list[Fault]:
@@ -275,7 +283,7 @@ def _layout_faults(config: Config, world_size: int) -> list[Fault]:
             Fault(
                 "--zero-stage",
                 str(parallel.zero_stage),
-                "DeepSpeed's pipeline works with ZeRO 0 and 1 only (2 and 3 shard what its stages accumulate)",
+                "DeepSpeed's pipeline supports ZeRO 0 and 1 only (2 and 3 shard what its stages accumulate)",
                 "give --zero-stage 1, or --pipeline-model-parallel-size 1",
             )
         )
@@ -284,7 +292,7 @@ def _layout_faults(config: Config, world_size: int) -> list[Fault]:
             Fault(
                 "--cpu-offload",
                 f"with --zero-stage {parallel.zero_stage}",
-                "DeepSpeed offloads what ZeRO 2 and 3 shard",
+                "DeepSpeed offloads only what ZeRO 2 and 3 shard",
                 "give --zero-stage 2 or 3, or leave it out",
             )
         )
@@ -294,7 +302,7 @@ def _layout_faults(config: Config, world_size: int) -> list[Fault]:
                 "--bf16",
                 "with --zero-stage 0",
                 "DeepSpeed would accumulate gradients in bfloat16",
-                "give --zero-stage 1, which accumulates in float32 (on one replica it shards nothing)",
+                "give --zero-stage 1, which accumulates in float32 (with one replica it shards nothing)",
             )
         )
     return faults

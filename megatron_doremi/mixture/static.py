@@ -31,7 +31,7 @@ _NAMES = "uniform, natural, temperature:T, unimax"
 
 
 def is_weights_file(setting: str) -> bool:
-    """Whether --domain-weights names a file, not a mixture; "" is the phase's default mixture."""
+    """Whether --domain-weights names a file; "" is the phase's default mixture."""
     return setting not in ("", "given", "uniform", "natural", UNIMAX) and not setting.startswith(_TEMPERATURE)
 
 

@@ -1,4 +1,4 @@
-"""What can be known of a run's files without torch, so that it is said together with a wrong flag, and at once."""
+"""Checks of a run's files that need no torch: their faults are reported at once, together with those of flags."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_doremi.settings import EVALUATE, PHASES, PROXY, SCORE, UNIMAX
 
 
 def file_faults(config: Config) -> list[Fault]:
-    """Faults of files that settings with faults of their own name: those that hang on no other setting."""
+    """Faults of files, reported beside faults of settings: only those that depend on no other setting."""
     faults: list[Fault] = []
     if config.data.domains:
         faults += _data_faults(config)
@@ -25,7 +25,7 @@ def file_faults(config: Config) -> list[Fault]:
 
 
 def reference_faults(config: Config) -> list[Fault]:
-    """Faults of the model that a run reads, by itself; the data that it should fit are at fault."""
+    """Faults of the model that a run loads, by itself: the data that it must fit cannot be read."""
     phase, faults, to_come = config.data.phase, list[Fault](), inputs_to_come(config)
     if phase == EVALUATE and config.run.load and LOADED_RUN not in to_come:
         _collect(faults, lambda: read_run_config(Path(config.run.load), "--load"))
@@ -48,7 +48,7 @@ def _data_faults(config: Config) -> list[Fault]:
             if prefix is not None:
                 _collect(faults, partial(IndexedDataset, prefix, vocab_size))
     setting = config.data.domain_weights
-    # The budget that unimax divides hangs on other settings.
+    # The budget of unimax depends on other settings.
     if setting and setting != UNIMAX and WEIGHTS not in inputs_to_come(config):
         _collect(faults, lambda: resolve_weights(setting, manifest, config.data.allow_tokenizer_mismatch))
     return faults

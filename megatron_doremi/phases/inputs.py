@@ -1,4 +1,4 @@
-"""Everything that a run reads, opened with every fault of every file collected."""
+"""Everything that a run reads, opened with all faults of all files collected."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class Inputs:
     """What a run reads.
 
     Attributes:
-        plan: the run as resolved.
+        plan: the resolved run.
         controller: what decides the mixture.
-        repeated: what its mixture repeats, in words; "" where nothing is.
-        reference: the model that scoring, an evaluation, or a proxy that scores its batches with it loads.
+        repeated: a line that lists the domains that repeat; "" if none does.
+        reference: the model that scoring, an evaluation, or a proxy with an online reference loads; else None.
         reference_losses: of a proxy that reads them from disk; else None.
-        to_come: of a dry run: flags whose files do not exist yet, and what stands in (phases/to_come.py).
+        to_come: see `inputs_to_come`; empty unless the run is a dry run.
     """
 
     data: RunData
@@ -53,7 +53,7 @@ class Inputs:
 
 
 def open_inputs(config: Config, topology: Topology) -> Inputs:
-    """Opens what the run reads. Raises ConfigError with every fault of every file."""
+    """Opens what the run reads. Raises ConfigError with all faults of all files."""
     phase, faults = config.data.phase, list[Fault]()
 
     def collect(work: Callable[[], T]) -> T | None:
@@ -66,7 +66,7 @@ def open_inputs(config: Config, topology: Topology) -> Inputs:
     to_come = inputs_to_come(config)
     opened = collect(lambda: open_data(config, phase != EVALUATE, topology.data_size, to_come))
     if opened is None:
-        # What the reference says of itself can be known without the data.
+        # The reference can be checked without the data.
         raise ConfigError([*faults, *reference_faults(config)])
     data, weights = opened
     if phase not in TRAINING:
@@ -88,11 +88,11 @@ def open_inputs(config: Config, topology: Topology) -> Inputs:
 def plan_run(
     config: Config, topology: Topology, data: RunData, weights: NDArray[np.float64], gpt: GPTConfig | None = None
 ) -> RunPlan:
-    """The run as resolved.
+    """Resolves the run.
 
     Args:
         weights: [k] sampling weights, sum 1.
-        gpt: shape of the model that is loaded; None: the one that the flags describe.
+        gpt: shape of the loaded model; None: the shape of the model flags.
     """
     shape = gpt or gpt_config(config.model, config.data.seq_length, data.vocab_size)
     counts = data.window_counts(config.data.seq_length)
@@ -110,7 +110,7 @@ def plan_text(inputs: Inputs) -> str:
 
 
 def what_is_read(inputs: Inputs) -> dict[str, Any]:
-    """What this rank sees of the files that decide a run, in hashes: a node may hold a stale copy."""
+    """Hashes of the files that decide a run, as this rank sees them: a node may hold a stale copy."""
     data, reference, reference_losses = inputs.data, inputs.reference, inputs.reference_losses
     entry: dict[str, Any] = {
         "domains": list(data.names),
@@ -121,7 +121,7 @@ def what_is_read(inputs: Inputs) -> dict[str, Any]:
         "sampling weights": inputs.plan.sampling_weights.tolist(),
     }
     if reference is not None:
-        # Not its weights, which may be gigabytes: what its checkpoint says of them.
+        # Not the weights, which may be gigabytes, but the state.json that holds their checksums.
         entry["checkpoint of the reference"] = sha256_of(reference.weights.parent / "state.json")
     if reference_losses is not None:
         entry["scores.json of the reference losses"] = sha256_of(reference_losses.folder / "scores.json")

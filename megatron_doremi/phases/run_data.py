@@ -1,4 +1,4 @@
-"""The data of a run, opened and checked: streams and held-out streams, and the sampling weights that fit them."""
+"""The data of a run, opened and checked: training and held-out streams, and their sampling weights."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class RunData:
     """The data of a run, opened and checked.
 
     Attributes:
-        train: [k] streams to train on; empty for an evaluation.
-        valid: [k] held-out streams, None where a domain has none.
-        vocab_size: ids are below this.
+        train: [k] training streams; empty for an evaluation.
+        valid: [k] held-out streams; None where a domain has none.
+        vocab_size: number of token ids.
         content: hash of names and sampled content of `train`; "" for an evaluation.
-        held_out_content: the same of `valid`.
+        held_out_content: the same hash of `valid`.
     """
 
     manifest: Manifest
@@ -49,7 +49,7 @@ class RunData:
         return self.manifest.tokenizer.sha256 if self.manifest.tokenizer else None
 
     def window_counts(self, seq_length: int) -> tuple[int, ...]:
-        """[k] windows of each stream to train on; empty for an evaluation."""
+        """[k] windows of each training stream; empty for an evaluation."""
         return tuple(window_count(dataset.num_tokens, seq_length) for dataset in self.train)
 
     def held_out_counts(self, seq_length: int) -> tuple[int, ...]:
@@ -63,13 +63,13 @@ def open_data(
     """Opens what a run on `data_size` replicas reads.
 
     Args:
-        to_come: flags of a dry run whose files do not exist yet (phases/to_come.py).
+        to_come: see `inputs_to_come`.
 
     Returns:
         the data, and [k] sampling weights, sum 1.
 
     Raises:
-        ConfigError: with every fault of every file.
+        ConfigError: with all faults of all files.
     """
     manifest = load_manifest(Path(config.data.domains))
     faults: list[Fault] = []
@@ -105,7 +105,7 @@ def open_data(
         valid.append(_open_held_out(domain, seq_length, vocab_size, faults, warnings))
     setting = "uniform" if WEIGHTS in to_come else sampling_setting(config, manifest)
     if setting == UNIMAX:
-        # A budget is divided by sizes, which have to be right.
+        # unimax divides the budget by sizes, which must be right.
         raise_if_any(faults)
     try:
         weights = resolve_weights(
@@ -134,7 +134,7 @@ def open_data(
 
 
 def _budget(config: Config, train: Sequence[IndexedDataset | None], data_size: int) -> Budget | None:
-    """What a run reads, and what there is to read; None where the flags give no budget, or a stream is missing."""
+    """The budget of unimax; None if the flags give none, or if a stream is missing."""
     data = config.data
     if not train or not data.train_iters or not data.max_epochs_per_domain or any(each is None for each in train):
         return None
@@ -144,8 +144,8 @@ def _budget(config: Config, train: Sequence[IndexedDataset | None], data_size: i
 
 
 def sampling_setting(config: Config, manifest: Manifest) -> str:
-    """--domain-weights, or its default: a proxy, and what is scored for it, is sampled
-    uniformly (Algorithm 1), others by what there is."""
+    """--domain-weights, or its default: uniform for a proxy (Algorithm 1) and for scoring, else the weights of a list
+    that has them, else natural."""
     if config.data.domain_weights:
         return config.data.domain_weights
     if config.data.phase in (PROXY, SCORE):
@@ -168,7 +168,7 @@ def _open(name: str, prefix: Path, seq_length: int, vocab_size: int, faults: lis
 def _open_held_out(
     domain: Domain, seq_length: int, vocab_size: int, faults: list[Fault], warnings: list[str]
 ) -> IndexedDataset | None:
-    """A domain's held-out stream; None, with a warning, where it does not fill one window: that never blocks a run."""
+    """A domain's held-out stream; None, with a warning, if it does not fill one window, which never blocks a run."""
     if domain.valid is None:
         return None
     try:
@@ -184,5 +184,5 @@ def _open_held_out(
 
 
 def held_out(data: RunData) -> Sequence[IndexedDataset | None]:
-    """The held-out streams, or an empty list where no domain has any."""
+    """The held-out streams; empty if no domain has one."""
     return data.valid if any(dataset is not None for dataset in data.valid) else ()

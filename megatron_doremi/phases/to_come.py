@@ -1,5 +1,5 @@
-"""Inputs of a dry run that an earlier stage has yet to write, and what stands in for each: a whole chain can be planned
-before its first stage has run. What exists is read and checked as in a run, which has no stand-ins.
+"""Stand-ins of a dry run for inputs that an earlier stage has yet to write: a whole chain can be planned before its
+first stage has run. Inputs that exist are read and checked as in a run, which has no stand-ins.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ WEIGHTS, LOSSES, REFERENCE_RUN, LOADED_RUN = "--domain-weights", "--reference-lo
 
 
 def inputs_to_come(config: Config) -> dict[str, str]:
-    """The flags that name what does not exist yet, each with a line that says what stands in; none without --dry-run.
+    """The flags of a dry run whose file or folder does not exist yet, each with a line that names the stand-in.
 
-    Whether a run lacks more than its first checkpoint is not asked: a folder that exists is read.
+    Empty without --dry-run. A folder that exists is read, even if its run has no checkpoint yet.
     """
     phase, doremi = config.data.phase, config.doremi
     stand_ins: dict[str, tuple[str, str]] = {}

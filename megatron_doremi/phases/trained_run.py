@@ -1,4 +1,4 @@
-"""A run that another one reads: the reference of a proxy or of scoring, and the model of an evaluation."""
+"""A trained run that another run loads: the reference of a proxy or of scoring, or the model of an evaluation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatron_doremi.validation import misfits
 
 
 def scores_online(config: Config, controller: MixtureController) -> bool:
-    """Whether a training run scores its own batches with a reference."""
+    """Whether a training run scores its batches with a reference as it trains."""
     return controller.needs_reference and config.doremi.reference_losses == "online"
 
 
@@ -31,15 +31,15 @@ def reads_reference_losses(config: Config, controller: MixtureController) -> boo
 
 
 def read_trained(folder: Path, flag: str, data: RunData, config: Config, needs_all_steps: bool = False) -> ReferenceRun:
-    """Finds the newest model of a run, `folder` given by `flag`, and checks that it fits this data and layout.
+    """Finds the newest checkpoint of the run in `folder`, which `flag` names, and checks that it fits data and layout.
 
     Args:
-        needs_all_steps: the run has to be finished, unless --allow-unfinished is given.
+        needs_all_steps: the run must be finished, unless --allow-unfinished is given.
     """
     run_config = read_run_config(folder, flag)
     gpt = check_reference(run_config, flag, folder, data.manifest, config.data.seq_length, data.vocab_size)
     faults = [
-        Fault(f"{flag} {folder}", f"{name} {value}", rule, "run it at another layout, or train another model")
+        Fault(f"{flag} {folder}", f"{name} {value}", rule, "choose another layout, or train another model")
         for name, value, rule in misfits(gpt, config.parallel)
     ]
     checkpoint = newest_checkpoint(folder)
@@ -47,20 +47,20 @@ def read_trained(folder: Path, flag: str, data: RunData, config: Config, needs_a
         rule = "a run that was trained to its end"
         raise ConfigError([*faults, Fault(f"{flag} {folder}", "no complete checkpoint", rule, "train it first")])
     state = read_state(checkpoint)
-    # config.json can be edited; the checkpoint says what was trained.
+    # config.json can be edited; the checkpoint records what was trained.
     recorded = state.recorded_identity()
-    told = {"domains": run_config.domains, "tokenizer_sha256": run_config.tokenizer_sha256, **asdict(gpt)}
+    stated = {"domains": run_config.domains, "tokenizer_sha256": run_config.tokenizer_sha256, **asdict(gpt)}
     trained = {name: recorded[name] for name in ("domains", "tokenizer_sha256") if name in recorded}
     trained |= recorded.get("gpt", {})
-    names = [name for name, value in trained.items() if told[name] != value]
+    names = [name for name, value in trained.items() if stated[name] != value]
     if names:
-        value = ", ".join(f"{name} {told.get(name)!r}" for name in names)
-        rule = "what its checkpoint says: " + ", ".join(f"{name} {trained[name]!r}" for name in names)
+        value = ", ".join(f"{name} {stated.get(name)!r}" for name in names)
+        rule = "as in its checkpoint: " + ", ".join(f"{name} {trained[name]!r}" for name in names)
         faults.append(Fault(f"{flag} {folder}: config.json", value, rule, "restore config.json, or train it again"))
     planned = recorded.get("train_iters", run_config.train_iters())
     if needs_all_steps and state.iteration < planned and not config.run.allow_unfinished:
         value = f"{state.iteration:,} of its {planned:,} steps taken"
-        remedy = "train it to its end, or give --allow-unfinished to take it as it is"
+        remedy = "finish it, or give --allow-unfinished to use it as it is"
         faults.append(Fault(f"{flag} {folder}", value, "a finished run", remedy))
     raise_if_any(faults)
     batch = recorded.get("global_batch_size", run_config.global_batch_size)
@@ -68,10 +68,10 @@ def read_trained(folder: Path, flag: str, data: RunData, config: Config, needs_a
 
 
 def read_reference(config: Config, data: RunData, to_come: Collection[str] = ()) -> ReferenceRun:
-    """Finds and checks the reference of a proxy, or of scoring.
+    """Finds and checks the reference of a proxy or of scoring.
 
     Args:
-        to_come: flags of a dry run whose files do not exist yet (phases/to_come.py).
+        to_come: see `inputs_to_come`.
     """
     folder = Path(config.doremi.reference_load)
     if REFERENCE_RUN in to_come:
@@ -80,9 +80,9 @@ def read_reference(config: Config, data: RunData, to_come: Collection[str] = ())
 
 
 def read_loaded(config: Config, data: RunData, to_come: Collection[str] = ()) -> ReferenceRun:
-    """Finds and checks the model of scoring or of an evaluation; `to_come` as above.
+    """Finds and checks the model of scoring or of an evaluation; `to_come`: see `inputs_to_come`.
 
-    No flag describes it, except in a dry run, which plans with the model flags where that run does not exist yet.
+    The model flags apply only in a dry run: they give the shape of a run that does not exist yet.
     """
     if config.data.phase != EVALUATE:
         loaded, flag = read_reference(config, data, to_come), REFERENCE_RUN
@@ -95,7 +95,7 @@ def read_loaded(config: Config, data: RunData, to_come: Collection[str] = ()) ->
 
 
 def _stand_in(config: Config, data: RunData, folder: Path, flag: str) -> ReferenceRun:
-    """What a dry run plans with in place of a run that does not exist yet; its weights are never read."""
+    """The stand-in of a dry run for a run that does not exist yet; its weights are never read."""
     if not states_shape(config.model):
         rule, remedy = "a run, or for a dry run the shape of one to come", "train it first, or give its model flags"
         raise ConfigError(Fault(f"{flag} {folder}", "does not exist", rule, remedy))
@@ -104,7 +104,7 @@ def _stand_in(config: Config, data: RunData, folder: Path, flag: str) -> Referen
 
 
 def _shape_differences(config: Config, loaded: ReferenceRun, flag: str) -> list[Fault]:
-    """Faults of model flags that describe another model than the one that is loaded, whatever its vocabulary."""
+    """Faults of model flags that contradict the loaded model; its vocabulary and window length are not compared."""
     stated = asdict(gpt_config(config.model, loaded.gpt.max_positions, loaded.gpt.vocab_size))
     rule, remedy = f"the shape of the run of {flag}", "leave out the model flags, or name another run"
     return [

@@ -1,4 +1,4 @@
-"""A run as resolved, in words and numbers: what --dry-run prints."""
+"""The text of --dry-run: the resolved run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def describe_plan(
     reference: GPTConfig | None,
     stand_ins: Iterable[str],
 ) -> str:
-    """The text of --dry-run: the settings as JSON, then the layout, sizes, tokens and domains.
+    """The settings as JSON, then layout, precision, sizes, tokens and domains.
 
     Args:
         weights_setting: --domain-weights, its default resolved.
@@ -44,7 +44,7 @@ def describe_plan(
         f"= {topology.world_size} ranks" + (f", ZeRO {config.parallel.zero_stage}" if trains else ""),
         f"precision: {precision}",
         *_sizes(plan, controller.before_backward, reference),
-        *(_budget(plan) if trains else ["a forward pass of a replica: [{}, {}]".format(*plan.batch_shape)]),
+        *(_budget(plan) if trains else ["a forward pass: [{}, {}] per replica".format(*plan.batch_shape)]),
         *_mixture(plan, controller, weights_setting),
         *_table(_columns(plan, controller, held_out_counts)),
         *stand_ins,
@@ -60,9 +60,9 @@ def resolved_settings(plan: RunPlan, weights_setting: str) -> dict[str, dict[str
     config, phase = plan.config, plan.config.data.phase
     values: dict[str, dict[str, Any]] = {
         section: {
-            entry.name: getattr(getattr(config, section), entry.name)
-            for entry in dataclasses.fields(cls)
-            if phase in phases_of(cls, entry)
+            field.name: getattr(getattr(config, section), field.name)
+            for field in dataclasses.fields(cls)
+            if phase in phases_of(cls, field)
         }
         for section, cls in SECTIONS.items()
     }
@@ -75,7 +75,7 @@ def resolved_settings(plan: RunPlan, weights_setting: str) -> dict[str, dict[str
 
 
 def _sizes(plan: RunPlan, alternating: bool, reference: GPTConfig | None) -> list[str]:
-    """Parameters, and bytes of the rank that holds most; a reference is never sharded over replicas."""
+    """Parameters, and bytes of the fullest rank; a reference is never sharded over replicas."""
     config, gpt, topology = plan.config, plan.gpt, plan.topology
     layout = (topology.tensor_size, topology.pipe_size)
     largest, total = max(parameters_by_stage(gpt, *layout)), sum(parameters_by_layer(gpt, 1))
@@ -89,8 +89,8 @@ def _sizes(plan: RunPlan, alternating: bool, reference: GPTConfig | None) -> lis
         size = max(parameters_by_stage(reference, *layout)) * plan.dtype.itemsize
         memory.append(f"{size / 2**30:.2f} GiB of the reference's weights")
     return [
-        f"parameters: {total:,} (vocabulary {gpt.vocab_size:,} tokens), at most {largest:,} a rank",
-        f"memory a rank: {', '.join(memory)} (docs/memory.md)",
+        f"parameters: {total:,} (vocabulary {gpt.vocab_size:,} tokens), at most {largest:,} per rank",
+        f"memory per rank: {', '.join(memory)} (docs/memory.md)",
     ]
 
 
@@ -98,13 +98,13 @@ def _budget(plan: RunPlan) -> list[str]:
     micro_batch, seq_length = plan.batch_shape
     return [
         f"a step: {plan.global_batch_size:,} windows = {plan.step_tokens:,} tokens in {plan.micro_batches} "
-        f"micro-batches a rank, each [{micro_batch}, {seq_length}]",
+        f"micro-batches per rank, each [{micro_batch}, {seq_length}]",
         f"the run: {plan.config.data.train_iters:,} steps = {plan.tokens:,} tokens",
     ]
 
 
 def _mixture(plan: RunPlan, controller: MixtureController, weights_setting: str) -> list[str]:
-    """Lines on what decides the mixture; none for an evaluation, which has none."""
+    """A line on what decides the mixture; none for an evaluation."""
     phase = plan.config.data.phase
     if phase == EVALUATE:
         return []
@@ -116,7 +116,7 @@ def _mixture(plan: RunPlan, controller: MixtureController, weights_setting: str)
 
 
 def _columns(plan: RunPlan, controller: MixtureController, held_out_counts: Sequence[int]) -> dict[str, list[str]]:
-    """The table of domains: a header and [k] cells a column."""
+    """The columns of the table of domains: a header and [k] cells each."""
     phase = plan.config.data.phase
     columns = {"domain": [json.dumps(name, ensure_ascii=False)[1:-1] for name in plan.names]}
     if phase != EVALUATE:

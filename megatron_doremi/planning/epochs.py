@@ -1,4 +1,4 @@
-"""How often a mixture repeats its domains: known before the first step, said at the start, and capped on demand."""
+"""Epochs of each domain under a mixture: known before the first step, printed at the start, capped on demand."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from megatron_doremi.mixture.controller import MixtureController
 from megatron_doremi.plan import RunPlan
 from megatron_doremi.settings import TRAINING
 
-# A domain that is read once and a few windows more is not worth a word.
-_WORTH_A_WORD = 1.05
+# Domains that repeat only a few windows are not listed.
+_LISTED_FROM = 1.05
 
 
 def repetition_notice(names: Sequence[str], epochs: NDArray[np.float64]) -> str:
-    """A line that names the domains that repeat, most often first; empty where none does."""
+    """A line that lists the domains that repeat, most epochs first; empty if none repeats."""
     order = np.argsort(-epochs, kind="stable")
-    repeated = [f"{names[i]} {epochs[i]:,.1f}" for i in order if epochs[i] > _WORTH_A_WORD]
+    repeated = [f"{names[i]} {epochs[i]:,.1f}" for i in order if epochs[i] > _LISTED_FROM]
     return "epochs of domains that repeat: " + ", ".join(repeated) if repeated else ""
 
 
 def check_repetition(plan: RunPlan, controller: MixtureController) -> str:
-    """The notice of a training run under its sampling weights, before anything is built.
+    """The `repetition_notice` of a training run, before anything is built.
 
     Raises:
-        ConfigError: a domain repeats more often than --max-epochs-per-domain allows, or, where the weights are learned
-            while they sample, nobody can say.
+        ConfigError: a domain repeats more often than --max-epochs-per-domain allows, or the cap cannot be checked,
+            because the sampling weights are learned during the run.
     """
     config = plan.config
     if config.data.phase not in TRAINING:
@@ -51,7 +51,7 @@ def check_repetition(plan: RunPlan, controller: MixtureController) -> str:
             f"lower its weight ({weight:.4f}), add text, train fewer steps, or raise the cap",
         )
         for name, passes, count, weight in zip(*domains, strict=True)
-        # A mixture that was fitted to the cap may exceed it by a rounding.
+        # A mixture fitted to the cap may exceed it by a rounding error.
         if cap and passes > cap * (1.0 + 1e-9)
     ]
     raise_if_any(faults)

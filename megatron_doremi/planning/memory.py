@@ -1,8 +1,8 @@
 """Parameters and bytes that a rank will hold, computed before a run starts.
 
-Activations follow the formula of docs/memory.md, measured by tests/planning/test_memory.py. Counted is what waits for
-the backward pass. Not counted: a few numbers a token (statistics of norms and softmax, rotary angles), and what an
-operation needs while it runs.
+Activations follow the formula of docs/memory.md, measured by tests/planning/test_memory.py: all that is held for the
+backward pass. Not counted: a few numbers per token (statistics of norms and softmax, rotary angles), and temporary
+buffers of an operation.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from megatron_doremi.plan import RunPlan
 
 
 def block_bytes_per_token(gpt: GPTConfig, parallel: ParallelConfig, element: int) -> float:
-    """Bytes that one transformer block keeps for a token of a micro-batch on one rank.
+    """Bytes that one transformer block holds per token of a micro-batch on one rank.
 
     Args:
-        element: bytes of an activation, 2 in bfloat16, else 4. Norms keep their input in float32 in any case.
+        element: bytes of an activation, 2 in bfloat16, else 4. Norms always hold their input in float32.
     """
     tensor, hidden = parallel.tensor_model_parallel_size, gpt.hidden_size
-    # The residual stream is cut by position over the tensor group, or whole on each of its ranks.
+    # The residual stream is sharded by position over the tensor parallel group, or replicated on each of its ranks.
     residual = hidden / tensor if parallel.sequence_parallel else hidden
     if parallel.recompute_granularity == "full":
         return element * residual
     queries = gpt.num_attention_heads * gpt.kv_channels / tensor
     keys = gpt.num_query_groups * gpt.kv_channels / tensor
     norms = 2 * (4 * residual + element * hidden)
-    # The fused projection and the heads' outputs; rotated queries and keys beside it, unless they are made again.
+    # The fused projection and the heads' outputs; also rotated queries and keys, unless they are recomputed.
     attention = queries + 2 * keys + queries
     if gpt.position_embedding_type == "rope" and parallel.recompute_granularity == "none":
         attention += queries + keys
@@ -42,7 +42,7 @@ def block_bytes_per_token(gpt: GPTConfig, parallel: ParallelConfig, element: int
 def micro_batch_bytes(
     gpt: GPTConfig, parallel: ParallelConfig, tokens: int, element: int, blocks: int, stage: int
 ) -> float:
-    """Bytes that a pipeline stage keeps of a micro-batch between its forward and its backward pass.
+    """Bytes that a pipeline stage holds of a micro-batch between its forward and its backward pass.
 
     Args:
         tokens: of the micro-batch.
@@ -52,11 +52,11 @@ def micro_batch_bytes(
     tensor, hidden = parallel.tensor_model_parallel_size, gpt.hidden_size
     residual = hidden / tensor if parallel.sequence_parallel else hidden
     last = stage == parallel.pipeline_model_parallel_size - 1
-    # What was received and what was sent stays in the pipe's buffers.
+    # Received and sent activations stay in the pipe's buffers.
     per_token = element * residual * ((stage > 0) + (not last))
     per_token += blocks * block_bytes_per_token(gpt, parallel, element)
     if last:
-        # The final norm, the output layer's input, and its logits where they are not made again.
+        # The final norm, the output layer's input, and its logits unless they are recomputed.
         per_token += 4 * residual + element * hidden
         if not parallel.loss_chunk_tokens:
             per_token += 4 * gpt.padded_vocab_size(tensor) / tensor
@@ -64,10 +64,10 @@ def micro_batch_bytes(
 
 
 def held_micro_batches(alternating: bool, micro_batches: int, stages: int, stage: int, zero_stage: int) -> int:
-    """Micro-batches whose activations a stage holds at the most.
+    """Maximum number of micro-batches whose activations a stage holds.
 
     The alternating schedule holds all of a step; 1F1B those between a stage and the end of the pipe. ZeRO 3 scores a
-    batch first and holds one.
+    batch first and holds one micro-batch.
     """
     if alternating and zero_stage < 3:
         return micro_batches
@@ -75,10 +75,10 @@ def held_micro_batches(alternating: bool, micro_batches: int, stages: int, stage
 
 
 def state_bytes_per_parameter(config: Config, data_size: int) -> float:
-    """Bytes of weights, gradients and optimizer state on the device for each parameter of a rank."""
+    """Bytes of weights, gradients and optimizer state on the device per parameter of a rank."""
     stage, bf16 = config.parallel.zero_stage, config.optimizer.bf16
     weights, gradients = (2.0, 4.0) if bf16 else (4.0, 4.0)
-    # Two moments, and master weights where the weights themselves are not float32 or are kept by shards.
+    # Two moments, and master weights unless the weights themselves are float32 and unsharded.
     state = 0.0 if config.parallel.cpu_offload else 12.0 if bf16 or stage else 8.0
     sharded = [
         size / data_size if stage >= least else size for size, least in ((weights, 3), (gradients, 2), (state, 1))
@@ -98,7 +98,7 @@ def parameters_by_stage(gpt: GPTConfig, tensor_size: int, pipe_size: int) -> lis
 
 
 def held_activations(plan: RunPlan, alternating: bool) -> tuple[float, int]:
-    """(bytes of activations, micro-batches) that the stage that holds most keeps for its backward passes.
+    """(bytes of activations, number of micro-batches) that the fullest stage holds for its backward passes.
 
     Args:
         alternating: all forward passes of a step come before its first backward pass.

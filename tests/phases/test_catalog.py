@@ -131,7 +131,7 @@ FLAGS = {
     ),
     "a layout that does not fit the ranks": Case(("world size: 1", "2 x 1"), flags="--tensor-model-parallel-size 2"),
     "ZeRO 2 in a pipeline": Case(
-        ("DeepSpeed's pipeline works with ZeRO 0 and 1 only",),
+        ("DeepSpeed's pipeline supports ZeRO 0 and 1 only",),
         flags="--zero-stage 2 --pipeline-model-parallel-size 2",
         environ={"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"},
     ),
@@ -142,12 +142,12 @@ FLAGS = {
     "no minutes": Case(("--distributed-timeout-minutes: 0", "above 0"), flags="--distributed-timeout-minutes 0"),
     "time that ran backwards": Case(("--exit-duration-in-mins: -1",), flags="--exit-duration-in-mins -1"),
     "a proxy without a reference": Case(("trained against a reference",), phase="proxy"),
-    "an evaluation of nothing": Case(("reads the weights of a finished run",), phase="evaluate"),
+    "an evaluation of nothing": Case(("an evaluation loads a trained run",), phase="evaluate"),
     "a name and sizes at once": Case(("in place of --num-layers",), flags="--model-size 280m"),
     "no data": Case(("--domains", "not given"), without=("--domains",)),
-    "nowhere to save": Case(("--save", "training needs a folder"), without=("--save",)),
+    "nowhere to save": Case(("--save", "training writes its results to a folder"), without=("--save",)),
     "to go on elsewhere": Case(("the same folder to --load and --save",), flags="--load @/main"),
-    "over another run": Case(("holds a run", "to go on with it"), flags="--save @/main"),
+    "over another run": Case(("holds a run", "to resume it"), flags="--save @/main"),
     "a shard too many": Case(("--shard: 3", "from 0 to --num-shards - 1"), flags="--shard 3 --num-shards 3"),
     "too many epochs": Case(("at most --max-epochs-per-domain",), flags="--max-epochs-per-domain 0.01"),
 }
@@ -444,7 +444,7 @@ REFERENCES = {
 }
 ENVIRONMENTS = {
     "half a launcher": Case(("RANK, WORLD_SIZE",), environ={"RANK": "0"}),
-    "a rank in words": Case(("RANK, WORLD_SIZE", "whole numbers"), environ={"RANK": "first", "WORLD_SIZE": "2"}),
+    "a rank in words": Case(("RANK, WORLD_SIZE", "integers, both set"), environ={"RANK": "first", "WORLD_SIZE": "2"}),
     "a rank too many": Case(("RANK: 2", "from 0 to WORLD_SIZE - 1 = 1"), environ={"RANK": "2", "WORLD_SIZE": "2"}),
     "nowhere to meet": Case(("MASTER_ADDR: not set",), environ={"RANK": "0", "WORLD_SIZE": "2"}),
     "a port in words": Case(

@@ -47,7 +47,7 @@ def test_it_prints_and_writes_nothing(data, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("{\n")
-    assert f"parameters: {PARAMETERS:,} (vocabulary 61 tokens), at most {PARAMETERS:,} a rank" in done.stdout
+    assert f"parameters: {PARAMETERS:,} (vocabulary 61 tokens), at most {PARAMETERS:,} per rank" in done.stdout
     assert not list(tmp_path.iterdir())
 
 
@@ -62,7 +62,7 @@ def test_a_main_run(data):
     assert "doremi" not in settings
     assert lines[0] == "tensor 1 x pipeline 1 x data 2 = 2 ranks, ZeRO 1"
     assert "precision: bfloat16 weights and activations, float32 gradients and master weights" in lines
-    assert "a step: 8 windows = 128 tokens in 2 micro-batches a rank, each [2, 16]" in lines
+    assert "a step: 8 windows = 128 tokens in 2 micro-batches per rank, each [2, 16]" in lines
     assert "the run: 7 steps = 896 tokens" in lines
     assert "mixture: static; sampling weights: uniform" in lines
     epochs = [f"{56 / 3 / windows:.2f}" for windows in (93, 187, 281)]

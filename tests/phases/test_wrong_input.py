@@ -162,7 +162,7 @@ def test_a_megatron_list(data):
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(reference):
-    with pytest.raises(ConfigError, match="to go on with it"):
+    with pytest.raises(ConfigError, match="to resume it"):
         open_with(reference / "domains.json", "--save", str(reference / "run"))
 
 
@@ -187,7 +187,7 @@ def reference_faults(folder: Path, data: Path, *extra: str, world_size: int = 1)
         (lambda e: e.update(domains=["domain 1", "domain 0", "domain 2"]), "in its order"),
         (lambda e: e.pop("gpt"), "gpt is missing"),
         (lambda e: e["gpt"].pop("hidden_size"), "gpt.hidden_size is missing"),
-        (lambda e: e["gpt"].pop("swiglu"), "what its checkpoint says: swiglu True"),
+        (lambda e: e["gpt"].pop("swiglu"), "as in its checkpoint: swiglu True"),
         (
             lambda e: e["gpt"].update(position_embedding_type="learned_absolute", max_positions=8),
             "learned positions up to 8",
