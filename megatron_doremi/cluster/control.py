@@ -1,4 +1,4 @@
-"""What ends a run early, and what notices that it hangs: handed to each phase as one value."""
+"""The stop request, the watchdog and the store of a run, passed to each phase as one value."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from megatron_doremi.cluster.watchdog import Watchdog
 
 @dataclass(frozen=True)
 class RunControl:
-    """A run's connections to the outside.
+    """A phase's means to notice stop requests, to report progress and to exchange values outside of collectives.
 
     Attributes:
-        stop: reasons to save and exit.
-        watchdog: hears of this rank's progress.
-        store: the key-value store at which all ranks have met.
+        stop: this rank's reasons to save and exit.
+        watchdog: receives this rank's progress.
+        store: the run's key-value store, at which all ranks have met.
     """
 
     stop: StopRequest

@@ -24,27 +24,29 @@ _SECONDS_FOR_RANK_0 = 5.0
 def command_line_error(launch: Launch, argv: Sequence[str], faults: Sequence[Fault]) -> Exception:
     """The error to raise on a rank whose command line is wrong.
 
-    Rank 0 reports it at once. The others usually have the same command line and exit silently; if rank 0 has another
-    and waits for them, it is told, and reports their faults.
+    Rank 0 reports it immediately. The other ranks usually have the same command line and exit silently. If rank 0 has
+    another command line and waits for them, they send it their faults, which it reports.
     """
     if launch.rank == 0:
         return ConfigError(faults)
     from megatron_doremi.cluster.rendezvous import reject_command_line
 
-    placed = _prefix_faults(faults, f"rank {launch.rank} on {socket.gethostname()}: ")
-    return ReportedElsewhere(EXIT_USER_ERROR) if reject_command_line(launch, argv, placed) else ConfigError(placed)
+    prefixed = _prefix_faults(faults, f"rank {launch.rank} on {socket.gethostname()}: ")
+    if reject_command_line(launch, argv, prefixed):
+        return ReportedElsewhere(EXIT_USER_ERROR)
+    return ConfigError(prefixed)
 
 
 def raise_faults_of_all_ranks(rendezvous: Rendezvous, faults: Sequence[Fault], seconds: float) -> None:
-    """Stops all ranks together if one of them has found a fault; every rank calls it once.
+    """Stops all ranks together if any rank has found a fault; every rank calls it once.
 
     Args:
-        faults: this rank's.
-        seconds: to wait for ranks that are still checking.
+        faults: of this rank.
+        seconds: to wait for ranks that are still checking their input.
 
     Raises:
-        ConfigError: on rank 0, with every rank's faults.
-        ReportedElsewhere: on the others.
+        ConfigError: on rank 0, with the faults of all ranks.
+        ReportedElsewhere: on the other ranks.
         RunError: rank 0 does not answer.
     """
     if rendezvous.launch.world_size == 1:
@@ -67,12 +69,12 @@ def raise_faults_of_all_ranks(rendezvous: Rendezvous, faults: Sequence[Fault], s
         if faults:
             raise ConfigError(_prefix_faults(faults, f"rank {rendezvous.launch.rank} on {rendezvous.host}: "))
         raise RunError(
-            f"rank {rendezvous.launch.rank} on {rendezvous.host}: rank 0 has not confirmed that the run may start"
+            f"rank {rendezvous.launch.rank} on {rendezvous.host}: rank 0 did not confirm that the run may start"
         )
 
 
 def merge_faults(reports: Sequence[tuple[str, list[dict[str, str]]] | None]) -> list[Fault]:
-    """Every fault once, in the order of ranks; a fault that only some ranks have names them.
+    """Every fault once, in rank order; a fault of only some of the ranks names these ranks.
 
     Args:
         reports: (host, faults as dictionaries) by rank; None for a rank that sent no report.
@@ -103,9 +105,9 @@ def _prefix_faults(faults: Sequence[Fault], prefix: str) -> list[Fault]:
 
 
 def merged_error(rendezvous: Rendezvous, error: ConfigError | RunError) -> Exception:
-    """The error to raise in place of `error`: rank 0 reports for all ranks that fail together.
+    """The error to raise instead of `error`: rank 0 reports for all ranks that fail together.
 
-    A rank that fails while rank 0 does not reports its own error.
+    If rank 0 does not fail, each failing rank reports its own error.
     """
     from megatron_doremi.cluster.store import call_with_timeout
 
@@ -150,11 +152,11 @@ def _prefix_error(error: ConfigError | RunError, prefix: str) -> Exception:
 
 
 def error_without_peers(error: ConfigError | RunError, environ: Mapping[str, str]) -> Exception:
-    """The error to raise on a rank that has not met its peers: rank 0 reports at once, others only if they must.
+    """The error to raise on a rank that has not met its peers: rank 0 reports immediately, others only if necessary.
 
-    srun and mpirun give all ranks of a node the same command and environment, so that its first rank reports a wrong
-    input for all of them; a failure of the machine may concern one rank. Other launchers end the remaining ranks once
-    one has failed: a rank that still runs after a moment has an error of its own.
+    srun and mpirun give all ranks of a node the same command and environment, so the first rank of a node reports a
+    wrong input for all of them; an error of the machine may concern a single rank. Other launchers end all ranks when
+    one fails: a rank that still runs after a few seconds has an error of its own.
     """
     rank = rank_of(environ)
     if not rank:

@@ -1,8 +1,8 @@
-"""The rendezvous of all ranks of a run: they meet at its store, compare what they were started with, and exchange
-values before there is a process group.
+"""The rendezvous of all ranks of a run: they meet at a key-value store, compare their command lines, and exchange
+values before the process group exists.
 
-Designed for 512 ranks: a rank makes a few requests, however many ranks there are, and waits for all of its peers at
-once.
+Designed for 512 ranks: the number of requests of a rank does not grow with the number of ranks, and a rank waits for
+all of its peers at once.
 """
 
 from __future__ import annotations
@@ -95,9 +95,9 @@ class Rendezvous:
     def _check_run(self, argv: Sequence[str] | None) -> None:
         """Compares run and command line with those of the rank that arrived first."""
         launch = self.launch
-        own = _run_identity(launch, argv)
-        first = json.loads(_run_store(launch, self.root).compare_set("run", "", json.dumps(own)))
-        if not _is_same_run(first, own):
+        identity = _run_identity(launch, argv)
+        first = json.loads(_run_store(launch, self.root).compare_set("run", "", json.dumps(identity)))
+        if not _is_same_run(first, identity):
             other = f"{first['run'] or 'a run without an id'} with {first['world_size']} ranks"
             rule = f"the rendezvous of this run ({launch.run_id or 'no id'}, {launch.world_size} ranks); "
             raise ConfigError(
@@ -108,17 +108,18 @@ class Rendezvous:
                     "export another MASTER_PORT for one of the two runs",
                 )
             )
-        if first["argv"] != own["argv"] and first["argv"] is not None and own["argv"] is not None:
-            mine, theirs = ([w for w in a["argv"] if w not in b["argv"]] for a, b in ((own, first), (first, own)))
-            value = f"{' '.join(mine) or 'none'} against {' '.join(theirs) or 'none'} of rank {first['rank']} on "
-            value += first["place"] + ("" if mine or theirs else ": the same arguments in another order")
+        if first["argv"] != identity["argv"] and first["argv"] is not None and identity["argv"] is not None:
+            pairs = ((identity, first), (first, identity))
+            ours, theirs = ([word for word in a["argv"] if word not in b["argv"]] for a, b in pairs)
+            value = f"{' '.join(ours) or 'none'} against {' '.join(theirs) or 'none'} of rank {first['rank']} on "
+            value += first["place"] + ("" if ours or theirs else ": the same arguments in another order")
             fault = Fault(
                 f"rank {launch.rank} on {self.host}",
                 value,
                 "the same command line on every rank",
                 "start all ranks with the same flags; if that is another run, export another MASTER_PORT",
             )
-            if not _is_surely_this_run(launch):
+            if not _has_own_store(launch):
                 # The first rank may belong to another run, which must not be stopped.
                 raise ConfigError(fault)
             self.faults.append(fault)
@@ -246,12 +247,12 @@ class Rendezvous:
 
         Args:
             name: of the keys; used once in a run.
-            value: anything that JSON takes.
+            value: anything that JSON can represent.
             seconds: to wait.
 
         Returns:
-            on rank 0 the values in the order of ranks, None for ranks that sent none in time; on other ranks an empty
-            list, once rank 0 has replied or the time is over.
+            on rank 0 the values in rank order, None for ranks that sent none in time; on other ranks an empty list,
+            once rank 0 has replied or the time has elapsed.
         """
         launch, store = self.launch, self.store
         if launch.world_size == 1:
@@ -289,7 +290,7 @@ def reject_command_line(launch: Launch, argv: Sequence[str], faults: Sequence[Fa
         runs = _run_store(launch, root)
         if runs.check(["run"]):
             first = json.loads(runs.get("run"))
-            if not (_is_same_run(first, _run_identity(launch, argv)) and _is_surely_this_run(launch)):
+            if not (_is_same_run(first, _run_identity(launch, argv)) and _has_own_store(launch)):
                 return False
         store = dist.PrefixStore(_prefix(launch), root)
         line = json.dumps([asdict(fault) for fault in faults]) + "\n"
@@ -306,7 +307,7 @@ def reject_command_line(launch: Launch, argv: Sequence[str], faults: Sequence[Fa
 
 
 def _prefix(launch: Launch) -> str:
-    # torchrun keeps its store when it restarts workers: keys of the former workers must not be read again.
+    # torchrun keeps its store when it restarts its workers: the keys of the earlier generation must not be read again.
     return f"doremi/{launch.generation}/{launch.world_size}"
 
 
@@ -329,8 +330,8 @@ def _is_same_run(a: dict[str, Any], b: dict[str, Any]) -> bool:
     return a["run"] == b["run"] and a["world_size"] == b["world_size"]
 
 
-def _is_surely_this_run(launch: Launch) -> bool:
-    """Whether a store with this run's id and world size certainly belongs to this run."""
+def _has_own_store(launch: Launch) -> bool:
+    """Whether a store with this run's id and world size is certain to belong to this run."""
     return launch.hosted or bool(launch.run_id)
 
 

@@ -1,8 +1,8 @@
-"""The replica check: what must be identical on several ranks is hashed and compared every few steps.
+"""The replica check: state that must be identical on several ranks is hashed and compared every few steps.
 
-Three things can drift apart silently: the domain weights and the blend's state, which every rank computes
-for itself; the parameters of replicas, which differ only if a gradient was not reduced; and, within a stage, the
-parameters that are not sharded over tensor ranks. A run whose ranks differ is stopped: its numbers mean nothing.
+Three kinds of state can diverge silently: the domain weights and the blend's state, which every rank computes itself;
+the parameters of replicas, which diverge if a gradient was not reduced; and, within a stage, the parameters that are
+not sharded over the tensor ranks. A run whose ranks differ is stopped, because its results are meaningless.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ _BYTES_TO_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int
 
 
 class ReplicaMismatch(RunError):
-    """Ranks that must be identical are not: a fault of ours or of a machine, never of the input."""
+    """Ranks that must be identical are not: a bug of this program or an error of a machine, never of the input."""
 
 
 @dataclass(frozen=True)
 class ReplicaDigest:
-    """Hashes of what a rank holds.
+    """Hashes of a rank's state and parameters.
 
     Attributes:
-        rank, pipe, tensor: its place.
-        part: which shard it holds of parameters that ZeRO 3 shards over the data group; 0 if it holds them in full.
-        state: of the run's own state, the same on all ranks.
-        parameters: of its parameters, the same on all replicas.
-        replicated: of the parameters that are not sharded, the same on all tensor ranks of a stage.
+        rank, pipe, tensor: coordinates of the rank.
+        part: its shard of parameters that ZeRO 3 shards over the data group; 0 without ZeRO 3.
+        state: hash of the run's state, the same on all ranks.
+        parameters: hash of its parameters, the same on all replicas.
+        replicated: hash of the parameters that are not sharded, the same on all tensor ranks of a stage.
     """
 
     rank: int
@@ -54,29 +54,29 @@ class ReplicaDigest:
 
 
 def bits_hash(tensors: Iterable[Tensor]) -> str:
-    """A hash of the bits of tensors that is computed where they lie: a number a tensor travels, not the tensor."""
+    """A hash of the bits of tensors. Sums are computed on the tensors' device; only two numbers per tensor leave it."""
     sums = []
     for tensor in tensors:
         bits = tensor.detach().contiguous().view(_BYTES_TO_INTEGER[tensor.element_size()]).flatten()
         total = torch.zeros(2, dtype=torch.int64, device=tensor.device)
         for start in range(0, len(bits), _CHUNK):
             part = bits[start : start + _CHUNK].long()
-            # Places count: two values that changed sides must not cancel. Products wrap around, as they should.
-            places = torch.arange(start + 1, start + 1 + len(part), device=part.device)
-            total += torch.stack((part.sum(), (part * places * 0x9E3779B1).sum()))
+            # Weighted by position, so that exchanged values change the sum. Integer overflow wraps around, as intended.
+            positions = torch.arange(start + 1, start + 1 + len(part), device=part.device)
+            total += torch.stack((part.sum(), (part * positions * 0x9E3779B1).sum()))
         sums.append(total)
     numbers = torch.stack(sums).tolist() if sums else []
     return hashlib.sha256(json.dumps(numbers).encode()).hexdigest()
 
 
 def digest(module: GPT, state: Any, topology: Topology) -> ReplicaDigest:
-    """Hashes what this rank holds; `state` is anything that JSON takes."""
-    held, whole = [], []
+    """Hashes this rank's parameters and `state`, which JSON must be able to represent."""
+    local, replicated = [], []
     for _, parameter in module.model_parameters():
         part = local_shard(parameter)
-        held.append(part)
+        local.append(part)
         if spec_of(parameter).dim is None:
-            whole.append(part)
+            replicated.append(part)
     partitioned = any(is_partitioned(parameter) for _, parameter in module.model_parameters())
     text = json.dumps(state, sort_keys=True)
     return ReplicaDigest(
@@ -85,41 +85,45 @@ def digest(module: GPT, state: Any, topology: Topology) -> ReplicaDigest:
         topology.tensor_rank,
         topology.data_rank if partitioned else 0,
         hashlib.sha256(text.encode()).hexdigest(),
-        bits_hash(held),
-        bits_hash(whole),
+        bits_hash(local),
+        bits_hash(replicated),
     )
 
 
 def find_mismatches(digests: Sequence[ReplicaDigest]) -> list[str]:
-    """What does not agree, each with the ranks that differ from most of their group."""
-    found = []
-    for what, key, value in (
+    """Describes each mismatch, with the ranks that differ from the majority of their group."""
+    mismatches = []
+    for subject, group_of, hash_of in (
         ("domain weights or blend", lambda d: (), lambda d: d.state),
         ("parameters of replicas", lambda d: (d.pipe, d.tensor, d.part), lambda d: d.parameters),
         ("parameters that tensor ranks share", lambda d: (d.pipe, d.part), lambda d: d.replicated),
     ):
         groups: dict[Any, list[ReplicaDigest]] = defaultdict(list)
-        for entry in digests:
-            groups[key(entry)].append(entry)
+        for rank_digest in digests:
+            groups[group_of(rank_digest)].append(rank_digest)
         for group in groups.values():
-            most = Counter(value(entry) for entry in group).most_common(1)[0][0]
-            odd = [entry.rank for entry in group if value(entry) != most]
-            if odd:
-                others = [entry.rank for entry in group if value(entry) == most]
-                found.append(f"{what}: {_ranks(odd)} against {_ranks(others)}")
-    return found
+            majority = Counter(map(hash_of, group)).most_common(1)[0][0]
+            deviating = [member.rank for member in group if hash_of(member) != majority]
+            if deviating:
+                others = [member.rank for member in group if hash_of(member) == majority]
+                mismatches.append(f"{subject}: {_ranks(deviating)} against {_ranks(others)}")
+    return mismatches
 
 
 def check_replicas(module: GPT, state: Any, topology: Topology, iteration: int) -> None:
-    """Compares all ranks; a collective call.
+    """Compares the hashes of all ranks; a collective call.
+
+    Args:
+        state: of the run, the same on all ranks; JSON must be able to represent it.
+        iteration: the last completed one, for the message.
 
     Raises:
-        ReplicaMismatch: on every rank, naming what differs and where.
+        ReplicaMismatch: on every rank, with the state and the ranks that differ.
     """
-    own = digest(module, state, topology)
-    found = find_mismatches([ReplicaDigest(**entry) for entry in gather_json(asdict(own))])
-    if found:
-        raise ReplicaMismatch(f"after iteration {iteration} ranks disagree: " + "; ".join(found))
+    local_digest = digest(module, state, topology)
+    mismatches = find_mismatches([ReplicaDigest(**fields) for fields in gather_json(asdict(local_digest))])
+    if mismatches:
+        raise ReplicaMismatch(f"after iteration {iteration} ranks differ: " + "; ".join(mismatches))
 
 
 def _ranks(ranks: Sequence[int]) -> str:

@@ -1,7 +1,7 @@
-"""The flags of a step: one small all-reduce (MAX) over all ranks before the optimizer moves anything.
+"""The flags of a step: one small all-reduce (MAX) over all ranks before the optimizer's step.
 
-Whether the losses are finite, and the gradient's norm where it is known by then, must be known before the parameters
-move; whether a rank wants to stop, and how far its checkpoint is, travels along.
+Every rank must know before the parameters change whether all losses, and the gradient norm if it is already computed,
+are finite. The same all-reduce tells whether a rank wants to stop and whether checkpoints are still being written.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ class StepFlags:
 
     Attributes:
         loss_non_finite: a loss of the step, the model's or the reference's, is NaN or Inf.
-        gradient_non_finite: the norm of the step's gradient is, where it is known before the step.
-        stop: the reason to leave after this step; see preemption.py.
-        writing: a rank still writes its part of a checkpoint.
-        write_failed: a rank could not.
-        save_due: a checkpoint is due by time.
+        gradient_non_finite: the gradient norm is NaN or Inf; False if it is not known before the optimizer's step.
+        stop: the reason to save and exit after this step; see preemption.py.
+        writing: a rank is still writing its files of a checkpoint.
+        write_failed: a rank failed to write its files.
+        save_due: --save-interval-in-mins has elapsed.
     """
 
     loss_non_finite: bool
@@ -37,11 +37,13 @@ class StepFlags:
 def reduce_flags(
     local_sums: Tensor, norm: Tensor | None, stop: int, writing: bool, write_failed: bool, save_due: bool = False
 ) -> StepFlags:
-    """All-reduces the step's flags (MAX); a collective call of all ranks, and the one wait for the device in a step.
+    """All-reduces the step's flags (MAX) over all ranks; a collective call, and the only device synchronization in a
+    step.
 
     Args:
-        local_sums: [3, k] of this rank's micro-batches (mixture/statistics.py); zero away from the last stage.
-        norm: the gradient's global norm, where it is known before the optimizer's step.
+        local_sums: [3, k] sums over this rank's micro-batches (mixture/statistics.py); zero except on the last stage.
+        norm: the global gradient norm; None if it is not known before the optimizer's step.
+        stop, writing, write_failed, save_due: this rank's; see `StepFlags`.
     """
     device = local_sums.device
     flags = torch.tensor([0, 0, stop, writing, write_failed, save_due], dtype=torch.int64)

@@ -33,7 +33,7 @@ def open_store(launch: Launch, timeout: float) -> dist.Store:
 
     Raises:
         ConfigError: the host name does not resolve.
-        RunError: nothing listens there in time, or another program does.
+        RunError: nothing listens there in time, or another program listens there.
     """
     if not launch.rendezvous:
         return dist.HashStore()
@@ -56,7 +56,7 @@ def open_store(launch: Launch, timeout: float) -> dist.Store:
     except TimeoutError as error:
         raise RunError(
             f"rank {launch.rank}: the process at {launch.rendezvous} does not answer as the rendezvous of a run: "
-            "the port is another program's, or MASTER_ADDR is not the host of rank 0; export another MASTER_PORT"
+            "another program uses this port, or MASTER_ADDR is not the host of rank 0; export another MASTER_PORT"
         ) from error
     except (RuntimeError, OSError) as error:
         reason = str(error).splitlines()[0]

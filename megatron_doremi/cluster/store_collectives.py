@@ -1,7 +1,6 @@
-"""A barrier and a broadcast through the run's store, for work that may outlast the timeout of a collective.
+"""A barrier and a broadcast through the run's store, for work that may take longer than the timeout of a collective.
 
-Waiting ranks do not report progress to the watchdog, which sees the progress of the working ones: if the last of those
-hangs, the run still ends.
+Waiting ranks report no progress to the watchdog, only working ranks do: if all working ranks hang, the run still ends.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ def run_on_rank_0_via_store(store: dist.Store, name: str, rank: int, work: Calla
 
     Args:
         name: of the key; used once in a run.
-        work: returns anything that JSON takes.
+        work: returns anything that JSON can represent.
 
     Raises:
         ConfigError: on every rank, if `work` raises one.

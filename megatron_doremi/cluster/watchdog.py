@@ -1,9 +1,9 @@
 """Ends a run in which a rank hangs or has died, and names that rank.
 
-A collective does not tell which rank it waits for. So a thread of each rank writes heartbeats with the main thread's
-progress into the run's store, watches the processes on its own machine and the next few ranks, and reads whether
-another rank has announced its exit. If no rank makes progress for a while, the others wait for the ranks without a
-heartbeat, or else for those furthest behind.
+A collective does not tell which rank it waits for. Therefore a thread of each rank writes heartbeats with the main
+thread's progress to the run's store, watches the processes on its own machine and the next few ranks, and checks
+whether another rank has announced its exit. If no rank makes progress for a while, the ranks without a heartbeat block
+the run, or, if all send heartbeats, the ranks furthest behind.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ T = TypeVar("T")
 
 
 class Watchdog:
-    """The watching thread; the main thread reports its progress to it."""
+    """The thread that watches the other ranks; the main thread reports its progress to it."""
 
     def __init__(self, rendezvous: Rendezvous, seconds: float):
-        """Starts to watch.
+        """Starts the thread.
 
         Args:
-            seconds: the run ends if no rank makes progress for that long.
+            seconds: the run ends if no rank makes progress for this time.
         """
         self.launch, self.seconds = rendezvous.launch, seconds
         self.rank, self.world_size = self.launch.rank, self.launch.world_size
@@ -79,7 +79,7 @@ class Watchdog:
         self._thread.start()
 
     def mark(self, activity: str) -> None:
-        """Reports progress of the main thread, and what it does from now on."""
+        """Reports that the main thread has made progress and what it does next."""
         self._activity = activity
         self._progress += 1
 
@@ -89,7 +89,7 @@ class Watchdog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stops watching. Raises RunError in place of a collective's error that a dead rank has caused."""
+        """Stops watching. Replaces an error of a collective that a dead rank has caused by a RunError."""
         # torch.distributed raises a plain RuntimeError when a peer is gone.
         failed = isinstance(error, RuntimeError) and self.world_size > 1
         dead_peers = self._describe_dead_peers() if failed else None
@@ -142,8 +142,8 @@ class Watchdog:
         return describe_ranks(silent, now, "no heartbeat") if silent else None
 
     def _watch(self) -> None:
-        own_progress, stalled_since, polled = -1, time.monotonic(), time.monotonic()
-        # All heartbeats when this rank had stalled for half the time.
+        last_progress, stalled_since, polled = -1, time.monotonic(), time.monotonic()
+        # The heartbeats of all ranks after this rank had stalled for half of the timeout.
         before: dict[int, Heartbeat] = {}
         last_beats: dict[int, tuple[int, float]] = {}
         store_answered = time.monotonic()
@@ -155,8 +155,8 @@ class Watchdog:
             if now - slept > 3 * self._interval:
                 # This process was suspended for a while; others may have been, too.
                 last_beats, store_answered = {}, now
-            if self._progress != own_progress:
-                own_progress, stalled_since, polled, before = self._progress, now, now, {}
+            if self._progress != last_progress:
+                last_progress, stalled_since, polled, before = self._progress, now, now, {}
             stalled = now - stalled_since
             try:
                 self._query(self._send_heartbeat)

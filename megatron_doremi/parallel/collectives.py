@@ -91,7 +91,7 @@ class _ReduceScatterSequence(torch.autograd.Function):
 
 
 def copy_to_tp_group(x: Tensor, tp_group: TensorGroup) -> Tensor:
-    """Marks a tensor that all ranks hold alike: identity forward, all-reduce of the gradients backward."""
+    """For a tensor that is identical on all ranks: identity forward, all-reduce of the gradients backward."""
     return x if tp_group.size == 1 else _Copy.apply(x, tp_group)
 
 

@@ -1,4 +1,4 @@
-"""What a rank knows of the parallel layout, as one value: created once, when the ranks have joined."""
+"""A rank's view of the parallel layout as one value, created once after the ranks have joined."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Cross-entropy of next tokens over a vocabulary that is sharded over the tensor group.
+"""Cross-entropy of next tokens over a vocabulary that is sharded over the tensor-parallel group.
 
-No rank ever holds a full row of logits (Shoeybi et al. 2019, section 3): two all-reduces, of one and of two numbers a
-token, give the largest logit, the target's logit and the sum of exponentials.
+No rank ever holds a full row of logits (Shoeybi et al. 2019, section 3): two all-reduces, of one and of two numbers per
+token, compute the maximum logit, the target's logit and the sum of exponentials.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         outside = (local < 0) | (local >= logits.shape[-1])
         local = local.masked_fill(outside, 0)
 
-        largest = logits.max(dim=-1).values
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=tp_group.group)
-        shifted = logits - largest.unsqueeze(-1)
+        maximum = logits.max(dim=-1).values
+        dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=tp_group.group)
+        shifted = logits - maximum.unsqueeze(-1)
         target = shifted[rows, local].masked_fill(outside, 0.0)
         exponentials = shifted.exp_()
         total = exponentials.sum(dim=-1)
-        both = torch.stack((target, total))
-        dist.all_reduce(both, group=tp_group.group)
-        target, total = both[0], both[1]
+        sums = torch.stack((target, total))
+        dist.all_reduce(sums, group=tp_group.group)
+        target, total = sums[0], sums[1]
         probabilities = exponentials.div_(total.unsqueeze(-1))
         ctx.save_for_backward(probabilities, local, outside)
         return total.log() - target
@@ -41,17 +41,17 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         probabilities, local, outside = ctx.saved_tensors
         rows = torch.arange(local.numel(), device=local.device)
-        # In place: the probabilities are the largest tensor of a step and nobody reads them again.
+        # In place: the probabilities are the largest tensor of a step and are not read again.
         probabilities[rows, local] -= (~outside).to(probabilities.dtype)
         return probabilities.mul_(grad.unsqueeze(-1)), None, None, None
 
 
 class _ChunkedLosses(torch.autograd.Function):
-    """Token losses of rows of hidden states, chunk by chunk; the backward pass computes the logits again.
+    """Token losses of rows of hidden states, chunk by chunk; the backward pass recomputes the logits.
 
-    The gradient of the output layer is a sum over chunks. It is kept in float32 whatever the precision of the weights
-    and rounded to theirs once, at the end: summed in bfloat16, a chunk's part would be lost to the rounding of the
-    sum. Chunks are added from the last to the first, the order in which autograd would run them.
+    The gradient of the output layer is a sum over chunks. It is accumulated in float32 and rounded once, at the end, to
+    the precision of the weights: in bfloat16 the rounding of the sum would swallow the contribution of a chunk. Chunks
+    are added from the last to the first, the order in which autograd would run them.
     """
 
     @staticmethod
@@ -70,11 +70,11 @@ class _ChunkedLosses(torch.autograd.Function):
         chunks = [part.split(ctx.chunk) for part in (hidden, targets, grad)]
         hidden_grads: list[Tensor] = []
         weight_grad: Tensor | None = None
-        for rows, aims, factors in reversed(list(zip(*chunks, strict=True))):
+        for rows, row_targets, row_grads in reversed(list(zip(*chunks, strict=True))):
             logits = _logits(rows, weight, ctx.vocab_size, ctx.tp_group).requires_grad_()
             with torch.enable_grad():
-                losses = _losses_of(logits, aims, ctx.tp_group.rank * len(weight), ctx.tp_group)
-            logits_grad = torch.autograd.grad(losses, logits, factors)[0].to(weight.dtype)
+                losses = _losses_of(logits, row_targets, ctx.tp_group.rank * len(weight), ctx.tp_group)
+            logits_grad = torch.autograd.grad(losses, logits, row_grads)[0].to(weight.dtype)
             del logits, losses
             columns = logits_grad.shape[1]
             if wants_hidden:
@@ -89,10 +89,10 @@ class _ChunkedLosses(torch.autograd.Function):
 
 
 def _float32_product(a: Tensor, b: Tensor) -> Tensor:
-    """[n, m] times [m, p], rounded to float32 only."""
+    """The product of [n, m] and [m, p] in float32, whatever the precision of the factors."""
     if a.dtype == torch.float32:
         return a.mm(b)
-    # Products of 16-bit numbers with a float32 result exist on GPUs only.
+    # Only GPUs multiply 16-bit matrices with a float32 result.
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float().mm(b.float())
 
 
@@ -102,14 +102,14 @@ def token_losses(
     """Cross-entropy of each target under the output layer, in float32.
 
     Args:
-        hidden: [batch, seq, hidden], the same on every rank of the group; each rank's gradient of it is its
-            rows' share and has to be summed by whatever handed it in (`TensorParallel.enter`).
+        hidden: [batch, seq, hidden], the same on every rank of the group. Each rank computes the part of its gradient
+            that comes from its own rows of `weight`; the caller sums these parts (`TensorParallel.enter`).
         weight: [padded vocabulary / t, hidden], this rank's rows of the output layer.
         targets: [batch, seq] token ids below `vocab_size`.
-        vocab_size: rows from here on are padding and never enter the softmax, whatever they hold (finite).
+        vocab_size: rows from this one on are padding and never enter the softmax; their values must be finite.
         tp_group: the group over which the vocabulary is sharded.
-        chunk_tokens: hold the logits of at most this many tokens at a time, none between the forward and the
-            backward pass, which computes them again; 0: hold the logits of all tokens, computed once.
+        chunk_tokens: hold the logits of at most this many tokens at a time, and recompute them in the backward pass;
+            0: compute the logits of all tokens once and hold them for the backward pass.
 
     Returns:
         [batch, seq] losses in nats, the same on every rank of the group.
@@ -122,10 +122,10 @@ def token_losses(
 
 
 def _logits(hidden: Tensor, weight: Tensor, vocab_size: int, tp_group: TensorGroup) -> Tensor:
-    """[n, hidden] to [n, columns] float32 logits of this rank's rows.
+    """[n, hidden] -> [n, columns] float32 logits of this rank's rows of the vocabulary.
 
-    In 16 bits the product takes the rows of padding too, whose logits become -inf: without them its strides would be
-    odd, for which kernels are slow. In float32 they are left out, unless the rank holds nothing else.
+    In 16 bits the product includes the padding rows, and their logits are set to -inf: the strides of a matrix without
+    them may be odd, for which kernels are slow. In float32 they are excluded, unless the rank holds only padding.
     """
     rows, used = weight.shape[0], max(0, vocab_size - tp_group.rank * weight.shape[0])
     if used >= rows:
@@ -137,7 +137,7 @@ def _logits(hidden: Tensor, weight: Tensor, vocab_size: int, tp_group: TensorGro
 
 
 def _losses_of(logits: Tensor, targets: Tensor, first: int, tp_group: TensorGroup) -> Tensor:
-    """[n, columns of this rank] logits, float32, and [n] targets to [n] losses; `first` is the first column's id."""
+    """[n, columns of this rank] float32 logits and [n] targets -> [n] losses; `first` is the id of the first column."""
     if tp_group.size == 1:
         return F.cross_entropy(logits, targets, reduction="none")
     return _VocabParallelCrossEntropy.apply(logits, targets, first, tp_group)

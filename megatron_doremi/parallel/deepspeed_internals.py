@@ -1,7 +1,7 @@
-"""DeepSpeed's private and undocumented names that this package depends on, each of them used in this file only.
+"""DeepSpeed's private and undocumented names that this package depends on; no other file uses them.
 
-Written against DeepSpeed 0.19.8. An upgrade checks this file; tests/parallel/test_deepspeed_internals.py lists the
-names, asserts that the installed DeepSpeed has them and that no other file of the package mentions them.
+Written against DeepSpeed 0.19.8; check this file on every upgrade. tests/parallel/test_deepspeed_internals.py lists the
+names and asserts that the installed DeepSpeed has them and that no other file of the package mentions them.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 
 def disable_shared_memory_all_reduce() -> None:
-    """Keeps DeepSpeed from compiling its shared-memory all-reduce at the first start on a machine; gloo serves.
+    """Keeps DeepSpeed from compiling its shared-memory all-reduce at the first start on a machine; gloo is enough.
 
-    `deepspeed.init_distributed` builds that op wherever `__compatible_ops__` says that it can; there is no setting.
+    `deepspeed.init_distributed` builds that op if `__compatible_ops__` marks it as compatible; no setting disables it.
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
@@ -33,24 +33,24 @@ def disable_shared_memory_all_reduce() -> None:
 
 
 def is_partitioned(parameter: Tensor) -> bool:
-    """Whether ZeRO 3 has sharded this parameter over the data-parallel group: `ds_id` marks those that it has."""
+    """Whether ZeRO 3 shards this parameter over the data-parallel group: only then it has a `ds_id`."""
     return hasattr(parameter, "ds_id")
 
 
 def local_shard(parameter: Tensor) -> Tensor:
-    """This rank's part of a parameter, without communication: under ZeRO 3 its shard (`ds_tensor`), else all of it."""
+    """This rank's part of a parameter, without communication: its shard (`ds_tensor`) under ZeRO 3, else all of it."""
     shard: Tensor = parameter.ds_tensor if is_partitioned(parameter) else parameter  # type: ignore[attr-defined]
     return shard
 
 
 def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
-    """Makes parameters that ZeRO 3 shards full on every rank of the data group, for reading; a collective call."""
+    """Gathers parameters that ZeRO 3 shards on every rank of the data group, for reading; a collective call."""
     sharded = [parameter for parameter in parameters if is_partitioned(parameter)]
     return deepspeed.zero.GatheredParameters(sharded) if sharded else nullcontext()
 
 
 def writable(parameter: nn.Parameter) -> AbstractContextManager[None]:
-    """Makes a parameter full for writing: every rank of the data group writes the same, the first one's counts."""
+    """Gathers a parameter for writing. All ranks of the data group write the same values; rank 0's are kept."""
     return (
         deepspeed.zero.GatheredParameters([parameter], modifier_rank=0) if is_partitioned(parameter) else nullcontext()
     )
@@ -60,20 +60,21 @@ def writable(parameter: nn.Parameter) -> AbstractContextManager[None]:
 
 
 def is_tied_copy(parameter: nn.Parameter) -> bool:
-    """Whether another stage holds the first copy of this tied parameter: PipelineModule sets `ds_pipe_replicated`."""
+    """Whether another stage holds the first copy of this tied parameter (`ds_pipe_replicated` of PipelineModule)."""
     return bool(getattr(parameter, "ds_pipe_replicated", False))
 
 
 def count_in_gradient_norm(parameter: nn.Parameter, counted: bool) -> None:
     """Tells DeepSpeed's optimizers whether this rank counts a parameter in the global gradient norm.
 
-    They count a parameter on the first tensor rank, or where `model_parallel` is set, and leave out tied copies.
+    They count a parameter on the first tensor rank, and on every rank if `model_parallel` is set; tied copies are
+    excluded.
     """
     parameter.model_parallel = counted  # type: ignore[attr-defined]
 
 
 def is_counted_in_gradient_norm(parameter: nn.Parameter) -> bool:
-    """What `count_in_gradient_norm` set."""
+    """The value that `count_in_gradient_norm` set."""
     return bool(parameter.model_parallel)  # type: ignore[attr-defined]
 
 
@@ -86,10 +87,10 @@ class OwnedPiece:
 
     Attributes:
         start: its first element within this rank's tensor-parallel shard of the parameter, flattened.
-        count: its elements, at least 1.
-        flat: the tensor that the optimizer moves and that holds the piece's weights; see `flat_partitions`.
+        count: its number of elements, at least 1.
+        flat: the tensor that the optimizer updates and that holds the piece's weights; see `flat_partitions`.
         offset: first element of the piece within `flat`, flattened.
-        is_master: whether `flat` is a float32 copy of the weights and not the parameter itself.
+        is_master: whether `flat` is a float32 copy of the weights, not the parameter itself.
     """
 
     start: int
@@ -104,14 +105,14 @@ class OwnedPiece:
 
 
 def wraps_optimizer(engine: DeepSpeedEngine) -> bool:
-    """Whether DeepSpeed's own optimizer (ZeRO or mixed precision) drives the torch optimizer, `basic_optimizer`."""
+    """Whether DeepSpeed's optimizer (ZeRO or mixed precision) wraps the torch optimizer, `basic_optimizer`."""
     return engine.optimizer is not engine.basic_optimizer
 
 
 def flat_partitions(engine: DeepSpeedEngine) -> list[Tensor]:
-    """The tensors that the torch optimizer itself moves: flat float32 partitions under ZeRO, else the parameters.
+    """The tensors that the torch optimizer updates: flat float32 partitions under ZeRO, else the parameters.
 
-    ZeRO 3, ZeRO 1 and 2, and the bfloat16 optimizer each have their own name for the partitions of their groups.
+    ZeRO 3, ZeRO 1 and 2, and the bfloat16 optimizer use different names for the partitions of their parameter groups.
     """
     for attribute in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
         if hasattr(engine.optimizer, attribute):
@@ -128,11 +129,11 @@ def torch_state(engine: DeepSpeedEngine, flat: Tensor) -> dict[str, Any]:
 def owned_piece(
     engine: DeepSpeedEngine, parameter: nn.Parameter, data_rank: int, flats: list[Tensor]
 ) -> OwnedPiece | None:
-    """Where the state of a parameter lies that this rank owns, or None if it owns none.
+    """Locates the piece of a parameter's state that this rank owns; None if it owns none.
 
-    ZeRO 3 splits every parameter into equal pieces, a rank's in order, and records where each lies in its group's
+    ZeRO 3 splits every parameter into equal pieces, in rank order, and records the position of each in its group's
     partition (`grad_position`). ZeRO 1 and 2 and the bfloat16 optimizer partition the concatenated parameters of a
-    group, and record in `_hp_mapping` the part of a parameter that lies in this rank's partition.
+    group, and `_hp_mapping` records the part of a parameter that lies in this rank's partition.
 
     Args:
         flats: the engine's `flat_partitions`.
@@ -142,7 +143,7 @@ def owned_piece(
         group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
         start = data_rank * size
         count = min(size, parameter.ds_numel - start)  # type: ignore[attr-defined]
-        # The last pieces may hold nothing but padding.
+        # The last pieces may consist of padding only.
         return OwnedPiece(start, count, flats[group], offset, is_master=True) if count > 0 else None
     if not wraps_optimizer(engine):
         return OwnedPiece(0, parameter.numel(), parameter, 0, is_master=False)
@@ -158,20 +159,20 @@ def owned_piece(
 
 
 class PipelineModuleHooks(PipelineModule):
-    """DeepSpeed's pipeline module, its hooks and its layers under public names."""
+    """DeepSpeed's pipeline module with public names for its hooks and layers."""
 
     @abstractmethod
     def layer_bounds(self, num_stages: int) -> list[int]:
         """The first layer of every stage, then the number of layers; called while the module is built."""
 
     def _partition_layers(self, method: str = "uniform") -> None:
-        """Decides which layers this stage holds; DeepSpeed's own takes no other method than those it knows."""
+        """Assigns layers to this stage. Overridden because DeepSpeed accepts only its own partition methods."""
         self.parts = self.layer_bounds(self.num_stages)
         self._set_bounds(start=self.parts[self.stage_id], stop=self.parts[self.stage_id + 1])
 
     @torch.no_grad()
     def _synchronize_tied_weights(self) -> None:
-        """Broadcasts tied weights; without no_grad the broadcast would become part of the graph."""
+        """Broadcasts tied weights; without no_grad, autograd would record the broadcast."""
         super()._synchronize_tied_weights()
 
     def stage_layers(self) -> range:
@@ -179,7 +180,7 @@ class PipelineModuleHooks(PipelineModule):
         return range(self._local_start, self._local_stop)
 
     def untied_layer(self, index: int) -> nn.Module:
-        """An untied layer of this stage by its index among all layers: DeepSpeed registers it under that number."""
+        """An untied layer of this stage by its index among all layers, under which DeepSpeed registers it."""
         layer: nn.Module = getattr(self, str(index))
         return layer
 
@@ -193,7 +194,7 @@ class PipelineModuleHooks(PipelineModule):
         return layer
 
     def layer_functions(self) -> list[Callable[..., Tensor]]:
-        """What this stage calls in order: layers, and forward functions bound to tied layers."""
+        """The functions that this stage calls in order: layers, and forward functions bound to tied layers."""
         functions: list[Callable[..., Tensor]] = self.forward_funcs
         return functions
 
@@ -202,10 +203,10 @@ class PipelineModuleHooks(PipelineModule):
 
 
 class EngineHooks(DeepSpeedEngine):
-    """Any of DeepSpeed's engines, the hooks of its step under public names."""
+    """Any of DeepSpeed's engines with public names for the hooks of its step."""
 
     def before_model_step(self) -> None:
-        """Called once a step, after the last backward pass and before any parameter moves."""
+        """Called once per step, after the last backward pass and before any parameter is updated."""
 
     def _take_model_step(self, *args: Any, **kwargs: Any) -> None:
         """The optimizer's step, on the last micro-batch of a step."""
@@ -213,20 +214,20 @@ class EngineHooks(DeepSpeedEngine):
         super()._take_model_step(*args, **kwargs)
 
     def last_grad_norm(self) -> Tensor | float:
-        """The gradient's norm in the last step: the optimizer's, or what `set_grad_norm` gave."""
+        """The gradient norm of the last step, as computed by the optimizer or given to `set_grad_norm`."""
         norm: Tensor | float = self._global_grad_norm
         return norm
 
     def set_grad_norm(self, norm: Tensor) -> None:
-        """Keeps a norm as the last step's, where the optimizer computes none."""
+        """Records the gradient norm of the last step, for an optimizer that computes none."""
         self._global_grad_norm = norm
 
 
 class PipelineEngineHooks(PipelineEngine):
-    """DeepSpeed's pipeline engine, the hooks of its schedule under public names."""
+    """DeepSpeed's pipeline engine with public names for the hooks of its schedule."""
 
     def run_schedule(self, micro_batches: Iterator[Any]) -> None:
-        """What `train_batch` does, less its timers and its reduction of a loss that nobody reads."""
+        """Does what `train_batch` does, without its timers and its reduction of a loss that is never read."""
         self.set_dataiterator(micro_batches)
         self.total_loss = None
         self._compute_loss = True
@@ -237,26 +238,27 @@ class PipelineEngineHooks(PipelineEngine):
         return None
 
     def instructions(self) -> Mapping[type[PipeInstruction], Callable[..., None]]:
-        """Functions of the engine that carry out instructions which DeepSpeed does not know, by instruction."""
+        """{instruction: function of the engine that executes it}, for instructions that DeepSpeed does not know."""
         return {}
 
     def after_forward(self, buffer_id: int, labels: tuple[Tensor, ...]) -> None:
-        """Called on the last stage once `loss` holds what the module's loss function returned."""
+        """Called on the last stage after a forward pass; `loss` holds the result of the module's loss function."""
 
     def before_backward(self, buffer_id: int) -> None:
-        """Called on every stage; the last one's backward pass starts from `loss`."""
+        """Called on every stage before a backward pass, which starts from `loss` on the last stage."""
 
     def reduces_gradients(self) -> bool:
-        """Whether the replicas' gradients are reduced after the last backward pass."""
+        """Whether the gradients of the replicas are reduced after the last backward pass."""
         return True
 
     def collects_reduced_gradients(self) -> bool:
-        """Whether the optimizer collects its gradients in the reduction: ZeRO does, the bfloat16 optimizer before."""
+        """Whether the optimizer collects its gradients in the reduction, as ZeRO does; the bfloat16 optimizer does
+        so earlier."""
         return wraps_optimizer(self) and not self.using_bf16_optimizer
 
     def _train_schedule(self) -> PipeSchedule:
-        own = self.schedule()
-        return super()._train_schedule() if own is None else own
+        schedule = self.schedule()
+        return super()._train_schedule() if schedule is None else schedule
 
     def _exec_forward_pass(self, buffer_id: int) -> None:
         super()._exec_forward_pass(buffer_id)
@@ -266,7 +268,7 @@ class PipelineEngineHooks(PipelineEngine):
     def _exec_backward_pass(self, buffer_id: int) -> None:
         self.before_backward(buffer_id)
         super()._exec_backward_pass(buffer_id)
-        # DeepSpeed keeps the last stage's hidden states until the buffer's next forward pass.
+        # DeepSpeed would keep the last stage's hidden states until the buffer's next forward pass.
         self.pipe_buffers["outputs"][buffer_id] = None
 
     def _exec_reduce_grads(self) -> None:
@@ -275,7 +277,7 @@ class PipelineEngineHooks(PipelineEngine):
 
     @property
     def _INSTRUCTION_MAP(self) -> dict[type[PipeInstruction], Callable[..., None]]:
-        """DeepSpeed looks instructions up here, not among the methods."""
+        """Overridden because DeepSpeed looks up instructions here, not among the methods of the subclass."""
         return {
             **PipelineEngine._INSTRUCTION_MAP,
             ForwardPass: PipelineEngineHooks._exec_forward_pass,

@@ -14,7 +14,7 @@ from megatron_doremi.errors import ConfigError, RunError, error_from_json, error
 
 
 def gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """The values of all ranks of a group, in their order; a collective call.
+    """The values of all ranks of a group, in rank order; a collective call.
 
     Args:
         value: anything that JSON can represent; returned as JSON decodes it (tuples as lists).
@@ -56,14 +56,17 @@ def broadcast_json(value: Any, source: int = 0, group: dist.ProcessGroup | None 
 
 
 def from_rank_0(work: Callable[[], Any]) -> Any:
-    """What `work` returns on rank 0, on every rank; a collective call.
+    """Calls `work` on rank 0 and returns its result on every rank; a collective call.
+
+    For work that may take longer than the timeout of a collective, see `run_on_rank_0_via_store` in
+    cluster/store_collectives.py.
 
     Args:
-        work: called on rank 0 only; returns anything that JSON can represent.
+        work: returns anything that JSON can represent.
 
     Raises:
-        ConfigError: on every rank, where `work` raises one.
-        RunError: on every rank, where `work` raises one, or an OSError.
+        ConfigError: on every rank, if `work` raises one.
+        RunError: on every rank, if `work` raises one, or an OSError.
     """
     result, failure = None, None
     if dist.get_rank() == 0:

@@ -11,7 +11,7 @@ from megatron_doremi.parallel.topology import Topology
 
 @dataclass(frozen=True)
 class TensorGroup:
-    """The ranks over which a layer is sharded. Without a group layers are unsharded and no collective runs."""
+    """The ranks over which a layer is sharded. If `group` is None, layers are unsharded and no collective runs."""
 
     group: dist.ProcessGroup | None = None
     size: int = 1
@@ -36,8 +36,8 @@ class ProcessGroups:
 def make_groups(topology: Topology) -> ProcessGroups:
     """Creates the groups of this rank, each among its own members only; a collective call of all ranks.
 
-    A rank takes part in creating at most three groups, whatever the number of ranks: with 512 ranks, if every rank took
-    part in all of them, a thousand groups would be created one after the other.
+    A rank takes part in the creation of at most three groups, whatever the number of ranks. If all ranks took part in
+    the creation of all groups, 512 ranks would create a thousand groups one after the other.
     """
     t = topology
     tp_group = TensorGroup()

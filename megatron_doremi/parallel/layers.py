@@ -1,8 +1,8 @@
 """Layers sharded over the tensor-parallel group: linear by column and by row, embedding by vocabulary.
 
-The residual stream between these layers is [batch, seq, hidden] on every rank, or, with sequence parallelism,
-split by position, [batch, seq / t, hidden]. The gradient of a replicated parameter that is applied to split
-activations covers the positions of one rank; `replicated` sums it over the group.
+The residual stream between these layers is [batch, seq, hidden] on every rank, or, with sequence parallelism, split by
+position, [batch, seq / t, hidden]. A replicated parameter that is applied to split activations gets the gradient of one
+rank's positions only; `TensorParallel.replicated` sums it over the group.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class TensorParallel:
         return self.group.size
 
     def enter(self, x: Tensor) -> Tensor:
-        """From the residual stream to the input of a column-parallel layer, [batch, seq, hidden] on every rank."""
+        """The residual stream -> the input of a column-parallel layer, [batch, seq, hidden] on every rank."""
         return gather_sequence(x, self.group) if self.sequence_parallel else copy_to_tp_group(x, self.group)
 
     def leave(self, x: Tensor) -> Tensor:
-        """From partial sums, [batch, seq, hidden] on every rank, to the residual stream."""
+        """Partial sums, [batch, seq, hidden] on every rank -> the residual stream."""
         return reduce_scatter_sequence(x, self.group) if self.sequence_parallel else reduce_from_tp_group(x, self.group)
 
     @property
@@ -51,7 +51,7 @@ class TensorParallel:
         return x.chunk(self.size, dim=-1)[self.group.rank] if self.sequence_parallel else x
 
     def replicated(self, parameter: Tensor) -> Tensor:
-        """A parameter that every rank holds in full, for use on the residual stream."""
+        """A parameter that every rank holds in full, to be applied to the residual stream."""
         return copy_to_tp_group(parameter, self.group) if self.sequence_parallel else parameter
 
 
@@ -85,7 +85,7 @@ class RowParallelLinear(nn.Module):
 class VocabParallelEmbedding(nn.Module):
     """Token embedding sharded by vocabulary: ids [batch, seq] -> the residual stream.
 
-    The table is padded to `padded` rows; ids of the padding never occur.
+    The table is padded to `padded` rows; the ids of the padding never occur.
     """
 
     def __init__(self, vocab_size: int, padded: int, hidden: int, std: float, tp: TensorParallel):

@@ -1,8 +1,8 @@
 """Parameters with a spec: full shape, sharding over the tensor-parallel group, initialization.
 
-The spec does not depend on the layout, except for padding. From it follow the initial values (a function of seed and
-name alone, so that every layout starts from the same model), the shard that a rank holds, and the full tensor that
-shards of any layout join to.
+The spec does not depend on the layout, except for padding. It determines the initial values (a function of seed and
+name alone, so that every layout starts from the same model), the shard that a rank holds, and the full tensor to which
+the shards of any layout are joined.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class ParameterSpec:
         blocks: the sharded dimension consists of this many equal blocks, each sharded separately (2 for a fused gate
             and up projection, so that each rank gets a shard of both).
         padded: length of the sharded dimension with padding, which is zero and not part of the model; 0: no padding.
-        std: standard deviation of the initial values; 0: they are `constant`.
-        constant: the initial value where std is 0.
+        std: standard deviation of the initial values; 0: all are `constant`.
+        constant: the initial value if std is 0.
     """
 
     shape: tuple[int, ...]

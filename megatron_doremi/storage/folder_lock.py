@@ -79,9 +79,9 @@ class FolderLock:
         if owner is not None:
             job = f", SLURM job {owner.job}" if owner.job else ""
             owner_text = f": process {owner.process} on {owner.host}{job}"
-        value = f"another run writes in {self._path.parent}{owner_text}"
+        value = f"another run is writing to {self._path.parent}{owner_text}"
         remedy = f"wait for it, or give another folder; if that run no longer exists, remove {self._path}"
-        return ConfigError(Fault(flag, value, "one run at a time in a folder", remedy))
+        return ConfigError(Fault(flag, value, "one run at a time per folder", remedy))
 
     def release(self) -> None:
         """Releases the lock. A second call does nothing."""

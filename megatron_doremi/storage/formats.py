@@ -114,7 +114,7 @@ def _check_seal(entry: Mapping[str, Any], subject: str, schema: type[Schema], re
     if optional and "sha256" not in entry:
         return
     if entry.get("sha256") != _digest({key: value for key, value in entry.items() if key != "sha256"}):
-        raise ConfigError(Fault(subject, "damaged or edited", "content that fits its SHA-256", remedy))
+        raise ConfigError(Fault(subject, "damaged or edited", "content that matches its SHA-256", remedy))
 
 
 def _digest(entry: Mapping[str, Any]) -> str:
@@ -125,22 +125,22 @@ def format_fault(entry: Mapping[str, Any], subject: str, schema: type[Schema], r
     """The fault of an object's `format` key; None if the format is known."""
     if not schema.FORMAT or ("format" not in entry and schema.FORMAT_OPTIONAL):
         return None
-    found, known = entry.get("format"), (schema.FORMAT, *schema.OLDER_FORMATS)
-    if found in known:
+    file_format = entry.get("format")
+    if file_format in (schema.FORMAT, *schema.OLDER_FORMATS):
         return None
-    if isinstance(found, str) and _is_newer(found, schema.FORMAT):
+    if isinstance(file_format, str) and _is_newer(file_format, schema.FORMAT):
         return Fault(
             subject,
-            f"format {found!r}, written by a newer version of this program",
+            f"format {file_format!r}, written by a newer version of this program",
             f"a format up to {schema.FORMAT}",
             "read it with that version",
         )
-    return Fault(subject, f"format {_shown(found)}", f"format {schema.FORMAT}", remedy)
+    return Fault(subject, f"format {_shown(file_format)}", f"format {schema.FORMAT}", remedy)
 
 
-def _is_newer(found: str, ours: str) -> bool:
-    family, version = ours.rsplit("/", 1)
-    match = re.fullmatch(re.escape(family) + r"/([1-9][0-9]{0,8})", found)
+def _is_newer(file_format: str, known_format: str) -> bool:
+    family, version = known_format.rsplit("/", 1)
+    match = re.fullmatch(re.escape(family) + r"/([1-9][0-9]{0,8})", file_format)
     return match is not None and int(match.group(1)) > int(version)
 
 

@@ -35,7 +35,7 @@ class TensorFile:
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """A copy in host memory. From a GPU the copy is asynchronous: synchronize the device before reading it."""
+    """A copy in host memory. From a GPU the copy is asynchronous: synchronize the device before reading the copy."""
     tensor = tensor.detach()
     # Copies to pinned memory run at full bus bandwidth; torch caches freed pinned memory for the next copy.
     copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)

@@ -218,7 +218,7 @@ def test_a_journal_with_another_digit_is_refused(tmp_path):
 def test_two_runs_for_two_splits_do_not_write_in_one_folder(tmp_path):
     """Else the ids of one tokenizer could end under the manifest of the other."""
     with workspace(tmp_path) as first:
-        with pytest.raises(ConfigError, match=f"another run writes.*on {socket.gethostname()}"):
+        with pytest.raises(ConfigError, match=f"another run is writing.*on {socket.gethostname()}"):
             workspace(tmp_path, "valid")
         first.remove()
     workspace(tmp_path, "valid").__exit__()
@@ -236,7 +236,7 @@ def test_a_lock_of_the_dead_is_taken_over_and_the_file_of_one_that_left_is_not_t
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
     held = FolderLock(tmp_path, "--output-dir")
-    with pytest.raises(ConfigError, match="another run writes"):
+    with pytest.raises(ConfigError, match="another run is writing"):
         FolderLock(tmp_path, "--output-dir")
     held.release()
     (tmp_path / LOCK).write_text(json.dumps({"host": "elsewhere", "process": 5, "job": "77"}))

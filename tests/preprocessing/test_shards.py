@@ -273,7 +273,7 @@ def test_other_settings_do_not_go_on_and_two_runs_do_not_meet(folder, tmp_path):
     journal.write_text(kept)
     with (out / LOCK).open("ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        fails(run("preprocess_data.py", *command(folder, out)), "another run writes")
+        fails(run("preprocess_data.py", *command(folder, out)), "another run is writing")
     preprocess(folder, out, "--resume")
 
 
