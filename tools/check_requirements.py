@@ -1,8 +1,9 @@
-"""Says whether this Python has what a requirements file pins: exit code 0 if so, else 1 with what is missing.
+"""Checks whether this Python environment satisfies a requirements file: exits with 0 if so, else prints each package
+that differs and exits with 1.
 
     python tools/check_requirements.py requirements.txt
 
-Needs nothing but Python; knows exact pins (name==version) and -r lines, which is all that our files use.
+Uses only the standard library. Supports exact pins (name==version) and -r lines, which is all that our files contain.
 """
 
 from __future__ import annotations
@@ -14,31 +15,31 @@ from pathlib import Path
 
 
 def pins(path: Path) -> Iterator[tuple[str, str]]:
-    """The (name, version) pairs of a requirements file and of those it includes."""
+    """Yields the (name, version) pairs of a requirements file and of the files that it includes."""
     for line in path.read_text(encoding="utf-8").splitlines():
-        entry = line.split("#")[0].strip()
-        if entry.startswith("-r "):
-            yield from pins(path.parent / entry[3:].strip())
-        elif entry:
-            name, _, wanted = entry.partition("==")
-            yield name, wanted
+        requirement = line.split("#")[0].strip()
+        if requirement.startswith("-r "):
+            yield from pins(path.parent / requirement[3:].strip())
+        elif requirement:
+            name, _, pinned = requirement.partition("==")
+            yield name, pinned
 
 
-def missing(path: Path) -> list[str]:
-    """What this Python lacks, as text."""
-    result = []
-    for name, wanted in pins(path):
+def mismatches(path: Path) -> list[str]:
+    """Describes each pin of a requirements file that this environment does not satisfy."""
+    messages = []
+    for name, pinned in pins(path):
         try:
-            # A local part names the build (2.13.0+cpu) and does not count.
-            found = version(name).split("+")[0]
+            # Ignore the local version, which identifies the build (2.13.0+cpu).
+            installed = version(name).split("+")[0]
         except PackageNotFoundError:
-            found = "missing"
-        if found != wanted:
-            result.append(f"{name}=={wanted} (found: {found})")
-    return result
+            installed = "missing"
+        if installed != pinned:
+            messages.append(f"{name}=={pinned} (installed: {installed})")
+    return messages
 
 
 if __name__ == "__main__":
-    lacking = missing(Path(sys.argv[1]))
-    print("\n".join(lacking))
-    sys.exit(1 if lacking else 0)
+    messages = mismatches(Path(sys.argv[1]))
+    print("\n".join(messages))
+    sys.exit(1 if messages else 0)

@@ -1,10 +1,10 @@
-"""Gathers a corpus of real text that every machine has which can run this program, without a download.
+"""Builds a corpus of real text without a download, from files that are on every machine that can run this program.
 
     python tools/embedded_corpus.py --output-dir runs/quickstart/corpus
 
-Six natural domains, cut from Python's standard library and from what requirements.txt installs, and two planted
-ones that DoReMi must see through: noise, which cannot be learned, and boilerplate, which is learned at once.
-Written in The Pile's format, split into train and held-out by document.
+Six natural domains come from Python's standard library and the packages in requirements.txt. Two planted domains test
+DoReMi: noise, which cannot be learned, and boilerplate, which is learned within a few steps. The output is in The
+Pile's format, split into train and valid by document.
 """
 
 from __future__ import annotations
@@ -26,28 +26,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any, run_or_exit
 from megatron_doremi.storage.files import atomic_write_text, make_folder
 
-_SMALLEST_DOCUMENT, _LARGEST_DOCUMENT = 200, 8_000  # characters
-_SMALLEST_DOMAIN = 1_000_000  # bytes
+_MIN_DOCUMENT, _MAX_DOCUMENT = 200, 8_000  # characters
+_MIN_DOMAIN_BYTES = 1_000_000
 NOISE, BOILERPLATE = "noise", "boilerplate"
 
 
 def package_folder(name: str) -> Path:
-    """Folder of an installed package, without importing it. Raises ConfigError where it is missing."""
+    """Returns the folder of an installed package without importing it. Raises ConfigError if it is missing."""
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
-        raise ConfigError(
-            Fault(
-                "Python environment",
-                f"no package {name}",
-                "requirements.txt installed",
-                "pip install -r requirements.txt",
-            )
-        )
+        rule, remedy = "the packages in requirements.txt", "pip install -r requirements.txt"
+        raise ConfigError(Fault("Python environment", f"no package {name}", rule, remedy))
     return Path(next(iter(spec.submodule_search_locations)))
 
 
 def texts_of(paths: Iterable[Path]) -> Iterator[str]:
-    """Contents of text files; files in another encoding are passed over."""
+    """Yields the contents of UTF-8 files; skips files that are not UTF-8 or not readable."""
     for path in paths:
         try:
             yield path.read_text(encoding="utf-8")
@@ -56,21 +50,21 @@ def texts_of(paths: Iterable[Path]) -> Iterator[str]:
 
 
 def docstrings_of(paths: Iterable[Path]) -> Iterator[str]:
-    """The docstrings of Python files, those of one file together."""
+    """Yields the long docstrings of each Python file as one text."""
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for text in texts_of(paths):
         try:
             tree = ast.parse(text)
         except (SyntaxError, ValueError):
             continue
-        found = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)]
-        yield "\n\n".join(doc for doc in found if doc and len(doc) > 80)
+        docstrings = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds)]
+        yield "\n\n".join(doc for doc in docstrings if doc and len(doc) > 80)
 
 
 def natural_domains(seed: int) -> dict[str, Iterator[str]]:
-    """The natural domains and their texts, read as they are asked for."""
+    """Returns the natural domains and their texts, which are read lazily."""
     library = Path(sysconfig.get_paths()["stdlib"])
-    left_out = {
+    excluded = {
         "site-packages",
         "dist-packages",
         "test",
@@ -82,15 +76,15 @@ def natural_domains(seed: int) -> dict[str, Iterator[str]]:
     }
 
     def files(folders: Iterable[Path], *suffixes: str) -> list[Path]:
-        """Files with one of the suffixes, in an order that depends on seed and names alone."""
-        found = []
+        """Returns the files with one of the suffixes, in an order that depends only on the seed and their names."""
+        keyed = []
         for folder in folders:
             for path in folder.rglob("*"):
                 parts = path.relative_to(folder).parts
-                if path.suffix in suffixes and not set(parts) & left_out:
+                if path.suffix in suffixes and not set(parts) & excluded:
                     name = "/".join((folder.name, *parts))
-                    found.append((hashlib.sha256(f"{seed}/{name}".encode()).digest(), name, path))
-        return [path for _, _, path in sorted(found)]
+                    keyed.append((hashlib.sha256(f"{seed}/{name}".encode()).digest(), name, path))
+        return [path for _, _, path in sorted(keyed)]
 
     torch, deepspeed, numpy, matplotlib, networkx, sympy = map(
         package_folder, ("torch", "deepspeed", "numpy", "matplotlib", "networkx", "sympy")
@@ -106,49 +100,49 @@ def natural_domains(seed: int) -> dict[str, Iterator[str]]:
 
 
 def documents_of(texts: Iterator[str]) -> Iterator[str]:
-    """Texts cut to documents, at line ends."""
+    """Splits texts into documents at line ends; drops lines that are longer than a document may be."""
     for text in texts:
         lines: list[str] = []
         size = 0
         for line in text.splitlines(keepends=True):
-            if size + len(line) > _LARGEST_DOCUMENT and lines:
+            if size + len(line) > _MAX_DOCUMENT and lines:
                 yield "".join(lines)
                 lines, size = [], 0
-            if len(line) <= _LARGEST_DOCUMENT:
+            if len(line) <= _MAX_DOCUMENT:
                 lines.append(line)
                 size += len(line)
         yield "".join(lines)
 
 
-def gather(texts: Iterator[str], most_bytes: int) -> list[str]:
-    """The first documents of a domain up to a number of bytes, each once."""
+def gather(texts: Iterator[str], target_bytes: int) -> list[str]:
+    """Returns the first documents of a domain, without duplicates, until they reach a number of bytes."""
     seen: set[bytes] = set()
-    chosen, size = [], 0
+    documents, size = [], 0
     for document in documents_of(texts):
-        if size >= most_bytes:
+        if size >= target_bytes:
             break
-        # The hash leaves white space out, so that re-indented copies count as the same.
+        # The hash ignores white space, so re-indented copies are duplicates.
         digest = hashlib.sha256("".join(document.split()).encode("utf-8", "replace")).digest()
-        if len(document) >= _SMALLEST_DOCUMENT and digest not in seen:
+        if len(document) >= _MIN_DOCUMENT and digest not in seen:
             seen.add(digest)
-            chosen.append(document)
+            documents.append(document)
             size += len(document.encode("utf-8", "replace"))
-    return chosen
+    return documents
 
 
-def noise(most_bytes: int, seed: int) -> list[str]:
-    """Documents of symbols drawn uniformly: no model can do better than the symbols' entropy."""
+def noise(target_bytes: int, seed: int) -> list[str]:
+    """Returns documents of uniformly random symbols: no model can get below the entropy of the symbols."""
     generator = random.Random(f"{seed}/{NOISE}")
     symbols = string.ascii_letters + string.digits + string.punctuation + " "
-    return ["".join(generator.choices(symbols, k=2000)) for _ in range(most_bytes // 2000)]
+    return ["".join(generator.choices(symbols, k=2000)) for _ in range(target_bytes // 2000)]
 
 
-def boilerplate(most_bytes: int, seed: int) -> list[str]:
-    """Documents of one template with counters: learned at once."""
+def boilerplate(target_bytes: int, seed: int) -> list[str]:
+    """Returns documents that repeat one sentence with a counter."""
     generator = random.Random(f"{seed}/{BOILERPLATE}")
     documents: list[str] = []
     size = 0
-    while size < most_bytes:
+    while size < target_bytes:
         first = generator.randrange(10_000)
         lines = [
             f"Order {first + n} was received. Thank you for your order; it will be sent within 3 working days.\n"
@@ -160,55 +154,57 @@ def boilerplate(most_bytes: int, seed: int) -> list[str]:
 
 
 def gather_all(domain_bytes: int, seed: int) -> dict[str, list[str]]:
-    """The documents of every domain. Raises ConfigError where the machine has too little of a natural one."""
+    """Returns the documents of every domain. Raises ConfigError if this machine has too little text for one."""
     corpus, faults = {}, []
     for name, texts in natural_domains(seed).items():
         corpus[name] = gather(texts, domain_bytes)
         size = sum(len(document.encode("utf-8", "replace")) for document in corpus[name])
-        if size < min(domain_bytes, _SMALLEST_DOMAIN):
-            faults.append(
-                Fault(
-                    f"domain {name!r}",
-                    f"{size:,} bytes on this machine",
-                    f"at least {_SMALLEST_DOMAIN:,}",
-                    "give the quickstart your own text: bash examples/quickstart.sh TRAIN VALID",
-                )
-            )
+        if size < min(domain_bytes, _MIN_DOMAIN_BYTES):
+            value, rule = f"{size:,} bytes on this machine", f"at least {_MIN_DOMAIN_BYTES:,}"
+            remedy = "give the quickstart your own text: bash examples/quickstart.sh TRAIN VALID"
+            faults.append(Fault(f"domain {name!r}", value, rule, remedy))
     raise_if_any(faults)
     corpus[NOISE], corpus[BOILERPLATE] = noise(domain_bytes, seed), boilerplate(domain_bytes, seed)
     return corpus
 
 
 def held_out(document: str, fraction: float, seed: int) -> bool:
-    """Whether a document is held out: decided by its text, so that equal ones land on one side."""
+    """Returns whether a document is held out. A hash of its text decides, so copies land in the same split."""
     digest = hashlib.sha256(f"{seed}/held out/{document}".encode("utf-8", "replace")).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
 def main() -> int:
-    """Gathers, splits, shuffles and writes."""
+    """Builds the corpus, splits it, shuffles it and writes it. Returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--output-dir", required=True, type=Path, metavar="DIR")
-    parser.add_argument("--domain-bytes", type=int, default=1_500_000, help="text of each domain (default: 1500000)")
-    parser.add_argument("--valid-fraction", type=float, default=0.06, help="held out (default: 0.06)")
-    parser.add_argument("--seed", type=int, default=1234, help="(default: 1234)")
+    add = parser.add_argument
+    output_help = "folder in which to write train.jsonl and valid.jsonl"
+    add("--output-dir", required=True, type=Path, metavar="DIR", help=output_help)
+    bytes_help = "bytes of text per domain, in both splits together (default: 1500000)"
+    add("--domain-bytes", type=int, default=1_500_000, metavar="N", help=bytes_help)
+    fraction_help = "fraction of the documents in the valid split (default: 0.06)"
+    add("--valid-fraction", type=float, default=0.06, metavar="F", help=fraction_help)
+    seed_help = "seed of the choice and order of the documents (default: 1234)"
+    add("--seed", type=int, default=1234, metavar="N", help=seed_help)
     args = parser.parse_args()
-    raise_if_any(
-        [Fault("--domain-bytes", str(args.domain_bytes), "at least 10000", "give more")] * (args.domain_bytes < 10_000)
-        + [Fault("--valid-fraction", str(args.valid_fraction), "above 0, below 1", "give a fraction")]
-        * (not 0 < args.valid_fraction < 1)
-    )
+    faults = []
+    if args.domain_bytes < 10_000:
+        faults.append(Fault("--domain-bytes", str(args.domain_bytes), "at least 10000", "give a larger number"))
+    if not 0 < args.valid_fraction < 1:
+        value, rule = str(args.valid_fraction), "greater than 0 and less than 1"
+        faults.append(Fault("--valid-fraction", value, rule, "give a number in that range"))
+    raise_if_any(faults)
     corpus = gather_all(args.domain_bytes, args.seed)
     splits: dict[str, list[str]] = {"train": [], "valid": []}
     print(f"{'domain':<16} {'documents':>10} {'bytes':>12} {'held out':>10}")
     for name, documents in corpus.items():
-        out = 0
+        held_out_count = 0
         for document in documents:
             split = "valid" if held_out(document, args.valid_fraction, args.seed) else "train"
-            out += split == "valid"
+            held_out_count += split == "valid"
             splits[split].append(json.dumps({"text": document, "meta": {"pile_set_name": name}}) + "\n")
         size = sum(len(document.encode("utf-8", "replace")) for document in documents)
-        print(f"{name:<16} {len(documents):>10,} {size:>12,} {out:>10,}")
+        print(f"{name:<16} {len(documents):>10,} {size:>12,} {held_out_count:>10,}")
     make_folder(args.output_dir, "--output-dir")
     for split, lines in splits.items():
         random.Random(f"{args.seed}/{split}").shuffle(lines)

@@ -1,12 +1,12 @@
-"""Looks into a data set: sizes, documents, what a blend reads, and whether the files are whole.
+"""Inspects a data set: prints sizes, documents or samples of a blend, or verifies the files.
 
     python tools/inspect_data.py counts --domains data/domains.json
     python tools/inspect_data.py documents --domains data/domains.json --domain Books --first 10 --count 2
     python tools/inspect_data.py window --domains data/domains.json --number 50 --seq-length 64 --global-batch-size 48
     python tools/inspect_data.py verify --domains data/domains.json --write-checksums data/SHA256SUMS
 
-A window is a sample of training: number n is place n % B of step n // B, as every layout reads it. `verify` reads
-every id; its checksums are in the form of sha256sum, which can check them too.
+A window is a training sample. With a global batch size of B, number n is row n % B of step n // B + 1, in every layout.
+`verify` reads every id; its checksum file has the format of sha256sum, which can check it as well.
 """
 
 from __future__ import annotations
@@ -32,84 +32,95 @@ from megatron_doremi.mixture.static import Budget, resolve_weights
 from megatron_doremi.preprocessing.tokenizer import Tokenizer, load_tokenizer
 from megatron_doremi.storage.files import atomic_write_text, sha256_of
 
-_IDS_AT_ONCE = 1 << 22
-# Steps that a blend is played through to find a window: some hours.
-_MOST_STEPS = 100_000_000
+_IDS_PER_READ = 1 << 22
+# Steps of a blend that may be replayed to find a window, which takes some hours.
+_MAX_STEPS = 100_000_000
 _CHECKSUM = re.compile(rb"[0-9a-f]{64}  .+\.(bin|idx)\r?\n?")
-_LONGEST_LINE = 1 << 14
+_MAX_LINE_BYTES = 1 << 14
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Builds the command-line parser."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="{counts,documents,window,verify}")
     for name, text in (
-        ("counts", "documents, tokens and bytes of each domain"),
+        ("counts", "print the documents, tokens and bytes per token of each domain"),
         ("documents", "print documents of a domain"),
-        ("window", "print a sample of a blend"),
-        ("verify", "read everything and compare it with the manifest"),
+        ("window", "print a training sample of a blend"),
+        ("verify", "read all data and compare it with the manifest"),
     ):
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        command.add_argument("--domains", required=True, type=Path, metavar="FILE", help="the manifest")
+        command.add_argument("--domains", required=True, type=Path, metavar="FILE", help="manifest of the data set")
         if name in ("counts", "documents"):
-            command.add_argument("--split", choices=("train", "valid"), default="train", help="(default: train)")
+            split_help = "split to inspect (default: train)"
+            command.add_argument("--split", choices=("train", "valid"), default="train", help=split_help)
         if name == "documents":
-            command.add_argument("--domain", required=True, metavar="NAME")
-            command.add_argument("--first", type=int, default=0, metavar="N", help="from 0 (default: 0)")
-            command.add_argument("--count", type=int, default=1, metavar="N", help="(default: 1)")
+            command.add_argument("--domain", required=True, metavar="NAME", help="domain of the documents")
+            first_help = "index of the first document, from 0 (default: 0)"
+            command.add_argument("--first", type=int, default=0, metavar="N", help=first_help)
+            command.add_argument("--count", type=int, default=1, metavar="N", help="number of documents (default: 1)")
         if name == "window":
-            command.add_argument("--number", required=True, type=int, metavar="N", help="of the sample, from 0")
-            command.add_argument("--domain-weights", default="uniform", help="as in training (default: uniform)")
-            command.add_argument("--allow-tokenizer-mismatch", action="store_true")
-            command.add_argument("--train-iters", type=int, default=0, metavar="N", help="as in training, for unimax")
-            command.add_argument(
-                "--max-epochs-per-domain", type=float, default=0.0, metavar="E", help="as in training, for unimax"
-            )
-            command.add_argument("--seq-length", required=True, type=int, metavar="N")
-            command.add_argument("--global-batch-size", required=True, type=int, metavar="N")
-            command.add_argument("--seed", type=int, default=1234, metavar="N", help="(default: 1234)")
+            _add_window_options(command)
         if name == "verify":
-            command.add_argument("--checksums", type=Path, metavar="FILE", help="compare the files with these")
-            command.add_argument("--write-checksums", type=Path, metavar="FILE", help="write theirs")
+            read_help = "checksum file, as written by --write-checksums or sha256sum, to compare the files with"
+            command.add_argument("--checksums", type=Path, metavar="FILE", help=read_help)
+            write_help = "checksum file to write, in the format of sha256sum"
+            command.add_argument("--write-checksums", type=Path, metavar="FILE", help=write_help)
     return parser
 
 
+def _add_window_options(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--number", required=True, type=int, metavar="N", help="index of the sample in training, from 0")
+    weights_help = "domain weights of the training run: a mixture or a weights file (default: uniform)"
+    add("--domain-weights", default="uniform", metavar="WEIGHTS", help=weights_help)
+    mismatch_help = "accept weights that were learned with another tokenizer (default: refuse them)"
+    add("--allow-tokenizer-mismatch", action="store_true", help=mismatch_help)
+    iters_help = "steps of the training run; only unimax needs them (default: 0)"
+    add("--train-iters", type=int, default=0, metavar="N", help=iters_help)
+    epochs_help = "epochs to which the training run caps each domain; only unimax needs them (default: 0)"
+    add("--max-epochs-per-domain", type=float, default=0.0, metavar="E", help=epochs_help)
+    add("--seq-length", required=True, type=int, metavar="N", help="tokens per sample")
+    add("--global-batch-size", required=True, type=int, metavar="N", help="samples per step")
+    add("--seed", type=int, default=1234, metavar="N", help="seed of the training run (default: 1234)")
+
+
 def open_manifest(path: Path) -> Manifest:
-    """Reads a manifest, and prints what it warns of. Raises ConfigError."""
+    """Loads a manifest and prints its warnings. Raises ConfigError."""
     manifest = load_manifest(path)
     print_warnings(manifest)
     return manifest
 
 
 def open_tokenizer(manifest: Manifest) -> Tokenizer | None:
-    """The manifest's tokenizer, None where it names none. Raises ConfigError where it is another file by now."""
+    """Loads the manifest's tokenizer, if it has one. Raises ConfigError if its file has changed."""
     info = manifest.tokenizer
     if info is None:
         return None
     tokenizer = load_tokenizer(info.type, info.file, eod=info.eod)
     if tokenizer.sha256 == info.sha256 and (tokenizer.vocab_size, tokenizer.eod) != (info.vocab_size, info.eod):
         value = f"vocab_size {info.vocab_size}, eod {info.eod}"
-        rule = f"what {info.file.name} has: {tokenizer.vocab_size}, {tokenizer.eod}"
+        rule = f"those of {info.file.name}: vocab_size {tokenizer.vocab_size}, eod {tokenizer.eod}"
         raise ConfigError(Fault(f"tokenizer of {manifest.path}", value, rule, "make the manifest again"))
     if tokenizer.sha256 != info.sha256:
         raise ConfigError(
             Fault(
                 f"tokenizer {info.file}",
                 f"SHA-256 {tokenizer.sha256[:12]}",
-                f"the one that made the ids, {info.sha256[:12]}",
-                "put that file back, or make the data set again",
+                f"{info.sha256[:12]}, the tokenizer that encoded the data",
+                "restore that file, or make the data set again",
             )
         )
     return tokenizer
 
 
 def as_text(ids: NDArray[np.int64], tokenizer: Tokenizer | None) -> str:
-    """The text of ids; the ids themselves where no tokenizer is known."""
+    """Returns the text of ids, or the ids as text if there is no tokenizer."""
     return " ".join(map(str, ids)) if tokenizer is None else tokenizer.decode(ids)
 
 
 def open_split(manifest: Manifest, split: str) -> Iterator[tuple[str, IndexedDataset]]:
-    """The pairs of a split, by domain, ids checked against the vocabulary."""
+    """Yields (domain, pair) for each domain with data in a split. Reading an id checks it against the vocabulary."""
     vocab_size = manifest.tokenizer.vocab_size if manifest.tokenizer else 0
     for domain in manifest.domains:
         prefix = domain.train if split == "train" else domain.valid
@@ -118,13 +129,13 @@ def open_split(manifest: Manifest, split: str) -> Iterator[tuple[str, IndexedDat
 
 
 def document_lengths(dataset: IndexedDataset) -> NDArray[np.int64]:
-    """[documents] tokens of each document."""
+    """Returns the tokens per document, [documents]."""
     ends = np.concatenate([[0], np.cumsum(dataset.sequence_lengths, dtype=np.int64)])
     return np.diff(ends[dataset.document_indices])
 
 
 def counts(args: argparse.Namespace) -> None:
-    """Prints a table."""
+    """Prints a table of the domains."""
     manifest = open_manifest(args.domains)
     sizes = {domain.name: domain.bytes for domain in manifest.domains}
     width = max(map(len, (*manifest.names, "domain")))
@@ -133,45 +144,45 @@ def counts(args: argparse.Namespace) -> None:
     for name, dataset in open_split(manifest, args.split):
         dataset.check_index()
         lengths = document_lengths(dataset)
-        # The manifest keeps the bytes of the train split.
-        known = args.split == "train" and dataset.num_tokens
-        ratio = f"{sizes[name] / dataset.num_tokens:.2f}" if known else "-"
-        spread = [int(np.quantile(lengths, part, method="lower")) if len(lengths) else 0 for part in (0.0, 0.5, 1.0)]
-        row = (f"{dataset.num_documents:,}", f"{dataset.num_tokens:,}", ratio, *(f"{value:,}" for value in spread))
+        # The manifest has the bytes of the train split only.
+        has_bytes = args.split == "train" and dataset.num_tokens
+        ratio = f"{sizes[name] / dataset.num_tokens:.2f}" if has_bytes else "-"
+        quantiles = [int(np.quantile(lengths, q, method="lower")) if len(lengths) else 0 for q in (0.0, 0.5, 1.0)]
+        row = (f"{dataset.num_documents:,}", f"{dataset.num_tokens:,}", ratio, *(f"{value:,}" for value in quantiles))
         print(f"{name:<{width}}" + "".join(f"{cell:>16}" for cell in row))
 
 
 def documents(args: argparse.Namespace) -> None:
-    """Prints documents, each under a line that says which it is."""
+    """Prints documents, each below a line that identifies it."""
     manifest = open_manifest(args.domains)
-    found = dict(open_split(manifest, args.split))
-    if args.domain not in found:
-        rule = f"a domain with {args.split} data: " + ", ".join(map(repr, found))
+    datasets = dict(open_split(manifest, args.split))
+    if args.domain not in datasets:
+        rule = f"a domain with {args.split} data: " + ", ".join(map(repr, datasets))
         raise ConfigError(Fault("--domain", repr(args.domain), rule, "give one of these"))
-    dataset = found[args.domain]
-    last = args.first + args.count
-    if args.first < 0 or args.count < 1 or last > dataset.num_documents:
-        value, rule = f"{args.first} to {last - 1}", f"documents 0 to {dataset.num_documents - 1:,}"
+    dataset = datasets[args.domain]
+    end = args.first + args.count
+    if args.first < 0 or args.count < 1 or end > dataset.num_documents:
+        value, rule = f"{args.first} to {end - 1}", f"documents 0 to {dataset.num_documents - 1:,}"
         raise ConfigError(Fault("--first, --count", value, rule, "give numbers in that range"))
     tokenizer = open_tokenizer(manifest)
-    for number in range(args.first, last):
+    for number in range(args.first, end):
         ids = dataset.document(number)
         print(f"== {args.domain}, {args.split}, document {number:,}: {len(ids):,} tokens")
         print(as_text(ids, tokenizer))
 
 
 def window(args: argparse.Namespace) -> None:
-    """Prints what sample `--number` of a blend is."""
+    """Prints one training sample of a blend, and its domain, window and epoch."""
     faults = [
-        Fault(flag, str(value), f"from {least} to {most:,}", "give such a number")
-        for flag, value, least, most in (
-            ("--number", args.number, 0, _MOST_STEPS * max(1, args.global_batch_size) - 1),
+        Fault(flag, str(value), f"from {smallest} to {largest:,}", "give a number in that range")
+        for flag, value, smallest, largest in (
+            ("--number", args.number, 0, _MAX_STEPS * max(1, args.global_batch_size) - 1),
             ("--seq-length", args.seq_length, 1, 1 << 31),
             ("--global-batch-size", args.global_batch_size, 1, 1 << 24),
             ("--seed", args.seed, 0, (1 << 63) - 1),
             ("--train-iters", args.train_iters, 0, 10**9),
         )
-        if not least <= value <= most
+        if not smallest <= value <= largest
     ]
     raise_if_any(faults)
     manifest = open_manifest(args.domains)
@@ -188,26 +199,26 @@ def window(args: argparse.Namespace) -> None:
         budget = Budget(windows * args.seq_length, [n * args.seq_length for n in sizes], args.max_epochs_per_domain)
     weights = resolve_weights(args.domain_weights, manifest, args.allow_tokenizer_mismatch, budget=budget)
     blend = Blend(manifest.names, sizes, args.global_batch_size, args.seed)
-    step, place = divmod(args.number, args.global_batch_size)
+    step, row = divmod(args.number, args.global_batch_size)
     state = BlendState.start(len(datasets))
-    # Credits are carried from step to step, so the blend is played from its start.
+    # The blend carries credits from step to step, so it is replayed from the first step.
     for _ in tqdm(range(step), unit="step", leave=False, disable=step < 10_000):
         _, state = blend.next_batch(state, weights)
     batch, _ = blend.next_batch(state, weights)
-    number, chosen = int(batch.domains[place]), int(batch.windows[place])
-    ids = datasets[number].tokens(chosen * args.seq_length, args.seq_length + 1)
-    cursor = int(state.cursors[number])
-    read = blend.windows_at(number, cursor, int((batch.domains == number).sum()))
-    epoch = (cursor + int(np.argmax(read == chosen))) // sizes[number]
+    domain, window_index = int(batch.domains[row]), int(batch.windows[row])
+    ids = datasets[domain].tokens(window_index * args.seq_length, args.seq_length + 1)
+    cursor = int(state.cursors[domain])
+    batch_windows = blend.windows_at(domain, cursor, int((batch.domains == domain).sum()))
+    epoch = (cursor + int(np.argmax(batch_windows == window_index))) // sizes[domain]
     print(
-        f"== sample {args.number:,}: step {step + 1:,}, place {place}; {manifest.names[number]}, window {chosen:,} of "
-        f"{sizes[number]:,}, epoch {epoch + 1}"
+        f"== sample {args.number:,}: step {step + 1:,}, row {row}; {manifest.names[domain]}, window {window_index:,} "
+        f"of {sizes[domain]:,}, epoch {epoch + 1}"
     )
     print(as_text(ids, open_tokenizer(manifest)))
 
 
 def verify(args: argparse.Namespace) -> None:
-    """Reads every id of every pair, and compares sizes and checksums."""
+    """Reads every id of every pair, compares sizes and checksums with the expected ones, and writes checksums."""
     manifest = open_manifest(args.domains)
     faults: list[Fault] = []
     files: list[Path] = []
@@ -226,14 +237,14 @@ def verify(args: argparse.Namespace) -> None:
             try:
                 dataset = IndexedDataset(prefix, manifest.tokenizer.vocab_size if manifest.tokenizer else 0)
                 dataset.check_index()
-                for start in range(0, dataset.num_tokens, _IDS_AT_ONCE):
-                    dataset.tokens(start, min(_IDS_AT_ONCE, dataset.num_tokens - start))
+                for start in range(0, dataset.num_tokens, _IDS_PER_READ):
+                    dataset.tokens(start, min(_IDS_PER_READ, dataset.num_tokens - start))
             except ConfigError as error:
                 faults += error.faults
                 continue
-            found, said = (dataset.num_tokens, dataset.num_documents), (domain.tokens, domain.documents)
-            if split == "train" and found != said:
-                value, rule = "{:,} tokens, {:,} documents".format(*found), "the manifest's {:,} and {:,}".format(*said)
+            if split == "train" and (dataset.num_tokens, dataset.num_documents) != (domain.tokens, domain.documents):
+                value = f"{dataset.num_tokens:,} tokens, {dataset.num_documents:,} documents"
+                rule = f"{domain.tokens:,} tokens, {domain.documents:,} documents, as in the manifest"
                 faults.append(Fault(str(prefix), value, rule, "make the data set again with tools/preprocess_data.py"))
             total += dataset.num_tokens
             files += paths_of(prefix)
@@ -245,55 +256,56 @@ def verify(args: argparse.Namespace) -> None:
         folder = listing.parent
         lines = [f"{sha256_of(path)}  {os.path.relpath(path.resolve(), folder)}\n" for path in files]
         atomic_write_text(listing, "".join(lines))
-    print(f"whole: {len(files)} files of {len(manifest.domains)} domains, {total:,} tokens")
+    print(f"verified: {len(files)} files of {len(manifest.domains)} domains, {total:,} tokens")
 
 
 def listing_faults(listing: Path, manifest: Manifest) -> list[Fault]:
-    """A fault where a list of checksums would overwrite anything but an earlier one, or cannot be written."""
-    what = f"--write-checksums {listing}"
-    rule, remedy = "a new file, or an earlier list of checksums of .bin and .idx files", "give another path"
+    """Returns a fault if a checksum file cannot be written or would overwrite anything but an earlier checksum file."""
+    subject = f"--write-checksums {listing}"
+    rule, remedy = "a new file, or an earlier checksum file of .bin and .idx files", "give another path"
     prefixes = [prefix for domain in manifest.domains for prefix in (domain.train, domain.valid) if prefix is not None]
-    ours = [manifest.path, *(path for prefix in prefixes for path in paths_of(prefix))]
-    ours += [manifest.tokenizer.file] if manifest.tokenizer else []
+    dataset_files = [manifest.path, *(path for prefix in prefixes for path in paths_of(prefix))]
+    dataset_files += [manifest.tokenizer.file] if manifest.tokenizer else []
     try:
-        real = listing.resolve()
-        if real in {path.resolve() for path in ours}:
-            return [Fault(what, "a file of the data set", rule, remedy)]
-        if not real.exists():
-            return [] if real.parent.is_dir() else [Fault(what, "no such folder", "an existing folder", "make it")]
-        if not real.is_file():
-            return [Fault(what, "no regular file", rule, remedy)]
-        with real.open("rb") as file:
-            lines = iter(lambda: file.readline(_LONGEST_LINE), b"")
+        resolved = listing.resolve()
+        if resolved in {path.resolve() for path in dataset_files}:
+            return [Fault(subject, "a file of the data set", rule, remedy)]
+        if not resolved.exists():
+            missing_folder = Fault(subject, "no such folder", "an existing folder", "create it")
+            return [] if resolved.parent.is_dir() else [missing_folder]
+        if not resolved.is_file():
+            return [Fault(subject, "not a regular file", rule, remedy)]
+        with resolved.open("rb") as file:
+            lines = iter(lambda: file.readline(_MAX_LINE_BYTES), b"")
             first = next(lines, b"")
-            good = bool(_CHECKSUM.fullmatch(first)) and all(_CHECKSUM.fullmatch(line) for line in lines)
+            is_listing = bool(_CHECKSUM.fullmatch(first)) and all(_CHECKSUM.fullmatch(line) for line in lines)
     except (OSError, ValueError) as error:
-        return [Fault(what, str(error), rule, remedy)]
-    return [] if good else [Fault(what, "another file is there already", rule, remedy)]
+        return [Fault(subject, str(error), rule, remedy)]
+    return [] if is_listing else [Fault(subject, "another file already exists", rule, remedy)]
 
 
 def compare_checksums(listing: Path, files: list[Path]) -> list[Fault]:
-    """Faults of files that are not what a list in sha256sum's form says, or are not in it."""
-    what = f"--checksums {listing}"
+    """Returns the faults of files whose SHA-256 differs from a checksum file or is missing in it."""
+    subject = f"--checksums {listing}"
     try:
         pairs = [line.split("  ", 1) for line in listing.read_text(encoding="utf-8").splitlines() if line]
-        known = {(listing.parent / name).resolve(): digest for digest, name in pairs}
+        digests = {(listing.parent / name).resolve(): digest for digest, name in pairs}
     except (OSError, ValueError) as error:
-        return [Fault(what, str(error), "lines 'SHA-256  path', as --write-checksums writes", "give such a file")]
+        rule = "lines 'SHA-256  path', as written by --write-checksums"
+        return [Fault(subject, str(error), rule, "give a checksum file")]
     faults = []
     for path in files:
-        expected = known.get(path.resolve())
+        expected = digests.get(path.resolve())
         if expected is None:
-            faults.append(Fault(what, f"no line for {path}", "a line for each file", "write the list again"))
+            faults.append(Fault(subject, f"no line for {path}", "a line for each file", "write the checksums again"))
         elif sha256_of(path) != expected:
-            faults.append(
-                Fault(str(path), "another SHA-256", f"the {expected[:12]} of {listing}", "copy the file again")
-            )
+            rule = f"{expected[:12]}, as in {listing}"
+            faults.append(Fault(str(path), "another SHA-256", rule, "copy the file again"))
     return faults
 
 
 def main() -> int:
-    """Runs the command."""
+    """Runs the command and returns the exit code."""
     args = build_parser().parse_args()
     {"counts": counts, "documents": documents, "window": window, "verify": verify}[args.command](args)
     return 0

@@ -1,13 +1,13 @@
-"""Turns JSON, CSV, Parquet or text files into one indexed pair a domain and split, and the manifest that names them.
+"""Encodes JSON, CSV, Parquet or text files into one indexed pair per domain and split, and writes their manifest.
 
     python tools/preprocess_data.py --input train.jsonl.zst --output-dir data --split train \\
         --tokenizer-model tokenizer.model --append-eod --workers 8
     python tools/preprocess_data.py --input valid.jsonl.zst --output-dir data --split valid ...
 
-The train split starts the manifest, data/domains.json; the valid split adds its pairs to it. Documents keep the
-order of the input whatever the number of workers. Nothing appears under a final name before all of it is good; a run
-that was stopped resumes with --resume. In an array job each task takes --shard I of --num-shards N, and
-tools/merge_datasets.py joins what they leave.
+The train split creates the manifest, data/domains.json; the valid split adds its pairs to it. Documents keep the order
+of the input, regardless of the number of workers. Files get their final names only when all of them are complete; an
+interrupted run resumes with --resume. In an array job each task takes --shard I of --num-shards N, and
+tools/merge_datasets.py merges their output.
 """
 
 from __future__ import annotations
@@ -31,14 +31,22 @@ from megatron_doremi.data.indexed_dataset import dtype_for
 from megatron_doremi.data.manifest import TokenizerInfo, load_manifest, overwriting_faults, similar_names
 from megatron_doremi.errors import ConfigError, Fault, RunError, raise_if_any, run_or_exit
 from megatron_doremi.preprocessing.documents import Document
-from megatron_doremi.preprocessing.encoding import TokenizerFiles, WorkerDied, bad_lines_error, encode_all
+from megatron_doremi.preprocessing.encoding import (
+    TokenizerFiles,
+    WorkerDied,
+    bad_lines_error,
+    describe_bad_lines,
+    encode_all,
+)
 from megatron_doremi.preprocessing.input_options import Inputs, add_input_options, read_input_options
 from megatron_doremi.preprocessing.lost_characters import describe_lost
 from megatron_doremi.preprocessing.outputs import (
     Outputs,
-    keep_tokenizer,
+    describe_kept_in_train,
+    describe_tokenizer,
     manifest_after,
     publish,
+    save_tokenizer,
     tokenizer_in,
     train_prefixes,
 )
@@ -49,93 +57,101 @@ from megatron_doremi.preprocessing.tokenizer import GPT2, KINDS, SENTENCEPIECE, 
 from megatron_doremi.preprocessing.workspace import Workspace
 from megatron_doremi.storage.files import make_folder
 
-# Bytes of text on which tiktoken's ids are compared with those of the tokenizer itself.
+# Bytes of text that are encoded both by tiktoken and by the tokenizer's own library, to compare the ids.
 _SAMPLE_BYTES = 1 << 18
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Builds the command-line parser."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add_input_options(parser)
-    add("--output-dir", required=True, type=Path, metavar="DIR", help="pairs and domains.json")
-    add("--split", choices=("train", "valid"), default="train", help="of these files (default: train)")
-    add(
-        "--valid-fraction",
-        type=float,
-        default=0.0,
-        metavar="F",
-        help="hold out this part of them, by a hash of the text",
+    output_help = "folder in which to write the .bin/.idx pairs and domains.json"
+    add("--output-dir", required=True, type=Path, metavar="DIR", help=output_help)
+    add("--split", choices=("train", "valid"), default="train", help="split of the input files (default: train)")
+    valid_help = "fraction of the documents to hold out as the valid split, by a hash of the text (default: 0)"
+    add("--valid-fraction", type=float, default=0.0, metavar="F", help=valid_help)
+    type_help = f"type of the tokenizer: {', '.join(KINDS)} (default: {SENTENCEPIECE})"
+    add("--tokenizer-type", default=SENTENCEPIECE, metavar="KIND", help=type_help)
+    model_help = "tokenizer file: a SentencePiece model, a tokenizer.json, or GPT-2's vocab.json"
+    add("--tokenizer-model", required=True, type=Path, metavar="FILE", help=model_help)
+    add("--merge-file", type=Path, metavar="FILE", help="GPT-2's merges.txt (default: the one beside vocab.json)")
+    eod_help = "end-of-document token of a tokenizer that is not SentencePiece (default: the first usual one it has)"
+    add("--eod-token", metavar="TOKEN", help=eod_help)
+    special_help = "encode text that spells a special token as that token (default: as plain text)"
+    add("--allow-special-tokens", action="store_true", help=special_help)
+    lost_help = (
+        "largest fraction of all characters that the tokenizer may drop or not know; above it, nothing is published "
+        "(default: 0.001)"
     )
-    add(
-        "--tokenizer-type", default=SENTENCEPIECE, metavar="KIND", help=f"{', '.join(KINDS)} (default: {SENTENCEPIECE})"
-    )
-    add("--tokenizer-model", required=True, type=Path, metavar="FILE", help="*.model, tokenizer.json or vocab.json")
-    add("--merge-file", type=Path, metavar="FILE", help="GPT-2's merges.txt (default: beside its vocab.json)")
-    add("--eod-token", metavar="TOKEN", help="what ends documents, where the tokenizer has no usual one")
-    add("--allow-special-tokens", action="store_true", help="text that spells a special token becomes that token")
-    lost_help = "refuse to publish if the tokenizer drops, or does not know, more of the characters (default: 0.001)"
     add("--max-dropped-share", type=float, default=0.001, metavar="F", help=lost_help)
-    add("--append-eod", action="store_true", help="end each document with the end-of-document id")
-    add("--workers", type=int, default=2, metavar="N", help="encoding processes (default: 2)")
-    add("--max-documents", type=int, metavar="N", help="stop after the first N documents")
-    add("--resume", action="store_true", help="resume where an earlier run was stopped; where there is none, start")
-    add("--journal-seconds", type=float, default=15.0, metavar="S", help="what a killed run loses (default: 15)")
-    add("--shard", type=int, default=0, metavar="I", help="the task of an array job, from 0 on")
-    add("--num-shards", type=int, default=1, metavar="N", help="how many tasks it has (default: 1)")
+    append_help = "append the end-of-document id to each document (default: append nothing)"
+    add("--append-eod", action="store_true", help=append_help)
+    add("--workers", type=int, default=2, metavar="N", help="number of encoding processes (default: 2)")
+    add("--max-documents", type=int, metavar="N", help="encode only the first N documents (default: all)")
+    resume_help = "resume an interrupted run, or start a new one if there is none (default: always start over)"
+    add("--resume", action="store_true", help=resume_help)
+    journal_help = "seconds between two journals: a killed run loses at most this much work (default: 15)"
+    add("--journal-seconds", type=float, default=15.0, metavar="S", help=journal_help)
+    add("--shard", type=int, default=0, metavar="I", help="index of this task of an array job, from 0 (default: 0)")
+    add("--num-shards", type=int, default=1, metavar="N", help="number of tasks of the array job (default: 1)")
     return parser
 
 
 def check(args: argparse.Namespace) -> list[Fault]:
-    """All that is wrong with the flags but those of the input."""
+    """Returns the faults of all flags except the input options."""
     faults = []
-    for flag, value, least in (
-        ("--workers", args.workers, 1),
-        ("--num-shards", args.num_shards, 1),
-        ("--max-documents", args.max_documents, 1),
+    for flag, value in (
+        ("--workers", args.workers),
+        ("--num-shards", args.num_shards),
+        ("--max-documents", args.max_documents),
     ):
-        if value is not None and value < least:
-            faults.append(Fault(flag, str(value), f"at least {least}", "give a positive number"))
+        if value is not None and value < 1:
+            faults.append(Fault(flag, str(value), "at least 1", "give a positive number"))
     if not 0 <= args.shard < max(1, args.num_shards):
-        rule = f"from 0 to --num-shards - 1, {args.num_shards - 1}"
-        faults.append(Fault("--shard", str(args.shard), rule, "give the number of the task"))
+        rule = f"from 0 to --num-shards - 1 = {args.num_shards - 1}"
+        faults.append(Fault("--shard", str(args.shard), rule, "give the index of the task"))
     if not 0.0 <= args.valid_fraction < 1.0:
-        faults.append(Fault("--valid-fraction", str(args.valid_fraction), "from 0 to below 1", "give such a number"))
+        given, rule = str(args.valid_fraction), "at least 0 and less than 1"
+        faults.append(Fault("--valid-fraction", given, rule, "give a number in that range"))
     if not 0.0 <= args.max_dropped_share <= 1.0:
-        faults.append(Fault("--max-dropped-share", str(args.max_dropped_share), "from 0 to 1", "give such a number"))
+        given = str(args.max_dropped_share)
+        faults.append(Fault("--max-dropped-share", given, "from 0 to 1", "give a number in that range"))
     if not 0.0 <= args.journal_seconds <= 86_400.0:
-        faults.append(Fault("--journal-seconds", str(args.journal_seconds), "from 0 to 86400", "give such a number"))
+        given = str(args.journal_seconds)
+        faults.append(Fault("--journal-seconds", given, "from 0 to 86400", "give a number in that range"))
     if args.eod_token is not None and args.tokenizer_type == SENTENCEPIECE:
-        rule = "a tokenizer of another type; a SentencePiece model says itself what ends a document"
-        faults.append(Fault("--eod-token", args.eod_token, rule, "leave it out"))
+        rule = "another --tokenizer-type: a SentencePiece model defines its own end of documents"
+        faults.append(Fault("--eod-token", args.eod_token, rule, "omit it"))
     if args.merge_file is not None and args.tokenizer_type != GPT2:
-        rule = f"--tokenizer-type {GPT2}, which alone has merges in a file of their own"
-        faults.append(Fault("--merge-file", str(args.merge_file), rule, "leave it out, or give that type"))
+        rule = f"--tokenizer-type {GPT2}, the only type with a separate file of merges"
+        faults.append(Fault("--merge-file", str(args.merge_file), rule, "omit it, or give that type"))
     if args.valid_fraction and args.split == "valid":
-        rule = "the train split's run, which writes both"
-        faults.append(Fault("--valid-fraction", "with --split valid", rule, "leave one of them out"))
+        rule = "--split train, which writes both splits"
+        faults.append(Fault("--valid-fraction", "with --split valid", rule, "omit one of them"))
     if args.split == "train":
         faults += overwriting_faults(args.output_dir / "domains.json")
     if args.max_documents and args.num_shards > 1:
-        rule = "one process, which alone can count them"
-        faults.append(Fault("--max-documents", "with --num-shards", rule, "leave one of them out"))
+        rule = "a single process: the tasks of an array job do not share a count"
+        faults.append(Fault("--max-documents", "with --num-shards", rule, "omit one of them"))
     return faults
 
 
-def check_tokenizer(args: argparse.Namespace, tokenizer: Tokenizer, known: TokenizerInfo | None) -> list[Fault]:
-    """A fault where held-out text would be encoded otherwise than the train split."""
-    if known is not None and (known.sha256, known.eod) == (tokenizer.sha256, tokenizer.eod):
+def check_tokenizer(args: argparse.Namespace, tokenizer: Tokenizer, expected: TokenizerInfo | None) -> list[Fault]:
+    """Returns a fault if the valid split would be encoded with another tokenizer than the train split."""
+    if expected is not None and (expected.sha256, expected.eod) == (tokenizer.sha256, tokenizer.eod):
         return []
-    value = f"{args.tokenizer_model} ({tokenizer.sha256[:12]}, documents end with {tokenizer.eod})"
-    rule = f"that of {args.output_dir / 'domains.json'} ({f'{known.sha256[:12]}, {known.eod}' if known else 'none'})"
-    return [Fault("--tokenizer-model", value, rule, "give that one, or make the train split again")]
+    value = f"{args.tokenizer_model} ({describe_tokenizer(tokenizer.sha256, tokenizer.eod)})"
+    described = describe_tokenizer(expected.sha256, expected.eod) if expected else "none"
+    rule = f"the tokenizer in {args.output_dir / 'domains.json'} ({described})"
+    return [Fault("--tokenizer-model", value, rule, "give that tokenizer, or make the train split again")]
 
 
 def sample(inputs: Inputs) -> list[str]:
-    """Texts from the beginnings of the inputs."""
+    """Returns texts from the beginnings of up to 15 of the input files."""
     texts: list[str] = []
     files, reader = inputs.files, inputs.reader
-    # Of many files the first of each of a few: a block is decompressed for each.
+    # Not from every file: each costs the decompression of a block.
     for file in files[:: max(1, len(files) // 8)]:
         left = _SAMPLE_BYTES // min(8, len(files))
         for block in itertools.islice(read_blocks(file, reader.columns, reader.needed_of), 1):
@@ -149,14 +165,15 @@ def sample(inputs: Inputs) -> list[str]:
 
 
 def settings_of(args: argparse.Namespace, inputs: Inputs, tokenizer: Tokenizer) -> dict[str, Any]:
-    """All that the result depends on, as JSON: what a run that resumes, and the tasks of an array, have in common."""
+    """Returns everything that the result depends on, as JSON values: a run resumes, and tasks merge, only if these are
+    equal."""
     stats = [(path, path.stat()) for path in inputs.paths]
     reader = inputs.reader
     return {
         "inputs": [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats],
         "size of blocks": BLOCK_BYTES,
         "documents": repr(replace(reader, known=None)),
-        "domains of folders": sorted({each.domain for each in inputs.files if each.domain is not None}),
+        "domains of folders": sorted({file.domain for file in inputs.files if file.domain is not None}),
         "domain list": sorted(reader.known) if reader.known is not None and args.domain_list else None,
         "tokenizer": [tokenizer.type, tokenizer.sha256, tokenizer.eod],
         "--allow-special-tokens": args.allow_special_tokens,
@@ -170,32 +187,33 @@ def settings_of(args: argparse.Namespace, inputs: Inputs, tokenizer: Tokenizer) 
 def encode_into(
     workspace: Workspace, args: argparse.Namespace, files: TokenizerFiles, fast: bool, inputs: Inputs
 ) -> None:
-    """Encodes what is not in yet, with a bar that shows the input's bytes, rate and time left."""
+    """Encodes the blocks that are not in the outputs yet; a progress bar shows bytes of input, rate and time left."""
     outputs, shard, reader = workspace.outputs, Shard(args.shard, args.num_shards), inputs.reader
     blocks = read_shard(inputs.files, reader.columns, shard, outputs.blocks, reader.needed_of)
     start, end = shard_bytes([path.stat().st_size for path in inputs.paths], shard)
-    most = args.max_documents or sys.maxsize
-    began, text_bytes = time.monotonic(), 0
-    # Closed whatever happens: the workers must not outlive an error.
+    max_documents = args.max_documents or sys.maxsize
+    start_time, text_bytes = time.monotonic(), 0
+    # `closing` stops the workers on any error.
     with (
         closing(encode_all(blocks, files, fast, reader, args.append_eod, args.workers)) as encoded_blocks,
         tqdm(total=end - start, unit="B", unit_scale=True, desc=f"encoding {args.split}", mininterval=0.5) as bar,
     ):
         for encoded in encoded_blocks:
-            part = encoded.first(most - outputs.documents)
-            outputs.add(part)
+            kept = encoded.first(max_documents - outputs.documents)
+            outputs.add(kept)
             workspace.save_journal()
-            text_bytes += part.text_bytes
-            bar.set_postfix_str(f"{text_bytes / 1e6 / (time.monotonic() - began):.1f} MB/s of text", refresh=False)
+            text_bytes += kept.text_bytes
+            rate = text_bytes / 1e6 / (time.monotonic() - start_time)
+            bar.set_postfix_str(f"{rate:.1f} MB/s of text", refresh=False)
             bar.update(min(encoded.progress.done, bar.total) - bar.n)
-            if outputs.documents >= most:
+            if outputs.documents >= max_documents:
                 break
         else:
             bar.update(bar.total - bar.n)
 
 
 def main() -> int:
-    """Encodes the inputs and publishes pairs and manifest."""
+    """Encodes the inputs and publishes the pairs and the manifest. Returns the exit code."""
     args = build_parser().parse_args()
     inputs = read_input_options(args, args.split, args.valid_fraction, check(args))
     shard = Shard(args.shard, args.num_shards)
@@ -212,64 +230,66 @@ def main() -> int:
         names = frozenset(manifest.names) & (inputs.reader.known or frozenset(manifest.names))
         inputs = replace(inputs, reader=replace(inputs.reader, known=names))
     elif shard.count == 1:
-        say_replaced(args.output_dir / "domains.json")
+        warn_of_replacement(args.output_dir / "domains.json")
     make_folder(folder, "--output-dir")
     settings = settings_of(args, inputs, tokenizer)
     if args.resume and is_done(folder, settings, shard):
-        print(f"shard {shard.index} of {shard.count} is there already")
+        print(f"shard {shard.index} of {shard.count} is already complete")
         return 0
     texts = sample(inputs)
     tokenizer.choose_encoder(texts)
-    warn_of_losses(args, tokenizer, texts)
-    print(f"encoding with {tokenizer.encoder}, {tokenizer.vocab_size:,} ids, in {args.workers} processes", flush=True)
+    warn_of_lost_characters(args, tokenizer, texts)
+    setup = f"{tokenizer.encoder}, vocabulary size {tokenizer.vocab_size:,}, {args.workers} worker processes"
+    print(f"encoding with {setup}", flush=True)
     partial = folder / f".partial-{args.split}"
     outputs = Outputs(folder, partial, dtype_for(tokenizer.vocab_size), known)
     try:
         with Workspace(partial, outputs, settings, args.resume, args.journal_seconds) as workspace:
             if workspace.resumed:
-                print(f"going on after {outputs.documents:,} documents of an earlier run", flush=True)
+                print(f"resuming after {outputs.documents:,} documents of an earlier run", flush=True)
             encode_into(workspace, args, files, tokenizer.encoder == "tiktoken", inputs)
             finish(args, workspace, tokenizer, settings, inputs.order)
     except KeyboardInterrupt:
         print("interrupted: nothing was published", file=sys.stderr)
-        say_resume(partial)
+        print_resume_hint(partial)
         return 130
     except WorkerDied:
-        print("error: a worker was killed; did memory run out? Fewer --workers need less.", file=sys.stderr)
-        return say_resume(partial)
+        message = "error: a worker was killed, probably because memory ran out; try fewer --workers"
+        print(message, file=sys.stderr)
+        return print_resume_hint(partial)
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
-        return say_resume(partial)
+        return print_resume_hint(partial)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        print(f"error: {error.strerror}: nothing was published; make room", file=sys.stderr)
-        return say_resume(partial)
+        print(f"error: {error.strerror}: nothing was published; free disk space", file=sys.stderr)
+        return print_resume_hint(partial)
     report(outputs)
     return 0
 
 
-def say_replaced(path: Path) -> None:
-    """Says that a train split which is there already will be replaced."""
+def warn_of_replacement(path: Path) -> None:
+    """Warns that this run will replace an existing train split."""
     try:
         names = load_manifest(path).names
     except ConfigError:
         return
     shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-    text = f"warning: {path} names a train split already ({shown}); this run will replace it"
+    text = f"warning: {path} already contains a train split ({shown}); this run will replace it"
     print(text, file=sys.stderr, flush=True)
 
 
-def warn_of_losses(args: argparse.Namespace, tokenizer: Tokenizer, texts: list[str]) -> None:
-    """Says before everything is encoded that it will hardly be published."""
+def warn_of_lost_characters(args: argparse.Namespace, tokenizer: Tokenizer, texts: list[str]) -> None:
+    """Warns, before anything is encoded, that the tokenizer loses too many characters of `texts` to be published."""
     lost, characters = tokenizer.lost_characters(texts), sum(map(len, texts))
     if lost.total() > args.max_dropped_share * characters:
-        said = f"of the beginnings of the input, the tokenizer loses {describe_lost(lost, characters)}"
-        print(f"warning: {said}; see --max-dropped-share", file=sys.stderr, flush=True)
+        loss = f"in a sample of the input, the tokenizer loses {describe_lost(lost, characters)}"
+        print(f"warning: {loss}; see --max-dropped-share", file=sys.stderr, flush=True)
 
 
 def load_train_split(path: Path) -> Any:
-    """The manifest that a valid split is added to. Raises ConfigError."""
+    """Loads the manifest to which a valid split is added. Raises ConfigError."""
     try:
         return load_manifest(path)
     except ConfigError as error:
@@ -277,14 +297,14 @@ def load_train_split(path: Path) -> Any:
 
 
 def is_done(folder: Path, settings: dict[str, Any], shard: Shard) -> bool:
-    """Whether this task of an array is complete, by a run like this one."""
+    """Returns whether an earlier run with the same settings completed this task of an array job."""
     return shard.count > 1 and (folder / "shard.json").is_file() and load_shard(folder).run == run_of(settings)
 
 
-def say_resume(partial: Path) -> int:
-    """Says how to go on. Returns the exit code of a fault of the machine."""
+def print_resume_hint(partial: Path) -> int:
+    """Prints how to resume. Returns 1, the exit code of a machine's failure."""
     if partial.is_dir():
-        print(f"What was encoded is in {partial}; the same command with --resume resumes from there.", file=sys.stderr)
+        print(f"Encoded data is kept in {partial}; run the same command with --resume to continue.", file=sys.stderr)
     return 1
 
 
@@ -295,45 +315,46 @@ def finish(
     settings: dict[str, Any],
     order: tuple[str, ...],
 ) -> None:
-    """Publishes what is encoded. Raises ConfigError where lines were bad, or there was nothing."""
+    """Publishes the encoded data. Raises ConfigError if there were bad lines, too many lost characters, or no
+    documents."""
     outputs, shard = workspace.outputs, Shard(args.shard, args.num_shards)
     if outputs.bad_total and args.on_error == "fail":
         workspace.save_journal(now=True)
-        remedy = "mend the input, or give --on-error skip --resume to leave them out; nothing is encoded again then"
+        remedy = "fix the input, or skip them with --on-error skip --resume, which encodes nothing again"
         raise bad_lines_error([*outputs.bad_files, *outputs.bad], outputs.bad_total, remedy)
     if outputs.lost_share > args.max_dropped_share:
         workspace.save_journal(now=True)
         value = f"loses {describe_lost(outputs.lost, outputs.characters)}"
         remedy = (
-            "take a tokenizer that spells unknown characters in bytes (tools/train_tokenizer.py makes such), or give "
-            "--resume with a higher --max-dropped-share; nothing is encoded again then"
+            "use a tokenizer that encodes unknown characters as bytes, as tools/train_tokenizer.py makes them, or give "
+            "--resume with a higher --max-dropped-share, which encodes nothing again"
         )
-        rule = f"a part of at most --max-dropped-share {args.max_dropped_share:g}"
+        rule = f"at most the fraction --max-dropped-share {args.max_dropped_share:g}"
         raise ConfigError(Fault(f"--tokenizer-model {args.tokenizer_model}", value, rule, remedy))
     if not outputs.by_key and shard.count == 1:
         workspace.remove()
-        said = "; ".join(["no documents", *left_out(outputs)])
-        raise ConfigError(Fault("--input", said, "text", "give files that hold documents"))
+        value = "; ".join(["no documents", *describe_skipped(outputs)])
+        raise ConfigError(Fault("--input", value, "at least one document", "give files that hold documents"))
     workspace.save_journal(now=True)
     path = args.output_dir / "domains.json"
     info = tokenizer_in(outputs.folder, tokenizer)
     if shard.count == 1:
         moved = outputs.keep_in_train() if args.split == "train" else []
         manifest = manifest_after(path, args.split, outputs.by_key, info, order)
-        keep_tokenizer(tokenizer, info)
+        save_tokenizer(tokenizer, info)
         publish(outputs, manifest, args.split)
         for domain in moved:
-            print(f"domain {domain!r}: all of it fell to the held-out part; it stays in the train split")
+            print(describe_kept_in_train(domain))
     else:
-        keep_tokenizer(tokenizer, info)
+        save_tokenizer(tokenizer, info)
         outputs.publish(lambda: (outputs.folder / "shard.json").unlink(missing_ok=True))
-        pairs = {key: Pair(each.prefix, each.documents, each.bytes) for key, each in outputs.by_key.items()}
+        pairs = {key: Pair(output.prefix, output.documents, output.bytes) for key, output in outputs.by_key.items()}
         save_shard(ShardData(outputs.folder, shard, args.split, run_of(settings), info, pairs, order))
     workspace.remove()
 
 
 def report(outputs: Outputs) -> None:
-    """Prints what was written and what was left out."""
+    """Prints a table of what was written, and what was skipped."""
     names = [domain if split == "train" else f"{domain} ({split})" for domain, split in outputs.by_key]
     width = max(map(len, [*names, "domain"]))
     print(f"{'domain':<{width}} {'documents':>11} {'tokens':>15} {'bytes':>15} {'bytes/token':>12}")
@@ -342,27 +363,27 @@ def report(outputs: Outputs) -> None:
         per_token = output.bytes / max(1, tokens)
         print(f"{name:<{width}} {output.documents:>11,} {tokens:>15,} {output.bytes:>15,} {per_token:>12.2f}")
     for group in similar_names(sorted({domain for domain, _ in outputs.by_key})):
-        remark = "differ only by case or spaces; --domain-rules can merge them"
-        print(f"warning: the domains {' and '.join(map(repr, group))} {remark}", file=sys.stderr)
-    if said := left_out(outputs):
-        print("; ".join(said))
+        names_text = " and ".join(map(repr, group))
+        warning = f"the domains {names_text} differ only by case or spaces; --domain-rules can merge them"
+        print(f"warning: {warning}", file=sys.stderr)
+    if skipped := describe_skipped(outputs):
+        print("; ".join(skipped))
 
 
-def left_out(outputs: Outputs) -> list[str]:
-    """What of the input became no document."""
-    said = []
+def describe_skipped(outputs: Outputs) -> list[str]:
+    """Describes what of the input is missing from the output: empty texts, bad lines, lost characters."""
+    messages = []
     if outputs.empty:
-        said.append(f"left out {outputs.empty:,} empty texts")
+        messages.append(f"skipped {outputs.empty:,} empty text{'' if outputs.empty == 1 else 's'}")
     if outputs.bad_total:
-        named = [*outputs.bad_files, *outputs.bad]
-        said.append(f"left out {outputs.bad_total:,} bad lines, among them: " + "; ".join(named))
+        messages.append("skipped " + describe_bad_lines([*outputs.bad_files, *outputs.bad], outputs.bad_total))
     if outputs.lost:
-        said.append(f"the tokenizer lost {describe_lost(outputs.lost, outputs.characters)}")
-    return said
+        messages.append(f"the tokenizer lost {describe_lost(outputs.lost, outputs.characters)}")
+    return messages
 
 
 def stop(*_: object) -> None:
-    """SIGTERM, as clusters send it, ends like Ctrl-C: files closed, workers gone, the journal there."""
+    """Handles SIGTERM, which clusters send, like Ctrl-C: closes files, stops workers, keeps the journal."""
     raise KeyboardInterrupt
 
 

@@ -49,11 +49,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS
     )
-    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="--save folders of runs")
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="--save folders of the runs to report on")
     for name in ("proxy", "main", "baseline", "reference"):
         parser.add_argument(f"--{name}", type=Path, metavar="DIR", help=f"--save folder of the {name} run")
-    parser.add_argument("--domains", type=Path, metavar="FILE", help="the manifest domains.json of these runs")
-    parser.add_argument("--output-dir", type=Path, metavar="DIR", help="default for RUN...: RUN/report")
+    parser.add_argument("--domains", type=Path, metavar="FILE", help="manifest (domains.json) of the runs")
+    output_help = "folder for the report (default: report/ in the first RUN; required for a comparison)"
+    parser.add_argument("--output-dir", type=Path, metavar="DIR", help=output_help)
     options = parser.parse_args(arguments)
     raise_if_any(_faults(options))
     return options
@@ -71,7 +72,7 @@ def write_report(report: Report, folder: Path) -> None:
     except OSError as error:
         remedy = "give another --output-dir, free disk space, or change its permissions"
         value = f"{error.filename}: {error.strerror}"
-        raise ConfigError(Fault("--output-dir", value, "must be a writable folder", remedy)) from error
+        raise ConfigError(Fault("--output-dir", value, "a writable folder", remedy)) from error
 
 
 def _comparison(options: argparse.Namespace) -> Report:
@@ -94,15 +95,15 @@ def _faults(options: argparse.Namespace) -> list[Fault]:
     compared = [name for name in (*NEEDED[:4], "reference") if getattr(options, name) is not None]
     if options.runs and compared:
         value = ", ".join(f"--{name}" for name in compared)
-        remedy = "omit one of the two"
-        return [Fault("RUN", f"{len(options.runs)} given in addition to {value}", "RUN... or these flags", remedy)]
+        rule = "either RUN... or these flags"
+        return [Fault("RUN", f"{len(options.runs)} given in addition to {value}", rule, "omit one of the two")]
     if options.runs:
         return []
     if not compared:
         remedy = "give one or more run folders; --help shows both forms"
-        return [Fault("RUN", "", "needs at least one run, or --proxy, --main, --baseline", remedy)]
+        return [Fault("RUN", "missing", "at least one run, or --proxy, --main and --baseline", remedy)]
     missing = [name for name in NEEDED if getattr(options, name) is None]
-    return [Fault(f"--{name.replace('_', '-')}", "", "needed for a comparison", "give it") for name in missing]
+    return [Fault(f"--{name.replace('_', '-')}", "missing", "required for a comparison", "give it") for name in missing]
 
 
 if __name__ == "__main__":

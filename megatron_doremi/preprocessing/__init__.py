@@ -1,1 +1,1 @@
-"""From raw text to indexed data sets: what the tools use, and training does not."""
+"""From raw text to indexed data sets: used by the tools, not by training."""

@@ -1,4 +1,4 @@
-"""The columns of CSV and Parquet files: that those which are read are there, and hold what they should."""
+"""Checks of the columns of CSV and Parquet files: the required ones exist once, and the text column holds text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,15 @@ from megatron_doremi.preprocessing.record_blocks import csv_blocks, csv_records
 
 
 def csv_header(path: Path, data: bytes, needed: Sequence[str]) -> tuple[str, ...]:
-    """The names of a CSV file's columns. Raises ConfigError or UnreadableFile."""
+    """Returns the column names of a CSV file.
+
+    Args:
+        data: the bytes of the header record.
+
+    Raises:
+        ConfigError: a required column is missing or duplicated.
+        UnreadableFile: the first line is not a CSV header in UTF-8.
+    """
     (_, fields), *_ = [*csv_records([data]), (b"", [])]
     if isinstance(fields, csv.Error):
         raise UnreadableFile(f"the first line is not a CSV header ({fields})")
@@ -29,23 +37,22 @@ def csv_header(path: Path, data: bytes, needed: Sequence[str]) -> tuple[str, ...
 
 
 def check_columns(path: Path, names: Sequence[str], needed: Sequence[str]) -> None:
-    """Raises ConfigError where a column is missing, or there twice."""
+    """Raises ConfigError if a column of `needed` is missing or duplicated."""
     missing = [column for column in needed if column not in names]
-    twice = [column for column in needed if list(names).count(column) > 1]
+    duplicated = [column for column in needed if list(names).count(column) > 1]
     if missing:
         shown = ", ".join(map(repr, names[:20])) + (" ..." if len(names) > 20 else "")
-        rule = f"the columns of the keys, among {shown}"
-        raise ConfigError(
-            Fault(f"--input {path}", f"no column {', '.join(map(repr, missing))}", rule, "give other keys")
-        )
-    if twice:
-        value = f"two columns {', '.join(map(repr, twice))}"
-        raise ConfigError(Fault(f"--input {path}", value, "one of each name", "rename one of them"))
+        value, rule = f"no column {', '.join(map(repr, missing))}", f"keys that name columns of the file: {shown}"
+        raise ConfigError(Fault(f"--input {path}", value, rule, "give other keys"))
+    if duplicated:
+        value = f"two columns {', '.join(map(repr, duplicated))}"
+        raise ConfigError(Fault(f"--input {path}", value, "unique column names", "rename one of them"))
 
 
 def check_text_column(source: InputFile, text_key: str, needed: Sequence[str]) -> list[Fault]:
-    """Faults of a CSV or Parquet file that its header or schema shows: missing columns, text that is another type."""
-    what, column = f"--input {source.path}", text_key.split(".")[0]
+    """Returns the faults visible in the header or schema of a CSV or Parquet file: missing or duplicated columns, or a
+    text column of another type."""
+    subject, column = f"--input {source.path}", text_key.split(".")[0]
     try:
         if source.kind == CSV:
             with source.path.open("rb") as raw:
@@ -54,30 +61,30 @@ def check_text_column(source: InputFile, text_key: str, needed: Sequence[str]) -
                 csv_header(source.path, header, needed)
         if source.kind != PARQUET:
             return []
-        with open_parquet(source.path) as opened:
-            check_columns(source.path, opened.schema_arrow.names, needed)
-            kind = opened.schema_arrow.field(column).type
+        with open_parquet(source.path) as file:
+            check_columns(source.path, file.schema_arrow.names, needed)
+            column_type = file.schema_arrow.field(column).type
     except ConfigError as error:
         return list(error.faults)
     except OSError as error:
-        return [Fault(what, error.strerror or str(error), "a readable file", "check path and permissions")]
+        return [Fault(subject, error.strerror or str(error), "a readable file", "check the path and its permissions")]
     except BrokenFile:
-        return []  # said when the file is read, which --on-error skip may pass over
-    if pyarrow.types.is_dictionary(kind):
-        kind = kind.value_type
+        return []  # reported when the file is read, where --on-error skip applies
+    if pyarrow.types.is_dictionary(column_type):
+        column_type = column_type.value_type
     holds_text = any(
-        check(kind)
-        for check in (
+        is_type(column_type)
+        for is_type in (
             pyarrow.types.is_string,
             pyarrow.types.is_large_string,
             pyarrow.types.is_string_view,
             pyarrow.types.is_binary,
             pyarrow.types.is_large_binary,
-            # Within these a nested key may find text, or each row says that it does not.
+            # A nested key may still find text in these; a row without it is a bad line.
             pyarrow.types.is_struct,
             pyarrow.types.is_null,
         )
     )
     if holds_text:
         return []
-    return [Fault(what, f"column {column!r} holds {kind}", "text", "give another --text-key")]
+    return [Fault(subject, f"column {column!r} holds {column_type}", "text", "give another --text-key")]

@@ -1,4 +1,4 @@
-"""What a line of the input is: its text, its domain, and the split that it belongs to."""
+"""From parsed input records to documents: the text, its domain, and its split."""
 
 from __future__ import annotations
 
@@ -13,45 +13,47 @@ import orjson
 import regex
 
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any
-from megatron_doremi.preprocessing.sources import BadFile, BadLine, Block, Text, entries
+from megatron_doremi.preprocessing.sources import BadFile, BadLine, Block, Text, parse_block
 from megatron_doremi.storage.files import read_json_object
 
 RULES_FORMAT = "megatron-doremi-domain-rules/1"
 LIST_FORMAT = "megatron-doremi-domain-list/1"
-# The key of a rule that looks at the path of the input file instead of a field.
+# The key of a rule that matches the path of the input file instead of a field.
 FILE_KEY = "@file"
-# A file's name up to its number: arxiv-00012.jsonl.zst, books_3_of_8.parquet.
+# Group 1 is the file name without its number: arxiv-00012.jsonl.zst, books_3_of_8.parquet.
 FILE_PATTERN = r"(?:.*/)?(.+?)(?:[-_.]*(?:\d+|of))*\.(?:(?:jsonl|ndjson|json|csv|txt|md)(?:\.(?:zstd?|gz))?|parquet)"
-# Seconds that one expression may take over one field.
-_PATIENCE = 5.0
-# Fields over which an expression may take longer before the run stops.
-_TIMEOUTS = 3
+# Seconds that one regular expression may take on one field.
+_TIMEOUT_SECONDS = 5.0
+# Timeouts of one regular expression that stop the run.
+_MAX_TIMEOUTS = 3
 
 
 class SlowRule(BadLine):
-    """A line over which an expression took too long.
+    """A line on which a regular expression took too long.
 
     Attributes:
-        rule: what is said of the rule.
+        rule: describes the rule in messages.
     """
 
     def __init__(self, rule: str):
-        super().__init__(f"{rule} took more than {_PATIENCE:g} s")
+        super().__init__(f"{rule} took more than {_TIMEOUT_SECONDS:g} s")
         self.rule = rule
 
 
 class NoDomain(BadLine):
-    """A line that says no domain; --default-domain gives it one."""
+    """A line without a domain; --default-domain gives it one."""
 
 
+# preprocess_data.py hashes the repr of these classes and of DocumentReader to decide whether a run may resume: renaming
+# a class or a field would orphan unfinished runs and array jobs.
 @dataclass(frozen=True)
 class Rule:
-    r"""A line's domain where a field is like this.
+    r"""Assigns a domain to the records in which a field matches a pattern.
 
     Attributes:
-        key: the field, with dots into nested objects, or "@file".
-        pattern: a regular expression that is found in it.
-        domain: the name; \1 or \g<name> stand for what groups matched.
+        key: the field, with dots for nested objects, or "@file".
+        pattern: a regular expression, searched for anywhere in the field.
+        domain: the domain's name; \1 and \g<name> refer to groups of the pattern.
     """
 
     key: str
@@ -61,11 +63,11 @@ class Rule:
 
 @dataclass(frozen=True)
 class DomainRules:
-    """Ordered rules: the first that matches says the domain.
+    """Ordered rules; the first rule that matches decides the domain.
 
     Attributes:
-        rules: in their order. A rule whose field a line lacks does not match.
-        otherwise: the domain where none matches; None: the line is bad.
+        rules: in order of priority. A rule does not match a record in which its field is missing.
+        otherwise: the domain if no rule matches; None makes such a record a bad line.
     """
 
     rules: tuple[Rule, ...]
@@ -73,23 +75,23 @@ class DomainRules:
 
     @property
     def columns(self) -> set[str]:
-        """The fields at the top that rules look at."""
+        """The top-level fields that the rules read."""
         return {rule.key.split(".")[0] for rule in self.rules if rule.key != FILE_KEY}
 
-    def domain_of(self, entry: Any, file: str) -> str:
-        """The domain of a line. Raises BadLine where no rule says it."""
+    def domain_of(self, record: Any, file: str) -> str:
+        """Returns the domain of a record. Raises BadLine if no rule matches or the rule's domain comes out empty."""
         for rule in self.rules:
-            value = file if rule.key == FILE_KEY else _named(_find(entry, rule.key))
+            value = file if rule.key == FILE_KEY else _domain_name(_value_at(record, rule.key))
             if not isinstance(value, str):
                 continue
             try:
-                match = rule.pattern.search(value, timeout=_PATIENCE)
+                match = rule.pattern.search(value, timeout=_TIMEOUT_SECONDS)
             except TimeoutError:
-                raise SlowRule(f"the pattern {rule.pattern.pattern!r} over {rule.key!r}") from None
+                raise SlowRule(f"the pattern {rule.pattern.pattern!r} on {rule.key!r}") from None
             if match:
                 name = match.expand(rule.domain)
                 if not name:
-                    raise BadLine(f"{rule.key!r}: the pattern {rule.pattern.pattern!r} gives an empty domain")
+                    raise BadLine(f"{rule.key!r}: the pattern {rule.pattern.pattern!r} yields an empty domain")
                 return name
         if self.otherwise is None:
             raise NoDomain("no domain rule matches")
@@ -98,27 +100,28 @@ class DomainRules:
 
 @dataclass(frozen=True)
 class DomainKey:
-    """The domain is a field.
+    """Takes the domain from a field.
 
     Attributes:
-        key: with dots into nested objects.
+        key: the field, with dots for nested objects.
     """
 
     key: str
 
     @property
     def columns(self) -> set[str]:
-        """The field at the top."""
+        """The top-level field of the key."""
         return {self.key.split(".")[0]}
 
-    def domain_of(self, entry: Any, file: str) -> str:
-        """The domain of a line. Raises BadLine where the field is missing, empty, or neither text nor an integer."""
-        value = _find(entry, self.key)
+    def domain_of(self, record: Any, file: str) -> str:
+        """Returns the domain of a record. Raises BadLine if the field is missing, empty, or neither text nor an
+        integer."""
+        value = _value_at(record, self.key)
         if value is _MISSING:
             raise NoDomain(f"no key {self.key!r}")
         if value is None:
             raise NoDomain(f"{self.key!r} is null")
-        name = _named(value)
+        name = _domain_name(value)
         if name is None:
             raise BadLine(f"{self.key!r} is not text")
         if not name.strip():
@@ -127,73 +130,76 @@ class DomainKey:
 
 
 def rule_by_file(pattern: str) -> DomainRules:
-    """The domain is the first group of a pattern that matches the file's whole path. Raises ConfigError."""
+    """Returns the rule that takes the domain from group 1 of a pattern, which must match the full path of the file.
+    Raises ConfigError if the pattern is invalid or has no group."""
     return DomainRules((_rule("--domain-from-file", FILE_KEY, f"^(?:{pattern})$", r"\1"),))
 
 
-def _rule(what: str, key: str, pattern: str, domain: str) -> Rule:
+def _rule(subject: str, key: str, pattern: str, domain: str) -> Rule:
     try:
         compiled = regex.compile(pattern)
         names = {number: f"?P<{name}>" for name, number in compiled.groupindex.items()}
-        # A match with the same groups, on which the template is tried.
+        # Expands the template on an empty match with the same groups, to reject it before any text is read.
         groups = "".join(f"({names.get(number, '')})" for number in range(1, compiled.groups + 1))
         regex.compile(groups).match("").expand(domain)
         domain.encode("utf-8")
     except (regex.error, IndexError, ValueError, OverflowError, RecursionError) as error:
         value = f"pattern {pattern!r}, domain {domain!r}: {error}"
-        raise ConfigError(Fault(what, value, "a regular expression, and groups that it has", "mend it")) from error
+        rule = "a valid regular expression, and a domain that refers only to its groups"
+        raise ConfigError(Fault(subject, value, rule, "fix the pattern or the domain")) from error
     return Rule(key, compiled, domain)
 
 
 def slow_rule_error(rule: str) -> ConfigError:
-    """The error of a run that an expression holds up."""
-    value = f"{rule} took more than {_PATIENCE:g} s, {_TIMEOUTS} times"
-    rule = "patterns whose time grows with the length of the text alone"
+    """Returns the error of a run that stops because a regular expression timed out too often."""
+    value = f"{rule} took more than {_TIMEOUT_SECONDS:g} s, {_MAX_TIMEOUTS} times"
+    rule = "a pattern whose run time is linear in the length of the text"
     return ConfigError(Fault("domain rules", value, rule, "rewrite it without nested repetitions, such as (a|aa)+"))
 
 
-def count_timeouts(seen: Counter[str], more: Iterable[str]) -> None:
-    """Counts rules that took too long. Raises ConfigError where one of them did too often."""
-    seen.update(more)
-    for rule, count in seen.items():
-        if count >= _TIMEOUTS:
+def count_timeouts(timeouts: Counter[str], rules: Iterable[str]) -> None:
+    """Adds `rules`, each of which timed out once, to `timeouts`. Raises ConfigError if one timed out too often."""
+    timeouts.update(rules)
+    for rule, count in timeouts.items():
+        if count >= _MAX_TIMEOUTS:
             raise slow_rule_error(rule)
 
 
-def name_fault(what: str, name: str) -> Fault | None:
-    """What is wrong with a domain's name that the user gave, if anything."""
+def name_fault(subject: str, name: str) -> Fault | None:
+    """Returns the fault of a domain name that the user gave, or None if it is valid."""
     try:
         name.encode("utf-8")
     except UnicodeEncodeError:
-        return Fault(what, repr(name), "a name without lone surrogates", "mend it")
-    return None if name.strip() else Fault(what, repr(name), "a name that is not empty", "mend it")
+        return Fault(subject, repr(name), "a name without lone surrogates", "give another name")
+    return None if name.strip() else Fault(subject, repr(name), "a name that is not empty", "give another name")
 
 
 def load_rules(path: Path) -> DomainRules:
-    """Reads rules: {"format", "rules": [{"key", "pattern", "domain"}], "otherwise": NAME or null}.
+    """Reads domain rules: {"format", "rules": [{"key", "pattern", "domain"}], "otherwise": NAME or null}.
 
     Raises:
-        ConfigError: with every fault of the file.
+        ConfigError: holds every fault of the file.
     """
-    what = f"--domain-rules {path}"
-    entry = read_json_object(path, what)
+    subject = f"--domain-rules {path}"
+    content = read_json_object(path, subject)
     faults: list[Fault] = []
-    if entry.get("format") != RULES_FORMAT:
-        faults.append(Fault(what, f"format {entry.get('format')!r}", RULES_FORMAT, "see examples/domains"))
-    listed, otherwise = entry.get("rules"), entry.get("otherwise")
+    if content.get("format") != RULES_FORMAT:
+        faults.append(Fault(subject, f"format {content.get('format')!r}", RULES_FORMAT, "see examples/domains"))
+    listed, otherwise = content.get("rules"), content.get("otherwise")
     if not isinstance(listed, list) or not listed:
-        faults.append(Fault(what, "no rules", "a list 'rules' of at least one", "see examples/domains"))
+        faults.append(Fault(subject, "no rules", "a list 'rules' of at least one", "see examples/domains"))
         listed = []
-    if otherwise is not None and (not isinstance(otherwise, str) or name_fault(what, otherwise)):
-        faults.append(Fault(what, f"otherwise {otherwise!r}", "a name or null", "mend it"))
+    if otherwise is not None and (not isinstance(otherwise, str) or name_fault(subject, otherwise)):
+        faults.append(Fault(subject, f"otherwise {otherwise!r}", "a name or null", "give one of these"))
     rules = []
     for number, rule in enumerate(listed, 1):
-        words = [rule.get(key) for key in ("key", "pattern", "domain")] if isinstance(rule, dict) else []
-        if not words or not all(isinstance(word, str) and word for word in words):
-            faults.append(Fault(what, f"rule {number}", "key, pattern and domain as text", "mend it"))
+        fields = [rule.get(key) for key in ("key", "pattern", "domain")] if isinstance(rule, dict) else []
+        if not fields or not all(isinstance(field, str) and field for field in fields):
+            rule_text = "an object with key, pattern and domain, all non-empty text"
+            faults.append(Fault(subject, f"rule {number}", rule_text, "fix that rule"))
             continue
         try:
-            rules.append(_rule(f"{what}, rule {number}", *map(str, words)))
+            rules.append(_rule(f"{subject}, rule {number}", *map(str, fields)))
         except ConfigError as error:
             faults += error.faults
     raise_if_any(faults)
@@ -201,18 +207,18 @@ def load_rules(path: Path) -> DomainRules:
 
 
 def load_domain_list(path: Path) -> tuple[str, ...]:
-    """Reads the names that domains may have, in their order: {"format", "domains": [NAME, ...]}. Raises ConfigError."""
-    what = f"--domain-list {path}"
-    entry = read_json_object(path, what)
-    names = entry.get("domains")
-    good = (
+    """Reads the allowed domain names, in order: {"format", "domains": [NAME, ...]}. Raises ConfigError."""
+    subject = f"--domain-list {path}"
+    content = read_json_object(path, subject)
+    names = content.get("domains")
+    valid_names = (
         isinstance(names, list)
         and names
-        and all(isinstance(name, str) and name_fault(what, name) is None for name in names)
+        and all(isinstance(name, str) and name_fault(subject, name) is None for name in names)
     )
-    if entry.get("format") != LIST_FORMAT or not good or (names and len(set(names)) < len(names)):
-        rule = f"format {LIST_FORMAT!r} and a list 'domains' of names, each once"
-        raise ConfigError(Fault(what, "no list of domains", rule, "see examples/domains"))
+    if content.get("format") != LIST_FORMAT or not valid_names or (names and len(set(names)) < len(names)):
+        rule = f"format {LIST_FORMAT!r} and a list 'domains' of unique names"
+        raise ConfigError(Fault(subject, "not a list of domains", rule, "see examples/domains"))
     return tuple(names or ())
 
 
@@ -221,6 +227,8 @@ class Document:
     """A document of the input.
 
     Attributes:
+        text: may be empty.
+        split: "train" or "valid".
         size: bytes of the text in UTF-8.
     """
 
@@ -232,16 +240,16 @@ class Document:
 
 @dataclass(frozen=True)
 class DocumentReader:
-    """How lines become documents.
+    """Turns records into documents.
 
     Attributes:
-        text_key: the field of the text, with dots into nested objects.
-        domains: how a line's domain is found.
-        split: of all lines, or of those that the hash does not hold out.
-        valid_fraction: the part of documents that goes to the valid split, by a hash of the text, so that all copies of
-            a text fall to one side, whatever the order of the input.
-        known: the names that a domain may have; None: any.
-        default_domain: of lines that say none; None: such lines are bad.
+        text_key: the field of the text, with dots for nested objects.
+        domains: decides the domain of a record.
+        split: the split of all documents, except those held out by `valid_fraction`.
+        valid_fraction: fraction of documents that goes to the valid split. A hash of the text decides, so all copies of
+            a text land in the same split, regardless of the order of the input.
+        known: the allowed domain names; None allows any.
+        default_domain: the domain of records without one; None makes such records bad lines.
     """
 
     text_key: str
@@ -253,42 +261,43 @@ class DocumentReader:
 
     @property
     def columns(self) -> list[str]:
-        """The fields at the top that are read."""
+        """The top-level fields that are read."""
         return sorted({self.text_key.split(".")[0], *self.domains.columns})
 
     def needed_of(self, domain: str | None = None) -> list[str]:
-        """Those of the columns that a CSV or Parquet file has to have.
+        """Returns the columns that a CSV or Parquet file must have.
 
         Args:
-            domain: where the file's folder says it.
+            domain: the domain that the file's folder gives, if any.
         """
         text = self.text_key.split(".")[0]
-        # A rule passes over fields that are missing.
-        given = domain is not None or self.default_domain is not None or isinstance(self.domains, DomainRules)
-        return [text] if given else sorted({text, *self.domains.columns})
+        # Rules accept missing fields.
+        optional = domain is not None or self.default_domain is not None or isinstance(self.domains, DomainRules)
+        return [text] if optional else sorted({text, *self.domains.columns})
 
-    def read(self, entry: Any, file: str, domain: str | None = None) -> Document:
-        """The document of a line, whose text may be empty. Raises BadLine where it holds none.
+    def read(self, record: Any, file: str, domain: str | None = None) -> Document:
+        """Returns the document of a record; its text may be empty. Raises BadLine if the record holds none.
 
         Args:
-            domain: where the file's folder says it.
+            file: the path of the record's file.
+            domain: the domain that the file's folder gives, if any.
         """
-        text = entry.text if isinstance(entry, Text) else _text_at(entry, self.text_key)
-        domain = self._domain(entry, file, domain)
+        text = record.text if isinstance(record, Text) else _text_at(record, self.text_key)
+        domain = self._domain(record, file, domain)
         try:
-            # Most text is ASCII, of which the size is known.
+            # Most text is ASCII, which needs no encoding to be measured.
             size = len(text) if text.isascii() else len(text.encode("utf-8"))
             domain.encode("utf-8")
         except UnicodeEncodeError as error:
-            key = repr(self.text_key) if error.object is text else "the domain's name"
-            raise BadLine(f"{key} holds half a surrogate pair") from error
+            key = repr(self.text_key) if error.object is text else "the domain name"
+            raise BadLine(f"{key} contains a lone surrogate") from error
         held_out = self.valid_fraction > 0.0 and share_of(text.encode("utf-8")) < self.valid_fraction
         return Document(text, domain, "valid" if held_out else self.split, size)
 
-    def _domain(self, entry: Any, file: str, given: str | None) -> str:
-        """The name without the white space around it, unless it is known with it."""
+    def _domain(self, record: Any, file: str, folder_domain: str | None) -> str:
+        """Returns the domain name, stripped unless `known` lists it with its white space."""
         try:
-            name = self.domains.domain_of(entry, file) if given is None else given
+            name = self.domains.domain_of(record, file) if folder_domain is None else folder_domain
         except NoDomain:
             if self.default_domain is None:
                 raise
@@ -299,54 +308,56 @@ class DocumentReader:
         return domain
 
     def documents(self, block: Block) -> Iterator[tuple[int, Document | BadLine]]:
-        """(number, document or what is wrong) of each line of a block.
+        """Yields (number, document or fault) for each record of a block.
 
         Raises:
-            ConfigError: a rule's expression takes too long again and again.
+            ConfigError: the regular expression of a rule timed out too often.
         """
-        slow: Counter[str] = Counter()
-        for number, entry in entries(block):
+        timeouts: Counter[str] = Counter()
+        for number, record in parse_block(block):
             try:
-                yield number, entry if isinstance(entry, BadLine) else self.read(entry, block.file, block.domain)
+                yield number, record if isinstance(record, BadLine) else self.read(record, block.file, block.domain)
             except SlowRule as error:
-                count_timeouts(slow, [error.rule])
+                count_timeouts(timeouts, [error.rule])
                 yield number, error
             except BadLine as error:
                 yield number, error
 
 
 def share_of(text: bytes) -> float:
-    """A number in [0, 1) that only the text decides, evenly spread."""
+    """Returns a hash of the text, uniform in [0, 1)."""
     return int.from_bytes(hashlib.blake2b(text, digest_size=6).digest(), "big") / 2**48
 
 
 _MISSING = object()
 
 
-def _find(entry: Any, key: str) -> Any:
-    """The value of a key, with dots into nested objects and into text that holds one; `_MISSING` where it is not."""
+def _value_at(record: Any, key: str) -> Any:
+    """Returns the value of a key, with dots for nested objects and for objects stored as JSON text; `_MISSING` if there
+    is none."""
+    value = record
     for part in key.split("."):
-        if isinstance(entry, str) and entry.lstrip()[:1] == "{":
-            # Tables often hold what was an object as its JSON.
+        if isinstance(value, str) and value.lstrip()[:1] == "{":
+            # Tables often store nested objects as JSON text.
             try:
-                entry = orjson.loads(entry)
+                value = orjson.loads(value)
             except (orjson.JSONDecodeError, UnicodeEncodeError):
                 return _MISSING
-        if not isinstance(entry, dict) or part not in entry:
+        if not isinstance(value, dict) or part not in value:
             return _MISSING
-        entry = entry[part]
-    return entry
+        value = value[part]
+    return value
 
 
-def _named(value: Any) -> str | None:
-    """A domain's name: text, or an integer."""
+def _domain_name(value: Any) -> str | None:
+    """Returns the domain name in a field, which is text or an integer; None for any other type."""
     if isinstance(value, str):
         return value
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def _text_at(entry: Any, key: str) -> str:
-    value = _find(entry, key)
+def _text_at(record: Any, key: str) -> str:
+    value = _value_at(record, key)
     if value is _MISSING:
         raise BadLine(f"no key {key!r}")
     if not isinstance(value, str):
@@ -355,6 +366,6 @@ def _text_at(entry: Any, key: str) -> str:
 
 
 def describe(block: Block, number: int, fault: BadLine) -> str:
-    """A bad line, or what is wrong with a file, as messages name it."""
+    """Describes a bad line or file in a message."""
     place = fault.place if isinstance(fault, BadFile) else block.place(number)
     return f"{block.file}, {place}: {fault}" if place else f"{block.file}: {fault}"

@@ -1,4 +1,4 @@
-"""Blocks of documents into token ids, by worker processes, in the order of the input."""
+"""Encodes blocks of documents into token ids in worker processes, in the order of the input."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ from megatron_doremi.preprocessing.documents import Document, DocumentReader, Sl
 from megatron_doremi.preprocessing.sources import BadFile, Block, Progress
 from megatron_doremi.preprocessing.tokenizer import Tokenizer, load_tokenizer
 
+# Bad lines that messages list; the others are only counted.
 NAMED_BAD_LINES = 10
-# Of blocks that wait for a worker or are with one.
-_UNDER_WAY_BYTES = 1 << 28
+# Limit on the blocks that are queued for a worker or being encoded.
+_MAX_PENDING_BYTES = 1 << 28
 
 
 class WorkerDied(Exception):
-    """A worker process ended by itself, most likely because the machine ran out of memory."""
+    """A worker process was killed, most likely because the machine ran out of memory."""
 
 
 @dataclass(frozen=True)
@@ -36,38 +37,38 @@ class Chunk:
     """Documents of one domain and split, in the order of the input.
 
     Attributes:
-        ids: all their tokens, end to end, in the type in which they are stored.
-        lengths: [n] int32 tokens of each.
-        sizes: [n] int64 bytes of text of each.
-        places: [n] int32 how many documents of the block come before each.
+        ids: [sum of lengths] the concatenated tokens, in the dtype in which they are stored.
+        lengths: [n] int32, tokens of each document.
+        sizes: [n] int64, bytes of UTF-8 text of each document.
+        positions: [n] int32, ascending: the index of each document among all documents of its block.
     """
 
     ids: NDArray
     lengths: NDArray[np.int32]
     sizes: NDArray[np.int64]
-    places: NDArray[np.int32]
+    positions: NDArray[np.int32]
 
-    def before(self, place: int) -> Chunk:
-        """The documents with fewer than `place` others before them."""
-        count = int(np.searchsorted(self.places, place))
+    def before(self, position: int) -> Chunk:
+        """Returns the documents whose index in the block is less than `position`."""
+        count = int(np.searchsorted(self.positions, position))
         tokens = int(self.lengths[:count].sum(dtype=np.int64))
-        return Chunk(self.ids[:tokens], self.lengths[:count], self.sizes[:count], self.places[:count])
+        return Chunk(self.ids[:tokens], self.lengths[:count], self.sizes[:count], self.positions[:count])
 
 
 @dataclass(frozen=True)
 class EncodedBlock:
-    """What a worker makes of a block.
+    """A block after encoding.
 
     Attributes:
-        chunks: by (domain, split).
-        bad: descriptions of the first lines that hold no document.
-        bad_total: how many there are, and files that cannot be read further.
-        progress: how far the reading was with this block.
-        bad_files: descriptions of what is wrong with files, each once.
-        empty: texts that are empty, and were left out.
-        slow: rules whose expression took too long, once for each time.
-        characters: of all texts of the block.
-        lost: how many of each character the tokenizer drops or does not know.
+        chunks: the encoded documents by (domain, split).
+        bad: descriptions of the first bad lines.
+        bad_total: number of bad lines, plus files that are unreadable, truncated or damaged.
+        progress: the progress of the reader after this block.
+        bad_files: descriptions of the faults of files, without duplicates.
+        empty: number of skipped empty texts.
+        slow: one description per timeout of a domain rule.
+        characters: characters in all texts of the block.
+        lost: how often each character occurs that the tokenizer drops or does not know.
     """
 
     chunks: dict[tuple[str, str], Chunk]
@@ -82,26 +83,26 @@ class EncodedBlock:
 
     @property
     def documents(self) -> int:
-        """Documents of all domains."""
+        """Number of documents, over all domains."""
         return sum(len(chunk.lengths) for chunk in self.chunks.values())
 
     @property
     def text_bytes(self) -> int:
-        """Bytes of their text."""
+        """Bytes of UTF-8 text, over all domains."""
         return sum(int(chunk.sizes.sum()) for chunk in self.chunks.values())
 
     def first(self, count: int) -> EncodedBlock:
-        """The first `count` documents."""
-        cut = {key: chunk.before(count) for key, chunk in self.chunks.items()}
-        return replace(self, chunks={key: chunk for key, chunk in cut.items() if len(chunk.lengths)})
+        """Returns the block with only its first `count` documents."""
+        kept = {key: chunk.before(count) for key, chunk in self.chunks.items()}
+        return replace(self, chunks={key: chunk for key, chunk in kept.items() if len(chunk.lengths)})
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """What runs in a worker.
+    """Parses and encodes blocks; each worker has one.
 
     Attributes:
-        append_eod: end each document with the tokenizer's end-of-document id.
+        append_eod: append the tokenizer's end-of-document id to each document.
     """
 
     tokenizer: Tokenizer
@@ -109,7 +110,7 @@ class Encoder:
     append_eod: bool
 
     def encode(self, block: Block, progress: Progress) -> EncodedBlock:
-        """Parses and encodes a block."""
+        """Returns the encoded documents and the faults of a block."""
         documents: list[Document] = []
         bad: list[str] = []
         bad_files: dict[str, None] = {}
@@ -132,30 +133,26 @@ class Encoder:
         texts = [document.text for document in documents]
         ids = self.tokenizer.encode_batch(texts)
         characters, lost = sum(map(len, texts)), self.tokenizer.lost_characters(texts)
-        places: dict[tuple[str, str], list[int]] = {}
-        for place, document in enumerate(documents):
-            places.setdefault((document.domain, document.split), []).append(place)
-        chunks = {key: self._chunk(documents, ids, chosen) for key, chosen in places.items()}
+        positions: dict[tuple[str, str], list[int]] = {}
+        for position, document in enumerate(documents):
+            positions.setdefault((document.domain, document.split), []).append(position)
+        chunks = {key: self._chunk(documents, ids, in_chunk) for key, in_chunk in positions.items()}
         return EncodedBlock(chunks, bad, bad_total, progress, tuple(bad_files), empty, tuple(slow), characters, lost)
 
-    def _chunk(self, documents: list[Document], ids: list[NDArray[np.int32]], places: list[int]) -> Chunk:
+    def _chunk(self, documents: list[Document], ids: list[NDArray[np.int32]], positions: list[int]) -> Chunk:
         end = [np.array([self.tokenizer.eod], dtype=np.int32)] if self.append_eod else []
-        parts = [part for place in places for part in (ids[place], *end)]
+        parts = [part for position in positions for part in (ids[position], *end)]
         return Chunk(
             np.concatenate(parts).astype(dtype_for(self.tokenizer.vocab_size)),
-            np.array([len(ids[place]) + len(end) for place in places], dtype=np.int32),
-            np.array([documents[place].size for place in places], dtype=np.int64),
-            np.array(places, dtype=np.int32),
+            np.array([len(ids[position]) + len(end) for position in positions], dtype=np.int32),
+            np.array([documents[position].size for position in positions], dtype=np.int64),
+            np.array(positions, dtype=np.int32),
         )
 
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """What a worker needs to load the tokenizer that the main process has settled.
-
-    Attributes:
-        arguments: of `load_tokenizer`.
-    """
+    """The arguments of `load_tokenizer`: every worker loads the tokenizer for itself."""
 
     kind: str
     file: Path
@@ -164,24 +161,24 @@ class TokenizerFiles:
     allow_special: bool = False
 
     def load(self, fast: bool = True) -> Tokenizer:
-        """The tokenizer. Raises ConfigError where it cannot be read."""
+        """Loads the tokenizer. Raises ConfigError if it cannot be read."""
         return load_tokenizer(self.kind, self.file, self.merges, self.eod, fast, self.allow_special)
 
 
-# The one encoder of a worker process: a pool hands each task to a module-level function.
+# The encoder of this worker process. It is global because a process pool calls module-level functions.
 _worker: list[Encoder] = []
 
 
 def _start_worker(files: TokenizerFiles, fast: bool, reader: DocumentReader, append_eod: bool) -> None:
-    # Ctrl-C reaches the whole group; the main process decides what becomes of it.
+    # Ctrl-C signals the whole process group; only the main process handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     _worker[:] = [Encoder(files.load(fast), reader, append_eod)]
 
 
-def _leave_with_parent() -> None:
-    """A main process that is killed cannot end its workers."""
+def _exit_with_parent() -> None:
+    """Ends this worker when the main process dies: a main process that is killed cannot do it."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -200,32 +197,32 @@ def encode_all(
     append_eod: bool,
     workers: int,
 ) -> Generator[EncodedBlock, None, None]:
-    """Encoded blocks, in order; a few a worker are under way at a time.
+    """Yields the encoded blocks in order. Up to four blocks per worker are pending at a time, fewer if they are large.
+
+    Args:
+        fast: let tiktoken's core encode if possible.
 
     Raises:
-        WorkerDied: the machine killed a worker.
-        ConfigError: an expression of the rules takes too long again and again, or a file's columns are wrong.
+        WorkerDied: a worker was killed.
+        ConfigError: the regular expression of a rule timed out too often, or a file has the wrong columns.
     """
     context = multiprocessing.get_context("spawn")
     settings = (files, fast, reader, append_eod)
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=settings)
-    under_way: deque[tuple[Future[EncodedBlock], int]] = deque()
-    slow: Counter[str] = Counter()
+    pending: deque[tuple[Future[EncodedBlock], int]] = deque()
+    timeouts: Counter[str] = Counter()
 
     def oldest() -> EncodedBlock:
-        encoded = under_way.popleft()[0].result()
-        count_timeouts(slow, encoded.slow)
+        encoded = pending.popleft()[0].result()
+        count_timeouts(timeouts, encoded.slow)
         return encoded
 
     try:
         for block, progress in blocks:
-            under_way.append((pool.submit(_encode, block, progress), block.size))
-            # Of blocks that are one huge document, fewer.
-            while len(under_way) >= 4 * workers or (
-                under_way and sum(size for _, size in under_way) > _UNDER_WAY_BYTES
-            ):
+            pending.append((pool.submit(_encode, block, progress), block.size))
+            while len(pending) >= 4 * workers or (pending and sum(size for _, size in pending) > _MAX_PENDING_BYTES):
                 yield oldest()
-        while under_way:
+        while pending:
             yield oldest()
     except BrokenProcessPool as error:
         raise WorkerDied from error
@@ -234,12 +231,16 @@ def encode_all(
 
 
 def bad_lines_error(bad: list[str], total: int, remedy: str) -> ConfigError:
-    """The error of inputs with bad lines.
+    """Returns the error for inputs with bad lines. For the arguments see `describe_bad_lines`."""
+    return ConfigError(Fault("--input", describe_bad_lines(bad, total), "a document on each line", remedy))
+
+
+def describe_bad_lines(bad: list[str], total: int) -> str:
+    """Describes bad lines in a message.
 
     Args:
-        bad: descriptions of files and of the first lines.
-        total: how many there were.
+        bad: descriptions of bad files and of the first bad lines.
+        total: number of bad lines and files.
     """
     more = "" if total <= len(bad) else f", and {total - len(bad):,} more"
-    value = f"{total:,} bad lines: " + "; ".join(bad) + more
-    return ConfigError(Fault("--input", value, "lines that each hold a document", remedy))
+    return f"{total:,} bad line{'' if total == 1 else 's'}: " + "; ".join(bad) + more

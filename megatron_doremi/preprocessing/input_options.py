@@ -1,4 +1,5 @@
-"""The options by which tools read text: which files, and what in them is a document and its domain."""
+"""The command-line options for input text, shared by the tools: which files to read, and where the text and the domain
+of a document are."""
 
 from __future__ import annotations
 
@@ -22,18 +23,19 @@ from megatron_doremi.preprocessing.documents import (
 from megatron_doremi.preprocessing.inputs import FORMATS, InputFile, find_inputs
 
 DOMAIN_KEY = "meta.pile_set_name"
-_WAYS = ("domain_key", "domain_rules", "domain_from_file")
-_SHOWN = 10
+_DOMAIN_FLAGS = ("domain_key", "domain_rules", "domain_from_file")
+# Files are no longer checked after this many faults.
+_MAX_FAULTS = 10
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the options say.
+    """The input options, resolved.
 
     Attributes:
-        files: in their order.
-        reader: how their records become documents.
-        order: the names that domains may have, in their order; (): any.
+        files: in the order in which they are read.
+        reader: turns their records into documents.
+        order: the allowed domain names, in the order of --domain-list; () allows any.
     """
 
     files: tuple[InputFile, ...]
@@ -42,45 +44,56 @@ class Inputs:
 
     @property
     def paths(self) -> list[Path]:
-        """The files' paths."""
-        return [each.path for each in self.files]
+        """The paths of the files."""
+        return [file.path for file in self.files]
 
 
 def add_input_options(parser: argparse.ArgumentParser) -> None:
-    """Adds --input and the options that say what is in the files."""
+    """Adds --input and the options that describe the content of the files."""
     add = parser.add_argument
-    add("--input", nargs="+", required=True, type=Path, metavar="PATH", help=FORMATS)
-    add("--text-key", default="text", metavar="KEY", help="the field of the text, dots for nested ones (default: text)")
-    key_help = f"the field that names the domain (default: {DOMAIN_KEY}; of folders of files: the folder's name)"
+    input_help = f"input files or folders: {FORMATS}"
+    add("--input", nargs="+", required=True, type=Path, metavar="PATH", help=input_help)
+    text_help = "field that holds the text of a document; use dots for nested fields (default: text)"
+    add("--text-key", default="text", metavar="KEY", help=text_help)
+    key_help = (
+        "field that holds the domain of a document; use dots for nested fields "
+        f"(default: {DOMAIN_KEY}, or the name of the subfolder for a file in a folder given to --input)"
+    )
     add("--domain-key", metavar="KEY", help=key_help)
-    add("--domain-rules", type=Path, metavar="FILE", help="ordered regular expressions over fields instead")
+    rules_help = (
+        "JSON file of regular expressions over fields or the path of the file; the first match gives the domain"
+    )
+    add("--domain-rules", type=Path, metavar="FILE", help=rules_help)
     file_help = (
-        "the first group of a regular expression over the file's path instead (default: its name up to a number)"
+        "take the domain from the path of the file: group 1 of PATTERN, a regular expression that matches the full "
+        "path (default PATTERN: the file name up to its number)"
     )
     add("--domain-from-file", nargs="?", const=FILE_PATTERN, metavar="PATTERN", help=file_help)
-    add("--default-domain", metavar="NAME", help="the domain of documents that name none (default: they are bad lines)")
-    add("--domain-list", type=Path, metavar="FILE", help="the names that domains may have, in their order")
-    skip_help = "bad lines and what follows a break in a file: fail the run, or leave them out (default: fail)"
-    add("--on-error", choices=("fail", "skip"), default="fail", help=skip_help)
+    default_help = "domain of documents that have none (default: such a document is a bad line)"
+    add("--default-domain", metavar="NAME", help=default_help)
+    list_help = "JSON file of the allowed domain names, which also sets their order in the manifest (default: any name)"
+    add("--domain-list", type=Path, metavar="FILE", help=list_help)
+    error_help = "on bad lines and truncated or damaged files: fail the run, or skip and count them (default: fail)"
+    add("--on-error", choices=("fail", "skip"), default="fail", help=error_help)
 
 
 def read_input_options(
     args: argparse.Namespace, split: str = "train", valid_fraction: float = 0.0, more: list[Fault] | None = None
 ) -> Inputs:
-    """What the options of `add_input_options` say; all that is wrong with them is found before any text is read.
+    """Resolves the options of `add_input_options` and checks them before any text is read.
 
     Args:
         split, valid_fraction: see DocumentReader.
-        more: faults of the tool's other flags, to be said together with these.
+        more: faults of the tool's other flags, to be raised together with these.
 
     Raises:
-        ConfigError: with every fault.
+        ConfigError: holds every fault.
     """
     faults = list(more or [])
-    ways = [flag for flag in _WAYS if getattr(args, flag) is not None]
-    if len(ways) > 1:
-        value = ", ".join("--" + flag.replace("_", "-") for flag in ways)
-        faults.append(Fault("domains", value, "one of them", "leave the others out; rules may look at any field"))
+    domain_flags = [flag for flag in _DOMAIN_FLAGS if getattr(args, flag) is not None]
+    if len(domain_flags) > 1:
+        value = ", ".join("--" + flag.replace("_", "-") for flag in domain_flags)
+        faults.append(Fault("domains", value, "only one of them", "keep one; --domain-rules can read any field"))
     if args.default_domain is not None and (fault := name_fault("--default-domain", args.default_domain)):
         faults.append(fault)
     domains: DomainKey | DomainRules = DomainKey(args.domain_key or DOMAIN_KEY)
@@ -99,22 +112,24 @@ def read_input_options(
     default = args.default_domain.strip() if args.default_domain is not None else None
     known = frozenset(order) if order else None
     reader = DocumentReader(args.text_key, domains, split, valid_fraction, known, default)
-    found = find_inputs(args.input, domain_of_records=bool(ways), domain_of_text=isinstance(domains, DomainRules))
-    faults += found.faults
-    notes: list[str] = []
-    for each in found.files:
-        if len(faults) >= _SHOWN:
+    inputs = find_inputs(
+        args.input, domain_of_records=bool(domain_flags), domain_of_text=isinstance(domains, DomainRules)
+    )
+    faults += inputs.faults
+    warnings: list[str] = []
+    for file in inputs.files:
+        if len(faults) >= _MAX_FAULTS:
             break
-        wrong = check_text_column(each, args.text_key, reader.needed_of(each.domain))
-        # A typing mistake in the key would send whole tables to one domain silently.
-        by_default = args.domain_key and default and each.domain is None and not wrong
-        if by_default and check_text_column(each, args.text_key, reader.columns):
+        file_faults = check_text_column(file, args.text_key, reader.needed_of(file.domain))
+        # A typo in --domain-key would silently assign every row of a table to the default domain.
+        may_default = args.domain_key and default and file.domain is None and not file_faults
+        if may_default and check_text_column(file, args.text_key, reader.columns):
             column = args.domain_key.split(".")[0]
-            notes.append(f"{each.path} has no column {column!r}: all of its documents go to {default!r}")
-        faults += wrong
+            warnings.append(f"{file.path} has no column {column!r}: all of its documents go to {default!r}")
+        faults += file_faults
     raise_if_any(faults)
-    for note in notes:
-        print(f"warning: {note}", file=sys.stderr)
-    for remark in found.left_out:
-        print(f"note: {remark}", file=sys.stderr)
-    return Inputs(tuple(found.files), reader, order)
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    for note in inputs.ignored:
+        print(f"note: {note}", file=sys.stderr)
+    return Inputs(tuple(inputs.files), reader, order)

@@ -1,4 +1,4 @@
-"""The files that --input names: their kinds, the files of folders, and that none is given twice."""
+"""Finds the files that --input names: their formats, the files in folders, and duplicates."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ _KINDS = {
 }
 _COMPRESSED = (".gz", ".zst", ".zstd")
 FORMATS = ".jsonl, .ndjson, .json, .csv, also compressed (.jsonl.zst, .csv.gz); .parquet; folders of these or .txt, .md"
-# Folders between the root of a Hugging Face data set and its domains.
+# Folders between the root of a Hugging Face data set and the folders of its domains.
 _NO_DOMAIN = frozenset({"data"})
+# Names of splits in Hugging Face data sets.
 _SPLITS = {
     "train": "train",
     "validation": "valid",
@@ -31,7 +32,7 @@ _SPLITS = {
     "dev": "valid",
     "test": "test",
 }
-_SHOWN = 10
+_MAX_FAULTS = 10
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class InputFile:
     """A file of documents.
 
     Attributes:
-        domain: of all its documents, where its folder says it; None: its records do.
+        domain: the domain of all its documents, given by its folder; None if each record has its own.
     """
 
     path: Path
@@ -47,38 +48,38 @@ class InputFile:
 
     @property
     def kind(self) -> str:
-        """What its name promises: LINES, CSV, PARQUET or TEXT; "" for other files."""
+        """See `kind_of`."""
         return kind_of(self.path)
 
     @property
     def may_be_array(self) -> bool:
-        """A .json file holds one array, or lines."""
-        return _bare_name(self.path).endswith(".json")
+        """Whether the file may hold one JSON array: a .json file holds an array or JSON lines."""
+        return _uncompressed_name(self.path).endswith(".json")
 
 
 @dataclass
 class FoundInputs:
-    """What --input names.
+    """The files that --input names.
 
     Attributes:
-        files: in their order; those of a folder by name.
-        faults: what is wrong.
-        left_out: remarks on files of folders that are not read.
+        files: in the order given; the files of a folder are sorted by name.
+        faults: faults of the paths.
+        ignored: notes on the files in folders that are not read.
     """
 
     files: list[InputFile] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
 
 
 def kind_of(path: Path) -> str:
-    """LINES, CSV, PARQUET or TEXT by a file's name; "" for other names."""
-    name = _bare_name(path)
+    """Returns the format that a file name indicates: LINES, CSV, PARQUET or TEXT; "" for other names."""
+    name = _uncompressed_name(path)
     return next((kind for suffix, kind in _KINDS.items() if name.endswith(suffix)), "")
 
 
-def _bare_name(path: Path) -> str:
-    """The name without the suffix of a compression; Parquet compresses itself."""
+def _uncompressed_name(path: Path) -> str:
+    """Returns the file name without a compression suffix. Parquet has its own compression, so it keeps the suffix."""
     name = path.name.lower()
     suffix = next((suffix for suffix in _COMPRESSED if name.endswith(suffix)), "")
     return name if name.endswith(".parquet" + suffix) else name.removesuffix(suffix)
@@ -88,82 +89,83 @@ def find_inputs(paths: Sequence[Path], domain_of_records: bool = False, domain_o
     """Finds the files of --input.
 
     Args:
-        domain_of_records: records say their domains, and the folders that hold their files do not.
-        domain_of_text: the path of a text file says its domain by a rule, and its folder does not.
+        domain_of_records: take the domain from each record instead of the folder.
+        domain_of_text: take the domain of a text file from its path, by a rule, instead of the folder.
     """
-    found = FoundInputs()
+    inputs = FoundInputs()
     for path in paths:
         try:
             if path.is_dir():
-                _add_folder(found, path, domain_of_records, domain_of_text)
+                _add_folder(inputs, path, domain_of_records, domain_of_text)
             elif not path.is_file():
-                found.faults.append(Fault("--input", str(path), "an existing file or folder", "check the path"))
+                inputs.faults.append(Fault("--input", str(path), "an existing file or folder", "check the path"))
             elif kind_of(path) in ("", TEXT):
                 remedy = "give the folder that holds it" if kind_of(path) else "convert the file to JSON lines"
-                found.faults.append(Fault("--input", str(path), FORMATS, remedy))
+                inputs.faults.append(Fault("--input", str(path), FORMATS, remedy))
             else:
-                found.files.append(InputFile(path))
+                inputs.files.append(InputFile(path))
         except (OSError, ValueError) as error:
-            found.faults.append(_unreadable(path, error))
-    found.faults += _faults_of_files(found.files)
-    return found
+            inputs.faults.append(_unreadable(path, error))
+    inputs.faults += _faults_of_files(inputs.files)
+    return inputs
 
 
 def _unreadable(path: Path, error: OSError | ValueError) -> Fault:
-    said = error.strerror if isinstance(error, OSError) else str(error)
+    reason = error.strerror if isinstance(error, OSError) else str(error)
     name = str(path) if len(str(path)) <= 300 else str(path)[:300] + "..."
-    return Fault("--input", f"{name}: {said}", "a readable file or folder", "check path and permissions")
+    return Fault("--input", f"{name}: {reason}", "a readable file or folder", "check the path and its permissions")
 
 
 def _faults_of_files(files: Sequence[InputFile]) -> list[Fault]:
-    """Files that cannot be read, and files that are given twice, through links too."""
+    """Returns the faults of unreadable files and of duplicates, including duplicates through links."""
     faults: list[Fault] = []
     seen: dict[tuple[int, int], Path] = {}
-    for each in files:
+    for path in (file.path for file in files):
         try:
-            with each.path.open("rb") as file:
-                stat = os.fstat(file.fileno())
+            with path.open("rb") as raw:
+                stat = os.fstat(raw.fileno())
         except OSError as error:
-            faults.append(_unreadable(each.path, error))
+            faults.append(_unreadable(path, error))
             continue
-        first = seen.setdefault((stat.st_dev, stat.st_ino), each.path)
-        if first is not each.path:
-            value = f"{each.path} is the same file as {first}" if first != each.path else f"{first} twice"
-            faults.append(Fault("--input", value, "each file once: its documents would count twice", "leave one out"))
-    if len(faults) > _SHOWN:
-        rest = len(faults) - _SHOWN
-        faults[_SHOWN:] = [Fault("--input", f"{rest} more faults of this kind", "none", "mend those above first")]
+        first = seen.setdefault((stat.st_dev, stat.st_ino), path)
+        if first is not path:
+            value = f"{path} is the same file as {first}" if first != path else f"{first} twice"
+            rule = "each file once, or its documents count twice"
+            faults.append(Fault("--input", value, rule, "remove the duplicate"))
+    if len(faults) > _MAX_FAULTS:
+        hidden = len(faults) - _MAX_FAULTS
+        faults[_MAX_FAULTS:] = [Fault("--input", f"{hidden} more such faults", "none", "fix those above first")]
     return faults
 
 
-def _add_folder(found: FoundInputs, folder: Path, domain_of_records: bool, domain_of_text: bool) -> None:
-    every = list(_walk(folder))
-    records = [path for path in every if kind_of(path) not in ("", TEXT)]
-    text = [path for path in every if kind_of(path) == TEXT]
-    # Beside records text is documentation, such as the README.md of a data set.
+def _add_folder(inputs: FoundInputs, folder: Path, domain_of_records: bool, domain_of_text: bool) -> None:
+    paths = list(_walk(folder))
+    records = [path for path in paths if kind_of(path) not in ("", TEXT)]
+    text = [path for path in paths if kind_of(path) == TEXT]
+    # Text beside records is documentation, such as the README.md of a data set.
     chosen = records or text
     if not chosen:
         rule = f"a folder that holds {FORMATS}"
-        found.faults.append(Fault("--input", f"{folder}: no such files", rule, "check the path"))
+        inputs.faults.append(Fault("--input", f"{folder}: no such files", rule, "check the path"))
         return
     splits = _splits_of(folder, chosen)
     if len(splits) > 1:
         names = "; ".join(f"{split}: {path.relative_to(folder)}" for split, path in sorted(splits.items()))
         remedy = "give the files of one split, such as DIR/*/train-*, with --domain-from-file '.*/([^/]+)/[^/]+'"
-        found.faults.append(Fault("--input", f"{folder} holds several splits ({names})", "one split a run", remedy))
+        inputs.faults.append(Fault("--input", f"{folder} holds several splits ({names})", "one split per run", remedy))
         return
-    others = [path for path in every if path not in set(chosen)]
-    if others:
-        names = ", ".join(str(path.relative_to(folder)) for path in others[:3]) + (" ..." if len(others) > 3 else "")
-        found.left_out.append(f"{folder}: {len(chosen)} files are read, {len(others)} of other kinds are not: {names}")
+    ignored = [path for path in paths if path not in set(chosen)]
+    if ignored:
+        names = ", ".join(str(path.relative_to(folder)) for path in ignored[:3]) + (" ..." if len(ignored) > 3 else "")
+        inputs.ignored.append(f"{folder}: ignoring {len(ignored)} of {len(paths)} files, of other kinds: {names}")
     for path in chosen:
         is_text = kind_of(path) == TEXT
         by_record = domain_of_text if is_text else domain_of_records
-        found.files.append(InputFile(path, None if by_record else _domain_of(folder, path, is_text)))
+        inputs.files.append(InputFile(path, None if by_record else _domain_of(folder, path, is_text)))
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """All files below a folder by name, but for hidden ones. Links to folders are followed, if not in a circle."""
+    """Yields all files below a folder, sorted by name, except hidden ones. Follows links to folders, not in cycles."""
 
     def fail(error: OSError) -> None:
         raise error
@@ -180,7 +182,8 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def _domain_of(folder: Path, path: Path, is_text: bool) -> str | None:
-    """The folder below `folder` that holds a file; of text beside it, `folder` itself."""
+    """Returns the name of the subfolder of `folder` that contains a file. A text file directly in `folder` takes the
+    name of `folder`; a file of records there has no domain of its own (None)."""
     parts = [part for part in path.relative_to(folder).parts[:-1] if part not in _NO_DOMAIN]
     if parts:
         return parts[0]
@@ -188,7 +191,7 @@ def _domain_of(folder: Path, path: Path, is_text: bool) -> str | None:
 
 
 def _splits_of(folder: Path, paths: Sequence[Path]) -> dict[str, Path]:
-    """The splits that files' names speak of, as Hugging Face's do, each with one of its files."""
+    """Returns the splits that occur in the file names, as in Hugging Face data sets, each with an example file."""
     splits: dict[str, Path] = {}
     for path in paths:
         parts = path.relative_to(folder).parts

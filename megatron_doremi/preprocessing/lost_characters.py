@@ -1,34 +1,35 @@
-"""Characters of a text that a tokenizer loses: it drops them, or makes its unknown token of them."""
+"""Characters that a tokenizer loses: it drops them or encodes them as its unknown token."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-_SHOWN = 5
+# Lost characters that a message lists.
+_MAX_EXAMPLES = 5
 
 
 class CharacterCheck:
-    """Counts characters that a tokenizer loses, by what it makes of each character alone. Spaces are not counted.
+    """Counts the characters that a tokenizer loses, by encoding each distinct character once, alone. Ignores spaces.
 
-    For tokenizers whose pieces are made of characters. Of one that knows whole words `uncovered_characters` tells.
+    This suits tokenizers whose pieces are built from characters. For word-level ones see `uncovered_characters`.
     """
 
     def __init__(self, encode: Callable[[str], Sequence[int]], decode: Callable[[Sequence[int]], str], unknown: int):
-        """A check.
+        """Creates a check.
 
         Args:
-            encode: ids of a text.
-            decode: the text of ids.
-            unknown: the id of the unknown token; -1: there is none.
+            encode: maps a text to ids.
+            decode: maps ids to text.
+            unknown: the id of the unknown token, or -1 if there is none.
         """
         self._encode, self._decode, self._unknown = encode, decode, unknown
         self._kept: set[str] = set()
         self._lost: set[str] = set()
-        self._look_at({chr(code) for code in range(128)})
+        self._classify({chr(code) for code in range(128)})
         self._keeps_ascii = not self._lost
 
-    def _look_at(self, characters: set[str]) -> None:
+    def _classify(self, characters: set[str]) -> None:
         for character in characters:
             (self._kept if self._keeps(character) else self._lost).add(character)
 
@@ -39,38 +40,38 @@ class CharacterCheck:
         if self._unknown in ids:
             return False
         text = self._decode(ids)
-        # Bytes of the character that are missing leave the others without a meaning.
+        # If the vocabulary misses one byte of the character, the others decode to U+FFFD.
         return bool(text.strip()) and ("\ufffd" not in text or character == "\ufffd")
 
     def lost_in(self, texts: Sequence[str]) -> Counter[str]:
-        """How often the texts hold each character that is lost."""
+        """Counts the occurrences of each lost character in the texts."""
         counts: Counter[str] = Counter()
         for text in texts:
             if self._keeps_ascii and text.isascii():
                 continue
-            found = set(text) - self._kept
-            self._look_at(found - self._lost)
-            for character in found & self._lost:
+            suspects = set(text) - self._kept
+            self._classify(suspects - self._lost)
+            for character in suspects & self._lost:
                 counts[character] += text.count(character)
         return counts
 
 
 def uncovered_characters(text: str, tokens: Sequence[tuple[int, tuple[int, int]]], unknown: int) -> Counter[str]:
-    """The characters of a text, spaces apart, that no known token covers.
+    """Counts the characters of a text, except spaces, that no known token covers.
 
     Args:
         tokens: (id, (start, end) in the text) of each token.
-        unknown: the id of the unknown token; -1: there is none.
+        unknown: the id of the unknown token, or -1 if there is none.
     """
     covered = bytearray(len(text))
-    for number, (start, end) in tokens:
-        if number != unknown:
+    for token_id, (start, end) in tokens:
+        if token_id != unknown:
             covered[start:end] = b"\1" * (end - start)
     return Counter(c for c, known in zip(text, covered, strict=True) if not known and not c.isspace())
 
 
 def describe_lost(lost: Counter[str], characters: int) -> str:
-    """What was lost, for a message. Characters by their code points: a console may not be able to show them."""
+    """Describes the lost characters in a message, by code point: a console may not be able to display them."""
     total = lost.total()
-    examples = ", ".join(f"U+{ord(character):04X} ({count:,})" for character, count in lost.most_common(_SHOWN))
+    examples = ", ".join(f"U+{ord(character):04X} ({count:,})" for character, count in lost.most_common(_MAX_EXAMPLES))
     return f"{total:,} of {characters:,} characters ({total / max(1, characters):.2%}), such as {examples}"

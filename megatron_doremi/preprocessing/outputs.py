@@ -1,7 +1,7 @@
-"""The pairs of all domains while they are written, and how they become a data set.
+"""Writes the .bin/.idx pairs of all domains and publishes them as a data set.
 
-Unfinished files lie in a hidden folder beside the final ones (workspace.py). Nothing has a final name before all of it
-is good; the manifest, which names the rest, comes last.
+Unfinished files are in a hidden folder beside the final ones (workspace.py). No file gets its final name before all
+are complete; the manifest, which refers to the others, comes last.
 """
 
 from __future__ import annotations
@@ -25,16 +25,23 @@ from megatron_doremi.preprocessing.encoding import NAMED_BAD_LINES, EncodedBlock
 from megatron_doremi.preprocessing.tokenizer import Tokenizer
 from megatron_doremi.storage.files import atomic_write_bytes
 
-# Characters of a domain's name that its files carry; file systems end at 255.
+# Characters of a domain name that its file names contain at most; file systems allow 255 bytes.
 _SLUG_CHARACTERS = 100
-# Files that are named as damaged; of more, their number is given.
+# Bad files that messages list; the others are only counted.
 _NAMED_BAD_FILES = 100
+# (domain, split)
 Key = tuple[str, str]
 
 
 @dataclass
 class Output:
-    """A pair as it is written."""
+    """A pair that is being written.
+
+    Attributes:
+        prefix: the final path of the pair, without the suffix.
+        documents: number of documents so far.
+        bytes: bytes of their UTF-8 text.
+    """
 
     writer: IndexedDatasetWriter
     prefix: Path
@@ -44,18 +51,20 @@ class Output:
 
 @dataclass
 class Outputs:
-    """The pairs of all domains, by (domain, split), and what was wrong with the input.
+    """The pairs of all domains and splits, and the faults of the input.
 
     Attributes:
-        folder: where the finished pairs go.
-        partial: where the unfinished ones are.
-        known: prefixes that are settled: held-out pairs are named like the train pairs of their domains.
-        bad_files: what is wrong with files as a whole, and where files break off; each once.
-        bad_total: lines and files that hold no document.
-        empty: empty texts, which were left out.
-        blocks: blocks of the input that are in.
-        characters: of all texts.
-        lost: how many of each character the tokenizer dropped or did not know.
+        folder: the folder of the finished pairs.
+        partial: the folder of the unfinished pairs.
+        known: prefixes that are given: valid pairs are named like the train pairs of their domains.
+        by_key: the pairs by (domain, split).
+        bad: descriptions of the first bad lines.
+        bad_total: number of bad lines, plus files that are unreadable, truncated or damaged.
+        blocks: number of input blocks written so far.
+        bad_files: descriptions of the faults of files, without duplicates.
+        empty: number of skipped empty texts.
+        characters: characters in all texts.
+        lost: how often each character occurred that the tokenizer dropped or did not know.
     """
 
     folder: Path
@@ -75,8 +84,8 @@ class Outputs:
         """Appends a block."""
         self.bad_total += encoded.bad_total
         self.bad += encoded.bad[: NAMED_BAD_LINES - len(self.bad)]
-        new = [said for said in encoded.bad_files if said not in self.bad_files]
-        self.bad_files += new[: _NAMED_BAD_FILES - len(self.bad_files)]
+        new_files = [description for description in encoded.bad_files if description not in self.bad_files]
+        self.bad_files += new_files[: _NAMED_BAD_FILES - len(self.bad_files)]
         self.empty += encoded.empty
         self.characters += encoded.characters
         self.lost.update(encoded.lost)
@@ -89,16 +98,20 @@ class Outputs:
 
     @property
     def documents(self) -> int:
-        """Documents so far."""
+        """Number of documents so far."""
         return sum(output.documents for output in self.by_key.values())
 
     def output(self, key: Key) -> Output:
-        """The pair of a domain and split, opened where it is new."""
+        """Returns the pair of a domain and split; opens it if it is new.
+
+        Raises:
+            ConfigError: a folder has the name of one of its files, or there are too many domains to keep open.
+        """
         if key not in self.by_key:
             prefix = self.known.get(key) or self._new_prefix(key)
             for path in paths_of(prefix):
                 if path.is_dir():
-                    rule = "no folder where a file of the data set has to go"
+                    rule = "no folder with the name of a file of the data set"
                     raise ConfigError(Fault(str(path), "a folder", rule, "move it, or give another --output-dir"))
             try:
                 writer = IndexedDatasetWriter(prefix, self.dtype, self.partial / prefix.name)
@@ -106,8 +119,8 @@ class Outputs:
                 if error.errno not in (errno.EMFILE, errno.ENFILE):
                     raise
                 value = f"domain number {len(self.by_key) + 1}, {key[0][:40]!r}: {error.strerror}"
-                rule = f"three open files for each domain, of the {open_files_limit():,} that this process may have"
-                remedy = "raise the hard limit (ulimit -Hn); or is the field an id, and another one the domain?"
+                rule = f"at most {open_files_limit():,} open files in this process, three per domain"
+                remedy = "raise the hard limit (ulimit -Hn), or choose a field that is a domain and not an id"
                 raise ConfigError(Fault("domains", value, rule, remedy)) from error
             self.by_key[key] = Output(writer, prefix)
         return self.by_key[key]
@@ -118,7 +131,7 @@ class Outputs:
         if len(slug) > _SLUG_CHARACTERS:
             digest = hashlib.sha256(domain.encode("utf-8")).hexdigest()[:8]
             slug = f"{slug[: _SLUG_CHARACTERS - 9].rstrip('._')}_{digest}"
-        # Names that differ in case alone are one file on some systems.
+        # Some file systems ignore case.
         taken = {output.prefix.name.casefold() for output in self.by_key.values()}
         taken |= {prefix.name.casefold() for prefix in self.known.values()}
         number, name = 2, f"{slug}_{split}"
@@ -127,40 +140,42 @@ class Outputs:
         return self.folder / name
 
     def snapshot(self) -> dict[str, Any]:
-        """Where all pairs stand, flushed: an entry of the journal."""
+        """Flushes all pairs and returns the fields of the journal that describe them."""
         pairs = [
             {"domain": domain, "split": split, "prefix": output.prefix.name}
             | {"bytes": output.bytes, **vars(output.writer.flush())}
             for (domain, split), output in self.by_key.items()
         ]
-        said: dict[str, Any] = {
+        return {
+            "blocks": self.blocks,
             "bad": self.bad[:],
             "bad_files": self.bad_files[:],
             "bad_total": self.bad_total,
             "empty": self.empty,
+            "characters": self.characters,
+            "lost": dict(self.lost),
+            "pairs": pairs,
         }
-        said |= {"characters": self.characters, "lost": dict(self.lost)}
-        return {"blocks": self.blocks, **said, "pairs": pairs}
 
-    def restore(self, entry: Mapping[str, Any]) -> None:
-        """Opens the pairs of a snapshot, cut to what it says. Raises OSError where they are not there any more."""
-        for pair in entry["pairs"]:
+    def restore(self, snapshot: Mapping[str, Any]) -> None:
+        """Opens the pairs of a snapshot, truncated to the sizes in it. Raises OSError if their files are missing."""
+        for pair in snapshot["pairs"]:
             prefix = self.folder / pair["prefix"]
             written = WrittenSize(pair["tokens"], pair["sequences"], pair["documents"])
             writer = IndexedDatasetWriter(prefix, self.dtype, self.partial / prefix.name, written)
             self.by_key[pair["domain"], pair["split"]] = Output(writer, prefix, written.documents, pair["bytes"])
-        self.bad, self.bad_total, self.blocks = list(entry["bad"]), entry["bad_total"], entry["blocks"]
-        self.bad_files, self.empty = list(entry["bad_files"]), entry["empty"]
-        self.characters, self.lost = entry["characters"], Counter(entry["lost"])
+        self.bad, self.bad_total, self.blocks = list(snapshot["bad"]), snapshot["bad_total"], snapshot["blocks"]
+        self.bad_files, self.empty = list(snapshot["bad_files"]), snapshot["empty"]
+        self.characters, self.lost = snapshot["characters"], Counter(snapshot["lost"])
 
     @property
     def lost_share(self) -> float:
-        """The part of all characters that the tokenizer lost."""
+        """The fraction of all characters that the tokenizer lost."""
         return self.lost.total() / max(1, self.characters)
 
     def keep_in_train(self) -> list[str]:
-        """Moves held-out pairs of domains without train text to the train split: what all fell to the held-out part
-        is the only text of its domain. Returns these domains. Called after the last entry of the journal."""
+        """Moves the valid pair of every domain without a train pair to the train split: if all documents of a small
+        domain are held out, there is nothing to train on. Returns these domains. Call after the last journal."""
         moved = [domain for domain, split in self.by_key if split == "valid" and (domain, "train") not in self.by_key]
         for domain in moved:
             output = self.by_key.pop((domain, "valid"))
@@ -170,7 +185,7 @@ class Outputs:
         return moved
 
     def publish(self, before: Callable[[], None] = lambda: None) -> None:
-        """Completes all pairs, calls `before`, and gives the pairs their final names."""
+        """Completes all pairs, calls `before`, then renames the pairs to their final names."""
         for output in self.by_key.values():
             output.writer.prepare()
         before()
@@ -179,7 +194,7 @@ class Outputs:
 
 
 def train_prefixes(manifest: Manifest, folder: Path) -> dict[Key, Path]:
-    """Where the held-out pairs of a manifest's domains go: beside their train pairs, named like them."""
+    """Returns the prefixes of the valid pairs of a manifest's domains: named like their train pairs, in `folder`."""
     return {
         (domain.name, "valid"): folder / f"{domain.train.name.removesuffix('_train')}_valid"
         for domain in manifest.domains
@@ -189,14 +204,15 @@ def train_prefixes(manifest: Manifest, folder: Path) -> dict[Key, Path]:
 def manifest_after(
     path: Path, split: str, outputs: Mapping[Key, Output], tokenizer: TokenizerInfo, order: Sequence[str] = ()
 ) -> Manifest:
-    """The manifest with a run's pairs: a new one for the train split, the extended one for the valid split.
+    """Returns the manifest with a run's pairs: a new one for the train split, an extended one for the valid split.
 
     Args:
-        order: the names of the domains in the order that they shall have; (): by name.
+        path: the manifest file.
+        order: the order of the domain names; () sorts them.
 
     Raises:
-        ConfigError: there is held-out text of domains without any to train on, or the train split was made with
-            another tokenizer, perhaps by a run that has published it since this one started.
+        ConfigError: a domain has valid text but no train text, or the train split was made with another tokenizer,
+            perhaps by a run that published it after this one had started.
     """
     train = {domain: output for (domain, kind), output in outputs.items() if kind == "train"}
     valid = {domain: output.prefix for (domain, kind), output in outputs.items() if kind == "valid"}
@@ -210,45 +226,55 @@ def manifest_after(
             Fault(
                 "--input",
                 "domains " + ", ".join(map(repr, unknown)),
-                "held-out text of the train split's domains: " + ", ".join(map(repr, names)),
-                "add these domains to the train split, or leave them out",
+                "a valid split with domains of the train split only: " + ", ".join(map(repr, names)),
+                "add these domains to the train split, or remove them from the valid split",
             )
         )
     if before:
-        return replace(
-            before, domains=tuple(replace(each, valid=valid.get(each.name, each.valid)) for each in before.domains)
-        )
+        extended = tuple(replace(domain, valid=valid.get(domain.name, domain.valid)) for domain in before.domains)
+        return replace(before, domains=extended)
     domains = [
-        Domain(name, each.prefix, valid.get(name), each.writer.num_tokens, each.documents, each.bytes)
-        for name, each in ((name, train[name]) for name in names)
+        Domain(name, output.prefix, valid.get(name), output.writer.num_tokens, output.documents, output.bytes)
+        for name, output in ((name, train[name]) for name in names)
     ]
     return Manifest(tuple(domains), tokenizer, path)
 
 
 def check_same_tokenizer(manifest: Manifest, tokenizer: TokenizerInfo) -> None:
-    """Raises ConfigError where held-out text was encoded otherwise than a manifest's train split."""
-    known = manifest.tokenizer
-    if known is None or (known.sha256, known.eod) != (tokenizer.sha256, tokenizer.eod):
-        value = f"{tokenizer.sha256[:12]}, documents end with {tokenizer.eod}"
-        rule = f"that of {manifest.path}: " + (f"{known.sha256[:12]}, {known.eod}" if known else "none")
+    """Raises ConfigError if the valid split was encoded with another tokenizer than the manifest's train split."""
+    expected = manifest.tokenizer
+    if expected is None or (expected.sha256, expected.eod) != (tokenizer.sha256, tokenizer.eod):
+        value = describe_tokenizer(tokenizer.sha256, tokenizer.eod)
+        rule = f"the tokenizer in {manifest.path}: "
+        rule += describe_tokenizer(expected.sha256, expected.eod) if expected else "none"
         raise ConfigError(
             Fault("tokenizer of the valid split", value, rule, "encode the valid split with that tokenizer")
         )
 
 
+def describe_tokenizer(sha256: str, eod: int) -> str:
+    """Identifies a tokenizer in a message."""
+    return f"SHA-256 {sha256[:12]}, end-of-document id {eod}"
+
+
 def tokenizer_in(folder: Path, tokenizer: Tokenizer) -> TokenizerInfo:
-    """A tokenizer as the manifest in `folder` names it."""
+    """Returns the manifest entry of a tokenizer whose copy is in `folder`."""
     copy = folder / f"tokenizer-{tokenizer.sha256[:12]}{tokenizer.suffix}"
     return TokenizerInfo(tokenizer.type, copy, tokenizer.sha256, tokenizer.vocab_size, tokenizer.eod)
 
 
-def keep_tokenizer(tokenizer: Tokenizer, info: TokenizerInfo) -> None:
-    """Puts the tokenizer beside the data that it made."""
+def save_tokenizer(tokenizer: Tokenizer, info: TokenizerInfo) -> None:
+    """Copies the tokenizer beside the data that it encoded."""
     atomic_write_bytes(info.file, tokenizer.data)
 
 
+def describe_kept_in_train(domain: str) -> str:
+    """Reports that `Outputs.keep_in_train` moved a domain."""
+    return f"domain {domain!r}: all of its documents would be held out; keeping them in the train split"
+
+
 def publish(outputs: Outputs, manifest: Manifest, split: str) -> None:
-    """Gives everything its final name; the manifest, which names the rest, last."""
-    # If a train split were stopped half way, an earlier manifest would give the new pairs the old sizes.
+    """Renames everything to its final name; the manifest, which refers to the other files, comes last."""
+    # Remove the old manifest first: if publishing a train split is interrupted, it would pair new data with old sizes.
     outputs.publish(lambda: manifest.path.unlink(missing_ok=True) if split == "train" else None)
     save_manifest(manifest)

@@ -1,7 +1,7 @@
-"""Content into blocks of whole records: lines, the elements of a JSON array, the records of a CSV file.
+"""Splits content into blocks of complete records: lines, elements of a JSON array, or CSV records.
 
-Every byte is looked at a bounded number of times, whatever the length of a record, and no more than a block and the
-record behind it is held.
+Run time is linear in the size of the content, regardless of the length of records. Memory holds at most one block and
+the record after it.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from collections.abc import Iterable, Iterator
 
 from megatron_doremi.preprocessing.decompression import TRUNCATED, BrokenFile
 
-# Of a block: enough to hide its way to a worker and back.
+# Target size of a block: large enough to hide the transfer to a worker and back.
 BLOCK_BYTES = 1 << 21
-# The longest record; what holds more than this is not a document but a mistake, such as a missing newline.
+# Maximum size of a record; a longer one is a mistake, such as a missing newline.
 RECORD_BYTES = 1 << 28
-# Ends each element of an array in a block: JSON holds no such byte.
+# Terminates each array element in a block; this byte cannot occur in JSON.
 ELEMENT_END = b"\0"
 _STRING = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)
 _STRUCTURE = re.compile(rb'[\[\]{},"]')
 
 
 class LongLine:
-    """A line of more than `RECORD_BYTES`, which was left out."""
+    """Stands for a skipped line of more than `RECORD_BYTES`."""
 
 
-def _and_end(parts: Iterator[bytes]) -> Iterator[tuple[bytes, BrokenFile | None]]:
-    """The parts, and an empty one at the end, with the fault if the content is broken there."""
+def _with_end(parts: Iterator[bytes]) -> Iterator[tuple[bytes, BrokenFile | None]]:
+    """Yields (part, None) for each part, then (b"", fault): None if the content is complete, else why it is broken."""
     while True:
         try:
             part = next(parts, b"")
@@ -41,22 +41,22 @@ def _and_end(parts: Iterator[bytes]) -> Iterator[tuple[bytes, BrokenFile | None]
 
 
 def line_blocks(parts: Iterator[bytes]) -> Iterator[bytes | LongLine]:
-    """Blocks of whole lines. Raises BrokenFile where `parts` does: nobody knows how the last line continued."""
+    """Yields blocks of complete lines. Raises BrokenFile when `parts` does, and drops the incomplete last line."""
     buffer, end, too_long = bytearray(), 0, False
-    for part, fault in _and_end(parts):
+    for part, fault in _with_end(parts):
         rest = part
         if too_long:
-            first = part.find(b"\n") + 1
-            if part and not first:
+            line_end = part.find(b"\n") + 1
+            if part and not line_end:
                 continue
-            rest, too_long = part[first:], False
+            rest, too_long = part[line_end:], False
             yield LongLine()
-        found = rest.rfind(b"\n") + 1
-        if found:
-            end = len(buffer) + found
+        last_line_end = rest.rfind(b"\n") + 1
+        if last_line_end:
+            end = len(buffer) + last_line_end
         buffer += rest
         if not part and fault is None:
-            end = len(buffer)  # the last line of a file needs no newline
+            end = len(buffer)  # the last line of a file may have no newline
         if end and (len(buffer) >= BLOCK_BYTES or not part):
             yield _take(buffer, end)
             end = 0
@@ -75,98 +75,99 @@ def _take(buffer: bytearray, end: int) -> bytes:
 
 
 def element_blocks(parts: Iterator[bytes]) -> Iterator[bytes]:
-    """Blocks of the elements of one JSON array, each ended by `ELEMENT_END`.
+    """Yields blocks of the elements of one JSON array, each terminated by `ELEMENT_END`.
 
-    The elements themselves are not looked into: brackets and strings are followed, and the rest is left to those who
-    parse. Raises BrokenFile where the content breaks off, where the array is not closed, or where text follows it.
+    Only brackets and strings are tracked; parsing the elements is the caller's job. Raises BrokenFile when `parts`
+    does, and if the array is not closed or text follows it.
     """
     scanner = _ArrayScanner()
-    for part, fault in _and_end(parts):
+    for part, fault in _with_end(parts):
         scanner.add(part)
         if scanner.end and (len(scanner.buffer) >= BLOCK_BYTES or not part):
             yield scanner.take()
         if len(scanner.buffer) > RECORD_BYTES:
-            raise BrokenFile(f"an element has more than {RECORD_BYTES >> 20} MiB: a quote or bracket may be missing")
+            raise BrokenFile(f"an element exceeds {RECORD_BYTES >> 20} MiB: a quote or bracket may be missing")
         if fault is not None:
             raise fault
     if not scanner.closed:
         raise BrokenFile(f"{TRUNCATED}: its array is not closed")
-    if scanner.more:
+    if scanner.text_after:
         raise BrokenFile("text follows the end of the array")
 
 
 class _ArrayScanner:
-    """Follows the brackets and strings of an array; every byte is seen once.
+    """Tracks the brackets and strings of an array; scans every byte once.
 
     Attributes:
-        buffer: elements, those before `end` complete.
-        closed: the array's end was seen.
-        more: something other than white space follows it.
+        buffer: the elements read so far; those before `end` are complete.
+        closed: whether the array's closing bracket was read.
+        text_after: whether anything but white space follows it.
     """
 
     def __init__(self) -> None:
-        self.buffer, self.end, self.closed, self.more = bytearray(), 0, False, False
-        self._depth, self._in_string, self._escape, self._elements = 0, False, b"", False
+        self.buffer, self.end, self.closed, self.text_after = bytearray(), 0, False, False
+        self._depth, self._in_string, self._escape, self._has_elements = 0, False, b"", False
 
     def take(self) -> bytes:
-        """The complete elements."""
+        """Removes and returns the complete elements."""
         data, self.end = _take(self.buffer, self.end), 0
         return data
 
     def add(self, part: bytes) -> None:
         """Appends content."""
         if self.closed:
-            self.more = self.more or bool(part.strip())
+            self.text_after = self.text_after or bool(part.strip())
             return
-        # NUL is not allowed in JSON, and neither is what stands for it here.
+        # JSON allows no NUL. Its replacement is just as invalid, so the element stays a parse error.
         part = self._escape + part.replace(ELEMENT_END, b"\1")
-        base, place, self._escape = len(self.buffer), 0, b""
+        base, position, self._escape = len(self.buffer), 0, b""
         self.buffer += part
-        while place < len(part) and not self.closed:
+        while position < len(part) and not self.closed:
             if self._in_string:
-                match = _STRING.match(part, place)
-                place = match.end() if match else place
-                if part[place : place + 1] == b"\\":  # what it escapes comes with the next part
-                    self._escape = part[place:]
-                    del self.buffer[base + place :]
+                match = _STRING.match(part, position)
+                position = match.end() if match else position
+                if part[position : position + 1] == b"\\":  # the escaped character is in the next part
+                    self._escape = part[position:]
+                    del self.buffer[base + position :]
                     return
-                self._in_string = place == len(part)
-                place += 1
+                self._in_string = position == len(part)
+                position += 1
                 continue
-            match = _STRUCTURE.search(part, place)
+            match = _STRUCTURE.search(part, position)
             if match is None:
                 return
-            place = match.end()
-            self._see(match.group(), base + place)
+            position = match.end()
+            self._track(match.group(), base + position)
         if self.closed:
-            self.more = self.more or bool(part[place:].strip())
-            del self.buffer[base + place :]
+            self.text_after = self.text_after or bool(part[position:].strip())
+            del self.buffer[base + position :]
 
-    def _see(self, sign: bytes, after: int) -> None:
-        if sign == b'"':
+    def _track(self, symbol: bytes, end: int) -> None:
+        """Updates the state for a structural character that ends at `end` in the buffer."""
+        if symbol == b'"':
             self._in_string = True
-        elif sign in b"[{":
+        elif symbol in b"[{":
             self._depth += 1
             if self._depth == 1:
-                self.buffer[after - 1 : after] = b" "
-        elif sign in b"]}":
+                self.buffer[end - 1 : end] = b" "
+        elif symbol in b"]}":
             self._depth -= 1
-            self.closed, self.more = self._depth == 0, self._depth == 0 and sign == b"}"
-        if self._depth == 1 and sign == b",":
-            self._elements = True
-            self._complete(after)
-        # An array without elements holds nothing but white space.
-        elif self.closed and (self._elements or self.buffer[: after - 1].strip()):
-            self._complete(after)
+            self.closed, self.text_after = self._depth == 0, self._depth == 0 and symbol == b"}"
+        if self._depth == 1 and symbol == b",":
+            self._has_elements = True
+            self._end_element(end)
+        # An empty array holds only white space, which is not an element.
+        elif self.closed and (self._has_elements or self.buffer[: end - 1].strip()):
+            self._end_element(end)
 
-    def _complete(self, after: int) -> None:
-        self.buffer[after - 1 : after] = ELEMENT_END
-        self.end = after
+    def _end_element(self, end: int) -> None:
+        self.buffer[end - 1 : end] = ELEMENT_END
+        self.end = end
 
 
 def csv_blocks(parts: Iterator[bytes]) -> Iterator[bytes]:
-    """The header's record, then blocks of whole records. Raises BrokenFile where `parts` does."""
-    held: list[bytes] = []
+    """Yields the header record, then blocks of complete records. Raises BrokenFile when `parts` does."""
+    pending: list[bytes] = []
     size, header = 0, True
     records = csv_records(_lines(parts))
     while True:
@@ -175,11 +176,11 @@ def csv_blocks(parts: Iterator[bytes]) -> Iterator[bytes]:
             data, _ = next(records, (b"", None))
         except BrokenFile as error:
             data, fault = b"", error
-        held.append(data)
+        pending.append(data)
         size += len(data)
         if size and (size >= BLOCK_BYTES or header or not data):
-            yield b"".join(held)
-            held, size, header = [], 0, False
+            yield b"".join(pending)
+            pending, size, header = [], 0, False
         if fault is not None:
             raise fault
         if not data:
@@ -197,30 +198,31 @@ def _lines(parts: Iterator[bytes]) -> Iterator[bytes]:
                 yield b"".join(rest)
                 rest, size = [], 0
             elif size > RECORD_BYTES:
-                raise BrokenFile(f"a line has more than {RECORD_BYTES >> 20} MiB")
+                raise BrokenFile(f"a line exceeds {RECORD_BYTES >> 20} MiB")
     if rest:
         yield b"".join(rest)
 
 
 def csv_records(lines: Iterable[bytes]) -> Iterator[tuple[bytes, list[str] | csv.Error]]:
-    """(its bytes, fields as Latin-1, or what is wrong) of each record, which may be several lines.
+    """Yields (bytes, fields or error) for each record, which may span several lines.
 
-    Latin-1 stands for any encoding of which ASCII is a part: what separates fields and records is ASCII.
+    Fields are decoded as Latin-1, which maps every byte to a character: separators are ASCII, so the encoding of the
+    text does not matter here.
     """
     csv.field_size_limit(RECORD_BYTES)
-    seen: list[bytes] = []
+    record_lines: list[bytes] = []
 
-    def feed() -> Iterator[str]:
+    def decoded_lines() -> Iterator[str]:
         size = 0
         for line in lines:
-            size = size + len(line) if seen else len(line)
+            size = size + len(line) if record_lines else len(line)
             if size > RECORD_BYTES:
-                raise BrokenFile(f"a record has more than {RECORD_BYTES >> 20} MiB: a quote may be missing")
-            seen.append(line)
+                raise BrokenFile(f"a record exceeds {RECORD_BYTES >> 20} MiB: a quote may be missing")
+            record_lines.append(line)
             yield line.decode("latin-1")
 
-    fed = feed()
-    reader = csv.reader(fed, strict=True)
+    source = decoded_lines()
+    reader = csv.reader(source, strict=True)
     while True:
         fields: list[str] | csv.Error
         try:
@@ -228,8 +230,8 @@ def csv_records(lines: Iterable[bytes]) -> Iterator[tuple[bytes, list[str] | csv
         except StopIteration:
             return
         except csv.Error as error:
-            # A new reader starts at the next line.
-            fields, reader = error, csv.reader(fed, strict=True)
-        data = b"".join(seen)
-        seen.clear()
+            # A reader cannot continue after an error; a new one starts at the next line.
+            fields, reader = error, csv.reader(source, strict=True)
+        data = b"".join(record_lines)
+        record_lines.clear()
         yield data, fields

@@ -1,7 +1,7 @@
-"""What the tasks of an array job leave, and how it becomes one data set.
+"""The shards that the tasks of an array job write, and their merge into one data set.
 
-Task I of N writes its pairs into OUT/shards/SPLIT-I-of-N, with a shard.json that says what they are and by which run
-they were made. Joined in the order of their tasks they are, byte for byte, what one process would have written.
+Task I of N writes its pairs to OUT/shards/SPLIT-I-of-N, with a shard.json that lists them and identifies the run.
+Concatenated in the order of the tasks, they equal the output of a single process, byte for byte.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ SHARDS = "shards"
 
 
 class ShardTokenizer(TokenizerEntry):
-    """The tokenizer of a shard, whose file lies in its folder."""
+    """The tokenizer of a shard; its file is in the shard's folder."""
 
     file: FileName
 
 
 class ShardPair(Schema):
-    """A pair in the folder of a shard."""
+    """A pair in the shard's folder."""
 
     domain: Name
     split: Literal["train", "valid"]
@@ -54,7 +54,7 @@ class ShardPair(Schema):
 
 
 class ShardEntry(Schema):
-    """shard.json."""
+    """The content of shard.json."""
 
     FORMAT: ClassVar[str] = "megatron-doremi-shard/2"
     # Version 0.1 wrote no SHA-256.
@@ -80,7 +80,13 @@ class ShardEntry(Schema):
 
 @dataclass(frozen=True)
 class Pair:
-    """A pair of a shard."""
+    """A pair of a shard.
+
+    Attributes:
+        prefix: the path of the pair, without the suffix.
+        documents: number of documents.
+        bytes: bytes of their UTF-8 text.
+    """
 
     prefix: Path
     documents: int
@@ -89,11 +95,11 @@ class Pair:
 
 @dataclass(frozen=True)
 class ShardData:
-    """What one task left.
+    """The output of one task.
 
     Attributes:
-        run: a hash of all that its result depends on but for the number of the task.
-        order: the names of the domains in their order, where the run was given a list.
+        run: hash of everything that the result depends on, except the index of the task.
+        order: the order of the domain names, if the run was given a list; else ().
     """
 
     folder: Path
@@ -106,36 +112,39 @@ class ShardData:
 
 
 def shard_folder(output_dir: Path, split: str, shard: Shard) -> Path:
-    """Where a task writes."""
+    """Returns the folder to which a task writes."""
     return output_dir / SHARDS / f"{split}-{shard.index:05d}-of-{shard.count:05d}"
 
 
 def run_of(settings: Mapping[str, Any]) -> str:
-    """The hash of a run's settings, the same for all its tasks."""
-    # Copies of the inputs on the disks of nodes have times of their own.
-    common = {**settings, "shard": None, "inputs": [entry[:2] for entry in settings["inputs"]]}
+    """Returns the hash of a run's settings, which is the same for all of its tasks."""
+    # Without modification times: copies of the inputs on the disks of several nodes differ in them.
+    common = {**settings, "shard": None, "inputs": [path_and_stat[:2] for path_and_stat in settings["inputs"]]}
     return hashlib.sha256(json.dumps(common, sort_keys=True).encode()).hexdigest()
 
 
 def save_shard(data: ShardData) -> None:
-    """Writes shard.json, which says that the folder is complete."""
+    """Writes shard.json, which marks the folder as complete."""
     tokenizer = {**vars(data.tokenizer), "file": data.tokenizer.file.name}
     pairs = [
         {"domain": domain, "split": split, "prefix": pair.prefix.name, "documents": pair.documents, "bytes": pair.bytes}
         for (domain, split), pair in data.pairs.items()
     ]
-    entry = {
+    content = {
         "format": ShardEntry.FORMAT,
         "shard": data.shard.index,
         "num_shards": data.shard.count,
         "split": data.split,
+        "run": data.run,
+        "order": list(data.order),
+        "tokenizer": tokenizer,
+        "pairs": pairs,
     }
-    entry |= {"run": data.run, "order": list(data.order), "tokenizer": tokenizer, "pairs": pairs}
-    atomic_write_text(data.folder / "shard.json", json.dumps(sealed(entry), indent=2) + "\n")
+    atomic_write_text(data.folder / "shard.json", json.dumps(sealed(content), indent=2) + "\n")
 
 
 def load_shard(folder: Path) -> ShardData:
-    """Reads a task's shard.json, which names files of its own folder alone. Raises ConfigError where it is none."""
+    """Reads the shard.json of a task. It can only refer to files in its own folder. Raises ConfigError."""
     path = folder / "shard.json"
     entry = read_checked(path, f"shard {path}", ShardEntry, "run that task again")
     tokenizer = tokenizer_info(entry.tokenizer, folder)
@@ -147,71 +156,72 @@ def load_shard(folder: Path) -> ShardData:
 
 
 def shard_folders(output_dir: Path, split: str) -> list[Path]:
-    """The folders that are named like tasks of a split. A copy under another name, such as .bak, is none."""
+    """Returns the folders named like tasks of a split. A copy under another name, such as .bak, does not count."""
     pattern = re.compile(rf"{split}-[0-9]{{5,}}-of-[0-9]{{5,}}")
     folders = (output_dir / SHARDS).glob(f"{split}-*-of-*")
     return sorted(path for path in folders if pattern.fullmatch(path.name) and path.is_dir())
 
 
 def ignored_folders(output_dir: Path, split: str) -> list[Path]:
-    """What lies beside the folders of the tasks under names that only resemble theirs."""
-    known = set(shard_folders(output_dir, split))
-    return sorted(path for path in (output_dir / SHARDS).glob(f"*{split}-*-of-*") if path not in known)
+    """Returns the paths that are named almost like the folder of a task, such as copies."""
+    read = set(shard_folders(output_dir, split))
+    return sorted(path for path in (output_dir / SHARDS).glob(f"*{split}-*-of-*") if path not in read)
 
 
 def load_shards(output_dir: Path, split: str) -> list[ShardData]:
-    """The shards of a split in their order. Raises ConfigError where one is missing, or not of the same run."""
+    """Returns the shards of a split in order. Raises ConfigError if one is missing or from another run."""
     folders = shard_folders(output_dir, split)
-    where = f"--output-dir {output_dir}"
+    subject = f"--output-dir {output_dir}"
     if not folders:
-        rule = f"folders {SHARDS}/{split}-I-of-N"
-        raise ConfigError(Fault(where, f"no shards of the {split} split", rule, "run preprocess_data.py --shard first"))
+        value, rule = f"no shards of the {split} split", f"folders {SHARDS}/{split}-I-of-N"
+        raise ConfigError(Fault(subject, value, rule, "run preprocess_data.py with --shard first"))
     shards: list[ShardData] = []
     faults: list[Fault] = []
     for folder in folders:
         try:
-            each = load_shard(folder)
+            data = load_shard(folder)
         except ConfigError as error:
             faults += error.faults
             continue
-        if folder != shard_folder(output_dir, split, each.shard) or each.split != split:
-            value = f"shard {each.shard.index} of {each.shard.count} of the {each.split} split"
-            rule = f"the task that the folder is named by, {shard_folder(output_dir, each.split, each.shard).name}"
+        if folder != shard_folder(output_dir, split, data.shard) or data.split != split:
+            value = f"holds shard {data.shard.index} of {data.shard.count} of the {data.split} split"
+            rule = f"a folder named after its task, {shard_folder(output_dir, data.split, data.shard).name}"
             faults.append(Fault(str(folder), value, rule, "rename the folder, or run that task again"))
-        shards.append(each)
+        shards.append(data)
     raise_if_any(faults)
-    count = shards[0].shard.count
-    missing = sorted(set(range(count)) - {each.shard.index for each in shards})
-    if any(each.shard.count != count for each in shards):
-        counts = ", ".join(str(number) for number in sorted({each.shard.count for each in shards}))
-        faults.append(Fault(where, f"shards of {counts} tasks", "those of one array job", "remove the others"))
+    first = shards[0]
+    count = first.shard.count
+    missing = sorted(set(range(count)) - {data.shard.index for data in shards})
+    if any(data.shard.count != count for data in shards):
+        counts = ", ".join(str(number) for number in sorted({data.shard.count for data in shards}))
+        faults.append(Fault(subject, f"shards of {counts} tasks", "shards of one array job", "remove the others"))
     elif missing:
         value = "no shard " + ", ".join(map(str, missing[:20])) + (" ..." if len(missing) > 20 else "")
-        faults.append(Fault(where, value, f"all of 0 to {count - 1}", "run these tasks again"))
-    for each in shards:
-        same = (each.tokenizer.sha256, each.tokenizer.eod) == (shards[0].tokenizer.sha256, shards[0].tokenizer.eod)
-        if each.run != shards[0].run:
-            value = "another tokenizer" if not same else "other inputs or settings"
-            rule = f"the same as {shards[0].folder.name}"
-            faults.append(Fault(str(each.folder), value, rule, "run that task again as the others were"))
+        faults.append(Fault(subject, value, f"all of 0 to {count - 1}", "run these tasks again"))
+    for data in shards:
+        if data.run != first.run:
+            same = (data.tokenizer.sha256, data.tokenizer.eod) == (first.tokenizer.sha256, first.tokenizer.eod)
+            value = "other inputs or settings" if same else "another tokenizer"
+            rule = f"the same as {first.folder.name}"
+            faults.append(Fault(str(data.folder), value, rule, "run that task again with the settings of the others"))
     raise_if_any(faults)
-    return sorted(shards, key=lambda each: each.shard.index)
+    return sorted(shards, key=lambda data: data.shard.index)
 
 
 def merge(shards: list[ShardData], outputs: Outputs) -> Iterator[int]:
-    """Appends all pairs of all shards, in their order; yields bytes of ids as they are written.
+    """Appends all pairs of all shards, in order; yields the bytes of ids written at each step.
 
     Raises:
         ConfigError: a pair is missing or damaged.
     """
-    for each in shards:
-        for key, pair in each.pairs.items():
+    for data in shards:
+        for key, pair in data.pairs.items():
             dataset = IndexedDataset(pair.prefix)
             dataset.check_index()
             if (dataset.num_documents, dataset.dtype) != (pair.documents, outputs.dtype):
                 value = f"{dataset.num_documents:,} documents of {dataset.dtype}"
-                rule = f"the {pair.documents:,} of {outputs.dtype} that shard.json speaks of"
-                raise ConfigError(Fault(str(pair.prefix), value, rule, f"run task {each.shard.index} again"))
+                rule = f"{pair.documents:,} documents of {outputs.dtype}, as in shard.json"
+                raise ConfigError(Fault(str(pair.prefix), value, rule, f"run task {data.shard.index} again"))
             output = outputs.output(key)
             yield from output.writer.add_dataset(dataset)
             output.documents += pair.documents

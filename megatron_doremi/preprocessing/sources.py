@@ -1,8 +1,7 @@
-"""Files of documents, cut into blocks that travel to workers as they are.
+"""Splits input files (JSON lines and arrays, CSV, Parquet, text) into blocks, which workers parse.
 
-JSON lines and arrays, CSV, Parquet and text. Blocks are cut by one process, so that any number of workers share one
-big file, and always at the same places, so that a run can resume at a block and the tasks of an array job can share
-the blocks out without any communication.
+One process splits a file, so any number of workers can share a large one. The boundaries of blocks are deterministic,
+so a run can resume at a block, and the tasks of an array job can divide the blocks without communication.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import pyarrow
 
 from megatron_doremi.errors import RunError
 from megatron_doremi.preprocessing.columns import check_columns, csv_header
-from megatron_doremi.preprocessing.decompression import BrokenFile, UnreadableFile, not_utf8, text_parts
+from megatron_doremi.preprocessing.decompression import TRUNCATED, BrokenFile, UnreadableFile, not_utf8, text_parts
 from megatron_doremi.preprocessing.inputs import CSV, PARQUET, TEXT, InputFile
 from megatron_doremi.preprocessing.parquet_rows import open_parquet, row_batches
 from megatron_doremi.preprocessing.record_blocks import (
@@ -33,23 +32,23 @@ from megatron_doremi.preprocessing.record_blocks import (
     line_blocks,
 )
 
-# How entries of a block are called in messages.
+# What messages call a record of a block; "line" if not listed.
 _UNITS = {"elements": "element", "rows": "row", "document": "document"}
 
 
 class BadLine(ValueError):
-    """A line that holds no document; says why."""
+    """A line, row or element that is not a document. The message says why."""
 
 
 class BadFile(BadLine):
-    """What is wrong with a file, not with one of its lines, or where it breaks off.
+    """A fault of a file and not of a single line, or the place where a file is truncated or damaged.
 
     Attributes:
-        place: "" or how messages call the place, such as "line 7".
+        place: where messages locate the fault, such as "line 7"; "" for the file itself.
     """
 
-    def __init__(self, said: str, place: str = ""):
-        super().__init__(said)
+    def __init__(self, message: str, place: str = ""):
+        super().__init__(message)
         self.place = place
 
 
@@ -58,16 +57,16 @@ class Block:
     """Records of a file.
 
     Attributes:
-        file: path as given.
-        first: number of the first line, row or element, from 1 on.
-        data: whole lines or records with their ends, elements with theirs, rows, or a text.
-        position: bytes of the file (as it lies on disk) read so far.
-        broken: the file breaks off behind this block.
-        problem: what is wrong behind the data, or "".
-        unreadable: that concerns the whole file.
-        kind: "lines", "records" (CSV), "elements" (of an array), "rows" or "document" (the whole text of a file).
-        header: names of the columns of "records".
-        domain: of all documents, where the file's folder says it.
+        file: the path as given.
+        first: number of the first line, element or row, counted from 1.
+        data: complete lines, CSV records or array elements with their terminators; rows; or the text of a file.
+        position: bytes of the file (on disk, compressed) read so far.
+        broken: whether the file cannot be read beyond this block.
+        problem: the fault that follows the data, or "".
+        unreadable: whether that fault concerns the entire file.
+        kind: "lines", "records" (CSV), "elements" (of a JSON array), "rows", or "document" (the text of one file).
+        header: column names of "records".
+        domain: the domain of all documents, if the file's folder gives it.
     """
 
     file: str
@@ -83,51 +82,52 @@ class Block:
 
     @property
     def next_number(self) -> int:
-        """The number of the line after the last one."""
+        """The number of the first line, element or row after this block."""
         if isinstance(self.data, bytes):
             return self.first + self.data.count(ELEMENT_END if self.kind == "elements" else b"\n")
         return self.first + self.data.num_rows
 
     @property
     def size(self) -> int:
-        """Bytes of the data."""
+        """Size of the data in bytes."""
         return len(self.data) if isinstance(self.data, bytes) else int(self.data.nbytes)
 
     def place(self, number: int) -> str:
-        """How messages call an entry."""
+        """Returns the location of a record for messages, such as "line 7"."""
         return f"{_UNITS.get(self.kind, 'line')} {number:d}"
 
 
 @dataclass(frozen=True)
 class Text:
-    """An entry that is a text alone."""
+    """A record without fields: the text of a file."""
 
     text: str
 
 
 def as_input(file: InputFile | Path) -> InputFile:
-    """A file whose folder says nothing, of a path."""
+    """Wraps a path as an InputFile whose folder gives no domain."""
     return file if isinstance(file, InputFile) else InputFile(file)
 
 
 def read_blocks(
     file: InputFile | Path, columns: Sequence[str], needed: Callable[[str | None], Sequence[str]] | None = None
 ) -> Iterator[Block]:
-    """The blocks of a file.
+    """Yields the blocks of a file.
 
     Args:
-        columns: those that are read of a CSV or Parquet file.
-        needed: those of them that a file with a folder's domain, or without, has to have; None: all.
+        columns: the columns to read from a Parquet file.
+        needed: returns the columns that a CSV or Parquet file must have, given the domain of its folder; None requires
+            all of `columns`.
 
     Raises:
-        ConfigError: a CSV or Parquet file lacks a column, or has one of another type.
+        ConfigError: a column of a CSV or Parquet file is missing or duplicated.
         RunError: the disk fails.
     """
     source = as_input(file)
-    must = columns if needed is None else needed(source.domain)
-    read = _read_rows(source.path, columns, must) if source.kind == PARQUET else _read_text(source, must)
+    required = columns if needed is None else needed(source.domain)
+    blocks = _read_rows(source.path, columns, required) if source.kind == PARQUET else _read_text(source, required)
     try:
-        for block in read:
+        for block in blocks:
             yield block if source.domain is None else replace(block, domain=source.domain)
     except OSError as error:
         raise RunError(f"cannot read {source.path}: {error.strerror or error}") from error
@@ -141,31 +141,31 @@ def _read_text(source: InputFile, needed: Sequence[str]) -> Iterator[Block]:
         parts = text_parts(raw, path)
         try:
             head = next(parts, b"")
-            cuts: Iterator[bytes | LongLine]
+            contents: Iterator[bytes | LongLine]
             parts = _chain(head, parts)
             if source.kind == TEXT:
-                kind, cuts = "document", _one(parts)
+                kind, contents = "document", _joined(parts)
             elif source.kind == CSV:
-                kind, cuts = "records", csv_blocks(parts)
-                header = csv_header(path, next(cuts, b""), needed) if head else ()
+                kind, contents = "records", csv_blocks(parts)
+                header = csv_header(path, next(contents, b""), needed) if head else ()
                 number += 1
             elif source.may_be_array and head.lstrip()[:1] == b"[":
-                kind, cuts = "elements", element_blocks(parts)
+                kind, contents = "elements", element_blocks(parts)
             else:
-                cuts = line_blocks(parts)
-            for cut in cuts:
-                if isinstance(cut, LongLine):
-                    said = f"longer than {RECORD_BYTES >> 20} MiB"
-                    yield Block(str(path), number, b"", raw.tell(), problem=said)
+                contents = line_blocks(parts)
+            for content in contents:
+                if isinstance(content, LongLine):
+                    problem = f"longer than {RECORD_BYTES >> 20} MiB"
+                    yield Block(str(path), number, b"", raw.tell(), problem=problem)
                     number += 1
                     continue
-                block = Block(str(path), number, cut, raw.tell(), kind=kind, header=header)
+                block = Block(str(path), number, content, raw.tell(), kind=kind, header=header)
                 number = block.next_number
                 yield block
         except BrokenFile as error:
             unreadable = isinstance(error, UnreadableFile)
-            said = str(error) if unreadable else _how_far(error, kind, number, raw.tell(), path)
-            yield Block(str(path), number, b"", raw.tell(), True, said, unreadable, kind, header)
+            problem = str(error) if unreadable else _with_progress(error, kind, number, raw.tell(), path)
+            yield Block(str(path), number, b"", raw.tell(), True, problem, unreadable, kind, header)
 
 
 def _chain(head: bytes, parts: Iterator[bytes]) -> Iterator[bytes]:
@@ -173,21 +173,22 @@ def _chain(head: bytes, parts: Iterator[bytes]) -> Iterator[bytes]:
     yield from parts
 
 
-def _one(parts: Iterator[bytes]) -> Iterator[bytes]:
-    """All parts as one."""
-    held: list[bytes] = []
+def _joined(parts: Iterator[bytes]) -> Iterator[bytes]:
+    """Yields all parts joined, or nothing if they are empty."""
+    pending: list[bytes] = []
     for part in parts:
-        held.append(part)
-        if sum(map(len, held)) > RECORD_BYTES:
-            raise UnreadableFile(f"the file has more than {RECORD_BYTES >> 20} MiB: split the text into documents")
-    if any(held):
-        yield b"".join(held)
+        pending.append(part)
+        if sum(map(len, pending)) > RECORD_BYTES:
+            raise UnreadableFile(f"the file exceeds {RECORD_BYTES >> 20} MiB: split the text into documents")
+    if any(pending):
+        yield b"".join(pending)
 
 
-def _how_far(error: BrokenFile, kind: str, number: int, position: int, path: Path) -> str:
+def _with_progress(error: BrokenFile, kind: str, number: int, position: int, path: Path) -> str:
+    """Appends to the message how much of the file was read."""
     size, unit = path.stat().st_size, _UNITS.get(kind, "line")
-    share = 100 * position / max(1, size)
-    return f"{error}; read: {number - 1:,} {unit}s, {position:,} of {size:,} bytes on disk ({share:.0f} %)"
+    percent = 100 * position / max(1, size)
+    return f"{error}; read {number - 1:,} {unit}s, {position:,} of {size:,} bytes on disk ({percent:.0f} %)"
 
 
 def _read_rows(path: Path, columns: Sequence[str], needed: Sequence[str]) -> Iterator[Block]:
@@ -195,20 +196,21 @@ def _read_rows(path: Path, columns: Sequence[str], needed: Sequence[str]) -> Ite
     try:
         with open_parquet(path) as file:
             check_columns(path, file.schema_arrow.names, needed)
-            chosen = [name for name in columns if name in file.schema_arrow.names]
+            present = [name for name in columns if name in file.schema_arrow.names]
             rows = max(1, file.metadata.num_rows)
-            for batch in row_batches(file, chosen):
+            for batch in row_batches(file, present):
                 position = size * (number - 1 + batch.num_rows) // rows
                 yield Block(str(path), number, batch, position, kind="rows")
                 number += batch.num_rows
     except BrokenFile as error:
         unreadable = isinstance(error, UnreadableFile)
-        said = str(error) if unreadable else _how_far(error, "rows", number, position, path)
-        yield Block(str(path), number, b"", size, True, said, unreadable, "rows")
+        problem = str(error) if unreadable else _with_progress(error, "rows", number, position, path)
+        yield Block(str(path), number, b"", size, True, problem, unreadable, "rows")
 
 
-def entries(block: Block) -> Iterator[tuple[int, Any]]:
-    """(number, what it holds) of each line that is not blank, row or element; a BadLine where it holds nothing."""
+def parse_block(block: Block) -> Iterator[tuple[int, Any]]:
+    """Yields (number, record) for each row, element or non-blank line; a BadLine in place of a record that cannot be
+    parsed, and for the fault that follows the data."""
     if not isinstance(block.data, bytes):
         columns = {name: block.data.column(name) for name in block.data.schema.names}
         for row in range(block.data.num_rows):
@@ -221,19 +223,19 @@ def entries(block: Block) -> Iterator[tuple[int, Any]]:
         for number, element in enumerate(block.data.split(ELEMENT_END)[:-1], block.first):
             yield number, _parsed(element)
     elif block.kind == "records":
-        yield from _records(block, block.data)
+        yield from _csv_rows(block, block.data)
     elif block.data:
         yield block.first, _text(block.data)
     if block.broken or block.problem:
         place = "" if block.unreadable else block.place(block.next_number)
-        said = block.problem or "the file breaks off here"
-        yield block.next_number, BadFile(said, place) if block.broken else BadLine(said)
+        problem = block.problem or TRUNCATED
+        yield block.next_number, BadFile(problem, place) if block.broken else BadLine(problem)
 
 
 def _parsed(line: bytes) -> Any:
     with contextlib.suppress(orjson.JSONDecodeError):
         return orjson.loads(line)
-    # The library knows what is wrong, and takes what is not quite JSON, such as NaN.
+    # json also accepts NaN and a byte order mark, and distinguishes a wrong encoding from wrong JSON.
     try:
         return json.loads(line.removeprefix(b"\xef\xbb\xbf").decode("utf-8"))
     except UnicodeDecodeError:
@@ -243,8 +245,8 @@ def _parsed(line: bytes) -> Any:
 
 
 def _bad_encoding(data: bytes) -> BadLine:
-    said = not_utf8(data)
-    return BadFile(said) if said.startswith("the file") else BadLine(said)
+    message = not_utf8(data)
+    return BadFile(message) if message.startswith("the file") else BadLine(message)
 
 
 def _text(data: bytes) -> Text | BadLine:
@@ -254,16 +256,17 @@ def _text(data: bytes) -> Text | BadLine:
         return _bad_encoding(data)
 
 
-def _records(block: Block, content: bytes) -> Iterator[tuple[int, Any]]:
+def _csv_rows(block: Block, content: bytes) -> Iterator[tuple[int, Any]]:
     number = block.first
     lines = (line + b"\n" for line in content.removesuffix(b"\n").split(b"\n"))
     for data, fields in csv_records(lines):
         if isinstance(fields, csv.Error):
-            # A quote that is not closed takes the lines that follow along.
-            more = data.count(b"\n") - 1
-            yield number, BadLine(f"not CSV ({fields})" + (f", to line {number + more}" if more else ""))
+            # An unclosed quote also consumes the lines after it.
+            extra_lines = data.count(b"\n") - 1
+            consumed = f", consumed up to line {number + extra_lines}" if extra_lines else ""
+            yield number, BadLine(f"not CSV ({fields}){consumed}")
         elif len(fields) not in (0, len(block.header)):
-            yield number, BadLine(f"{len(fields)} fields where the header has {len(block.header)}")
+            yield number, BadLine(f"number of fields: {len(fields)}, in the header: {len(block.header)}")
         elif fields:
             try:
                 values = (text if text.isascii() else text.encode("latin-1").decode("utf-8") for text in fields)
@@ -275,19 +278,19 @@ def _records(block: Block, content: bytes) -> Iterator[tuple[int, Any]]:
 
 def _row(columns: dict[str, Any], row: int) -> Any:
     try:
-        found = {name: column[row].as_py() for name, column in columns.items()}
-        return {k: v.decode("utf-8") if isinstance(v, bytes) else v for k, v in found.items()}
+        values = {name: column[row].as_py() for name, column in columns.items()}
+        return {k: v.decode("utf-8") if isinstance(v, bytes) else v for k, v in values.items()}
     except UnicodeDecodeError:
         return BadLine("not UTF-8")
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A task of an array job: it reads the blocks that start in its part of the inputs' bytes.
+    """A task of an array job: it reads the blocks that start within its byte range of the inputs.
 
     Attributes:
-        index: from 0 on.
-        count: how many there are.
+        index: from 0 to count - 1.
+        count: number of tasks.
     """
 
     index: int = 0
@@ -296,11 +299,11 @@ class Shard:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far the reading is.
+    """The progress of reading a shard.
 
     Attributes:
-        blocks: blocks of this shard read so far, this one included.
-        done: bytes on disk of this shard's part.
+        blocks: blocks of this shard read so far, including the current one.
+        done: bytes on disk read so far, counted from the start of the shard's range.
     """
 
     blocks: int
@@ -308,7 +311,7 @@ class Progress:
 
 
 def shard_bytes(sizes: Sequence[int], shard: Shard) -> tuple[int, int]:
-    """(start, end) of a shard's part of the bytes of all inputs."""
+    """Returns the byte range (start, end) of a shard within all inputs, in order."""
     total = sum(sizes)
     return -(-total * shard.index // shard.count), -(-total * (shard.index + 1) // shard.count)
 
@@ -320,29 +323,29 @@ def read_shard(
     skip: int = 0,
     needed: Callable[[str | None], Sequence[str]] | None = None,
 ) -> Iterator[tuple[Block, Progress]]:
-    """The blocks of a shard, in the inputs' order; the shards' blocks, one shard after the other, are all blocks.
+    """Yields the blocks of a shard, in the order of the inputs. The shards in order yield every block exactly once.
 
-    A shard does not open files that lie outside its part. Of the one in which its part begins it reads the beginning
-    too, which for a compressed file is the only way, and some thirty times as fast as encoding it.
+    A shard does not open files outside its range. It reads the file in which its range starts from the beginning:
+    compressed files allow nothing else, and reading is about thirty times as fast as encoding.
 
     Args:
-        skip: blocks to leave out, since an earlier run has had them.
+        skip: number of blocks to skip because an earlier run has encoded them.
         needed: see `read_blocks`.
     """
     sizes = [as_input(file).path.stat().st_size for file in files]
     start, end = shard_bytes(sizes, shard)
     base, blocks = 0, 0
     for file, size in zip(files, sizes, strict=True):
-        # An empty file belongs to nobody: it has no blocks.
+        # An empty file has no blocks and belongs to no shard.
         if base < end and base + size > start:
-            place = base
+            block_start = base
             for block in read_blocks(file, columns, needed):
-                if place >= end:
+                if block_start >= end:
                     break
-                if place >= start:
+                if block_start >= start:
                     blocks += 1
                     if blocks > skip:
                         yield block, Progress(blocks, base + block.position - start)
-                # All of a file's blocks start within it, a last one behind its last byte too.
-                place = min(base + block.position, base + size - 1)
+                # A block after the file's last byte must not fall into the next file's shard.
+                block_start = min(base + block.position, base + size - 1)
         base += size

@@ -1,8 +1,8 @@
-"""Text that spells a special token stays text: tokenizers changed so that no text becomes one, or so that it does.
+"""Modifies tokenizers so that text which spells a special token never becomes that token, or always does.
 
-What counts as special: what the tokenizer itself calls so (Hugging Face's flag, SentencePiece's control pieces), the
-token that ends documents, its usual names, and names of the form <|...|>. Other added tokens, such as runs of spaces or
-HTML tags, are pieces of text like any other.
+These tokens count as special: those that the tokenizer flags (Hugging Face's flag, SentencePiece's control pieces), the
+end-of-document token, its usual names, and names of the form <|...|>. Other added tokens, such as runs of spaces or
+HTML tags, are ordinary pieces of text.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2
 
-# What ends a document where the user does not say: the first of these that the vocabulary has.
-ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<EOD>")
-# With the full-width bars of some tokenizers as well.
+# The usual end-of-document tokens; the first one in the vocabulary is the default.
+EOD_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<EOD>")
+# Some tokenizers use full-width bars.
 _SPECIAL = re.compile("<[|\uff5c].+[|\uff5c]>", re.DOTALL)
-# Stands before the id of a piece whose name no text may match: no character of a text, by Unicode.
+# Encloses the id of a renamed piece, so that no text matches it: Unicode reserves this code point for internal use.
 _NONCHARACTER = "\U0010ffff"
 
 
 def looks_special(token: str) -> bool:
-    """Whether a token's name says that it is no text."""
-    return token in ENDS or _SPECIAL.fullmatch(token) is not None
+    """Returns whether the name of a token suggests that it is special."""
+    return token in EOD_TOKENS or _SPECIAL.fullmatch(token) is not None
 
 
 def unknown_token(model: dict[str, Any]) -> str | None:
-    """What the model of a tokenizer.json makes of text that it does not know; None: nothing, such text is dropped."""
+    """Returns the unknown token of a tokenizer.json's model, or None if the model drops unknown text."""
     if model.get("type") == "Unigram":
         return model["vocab"][model["unk_id"]][0] if model.get("unk_id") is not None else None
     unknown = model.get("unk_token")
@@ -35,14 +35,14 @@ def unknown_token(model: dict[str, Any]) -> str | None:
 
 
 def without_special_text(definition: dict[str, Any], end: str | None) -> dict[str, Any]:
-    """A tokenizer.json that gives the same ids, but never those of special tokens, provided that it is loaded with
-    `encode_special_tokens`. The same object where there is nothing to change.
+    """Returns a tokenizer.json that gives the same ids but never those of special tokens, if it is loaded with
+    `encode_special_tokens`. Returns `definition` itself if nothing has to change.
 
-    `encode_special_tokens` alone leaves out the tokens that are flagged; the model may still know their names as
-    pieces: a Unigram's "</s>", a BPE whose merges lead to it, a whole word of a WordLevel.
+    `encode_special_tokens` alone only skips tokens that are flagged. The model may still produce their names as
+    pieces: the "</s>" of a Unigram, a BPE whose merges form it, a word of a WordLevel.
 
     Args:
-        end: the token that ends documents.
+        end: the end-of-document token.
     """
     added = definition.get("added_tokens") or []
     special = {token["content"] for token in added if token.get("special") or looks_special(token["content"])}
@@ -55,15 +55,15 @@ def without_special_text(definition: dict[str, Any], end: str | None) -> dict[st
     if model.get("type") == "BPE" and not model.get("ignore_merges"):
         model["merges"] = [merge for merge in model["merges"] if not special & _parts(merge)]
     elif isinstance(vocab, dict):
-        model["vocab"] = {_renamed(piece, number, special): number for piece, number in vocab.items()}
+        model["vocab"] = {_renamed(piece, piece_id, special): piece_id for piece, piece_id in vocab.items()}
     else:
-        model["vocab"] = [[_renamed(piece, number, special), *rest] for number, (piece, *rest) in enumerate(vocab)]
+        model["vocab"] = [[_renamed(piece, index, special), *rest] for index, (piece, *rest) in enumerate(vocab)]
     if model["vocab"] != vocab:
-        # Named as in the model, or they would get other ids.
-        numbers = vocab if isinstance(vocab, dict) else {piece: number for number, (piece, *_) in enumerate(vocab)}
+        # Added tokens must keep the names that the model has for them, or they would get other ids.
+        ids = vocab if isinstance(vocab, dict) else {piece: index for index, (piece, *_) in enumerate(vocab)}
         changed["added_tokens"] = [
-            {**token, "content": _renamed(token["content"], numbers[token["content"]], special)}
-            if token["content"] in numbers
+            {**token, "content": _renamed(token["content"], ids[token["content"]], special)}
+            if token["content"] in ids
             else token
             for token in changed["added_tokens"]
         ]
@@ -76,27 +76,27 @@ def _parts(merge: Any) -> set[str]:
     return {left, right, left + right}
 
 
-def _renamed(piece: str, number: int, special: set[str]) -> str:
-    return f"{_NONCHARACTER}{number}{_NONCHARACTER}" if piece in special else piece
+def _renamed(piece: str, piece_id: int, special: set[str]) -> str:
+    return f"{_NONCHARACTER}{piece_id}{_NONCHARACTER}" if piece in special else piece
 
 
 def sentencepiece_model(data: bytes, allow_special: bool) -> tuple[bytes, bool]:
-    """A SentencePiece model in which text never becomes a special piece, or always where it spells one.
+    """Returns a SentencePiece model that never encodes text as a special piece, or always if the text spells one.
 
     Args:
-        data: the model's file.
+        data: content of the model file.
+        allow_special: whether text that spells a special piece becomes that piece.
 
     Returns:
-        The model, and whether it keeps every character: bytes stand for what it does not know, and nothing is
-        normalized.
+        The model, and whether it is lossless: it encodes unknown characters as bytes and does not normalize.
 
     Raises:
-        DecodeError: the data are no model (google.protobuf).
+        DecodeError: `data` is not a model (google.protobuf).
     """
-    messages: Any = sentencepiece_model_pb2
-    model = messages.ModelProto()
+    protobuf: Any = sentencepiece_model_pb2
+    model = protobuf.ModelProto()
     model.ParseFromString(data)
-    kinds = messages.ModelProto.SentencePiece
+    kinds = protobuf.ModelProto.SentencePiece
     trainer = model.trainer_spec
     special = {trainer.bos_piece, trainer.eos_piece, trainer.pad_piece}
     for piece in model.pieces:

@@ -1,4 +1,4 @@
-"""Tokenizers: from text to ids and back. Text that spells a special token is encoded as the text it is."""
+"""Tokenizers: encode text to ids and decode ids to text. Text that spells a special token is encoded as plain text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,12 @@ from tokenizers import Tokenizer as Tokenizers
 from megatron_doremi.errors import ConfigError, Fault
 from megatron_doremi.preprocessing.byte_level import as_bytes, encode, gpt2_definition, same_encoding, tiktoken_core
 from megatron_doremi.preprocessing.lost_characters import CharacterCheck, uncovered_characters
-from megatron_doremi.preprocessing.special_tokens import ENDS, sentencepiece_model, unknown_token, without_special_text
+from megatron_doremi.preprocessing.special_tokens import (
+    EOD_TOKENS,
+    sentencepiece_model,
+    unknown_token,
+    without_special_text,
+)
 
 SENTENCEPIECE = "SentencePieceTokenizer"
 HUGGING_FACE = "HuggingFaceTokenizer"
@@ -31,12 +36,12 @@ class SentencePieceTokenizer:
     """A SentencePiece model.
 
     Attributes:
-        data: the model's file.
-        sha256: of the file, in hex.
-        vocab_size: ids are below this.
-        eod: id that ends a document (the model's end-of-sentence piece).
-        encoder: what does the work.
-        lossless: whether no character of any text can be lost.
+        data: content of the model file.
+        sha256: SHA-256 of the file, in hex.
+        vocab_size: number of ids.
+        eod: end-of-document id: the model's end-of-sentence piece.
+        encoder: name of the library that encodes.
+        lossless: whether every text keeps all of its characters.
     """
 
     type = SENTENCEPIECE
@@ -47,11 +52,11 @@ class SentencePieceTokenizer:
         """Loads a model.
 
         Args:
-            file: the model.
-            allow_special: text that spells a control piece becomes that piece.
+            file: the model file.
+            allow_special: encode text that spells a control piece as that piece.
 
         Raises:
-            ConfigError: the file is none, or lacks an end-of-sentence piece.
+            ConfigError: the file is not a SentencePiece model, or its end-of-sentence piece is missing.
         """
         try:
             self.data = file.read_bytes()
@@ -64,30 +69,30 @@ class SentencePieceTokenizer:
         self.vocab_size = int(self._processor.vocab_size())
         self.eod = int(sentencepiece.SentencePieceProcessor(model_proto=text_alone).eos_id())
         if self.eod < 0:
-            rule = "a model with an end-of-sentence piece, which ends documents"
-            raise _fault(file, rule, "train it with one, as tools/train_tokenizer.py does")
+            rule = "a model with an end-of-sentence piece, which serves as the end of documents"
+            raise _fault(file, rule, "train a model that has one, for example with tools/train_tokenizer.py")
         self.sha256 = hashlib.sha256(self.data).hexdigest()
         self._check: CharacterCheck | None = None
 
     def choose_encoder(self, texts: list[str]) -> None:
-        """Nothing to choose: there is one encoder."""
+        """Does nothing: there is only one encoder."""
 
     def encode(self, text: str) -> NDArray[np.int32]:
-        """Ids of a text."""
+        """Returns the ids of a text."""
         return np.array(self._processor.encode(text), dtype=np.int32)
 
     def encode_batch(self, texts: list[str]) -> list[NDArray[np.int32]]:
-        """Ids of several texts, on one thread."""
-        # Arrays at once: lists of Python's integers cost a fifth of the time that the encoder itself takes.
+        """Returns the ids of each text, using one thread."""
+        # NumPy output: lists of Python integers would add a fifth to the time of encoding.
         ids: list[NDArray[np.int32]] = self._processor.encode(texts, return_type="numpy", num_threads=1)
         return ids
 
     def decode(self, ids: NDArray | Sequence[int]) -> str:
-        """The text of ids."""
+        """Returns the text of ids."""
         return str(self._decoder.decode([int(i) for i in ids]))
 
     def lost_characters(self, texts: list[str]) -> Counter[str]:
-        """How often texts hold each character that is dropped or unknown."""
+        """Counts the occurrences of each character that is dropped or unknown."""
         if self.lossless:
             return Counter()
         self._check = self._check or CharacterCheck(self._processor.encode, self.decode, self._processor.unk_id())
@@ -95,16 +100,16 @@ class SentencePieceTokenizer:
 
 
 class HuggingFaceTokenizer:
-    """A tokenizer.json of Hugging Face's library; its byte-level BPEs are encoded by tiktoken's core where it is known
-    to give the same ids (byte_level.py), at several times the speed.
+    """A tokenizer.json of Hugging Face's tokenizers library. tiktoken's core, which is several times as fast, encodes a
+    byte-level BPE if it is known to give the same ids (byte_level.py).
 
     Attributes:
-        type: HuggingFaceTokenizer, or GPT2BPETokenizer for one that was made of GPT-2's two files.
-        data: the tokenizer.json.
-        sha256: of it, in hex.
-        vocab_size: ids are below this.
-        eod: id that ends a document.
-        fast: tiktoken's core, where it is used.
+        type: HuggingFaceTokenizer, or GPT2BPETokenizer for one made from GPT-2's two files.
+        data: content of the tokenizer.json.
+        sha256: SHA-256 of `data`, in hex.
+        vocab_size: the largest id + 1.
+        eod: end-of-document id.
+        fast: tiktoken's core, or None if the tokenizers library encodes.
     """
 
     suffix = ".json"
@@ -118,17 +123,17 @@ class HuggingFaceTokenizer:
         fast: bool = True,
         allow_special: bool = False,
     ):
-        """Reads a tokenizer.json.
+        """Loads a tokenizer.json.
 
         Args:
             data: its content.
-            file: where it came from, for messages.
-            eod: the token that ends a document, or its id; None: the first of the usual names that is there.
-            fast: try tiktoken's core.
-            allow_special: text that spells a special token becomes that token.
+            file: the file it came from, for messages.
+            eod: the end-of-document token or its id; None takes the first of `EOD_TOKENS` in the vocabulary.
+            fast: use tiktoken's core if possible.
+            allow_special: encode text that spells a special token as that token.
 
         Raises:
-            ConfigError: the file is none, has no such token, or text itself becomes that token.
+            ConfigError: `data` is not a tokenizer.json, the end-of-document token is missing, or text encodes to it.
         """
         self.type, self.data = kind, data
         try:
@@ -136,78 +141,80 @@ class HuggingFaceTokenizer:
             self._decoder = Tokenizers.from_str(data.decode("utf-8"))
             vocab = self._decoder.get_vocab(with_added_tokens=True)
             self.vocab_size = max(vocab.values(), default=-1) + 1
-            self.eod = self._end(vocab, eod, file)
-            end = next((token for token, number in vocab.items() if number == self.eod), None)
-            text_alone = definition if allow_special else without_special_text(definition, end)
-            same = text_alone is definition
-            self._slow = Tokenizers.from_str(data.decode("utf-8") if same else json.dumps(text_alone))
+            self.eod = self._eod_id(vocab, eod, file)
+            end = next((token for token, token_id in vocab.items() if token_id == self.eod), None)
+            text_only = definition if allow_special else without_special_text(definition, end)
+            same = text_only is definition
+            self._slow = Tokenizers.from_str(data.decode("utf-8") if same else json.dumps(text_only))
         except ConfigError:
             raise
-        except Exception as error:  # the library raises Exception itself
-            raise _fault(file, "a tokenizer.json of Hugging Face's tokenizers", "give such a file") from error
-        # The padding and cutting that a fine-tuning left in the file would change documents.
+        except Exception as error:  # the library raises plain Exception
+            rule = "a tokenizer.json of Hugging Face's tokenizers library"
+            raise _fault(file, rule, "give such a file, or another --tokenizer-type") from error
+        # Fine-tuning may leave padding and truncation in the file, which would change documents.
         self._slow.no_padding()
         self._slow.no_truncation()
         self._slow.encode_special_tokens = not allow_special
         self.sha256 = hashlib.sha256(data).hexdigest()
         use_fast = fast and not allow_special
-        self.fast: tiktoken.Encoding | None = tiktoken_core(self._slow, text_alone) if use_fast else None
+        self.fast: tiktoken.Encoding | None = tiktoken_core(self._slow, text_only) if use_fast else None
         self._model = definition["model"]
         self._unknown = vocab.get(unknown_token(self._model) or "", -1)
         self._check: CharacterCheck | None = None
         if not allow_special and not isinstance(eod, int) and end is not None and self.eod in self.encode(end):
-            rule = "a token that no text becomes, so that only --append-eod ends a document"
+            rule = "a token that no text encodes to, so that only --append-eod ends a document"
             raise ConfigError(Fault("--eod-token", repr(end), rule, "give a special token of the tokenizer"))
 
     @staticmethod
-    def _end(vocab: dict[str, int], eod: str | int | None, file: Path) -> int:
+    def _eod_id(vocab: dict[str, int], eod: str | int | None, file: Path) -> int:
         if isinstance(eod, int):
             return eod
-        for name in ENDS if eod is None else (eod,):
-            if name in vocab:
-                return vocab[name]
-        rule = f"a token that ends documents: {' or '.join(ENDS) if eod is None else repr(eod)}"
-        raise _fault(file, rule, "give --eod-token the token that does")
+        for token in EOD_TOKENS if eod is None else (eod,):
+            if token in vocab:
+                return vocab[token]
+        rule = f"a vocabulary with the end-of-document token {' or '.join(EOD_TOKENS) if eod is None else repr(eod)}"
+        raise _fault(file, rule, "name the tokenizer's end-of-document token with --eod-token")
 
     @property
     def encoder(self) -> str:
-        """What does the work."""
+        """Name of the library that encodes."""
         return "tiktoken" if self.fast else "tokenizers"
 
     @property
     def lossless(self) -> bool:
-        """Whether no character of any text can be lost: tiktoken's core knows all bytes and changes nothing."""
+        """Whether every text is known to keep all of its characters: tiktoken's core has all bytes and does not
+        normalize."""
         return self.fast is not None
 
     def choose_encoder(self, texts: list[str]) -> None:
-        """Gives tiktoken up where it encodes one of `texts`, or knows other classes of characters."""
+        """Falls back to the tokenizers library if tiktoken gives other ids for `texts` or its regex engine differs."""
         if self.fast and not same_encoding(self.fast, self._slow, texts):
             self.fast = None
 
     def encode(self, text: str) -> NDArray[np.int32]:
-        """Ids of a text."""
+        """Returns the ids of a text."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str]) -> list[NDArray[np.int32]]:
-        """Ids of several texts."""
+        """Returns the ids of each text."""
         if self.fast is None:
-            encoded = self._slow.encode_batch_fast(texts, add_special_tokens=False)
-            return [np.array(each.ids, dtype=np.int32) for each in encoded]
+            encodings = self._slow.encode_batch_fast(texts, add_special_tokens=False)
+            return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
         return [self._encode_fast(self.fast, text) for text in texts]
 
     def _encode_fast(self, core: tiktoken.Encoding, text: str) -> NDArray[np.int32]:
         try:
             return encode(core, text)
         except ValueError:
-            # A million spaces in a row are more than its regex engine holds.
+            # A run of a million spaces overflows the stack of tiktoken's regex engine.
             return np.array(self._slow.encode(text, add_special_tokens=False).ids, dtype=np.int32)
 
     def decode(self, ids: NDArray | Sequence[int]) -> str:
-        """The text of ids, special tokens included."""
+        """Returns the text of ids, including special tokens."""
         return str(self._decoder.decode([int(i) for i in ids], skip_special_tokens=False))
 
     def lost_characters(self, texts: list[str]) -> Counter[str]:
-        """How often texts hold each character that is dropped or unknown."""
+        """Counts the occurrences of each character that is dropped or unknown."""
         if self.lossless:
             return Counter()
         model = self._model
@@ -217,8 +224,9 @@ class HuggingFaceTokenizer:
                 self._check = CharacterCheck(lambda text: self.encode(text).tolist(), self.decode, self._unknown)
             return self._check.lost_in(texts)
         lost: Counter[str] = Counter()
-        for text, each in zip(texts, self._slow.encode_batch(texts, add_special_tokens=False), strict=True):
-            lost += uncovered_characters(text, list(zip(each.ids, each.offsets, strict=True)), self._unknown)
+        for text, encoding in zip(texts, self._slow.encode_batch(texts, add_special_tokens=False), strict=True):
+            tokens = list(zip(encoding.ids, encoding.offsets, strict=True))
+            lost += uncovered_characters(text, tokens, self._unknown)
         return lost
 
 
@@ -233,17 +241,18 @@ def load_tokenizer(
     fast: bool = True,
     allow_special: bool = False,
 ) -> Tokenizer:
-    """Loads a tokenizer by Megatron-LM's name of its kind.
+    """Loads a tokenizer.
 
     Args:
+        kind: one of `KINDS`, Megatron-LM's names.
         file: a SentencePiece model, a tokenizer.json, or GPT-2's vocab.json.
-        merges: GPT-2's merges.txt; None: the one beside its vocab.json.
-        eod: the token that ends documents, or its id; None: the tokenizer's own.
-        fast: let tiktoken's core encode what it can.
-        allow_special: text that spells a special token becomes that token.
+        merges: GPT-2's merges.txt; None takes the one beside vocab.json.
+        eod: the end-of-document token or its id; None takes the tokenizer's usual one.
+        fast: use tiktoken's core if possible.
+        allow_special: encode text that spells a special token as that token.
 
     Raises:
-        ConfigError: it cannot be read.
+        ConfigError: the kind is unknown, or the tokenizer cannot be loaded.
     """
     if kind == SENTENCEPIECE:
         return SentencePieceTokenizer(file, allow_special)
@@ -251,25 +260,25 @@ def load_tokenizer(
         raise ConfigError(Fault("--tokenizer-type", kind, "one of " + ", ".join(KINDS), "give one of these"))
     try:
         data = file.read_bytes()
-        entry = json.loads(data) if kind == GPT2 else None
+        content = json.loads(data) if kind == GPT2 else None
     except (OSError, ValueError) as error:
-        raise _fault(file, "a JSON file that can be read", "give tokenizer.json or vocab.json") from error
-    if isinstance(entry, dict) and "model" not in entry:
-        data = as_bytes(gpt2_definition(_vocab(entry, file), _merges(merges or file.with_name("merges.txt"))))
+        raise _fault(file, "a readable JSON file", "give tokenizer.json or vocab.json") from error
+    if isinstance(content, dict) and "model" not in content:
+        data = as_bytes(gpt2_definition(_vocab(content, file), _merges(merges or file.with_name("merges.txt"))))
     return HuggingFaceTokenizer(data, file, kind, eod, fast, allow_special)
 
 
-def _vocab(entry: dict[str, Any], file: Path) -> dict[str, int]:
-    if not entry or not all(type(number) is int and number >= 0 for number in entry.values()):
+def _vocab(content: dict[str, Any], file: Path) -> dict[str, int]:
+    if not content or not all(type(token_id) is int and token_id >= 0 for token_id in content.values()):
         raise _fault(file, "GPT-2's vocabulary: an object {piece: id}", "give its vocab.json")
-    return entry
+    return content
 
 
 def _merges(file: Path) -> list[str]:
     try:
         lines = file.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        rule = "GPT-2's merges.txt, beside vocab.json or given"
+        rule = "a readable merges.txt of GPT-2 (default: the one beside vocab.json)"
         raise ConfigError(Fault("--merge-file", str(error), rule, "give its path")) from error
     merges = [line for line in lines if line.strip() and not line.startswith("#version")]
     if any(len(line.split(" ")) != 2 for line in merges):

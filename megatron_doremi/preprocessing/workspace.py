@@ -1,4 +1,4 @@
-"""The hidden folder of an unfinished preprocessing run, and the journal from which a killed run resumes."""
+"""The hidden folder of an unfinished preprocessing run and its journal, from which a killed run resumes."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from megatron_doremi.storage.files import atomic_write_text, make_folder, read_j
 from megatron_doremi.storage.folder_lock import FolderLock
 from megatron_doremi.storage.formats import Count, FileName, Name, Positive, Schema, check_entry, sealed
 
-_START_OVER = "leave --resume out to start over"
+_START_OVER = "omit --resume to start over"
 
 
 class JournalPair(Schema):
-    """How much of a pair is written."""
+    """The part of a pair that is written."""
 
     domain: Name
     split: Literal["train", "valid"]
@@ -37,7 +37,7 @@ class JournalPair(Schema):
 
 
 class Journal(Schema):
-    """journal.json."""
+    """The content of journal.json."""
 
     FORMAT: ClassVar[str] = "megatron-doremi-journal/2"
     SEALED: ClassVar[bool] = True
@@ -60,27 +60,28 @@ class Journal(Schema):
 
 
 class Workspace:
-    """The hidden folder of an unfinished run, and its journal. A context manager: leaving it closes the files; what
-    they hold stays for a later run, unless `remove` was called. One run at a time writes in the folder of its outputs.
+    """The hidden folder of an unfinished run, and its journal. Locks the output folder: one run at a time writes there.
+
+    A context manager: leaving it closes the files and keeps them for a later run, unless `remove` was called.
 
     Attributes:
-        outputs: empty, or where the earlier run stood.
-        resumed: whether there was one.
+        outputs: empty, or in the state that the journal of the earlier run records.
+        resumed: whether this run resumes an earlier one.
     """
 
     def __init__(
         self, folder: Path, outputs: Outputs, settings: Mapping[str, Any], resume: bool, seconds: float = 15.0
     ):
-        """Takes the folder, or resumes in it.
+        """Locks the output folder, then resumes the earlier run or starts over.
 
         Args:
-            folder: the hidden folder, of `outputs`.
-            settings: what the result depends on, as JSON knows it; an earlier run with others is not resumed.
-            seconds: between two entries of the journal; what a killed run does again, at most.
-            resume: resume where the folder holds an earlier run; else that is removed.
+            folder: the hidden folder.
+            settings: everything that the result depends on, as JSON values; a run resumes only with equal settings.
+            resume: whether to resume an earlier run in the folder; if False, its files are removed.
+            seconds: interval between two journals; a killed run repeats at most this much work.
 
         Raises:
-            ConfigError: another run is writing there, or an earlier one was made with other settings.
+            ConfigError: another run is writing there, or the earlier run had other settings.
         """
         self.folder, self.outputs, self._settings = folder, outputs, json.loads(json.dumps(dict(settings)))
         self._journal = folder / "journal.json"
@@ -94,8 +95,8 @@ class Workspace:
             self._lock.release()
             raise
         self._thread = ThreadPoolExecutor(1)
-        self._under_way: Future[None] | None = None
-        self._last, self._seconds = time.monotonic(), seconds
+        self._pending: Future[None] | None = None
+        self._last_saved, self._seconds = time.monotonic(), seconds
 
     def _clear(self) -> None:
         for path in self.folder.iterdir():
@@ -103,46 +104,45 @@ class Workspace:
 
     def _resume(self) -> None:
         subject = f"--resume {self._journal}"
-        entry = read_json_object(self._journal, subject)
-        journal = check_entry(entry, subject, Journal, _START_OVER)
-        other = sorted(key for key in self._settings if journal.settings.get(key) != self._settings[key])
-        if other:
-            value = f"the earlier run had another {', '.join(other)}"
-            remedy = "give what that run was given, or leave --resume out to start over"
+        content = read_json_object(self._journal, subject)
+        journal = check_entry(content, subject, Journal, _START_OVER)
+        differing = sorted(key for key in self._settings if journal.settings.get(key) != self._settings[key])
+        if differing:
+            value = f"the earlier run had another {', '.join(differing)}"
+            remedy = f"give the flags of the earlier run, or {_START_OVER}"
             raise ConfigError(Fault("--resume", value, "the same inputs and settings", remedy))
         try:
-            self.outputs.restore(entry)
+            self.outputs.restore(content)
         except OSError as error:
-            raise ConfigError(
-                Fault("--resume", f"{self.folder}: {error}", "all that was written", _START_OVER)
-            ) from error
+            rule = "all files that the earlier run wrote"
+            raise ConfigError(Fault("--resume", f"{self.folder}: {error}", rule, _START_OVER)) from error
 
     def save_journal(self, now: bool = False) -> None:
-        """Makes durable what is written, and says so in the journal; in the background, every `seconds`.
+        """Makes all output durable and records its size in the journal, in the background, every `seconds`.
 
         Args:
-            now: do it now, and wait for it.
+            now: save immediately and wait until it is done.
         """
-        if not now and time.monotonic() - self._last < self._seconds:
+        if not now and time.monotonic() - self._last_saved < self._seconds:
             return
-        if self._under_way is not None:
-            if not now and not self._under_way.done():
+        if self._pending is not None:
+            if not now and not self._pending.done():
                 return
-            self._under_way.result()
-        entry = sealed({"format": Journal.FORMAT, "settings": self._settings, **self.outputs.snapshot()})
+            self._pending.result()
+        content = sealed({"format": Journal.FORMAT, "settings": self._settings, **self.outputs.snapshot()})
         writers = [output.writer for output in self.outputs.by_key.values()]
-        self._under_way = self._thread.submit(self._write, writers, entry)
+        self._pending = self._thread.submit(self._write, writers, content)
         if now:
-            self._under_way.result()
-        self._last = time.monotonic()
+            self._pending.result()
+        self._last_saved = time.monotonic()
 
-    def _write(self, writers: list[IndexedDatasetWriter], entry: dict[str, Any]) -> None:
+    def _write(self, writers: list[IndexedDatasetWriter], content: dict[str, Any]) -> None:
         for writer in writers:
             writer.sync()
-        atomic_write_text(self._journal, json.dumps(entry))
+        atomic_write_text(self._journal, json.dumps(content))
 
     def remove(self) -> None:
-        """Removes the folder and all in it."""
+        """Removes the folder and everything in it."""
         for output in self.outputs.by_key.values():
             output.writer.close()
         self._thread.shutdown()
@@ -156,7 +156,7 @@ class Workspace:
         for output in self.outputs.by_key.values():
             output.writer.close()
         if self.folder.is_dir() and not self._journal.exists():
-            # Nothing to go on from.
+            # Without a journal there is nothing to resume.
             with contextlib.suppress(OSError):
                 shutil.rmtree(self.folder)
         self._lock.release()

@@ -104,7 +104,7 @@ def test_window(number, setting, data):
     flags = ["--seq-length", 16, "--global-batch-size", 6, "--seed", 77, "--domain-weights", setting]
     flags += ["--train-iters", train_iters, "--max-epochs-per-domain", 1]
     first, text = inspect("window", data, "--number", number, *flags).split("\n", 1)
-    assert f"sample {number:,}: step {number // 6 + 1:,}, place {place}; " in first
+    assert f"sample {number:,}: step {number // 6 + 1:,}, row {place}; " in first
     assert f"{manifest.names[row.domains[place]]}, window {row.windows[place].item():,} of " in first
     assert text.removesuffix("\n") == SentencePieceTokenizer(data.parent.parent / "one.model").decode(ids)
 
@@ -123,7 +123,7 @@ def copy(data, tmp_path):
 def test_verify_a_whole_set(copy):
     listing = copy.parent / "SHA256SUMS"
     said = inspect("verify", copy, "--write-checksums", listing)
-    assert said.startswith("whole: 12 files of 3 domains, ")
+    assert said.startswith("verified: 12 files of 3 domains, ")
     assert len(listing.read_text().splitlines()) == 12
     inspect("verify", copy, "--checksums", listing)
 
@@ -143,7 +143,7 @@ def damage_counts(copy):
     ("damage", "words"),
     [
         (damage_id, ["Books_train.bin", "id 999 at token"]),
-        (damage_counts, ["Books_train", "the manifest's"]),
+        (damage_counts, ["Books_train", "as in the manifest"]),
         (lambda copy: (copy.parent / "Books_valid.idx").unlink(), ["Books_valid.idx", "no such file"]),
     ],
 )
@@ -170,7 +170,7 @@ def test_another_tokenizer_is_refused(copy):
     sha256 = json.loads(text)["tokenizer"]["sha256"]
     copy.write_text(text.replace(sha256, "0" * 64))
     assert model.name in refused("verify", copy)
-    assert "the one that made the ids" in refused("documents", copy, "--domain", "Books")
+    assert "the tokenizer that encoded the data" in refused("documents", copy, "--domain", "Books")
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_tools_write_over_no_file_of_another_kind(copy, tmp_path):
     source.write_bytes(jsonl_of(TRAIN[:3]))
     done = run("train_tokenizer.py", "--input", source, "--output", copy, "--vocab-size", 300)
     assert done.returncode == 2
-    assert "there already" in done.stderr
+    assert "already exists" in done.stderr
     assert copy.read_bytes() == before
     out = tmp_path / "out"
     out.mkdir()

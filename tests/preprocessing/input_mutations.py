@@ -12,7 +12,7 @@ import zlib
 import pyarrow
 import pyarrow.parquet
 import zstandard
-from file_mutations import mutated_bytes
+from data.file_mutations import mutated_bytes
 from input_files import lines, read, records, table
 
 from megatron_doremi.errors import ConfigError

@@ -79,7 +79,7 @@ def test_a_rule_that_makes_an_empty_name_is_said(tmp_path):
 
 
 def test_an_expression_that_never_ends_is_stopped(tmp_path, monkeypatch):
-    monkeypatch.setattr("megatron_doremi.preprocessing.documents._PATIENCE", 0.2)
+    monkeypatch.setattr("megatron_doremi.preprocessing.documents._TIMEOUT_SECONDS", 0.2)
     rules = rules_of(tmp_path, rule("a", "^(a|aa)+$", "c"), otherwise="d")
     with pytest.raises(BadLine, match=r"took more than 0\.2 s"):
         rules.domain_of({"a": "a" * 60 + "b"}, "")
@@ -133,13 +133,13 @@ def test_a_pattern_over_the_path():
 
 def test_a_rule_that_is_slow_again_and_again_stops_the_run(tmp_path, monkeypatch):
     """In one block, and over several of them."""
-    monkeypatch.setattr("megatron_doremi.preprocessing.documents._PATIENCE", 0.05)
+    monkeypatch.setattr("megatron_doremi.preprocessing.documents._TIMEOUT_SECONDS", 0.05)
     rules = rules_of(tmp_path, rule("a", "^(a|aa)+$", "c"), rule("a", "a", "d"))
     lines = [json.dumps({"text": "x", "a": "a" * 60 + end}) + "\n" for end in "bbcb"]
     reader = DocumentReader("text", rules)
     block = Block("f", 1, "".join(lines[:2]).encode(), 0)
     slow = [bad.rule for _, bad in reader.documents(block)]
-    assert slow == ["the pattern '^(a|aa)+$' over 'a'"] * 2
+    assert slow == ["the pattern '^(a|aa)+$' on 'a'"] * 2
     seen = Counter(slow)
     for each in (
         lambda: count_timeouts(seen, slow[:1]),
@@ -251,7 +251,7 @@ def test_damaged_parquet_files_are_named(tmp_path):
     for damaged in (data[: len(data) // 2], b"PAR1", b""):
         (tmp_path / "bad.parquet").write_bytes(damaged)
         found = [x for block in read_blocks(tmp_path / "bad.parquet", reader.columns) for x in reader.documents(block)]
-        assert str(found[-1][1]).startswith("the file breaks off here: its footer is missing; read: 0 rows, 0 of")
+        assert str(found[-1][1]).startswith("the file is truncated here: its footer is missing; read 0 rows, 0 of")
     with pytest.raises(ConfigError, match="no column 'other'"):
         list(read_blocks(tmp_path / "good.parquet", ["other", "text"]))
 

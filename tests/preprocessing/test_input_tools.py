@@ -93,8 +93,8 @@ def test_what_is_left_out_stands_in_the_last_line(tokenizer, tmp_path):
     done = preprocess(tokenizer, tmp_path / "out", *words, "--on-error", "skip", "--resume")
     assert done.returncode == 0, done.stderr
     last = done.stdout.decode().splitlines()[-1]
-    assert last.startswith(f"left out 3 empty texts; left out 46 bad lines, among them: {latin}: the file looks like")
-    assert f"{cut}, line 30: the file breaks off here; read: 29 lines" in last
+    assert last.startswith(f"skipped 3 empty texts; skipped 46 bad lines: {latin}: the file looks like")
+    assert f"{cut}, line 30: the file is truncated here; read 29 lines" in last
     assert f"{many}, line 10: 'text' is not text" in last
     assert done.stderr.decode().count("the domains 'WEB' and 'Web' differ only by case or spaces") == 1
 
@@ -122,7 +122,7 @@ def test_domains_beyond_the_soft_limit_of_open_files(tokenizer, tmp_path):
     assert len(load_manifest(tmp_path / "out" / "domains.json").domains) == 60
     done = preprocess(tokenizer, tmp_path / "less", *words, limit=(100, 100))
     assert done.returncode == 2
-    assert b"three open files for each domain, of the 100 that this process may have" in done.stderr
+    assert b"at most 100 open files in this process, three per domain" in done.stderr
     assert b"raise the hard limit" in done.stderr
 
 

@@ -19,7 +19,7 @@ from input_files import compressed, lines, long_window, options, parquet, pile, 
 
 from megatron_doremi.errors import ConfigError, RunError
 from megatron_doremi.preprocessing import decompression, record_blocks
-from megatron_doremi.preprocessing.decompression import TRUNCATED
+from megatron_doremi.preprocessing.decompression import DAMAGED, TRUNCATED
 from megatron_doremi.preprocessing.inputs import find_inputs
 from megatron_doremi.preprocessing.sources import read_blocks
 
@@ -125,7 +125,7 @@ def test_a_window_that_memory_does_not_allow_is_said(tmp_path, monkeypatch):
     path = put(tmp_path / "d.jsonl.zst", long_window(RAW))
     monkeypatch.setattr(decompression, "_free_memory", lambda: 1 << 30)
     (said,) = read(path)[1]
-    assert "a window of more than the 512 MiB that this machine's free memory allows" in said
+    assert "a window larger than the 512 MiB that this machine's free memory allows" in said
 
 
 @pytest.mark.parametrize("name", ["d.jsonl", "d.jsonl.zst", "d.jsonl.gz"])
@@ -140,8 +140,8 @@ BREAKS = {
     "cut.jsonl.zst": (zstandard.compress(RAW[:HALF]) + zstandard.compress(RAW[HALF:])[:-20], TRUNCATED),
     "cut.jsonl.gz": (gzip.compress(RAW)[:-9], TRUNCATED),
     "cut_header.jsonl.zst": (zstandard.compress(RAW)[:3], TRUNCATED),
-    "tail.jsonl.gz": (gzip.compress(RAW) + b"garbage", "the file is damaged from here on (gzip"),
-    "tail.jsonl.zst": (zstandard.compress(RAW) + b"garbage", "the file is damaged from here on (zstd"),
+    "tail.jsonl.gz": (gzip.compress(RAW) + b"garbage", f"{DAMAGED} (gzip"),
+    "tail.jsonl.zst": (zstandard.compress(RAW) + b"garbage", f"{DAMAGED} (zstd"),
     "open.json": (json.dumps(pile(ROWS)).encode()[:-5], f"{TRUNCATED}: its array is not closed"),
     "closed_twice.json": (json.dumps(pile(ROWS)).encode() + b"]", "text follows the end of the array"),
     "footer.parquet": (b"PAR1" + RAW, f"{TRUNCATED}"),
@@ -154,7 +154,7 @@ def test_a_break_says_how_much_was_read(name, tmp_path):
     documents, bad = read(put(tmp_path / name, data), *(["--domain-from-file"] if "parquet" in name else []))
     assert documents == PLAIN[: len(documents)]
     assert len(bad) == 1
-    share = rf"; read: (\d+) (line|element|row)s, [\d,]+ of {len(data):,} bytes on disk \(\d+ %\)"
+    share = rf"; read (\d+) (line|element|row)s, [\d,]+ of {len(data):,} bytes on disk \(\d+ %\)"
     found = re.search(re.escape(said) + r".*" + share, bad[0])
     assert found, bad
     assert int(found.group(1)) == len(documents)
@@ -235,10 +235,10 @@ def test_wrong_records_of_a_table_are_named(tmp_path):
     assert documents == [("a\nb", "Web"), ("d", "Code"), ("f", "Web")]
     assert [said.removeprefix(str(path)) for said in bad] == [
         ", line 4: not CSV (',' expected after '\"')",
-        ", line 5: 1 fields where the header has 2",
+        ", line 5: number of fields: 1, in the header: 2",
         f": the file looks like Latin-1 or Windows-1252, not UTF-8: {decompression.conversion('WINDOWS-1252')}",
         ", line 9: 'domain' is empty",
-        ", line 11: not CSV (unexpected end of data), to line 12",
+        ", line 11: not CSV (unexpected end of data), consumed up to line 12",
     ]
 
 
@@ -314,7 +314,7 @@ def test_half_a_surrogate_pair_in_a_name_is_a_fault_of_the_line(tmp_path):
     path = put(tmp_path / "d.jsonl", b'{"text": "x", "domain": "a\\ud800"}\n{"text": "x", "domain": "a"}\n')
     documents, (said,) = read(path, "--domain-key", "domain")
     assert documents == [("x", "a")]
-    assert said == f"{path}, line 1: the domain's name holds half a surrogate pair"
+    assert said == f"{path}, line 1: the domain name contains a lone surrogate"
 
 
 # --- folders, and files given twice
@@ -346,7 +346,7 @@ def test_remarks_on_what_is_left_out_of_folders(tmp_path, capsys):
     put(tmp_path / "d" / "README.md", b"x")
     put(tmp_path / "d" / "picture.png", b"x")
     options(tmp_path / "d")
-    assert "1 files are read, 2 of other kinds are not: README.md, picture.png" in capsys.readouterr().err
+    assert "ignoring 2 of 3 files, of other kinds: README.md, picture.png" in capsys.readouterr().err
     put(tmp_path / "none" / "picture.png", b"x")
     for split in ("train", "test"):
         parquet(tmp_path / "splits" / f"{split}-00000-of-00001.parquet", [{"text": "x"}])
@@ -364,7 +364,7 @@ def test_a_file_is_read_once(tmp_path):
     (tmp_path / "b" / "linked.jsonl").symlink_to(path)
     (tmp_path / "b" / "hard.jsonl").hardlink_to(path)
     for others in (["a/plain.jsonl"], ["b/linked.jsonl"], ["b/hard.jsonl"], ["a"], ["b"]):
-        with pytest.raises(ConfigError, match=r"each file once: its documents would count twice"):
+        with pytest.raises(ConfigError, match=r"each file once, or its documents count twice"):
             options(path, *(tmp_path / other for other in others))
     put(tmp_path / "c.jsonl", RAW)
     assert len(options(path, tmp_path / "c.jsonl").files) == 2

@@ -91,7 +91,7 @@ def test_a_copied_shard_folder_is_no_shard(out, name):
 def test_the_tool_names_what_it_passes_over(out):
     shutil.copytree(out / "shards" / "train-00001-of-00002", out / "shards" / "train-00001-of-00002.bak")
     done = run("merge_datasets.py", "--output-dir", out)
-    assert "train-00001-of-00002.bak is not the folder of a task and is not read" in done.stderr
+    assert "train-00001-of-00002.bak, which is not the folder of a task" in done.stderr
 
 
 def test_a_folder_under_another_tasks_name_is_refused(out):
@@ -318,7 +318,7 @@ def test_a_domain_of_one_held_out_document_stays_in_train(tmp_path, model):
     flags = ["--input", file, "--tokenizer-model", model, "--valid-fraction", 0.5, "--append-eod"]
     done = run("preprocess_data.py", *flags, "--output-dir", tmp_path / "one")
     assert done.returncode == 0, done.stderr
-    assert "domain 'a/b': all of it fell to the held-out part; it stays in the train split" in done.stdout
+    assert "domain 'a/b': all of its documents would be held out; keeping them in the train split" in done.stdout
     manifest = load_manifest(tmp_path / "one" / "domains.json")
     assert manifest.names == ("a b", "a/b")
     assert [domain.documents for domain in manifest.domains][1] == 1
@@ -331,6 +331,6 @@ def test_a_domain_of_one_held_out_document_stays_in_train(tmp_path, model):
         assert done.returncode == 0, done.stderr
     done = run("merge_datasets.py", "--output-dir", tmp_path / "two")
     assert done.returncode == 0, done.stderr
-    assert "stays in the train split" in done.stdout
+    assert "keeping them in the train split" in done.stdout
     shutil.rmtree(tmp_path / "two" / "shards")
     assert contents(tmp_path / "two") == contents(tmp_path / "one")

@@ -21,7 +21,7 @@ import zstandard
 from megatron_doremi.data.indexed_dataset import IndexedDataset
 from megatron_doremi.data.manifest import load_manifest
 from megatron_doremi.preprocessing.documents import DocumentReader, DomainKey
-from megatron_doremi.preprocessing.sources import BadLine, Block, entries, read_blocks
+from megatron_doremi.preprocessing.sources import BadLine, Block, parse_block, read_blocks
 from megatron_doremi.preprocessing.tokenizer import SentencePieceTokenizer
 from megatron_doremi.storage.files import sha256_of
 from megatron_doremi.storage.folder_lock import LOCK
@@ -150,12 +150,12 @@ def test_ids_order_and_counts_from_files_of_every_form(tmp_path, preprocess, tok
     for domain in load_manifest(tmp_path / "out" / "domains.json").domains:
         row = re.search(rf"^{re.escape(domain.name)} +(\S+) +(\S+) +(\S+) ", done.stdout, re.MULTILINE)
         assert row.groups() == (f"{domain.documents:,}", f"{domain.tokens:,}", f"{domain.bytes:,}")
-    assert done.stdout.splitlines()[-1] == f"left out {len(FORMS)} empty texts"
+    assert done.stdout.splitlines()[-1] == f"skipped {len(FORMS)} empty texts"
 
 
 def lines_of(file):
     """The numbers of a file's lines; the last one's is the place where a broken file breaks off."""
-    return [number for block in read_blocks(file, []) for number, _ in entries(block)]
+    return [number for block in read_blocks(file, []) for number, _ in parse_block(block)]
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -292,7 +292,7 @@ BAD_LINES = {
     "domain a list": (b'{"text": "ta", "meta": {"pile_set_name": ["Books"]}}', "'meta.pile_set_name' is not text"),
     "half a surrogate pair": (
         b'{"text": "\\ud800", "meta": {"pile_set_name": "Books"}}',
-        "'text' holds half a surrogate pair",
+        "'text' contains a lone surrogate",
     ),
     "invalid UTF-8": (b'{"text": "\xff\xfe", "meta": {"pile_set_name": "Books"}}', "not UTF-8"),
     "cut UTF-8": (b'{"text": "\xe4\xbd", "meta": {"pile_set_name": "Books"}}', "not UTF-8"),
@@ -327,7 +327,7 @@ def test_truncated_files_are_named_and_leave_nothing(tmp_path, preprocess):
         for size in (20, len(data) // 2, len(data) - 3):
             files.append(put(tmp_path, data[:size], f"{size}-{name}"))
             number = len(lines_of(files[-1]))
-            named.append(f"{files[-1]}, line {number}: the file breaks off here")
+            named.append(f"{files[-1]}, line {number}: the file is truncated here")
     fails(preprocess(files, tmp_path / "out"), *named, "9 bad lines")
     assert contents(tmp_path / "out") == {}
 
@@ -366,7 +366,7 @@ def test_on_error_skip_goes_on_and_reports(tmp_path, preprocess, tokenizer):
     file = put(tmp_path, b"\n".join([*lines[:4], b"bad", *lines[4:], b'{"text": 1}']))
     done = preprocess(file, tmp_path / "out", "--on-error", "skip")
     assert done.returncode == 0, done.stderr
-    assert "left out 2 bad lines" in done.stdout
+    assert "skipped 2 bad lines" in done.stdout
     assert f"{file}, line 5: not JSON" in done.stdout
     assert f"{file}, line 11: 'text' is not text" in done.stdout
     check_pairs(tmp_path / "out", documents, tokenizer, [])
@@ -386,8 +386,8 @@ def test_on_error_skip_keeps_what_came_before_a_break(tmp_path, preprocess, toke
     documents += documents_of(32, 5)
     done = preprocess(files, tmp_path / "out", "--on-error", "skip")
     assert done.returncode == 0, done.stderr
-    assert "left out 2 bad lines" in done.stdout
-    assert done.stdout.count("the file breaks off here") == 2
+    assert "skipped 2 bad lines" in done.stdout
+    assert done.stdout.count("the file is truncated here") == 2
     check_pairs(tmp_path / "out", documents, tokenizer, [])
 
 
@@ -442,5 +442,5 @@ def test_a_second_train_split_says_what_it_replaces(tmp_path, preprocess, made):
     folder, _ = made
     done = preprocess(put(tmp_path, jsonl_of([("ta ri", "Law")] * 4), "second.jsonl"), folder)
     assert done.returncode == 0, done.stderr
-    assert f"{folder / 'domains.json'} names a train split already (Books, Github)" in done.stderr
+    assert f"{folder / 'domains.json'} already contains a train split (Books, Github)" in done.stderr
     assert load_manifest(folder / "domains.json").names == ("Law",)

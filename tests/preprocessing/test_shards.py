@@ -31,7 +31,7 @@ from megatron_doremi.data.indexed_dataset import IndexedDataset
 from megatron_doremi.data.manifest import load_manifest
 from megatron_doremi.preprocessing import decompression, parquet_rows, record_blocks
 from megatron_doremi.preprocessing.documents import share_of
-from megatron_doremi.preprocessing.sources import Shard, Text, entries, read_blocks, read_shard
+from megatron_doremi.preprocessing.sources import Shard, Text, parse_block, read_blocks, read_shard
 from megatron_doremi.preprocessing.tokenizer import load_tokenizer
 from megatron_doremi.storage.folder_lock import LOCK
 from megatron_doremi.storage.formats import sealed
@@ -124,7 +124,7 @@ def test_shards_of_any_files_are_disjoint_and_together_all_blocks(tmp_path_facto
         every = [(block.file, block.first) for path in paths for block in read_blocks(path, ["text"])]
         shards = [list(read_shard(paths, ["text"], Shard(index, number))) for index in range(number)]
         assert [(block.file, block.first) for shard in shards for block, _ in shard] == every
-        read = [entry for shard in shards for block, _ in shard for _, entry in entries(block)]
+        read = [entry for shard in shards for block, _ in shard for _, entry in parse_block(block)]
         assert [entry.text if isinstance(entry, Text) else entry["text"] for entry in read] == texts
         chosen = data.draw(st.integers(0, number - 1))
         skip = data.draw(st.integers(0, len(shards[chosen])))
@@ -147,7 +147,7 @@ def test_merged_shards_are_what_one_run_writes(folder, whole, tmp_path, number):
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.*")} == whole
     # A task that is given again does nothing; a held-out split is added in the same way.
     again = preprocess(folder, tmp_path / "out", "--shard", 0, "--num-shards", number, "--resume")
-    assert "there already" in again.stdout
+    assert "already complete" in again.stdout
     assert {path: path.read_bytes() for path in (tmp_path / "out" / "shards").glob("*/*")} == shards
     for shard in range(2):
         preprocess(folder, tmp_path / "out", "--split", "valid", "--shard", shard, "--num-shards", 2)
@@ -245,8 +245,8 @@ def test_a_stopped_run_goes_on_and_ends_as_one_that_was_not(folder, whole, tmp_p
     code, _ = stopped(folder, out, how, "--resume")
     if code:  # the second one may be through before it can be stopped
         done = preprocess(folder, out, "--resume")
-        assert "going on after" in done.stdout
-        assert "going on after 0 documents" not in done.stdout
+        assert "resuming after" in done.stdout
+        assert "resuming after 0 documents" not in done.stdout
     assert contents(out) == whole
     assert not list(out.glob(".*"))
 
@@ -280,12 +280,12 @@ def test_other_settings_do_not_go_on_and_two_runs_do_not_meet(folder, tmp_path):
 def test_bad_lines_are_left_out_without_encoding_again(folder, tmp_path):
     file = put(tmp_path, (folder / "b.jsonl").read_bytes() + b"bad\n")
     words = ["--input", file, *command(folder, tmp_path / "out")[5:]]
-    fails(run("preprocess_data.py", *words), "1 bad lines", "--on-error skip --resume")
+    fails(run("preprocess_data.py", *words), "1 bad line:", "--on-error skip --resume")
     assert contents(tmp_path / "out") == {}
     done = run("preprocess_data.py", *words, "--resume", "--on-error", "skip")
     assert done.returncode == 0, done.stderr
-    assert "going on after 900 documents" in done.stdout
-    assert f"left out 1 bad lines, among them: {file}, line 901: not JSON" in done.stdout
+    assert "resuming after 900 documents" in done.stdout
+    assert f"skipped 1 bad line: {file}, line 901: not JSON" in done.stdout
 
 
 def test_a_full_disk_is_said_and_the_run_goes_on_when_there_is_room(folder, whole, tmp_path):
@@ -315,7 +315,7 @@ def test_a_full_disk_is_said_and_the_run_goes_on_when_there_is_room(folder, whol
     assert "--resume" in done.stderr
     assert "Traceback" not in done.stderr
     assert contents(out) == {}
-    assert "going on after" in preprocess(folder, out, "--resume").stdout
+    assert "resuming after" in preprocess(folder, out, "--resume").stdout
     assert contents(out) == whole
 
 

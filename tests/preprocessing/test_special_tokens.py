@@ -186,7 +186,7 @@ def test_added_tokens_that_are_text_stay_pieces(tmp_path):
 
 def test_a_token_that_text_makes_cannot_end_documents(tmp_path):
     kind, path = saved(tmp_path, byte_level(tmp_path))
-    with pytest.raises(ConfigError, match="no text becomes"):
+    with pytest.raises(ConfigError, match="no text encodes to"):
         load_tokenizer(kind, path, eod="a")
 
 
@@ -266,12 +266,12 @@ def test_lost_characters_above_a_share_are_refused_and_below_it_reported(tmp_pat
     _, model = bpe_that_drops(tmp_path)
     put(tmp_path, jsonl_of([("abc" * 30 + "\u4f60", "Books"), ("xyz" * 3, "Books")]))
     done = preprocess(tmp_path, model, "--append-eod")
-    fails(done, "loses 1 of 100 characters (1.00%), such as U+4F60 (1)", "--max-dropped-share 0.001", "in bytes")
-    assert "of the beginnings of the input, the tokenizer loses 1 of 100" in done.stderr
+    fails(done, "loses 1 of 100 characters (1.00%), such as U+4F60 (1)", "--max-dropped-share 0.001", "as bytes")
+    assert "in a sample of the input, the tokenizer loses 1 of 100" in done.stderr
     assert contents(tmp_path / "out") == {}
     done = preprocess(tmp_path, model, "--append-eod", "--resume", "--max-dropped-share", 0.02)
     assert done.returncode == 0, done.stderr
-    assert "going on after 2 documents" in done.stdout
+    assert "resuming after 2 documents" in done.stdout
     assert done.stdout.splitlines()[-1] == "the tokenizer lost 1 of 100 characters (1.00%), such as U+4F60 (1)"
 
 
