@@ -76,9 +76,9 @@ def _add_window_options(command: argparse.ArgumentParser) -> None:
     add("--domain-weights", default="uniform", metavar="WEIGHTS", help=weights_help)
     mismatch_help = "accept weights that were learned with another tokenizer (default: refuse them)"
     add("--allow-tokenizer-mismatch", action="store_true", help=mismatch_help)
-    iters_help = "steps of the training run; only unimax needs them (default: 0)"
+    iters_help = "--train-iters of the training run; only unimax needs it (default: 0)"
     add("--train-iters", type=int, default=0, metavar="N", help=iters_help)
-    epochs_help = "epochs to which the training run caps each domain; only unimax needs them (default: 0)"
+    epochs_help = "--max-epochs-per-domain of the training run; only unimax needs it (default: 0)"
     add("--max-epochs-per-domain", type=float, default=0.0, metavar="E", help=epochs_help)
     add("--seq-length", required=True, type=int, metavar="N", help="tokens per sample")
     add("--global-batch-size", required=True, type=int, metavar="N", help="samples per step")

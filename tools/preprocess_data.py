@@ -91,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max-documents", type=int, metavar="N", help="encode only the first N documents (default: all)")
     resume_help = "resume an interrupted run, or start a new one if there is none (default: always start over)"
     add("--resume", action="store_true", help=resume_help)
-    journal_help = "seconds between two journals: a killed run loses at most this much work (default: 15)"
+    journal_help = "seconds between saves of the journal: a killed run loses at most this much work (default: 15)"
     add("--journal-seconds", type=float, default=15.0, metavar="S", help=journal_help)
     add("--shard", type=int, default=0, metavar="I", help="index of this task of an array job, from 0 (default: 0)")
     add("--num-shards", type=int, default=1, metavar="N", help="number of tasks of the array job (default: 1)")
@@ -329,7 +329,7 @@ def finish(
             "use a tokenizer that encodes unknown characters as bytes, as tools/train_tokenizer.py makes them, or give "
             "--resume with a higher --max-dropped-share, which encodes nothing again"
         )
-        rule = f"at most the fraction --max-dropped-share {args.max_dropped_share:g}"
+        rule = f"a fraction of at most --max-dropped-share {args.max_dropped_share:g}"
         raise ConfigError(Fault(f"--tokenizer-model {args.tokenizer_model}", value, rule, remedy))
     if not outputs.by_key and shard.count == 1:
         workspace.remove()

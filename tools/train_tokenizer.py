@@ -174,7 +174,7 @@ def train_byte_level(args: argparse.Namespace, texts: list[bytes]) -> bytes:
 
 
 def is_tokenizer(path: Path) -> bool:
-    """Returns whether a file is a tokenizer of the kind that this tool writes under such a name."""
+    """Returns whether a file is a tokenizer of the kind that its suffix indicates."""
     try:
         if path.suffix == ".json":
             Tokenizer.from_file(str(path))

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Submits the whole of DoReMi: each job waits for the one before it.
+# Submits all stages of DoReMi; each job waits for the one before it.
 #
 #     export SITE=my_site.sh SBATCH_ACCOUNT=... SBATCH_PARTITION=...
 #     bash examples/slurm/run_all.sh examples/pile/pile.sh
 #
-# Run again after a job failed, it resumes that job; finished stages are skipped. STAGES submits only some stages:
+# After a job has failed, run it again: finished stages are skipped and the failed one resumes. STAGES selects stages:
 #     STAGES="proxy main" bash examples/slurm/run_all.sh examples/pile/pile.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -14,12 +14,13 @@ STAGES=${STAGES:-preprocess reference score proxy main}
 source examples/slurm/common.sh
 mkdir -p "$OUT/logs"
 
-# First of all: a name that is wrong must not be found after others were submitted.
+# Check all names before submitting anything.
 for stage in $STAGES; do
     case $stage in
     preprocess | reference | score | proxy | main) ;;
     *)
-        echo "error: STAGES holds '$stage'; there are preprocess, reference, score, proxy, main; nothing was submitted" >&2
+        echo "error: unknown stage '$stage' in STAGES; nothing was submitted" >&2
+        echo "       the stages are preprocess, reference, score, proxy, main" >&2
         exit 2
         ;;
     esac
@@ -27,11 +28,11 @@ done
 
 previous=
 submitted=()
-# failed MESSAGE: says what is in the queue already, and how to take it out.
+# failed MESSAGE: prints the error, the jobs that are already in the queue and how to cancel them, then exits.
 failed() {
     echo "error: $1" >&2
     if [ "${#submitted[@]}" -gt 0 ]; then
-        echo "these jobs were submitted before and wait: ${submitted[*]}; to cancel them: scancel ${submitted[*]}" >&2
+        echo "these jobs are already in the queue; to cancel them: scancel ${submitted[*]}" >&2
     fi
     exit 1
 }
@@ -44,12 +45,12 @@ submit() {
         shift
     done
     shift
-    # Once a job has failed, those that wait for it leave the queue too.
+    # If a job fails, SLURM removes the jobs that depend on it from the queue.
     options+=(${previous:+"--dependency=afterok:$previous"} --kill-on-invalid-dep=yes --export=ALL)
     output=$(sbatch --parsable "${options[@]}" --output="$OUT/logs/%x-%j.log" "examples/slurm/$name.sbatch" "$@") \
         || failed "sbatch refused $name $*"
-    # The number, with the cluster's name after a semicolon; some sites' sbatch prints more.
-    numbers=$(grep -E -x '[0-9]+(;.*)?' <<< "$output") || failed "sbatch named no job for $name: $output"
+    # sbatch prints the job ID, then a semicolon and the cluster if there are several. At some sites it prints more.
+    numbers=$(grep -E -x '[0-9]+(;.*)?' <<< "$output") || failed "sbatch printed no job ID for $name: $output"
     previous=${numbers##*$'\n'}
     previous=${previous%%;*}
     submitted+=("$previous")
@@ -70,4 +71,5 @@ for stage in $STAGES; do
     main) submit main "${MAIN_JOB[@]}" "${SIGNAL[@]}" -- ;;
     esac
 done
-echo "squeue --me shows them; logs are in $OUT/logs. At the end: $PYTHON tools/report.py $OUT/proxy $OUT/main"
+echo "squeue --me lists these jobs; their logs are in $OUT/logs"
+echo "after the last one: $PYTHON tools/report.py $OUT/proxy $OUT/main"

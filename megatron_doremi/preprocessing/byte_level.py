@@ -1,4 +1,4 @@
-"""Byte-level BPE with tiktoken's core, for Hugging Face tokenizers to which it provably gives the same ids.
+"""Encodes with tiktoken's core instead of a byte-level BPE of Hugging Face, if that provably gives the same ids.
 
 Hugging Face applies a list of merges (Sennrich et al. 2016); tiktoken merges the adjacent pair that forms the known
 piece of lowest rank. The two differ if a piece can be formed by a pair that is not in the list of merges. They agree if

@@ -134,7 +134,7 @@ def _faults_of_files(files: Sequence[InputFile]) -> list[Fault]:
             faults.append(Fault("--input", value, rule, "remove the duplicate"))
     if len(faults) > _MAX_FAULTS:
         hidden = len(faults) - _MAX_FAULTS
-        faults[_MAX_FAULTS:] = [Fault("--input", f"{hidden} more such faults", "none", "fix those above first")]
+        faults[_MAX_FAULTS:] = [Fault("--input", f"{hidden} more such faults", "no faults", "fix those above first")]
     return faults
 
 

@@ -146,13 +146,13 @@ def save_shard(data: ShardData) -> None:
 def load_shard(folder: Path) -> ShardData:
     """Reads the shard.json of a task. It can only refer to files in its own folder. Raises ConfigError."""
     path = folder / "shard.json"
-    entry = read_checked(path, f"shard {path}", ShardEntry, "run that task again")
-    tokenizer = tokenizer_info(entry.tokenizer, folder)
+    content = read_checked(path, f"shard {path}", ShardEntry, "run that task again")
+    tokenizer = tokenizer_info(content.tokenizer, folder)
     pairs: dict[Key, Pair] = {}
-    for pair in entry.pairs:
+    for pair in content.pairs:
         pairs[pair.domain, pair.split] = Pair(folder / pair.prefix, pair.documents, pair.bytes)
-    shard = Shard(entry.shard, entry.num_shards)
-    return ShardData(folder, shard, entry.split, entry.run, tokenizer, pairs, tuple(entry.order))
+    shard = Shard(content.shard, content.num_shards)
+    return ShardData(folder, shard, content.split, content.run, tokenizer, pairs, tuple(content.order))
 
 
 def shard_folders(output_dir: Path, split: str) -> list[Path]:

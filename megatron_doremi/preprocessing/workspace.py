@@ -78,7 +78,7 @@ class Workspace:
             folder: the hidden folder.
             settings: everything that the result depends on, as JSON values; a run resumes only with equal settings.
             resume: whether to resume an earlier run in the folder; if False, its files are removed.
-            seconds: interval between two journals; a killed run repeats at most this much work.
+            seconds: interval between saves of the journal; a killed run repeats at most this much work.
 
         Raises:
             ConfigError: another run is writing there, or the earlier run had other settings.

@@ -1,4 +1,4 @@
-"""Input files that people have, small; each test writes its own."""
+"""Builders of small input files in every supported format, and readers that use the tools' options."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ SENTENCE = 'The "quick" brown fox, \u00fcber the lazy dog;\nand a river \\ runs 
 
 
 def records(count=40, text="Document #. " + SENTENCE):
-    """Records of two domains in The Pile's form."""
+    """Records of two domains, with the text and the domain at the top level."""
     return [{"text": text.replace("#", str(i)), "domain": ("Web", "Code")[i % 2]} for i in range(count)]
 
 
 def pile(rows):
-    """The same with The Pile's key."""
+    """The same records with the domain in meta.pile_set_name, as in The Pile."""
     return [{"text": row["text"], "meta": {"pile_set_name": row["domain"]}} for row in rows]
 
 
@@ -48,7 +48,7 @@ def parquet(path, rows, **options):
 
 
 def long_window(data):
-    """One frame that asks for a window of 1 GiB."""
+    """Compresses data to one zstd frame that requires a window of 1 GiB."""
     parameters = zstandard.ZstdCompressionParameters(window_log=30, write_content_size=False, enable_ldm=True)
     out = io.BytesIO()
     with zstandard.ZstdCompressor(compression_params=parameters).stream_writer(out, closefd=False) as writer:
@@ -63,14 +63,14 @@ def put(path, data):
 
 
 def options(*words):
-    """What the input options say."""
+    """Resolves input options given as command-line arguments."""
     parser = argparse.ArgumentParser()
     add_input_options(parser)
     return read_input_options(parser.parse_args(["--input", *map(str, words)]))
 
 
 def read(*words):
-    """([(text, domain)] of all documents, [what is wrong]) by the input options."""
+    """Reads all inputs. Returns ([(text, domain) of each document], [description of each bad line])."""
     inputs = options(*words)
     documents, bad = [], []
     for file in inputs.files:
@@ -84,7 +84,7 @@ def read(*words):
 
 
 def compressed(data, name):
-    """As the name says."""
+    """Compresses data as the suffix of the name indicates."""
     if name.endswith(".gz"):
         return gzip.compress(data, mtime=0)
     return zstandard.compress(data) if name.endswith((".zst", ".zstd")) else data

@@ -1,4 +1,4 @@
-"""Mutated input files, and what a plain reading by other code makes of them."""
+"""Mutates input files and compares what we read with a reference reader that uses only the libraries."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ FILES = {
 }
 
 
-class Unknown(Exception):
-    """The plain reading fails: whatever we read, something has to be said of the file."""
+class Unreadable(Exception):
+    """The reference reader rejects the file."""
 
 
 def _lines(data):
@@ -52,49 +52,49 @@ def _lines(data):
 
 
 def _reference(name, data):
-    """The documents of a file by the libraries alone, all of it at once."""
+    """Reads the documents of a file with the libraries alone, all at once."""
     if name == "json":
         return [(entry["text"], entry["domain"]) for entry in json.loads(data.decode("utf-8"))]
     if name == "csv":
-        # Lines end with a newline, and whatever a quote holds stays as it is.
+        # newline="": line breaks within quotes stay as they are.
         rows = list(csv.reader(io.StringIO(data.decode("utf-8"), newline=""), strict=True))
         header, rows = rows[0], [row for row in rows[1:] if row]
         if any(len(row) != len(header) for row in rows):
-            raise Unknown
+            raise Unreadable
         return [(entry["text"], entry["domain"]) for entry in (dict(zip(header, row, strict=True)) for row in rows)]
     if name == "jsonl.zst" and data:
         frame = zstandard.ZstdDecompressor().decompressobj(read_across_frames=True)
         content = frame.decompress(data)
         if not data.startswith(b"\x28\xb5\x2f\xfd") or frame.unconsumed_tail:
-            raise Unknown
+            raise Unreadable
         return _lines(content)
     if name == "jsonl.gz":
         return _lines(gzip.decompress(data))
     if name == "parquet":
         rows = pyarrow.parquet.read_table(io.BytesIO(data), columns=["text", "domain"]).to_pylist()
-        # Text without a mark of its encoding is UTF-8.
+        # Binary columns hold UTF-8.
         return [[x.decode() if isinstance(x, bytes) else x for x in (row["text"], row["domain"])] for row in rows]
     return _lines(data)
 
 
 def reference(name, data):
-    """Documents, or None where the plain reading fails or finds what is no document."""
+    """Returns the documents, or None if the reference reader rejects the file or a record is not a document."""
     try:
-        found = _reference(name, data)
-    except (Unknown, ValueError, KeyError, TypeError, IndexError, RecursionError, OSError, EOFError, csv.Error):
+        pairs = _reference(name, data)
+    except (Unreadable, ValueError, KeyError, TypeError, IndexError, RecursionError, OSError, EOFError, csv.Error):
         return None
     except (zlib.error, zstandard.ZstdError, pyarrow.ArrowException):
         return None
     good = [
         (text, domain.strip())
-        for text, domain in found
+        for text, domain in pairs
         if isinstance(text, str) and isinstance(domain, str) and domain.strip()
     ]
-    return good if len(good) == len(found) else None
+    return good if len(good) == len(pairs) else None
 
 
 def one(name, path, data):
-    """Reads one mutated file. Returns "same", "other" or "refused"; fails where that is not what the file holds."""
+    """Reads one mutated file. Returns "same", "other", "lenient" or "refused"; fails if the reference disagrees."""
     path.write_bytes(data)
     expected = reference(name, data)
     try:
@@ -102,7 +102,7 @@ def one(name, path, data):
     except ConfigError:
         documents, bad = [], ["refused"]
     if bad:
-        # What was read beside the fault is what stands in the file: one of its texts unless bytes of it were changed.
+        # We may skip documents that the reference reads, but not invent any.
         assert expected is None or "refused" in bad or len(documents) <= len(expected), (bad, expected)
         return "refused"
     if expected is not None:
@@ -114,7 +114,7 @@ def one(name, path, data):
 
 
 def fuzz(folder, name, cases, seed=0):
-    """Reads so many mutations of a file; returns how often each answer came."""
+    """Reads `cases` mutations of a file; returns the number of each outcome of `one`."""
     dice = random.Random(f"{name} {seed}")
     answers = {}
     for case in range(cases):

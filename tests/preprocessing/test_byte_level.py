@@ -1,4 +1,4 @@
-"""Byte-level BPE: ids equal to Hugging Face's own, whichever encoder makes them, and text that is only text.
+"""Byte-level BPE: both encoders give the ids of the tokenizers library, and special tokens in text stay text.
 
 Run alone: python -m pytest tests/preprocessing/test_byte_level.py
 """
@@ -25,7 +25,7 @@ SPECIAL = "<|endoftext|>"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with a sample and a tokenizer.json trained on it."""
+    """A folder with a text sample and a tokenizer.json trained on it."""
     folder = tmp_path_factory.mktemp("byte-level")
     (folder / "sample.jsonl").write_text(sample_lines())
     done = train(folder, name="tokenizer.json", vocabulary=600)
@@ -48,7 +48,7 @@ def fast(folder):
 
 @pytest.fixture(scope="module")
 def oracle(folder):
-    """The library itself, told to read special tokens as text."""
+    """The tokenizers library itself, which encodes special tokens as text."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.encode_special_tokens = True
     return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
@@ -59,7 +59,7 @@ def of(definition, folder, kind=HUGGING_FACE, **options):
 
 
 @pytest.mark.parametrize("text", [*AWKWARD, f"a{SPECIAL}b", SPECIAL * 3], ids=range(len(AWKWARD) + 2))
-def test_ids_of_awkward_text_are_the_librarys(fast, oracle, text):
+def test_ids_of_awkward_text_equal_the_librarys(fast, oracle, text):
     assert fast.encode(text).tolist() == oracle(text)
     assert fast.decode(fast.encode(text)) == text
     assert fast.eod not in fast.encode(text)
@@ -67,17 +67,17 @@ def test_ids_of_awkward_text_are_the_librarys(fast, oracle, text):
 
 @given(st.text(st.characters(codec="utf-8"), max_size=60))
 @settings(max_examples=400, deadline=None)
-def test_ids_of_any_text_are_the_librarys(fast, oracle, text):
+def test_ids_of_any_text_equal_the_librarys(fast, oracle, text):
     assert fast.encode(text).tolist() == oracle(text)
 
 
 @given(st.text("tarimonel shu'sdt \n\t12.", max_size=200))
 @settings(max_examples=400, deadline=None)
-def test_ids_of_text_like_the_sample_are_the_librarys(fast, oracle, text):
+def test_ids_of_text_like_the_sample_equal_the_librarys(fast, oracle, text):
     assert fast.encode(text).tolist() == oracle(text)
 
 
-def test_batches_and_the_slow_way_give_the_same_ids(fast, folder):
+def test_both_encoders_give_the_same_ids_for_batches(fast, folder):
     slow = load_tokenizer(HUGGING_FACE, folder / "tokenizer.json", fast=False)
     assert slow.encoder == "tokenizers"
     for one, other in zip(fast.encode_batch(AWKWARD), slow.encode_batch(AWKWARD), strict=True):
@@ -90,10 +90,10 @@ def test_runs_of_spaces_that_overflow_tiktokens_engine(fast, oracle, run):
     assert fast.encode(text).tolist() == oracle(text)
 
 
-def test_classes_of_characters_are_compared_one_by_one(monkeypatch):
+def test_character_classes_are_compared_one_by_one(monkeypatch):
     assert byte_level.same_classes(byte_level.GPT2_PATTERN)
     assert byte_level.same_classes(r"\p{Lu}\d\S")
-    # A real difference between the two engines: which marks belong to words.
+    # The engines really differ here: they disagree on which marks are word characters.
     assert not byte_level.same_classes(r"\w")
     other = {r"\p{L}": r"(?!\x{1e9e})\p{L}"}
     monkeypatch.setattr(byte_level, "Regex", lambda name: Regex(other.get(name, name)))
@@ -101,7 +101,7 @@ def test_classes_of_characters_are_compared_one_by_one(monkeypatch):
     assert not byte_level.same_classes(byte_level.GPT2_PATTERN)
 
 
-# --- where tiktoken's ids would be others
+# --- tokenizers for which tiktoken would give other ids
 
 
 def changed(definition, **model):
@@ -111,7 +111,7 @@ def changed(definition, **model):
 
 
 def diverging(definition):
-    """'bc' comes before 'ab', 'abc' is made of 'ab' and 'c': by merges 'abc' is 'a' 'bc', by ranks it is 'abc'."""
+    """A BPE that encodes 'abc' as 'a' 'bc' by merges, but as 'abc' by ranks."""
     alphabet = sorted(byte_level.byte_alphabet())
     vocab = {character: number for number, character in enumerate(alphabet)}
     merges = [["b", "c"], ["a", "b"], ["ab", "c"]]
@@ -120,29 +120,29 @@ def diverging(definition):
     return changed(definition, vocab={SPECIAL: len(vocab), **vocab}, merges=merges) | {"added_tokens": []}
 
 
-def test_a_vocabulary_on_which_the_two_differ_is_told(definition, folder, monkeypatch):
+def test_a_vocabulary_on_which_the_encoders_differ_is_detected(definition, folder, monkeypatch):
     tokenizer = of(diverging(definition), folder, eod=0)
     assert tokenizer.encoder == "tokenizers"
     assert len(tokenizer.encode("abc")) == 2
-    # That they do differ: without the check of each piece, tiktoken would have encoded it as one.
+    # They do differ: without the check of each piece, tiktoken encodes the text as one id.
     made = diverging(definition)
 
-    class Blind:
+    class EveryPieceIsOneToken:
         class model:
             tokenize = staticmethod(lambda piece: [type("Piece", (), {"id": made["model"]["vocab"][piece]})])
 
-    core = byte_level.tiktoken_core(Blind, made)
+    core = byte_level.tiktoken_core(EveryPieceIsOneToken, made)
     assert len(byte_level.encode(core, "abc")) == 1
     assert not byte_level.same_encoding(core, Tokenizer.from_str(json.dumps(made)), ["abc"])
 
 
-def test_merges_that_come_before_their_parts_are_told(definition, folder):
+def test_merges_that_precede_their_parts_are_detected(definition, folder):
     merges = list(reversed(definition["model"]["merges"]))
     assert of(changed(definition, merges=merges), folder).encoder == "tokenizers"
 
 
 def swapped(definition):
-    """The first two merges' ids change sides: as ranks they would be tried in the wrong order."""
+    """Swaps the ids of the first two merges, so that as ranks they are in the wrong order."""
     vocab = dict(definition["model"]["vocab"])
     first, second = ("".join(merge) for merge in definition["model"]["merges"][:2])
     vocab[first], vocab[second] = vocab[second], vocab[first]
@@ -163,7 +163,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("case", OTHERS)
-def test_what_tiktoken_cannot_do_is_left_to_the_library(definition, folder, case):
+def test_the_library_encodes_what_tiktoken_cannot(definition, folder, case):
     made = OTHERS[case](definition)
     tokenizer = of(made, folder)
     assert tokenizer.encoder == "tokenizers"
@@ -174,7 +174,7 @@ def test_what_tiktoken_cannot_do_is_left_to_the_library(definition, folder, case
         assert tokenizer.encode(text).tolist() == plain.encode(text, add_special_tokens=False).ids
 
 
-def test_a_split_by_a_pattern_of_its_own(definition, folder):
+def test_a_tokenizer_with_its_own_pattern(definition, folder):
     pattern = r"\p{N}{1,3}|[^\s\p{N}]+|\s+"
     steps = [
         {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
@@ -189,8 +189,8 @@ def test_a_split_by_a_pattern_of_its_own(definition, folder):
     assert tokenizer.encode(text).tolist() == plain.encode(text).ids
 
 
-def test_a_sample_that_is_cut_otherwise_is_seen_before_the_start(definition, folder, monkeypatch):
-    """A pattern that ends words after a letter stands for a difference between two regex engines."""
+def test_a_sample_that_is_split_differently_is_detected(definition, folder, monkeypatch):
+    """A pattern of one-letter words stands in for a difference between the two regex engines."""
     monkeypatch.setattr(byte_level, "GPT2_PATTERN", byte_level.GPT2_PATTERN.replace(r" ?\p{L}+", r" ?\p{L}"))
     tokenizer = of(definition, folder)
     tokenizer.choose_encoder(["1 2 3"])
@@ -215,29 +215,29 @@ def test_gpt2s_two_files_are_one_tokenizer(definition, fast, tmp_path):
     assert (tokenizer.vocab_size, tokenizer.eod) == (fast.vocab_size, fast.eod)
     for text in [*AWKWARD, SPECIAL]:
         assert tokenizer.encode(text).tolist() == fast.encode(text).tolist()
-    # What is put beside the data needs no second file, and is the same tokenizer.
+    # The copy beside the data is a single file and the same tokenizer.
     (tmp_path / "kept.json").write_bytes(tokenizer.data)
     again = load_tokenizer(GPT2, tmp_path / "kept.json", eod=tokenizer.eod)
     assert (again.sha256, again.eod) == (tokenizer.sha256, tokenizer.eod)
-    # Merges given by name.
+    # Merges in a file with another name.
     (tmp_path / "merges.txt").rename(tmp_path / "other.bpe")
     assert load_tokenizer(GPT2, tmp_path / "vocab.json", tmp_path / "other.bpe").sha256 == tokenizer.sha256
     with pytest.raises(ConfigError, match="--merge-file"):
         load_tokenizer(GPT2, tmp_path / "vocab.json")
 
 
-def test_the_end_of_documents_is_found_or_given(definition, folder):
-    nameless = json.loads(json.dumps(definition).replace(SPECIAL, "<|over|>"))
+def test_the_end_of_document_token_is_found_or_given(definition, folder):
+    renamed = json.loads(json.dumps(definition).replace(SPECIAL, "<|over|>"))
     with pytest.raises(ConfigError, match="--eod-token"):
-        of(nameless, folder)
-    assert of(nameless, folder, eod="<|over|>").eod == 0
+        of(renamed, folder)
+    assert of(renamed, folder, eod="<|over|>").eod == 0
     with pytest.raises(ConfigError, match="'nothing'"):
         of(definition, folder, eod="nothing")
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b"\xff", b'{"a": "b"}', b'{"model": {"type": "BPE"}}'])
 @pytest.mark.parametrize("kind", [HUGGING_FACE, GPT2])
-def test_files_that_are_no_tokenizer_are_refused(tmp_path, content, kind):
+def test_files_that_are_not_tokenizers_are_refused(tmp_path, content, kind):
     (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(ConfigError, match=r"--tokenizer-model|--merge-file"):
         load_tokenizer(kind, tmp_path / "tokenizer.json")

@@ -1,4 +1,4 @@
-"""Lines into documents: domains by key, by rules, by file name; splits by hash; Parquet.
+"""From records to documents: domains by key, rule and file name; splits by hash; Parquet.
 
 Run alone: python -m pytest tests/preprocessing/test_documents.py
 """
@@ -48,7 +48,7 @@ def rule(key, pattern, domain):
 # --- rules
 
 
-def test_the_first_rule_that_matches_says_the_domain(tmp_path):
+def test_the_first_rule_that_matches_gives_the_domain(tmp_path):
     rules = rules_of(
         tmp_path,
         rule("meta.url", r"wikipedia\.org/", "Wikipedia"),
@@ -62,23 +62,23 @@ def test_the_first_rule_that_matches_says_the_domain(tmp_path):
         ({"meta": {"url": "https://en.wikipedia.org/wiki/X"}, "lang": "en"}, "a", "Wikipedia"),
         ({"meta": {"url": "https://x.edu/"}, "lang": "en"}, "a", "Web .edu"),
         ({"meta": {"url": "https://x.com/"}, "lang": "fr"}, "a", "Text fr"),
-        ({"meta": "no object", "lang": 5}, "in/books-1.jsonl", "Books"),
+        ({"meta": "not an object", "lang": 5}, "in/books-1.jsonl", "Books"),
         ({}, "a", "Rest"),
     ):
         assert rules.domain_of(entry, file) == domain
 
 
-def test_a_line_that_no_rule_matches_is_bad_unless_there_is_a_rest(tmp_path):
+def test_a_line_that_no_rule_matches_is_bad_without_a_default(tmp_path):
     with pytest.raises(BadLine, match="no domain rule matches"):
         rules_of(tmp_path, rule("a", "b", "c")).domain_of({"a": "x"}, "")
 
 
-def test_a_rule_that_makes_an_empty_name_is_said(tmp_path):
+def test_a_rule_that_yields_an_empty_name_makes_a_bad_line(tmp_path):
     with pytest.raises(BadLine, match="empty domain"):
         rules_of(tmp_path, rule("a", "(b?)", r"\1")).domain_of({"a": "x"}, "")
 
 
-def test_an_expression_that_never_ends_is_stopped(tmp_path, monkeypatch):
+def test_a_regular_expression_times_out(tmp_path, monkeypatch):
     monkeypatch.setattr("megatron_doremi.preprocessing.documents._TIMEOUT_SECONDS", 0.2)
     rules = rules_of(tmp_path, rule("a", "^(a|aa)+$", "c"), otherwise="d")
     with pytest.raises(BadLine, match=r"took more than 0\.2 s"):
@@ -90,14 +90,14 @@ WRONG = {
     "another format": {"format": "x"},
     "a missing pattern": {"rules": [{"key": "a", "domain": "b"}]},
     "a number": {"rules": [{"key": "a", "pattern": 5, "domain": "b"}]},
-    "an expression that is none": {"rules": [rule("a", "(", "b")]},
-    "a group that is not there": {"rules": [rule("a", "b", r"\1")]},
-    "a name that is not there": {"rules": [rule("a", "(b)", r"\g<c>")]},
-    "a template with an escape that is none": {"rules": [rule("a", "b", "a\\q")]},
+    "an invalid expression": {"rules": [rule("a", "(", "b")]},
+    "a missing group": {"rules": [rule("a", "b", r"\1")]},
+    "a missing named group": {"rules": [rule("a", "(b)", r"\g<c>")]},
+    "a template with an invalid escape": {"rules": [rule("a", "b", "a\\q")]},
     "a template that ends in a backslash": {"rules": [rule("a", "b", "a\\")]},
-    "a template with a character that is none": {"rules": [rule("a", "b", r"\U00110000")]},
-    "half a surrogate pair": {"rules": [rule("a", "b", "\ud800")]},
-    "an empty rest": {"otherwise": ""},
+    "a template with an invalid character": {"rules": [rule("a", "b", r"\U00110000")]},
+    "a lone surrogate": {"rules": [rule("a", "b", "\ud800")]},
+    "an empty default": {"otherwise": ""},
 }
 
 
@@ -119,11 +119,11 @@ def test_wrong_rules_are_refused(tmp_path, case):
         ("x/pes2o_v2.jsonl", "pes2o_v"),
     ],
 )
-def test_a_files_name_up_to_its_number(file, domain):
+def test_the_domain_is_the_file_name_up_to_its_number(file, domain):
     assert rule_by_file(FILE_PATTERN).domain_of({}, file) == domain
 
 
-def test_a_pattern_over_the_path():
+def test_a_pattern_for_the_path():
     assert rule_by_file(r".*/(\w+)/[^/]+").domain_of({}, "in/en/a.jsonl") == "en"
     with pytest.raises(BadLine):
         rule_by_file(r"other/(.*)").domain_of({}, "in/en/a.jsonl")
@@ -131,8 +131,8 @@ def test_a_pattern_over_the_path():
         rule_by_file("no group")
 
 
-def test_a_rule_that_is_slow_again_and_again_stops_the_run(tmp_path, monkeypatch):
-    """In one block, and over several of them."""
+def test_a_rule_that_times_out_repeatedly_stops_the_run(tmp_path, monkeypatch):
+    """Within one block, and over several blocks."""
     monkeypatch.setattr("megatron_doremi.preprocessing.documents._TIMEOUT_SECONDS", 0.05)
     rules = rules_of(tmp_path, rule("a", "^(a|aa)+$", "c"), rule("a", "a", "d"))
     lines = [json.dumps({"text": "x", "a": "a" * 60 + end}) + "\n" for end in "bbcb"]
@@ -140,14 +140,14 @@ def test_a_rule_that_is_slow_again_and_again_stops_the_run(tmp_path, monkeypatch
     block = Block("f", 1, "".join(lines[:2]).encode(), 0)
     slow = [bad.rule for _, bad in reader.documents(block)]
     assert slow == ["the pattern '^(a|aa)+$' on 'a'"] * 2
-    seen = Counter(slow)
-    for each in (
-        lambda: count_timeouts(seen, slow[:1]),
+    timeouts = Counter(slow)
+    for exceed in (
+        lambda: count_timeouts(timeouts, slow[:1]),
         lambda: list(reader.documents(replace(block, data=block.data * 2))),
     ):
         with pytest.raises(ConfigError, match=re.escape(slow[0])) as caught:
-            each()
-        # As a worker's error reaches the process that started it.
+            exceed()
+        # Workers send the error to the main process.
         assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
@@ -180,7 +180,7 @@ def test_wrong_lists_are_refused(tmp_path, entry):
         load_domain_list(tmp_path / "list.json")
 
 
-def test_a_domain_that_is_not_in_the_list_is_named():
+def test_a_domain_that_is_not_in_the_list_makes_a_bad_line():
     reader = DocumentReader("text", DomainKey("domain"), known=frozenset(["a"]))
     block = Block("f", 1, b'{"text": "x", "domain": "a"}\n{"text": "x", "domain": "b"}\n', 0)
     (_, first), (number, second) = reader.documents(block)
@@ -191,14 +191,14 @@ def test_a_domain_that_is_not_in_the_list_is_named():
 # --- splits
 
 
-def test_the_hash_holds_out_its_part_and_only_the_text_decides():
+def test_a_hash_of_the_text_alone_holds_out_the_valid_fraction():
     reader = DocumentReader("text", DomainKey("domain"), valid_fraction=0.1)
     texts = [f"text number {n}" for n in range(5000)]
     splits = {text: reader.read({"text": text, "domain": "a"}, "x").split for text in texts}
     held_out = {text for text, split in splits.items() if split == "valid"}
     assert 400 < len(held_out) < 600
     assert {text for text in texts if share_of(text.encode()) < 0.1} == held_out
-    # A larger part holds the smaller one, another domain and file change nothing.
+    # A larger fraction contains a smaller one; the domain and the file do not matter.
     wider = DocumentReader("text", DomainKey("domain"), valid_fraction=0.2)
     assert all(wider.read({"text": text, "domain": "b"}, "y").split == "valid" for text in held_out)
 
@@ -209,7 +209,7 @@ def test_shares_are_the_same_on_every_machine():
     ]
 
 
-# blake2b with a digest of 6 bytes (coreutils' b2sum -l 48 agrees), over 2^48.
+# blake2b digests of 6 bytes, divided by 2^48; coreutils' b2sum -l 48 gives the same.
 EXPECTED_SHARES = [int(digest, 16) / 2**48 for digest in ("ddd9c40767f9", "433911c6eb0d", "fd327df7a50a")]
 
 
@@ -226,17 +226,17 @@ def test_rows_of_a_parquet_file_are_documents(tmp_path):
     write_parquet(tmp_path / "d.parquet", rows, row_group_size=300)
     reader = DocumentReader("text", DomainKey("meta.name"))
     blocks = list(read_blocks(tmp_path / "d.parquet", reader.columns))
-    found = [pair for block in blocks for pair in reader.documents(block)]
-    assert [number for number, _ in found] == list(range(1, 1001))
-    assert str(found[7][1]) == "'text' is not text"
-    del found[7], rows[7]
-    assert [(d.text, d.domain, d.size) for _, d in found] == [
+    documents = [pair for block in blocks for pair in reader.documents(block)]
+    assert [number for number, _ in documents] == list(range(1, 1001))
+    assert str(documents[7][1]) == "'text' is not text"
+    del documents[7], rows[7]
+    assert [(d.text, d.domain, d.size) for _, d in documents] == [
         (row["text"], row["meta"]["name"], len(row["text"].encode())) for row in rows
     ]
     assert blocks[-1].position == (tmp_path / "d.parquet").stat().st_size
 
 
-def test_big_parquet_files_come_in_blocks(tmp_path):
+def test_large_parquet_files_are_split_into_blocks(tmp_path):
     rows = [{"text": chr(97 + n % 26) * 1000 + str(n), "domain": "a"} for n in range(5000)]
     write_parquet(tmp_path / "d.parquet", rows)
     blocks = list(read_blocks(tmp_path / "d.parquet", ["text", "domain"]))
@@ -244,19 +244,20 @@ def test_big_parquet_files_come_in_blocks(tmp_path):
     assert sum(block.data.num_rows for block in blocks) == 5000
 
 
-def test_damaged_parquet_files_are_named(tmp_path):
+def test_damaged_parquet_files_are_reported(tmp_path):
     write_parquet(tmp_path / "good.parquet", [{"text": "x" * 5000, "domain": "a"}] * 200, compression="none")
     data = (tmp_path / "good.parquet").read_bytes()
     reader = DocumentReader("text", DomainKey("domain"))
     for damaged in (data[: len(data) // 2], b"PAR1", b""):
         (tmp_path / "bad.parquet").write_bytes(damaged)
-        found = [x for block in read_blocks(tmp_path / "bad.parquet", reader.columns) for x in reader.documents(block)]
-        assert str(found[-1][1]).startswith("the file is truncated here: its footer is missing; read 0 rows, 0 of")
+        blocks = read_blocks(tmp_path / "bad.parquet", reader.columns)
+        *_, (_, bad) = (pair for block in blocks for pair in reader.documents(block))
+        assert str(bad).startswith("the file is truncated here: its footer is missing; read 0 rows, 0 of")
     with pytest.raises(ConfigError, match="no column 'other'"):
         list(read_blocks(tmp_path / "good.parquet", ["other", "text"]))
 
 
-def test_text_of_a_parquet_file_that_is_no_utf8(tmp_path):
+def test_text_of_a_parquet_file_that_is_not_utf8(tmp_path):
     column = pyarrow.array([b"good", b"\xff\xfe"], pyarrow.binary()).view(pyarrow.string())
     pyarrow.parquet.write_table(pyarrow.table({"text": column, "domain": ["a", "a"]}), tmp_path / "d.parquet")
     reader = DocumentReader("text", DomainKey("domain"))

@@ -1,4 +1,4 @@
-"""tools/embedded_corpus.py: real text without a download, the same at every call, and two planted domains.
+"""tools/embedded_corpus.py: real text without a download, deterministic, with two planted domains.
 
 Run alone: python -m pytest tests/preprocessing/test_embedded_corpus.py
 """
@@ -34,27 +34,27 @@ def gather(folder, *words):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """The folder of a corpus with a fifth of it held out."""
+    """The folder of a corpus of which a fifth is held out."""
     folder = tmp_path_factory.mktemp("corpus")
     done = gather(folder / "one", "--domain-bytes", SIZE, "--valid-fraction", "0.2")
     assert done.returncode == 0, done.stderr
-    (folder / "said").write_text(done.stdout)
+    (folder / "stdout").write_text(done.stdout)
     return folder
 
 
 @pytest.fixture(scope="module")
 def splits(corpus):
     """The texts of each domain in each split."""
-    found = {}
+    texts = {}
     for split in ("train", "valid"):
-        found[split] = defaultdict(list)
+        texts[split] = defaultdict(list)
         for line in (corpus / "one" / f"{split}.jsonl").read_bytes().splitlines():
             document = READER.read(json.loads(line), "")
-            found[split][document.domain].append(document.text)
-    return found
+            texts[split][document.domain].append(document.text)
+    return texts
 
 
-def test_lines_have_the_piles_form(corpus):
+def test_lines_have_the_format_of_the_pile(corpus):
     assert sorted(path.name for path in (corpus / "one").iterdir()) == ["train.jsonl", "valid.jsonl"]
     for split in ("train", "valid"):
         data = (corpus / "one" / f"{split}.jsonl").read_bytes()
@@ -70,24 +70,24 @@ def test_domains_are_the_six_natural_and_the_two_planted(splits):
     assert set(splits["valid"]) <= NATURAL | PLANTED
 
 
-def test_each_domain_has_about_the_bytes_asked_for(splits):
-    """The last document may go over; none is longer than 8,000 characters."""
+def test_each_domain_has_about_the_requested_bytes(splits):
+    """The last document may exceed them; none is longer than 8,000 characters."""
     for domain in NATURAL | PLANTED:
         texts = splits["train"][domain] + splits["valid"][domain]
         assert SIZE <= sum(len(text.encode()) for text in texts) <= SIZE + 4 * 8000
         assert all(200 <= len(text) <= 8000 for text in texts)
 
 
-def test_what_is_printed_is_what_was_written(corpus, splits):
-    said = (corpus / "said").read_text()
+def test_the_printed_table_matches_the_files(corpus, splits):
+    table = (corpus / "stdout").read_text()
     for domain in NATURAL | PLANTED:
         train, valid = splits["train"][domain], splits["valid"][domain]
         size = sum(len(text.encode()) for text in train + valid)
-        row = re.search(rf"^{re.escape(domain)}\s+(\S+)\s+(\S+)\s+(\S+)$", said, re.MULTILINE)
+        row = re.search(rf"^{re.escape(domain)}\s+(\S+)\s+(\S+)\s+(\S+)$", table, re.MULTILINE)
         assert row.groups() == (f"{len(train) + len(valid):,}", f"{size:,}", f"{len(valid):,}")
 
 
-def test_no_text_is_on_both_sides_or_there_twice(splits):
+def test_no_text_is_in_both_splits_or_duplicated(splits):
     held_out = [text for texts in splits["valid"].values() for text in texts]
     trained = [text for texts in splits["train"].values() for text in texts]
     assert held_out
@@ -97,7 +97,7 @@ def test_no_text_is_on_both_sides_or_there_twice(splits):
         assert len(texts) == len(set(texts))
 
 
-def test_about_the_fraction_is_held_out(splits):
+def test_about_the_requested_fraction_is_held_out(splits):
     trained, held_out = (sum(map(len, splits[split].values())) for split in ("train", "valid"))
     assert 0.08 < held_out / (trained + held_out) < 0.35
 
@@ -109,7 +109,7 @@ def test_domains_are_shuffled_together(splits, corpus):
     assert changes > len(domains) / 2
 
 
-def test_second_call_gives_the_same_bytes(corpus):
+def test_a_second_run_gives_the_same_bytes(corpus):
     words = ["--domain-bytes", SIZE, "--valid-fraction", "0.2"]
     assert gather(corpus / "two", *words).returncode == 0
     for name in ("train.jsonl", "valid.jsonl"):
@@ -117,7 +117,7 @@ def test_second_call_gives_the_same_bytes(corpus):
 
 
 def test_noise_is_uniform_over_its_symbols(splits):
-    """Its entropy is within 1 % of the most that 95 symbols can have, and pairs do not repeat."""
+    """Its entropy is within 1 % of the maximum for 95 symbols, and no pair of symbols is frequent."""
     text = "".join(splits["train"]["noise"] + splits["valid"]["noise"])
     symbols = string.ascii_letters + string.digits + string.punctuation + " "
     counts = Counter(text)
@@ -128,7 +128,7 @@ def test_noise_is_uniform_over_its_symbols(splits):
     assert max(pairs.values()) < 10 * len(text) / len(symbols) ** 2
 
 
-def test_boilerplate_is_one_sentence_with_counters(splits):
+def test_boilerplate_is_one_sentence_with_a_counter(splits):
     sentence = r"Order (\d+) was received\. Thank you for your order; it will be sent within 3 working days\."
     for text in splits["train"]["boilerplate"] + splits["valid"]["boilerplate"]:
         lines = text.splitlines()
@@ -136,7 +136,7 @@ def test_boilerplate_is_one_sentence_with_counters(splits):
         assert numbers == list(range(numbers[0], numbers[0] + 20))
 
 
-def test_natural_domains_are_what_they_are_called(splits):
+def test_natural_domains_contain_what_their_names_say(splits):
     marks = {
         "Python source": r"^\s*(def|class|import) ",
         "C++ headers": r"#include|namespace|#pragma once",

@@ -1,6 +1,6 @@
-"""Mutated input files of every format: what the libraries alone read of them, or a fault; never anything else.
+"""Mutated input files of every format give either the documents that the libraries read from them, or a fault.
 
-Run alone: python -m pytest tests/preprocessing/test_fuzz_inputs.py. With thousands: tests/soak/fuzz_inputs.py
+Run alone: python -m pytest tests/preprocessing/test_fuzz_inputs.py. For more cases: tests/soak/fuzz_inputs.py
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The tools on input files of every kind: counts, exit codes, and that nothing is left out silently.
+"""The tools on input files of every format: counts, exit codes, and no silent skipping.
 
 Run alone: python -m pytest tests/preprocessing/test_input_tools.py
 """
@@ -36,7 +36,7 @@ def run(tool, *words, limit=None, **environment):
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    """Trained on a table, by the same options."""
+    """A tokenizer trained on a CSV and a Parquet file with the same input options."""
     folder = tmp_path_factory.mktemp("tokenizer")
     words = ["--input", put(folder / "t.csv", table([{"text": row["text"], "domain": "Web"} for row in ROWS]))]
     words += [parquet(folder / "t.parquet", [{"text": "abc"}]), "--domain-key", "domain", "--default-domain", "Rest"]
@@ -51,7 +51,7 @@ def preprocess(tokenizer, output, *words, **named):
     return run("preprocess_data.py", *given, "--workers", 1, *words, **named)
 
 
-def test_files_of_every_kind_are_one_input(tokenizer, tmp_path):
+def test_files_of_every_format_form_one_input(tokenizer, tmp_path):
     files = [
         put(tmp_path / "a.jsonl", b"\xef\xbb\xbf" + RAW),
         put(tmp_path / "b.json", json.dumps(pile(ROWS)).encode()),
@@ -72,14 +72,14 @@ def test_files_of_every_kind_are_one_input(tokenizer, tmp_path):
         for domain in load_manifest(tmp_path / name / "domains.json").domains:
             pairs[name, domain.name] = domain, domain.train.with_suffix(".bin").read_bytes()
     for name in ("Code", "Web"):
-        (all_of, all_ids), (one, ids) = pairs["out", name], pairs["one", name]
-        assert (all_of.documents, all_of.bytes, all_of.tokens) == (8 * one.documents, 8 * one.bytes, 8 * one.tokens)
+        (merged, all_ids), (one, ids) = pairs["out", name], pairs["one", name]
+        assert (merged.documents, merged.bytes, merged.tokens) == (8 * one.documents, 8 * one.bytes, 8 * one.tokens)
         assert all_ids[: 7 * len(ids)] == 7 * ids
         assert len(all_ids) == 8 * len(ids)
 
 
-def test_what_is_left_out_stands_in_the_last_line(tokenizer, tmp_path):
-    """And damaged files are named before lines, however many of those there are."""
+def test_the_last_line_of_output_reports_what_was_skipped(tokenizer, tmp_path):
+    """It lists damaged files before bad lines, however many bad lines there are."""
     bad = [{"text": 5, "meta": {"pile_set_name": "Web"}}] * 15
     empty = [{"text": "", "meta": {"pile_set_name": "Web"}}] * 3
     many = put(tmp_path / "many.jsonl", lines([*bad, *empty, {"text": "x", "meta": {"pile_set_name": "WEB"}}]))
@@ -99,8 +99,8 @@ def test_what_is_left_out_stands_in_the_last_line(tokenizer, tmp_path):
     assert done.stderr.decode().count("the domains 'WEB' and 'Web' differ only by case or spaces") == 1
 
 
-def test_names_that_the_console_cannot_spell(tokenizer, tmp_path):
-    """A file's name that is not UTF-8, and domains beyond ASCII on a console of ASCII."""
+def test_names_that_the_console_cannot_display(tokenizer, tmp_path):
+    """A file name that is not UTF-8, and a domain name that is not ASCII on an ASCII console."""
     folder = os.fsencode(tmp_path) + b"/caf\xe9"
     os.mkdir(folder)
     with open(folder + b"/\xff.jsonl", "wb") as file:
@@ -114,7 +114,7 @@ def test_names_that_the_console_cannot_spell(tokenizer, tmp_path):
     assert load_manifest(tmp_path / "out" / "domains.json").names == ("\u4e66 \u00e9",)
 
 
-def test_domains_beyond_the_soft_limit_of_open_files(tokenizer, tmp_path):
+def test_more_domains_than_the_soft_limit_of_open_files(tokenizer, tmp_path):
     rows = [{"text": "text", "meta": {"pile_set_name": f"domain {number}"}} for number in range(60)]
     words = ["--input", put(tmp_path / "d.jsonl", lines(rows))]
     done = preprocess(tokenizer, tmp_path / "out", *words, limit=(100, 1000))
@@ -126,7 +126,7 @@ def test_domains_beyond_the_soft_limit_of_open_files(tokenizer, tmp_path):
     assert b"raise the hard limit" in done.stderr
 
 
-def test_long_names_are_files_in_the_folder(tokenizer, tmp_path):
+def test_any_domain_name_gives_files_in_the_output_folder(tokenizer, tmp_path):
     names = ["x" * 300 + end for end in "ab"] + ["\u4e66" * 300, "../up", "/root", ".", ".."]
     rows = [{"text": name, "meta": {"pile_set_name": name}} for name in names]
     done = preprocess(tokenizer, tmp_path / "out", "--input", put(tmp_path / "d.jsonl", lines(rows)))

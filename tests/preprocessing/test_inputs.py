@@ -1,4 +1,4 @@
-"""Input files of every kind that people have: read as plain text is, or said as what they are.
+"""Input files of every format that occurs in practice: read correctly, or rejected with a precise reason.
 
 Run alone: python -m pytest tests/preprocessing/test_inputs.py
 """
@@ -60,27 +60,26 @@ AS_PLAIN = {
 
 
 @pytest.mark.parametrize("name", AS_PLAIN)
-def test_read_as_plain(name, tmp_path):
+def test_read_like_plain_json_lines(name, tmp_path):
     assert read(put(tmp_path / name, AS_PLAIN[name])) == (PLAIN, [])
 
 
-def test_read_as_plain_with_the_columns_of_tables(tmp_path):
+def test_tables_are_read_like_json_lines(tmp_path):
     for name in ("table.csv", "table.csv.zst"):
         assert read(put(tmp_path / name, compressed(table(ROWS), name)), "--domain-key", "domain") == (PLAIN, [])
-    types = {"text": [pyarrow.large_string(), pyarrow.binary(), pyarrow.dictionary(pyarrow.int32(), pyarrow.string())]}
-    for kind in types["text"]:
-        text = pyarrow.array([row["text"] for row in ROWS]).cast(kind)
+    for text_type in (pyarrow.large_string(), pyarrow.binary(), pyarrow.dictionary(pyarrow.int32(), pyarrow.string())):
+        text = pyarrow.array([row["text"] for row in ROWS]).cast(text_type)
         columns = {"text": text, "domain": [row["domain"] for row in ROWS], "id": list(range(len(ROWS)))}
         pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "t.parquet")
         assert read(tmp_path / "t.parquet", "--domain-key", "domain") == (PLAIN, [])
 
 
-def test_integers_are_names_of_domains(tmp_path):
+def test_integers_are_valid_domain_names(tmp_path):
     rows = [{"text": row["text"], "domain": i % 2} for i, row in enumerate(ROWS)]
     parquet(tmp_path / "d.parquet", rows)
     for path in (put(tmp_path / "d.jsonl", lines(rows)), tmp_path / "d.parquet", put(tmp_path / "d.csv", table(rows))):
         assert read(path, "--domain-key", "domain") == ([(row["text"], str(row["domain"])) for row in rows], [])
-    # A truth value or a fraction is not a name.
+    # Booleans and fractions are not.
     for value in ("true", "0.5", "[1]"):
         line = b'{"text": "x", "domain": ' + value.encode() + b"}\n"
         assert read(put(tmp_path / "e.jsonl", line), "--domain-key", "domain")[1] == [
@@ -88,10 +87,10 @@ def test_integers_are_names_of_domains(tmp_path):
         ]
 
 
-# --- what is said as what it is
+# --- faults of files
 
 
-FOREIGN = {
+WRONG_FORMATS = {
     "utf16.jsonl": (RAW.decode().encode("utf-16"), r"looks like UTF-16: convert it with iconv -f UTF-16 -t UTF-8"),
     "utf16le.jsonl": (RAW.decode().encode("utf-16-le"), r"looks like UTF-16LE: convert"),
     "utf16be.csv": (b"\xfe\xff" + table(ROWS).decode().encode("utf-16-be"), r"looks like UTF-16: convert"),
@@ -112,31 +111,31 @@ FOREIGN = {
 }
 
 
-@pytest.mark.parametrize("name", FOREIGN)
-def test_said_once_a_file(name, tmp_path):
-    data, said = FOREIGN[name]
+@pytest.mark.parametrize("name", WRONG_FORMATS)
+def test_a_file_in_a_wrong_format_is_reported_once(name, tmp_path):
+    data, reason = WRONG_FORMATS[name]
     documents, bad = read(put(tmp_path / name, data))
     assert documents == []
     assert len(set(bad)) == 1
-    assert re.fullmatch(rf"{re.escape(str(tmp_path / name))}: the file {said}.*", bad[0])
+    assert re.fullmatch(rf"{re.escape(str(tmp_path / name))}: the file {reason}.*", bad[0])
 
 
-def test_a_window_that_memory_does_not_allow_is_said(tmp_path, monkeypatch):
+def test_a_window_that_exceeds_the_memory_is_reported(tmp_path, monkeypatch):
     path = put(tmp_path / "d.jsonl.zst", long_window(RAW))
     monkeypatch.setattr(decompression, "_free_memory", lambda: 1 << 30)
-    (said,) = read(path)[1]
-    assert "a window larger than the 512 MiB that this machine's free memory allows" in said
+    (message,) = read(path)[1]
+    assert "a window larger than the 512 MiB that this machine's free memory allows" in message
 
 
 @pytest.mark.parametrize("name", ["d.jsonl", "d.jsonl.zst", "d.jsonl.gz"])
 def test_a_disk_that_fails_is_not_a_broken_file(name, tmp_path):
-    """Reading /proc/self/mem from its start is an input/output error, on every Linux."""
+    """On Linux, reading /proc/self/mem from its start is an input/output error."""
     (tmp_path / name).symlink_to("/proc/self/mem")
     with pytest.raises(RunError, match=r"cannot read .*: Input/output error"):
         list(read_blocks(tmp_path / name, []))
 
 
-BREAKS = {
+BROKEN_FILES = {
     "cut.jsonl.zst": (zstandard.compress(RAW[:HALF]) + zstandard.compress(RAW[HALF:])[:-20], TRUNCATED),
     "cut.jsonl.gz": (gzip.compress(RAW)[:-9], TRUNCATED),
     "cut_header.jsonl.zst": (zstandard.compress(RAW)[:3], TRUNCATED),
@@ -148,42 +147,42 @@ BREAKS = {
 }
 
 
-@pytest.mark.parametrize("name", BREAKS)
-def test_a_break_says_how_much_was_read(name, tmp_path):
-    data, said = BREAKS[name]
+@pytest.mark.parametrize("name", BROKEN_FILES)
+def test_a_broken_file_reports_how_much_was_read(name, tmp_path):
+    data, reason = BROKEN_FILES[name]
     documents, bad = read(put(tmp_path / name, data), *(["--domain-from-file"] if "parquet" in name else []))
     assert documents == PLAIN[: len(documents)]
     assert len(bad) == 1
     share = rf"; read (\d+) (line|element|row)s, [\d,]+ of {len(data):,} bytes on disk \(\d+ %\)"
-    found = re.search(re.escape(said) + r".*" + share, bad[0])
-    assert found, bad
-    assert int(found.group(1)) == len(documents)
+    match = re.search(re.escape(reason) + r".*" + share, bad[0])
+    assert match, bad
+    assert int(match.group(1)) == len(documents)
     assert name.startswith(("cut_header", "footer")) or len(documents) >= 10
 
 
 # --- lines
 
 
-def test_a_line_of_any_length_takes_time_in_proportion(tmp_path, monkeypatch):
-    """Version 0.1 looked for the line's end from the start of the line with every 32 KiB."""
-    seen = 0
+def test_reading_takes_time_linear_in_the_length_of_a_line(tmp_path, monkeypatch):
+    """Version 0.1 searched for the end of the line from its start after every 32 KiB."""
+    size = 0
 
-    class Counting(bytearray):
+    class NoSearch(bytearray):
         def rfind(self, *_):
-            raise AssertionError("looked into the whole buffer")
+            raise AssertionError("searched the entire buffer")
 
-    monkeypatch.setattr(record_blocks, "bytearray", Counting, raising=False)
+    monkeypatch.setattr(record_blocks, "bytearray", NoSearch, raising=False)
     with gzip.open(tmp_path / "d.jsonl.gz", "wb", compresslevel=1) as file:
         file.write(b'{"text": "')
         for _ in range(30):
             file.write(b"a " * 500_000)
         file.write(b'", "meta": {"pile_set_name": "Web"}}\n' + RAW)
     for block in read_blocks(tmp_path / "d.jsonl.gz", []):
-        seen += len(block.data)
-    assert seen == 30_000_000 + len(b'{"text": "", "meta": {"pile_set_name": "Web"}}\n' + RAW)
+        size += len(block.data)
+    assert size == 30_000_000 + len(b'{"text": "", "meta": {"pile_set_name": "Web"}}\n' + RAW)
 
 
-def test_a_line_without_end_is_left_out_in_bounded_memory(tmp_path, monkeypatch):
+def test_an_endless_line_is_skipped_in_bounded_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(record_blocks, "RECORD_BYTES", 1 << 22)
     monkeypatch.setattr("megatron_doremi.preprocessing.sources.RECORD_BYTES", 1 << 22)
     bomb = zstandard.compress(RAW + b"x" * 200_000_000 + b"\n" + RAW, 1)
@@ -197,8 +196,8 @@ def test_a_line_without_end_is_left_out_in_bounded_memory(tmp_path, monkeypatch)
     assert peak < 40_000_000
 
 
-def test_what_a_compressed_file_holds_is_bounded_at_a_time(tmp_path):
-    """A zstd block of four bytes holds 128 KiB; version 0.1 decompressed 32 KiB of such at once."""
+def test_decompression_yields_parts_of_bounded_size(tmp_path):
+    """A zstd block of four bytes may hold 128 KiB; version 0.1 decompressed 32 KiB of them at once."""
     path = put(tmp_path / "d.jsonl.zst", zstandard.compress(b" " * 300_000_000 + b"\n" + RAW))
     assert path.stat().st_size < 40_000
     with path.open("rb") as raw:
@@ -206,8 +205,8 @@ def test_what_a_compressed_file_holds_is_bounded_at_a_time(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["json", "csv"])
-def test_records_over_many_parts(kind, tmp_path, monkeypatch):
-    """Every cut between two reads falls somewhere, behind a backslash and within a quote too."""
+def test_records_that_span_many_parts(kind, tmp_path, monkeypatch):
+    """The boundaries between reads fall everywhere, including after a backslash and within quotes."""
     rows = records(12, '#\\" \\\\ "",\r\n\u4f60[{]\n')
     data = json.dumps(rows).encode() if kind == "json" else table(rows)
     path = put(tmp_path / f"d.{kind}", data)
@@ -218,22 +217,22 @@ def test_records_over_many_parts(kind, tmp_path, monkeypatch):
         assert read(path, "--domain-key", "domain") == ([(row["text"], row["domain"]) for row in rows], [])
 
 
-def test_wrong_elements_of_an_array_are_named(tmp_path):
+def test_wrong_elements_of_an_array_are_reported(tmp_path):
     good = json.dumps(ROWS[0])
     path = put(tmp_path / "d.json", f'[{good}, {{"text": 1}}, {{"a" 5}}, , "x", {good}]'.encode())
     documents, bad = read(path, "--domain-key", "domain")
     assert documents == PLAIN[:1] * 2
-    said = {2: "'text' is not text", 3: "not JSON", 4: "not JSON", 5: "no key 'text'"}
-    assert bad == [f"{path}, element {number}: {text}" for number, text in said.items()]
+    faults = {2: "'text' is not text", 3: "not JSON", 4: "not JSON", 5: "no key 'text'"}
+    assert bad == [f"{path}, element {number}: {text}" for number, text in faults.items()]
     assert read(put(tmp_path / "e.json", b" [ \n ] ")) == ([], [])
 
 
-def test_wrong_records_of_a_table_are_named(tmp_path):
+def test_wrong_records_of_a_table_are_reported(tmp_path):
     body = b'text,domain\n"a\nb",Web\n"x"y,Web\nc\n\nd,Code\n\xe9,Web\ne,\nf,Web\n"open,Web\ng,Web\n'
     path = put(tmp_path / "d.csv", body)
     documents, bad = read(path, "--domain-key", "domain")
     assert documents == [("a\nb", "Web"), ("d", "Code"), ("f", "Web")]
-    assert [said.removeprefix(str(path)) for said in bad] == [
+    assert [message.removeprefix(str(path)) for message in bad] == [
         ", line 4: not CSV (',' expected after '\"')",
         ", line 5: number of fields: 1, in the header: 2",
         f": the file looks like Latin-1 or Windows-1252, not UTF-8: {decompression.conversion('WINDOWS-1252')}",
@@ -245,22 +244,22 @@ def test_wrong_records_of_a_table_are_named(tmp_path):
 # --- Parquet
 
 
-def test_a_small_file_of_much_text_comes_in_blocks(tmp_path):
-    """A dictionary of one value for all rows: 80 MB of text in less than a kilobyte."""
+def test_a_small_file_with_much_text_is_split_into_blocks(tmp_path):
+    """A dictionary with one value for all rows: 80 MB of text in less than a kilobyte."""
     rows = pyarrow.table({"text": pyarrow.array(["a " * 50_000] * 800), "domain": pyarrow.array(["Web"] * 800)})
     pyarrow.parquet.write_table(rows, tmp_path / "d.parquet", compression="zstd")
     assert (tmp_path / "d.parquet").stat().st_size < 1000
     before = pyarrow.total_allocated_bytes()
-    most = count = 0
+    peak = count = 0
     for block in read_blocks(tmp_path / "d.parquet", ["domain", "text"]):
-        most = max(most, pyarrow.total_allocated_bytes() - before)
+        peak = max(peak, pyarrow.total_allocated_bytes() - before)
         count += block.data.num_rows
         assert block.data.nbytes <= 1 << 21
     assert count == 800
-    assert most < 60_000_000
+    assert peak < 60_000_000
 
 
-def test_wrong_columns_are_said_before_anything_is_read(tmp_path):
+def test_wrong_columns_are_reported_before_anything_is_read(tmp_path):
     parquet(tmp_path / "integers.parquet", [{"text": 5, "domain": "a"}])
     parquet(tmp_path / "other.parquet", [{"content": "x", "domain": "a"}])
     put(tmp_path / "other.csv", b"content,domain\nx,a\n")
@@ -281,18 +280,22 @@ def test_wrong_columns_are_said_before_anything_is_read(tmp_path):
 DEFAULT = ("--default-domain", "R")
 
 
-def test_a_domain_by_default(tmp_path, capsys):
+def test_the_default_domain(tmp_path, capsys):
     rows = [{"text": "a", "domain": value} for value in (None, "", "  ", "Web", 3)] + [{"text": "b"}]
     path = put(tmp_path / "d.jsonl", lines(rows))
     documents, bad = read(path, "--domain-key", "domain")
     assert [domain for _, domain in documents] == ["Web", "3"]
-    assert [said.split(": ")[1] for said in bad] == ["'domain' is null", *["'domain' is empty"] * 2, "no key 'domain'"]
+    assert [message.split(": ")[1] for message in bad] == [
+        "'domain' is null",
+        *["'domain' is empty"] * 2,
+        "no key 'domain'",
+    ]
     documents, bad = read(path, "--domain-key", "domain", "--default-domain", " Rest ")
     assert [domain for _, domain in documents] == ["Rest", "Rest", "Rest", "Web", "3", "Rest"]
     assert bad == []
-    # A table without the column at all, and a text that no rule names.
+    # A table without the domain column.
     assert read(parquet(tmp_path / "d.parquet", [{"text": "x"}]), "--default-domain", "R") == ([("x", "R")], [])
-    # One that lacks the column which was named may be a typing mistake: all of it went to one domain silently.
+    # If --domain-key names a missing column, it may be a typo, so there is a warning.
     options(parquet(tmp_path / "e.parquet", [{"text": "x", "domain": "Web"}]), "--domain-key", "domian", *DEFAULT)
     assert "e.parquet has no column 'domian': all of its documents go to 'R'" in capsys.readouterr().err
     options(tmp_path / "e.parquet", "--domain-key", "domain", *DEFAULT)
@@ -305,28 +308,28 @@ def test_a_domain_by_default(tmp_path, capsys):
             options(path, "--default-domain", name)
 
 
-def test_white_space_around_a_name_is_no_part_of_it(tmp_path):
+def test_white_space_around_a_domain_name_is_stripped(tmp_path):
     path = put(tmp_path / "d.jsonl", lines([{"text": "a", "domain": name} for name in ("Web", " Web ", "\tWeb\n")]))
     assert read(path, "--domain-key", "domain") == ([("a", "Web")] * 3, [])
 
 
-def test_half_a_surrogate_pair_in_a_name_is_a_fault_of_the_line(tmp_path):
+def test_a_lone_surrogate_in_a_domain_name_makes_a_bad_line(tmp_path):
     path = put(tmp_path / "d.jsonl", b'{"text": "x", "domain": "a\\ud800"}\n{"text": "x", "domain": "a"}\n')
-    documents, (said,) = read(path, "--domain-key", "domain")
+    documents, (message,) = read(path, "--domain-key", "domain")
     assert documents == [("x", "a")]
-    assert said == f"{path}, line 1: the domain name contains a lone surrogate"
+    assert message == f"{path}, line 1: the domain name contains a lone surrogate"
 
 
-# --- folders, and files given twice
+# --- folders and duplicate files
 
 
-def test_the_folder_says_the_domain(tmp_path):
+def test_the_folder_gives_the_domain(tmp_path):
     for domain in ("Web", "Code"):
-        own = [row for row in ROWS if row["domain"] == domain]
-        for number, row in enumerate(own):
+        rows = [row for row in ROWS if row["domain"] == domain]
+        for number, row in enumerate(rows):
             put(tmp_path / "text" / domain / f"{number:02}.{('txt', 'md')[number % 2]}", row["text"].encode())
-        parquet(tmp_path / "hf" / "data" / domain / "train-00000-of-00001.parquet", [{"text": r["text"]} for r in own])
-        put(tmp_path / "json" / domain / "deeper" / "a.jsonl", lines([{"text": row["text"]} for row in own]))
+        parquet(tmp_path / "hf" / "data" / domain / "train-00000-of-00001.parquet", [{"text": r["text"]} for r in rows])
+        put(tmp_path / "json" / domain / "deeper" / "a.jsonl", lines([{"text": row["text"]} for row in rows]))
     put(tmp_path / "hf" / "README.md", b"# A card")
     put(tmp_path / "hf" / ".cache" / "x.jsonl", b"hidden")
     code_first = sorted(PLAIN, key=lambda pair: pair[1])
@@ -334,14 +337,14 @@ def test_the_folder_says_the_domain(tmp_path):
         assert read(tmp_path / name) == (code_first, [])
     assert read(tmp_path / "text" / "Web", tmp_path / "text" / "Code")[0] == sorted(PLAIN, key=lambda p: p[1] != "Web")
     assert read(tmp_path / "text", "--domain-from-file", r".*/(\w)[^/]*/[^/]*")[0][0][1] == "C"
-    # Where a flag names a field, the folder is not asked; files that lie in the folder itself speak for themselves.
+    # A flag that names a field overrides the folder; files directly in the given folder use the default key.
     with pytest.raises(ConfigError, match="no column 'domain'"):
         read(tmp_path / "hf", "--domain-key", "domain")
     put(tmp_path / "flat" / "a.jsonl", RAW)
     assert read(tmp_path / "flat") == (PLAIN, [])
 
 
-def test_remarks_on_what_is_left_out_of_folders(tmp_path, capsys):
+def test_ignored_files_in_folders_are_reported(tmp_path, capsys):
     put(tmp_path / "d" / "a.jsonl", RAW)
     put(tmp_path / "d" / "README.md", b"x")
     put(tmp_path / "d" / "picture.png", b"x")
@@ -358,7 +361,7 @@ def test_remarks_on_what_is_left_out_of_folders(tmp_path, capsys):
         options(tmp_path / "none", tmp_path / "splits")
 
 
-def test_a_file_is_read_once(tmp_path):
+def test_duplicate_files_are_refused(tmp_path):
     path = put(tmp_path / "a" / "plain.jsonl", RAW)
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "linked.jsonl").symlink_to(path)
@@ -370,7 +373,7 @@ def test_a_file_is_read_once(tmp_path):
     assert len(options(path, tmp_path / "c.jsonl").files) == 2
 
 
-def test_inputs_that_cannot_be_opened_are_one_message(tmp_path, monkeypatch):
+def test_all_inputs_that_cannot_be_opened_are_reported_together(tmp_path, monkeypatch):
     good = put(tmp_path / "a.jsonl", RAW)
     opened = Path.open
 

@@ -1,4 +1,4 @@
-"""Array jobs and output folders: what is merged is what the tasks left, and one run at a time writes in a folder.
+"""Array jobs and output folders: only shards of one run are merged, and one run at a time writes to a folder.
 
 Run alone: python -m pytest tests/preprocessing/test_merging.py
 """
@@ -52,21 +52,21 @@ def info(folder, name="tokenizer.model", sha256="a" * 64):
 
 
 def make_shard(out, index, count, keys, split="train", sha256="a" * 64):
-    """A task's folder with one document of each key, made by the code that the tool uses."""
+    """Makes the folder of a task, with one document per key, using the code of the tool."""
     folder = shard_folder(out, split, Shard(index, count))
     folder.mkdir(parents=True)
     outputs = Outputs(folder, folder, UINT16)
     outputs.add(encoded(*keys))
     outputs.publish()
     (folder / "tokenizer.model").write_bytes(MODEL)
-    pairs = {key: Pair(each.prefix, each.documents, each.bytes) for key, each in outputs.by_key.items()}
+    pairs = {key: Pair(output.prefix, output.documents, output.bytes) for key, output in outputs.by_key.items()}
     save_shard(ShardData(folder, Shard(index, count), split, "b" * 64, info(folder, sha256=sha256), pairs, ()))
     return folder
 
 
 @pytest.fixture
 def out(tmp_path):
-    """Two of two shards."""
+    """An output folder with both shards of an array job of two tasks."""
     for index in range(2):
         make_shard(tmp_path / "out", index, 2, [("Books", "train"), ("Web", "train")])
     return tmp_path / "out"
@@ -82,19 +82,19 @@ def refused(out, split="train"):
 
 
 @pytest.mark.parametrize("name", ["train-00001-of-00002.bak", "train-00001-of-00002~", "old-train-00001-of-00002"])
-def test_a_copied_shard_folder_is_no_shard(out, name):
-    """Version 0.1 merged it: every document of the task twice."""
+def test_a_copy_of_a_shard_folder_is_ignored(out, name):
+    """Version 0.1 merged it and so duplicated every document of the task."""
     shutil.copytree(out / "shards" / "train-00001-of-00002", out / "shards" / name)
-    assert [each.shard.index for each in load_shards(out, "train")] == [0, 1]
+    assert [data.shard.index for data in load_shards(out, "train")] == [0, 1]
 
 
-def test_the_tool_names_what_it_passes_over(out):
+def test_the_tool_warns_of_folders_that_it_ignores(out):
     shutil.copytree(out / "shards" / "train-00001-of-00002", out / "shards" / "train-00001-of-00002.bak")
     done = run("merge_datasets.py", "--output-dir", out)
     assert "train-00001-of-00002.bak, which is not the folder of a task" in done.stderr
 
 
-def test_a_folder_under_another_tasks_name_is_refused(out):
+def test_a_folder_with_the_name_of_another_task_is_refused(out):
     shards = out / "shards"
     shutil.copytree(shards / "train-00001-of-00002", shards / "train-00007-of-00002")
     assert "train-00001-of-00002" in refused(out)
@@ -108,7 +108,7 @@ def test_a_folder_under_another_tasks_name_is_refused(out):
     assert "no shard 0" in refused(out)
 
 
-# --- what their files may say
+# --- the content of shard.json
 
 
 def rewritten(folder, change, seal=True):
@@ -120,8 +120,8 @@ def rewritten(folder, change, seal=True):
 
 
 @pytest.mark.parametrize("name", ["/etc/hostname", "../train-00000-of-00002/Books_train", "a/b", "..", ".", "", "a\0b"])
-def test_names_that_lead_out_of_the_folder_are_refused(out, tmp_path, name):
-    """Version 0.1 copied the tokenizer from any path into the data, and pairs from anywhere."""
+def test_names_that_point_outside_the_folder_are_refused(out, tmp_path, name):
+    """Version 0.1 copied the tokenizer and the pairs from any path."""
     folder = out / "shards" / "train-00001-of-00002"
     rewritten(folder, lambda entry: entry["tokenizer"].update(file=name))
     assert "tokenizer.file" in refused(out)
@@ -140,12 +140,12 @@ def test_names_that_lead_out_of_the_folder_are_refused(out, tmp_path, name):
         (lambda entry: entry.pop("tokenizer"), "tokenizer is missing"),
     ],
 )
-def test_what_a_shard_may_not_say(out, change, words):
+def test_an_invalid_shard_json_is_refused(out, change, words):
     rewritten(out / "shards" / "train-00001-of-00002", change)
     assert words in refused(out)
 
 
-def test_an_edited_shard_is_refused_and_one_of_version_0_1_is_read(out):
+def test_an_edited_shard_is_refused_and_one_from_version_0_1_is_read(out):
     folder = out / "shards" / "train-00001-of-00002"
     before = load_shard(folder)
     rewritten(folder, lambda entry: entry.update(format="megatron-doremi-shard/1"), seal=False)
@@ -190,8 +190,8 @@ def test_a_journal_resumes(tmp_path):
         (lambda entry: entry.pop("blocks"), "blocks is missing"),
     ],
 )
-def test_a_wrong_journal_is_refused_and_writes_nothing_elsewhere(tmp_path, change, words):
-    """Version 0.1 made the files of a prefix with ../ outside of the output folder."""
+def test_an_invalid_journal_is_refused_and_nothing_is_written_elsewhere(tmp_path, change, words):
+    """With ../ in a prefix, version 0.1 created files outside the output folder."""
     (tmp_path / "out").mkdir()
     journal = interrupted(tmp_path / "out")
     entry = json.loads(journal.read_text())
@@ -204,19 +204,19 @@ def test_a_wrong_journal_is_refused_and_writes_nothing_elsewhere(tmp_path, chang
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_journal_with_another_digit_is_refused(tmp_path):
-    """One block more or less would be text lost or text twice."""
+def test_an_edited_journal_is_refused(tmp_path):
+    """A wrong number of blocks would lose or duplicate text."""
     journal = interrupted(tmp_path)
     journal.write_text(journal.read_text().replace('"blocks": 3', '"blocks": 4'))
     with pytest.raises(ConfigError, match="damaged or edited"):
         workspace(tmp_path, resume=True)
 
 
-# --- one run a folder
+# --- one run per folder
 
 
-def test_two_runs_for_two_splits_do_not_write_in_one_folder(tmp_path):
-    """Else the ids of one tokenizer could end under the manifest of the other."""
+def test_two_runs_cannot_write_to_one_folder_even_for_two_splits(tmp_path):
+    """Otherwise a manifest could name the tokenizer of one run and the data of the other."""
     with workspace(tmp_path) as first:
         with pytest.raises(ConfigError, match=f"another run is writing.*on {socket.gethostname()}"):
             workspace(tmp_path, "valid")
@@ -225,12 +225,12 @@ def test_two_runs_for_two_splits_do_not_write_in_one_folder(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_lock_of_the_dead_is_taken_over_and_the_file_of_one_that_left_is_not_trusted(tmp_path, monkeypatch):
+def test_the_lock_of_a_dead_process_is_taken_over(tmp_path, monkeypatch):
     (tmp_path / LOCK).write_text(json.dumps({"host": socket.gethostname(), "process": 2**22 + 1, "job": "7"}))
     FolderLock(tmp_path, "--output-dir").release()
     assert not (tmp_path / LOCK).exists()
 
-    # A file system without locks: the file stands for the lock.
+    # On a file system without flock the file itself is the lock.
     def unsupported(*_):
         raise OSError(95, "Operation not supported")
 
@@ -247,7 +247,7 @@ def test_a_lock_of_the_dead_is_taken_over_and_the_file_of_one_that_left_is_not_t
 
 
 def test_the_tokenizer_is_compared_again_before_the_valid_split_is_published(tmp_path):
-    """Another run may have published a train split in between."""
+    """Another run may have published another train split in the meantime."""
     outputs = Outputs(tmp_path, tmp_path, UINT16)
     outputs.add(encoded(("Books", "train")))
     publish(outputs, manifest_after(tmp_path / "domains.json", "train", outputs.by_key, info(tmp_path)), "train")
@@ -284,17 +284,17 @@ def test_temporary_names_differ_between_hosts_processes_and_threads(tmp_path, mo
     monkeypatch.setattr(socket, "gethostname", lambda: "other/host")
     third = temporary_beside(path)
     assert "other-host" in third.name
-    for each in (first, second, third):
-        assert each.name.startswith(".")
-        each.write_bytes(b"")
+    for temporary in (first, second, third):
+        assert temporary.name.startswith(".")
+        temporary.write_bytes(b"")
     assert IndexedDatasetWriter(tmp_path / "set", UINT16)._ids != IndexedDatasetWriter(tmp_path / "set", UINT16)._ids
 
 
-# --- a domain that all falls to the held-out part
+# --- a domain whose documents are all selected for the valid split
 
 
 def held_out_alone(size=0.5):
-    """A text that falls to the held-out part, and one that does not."""
+    """Returns a text that is held out, and the texts that are not."""
     texts = [f"ta ri {number}" for number in range(100)]
     return next(t for t in texts if share_of(t.encode()) < size), [t for t in texts if share_of(t.encode()) >= size]
 
@@ -309,10 +309,10 @@ def model(tmp_path_factory):
     return folder / "t.model"
 
 
-def test_a_domain_of_one_held_out_document_stays_in_train(tmp_path, model):
-    """Version 0.1 encoded everything and then refused it, with --resume as well. An array job does the same."""
+def test_a_domain_with_one_held_out_document_stays_in_train(tmp_path, model):
+    """Version 0.1 encoded everything and then refused it, even with --resume. Array jobs behave like single runs."""
     alone, others = held_out_alone()
-    # The names make the same file name, so that the place of the pair matters too.
+    # Both domain names map to the same file name, so the final name of the pair matters too.
     documents = [(text, "a b") for text in others] + [(alone, "a/b")] + [(alone + " x", "a b")] * 2
     file = put(tmp_path, jsonl_of(documents))
     flags = ["--input", file, "--tokenizer-model", model, "--valid-fraction", 0.5, "--append-eod"]

@@ -1,4 +1,4 @@
-"""tools/preprocess_data.py: ids, order and counts, and that bad input leaves nothing behind.
+"""tools/preprocess_data.py: ids, order and counts; bad input leaves no output behind.
 
 Run alone: python -m pytest tests/preprocessing/test_preprocess.py
 """
@@ -53,7 +53,7 @@ def jsonl_of(documents):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Two tokenizers that differ."""
+    """A folder with two different tokenizers."""
     folder = tmp_path_factory.mktemp("models")
     (folder / "sample.jsonl").write_bytes(jsonl_of(documents_of(1, 400)))
     for name, size in (("one", 320), ("two", 330)):
@@ -70,7 +70,7 @@ def tokenizer(models):
 
 @pytest.fixture(scope="module")
 def preprocess(models):
-    """Runs the tool with the first tokenizer and one worker, unless told otherwise."""
+    """Returns a function that runs the tool, by default with the first tokenizer and one worker."""
 
     def go(files, output, *words, model="one", workers=1):
         files = files if isinstance(files, list) else [files]
@@ -87,7 +87,7 @@ def put(folder, data, name="input.jsonl"):
 
 
 def contents(folder):
-    """Every file under a folder, hidden ones too, with its bytes; not what a stopped run leaves to resume from."""
+    """Returns the bytes of every file below a folder, including hidden ones, except those of an unfinished run."""
     files = [path for path in folder.rglob("*") if path.is_file() and ".partial-" not in str(path)]
     files = [path for path in files if path.name != LOCK]
     return {path.name: path.read_bytes() for path in files}
@@ -101,7 +101,7 @@ def fails(done, *words):
 
 
 def check_pairs(folder, documents, tokenizer, end):
-    """The pairs hold the documents of each domain in the input's order, encoded by `tokenizer`."""
+    """Checks that the pairs hold the documents of each domain in the order of the input, encoded by `tokenizer`."""
     manifest = load_manifest(folder / "domains.json")
     assert list(manifest.names) == sorted({domain for _, domain in documents})
     for domain in manifest.domains:
@@ -120,7 +120,7 @@ def check_pairs(folder, documents, tokenizer, end):
 
 
 def frames_of(data, sizes):
-    """Frames that end at these places, in the middle of lines; one is empty."""
+    """Compresses data to frames of the given sizes, which end within lines."""
     compressor = zstandard.ZstdCompressor()
     starts = np.cumsum([0, *sizes])
     parts = [data[start:end] for start, end in zip(starts, [*starts[1:], len(data)], strict=True)]
@@ -137,8 +137,8 @@ FORMS = {
 }
 
 
-def test_ids_order_and_counts_from_files_of_every_form(tmp_path, preprocess, tokenizer):
-    """Several files are one input, in the order given; frames and members of a file follow each other."""
+def test_ids_order_and_counts_for_files_of_every_form(tmp_path, preprocess, tokenizer):
+    """Several files form one input, in the order given, and so do the frames or members of a file."""
     documents, files = [], []
     for seed, (name, form) in enumerate(FORMS.items()):
         part = [*documents_of(20 + seed), ("", "Books")]
@@ -154,7 +154,7 @@ def test_ids_order_and_counts_from_files_of_every_form(tmp_path, preprocess, tok
 
 
 def lines_of(file):
-    """The numbers of a file's lines; the last one's is the place where a broken file breaks off."""
+    """Returns the numbers of the lines of a file; for a truncated file the last one is the place of the truncation."""
     return [number for block in read_blocks(file, []) for number, _ in parse_block(block)]
 
 
@@ -170,7 +170,7 @@ def test_lines_of_each_form(tmp_path, name):
 
 
 def test_workers_do_not_change_a_byte(tmp_path, preprocess):
-    """Enough text for several batches, so that two workers can overtake each other."""
+    """There is enough text for several blocks, so two workers can overtake each other."""
     documents = documents_of(5, 40)
     big = [(text * 500, domain) for text, domain in documents] + documents
     file = put(tmp_path, jsonl_of(big))
@@ -182,15 +182,15 @@ def test_workers_do_not_change_a_byte(tmp_path, preprocess):
     assert len(contents(tmp_path / "1")) == 2 * len(DOMAINS) + 2
 
 
-def test_blank_lines_windows_line_ends_and_a_missing_last_newline_are_no_matter(tmp_path, preprocess, tokenizer):
-    """And without --append-eod nothing is appended."""
+def test_blank_lines_crlf_and_a_missing_last_newline_are_accepted(tmp_path, preprocess, tokenizer):
+    """Without --append-eod nothing is appended."""
     documents = documents_of(6, 10)
     data = b"\n  \n" + jsonl_of(documents).replace(b"\n", b"\r\n\r\n").rstrip()
     assert preprocess(put(tmp_path, data), tmp_path / "out").returncode == 0
     check_pairs(tmp_path / "out", documents, tokenizer, [])
 
 
-def test_other_keys_are_followed(tmp_path, preprocess, tokenizer):
+def test_other_keys_are_used(tmp_path, preprocess, tokenizer):
     documents = documents_of(7, 10)
     lines = [json.dumps({"a": {"b": {"content": text}}, "source": domain}) for text, domain in documents]
     file = put(tmp_path, "\n".join(lines).encode())
@@ -199,7 +199,7 @@ def test_other_keys_are_followed(tmp_path, preprocess, tokenizer):
     check_pairs(tmp_path / "out", documents, tokenizer, [])
 
 
-def test_domains_whose_names_make_the_same_file_name_stay_apart(tmp_path, preprocess, tokenizer):
+def test_domains_with_the_same_file_name_get_separate_files(tmp_path, preprocess, tokenizer):
     documents = [("ta", "a b"), ("ri", "a/b"), ("mon", "a_b"), ("el", "../a b"), ("ke", "\u4f60")]
     done = preprocess(put(tmp_path, jsonl_of(documents)), tmp_path / "out")
     assert done.returncode == 0, done.stderr
@@ -207,7 +207,7 @@ def test_domains_whose_names_make_the_same_file_name_stay_apart(tmp_path, prepro
     assert sorted(path.name for path in tmp_path.iterdir()) == ["input.jsonl", "out"]
 
 
-def test_manifest_binds_the_tokenizer_which_lies_beside_it(tmp_path, preprocess, models):
+def test_manifest_identifies_the_tokenizer_beside_it(tmp_path, preprocess, models):
     assert preprocess(put(tmp_path, jsonl_of(documents_of(8))), tmp_path / "out").returncode == 0
     known = load_manifest(tmp_path / "out" / "domains.json").tokenizer
     assert known.sha256 == sha256_of(models / "one.model") == sha256_of(known.file)
@@ -216,7 +216,7 @@ def test_manifest_binds_the_tokenizer_which_lies_beside_it(tmp_path, preprocess,
 
 
 def test_valid_split_extends_the_manifest(tmp_path, preprocess, tokenizer):
-    """A domain without held-out text keeps null; sizes stay those of the train split."""
+    """A domain without valid text keeps null; the sizes remain those of the train split."""
     out = tmp_path / "out"
     train = documents_of(9)
     valid = [(text, domain) for text, domain in documents_of(10) if domain != "Books"]
@@ -253,7 +253,7 @@ def train_split(tmp_path_factory, preprocess):
 
 @pytest.fixture
 def made(tmp_path, train_split):
-    """An output folder with a train split, and what lies in it."""
+    """An output folder with a train split, and its contents."""
     shutil.copytree(train_split, tmp_path / "out")
     return tmp_path / "out", contents(tmp_path / "out")
 
@@ -290,7 +290,7 @@ BAD_LINES = {
     "text a number": (b'{"text": 5, "meta": {"pile_set_name": "Books"}}', "'text' is not text"),
     "text null": (b'{"text": null, "meta": {"pile_set_name": "Books"}}', "'text' is not text"),
     "domain a list": (b'{"text": "ta", "meta": {"pile_set_name": ["Books"]}}', "'meta.pile_set_name' is not text"),
-    "half a surrogate pair": (
+    "a lone surrogate": (
         b'{"text": "\\ud800", "meta": {"pile_set_name": "Books"}}',
         "'text' contains a lone surrogate",
     ),
@@ -301,17 +301,17 @@ BAD_LINES = {
 
 
 @pytest.mark.parametrize("case", BAD_LINES)
-def test_bad_line_is_told_from_a_document(case):
-    line, word = BAD_LINES[case]
+def test_bad_lines_are_distinguished_from_documents(case):
+    line, reason = BAD_LINES[case]
     reader = DocumentReader("text", DomainKey("meta.pile_set_name"))
-    ((number, found),) = reader.documents(Block("file", 7, line, 0))
-    assert isinstance(found, BadLine)
-    assert (number, word in str(found)) == (7, True)
+    ((number, bad),) = reader.documents(Block("file", 7, line, 0))
+    assert isinstance(bad, BadLine)
+    assert (number, reason in str(bad)) == (7, True)
 
 
 @pytest.mark.parametrize("cases", [list(BAD_LINES)[:7], list(BAD_LINES)[7:]], ids=["first half", "second half"])
-def test_bad_lines_are_named_and_leave_nothing(tmp_path, preprocess, cases):
-    """Every second line of the file is bad: line 2, 4, ..."""
+def test_bad_lines_are_reported_and_nothing_is_published(tmp_path, preprocess, cases):
+    """Every second line of the file is bad: lines 2, 4, ..."""
     lines = [part for case in cases for part in (GOOD, BAD_LINES[case][0])]
     file = put(tmp_path, b"\n".join(lines))
     named = [f"{file}, line {2 * n}: {BAD_LINES[case][1]}" for n, case in enumerate(cases, 1)]
@@ -319,8 +319,8 @@ def test_bad_lines_are_named_and_leave_nothing(tmp_path, preprocess, cases):
     assert contents(tmp_path / "out") == {}
 
 
-def test_truncated_files_are_named_and_leave_nothing(tmp_path, preprocess):
-    """Cut soon after the start, in the middle and just before the end."""
+def test_truncated_files_are_reported_and_nothing_is_published(tmp_path, preprocess):
+    """Truncated soon after the start, in the middle, and just before the end."""
     files, named = [], []
     for name in ("input.jsonl.zst", "streamed.jsonl.zst", "input.jsonl.gz"):
         data = FORMS[name](jsonl_of(documents_of(11, 400)))
@@ -332,8 +332,8 @@ def test_truncated_files_are_named_and_leave_nothing(tmp_path, preprocess):
     assert contents(tmp_path / "out") == {}
 
 
-def test_files_of_another_kind_and_damaged_ones_are_named(tmp_path, preprocess):
-    """A good start with garbage behind it, a byte changed in the middle, and neither text nor what the name says."""
+def test_damaged_files_and_files_in_another_format_are_reported(tmp_path, preprocess):
+    """Garbage after a valid file, a changed byte in the middle, and a file that is neither text nor zstd."""
     plain = jsonl_of(documents_of(12, 200))
     files, other = [], put(tmp_path, bytes(range(256)) * 20, "other.jsonl.zst")
     for name in ("input.jsonl.zst", "input.jsonl.gz"):
@@ -353,14 +353,14 @@ def test_earlier_output_survives_a_failed_run(tmp_path, preprocess, made):
     assert contents(out) == before
 
 
-def test_many_bad_lines_are_counted_and_the_first_ten_named(tmp_path, preprocess):
+def test_bad_lines_are_counted_and_the_first_ten_listed(tmp_path, preprocess):
     file = put(tmp_path, b"\n".join([GOOD, GOOD, GOOD, *[b"bad"] * 15]))
     done = preprocess(file, tmp_path / "out")
     fails(done, "15 bad lines", "line 4:", "line 13:", "and 5 more")
     assert "line 14:" not in done.stderr
 
 
-def test_on_error_skip_goes_on_and_reports(tmp_path, preprocess, tokenizer):
+def test_on_error_skip_continues_and_reports(tmp_path, preprocess, tokenizer):
     documents = documents_of(13, 9)
     lines = jsonl_of(documents).splitlines()
     file = put(tmp_path, b"\n".join([*lines[:4], b"bad", *lines[4:], b'{"text": 1}']))
@@ -372,8 +372,8 @@ def test_on_error_skip_goes_on_and_reports(tmp_path, preprocess, tokenizer):
     check_pairs(tmp_path / "out", documents, tokenizer, [])
 
 
-def test_on_error_skip_keeps_what_came_before_a_break(tmp_path, preprocess, tokenizer):
-    """What is kept of a broken file is its beginning, the break is reported, and the next file is read."""
+def test_on_error_skip_keeps_the_beginning_of_a_truncated_file(tmp_path, preprocess, tokenizer):
+    """It reports the truncation and continues with the next file."""
     documents, files = [], []
     for seed, name in enumerate(("input.jsonl.zst", "input.jsonl.gz")):
         part = documents_of(30 + seed, 2000)
@@ -392,8 +392,8 @@ def test_on_error_skip_keeps_what_came_before_a_break(tmp_path, preprocess, toke
 
 
 @pytest.mark.parametrize("name", ["input.jsonl.zst", "input.jsonl.gz"])
-def test_lines_before_a_break_are_read(tmp_path, name):
-    """The number of the line at which the file breaks off is the true one, though little of the file is left."""
+def test_lines_before_a_truncation_are_read(tmp_path, name):
+    """The reported line number is exact."""
     plain = jsonl_of(documents_of(14, 3000))
     data = FORMS[name](plain)
     file = put(tmp_path, data[: len(data) // 2], name)
@@ -410,18 +410,18 @@ def test_input_without_documents_is_refused(tmp_path, preprocess, data):
     assert contents(tmp_path / "out") == {}
 
 
-def test_all_that_is_wrong_with_the_flags_is_said_at_once(tmp_path, preprocess):
+def test_all_faults_of_the_flags_are_reported_together(tmp_path, preprocess):
     wrong = [tmp_path / "nowhere.jsonl", put(tmp_path, b"", "data.txt")]
     fails(preprocess(wrong, tmp_path / "out", workers=0), "nowhere.jsonl", "data.txt", "--workers: 0", "3 faults")
     assert contents(tmp_path / "out") == {}
 
 
-def test_output_that_is_no_folder_is_refused(tmp_path, preprocess):
+def test_output_below_a_file_is_refused(tmp_path, preprocess):
     file = put(tmp_path, jsonl_of([("ta", "Books")]))
     fails(preprocess(file, file / "below"), "--output-dir", "below")
 
 
-def test_a_folder_where_a_file_has_to_go_is_said_before_anything_is_encoded(tmp_path, preprocess):
+def test_a_folder_in_the_place_of_an_output_file_is_refused(tmp_path, preprocess):
     out = tmp_path / "out"
     file = put(tmp_path, jsonl_of([("ta", "Books"), ("ri", "Github")]))
     for name in ("Books_train.idx", "domains.json"):
@@ -431,14 +431,13 @@ def test_a_folder_where_a_file_has_to_go_is_said_before_anything_is_encoded(tmp_
         shutil.rmtree(out)
 
 
-def test_file_that_is_no_tokenizer_is_refused(tmp_path, preprocess, models):
+def test_file_that_is_not_a_tokenizer_is_refused(tmp_path, preprocess, models):
     file = put(tmp_path, jsonl_of([("ta", "Books")]))
     fails(preprocess(file, tmp_path / "out", "--tokenizer-model", file), "--tokenizer-model", "input.jsonl")
     fails(preprocess(file, tmp_path / "out", "--tokenizer-type", "Other"), "--tokenizer-type", "Other")
 
 
-def test_a_second_train_split_says_what_it_replaces(tmp_path, preprocess, made):
-    """It replaced the first one silently."""
+def test_replacing_a_train_split_prints_a_warning(tmp_path, preprocess, made):
     folder, _ = made
     done = preprocess(put(tmp_path, jsonl_of([("ta ri", "Law")] * 4), "second.jsonl"), folder)
     assert done.returncode == 0, done.stderr

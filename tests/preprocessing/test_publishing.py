@@ -1,4 +1,4 @@
-"""Publishing data: several pairs appear together or not at all, and names of domains do not break files.
+"""Publishing data sets: all pairs appear together or not at all, and every domain name gives valid file names.
 
 Run alone: python -m pytest tests/preprocessing/test_publishing.py
 """
@@ -24,7 +24,7 @@ UINT16 = np.dtype("<u2")
 
 
 def encoded(*documents):
-    """One document of three ids for each of these domains, in their order."""
+    """An encoded block with one document of three ids per given domain."""
     chunks = {}
     for domain in documents:
         count = documents.count(domain)
@@ -49,7 +49,7 @@ def test_prepared_pair_is_complete_but_not_published(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_prepared_pair_can_be_withdrawn(tmp_path):
+def test_prepared_pair_can_be_aborted(tmp_path):
     writer = IndexedDatasetWriter(tmp_path / "set", UINT16)
     writer.add_document([1, 2])
     writer.prepare()
@@ -57,8 +57,8 @@ def test_prepared_pair_can_be_withdrawn(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_failure_at_the_end_of_the_block_leaves_nothing(tmp_path, monkeypatch):
-    """A disk that is full when the ids are made durable."""
+def test_failed_writer_leaves_no_files(tmp_path, monkeypatch):
+    """The disk is full when the ids are synced."""
 
     def full(_):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -73,14 +73,14 @@ def test_failure_at_the_end_of_the_block_leaves_nothing(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("prefix", ["/", ".", "..", "a.b/c.d"])
-def test_any_prefix_has_two_paths_and_a_missing_pair_is_named(prefix):
+def test_any_prefix_has_two_paths_and_a_missing_pair_is_reported(prefix):
     assert [str(path) for path in paths_of(Path(prefix))] == [f"{prefix}.bin", f"{prefix}.idx"]
     with pytest.raises(ConfigError, match="no such file"):
         IndexedDataset(Path(prefix))
 
 
-def test_pair_that_may_not_be_read_is_a_fault(tmp_path, monkeypatch):
-    """Permission is denied to root by nobody, so the refusal is made up."""
+def test_pair_without_read_permission_is_a_fault(tmp_path, monkeypatch):
+    """Simulated, because root is never denied permission."""
     with IndexedDatasetWriter(tmp_path / "set", UINT16) as writer:
         writer.add_document([1])
 
@@ -96,7 +96,7 @@ def test_pair_that_may_not_be_read_is_a_fault(tmp_path, monkeypatch):
 
 
 def new_outputs(folder, *domains):
-    """Outputs with a document for each of these domains."""
+    """Outputs with one document per given domain."""
     (folder / "partial").mkdir(exist_ok=True)
     outputs = Outputs(folder, folder / "partial", UINT16)
     outputs.add(encoded(*domains))
@@ -114,7 +114,7 @@ def published(folder):
 
 
 def test_full_disk_leaves_all_earlier_pairs_and_their_manifest(tmp_path, monkeypatch):
-    """The second of three pairs cannot be completed: none of the three is replaced."""
+    """If the second of three pairs cannot be completed, none of the three is replaced."""
     publish_to(tmp_path, new_outputs(tmp_path, "a", "b", "c"))
     before = published(tmp_path)
     outputs = new_outputs(tmp_path, "a", "a", "b", "b", "c")
@@ -132,8 +132,8 @@ def test_full_disk_leaves_all_earlier_pairs_and_their_manifest(tmp_path, monkeyp
     assert published(tmp_path) == before
 
 
-def test_stopped_between_two_pairs_there_is_no_manifest(tmp_path, monkeypatch):
-    """Else the earlier manifest would name new pairs with old sizes and an old fingerprint."""
+def test_no_manifest_exists_if_publishing_is_interrupted_between_two_pairs(tmp_path, monkeypatch):
+    """Otherwise the earlier manifest would describe the new pairs with old sizes and an old fingerprint."""
     publish_to(tmp_path, new_outputs(tmp_path, "a", "b"))
     assert load_manifest(tmp_path / "domains.json").names == ("a", "b")
     outputs = new_outputs(tmp_path, "a", "a", "b")
@@ -152,10 +152,10 @@ def test_stopped_between_two_pairs_there_is_no_manifest(tmp_path, monkeypatch):
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-# --- names of domains
+# --- domain names
 
 
-def test_long_names_and_names_that_differ_in_case_get_files_of_their_own(tmp_path):
+def test_long_names_and_names_that_differ_only_by_case_get_separate_files(tmp_path):
     long = "a name / " * 100
     outputs = publish_to(tmp_path, new_outputs(tmp_path, "GitHub", "Github", "github", long, long + "!"))
     prefixes = [output.prefix.name for output in outputs.by_key.values()]
@@ -177,11 +177,11 @@ def test_too_many_domains_are_a_fault_of_the_key(tmp_path, monkeypatch):
     assert published(tmp_path) == {}
 
 
-# --- what other files say
+# --- other files
 
 
 def test_natural_weights_without_tokens_are_a_fault_and_not_nan(tmp_path):
-    """Pairs without documents, in a list of Megatron-LM's; a domains.json of that kind is refused when read."""
+    """Empty pairs in a list in Megatron-LM's format; a domains.json with them is refused when it is read."""
     for name in ("a", "b"):
         IndexedDatasetWriter(tmp_path / name, UINT16).finalize()
     (tmp_path / "blend.txt").write_text("0.3 a 0.7 b")
@@ -191,8 +191,8 @@ def test_natural_weights_without_tokens_are_a_fault_and_not_nan(tmp_path):
     assert resolve_weights("uniform", manifest, False).tolist() == [0.5, 0.5]
 
 
-def test_files_of_other_kinds_are_refused_by_name(tmp_path):
+def test_files_with_other_suffixes_are_refused(tmp_path):
     (tmp_path / "data.parquet").write_bytes(b"PAR1")
     (tmp_path / "data.txt").write_bytes(b"text")
-    (text,) = find_inputs([tmp_path / "data.parquet", tmp_path / "data.txt"]).faults
-    assert "data.txt" in text.value
+    (fault,) = find_inputs([tmp_path / "data.parquet", tmp_path / "data.txt"]).faults
+    assert "data.txt" in fault.value

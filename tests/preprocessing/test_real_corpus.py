@@ -1,7 +1,6 @@
-"""The tools on real text, where a corpus is at hand: nothing is lost between the text and the ids.
+"""The tools on a real corpus, if one is available: tokenization loses nothing.
 
-The corpus is a folder with train.jsonl.zst and valid.jsonl.zst in The Pile's format, named by MEGATRON_DOREMI_CORPUS.
-Without it these tests are skipped.
+MEGATRON_DOREMI_CORPUS names a folder with valid.jsonl.zst in The Pile's format. Without it these tests are skipped.
 
 Run alone: python -m pytest tests/preprocessing/test_real_corpus.py
 """
@@ -30,7 +29,7 @@ VOCABULARY = 1000
 
 
 def corpus_file():
-    """The held-out file of the corpus, some megabytes; None where there is no corpus."""
+    """Returns the valid file of the corpus, a few megabytes, or None if there is no corpus."""
     folder = os.environ.get("MEGATRON_DOREMI_CORPUS")
     file = Path(folder or "") / "valid.jsonl.zst"
     return file if folder and file.is_file() else None
@@ -49,18 +48,18 @@ def run(tool, *words):
 
 @pytest.fixture(scope="module")
 def texts():
-    """The texts of each domain in the file's order, read with nothing of the code under test."""
-    found = defaultdict(list)
+    """The texts of each domain in the order of the file, read without the code under test."""
+    by_domain = defaultdict(list)
     with corpus_file().open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as plain:
         for line in io.TextIOWrapper(plain, encoding="utf-8", newline="\n"):
             entry = json.loads(line)
-            found[entry["meta"]["pile_set_name"]].append(entry["text"])
-    return found
+            by_domain[entry["meta"]["pile_set_name"]].append(entry["text"])
+    return by_domain
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """The manifest and the tokenizer that the tools make of the file."""
+    """The manifest and the tokenizer that the tools make from the file."""
     folder = tmp_path_factory.mktemp("real")
     model = folder / "tokenizer.model"
     sizes = ["--vocab-size", VOCABULARY, "--sample-bytes", 500_000]
@@ -87,7 +86,7 @@ def test_pairs_hold_the_tokens_of_the_manifest(made, texts):
         stream = data.tokens(0, data.num_tokens)
         assert stream.min() >= 0
         assert stream.max() < tokenizer.vocab_size == VOCABULARY
-        # The end of a document stands at each end and nowhere else.
+        # The end-of-document id is at the end of each document and nowhere else.
         ends = np.cumsum(data.sequence_lengths, dtype=np.int64) - 1
         assert np.array_equal(np.flatnonzero(stream == tokenizer.eod), ends)
 
@@ -113,6 +112,6 @@ def test_unknown_piece_never_occurs(made):
 
 
 def test_text_is_compressed(made):
-    """A vocabulary of 1,000 takes at least 1.8 bytes a token over all, or the pieces are not learned."""
+    """A vocabulary of 1,000 pieces reaches at least 1.8 bytes per token; less would mean that nothing was learned."""
     manifest, _ = made
     assert sum(d.bytes for d in manifest.domains) / sum(d.tokens for d in manifest.domains) > 1.8

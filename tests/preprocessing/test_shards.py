@@ -1,4 +1,4 @@
-"""Array jobs, stops and limits: whatever way the work is cut, the result is byte for byte what one run writes.
+"""Array jobs, interruptions and limits: however the work is split, the output equals that of a single run.
 
 Run alone: python -m pytest tests/preprocessing/test_shards.py
 """
@@ -70,12 +70,12 @@ def preprocess(folder, output, *words):
 
 @pytest.fixture(scope="module")
 def whole(folder):
-    """What one run makes."""
+    """The files that a single run writes."""
     preprocess(folder, folder / "whole")
     return contents(folder / "whole")
 
 
-# --- the cut, without processes
+# --- splitting inputs into shards, without processes
 
 
 SMALL = [
@@ -88,7 +88,7 @@ SMALL = [
 
 
 def put_as(folder, place, kind, texts, packed):
-    """A file of these texts in one of the formats."""
+    """Writes the texts to a file in one of the formats."""
     if kind == "parquet":
         path = folder / f"{place}.parquet"
         pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array(texts, pyarrow.string())}), path)
@@ -107,23 +107,23 @@ def put_as(folder, place, kind, texts, packed):
 
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=5), st.integers(1, 9), st.integers(0, 2**32), st.data())
 @settings(max_examples=40, deadline=None)
-def test_shards_of_any_files_are_disjoint_and_together_all_blocks(tmp_path_factory, counts, number, seed, data):
-    """And a shard that goes on after any of its blocks reads the rest of them."""
+def test_shards_of_any_files_partition_their_blocks(tmp_path_factory, counts, number, seed, data):
+    """A shard can also resume after any of its blocks."""
     folder, generator, paths, texts = tmp_path_factory.mktemp("cut"), random.Random(seed), [], []
     for place, count in enumerate(counts):
-        own = [
+        file_texts = [
             f'"{generator.choice(["x", ",", chr(10), chr(92), "[{"]) * generator.randint(1, 99)}' for _ in range(count)
         ]
         kind = generator.choice(["jsonl", "json", "csv", "parquet", "txt"])
-        own = own[:1] if kind == "txt" else own
-        paths.append(put_as(folder, place, kind, own, generator.random() < 0.5))
-        texts += own
+        file_texts = file_texts[:1] if kind == "txt" else file_texts
+        paths.append(put_as(folder, place, kind, file_texts, generator.random() < 0.5))
+        texts += file_texts
     with pytest.MonkeyPatch.context() as patch:
         for module, name, size in SMALL:
             patch.setattr(module, name, size)
-        every = [(block.file, block.first) for path in paths for block in read_blocks(path, ["text"])]
+        all_blocks = [(block.file, block.first) for path in paths for block in read_blocks(path, ["text"])]
         shards = [list(read_shard(paths, ["text"], Shard(index, number))) for index in range(number)]
-        assert [(block.file, block.first) for shard in shards for block, _ in shard] == every
+        assert [(block.file, block.first) for shard in shards for block, _ in shard] == all_blocks
         read = [entry for shard in shards for block, _ in shard for _, entry in parse_block(block)]
         assert [entry.text if isinstance(entry, Text) else entry["text"] for entry in read] == texts
         chosen = data.draw(st.integers(0, number - 1))
@@ -137,7 +137,7 @@ def test_shards_of_any_files_are_disjoint_and_together_all_blocks(tmp_path_facto
 
 
 @pytest.mark.parametrize("number", [2, 4])
-def test_merged_shards_are_what_one_run_writes(folder, whole, tmp_path, number):
+def test_merged_shards_equal_the_output_of_one_run(folder, whole, tmp_path, number):
     for shard in reversed(range(number)):
         preprocess(folder, tmp_path / "out", "--shard", shard, "--num-shards", number)
     assert not (tmp_path / "out" / "domains.json").exists()
@@ -145,7 +145,7 @@ def test_merged_shards_are_what_one_run_writes(folder, whole, tmp_path, number):
     assert done.returncode == 0, done.stderr
     shards = {path: path.read_bytes() for path in (tmp_path / "out" / "shards").glob("*/*")}
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.*")} == whole
-    # A task that is given again does nothing; a held-out split is added in the same way.
+    # Running a task again does nothing; a valid split is added in the same way.
     again = preprocess(folder, tmp_path / "out", "--shard", 0, "--num-shards", number, "--resume")
     assert "already complete" in again.stdout
     assert {path: path.read_bytes() for path in (tmp_path / "out" / "shards").glob("*/*")} == shards
@@ -156,8 +156,8 @@ def test_merged_shards_are_what_one_run_writes(folder, whole, tmp_path, number):
         assert domain.valid.with_suffix(".bin").read_bytes() == domain.train.with_suffix(".bin").read_bytes()
 
 
-def test_the_batch_scripts_make_the_same(folder, whole, tmp_path):
-    """examples/slurm/*.sbatch as SLURM starts them: a copy of the script, elsewhere, with the job's variables."""
+def test_the_batch_scripts_give_the_same_output(folder, whole, tmp_path):
+    """Runs the scripts as SLURM does: copies in another folder, with the variables of the job."""
     root = TOOLS.parent
     for name in ("preprocess", "merge"):
         shutil.copy(root / "examples" / "slurm" / f"{name}.sbatch", tmp_path / f"slurm_{name}")
@@ -173,13 +173,13 @@ def test_the_batch_scripts_make_the_same(folder, whole, tmp_path):
 
 @pytest.fixture(scope="module")
 def three(folder):
-    """Three shards."""
+    """An output folder with three shards."""
     for shard in range(3):
         preprocess(folder, folder / "three", "--shard", shard, "--num-shards", 3)
     return folder / "three"
 
 
-def test_what_is_wrong_with_shards_is_said(folder, three, tmp_path):
+def test_faults_of_shards_are_reported(folder, three, tmp_path):
     out = tmp_path / "out"
     shards = out / "shards"
     fails(run("merge_datasets.py", "--output-dir", out), "no shards of the train split")
@@ -207,7 +207,7 @@ def test_a_damaged_shard_is_not_merged(three, tmp_path):
     assert not list((tmp_path / "out").glob("*.bin"))
 
 
-def test_another_tokenizer_is_said(folder, three, tmp_path):
+def test_a_shard_with_another_tokenizer_is_reported(folder, three, tmp_path):
     shutil.copytree(three, tmp_path / "out")
     words = ["--input", folder / "b.jsonl", "--output", tmp_path / "t.model", "--vocab-size", 410]
     assert run("train_tokenizer.py", *words).returncode == 0
@@ -217,13 +217,13 @@ def test_another_tokenizer_is_said(folder, three, tmp_path):
     fails(run("merge_datasets.py", "--output-dir", tmp_path / "out"), "another tokenizer")
 
 
-# --- stops
+# --- interruptions
 
 
 def stopped(folder, output, how, *words):
-    """Starts the tool, and stops it soon after its first entry in the journal."""
+    """Starts the tool and stops it soon after its first journal. Returns its exit code and output."""
     started = [sys.executable, TOOLS / "preprocess_data.py", *command(folder, output, "--journal-seconds", 0, *words)]
-    # A shell's background job, such as this test may be, ignores SIGINT, and so do its children.
+    # If this test runs as a background job of a shell, its children inherit SIGINT as ignored.
     heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     output_of = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "preexec_fn": heed}
     with subprocess.Popen([str(word) for word in started], **output_of) as process:
@@ -231,19 +231,19 @@ def stopped(folder, output, how, *words):
         while not list(output.glob(".partial-*/journal.json")) and time.monotonic() < end and process.poll() is None:
             time.sleep(0.005)
         process.send_signal(how)
-        said = process.communicate(timeout=60)[0].decode()
-    return process.returncode, said
+        output_text = process.communicate(timeout=60)[0].decode()
+    return process.returncode, output_text
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_run_goes_on_and_ends_as_one_that_was_not(folder, whole, tmp_path, how):
+def test_an_interrupted_run_resumes_to_the_same_output(folder, whole, tmp_path, how):
     out = tmp_path / "out"
-    code, said = stopped(folder, out, how)
-    assert code == (-how if how == signal.SIGKILL else 130), said
-    assert how == signal.SIGKILL or "--resume" in said
+    code, output = stopped(folder, out, how)
+    assert code == (-how if how == signal.SIGKILL else 130), output
+    assert how == signal.SIGKILL or "--resume" in output
     assert contents(out) == {}
     code, _ = stopped(folder, out, how, "--resume")
-    if code:  # the second one may be through before it can be stopped
+    if code:  # the second run may finish before it can be stopped
         done = preprocess(folder, out, "--resume")
         assert "resuming after" in done.stdout
         assert "resuming after 0 documents" not in done.stdout
@@ -251,18 +251,18 @@ def test_a_stopped_run_goes_on_and_ends_as_one_that_was_not(folder, whole, tmp_p
     assert not list(out.glob(".*"))
 
 
-def test_a_stopped_run_started_over_ends_as_one_that_was_not(folder, whole, tmp_path):
+def test_an_interrupted_run_can_start_over(folder, whole, tmp_path):
     assert stopped(folder, tmp_path / "out", signal.SIGKILL)[0] == -signal.SIGKILL
     preprocess(folder, tmp_path / "out")
     assert contents(tmp_path / "out") == whole
     assert not list((tmp_path / "out").glob(".*"))
 
 
-def test_other_settings_do_not_go_on_and_two_runs_do_not_meet(folder, tmp_path):
+def test_a_run_neither_resumes_with_other_settings_nor_beside_another(folder, tmp_path):
     out = tmp_path / "out"
     stopped(folder, out, signal.SIGKILL)
     fails(run("preprocess_data.py", *command(folder, out, "--resume", "--max-documents", 9)), "another --max-documents")
-    # A journal counts blocks, of which another version of the program may cut others.
+    # A journal counts blocks, whose size may differ in another version of the program.
     journal = out / ".partial-train" / "journal.json"
     kept = journal.read_text()
     entry = json.loads(kept)
@@ -277,7 +277,7 @@ def test_other_settings_do_not_go_on_and_two_runs_do_not_meet(folder, tmp_path):
     preprocess(folder, out, "--resume")
 
 
-def test_bad_lines_are_left_out_without_encoding_again(folder, tmp_path):
+def test_bad_lines_are_skipped_without_encoding_again(folder, tmp_path):
     file = put(tmp_path, (folder / "b.jsonl").read_bytes() + b"bad\n")
     words = ["--input", file, *command(folder, tmp_path / "out")[5:]]
     fails(run("preprocess_data.py", *words), "1 bad line:", "--on-error skip --resume")
@@ -288,8 +288,8 @@ def test_bad_lines_are_left_out_without_encoding_again(folder, tmp_path):
     assert f"skipped 1 bad line: {file}, line 901: not JSON" in done.stdout
 
 
-def test_a_full_disk_is_said_and_the_run_goes_on_when_there_is_room(folder, whole, tmp_path):
-    """An error of the kind that a full disk gives, at the fifth block."""
+def test_a_full_disk_is_reported_and_the_run_resumes_later(folder, whole, tmp_path):
+    """The fifth block raises the error of a full disk."""
     out = tmp_path / "out"
     tool = [sys.executable, str(TOOLS / "preprocess_data.py"), *map(str, command(folder, out, "--journal-seconds", 0))]
     code = (
@@ -322,18 +322,17 @@ def test_a_full_disk_is_said_and_the_run_goes_on_when_there_is_room(folder, whol
 # --- limits and splits
 
 
-@pytest.mark.parametrize("most", [1, 700, 2500])
-def test_the_first_documents_alone(folder, tmp_path, most):
-    """Whatever block they end in, and whatever the domains: a prefix of the input."""
-    preprocess(folder, tmp_path / "out", "--max-documents", most)
+@pytest.mark.parametrize("count", [1, 700, 2500])
+def test_max_documents_takes_the_first_documents_of_the_input(folder, tmp_path, count):
+    preprocess(folder, tmp_path / "out", "--max-documents", count)
     manifest = load_manifest(tmp_path / "out" / "domains.json")
     order = [
         (text * 40 + str(place), domain)
         for number in (0, 1, 3)
         for place, (text, domain) in enumerate(documents_of(number, 900))
-    ][:most]
+    ][:count]
     tokenizer = load_tokenizer("SentencePieceTokenizer", folder / "t.model")
-    assert sum(domain.documents for domain in manifest.domains) == most
+    assert sum(domain.documents for domain in manifest.domains) == count
     for domain in manifest.domains:
         texts = [text for text, name in order if name == domain.name]
         data = IndexedDataset(domain.train)
@@ -341,7 +340,7 @@ def test_the_first_documents_alone(folder, tmp_path, most):
         assert domain.bytes == sum(len(text.encode()) for text in texts)
 
 
-def test_a_part_is_held_out_in_the_same_run(folder, tmp_path):
+def test_one_run_writes_both_splits(folder, tmp_path):
     listed = ["Wikipedia (en)", "Books", "never seen", "Ubuntu IRC"]
     (tmp_path / "list.json").write_text(json.dumps({"format": "megatron-doremi-domain-list/1", "domains": listed}))
     preprocess(folder, tmp_path / "out", "--valid-fraction", 0.2, "--domain-list", tmp_path / "list.json")
@@ -357,7 +356,7 @@ def test_a_part_is_held_out_in_the_same_run(folder, tmp_path):
                 assert kept(share_of(tokenizer.decode(data.document(number)[:-1]).encode()))
 
 
-def test_flags_that_do_not_go_together(folder, tmp_path):
+def test_conflicting_flags_are_refused(folder, tmp_path):
     wrong = ["--shard", 3, "--num-shards", 2, "--max-documents", 0, "--valid-fraction", 1.5, "--split", "valid"]
     done = run(
         "preprocess_data.py", *command(folder, tmp_path / "out", *wrong, "--domain-key", "a", "--domain-from-file")

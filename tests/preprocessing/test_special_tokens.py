@@ -1,4 +1,4 @@
-"""Text that spells special tokens, and characters that tokenizers do not know, for every kind of tokenizer.
+"""Text that spells special tokens, and characters that a tokenizer does not know, for every kind of tokenizer.
 
 Run alone: python -m pytest tests/preprocessing/test_special_tokens.py
 """
@@ -36,7 +36,7 @@ def saved(folder, tokenizer, change=lambda entry: None):
 
 
 def byte_level(folder, merges=(), **options):
-    """A byte-level BPE in whose vocabulary the end lies; `merges` make pieces of it."""
+    """A byte-level BPE whose vocabulary contains END; `merges` may form parts of it."""
     vocab = {character: number for number, character in enumerate(sorted(byte_alphabet()))}
     for left, right in merges:
         vocab.setdefault(left + right, len(vocab))
@@ -64,7 +64,7 @@ def added_but_not_flagged(folder):
 
 
 def learned(folder):
-    """The merges of the model lead to the end."""
+    """The merges of the model form END."""
     return saved(folder, byte_level(folder, merges_to(END)))
 
 
@@ -73,7 +73,7 @@ def whole_words_first(folder):
 
 
 def unigram(folder):
-    """As those of T5 and XLM-R: the end is a piece with a score, beside the flag."""
+    """Like those of T5 and XLM-R: END is flagged, and is also a piece with a score."""
     pieces = [("<unk>", 0.0), (END, 0.0), *((letter, -3.0) for letter in LETTERS + "\u2581")]
     tokenizer = Tokenizer(models.Unigram(pieces, 0, False))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -113,7 +113,7 @@ def control(folder):
 
 
 def user_defined(folder):
-    """Another special token is a user-defined symbol, which SentencePiece finds in text."""
+    """The special tokens are user-defined symbols, which SentencePiece matches in text."""
     return sentencepiece_of(folder, user_defined_symbols=[END, "<|im_start|>", "<table>"])
 
 
@@ -133,7 +133,7 @@ TEXTS = [END, f"a {END} b", f"{END}{END}", f"a{END}", " </s> <s> <unk> <|im_star
 
 
 @pytest.mark.parametrize("make", [*KINDS, *SENTENCEPIECES])
-def test_the_end_never_comes_out_of_text(make, tmp_path):
+def test_text_is_never_encoded_as_the_end(make, tmp_path):
     kind, path = make(tmp_path)
     tokenizer = load_tokenizer(kind, path)
     for text in TEXTS:
@@ -141,12 +141,12 @@ def test_the_end_never_comes_out_of_text(make, tmp_path):
             assert tokenizer.eod not in ids
             if make is not words:
                 assert tokenizer.decode(ids).strip() == text.strip() or make is unigram
-    # Its id is the file's own, and decodes to it.
+    # The id is that of the original file, so it decodes to END.
     assert END in tokenizer.decode([tokenizer.eod]) or make in SENTENCEPIECES
 
 
 @pytest.mark.parametrize("make", [*KINDS, *SENTENCEPIECES])
-def test_the_end_comes_out_of_text_where_that_is_allowed(make, tmp_path):
+def test_text_is_encoded_as_the_end_if_that_is_allowed(make, tmp_path):
     kind, path = make(tmp_path)
     tokenizer = load_tokenizer(kind, path, allow_special=True)
     if make is user_defined:
@@ -159,38 +159,38 @@ def test_the_end_comes_out_of_text_where_that_is_allowed(make, tmp_path):
 
 
 @pytest.mark.parametrize("make", [*KINDS, *SENTENCEPIECES])
-def test_other_text_gets_the_librarys_own_ids(make, tmp_path):
+def test_ids_of_other_text_equal_the_librarys(make, tmp_path):
     kind, path = make(tmp_path)
     tokenizer = load_tokenizer(kind, path)
     for text in ("abc <b> a b", "zz|y", "a"):
         if kind == SENTENCEPIECE:
-            own = sentencepiece.SentencePieceProcessor(model_file=str(path)).encode(text)
+            expected = sentencepiece.SentencePieceProcessor(model_file=str(path)).encode(text)
         else:
-            own = Tokenizer.from_str(tokenizer.data.decode()).encode(text, add_special_tokens=False).ids
-        assert tokenizer.encode(text).tolist() == own
+            expected = Tokenizer.from_str(tokenizer.data.decode()).encode(text, add_special_tokens=False).ids
+        assert tokenizer.encode(text).tolist() == expected
 
 
-def test_added_tokens_that_are_text_stay_pieces(tmp_path):
-    """Runs of spaces and HTML tags are added for text; their ids do not move."""
+def test_added_tokens_that_are_text_stay_pieces_of_text(tmp_path):
+    """Runs of spaces and HTML tags keep their ids."""
     tokenizer = byte_level(tmp_path)
     tokenizer.add_tokens(["<|im_start|>", "    ", "<table>"])
     tokenizer.add_special_tokens([END])
-    own = tokenizer.encode("a    <table>").ids
+    expected = tokenizer.encode("a    <table>").ids
     loaded = load_tokenizer(*saved(tmp_path, tokenizer))
-    assert loaded.encode("a    <table>").tolist() == own
+    assert loaded.encode("a    <table>").tolist() == expected
     assert len(loaded.encode("<|im_start|>")) == len("<|im_start|>")
     _, path = user_defined(tmp_path)
     assert len(load_tokenizer(SENTENCEPIECE, path).encode("<table>")) == 1
     assert len(load_tokenizer(SENTENCEPIECE, path).encode("<|im_start|>")) > 1
 
 
-def test_a_token_that_text_makes_cannot_end_documents(tmp_path):
+def test_a_token_that_text_encodes_to_cannot_end_documents(tmp_path):
     kind, path = saved(tmp_path, byte_level(tmp_path))
     with pytest.raises(ConfigError, match="no text encodes to"):
         load_tokenizer(kind, path, eod="a")
 
 
-# --- characters that are lost
+# --- lost characters
 
 
 def no_fallback(folder):
@@ -227,7 +227,7 @@ def test_unknown_words_are_counted_by_their_characters(tmp_path):
     assert load_tokenizer(*saved(tmp_path, pieces)).lost_characters(["ab abb ax"]) == Counter({"a": 1, "x": 1})
 
 
-def test_characters_whose_bytes_are_missing_and_normalized_ones_are_counted(tmp_path):
+def test_characters_with_missing_bytes_and_normalized_ones_are_counted(tmp_path):
     tokenizer = load_tokenizer(*bytes_that_are_missing(tmp_path))
     missing = sorted(byte_alphabet())[200]
     byte = byte_alphabet()[missing]
@@ -239,16 +239,16 @@ def test_characters_whose_bytes_are_missing_and_normalized_ones_are_counted(tmp_
 
 
 @pytest.mark.parametrize("make", [flagged, control, gpt2])
-def test_tokenizers_that_spell_bytes_lose_nothing(make, tmp_path):
+def test_tokenizers_with_all_bytes_lose_nothing(make, tmp_path):
     tokenizer = load_tokenizer(*make(tmp_path))
     assert tokenizer.lost_characters(["\u4f60\x01\U0001f600\u200b\xad"]) == Counter()
     if make is not flagged:
         assert tokenizer.lossless or make is gpt2
 
 
-def test_the_examples_fit_every_console():
-    said = describe_lost(Counter({"\u4f60": 3, "\U0001f600": 1}), 400)
-    assert said == "4 of 400 characters (1.00%), such as U+4F60 (3), U+1F600 (1)"
+def test_lost_characters_are_described_in_ascii():
+    text = describe_lost(Counter({"\u4f60": 3, "\U0001f600": 1}), 400)
+    assert text == "4 of 400 characters (1.00%), such as U+4F60 (3), U+1F600 (1)"
     check = CharacterCheck(lambda text: [ord(c) for c in text if c != "q"], lambda ids: "".join(map(chr, ids)), -1)
     assert check.lost_in(["qaq"]) == Counter("qq")
 
@@ -261,7 +261,7 @@ def preprocess(folder, model, *flags, kind=HUGGING_FACE):
     return run("preprocess_data.py", *given, "--tokenizer-type", kind, "--tokenizer-model", model, *flags)
 
 
-def test_lost_characters_above_a_share_are_refused_and_below_it_reported(tmp_path):
+def test_lost_characters_are_refused_above_the_allowed_share_and_reported_below_it(tmp_path):
     """Version 0.1 dropped them silently."""
     _, model = bpe_that_drops(tmp_path)
     put(tmp_path, jsonl_of([("abc" * 30 + "\u4f60", "Books"), ("xyz" * 3, "Books")]))
@@ -275,8 +275,8 @@ def test_lost_characters_above_a_share_are_refused_and_below_it_reported(tmp_pat
     assert done.stdout.splitlines()[-1] == "the tokenizer lost 1 of 100 characters (1.00%), such as U+4F60 (1)"
 
 
-def test_the_end_in_the_data_comes_from_append_eod_alone(tmp_path):
-    """Version 0.1 made the end id of the text of such a tokenizer; what is allowed is part of what a run resumes."""
+def test_only_append_eod_puts_the_end_into_the_data(tmp_path):
+    """Version 0.1 encoded the text of such a token as the end-of-document id."""
     _, model = added_but_not_flagged(tmp_path)
     put(tmp_path, jsonl_of([(f"a{END}b{END}", "Books"), ("c", "Books")]))
     counts = []
@@ -290,7 +290,7 @@ def test_the_end_in_the_data_comes_from_append_eod_alone(tmp_path):
     assert counts == [2, 0, 2]
 
 
-def test_flags_that_a_tokenizer_does_not_heed_are_faults(tmp_path):
+def test_flags_that_the_tokenizer_type_ignores_are_faults(tmp_path):
     _, model = control(tmp_path)
     put(tmp_path, jsonl_of([("a", "Books")]))
     flags = ["--eod-token", "</s>", "--merge-file", model, "--max-dropped-share", 2, "--journal-seconds", "nan"]
@@ -298,8 +298,8 @@ def test_flags_that_a_tokenizer_does_not_heed_are_faults(tmp_path):
     fails(done, "--eod-token: </s>", "--merge-file: ", "--max-dropped-share: 2", "--journal-seconds: nan", "4 faults")
 
 
-def test_trained_tokenizers_are_not_changed(tmp_path):
-    """What tools/train_tokenizer.py makes is loaded as it is: BPE by tiktoken."""
+def test_trained_tokenizers_are_not_modified(tmp_path):
+    """tiktoken encodes a BPE like those of tools/train_tokenizer.py."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()

@@ -1,4 +1,4 @@
-"""The tokenizer that tools/train_tokenizer.py makes: nothing of a text is lost, nothing is made up.
+"""Tokenizers from tools/train_tokenizer.py are lossless; wrong input is refused.
 
 Run alone: python -m pytest tests/preprocessing/test_tokenizer.py
 """
@@ -28,7 +28,7 @@ VOCABULARY = 400
 
 
 def sample_lines():
-    """Documents of two domains, of words made up from syllables, with newlines and numbers between them."""
+    """Documents of two domains: words of random syllables, with newlines and numbers between them."""
     generator = random.Random(5)
     syllables = ["ta", "ri", "mon", "el", "shu", "pra", "ke", "dor", "in", "os", "ly", "ber"]
     lines = []
@@ -47,7 +47,7 @@ def train(folder, *options, name="tokenizer.model", vocabulary=VOCABULARY, sourc
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with a sample and the tokenizer trained on it."""
+    """A folder with a text sample and the tokenizer trained on it."""
     folder = tmp_path_factory.mktemp("tokenizer")
     (folder / "sample.jsonl").write_text(sample_lines())
     done = train(folder)
@@ -96,28 +96,28 @@ AWKWARD = [
 
 
 @pytest.mark.parametrize("text", AWKWARD, ids=range(len(AWKWARD)))
-def test_decoding_gives_back_what_was_encoded(tokenizer, text):
+def test_decoding_inverts_encoding(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_nul_comes_back(tokenizer):
-    """A NUL ends a string in C; it must not end a document here."""
+def test_nul_is_kept(tokenizer):
+    """NUL ends a C string; it must not end a document."""
     assert tokenizer.decode(tokenizer.encode("before\0after\0")) == "before\0after\0"
 
 
-def test_one_character_is_the_exception(tokenizer):
-    """SentencePiece stores spaces as U+2581, so the two cannot be told apart afterward."""
+def test_u2581_is_the_only_exception(tokenizer):
+    """SentencePiece stores spaces as U+2581, so it cannot distinguish the two."""
     assert tokenizer.decode(tokenizer.encode("a\u2581b")) == "a b"
 
 
 @given(st.text(st.characters(codec="utf-8", exclude_characters="\u2581"), max_size=80))
 @settings(max_examples=300, deadline=None)
-def test_any_text_comes_back(tokenizer, text):
+def test_decoding_inverts_encoding_of_any_text(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_end_of_document_never_comes_out_of_text(tokenizer):
-    """Nor does the unknown piece: bytes stand in for what the vocabulary lacks."""
+def test_text_is_never_encoded_as_the_end_of_document(tokenizer):
+    """Nor as the unknown piece: bytes stand in for unknown characters."""
     for text in [*AWKWARD, "</s>" * 50, "before</s>after", " </s> ", "\u2581</s>"]:
         ids = tokenizer.encode(text)
         assert tokenizer.eod not in ids
@@ -154,7 +154,7 @@ def test_training_twice_gives_the_same_bytes(folder):
     assert (folder / "again.model").read_bytes() == (folder / "tokenizer.model").read_bytes()
 
 
-def test_bpe_model_loses_nothing_either(folder):
+def test_bpe_model_is_lossless_too(folder):
     done = train(folder, "--model-type", "bpe", name="bpe.model")
     assert done.returncode == 0, done.stderr
     bpe = SentencePieceTokenizer(folder / "bpe.model")
@@ -195,7 +195,7 @@ def test_vocabulary_that_cannot_be_filled_is_refused(folder, vocabulary):
         ('{"text": "\\ud800", "meta": {"pile_set_name": "Tales"}}', "surrogate"),
     ],
 )
-def test_bad_line_is_named(tmp_path, line, word):
+def test_bad_line_is_reported(tmp_path, line, word):
     (tmp_path / "sample.jsonl").write_text(sample_lines().split("\n")[0] + "\n" + line + "\n")
     fails(train(tmp_path), "sample.jsonl, line 2", word)
     assert [path.name for path in tmp_path.iterdir()] == ["sample.jsonl"]
@@ -207,7 +207,7 @@ def test_input_without_documents_is_refused(tmp_path):
 
 
 def test_sample_too_small_to_learn_from_is_refused(tmp_path):
-    """A document without text, and a sample that leaves no byte to each of two domains."""
+    """An empty document, and a sample of less than one byte per domain."""
     (tmp_path / "sample.jsonl").write_text('{"text": "", "meta": {"pile_set_name": "Tales"}}\n')
     fails(train(tmp_path), "--vocab-size")
     (tmp_path / "sample.jsonl").write_text(sample_lines())
@@ -215,8 +215,8 @@ def test_sample_too_small_to_learn_from_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["t.model", "t.json"])
-def test_text_that_is_not_enough_for_the_vocabulary_names_the_size_that_it_reaches(tmp_path, name):
-    """Version 0.1 gave a byte-level BPE of fewer pieces silently, and SentencePiece's own words of its source code."""
+def test_text_that_is_too_small_for_the_vocabulary_reports_the_possible_size(tmp_path, name):
+    """Version 0.1 silently made a smaller byte-level BPE, and passed on an internal error of SentencePiece."""
     line = json.dumps({"text": "abc def ghi abc abd " * 30, "meta": {"pile_set_name": "Tales"}})
     (tmp_path / "sample.jsonl").write_text(f"{line}\n")
     done = train(tmp_path, name=name, vocabulary=5000)
@@ -234,13 +234,13 @@ def test_text_that_is_not_enough_for_the_vocabulary_names_the_size_that_it_reach
     assert load_tokenizer(kind, tmp_path / name).vocab_size == reached
 
 
-def test_the_sample_does_not_depend_on_when_the_number_of_domains_is_known():
-    """An oracle that keeps everything, as version 0.1 did."""
+def test_the_sample_does_not_depend_on_when_domains_first_appear():
+    """Compares with an oracle that keeps all documents, as version 0.1 did."""
     generator = random.Random(3)
     offered = []
     samples = DomainSamples(20_000)
     for number in range(3000):
-        # New domains come all the time; some documents are longer than the whole sample.
+        # New domains keep appearing; some documents are longer than the entire sample.
         domain = str(int(number**0.5) if number % 2 else 0)
         text = generator.randbytes(generator.choice([40, 100, 700, 30_000 if number % 50 == 0 else 200]))
         offered.append((domain, generator.getrandbits(64), text))
@@ -259,7 +259,7 @@ def test_the_sample_does_not_depend_on_when_the_number_of_domains_is_known():
 
 @pytest.mark.parametrize(("domains", "size"), [(1, 1), (20_000, 40), (1, 2_000_000), (3, 0)])
 def test_the_sample_takes_bounded_memory(domains, size):
-    """Many tiny documents, many domains, documents longer than the sample. Version 0.1 kept the sample a domain."""
+    """Many tiny documents, many domains, documents larger than the sample. Version 0.1 kept a sample per domain."""
     samples = DomainSamples(100_000)
     tracemalloc.start()
     for number in range(40 if size > 1000 else 60_000):
@@ -275,7 +275,7 @@ def test_numbers_out_of_range_are_refused(folder):
     fails(done, "--sample-bytes: 0", "--threads: -1", f"--vocab-size: {10**12}", "3 faults")
 
 
-def test_output_must_be_named_a_model(folder):
+def test_output_with_another_suffix_is_refused(folder):
     fails(train(folder, name="tokenizer.txt"), "tokenizer.txt", ".model or .json")
 
 
@@ -283,16 +283,16 @@ def test_output_below_a_file_is_refused(folder):
     fails(train(folder, name="sample.jsonl/below.model"), "--output", "sample.jsonl")
 
 
-def test_file_that_is_no_model_is_refused(tmp_path):
+def test_file_that_is_not_a_model_is_refused(tmp_path):
     for path in (tmp_path / "no.model", tmp_path / "junk.model", tmp_path / "empty.model", tmp_path):
         if path.name == "junk.model":
-            path.write_bytes(b"this is no model")
+            path.write_bytes(b"this is not a model")
         if path.name == "empty.model":
             path.write_bytes(b"")
         with pytest.raises(ConfigError, match="--tokenizer-model"):
             SentencePieceTokenizer(path)
 
 
-def test_another_kind_is_refused(folder):
+def test_unknown_tokenizer_type_is_refused(folder):
     with pytest.raises(ConfigError, match="SentencePieceTokenizer, HuggingFaceTokenizer, GPT2BPETokenizer"):
         load_tokenizer("BertWordPiece", folder / "tokenizer.model")

@@ -171,7 +171,7 @@ def test_a_job_that_is_told_to_stop_saves_requeues_and_finishes(slurm, folder):
             finish(folder, slurm, jobs[stage], 150)
         runs[name] = training_lines(metrics(save))
     log = logs(folder / "disturbed", 10**6)
-    assert "stopped before its end and saved: asking for a requeue" in log
+    assert "the run was stopped and has saved: requesting a requeue" in log
     assert f"stopped and saved after iteration {stopped} of 200: a signal requested it" in log
     assert runs["disturbed"] == runs["undisturbed"]
     assert len(runs["disturbed"]) == 200

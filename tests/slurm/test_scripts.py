@@ -137,4 +137,4 @@ def test_what_is_wrong_is_said(small, tmp_path):
     assert "give the experiment" in done.stderr
     done = script("run_all.sh", str(small / "small.sh"), STAGES="train", OUT=tmp_path)
     assert done.returncode == 2
-    assert "STAGES holds 'train'" in done.stderr
+    assert "unknown stage 'train' in STAGES" in done.stderr
