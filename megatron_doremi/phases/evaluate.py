@@ -1,8 +1,8 @@
-"""Loss on each domain's held-out windows: the same windows, and one number, at any batch and layout.
+"""Loss on each domain's held-out windows; the windows do not depend on the batch size or the layout.
 
-Training evaluates with `evaluate`. The phase evaluate, `evaluate_run`, reads a finished run's model; its
-DIR/evaluations.jsonl holds a line an evaluation, of any number of runs. A run's own metrics.jsonl is never touched,
-whether that run has finished or is still training.
+Training evaluates with `evaluate`. The phase evaluate, `evaluate_run`, evaluates the model of a run and appends a line
+to DIR/evaluations.jsonl, which may hold evaluations of several runs. It never modifies the run's metrics.jsonl, so the
+run may still be training.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ class HeldOut:
 
     Attributes:
         names: of the k domains.
-        datasets: [k] each domain's held-out stream, or None.
-        seq_length: of a window, in targets.
-        max_windows: windows a domain at most, spread evenly over its stream; 0: all.
+        datasets: [k] held-out stream of each domain, or None.
+        seq_length: targets of a window.
+        max_windows: maximum number of windows per domain, spread evenly over its stream; 0: all.
     """
 
     names: Sequence[str]
@@ -58,31 +58,31 @@ class HeldOut:
     max_windows: int
 
     def counts(self) -> list[int]:
-        """[k] windows of each domain's stream, whether they are read or not; 0 where it has none."""
+        """[k] windows in each domain's stream, including those not read; 0 without a stream."""
         return [0 if each is None else window_count(each.num_tokens, self.seq_length) for each in self.datasets]
 
     def windows(self) -> GlobalBatch:
-        """The windows to read, domain after domain."""
+        """The windows to read, domain by domain."""
         return evaluation_windows(self.counts(), self.max_windows)
 
 
-def evaluation_windows(counts: Sequence[int], most: int) -> GlobalBatch:
-    """Which windows an evaluation reads, domain after domain; neither batch nor layout has a say.
+def evaluation_windows(counts: Sequence[int], max_windows: int) -> GlobalBatch:
+    """The windows that an evaluation reads, domain by domain, at any batch size and layout.
 
     Args:
-        counts: [k] windows of each domain's held-out stream.
-        most: windows a domain at most, spread evenly over its stream; 0: all.
+        counts: [k] windows in each domain's held-out stream.
+        max_windows: maximum number of windows per domain, spread evenly over its stream; 0: all.
     """
     domains, windows = [], []
     for number, count in enumerate(counts):
-        taken = min(count, most) if most else count
+        taken = min(count, max_windows) if max_windows else count
         windows.append(np.arange(taken, dtype=np.int64) * count // max(1, taken))
         domains.append(np.full(taken, number, dtype=np.int64))
     return GlobalBatch(np.concatenate(domains), np.concatenate(windows))
 
 
 def pad_to(batch: GlobalBatch, multiple: int) -> GlobalBatch:
-    """Adds padding (domain -1) up to a multiple of windows."""
+    """Pads a batch (with domain -1) to a multiple of `multiple` windows."""
     missing = -len(batch.domains) % multiple
     return GlobalBatch(
         np.concatenate([batch.domains, np.full(missing, -1, dtype=np.int64)]),
@@ -101,8 +101,8 @@ def evaluate(
     """Losses on held-out windows; a collective call.
 
     Args:
-        subject: whose losses these are, for messages.
-        progress: called now and then.
+        subject: name of the model, for messages.
+        progress: called after every few micro-batches.
 
     Returns:
         `evaluation_entries`, on every rank.
@@ -116,7 +116,7 @@ def evaluate(
     parts = rank_slice(batch, micro_batch_size, topology.data_rank, topology.data_size)
     stats = DomainStats.zeros(k, device)
     finite: list[Tensor] = []
-    # Enough micro-batches in flight to fill the pipe, few enough to keep what is read small.
+    # Enough micro-batches to fill the pipeline, few enough to bound the memory for windows.
     stride = 4 * topology.pipe_size
     for first in range(0, len(parts), stride):
         progress()
@@ -137,27 +137,27 @@ def evaluate(
 def _explain(
     parts: Sequence[GlobalBatch], finite: Sequence[Tensor], context: ParallelContext, names: Sequence[str], subject: str
 ) -> NonFinite:
-    """The error that names the windows of all ranks whose loss is NaN or Inf; a collective call."""
-    own: list[tuple[int, int]] = []
+    """The error that names the windows, of all ranks, whose loss is NaN or Inf; a collective call."""
+    local: list[tuple[int, int]] = []
     if context.topology.rank == context.topology.loss_rank():
         for part, good in zip(parts, finite, strict=True):
             rows = zip(part.domains.tolist(), part.windows.tolist(), good.tolist(), strict=True)
-            own += [(domain, window) for domain, window, is_finite in rows if domain >= 0 and not is_finite]
-    bad = sorted((domain, window) for part in gather_json(own) for domain, window in part)
+            local += [(domain, window) for domain, window, is_finite in rows if domain >= 0 and not is_finite]
+    bad = sorted((domain, window) for part in gather_json(local) for domain, window in part)
     return NonFinite(f"the held-out loss of {subject} is NaN or Inf in {windows_by_domain(bad, names)}")
 
 
 def evaluation_entries(
     stats: DomainStats, names: Sequence[str], counts: Sequence[int], seq_length: int
 ) -> dict[str, Any]:
-    """What an evaluation line says of each domain and of all.
+    """The entries of an evaluation line: the loss of each domain, and the means, in nats per token.
 
-    `eval_token_mean` weighs a domain by all its held-out windows, read or not: the mean over all held-out targets, or
-    its estimate where --eval-iters limits what is read.
+    `eval_token_mean` weights a domain by all of its held-out windows, including those not read: it is the mean over
+    all held-out targets, or an estimate of it if --eval-iters limits the windows.
 
     Args:
         stats: over the windows that were read.
-        counts: [k] windows of each domain's held-out stream.
+        counts: [k] windows in each domain's held-out stream.
     """
     loss, targets = torch.stack((stats.loss, stats.targets)).tolist()
     read = [(n, s / t, int(t), c) for n, s, t, c in zip(names, loss, targets, counts, strict=True) if t]
@@ -178,9 +178,9 @@ def evaluate_run(
     context: ParallelContext,
     watchdog: Watchdog,
 ) -> None:
-    """Evaluates a checkpoint of --load, the newest when the program started, at any layout.
+    """Evaluates the checkpoint of --load that was the newest when the program started, at any layout.
 
-    Rank 0 prints the losses and, with --save, appends a line to that folder's evaluations.jsonl.
+    Rank 0 prints the losses and, with --save, appends a line to evaluations.jsonl in that folder.
 
     Raises:
         NonFinite: a held-out loss is NaN or Inf; nothing is recorded.
@@ -189,15 +189,15 @@ def evaluate_run(
     data_config, save = config.data, Path(config.run.save) if config.run.save else None
     from_rank_0(lambda: weights_hash(run.weights, watchdog))
     if save is not None:
-        # Tried before the work, not after it.
+        # Finds out before the evaluation whether the file can be written.
         from_rank_0(lambda: append_line(save, ""))
     module = load_frozen(run.gpt, run.weights, context, plan.dtype, config.parallel.loss_chunk_tokens)
-    # In batches of the run itself: what is read depends neither on this layout nor on its batch.
-    most = data_config.eval_iters * run.global_batch_size
+    # --eval-iters counts batches of the run, so that the windows do not depend on this layout or batch size.
+    max_windows = data_config.eval_iters * run.global_batch_size
     checkpoint = run.weights.parent
     entries = evaluate(
         module,
-        HeldOut(data.names, data.valid, data_config.seq_length, most),
+        HeldOut(data.names, data.valid, data_config.seq_length, max_windows),
         data_config.micro_batch_size,
         context,
         str(checkpoint),
@@ -221,11 +221,11 @@ def evaluate_run(
 
 
 def append_line(folder: Path, line: str) -> None:
-    """Appends a line to a folder's evaluations.jsonl; a torn last line is left a line of its own.
+    """Appends a line to a folder's evaluations.jsonl; a torn last line becomes a separate line.
 
     Raises:
-        ConfigError: the folder cannot be made.
-        RunError: the line could not be written; nothing of it stays.
+        ConfigError: the folder cannot be created.
+        RunError: the line could not be written; no part of it remains.
     """
     make_folder(folder, "--save")
     path = folder / "evaluations.jsonl"
@@ -242,7 +242,7 @@ def append_line(folder: Path, line: str) -> None:
 
 def _print(entry: dict[str, Any], checkpoint: Path) -> None:
     width = max(map(len, entry["eval"]))
-    print_stdout(f"held-out loss of {checkpoint}, nats a token")
+    print_stdout(f"held-out loss of {checkpoint}, nats per token")
     for name, loss in entry["eval"].items():
         print_stdout(f"  {name:<{width}}  {loss:.4f}")
     print_stdout(

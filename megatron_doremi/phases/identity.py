@@ -1,7 +1,7 @@
-"""What decides a run's result, as one value: compared between ranks, with the checkpoint on resume, and by the report.
+"""The identity of a run: everything that determines its result; compared on resume and by the report.
 
-An identity is a flat dictionary that JSON takes, by the names of flags where a flag decides the entry. Every
-checkpoint and config.json hold it, with the overrides that the user asked for on the way.
+An identity is a flat dictionary of JSON values; an entry that a flag determines has the name of the flag. Every
+checkpoint and config.json hold it, with the overrides that the user has requested.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from megatron_doremi.plan import RunPlan
 from megatron_doremi.settings import PROXY
 from megatron_doremi.storage.files import atomic_write_text, make_folder
 
-# What the parameters and the order of windows hang on: nothing that was trained could be kept.
+# Entries that no --override-resume can change: with another value the trained parameters would be useless.
 FIXED = ("phase", "gpt", "domains", "tokenizer_sha256", "seq_length")
 _OPTIMIZER = (
     "lr",
@@ -55,8 +55,8 @@ def run_identity(plan: RunPlan, data: RunData, controller: MixtureController, re
     """The identity of a training run.
 
     Args:
-        controller: of the mixture; tells the settings of its method.
-        reference: hash of the weights of a proxy's reference; None without one.
+        controller: of the mixture; gives the settings of its method.
+        reference: hash of the weights of a proxy's reference; None without a reference.
     """
     config = plan.config
     identity: Identity = {
@@ -91,7 +91,7 @@ def write_run_config(
 
     Args:
         identity: of the run.
-        overrides: what of it was changed on purpose, at which iteration.
+        overrides: entries of the identity that the user has changed, with their iterations.
     """
     save = Path(plan.config.run.save)
     make_folder(save, "--save")
@@ -115,23 +115,23 @@ def write_run_config(
 
 
 def identity_hash(identity: Mapping[str, Any]) -> str:
-    """SHA-256 of an identity, in hex: two runs with the same hash compute the same, up to rounding by layout."""
+    """SHA-256 of an identity, in hex: runs with equal hashes compute the same, up to rounding by layout."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def differences(
     before: Mapping[str, Any], now: Mapping[str, Any], subject: str, allowed: Collection[str]
 ) -> tuple[list[Fault], list[str]]:
-    """What of a run differs from the checkpoint that it resumes from.
+    """Compares a run's identity with that of the checkpoint from which it resumes.
 
     Args:
-        before: the checkpoint's identity; entries that it lacks were not recorded and are not compared.
-        now: this run's. `train_iters` is not compared: a run may be made longer (see `schedule_change`).
-        subject: how messages call the checkpoint.
+        before: the checkpoint's identity; missing entries were not recorded and are not compared.
+        now: this run's identity. `train_iters` is not compared: a run may be extended (see `schedule_change`).
+        subject: name of the checkpoint in messages.
         allowed: names of --override-resume.
 
     Returns:
-        the faults, and the names that differ and are allowed to.
+        the faults, and the names of entries that differ and are allowed to.
     """
     faults, overridden = [], []
     for name, value in now.items():
@@ -143,13 +143,13 @@ def differences(
         remedy = _REMEDIES.get(name, _REMEDY)
         if name not in FIXED and name not in _REMEDIES:
             remedy += f", or give --override-resume {name} to change it on purpose"
-        given = f"{name} {differing(before[name], value)}"
-        faults.append(Fault(subject, given, f"this run's {name}, {differing(value, before[name])}", remedy))
+        given = f"{name} {for_message(before[name], value)}"
+        faults.append(Fault(subject, given, f"this run's {name}, {for_message(value, before[name])}", remedy))
     return faults, overridden
 
 
 def override_faults(allowed: Sequence[str], now: Mapping[str, Any]) -> list[Fault]:
-    """What is wrong with the names of --override-resume themselves."""
+    """Faults of the names in --override-resume."""
     names = [name for name in now if name not in (*FIXED, "train_iters")]
     faults = []
     for name in allowed:
@@ -163,16 +163,16 @@ def override_faults(allowed: Sequence[str], now: Mapping[str, Any]) -> list[Faul
     return faults
 
 
-def differing(value: Any, other: Any) -> Any:
-    """A value for a message; of two mappings only the entries that differ, of a long hash its start."""
+def for_message(value: Any, other: Any) -> Any:
+    """A value for a message: of two mappings only the entries that differ, of a hash only its start."""
     if isinstance(value, Mapping) and isinstance(other, Mapping):
         return {key: entry for key, entry in value.items() if other.get(key) != entry}
     return value[:12] if isinstance(value, str) and len(value) == 64 else value
 
 
 def schedule_change(before: Mapping[str, Any], config: Config, iteration: int) -> str | None:
-    """A line that says what another --train-iters does to the learning rate from `iteration` on; None where it is
-    the same or was not recorded."""
+    """A line about the effect of a changed --train-iters on the learning rate after `iteration`; None if it is
+    unchanged or was not recorded."""
     total, planned = config.data.train_iters, before.get("train_iters")
     if planned is None or planned == total:
         return None
@@ -186,29 +186,29 @@ def schedule_change(before: Mapping[str, Any], config: Config, iteration: int) -
 
 
 def check_ranks_start_alike(config: Config, read: Mapping[str, Any]) -> None:
-    """Compares what every rank is about to run: settings, files as it sees them, versions. A collective call.
+    """Checks that all ranks have the same settings, files and versions; a collective call.
 
     Args:
         read: hashes of the files that this rank sees; of `what_is_read` in inputs.py.
 
     Raises:
-        ConfigError: on every rank, naming the ranks that differ from most and what differs.
+        ConfigError: on every rank, naming the ranks that differ from the majority, and the differences.
     """
-    own = {
+    values = {
         **{f"--{name.replace('_', '-')}": value for part in config.to_dict().values() for name, value in part.items()},
         **read,
         "version of megatron-doremi": __version__,
         "version of torch": torch.__version__,
     }
     hashes = {
-        name: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest() for name, value in own.items()
+        name: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest() for name, value in values.items()
     }
     everyone = gather_json(hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest())
     if len(set(everyone)) == 1:
         return
-    # Only now does more than a hash a rank travel.
+    # Only now do ranks exchange more than a hash each.
     faults = []
-    shown = {name: str(differing(value, None))[:60] for name, value in own.items()}
+    shown = {name: str(for_message(value, None))[:60] for name, value in values.items()}
     details = gather_json([hashes, shown])
     for name in sorted({name for entry, _ in details for name in entry}):
         ranks: dict[str | None, list[int]] = defaultdict(list)
@@ -216,19 +216,17 @@ def check_ranks_start_alike(config: Config, read: Mapping[str, Any]) -> None:
             ranks[entry.get(name)].append(number)
         if len(ranks) == 1:
             continue
-        most = max(ranks.values(), key=lambda group: (len(group), -group[0]))
+        majority = max(ranks.values(), key=lambda group: (len(group), -group[0]))
+        rule = f"that of {_rank_list(majority, 4)}, {details[majority[0]][1].get(name)}"
+        remedy = "start every rank with the same command, and copy the same files to every node"
         for group in ranks.values():
-            if group is not most:
-                faults.append(
-                    Fault(
-                        f"rank{'s' if len(group) > 1 else ''} {', '.join(map(str, group))}",
-                        f"{name} {details[group[0]][1].get(name)}",
-                        f"that of rank{'s' if len(most) > 1 else ''} {_listed(most)}, {details[most[0]][1].get(name)}",
-                        "start every rank with the same command, and copy the same files to every node",
-                    )
-                )
+            if group is not majority:
+                value = f"{name} {details[group[0]][1].get(name)}"
+                faults.append(Fault(_rank_list(group, len(group)), value, rule, remedy))
     raise ConfigError(faults)
 
 
-def _listed(ranks: Sequence[int]) -> str:
-    return ", ".join(map(str, ranks[:4])) + (", ..." if len(ranks) > 4 else "")
+def _rank_list(ranks: Sequence[int], limit: int) -> str:
+    """The ranks as text, at most `limit` of them."""
+    listed = ", ".join(map(str, ranks[:limit])) + (", ..." if len(ranks) > limit else "")
+    return f"rank{'s' if len(ranks) > 1 else ''} {listed}"

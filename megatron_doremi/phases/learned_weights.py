@@ -1,4 +1,4 @@
-"""SAVE/domain_weights.json: the weights that a run's controller has learned so far, and how they came about."""
+"""SAVE/domain_weights.json: the weights that a run's controller has learned so far, with their provenance."""
 
 from __future__ import annotations
 

@@ -98,12 +98,12 @@ def evaluation_summary(entry: Mapping[str, Any]) -> str:
     """An evaluation line as text for people."""
     return (
         f"iteration {entry['iteration']:>7,} | held-out: uniform mean {entry['eval_uniform_mean']:.4f}, "
-        f"worst {entry['eval_worst']:.4f}, token mean {entry['eval_token_mean']:.4f} nats a token"
+        f"worst {entry['eval_worst']:.4f}, token mean {entry['eval_token_mean']:.4f} nats per token"
     )
 
 
 class VanishedWeights:
-    """Warns of domains whose weight has all but vanished, each once: no mixture can be trained on such weights."""
+    """Warns once of each domain whose weight is below the smallest share that a mixture may have."""
 
     def __init__(self, remedy: str) -> None:
         """

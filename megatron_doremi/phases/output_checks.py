@@ -38,7 +38,7 @@ def check_outputs(config: Config, learns: bool = False) -> None:
     """Checks the folders and files that the run's phase writes. Creates the folders; files are not modified.
 
     Args:
-        learns: training learns a mixture, and writes it.
+        learns: the run learns domain weights, and writes them.
 
     Raises:
         ConfigError: with every file or folder that cannot be written for a reason that the user can fix.

@@ -1,4 +1,4 @@
-"""Where a run resumes: the newest complete checkpoint of --load, checked against what this run is, before any model."""
+"""Finds the checkpoint to resume from, and checks that it belongs to this run, before any model is built."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from megatron_doremi.parallel.exchange import from_rank_0
 from megatron_doremi.phases.identity import (
     Identity,
     differences,
-    differing,
+    for_message,
     override_faults,
     schedule_change,
 )
@@ -35,15 +35,15 @@ from megatron_doremi.storage.formats import Schema, check_entry
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """A checkpoint that a run may go on from.
+    """A checkpoint from which a run can resume.
 
     Attributes:
         checkpoint: its folder.
         iteration: steps taken.
-        blend: where the blend was.
-        controller_state: of a controller that learns; see `MixtureController.load_state_dict`.
-        metrics_bytes: size of metrics.jsonl when the checkpoint was taken; None where the checkpoint does not say.
-        overrides: entries of the run's identity that were changed on purpose, at which iteration, over its whole life.
+        blend: state of the blend.
+        controller_state: state of a controller that learns, else None; see `MixtureController.load_state_dict`.
+        metrics_bytes: size of metrics.jsonl when the checkpoint was saved; None if the checkpoint does not record it.
+        overrides: entries of the run's identity that the user has changed since the run began, with their iterations.
     """
 
     checkpoint: Path
@@ -60,25 +60,25 @@ def resume_point(
     controller: MixtureController,
     progress: Callable[[], None] = lambda: None,
 ) -> ResumePoint | None:
-    """Where the run resumes; None where it starts. A collective call.
+    """The checkpoint from which the run resumes; None for a new run. A collective call.
 
     Args:
         identity: of this run.
-        controller: of the mixture; names its state and says what it may hold.
-        progress: called with each file of the checkpoint that is read.
+        controller: of the mixture; gives the name and the schema of its state.
+        progress: called for each file of the checkpoint that is read.
 
     Raises:
-        ConfigError: the checkpoint is of another run, with everything that differs, or is damaged.
+        ConfigError: the checkpoint belongs to another run (all differences are reported), or is damaged.
     """
     config, names, topology = plan.config, plan.names, plan.topology
     raise_if_any(override_faults(config.run.override_resume, identity))
     if not config.run.load:
         return None
-    # One rank looks, for what several see of a shared file system may differ.
-    found = from_rank_0(lambda: _find_checkpoint(Path(config.run.load)))
-    if found is None:
+    # Rank 0 decides: on a shared file system ranks may see different files.
+    newest = from_rank_0(lambda: _find_checkpoint(Path(config.run.load)))
+    if newest is None:
         return None
-    checkpoint = Path(found)
+    checkpoint = Path(newest)
     state = read_state(checkpoint)
     subject = f"--load {checkpoint}"
     allowed = {*config.run.override_resume}
@@ -111,16 +111,20 @@ def resume_point(
 
 
 def _find_checkpoint(load: Path) -> str | None:
-    """The newest complete checkpoint below `load`, None where there is no checkpoint at all."""
-    passed_over: list[str] = []
-    newest = newest_checkpoint(load, passed_over.append)
+    """The newest complete checkpoint in `load`; None if `load` holds no checkpoint.
+
+    Raises:
+        ConfigError: there are checkpoints, but none is complete.
+    """
+    rejected: list[str] = []
+    newest = newest_checkpoint(load, rejected.append)
     if newest is None:
-        # Starting over would throw away what the run has written.
+        # A new run would overwrite what this run has written.
         rule, remedy = "a complete checkpoint, or none at all", "copy it again, or delete the folder to start over"
-        what = f"--load: checkpoints of {load}"
-        raise_if_any([Fault(what, f"no complete one: {line}", rule, remedy) for line in passed_over])
+        subject = f"--load: checkpoints of {load}"
+        raise_if_any([Fault(subject, f"no complete one: {line}", rule, remedy) for line in rejected])
         return None
-    for line in passed_over:
+    for line in rejected:
         print_stderr(line)
     return str(newest)
 
@@ -128,15 +132,15 @@ def _find_checkpoint(load: Path) -> str | None:
 def _controller_state(
     checkpoint: Path, state: CheckpointState, controller: MixtureController
 ) -> ControllerState | None:
-    """The controller's entry of state.json, checked; None where it keeps none. Raises ConfigError."""
+    """The controller's state in state.json, checked; None if it does not learn. Raises ConfigError."""
     if not controller.learns:
         return None
     name, subject = controller.state_name, str(checkpoint / "state.json")
     remedy = f"delete {checkpoint} to resume from an older one"
-    # Checked under its name, which messages then show.
+    # Checked under its name, so that messages show it.
     schema = create_model("State", __base__=Schema, **{name: (controller.state_schema, ...)})  # type: ignore[call-overload]
-    found = state.entry(name)
-    entry: ControllerState = getattr(check_entry({} if found is None else {name: found}, subject, schema, remedy), name)
+    raw = state.entry(name)
+    entry: ControllerState = getattr(check_entry({} if raw is None else {name: raw}, subject, schema, remedy), name)
     if entry.steps != state.iteration:
         rule = f"{name}.steps {entry.steps} must equal iteration {state.iteration}"
         raise ConfigError(Fault(subject, f"{name}.steps: {entry.steps}", rule, remedy))
@@ -146,20 +150,17 @@ def _controller_state(
 def _domain_faults(
     state: CheckpointState, learned: ControllerState | None, learned_name: str, names: Sequence[str], subject: str
 ) -> list[Fault]:
-    """Faults of a state that does not name exactly the run's domains."""
-    held: dict[str, set[str]] = {"blend": set(state.blend.cursors)}
+    """A fault for each part of the state whose domains are not exactly the run's."""
+    domains_of: dict[str, set[str]] = {"blend": set(state.blend.cursors)}
     for key, value in learned or ():
         if isinstance(value, dict):
-            held[f"{learned_name}.{key}"] = set(value)
+            domains_of[f"{learned_name}.{key}"] = set(value)
     faults = []
-    for part, found in held.items():
-        wrong = [f"no {name!r}" for name in names if name not in found]
-        wrong += [f"a {name!r} besides" for name in sorted(found - set(names))]
+    rule, remedy = "the state of exactly the run's domains", "delete this checkpoint to resume from an older one"
+    for part, domains in domains_of.items():
+        wrong = [f"no {name!r}" for name in names if name not in domains]
+        wrong += [f"an extra {name!r}" for name in sorted(domains - set(names))]
         if wrong:
-            rule, remedy = (
-                "the state of exactly the run's domains",
-                "delete this checkpoint to resume from an older one",
-            )
             faults.append(Fault(subject, f"state.json: {part} has {', '.join(wrong)}", rule, remedy))
     return faults
 
@@ -172,13 +173,14 @@ def _statements(
     iteration: int,
     rank: int,
 ) -> list[str]:
-    """What rank 0 says of a resume: overrides, another schedule, and what an early checkpoint does not tell."""
+    """The lines that rank 0 prints about a resume: overrides, a changed schedule, and entries that an old checkpoint
+    does not record."""
     if rank:
         return []
     lines = [f"resume: from iteration {iteration:,} of {config.data.train_iters:,}"]
     lines += [
-        f"resume: {name} changed from {differing(before[name], identity[name])} "
-        f"to {differing(identity[name], before[name])}"
+        f"resume: {name} changed from {for_message(before[name], identity[name])} "
+        f"to {for_message(identity[name], before[name])}"
         for name in overridden
     ]
     change = schedule_change(before, config, iteration)

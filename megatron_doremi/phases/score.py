@@ -1,8 +1,8 @@
-"""The phase score: a reference's token losses on the windows that proxies will read, written once.
+"""The phase score: records a reference's token losses on the windows that proxies will read.
 
-Chunks of windows are dealt out over the replicas of a run and the tasks of an array job. A replica works on its
-own and writes what it has, chunk by chunk: a run that was stopped resumes with the next chunk, and replicas may be
-hours apart at the end.
+Chunks of windows are distributed over the replicas of a run and the tasks of an array job. Each replica works
+independently and writes its losses chunk by chunk: a stopped run resumes with the next chunk, and replicas may finish
+hours apart.
 """
 
 from __future__ import annotations
@@ -52,15 +52,15 @@ from megatron_doremi.phases.run_data import RunData
 from megatron_doremi.plan import RunPlan
 from megatron_doremi.storage.files import sha256_of
 
-# Windows whose numbers are computed at a time, and chunks whose files a replica looks at before it scores some.
+# Windows whose indices are computed at a time, and chunks whose files a replica checks at a time.
 _PART = 1 << 18
-_CHUNKS_A_TURN = 256
+_CHUNKS_PER_GROUP = 256
 _STOP, _FAILED = 1, 2
 T = TypeVar("T")
 
 
 def data_fingerprint(config: Config, data: RunData) -> dict[str, Any]:
-    """What scores are bound to, besides the reference. Folders of an older version may lack keys."""
+    """What recorded losses depend on, except the reference. Folders of an older version may lack keys."""
     return {
         "tokenizer_sha256": data.tokenizer_sha256,
         "data_fingerprint": data.manifest.fingerprint(),
@@ -72,8 +72,8 @@ def data_fingerprint(config: Config, data: RunData) -> dict[str, Any]:
 
 
 def weights_hash(folder: Path, watchdog: Watchdog) -> str:
-    """A hash of a checkpoint's weights files. Raises ConfigError where one was changed after it was written."""
-    recorded = read_state(folder.parent).checksums
+    """A hash of a checkpoint's weights files. Raises ConfigError if a file was changed after it was written."""
+    checksums = read_state(folder.parent).checksums
     lines, faults = [], []
     for path in sorted(folder.glob("*.safetensors")):
 
@@ -81,9 +81,9 @@ def weights_hash(folder: Path, watchdog: Watchdog) -> str:
             watchdog.mark(doing)
 
         progress()
-        found = sha256_of(path, progress)
-        lines.append(f"{path.name} {found}\n")
-        if recorded.get(f"weights/{path.name}", found) != found:
+        checksum = sha256_of(path, progress)
+        lines.append(f"{path.name} {checksum}\n")
+        if checksums.get(f"weights/{path.name}", checksum) != checksum:
             value, rule = "changed after it was written", "the checksum in state.json"
             faults.append(Fault(str(path), value, rule, "copy the checkpoint again, or take another"))
     raise_if_any(faults)
@@ -93,19 +93,19 @@ def weights_hash(folder: Path, watchdog: Watchdog) -> str:
 def reference_hash(
     run: ReferenceRun | None, reference_losses: ReferenceLosses | None, topology: Topology, watchdog: Watchdog
 ) -> str | None:
-    """Tells a proxy's reference from another, by its weights; None without one. A collective call."""
+    """A hash of the weights of a proxy's reference; None without a reference. A collective call."""
     if reference_losses is not None:
         return reference_losses.scores_file.reference
     if run is None:
         return None
-    # Read by one rank: a reference may be gigabytes.
+    # Read on one rank only: a reference may be gigabytes.
     return str(exchange.from_rank_0(lambda: weights_hash(run.weights, watchdog)))
 
 
 def windows_needed(plan: RunPlan, progress: Callable[[str], None] = lambda doing: None) -> Iterator[Chunks]:
-    """The windows of each domain that a proxy with these settings reads (`RunPlan.windows_needed`), by chunk.
+    """Yields, for each domain, the windows that a proxy reads (`RunPlan.windows_needed`), by chunk.
 
-    Use the chunks of a domain before asking for the next domain's.
+    Exhaust the chunks of a domain before you request those of the next domain.
     """
     blend = plan.blend
 
@@ -126,17 +126,17 @@ def open_reference_losses(config: Config, data: RunData) -> ReferenceLosses:
 def check_reference_losses(
     reference_losses: ReferenceLosses, plan: RunPlan, store: dist.Store, watchdog: Watchdog
 ) -> None:
-    """Checks that every window that a proxy reads is recorded; rank 0 looks and tells the others.
+    """Checks on rank 0 that every window that a proxy reads is recorded; a collective call.
 
     Raises:
-        ConfigError: on every rank, with a fault for each domain of which windows are missing.
+        ConfigError: on every rank, with a fault for each domain with missing windows.
     """
 
-    def look() -> None:
+    def check() -> None:
         needed = windows_needed(plan, watchdog.mark)
         counts = zip(plan.window_counts, plan.windows_needed, strict=True)
         total = sum(min(-(-size // CHUNK_WINDOWS), count) for size, count in counts)
-        # Silent where it is quick.
+        # The bar appears only if the check takes longer than 2 seconds.
         with tqdm(total=total, unit="file", desc="reference losses", delay=2.0, leave=False) as bar:
 
             def progress(domain: int, files: int) -> None:
@@ -145,17 +145,17 @@ def check_reference_losses(
 
             raise_if_any(reference_losses.check(needed, progress))
 
-    run_on_rank_0_via_store(store, "reference losses", plan.topology.rank, look)
+    run_on_rank_0_via_store(store, "reference losses", plan.topology.rank, check)
 
 
 def score(plan: RunPlan, data: RunData, run: ReferenceRun, context: ParallelContext, control: RunControl) -> bool:
-    """Scores this task's share of the windows that are not recorded yet.
+    """Scores this task's share of the windows that are not recorded yet; a collective call.
 
     Returns:
-        whether some are left, because a signal or a time limit stopped the run.
+        whether a signal or a time limit stopped the run before all were scored.
 
     Raises:
-        RunError: a loss is NaN, Inf or negative, of which nothing is recorded, or a file cannot be written.
+        RunError: a loss is NaN, Inf or negative (its chunk is not recorded), or a file cannot be written.
     """
     config, topology, watchdog = plan.config, context.topology, control.watchdog
     store = dist.PrefixStore("score", control.store)
@@ -167,18 +167,18 @@ def score(plan: RunPlan, data: RunData, run: ReferenceRun, context: ParallelCont
         return fingerprint
 
     fingerprint = run_on_rank_0_via_store(store, "folder", topology.rank, start)
-    # Of each replica only one rank touches files of losses.
+    # Only one rank of each replica reads and writes files of losses.
     folder = ReferenceLossFolder(Path(config.run.save), fingerprint) if topology.rank == topology.loss_rank() else None
     module = load_frozen(run.gpt, run.weights, context, plan.dtype, config.parallel.loss_chunk_tokens)
     replica = _Replica(plan, data, module, context, watchdog, store, folder)
     replica.score(control.stop)
-    barrier_via_store(store, "done", topology.rank, topology.world_size, lambda: replica.hear(control.stop))
+    barrier_via_store(store, "done", topology.rank, topology.world_size, lambda: replica.poll(control.stop))
     outcomes = gather_json([int(replica.stopped), replica.windows, replica.clipped])
-    stopped, windows, cut = (sum(values) for values in zip(*outcomes, strict=True))
-    if cut and topology.rank == 0:
+    stopped, windows, clipped_losses = (sum(values) for values in zip(*outcomes, strict=True))
+    if clipped_losses and topology.rank == 0:
         print_stdout(
-            f"score: {cut:,} of {windows * config.data.seq_length:,} token losses lay above {LARGEST_LOSS:.4f} nats "
-            "and were recorded as that"
+            f"score: {clipped_losses:,} of {windows * config.data.seq_length:,} token losses were above "
+            f"{LARGEST_LOSS:.4f} nats and were recorded as this value"
         )
     if topology.rank == 0:
         end = "stopped before all were scored; run the same command again for the rest" if stopped else "done"
@@ -187,11 +187,12 @@ def score(plan: RunPlan, data: RunData, run: ReferenceRun, context: ParallelCont
 
 
 class _Replica:
-    """A replica at work: it goes through its chunks, and hears of what the others have met.
+    """Scores the chunks of one replica; learns of failures and stop requests of other ranks through the store.
 
     Attributes:
-        stopped: whether it left chunks, because a rank of the run was asked to stop.
-        windows, clipped: how many windows this rank has recorded, and how many of their losses lay above the grid.
+        stopped: whether it left chunks unscored because a rank of the run was asked to stop.
+        windows: number of windows that this rank has recorded.
+        clipped: number of their losses that were above the largest value that a file can hold.
     """
 
     def __init__(
@@ -210,12 +211,12 @@ class _Replica:
         self.stopped, self.windows, self.clipped = False, 0, 0
 
     def score(self, stop: StopRequest) -> None:
-        """Scores and records this replica's chunks, until they are done or a rank of the run has to stop."""
+        """Scores and records this replica's chunks until all are done or a rank of the run has to stop."""
         seq_length = self.plan.config.data.seq_length
-        total = sum(self.plan.windows_needed) // self._shares()
+        total = sum(self.plan.windows_needed) // self._num_shares()
         hidden = self.topology.rank != 0
         with tqdm(total=total * seq_length, unit="token", unit_scale=True, desc="score", disable=hidden) as bar:
-            for chunks, recorded in self._turns():
+            for chunks, recorded in self._chunk_groups():
                 bar.total = max(bar.n, bar.total - recorded * seq_length)
                 for domain, chunk, bits in chunks:
                     if self._must_stop(stop):
@@ -225,42 +226,43 @@ class _Replica:
                     self._record(domain, chunk, windows, self._losses(domain, windows))
                     bar.update(len(windows) * seq_length)
             bar.total = bar.n
-        # Here a failure of the last chunk comes to light.
+        # Raises if the last chunk failed.
         self._must_stop(stop)
 
-    def _shares(self) -> int:
+    def _num_shares(self) -> int:
         return self.plan.config.doremi.num_shards * self.topology.data_size
 
-    def _turns(self) -> Iterator[tuple[list[tuple[int, int, str]], int]]:
-        """Some chunks at a time: (domain, chunk, bits of the windows to score), and how many are recorded already.
+    def _chunk_groups(self) -> Iterator[tuple[list[tuple[int, int, str]], int]]:
+        """Yields groups of chunks, (domain, chunk, bits of the windows to score), with the number of their windows that
+        are recorded already.
 
-        One rank of the replica looks, for files come and go.
+        One rank of the replica checks the files, which other tasks may change at any time.
         """
-        place = self.plan.config.doremi.shard * self.topology.data_size + self.topology.data_rank
+        share = self.plan.config.doremi.shard * self.topology.data_size + self.topology.data_rank
         needed = windows_needed(self.plan, self.watchdog.mark)
         chunks = ((domain, chunk, bits) for domain, part in enumerate(needed) for chunk, bits in part)
-        mine = itertools.islice(chunks, place, None, self._shares())
+        mine = itertools.islice(chunks, share, None, self._num_shares())
         while True:
-            found: list[Any] | None = None
+            group: list[Any] | None = None
             if self.folder is not None:
-                self.watchdog.mark("looking for what is recorded")
-                found = self._telling(lambda: self._next_turn(mine))
-            found = broadcast_json(found, self.topology.loss_rank(), self.context.groups.model)
-            if found is None:
+                self.watchdog.mark("checking which windows are recorded")
+                group = self._report_failure(lambda: self._next_group(mine))
+            group = broadcast_json(group, self.topology.loss_rank(), self.context.groups.model)
+            if group is None:
                 return
-            yield found[0], found[1]
+            yield group[0], group[1]
 
-    def _next_turn(self, mine: Iterator[tuple[int, int, int]]) -> list[Any] | None:
-        """The next entry of `_turns`; None at the end."""
-        turn = list(itertools.islice(mine, _CHUNKS_A_TURN))
-        if self.folder is None or not turn:
+    def _next_group(self, mine: Iterator[tuple[int, int, int]]) -> list[Any] | None:
+        """The next value of `_chunk_groups`; None at the end."""
+        group = list(itertools.islice(mine, _CHUNKS_PER_GROUP))
+        if self.folder is None or not group:
             return None
-        left = [(domain, chunk, bits, self.folder.missing(domain, chunk, bits)) for domain, chunk, bits in turn]
-        recorded = sum((bits & ~missing).bit_count() for _, _, bits, missing in left)
-        return [[(domain, chunk, f"{missing:x}") for domain, chunk, _, missing in left if missing], recorded]
+        checked = [(domain, chunk, bits, self.folder.missing(domain, chunk, bits)) for domain, chunk, bits in group]
+        recorded = sum((bits & ~missing).bit_count() for _, _, bits, missing in checked)
+        return [[(domain, chunk, f"{missing:x}") for domain, chunk, _, missing in checked if missing], recorded]
 
-    def _telling(self, work: Callable[[], T]) -> T | None:
-        """What some work gives; None where it fails, which all ranks then hear of."""
+    def _report_failure(self, work: Callable[[], T]) -> T | None:
+        """Returns the result of `work`; if it fails, reports the error to all ranks and returns None."""
         try:
             return work()
         except (ConfigError, RunError, OSError) as error:
@@ -268,7 +270,7 @@ class _Replica:
         return None
 
     def _losses(self, domain: int, windows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """[n, seq] losses of windows of one domain, on the last stage; elsewhere nothing."""
+        """[n, seq] losses of windows of one domain in nats, on the last stage; [0, seq] on all others."""
         size, seq_length = self.plan.batch_shape
         padded = np.concatenate([windows, np.full(-len(windows) % size, windows[-1])])
         parts = [GlobalBatch(np.full(size, domain), part) for part in padded.reshape(-1, size)]
@@ -283,8 +285,8 @@ class _Replica:
         return np.concatenate(rows)[: len(windows)] if rows else np.empty((0, seq_length), np.float32)
 
     def _record(self, domain: int, chunk: int, windows: NDArray[np.int64], losses: NDArray[np.float32]) -> None:
-        """Records a chunk on the rank that does; of a failure all ranks hear."""
-        if self.folder is not None and self._telling(lambda: self._add(domain, chunk, windows, losses)):
+        """Records windows of a chunk on the rank that owns the folder; a failure is reported to all ranks."""
+        if self.folder is not None and self._report_failure(lambda: self._add(domain, chunk, windows, losses)):
             self.windows += len(windows)
             self.clipped += clipped(losses)
 
@@ -310,21 +312,21 @@ class _Replica:
         """Whether the run stops here; a collective call of the replica.
 
         Raises:
-            ConfigError, RunError: of whichever rank failed.
+            ConfigError, RunError: the error of the rank that failed.
         """
-        own = 0
+        status = 0
         if self.store.check(["error"]):
-            own = _FAILED
+            status = _FAILED
         elif self._asked_to_stop(stop):
-            own = _STOP
-        flag = torch.tensor([own], device=next(self.module.parameters()).device)
+            status = _STOP
+        flag = torch.tensor([status], device=next(self.module.parameters()).device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.context.groups.model)
         if flag.item() == _FAILED:
             raise error_from_json(self.store.get("error").decode())
         return bool(flag.item())
 
     def _asked_to_stop(self, stop: StopRequest) -> bool:
-        """Whether any rank was asked to stop; tells the others of a request to this one."""
+        """Whether any rank was asked to stop; tells the others if this rank was."""
         if self.store.check(["stop"]):
             return True
         asked = stop.reason() != KEEP_RUNNING
@@ -332,8 +334,8 @@ class _Replica:
             self.store.set("stop", "asked")
         return asked
 
-    def hear(self, stop: StopRequest) -> None:
-        """While others are waited for: tells them to stop, or raises what one of them has met."""
+    def poll(self, stop: StopRequest) -> None:
+        """Called while this rank waits for the others: passes on a stop request, raises the error of a failed rank."""
         if self.store.check(["error"]):
             raise error_from_json(self.store.get("error").decode())
         self._asked_to_stop(stop)

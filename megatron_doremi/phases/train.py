@@ -1,4 +1,4 @@
-"""Training, a page long: read a global batch, take a step, write it down, save, evaluate."""
+"""The training loop: read a global batch, take a step, log it, evaluate, save."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from megatron_doremi.settings import PROXY
 
 
 class Trainer:
-    """A training run: the engine, the blend and the log, and what goes into a checkpoint."""
+    """A training run: the engine, the blend, the controller and the checkpoints."""
 
     def __init__(
         self,
@@ -58,10 +58,10 @@ class Trainer:
     ):
         """
         Args:
-            identity: of the run; every checkpoint holds it.
-            resume: where to resume; None where the run starts.
-            reference: scores the batches of a run whose reference losses are not recorded.
-            lock: on the run's folder.
+            identity: of the run; part of every checkpoint.
+            resume: the checkpoint to resume from; None for a new run.
+            reference: scores the batches of a run whose reference losses are not recorded; else None.
+            lock: lock of the run's folder.
         """
         self.plan, self.config, self.data = inputs.plan, inputs.plan.config, inputs.data
         self.controller, self.engine, self.reference = inputs.controller, engine, reference
@@ -79,7 +79,7 @@ class Trainer:
             lock.token,
             lock.lost_to,
         )
-        # One rank's clock decides for all.
+        # Only rank 0's clock counts; `reduce_flags` tells the other ranks.
         self.save_timer = SaveTimer(self.config.run.save_interval_in_mins if self.topology.rank == 0 else 0.0)
         self.learning_rate = make_learning_rate(self.config.optimizer, self.config.data.train_iters)
         self.step_flops = self.plan.step_tokens * flops_per_token(self.plan.gpt, self.config.data.seq_length)
@@ -105,7 +105,7 @@ class Trainer:
         """Trains to the last iteration, or to the exit interval.
 
         Returns:
-            whether the run stopped before, saved, for a signal or a time limit.
+            whether a signal or a time limit stopped the run early, after saving.
         """
         config, total = self.config, self.config.data.train_iters
         log = open_log(config, self.iteration, self.metrics_bytes, self.lock.lost_to)
@@ -115,22 +115,22 @@ class Trainer:
         for step in self._steps():
             self.watchdog.mark(f"in iteration {self.iteration + 1}")
             lr = self.learning_rate.at(self.iteration + 1)
-            agreed = self._take_step(step, lr)
-            stop = agreed.stop
+            flags = self._take_step(step, lr)
+            stop = flags.stop
             self._log_step(lr, timer, log)
             with timer.paused():
                 if self._due(config.run.check_ranks_interval):
-                    check_replicas(self.engine.module, self._own_state(), self.topology, self.iteration)
+                    check_replicas(self.engine.module, self._replicated_state(), self.topology, self.iteration)
                 for_controller = self.controller.evaluates_at(self.iteration)
                 if for_controller or self._due(config.data.eval_interval) or self.iteration == total:
                     self._evaluate(log, for_controller)
-                if agreed.write_failed:
+                if flags.write_failed:
                     self.checkpoints.finish()
-                if not agreed.writing:
+                if not flags.writing:
                     self.checkpoints.all_written()
                 leave = self._due(config.run.exit_interval) or stop != KEEP_RUNNING
                 regular = self._due(config.run.save_interval) or leave or self.iteration == total
-                if regular or (agreed.save_due and not agreed.writing):
+                if regular or (flags.save_due and not flags.writing):
                     self._save(log, ephemeral=not regular)
             if leave:
                 break
@@ -160,13 +160,13 @@ class Trainer:
         )
 
     def _take_step(self, step: Step, lr: float) -> StepFlags:
+        """Trains on a global batch; a collective call. Raises NonFinite if a loss or the gradient is NaN or Inf."""
         self.engine.set_learning_rate(lr)
         micro_batches = step.micro_batches
         if self.reference is not None:
             micro_batches = self.reference.score(micro_batches, self.plan.micro_batches)
         targets = torch.from_numpy(step.targets).to(self.engine.device, torch.float64)
-        agreed: list[StepFlags] = []
-
+        step_flags: list[StepFlags] = []
         batch = (self.engine.objective, micro_batches, self.plan.names, self.iteration + 1)
         model = "proxy" if self.config.data.phase == PROXY else "model"
 
@@ -174,25 +174,22 @@ class Trainer:
             state = (self.stop.reason(), *self.checkpoints.progress(), self.save_timer.due())
             flags = reduce_flags(self.engine.objective.current.stats.stack(), norm, *state)
             if flags.loss_non_finite or flags.gradient_non_finite:
-                # What was saved before is good, also where it is still being written.
+                # Earlier checkpoints are good, including one that is still being written.
                 self.checkpoints.finish()
                 raise explain_loss(*batch, model) if flags.loss_non_finite else explain_gradient(*batch)
-            agreed.append(flags)
+            step_flags.append(flags)
 
         self.engine.train_step(micro_batches, targets, before_step)
         if not self.engine.was_step_applied():
-            # DeepSpeed's optimizers know the norm inside their step only; they skipped it on every rank.
+            # DeepSpeed's optimizers compute the norm within their step; they have skipped it on every rank.
             self.checkpoints.finish()
             raise explain_gradient(*batch)
         self.blend_state = step.state_after
         self.iteration += 1
-        return agreed[0]
+        return step_flags[0]
 
     def _log_step(self, lr: float, timer: StepTimer, log: RunLog) -> None:
-        """Logs the step just taken: a line at the log interval, or at every step where the mixture is learned.
-
-        A collective call.
-        """
+        """Logs the last step: at the log interval, or at every step if the mixture is learned; a collective call."""
         at_log_interval = self._due(self.config.run.log_interval) or self.iteration == self.config.data.train_iters
         entry = None
         if at_log_interval or self.controller.learns:
@@ -208,7 +205,7 @@ class Trainer:
             log.show(entry)
 
     def _entry(self, lr: float) -> dict[str, Any]:
-        """The line of the step just taken; a collective call."""
+        """The metrics line of the last step; a collective call."""
         samples, names = self._consumed_samples(), self.plan.names
         return {
             "iteration": self.iteration,
@@ -224,7 +221,7 @@ class Trainer:
         """Records the held-out losses; a collective call.
 
         Args:
-            for_controller: the controller has asked for them.
+            for_controller: the controller needs them.
         """
         datasets = held_out(self.data)
         if not datasets:
@@ -248,28 +245,28 @@ class Trainer:
             self.controller.observe_evaluation(np.array(losses))
 
     def _consumed_samples(self) -> int:
-        """Windows read since the run began, also where the batch size was changed on the way."""
+        """Windows read since the run began, at whatever batch sizes."""
         return int(self.blend_state.cursors.sum())
 
-    def _own_state(self) -> dict[str, Any]:
-        """The state that every rank computes for itself."""
+    def _replicated_state(self) -> dict[str, Any]:
+        """The state that every rank computes itself, and that must be equal on all ranks."""
         state: dict[str, Any] = {"blend": self.blend_state.to_dict(self.plan.names)}
         if self.controller.learns:
             state[self.controller.state_name] = self.controller.state_dict(self.plan.names)
         return state
 
     def _save(self, log: RunLog, ephemeral: bool) -> None:
-        """Begins a checkpoint; an ephemeral one is deleted when a newer one is complete."""
+        """Starts a checkpoint; an ephemeral one is deleted when a newer one is complete."""
         self.save_timer.restart()
         self.watchdog.mark(f"saving iteration {self.iteration}")
-        own_state = self._own_state()
-        # What is saved has to be what every rank holds: a resume would spread one rank's difference to all.
-        check_replicas(self.engine.module, own_state, self.topology, self.iteration)
+        replicated_state = self._replicated_state()
+        # A resumed run would take one rank's wrong state for all ranks.
+        check_replicas(self.engine.module, replicated_state, self.topology, self.iteration)
         state = {
             "identity": self.identity,
             "overrides": self.overrides,
             "consumed_samples": self._consumed_samples(),
-            **own_state,
+            **replicated_state,
             **log.checkpoint_state(),
         }
         if ephemeral:

@@ -65,7 +65,7 @@ DAMAGE = {
     "a domain less": (lambda e: e["doremi"]["excess"].pop("a"), "must name the same domains"),
     "other domains": (
         lambda e: e["doremi"].update({k: {"c": v["a"], "b": v["b"]} for k, v in e["doremi"].items() if k != "steps"}),
-        "doremi.weights has no 'a', a 'c' besides",
+        "doremi.weights has no 'a', an extra 'c'",
     ),
 }
 

@@ -265,13 +265,13 @@ def test_a_request_to_stop_hides_no_error():
 
     class Asked:
         def reason(self):
-            # Between the look at the store and the word to the others.
-            replica._telling(fails)
+            # Between the check of the store and the stop request to the others.
+            replica._report_failure(fails)
             return SIGNAL
 
-    replica.hear(Asked())
+    replica.poll(Asked())
     with pytest.raises(RunError, match="losses: No space left on device"):
-        replica.hear(Asked())
+        replica.poll(Asked())
 
 
 def test_a_reference_that_gives_no_losses_on_a_domain(tmp_path):
@@ -302,7 +302,7 @@ def test_clipped_losses_are_said(folder, tmp_path):
     change_weights(tmp_path / "reference", "embedding", lambda rows: rows.mul_(60))
     argv = score_flags(folder / "domains.json", tmp_path / "reference", tmp_path / "scores", "--train-iters 2")
     printed = on_ranks(2, scored, argv)
-    found = re.search(r"score: ([\d,]+) of 336 token losses lay above 31.9995 nats", printed[0])
+    found = re.search(r"score: ([\d,]+) of 336 token losses were above 31.9995 nats", printed[0])
     assert not printed[1]
     counts = []
     for domain in range(3):

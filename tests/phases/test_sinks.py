@@ -18,7 +18,7 @@ EVALUATION = {"iteration": 2, "eval": {"a": 1.5}, "eval_uniform_mean": 1.5, "eva
 LINES = [
     "iteration       2/9 | loss 2.0000 | lr 1.000e-03 | grad norm 0.500 | 10,000 tokens/s | LEFT left "
     "| largest weight b 0.750",
-    "iteration       2 | held-out: uniform mean 1.5000, worst 1.5000, token mean 1.5000 nats a token",
+    "iteration       2 | held-out: uniform mean 1.5000, worst 1.5000, token mean 1.5000 nats per token",
     "the last word",
 ]
 
