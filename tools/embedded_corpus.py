@@ -184,7 +184,7 @@ def main() -> int:
     add("--domain-bytes", type=int, default=1_500_000, metavar="N", help=bytes_help)
     fraction_help = "fraction of the documents in the valid split (default: 0.06)"
     add("--valid-fraction", type=float, default=0.06, metavar="F", help=fraction_help)
-    seed_help = "seed of the choice and order of the documents (default: 1234)"
+    seed_help = "seed that selects, splits and shuffles the documents (default: 1234)"
     add("--seed", type=int, default=1234, metavar="N", help=seed_help)
     args = parser.parse_args()
     faults = []

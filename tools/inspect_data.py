@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("counts", "print the documents, tokens and bytes per token of each domain"),
         ("documents", "print documents of a domain"),
         ("window", "print a training sample of a blend"),
-        ("verify", "read all data and compare it with the manifest"),
+        ("verify", "read all data and compare it with the manifest and, if given, checksums"),
     ):
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         command.add_argument("--domains", required=True, type=Path, metavar="FILE", help="manifest of the data set")
@@ -62,9 +62,9 @@ def build_parser() -> argparse.ArgumentParser:
         if name == "window":
             _add_window_options(command)
         if name == "verify":
-            read_help = "checksum file, as written by --write-checksums or sha256sum, to compare the files with"
+            read_help = "checksum file to compare the files with, in the format of sha256sum (default: none)"
             command.add_argument("--checksums", type=Path, metavar="FILE", help=read_help)
-            write_help = "checksum file to write, in the format of sha256sum"
+            write_help = "checksum file to write, in the format of sha256sum (default: none)"
             command.add_argument("--write-checksums", type=Path, metavar="FILE", help=write_help)
     return parser
 

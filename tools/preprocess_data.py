@@ -76,22 +76,22 @@ def build_parser() -> argparse.ArgumentParser:
     model_help = "tokenizer file: a SentencePiece model, a tokenizer.json, or GPT-2's vocab.json"
     add("--tokenizer-model", required=True, type=Path, metavar="FILE", help=model_help)
     add("--merge-file", type=Path, metavar="FILE", help="GPT-2's merges.txt (default: the one beside vocab.json)")
-    eod_help = "end-of-document token of a tokenizer that is not SentencePiece (default: the first usual one it has)"
+    eod_help = "end-of-document token, except for SentencePiece (default: <|endoftext|>, </s> or another usual one)"
     add("--eod-token", metavar="TOKEN", help=eod_help)
     special_help = "encode text that spells a special token as that token (default: as plain text)"
     add("--allow-special-tokens", action="store_true", help=special_help)
     lost_help = (
-        "largest fraction of all characters that the tokenizer may drop or not know; above it, nothing is published "
-        "(default: 0.001)"
+        "largest fraction of characters that the tokenizer may drop or encode as unknown; above it, nothing is "
+        "published (default: 0.001)"
     )
     add("--max-dropped-share", type=float, default=0.001, metavar="F", help=lost_help)
     append_help = "append the end-of-document id to each document (default: append nothing)"
     add("--append-eod", action="store_true", help=append_help)
     add("--workers", type=int, default=2, metavar="N", help="number of encoding processes (default: 2)")
     add("--max-documents", type=int, metavar="N", help="encode only the first N documents (default: all)")
-    resume_help = "resume an interrupted run, or start a new one if there is none (default: always start over)"
+    resume_help = "resume an interrupted run, or start a new one if there is none (default: start over)"
     add("--resume", action="store_true", help=resume_help)
-    journal_help = "seconds between saves of the journal: a killed run loses at most this much work (default: 15)"
+    journal_help = "seconds between saves of the journal; a killed run loses at most this much work (default: 15)"
     add("--journal-seconds", type=float, default=15.0, metavar="S", help=journal_help)
     add("--shard", type=int, default=0, metavar="I", help="index of this task of an array job, from 0 (default: 0)")
     add("--num-shards", type=int, default=1, metavar="N", help="number of tasks of the array job (default: 1)")
@@ -148,7 +148,7 @@ def check_tokenizer(args: argparse.Namespace, tokenizer: Tokenizer, expected: To
 
 
 def sample(inputs: Inputs) -> list[str]:
-    """Returns texts from the beginnings of up to 15 of the input files."""
+    """Returns texts from the beginnings of up to 15 input files."""
     texts: list[str] = []
     files, reader = inputs.files, inputs.reader
     # Not from every file: each costs the decompression of a block.

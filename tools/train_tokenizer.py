@@ -53,7 +53,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model-type", choices=("unigram", "bpe"), default="unigram", help=type_help)
     sample_help = "bytes of text to train on, divided equally among the domains (default: 50000000)"
     add("--sample-bytes", type=int, default=50_000_000, metavar="N", help=sample_help)
-    add("--seed", type=int, default=1234, metavar="N", help="seed of the choice of documents (default: 1234)")
+    add(
+        "--seed",
+        type=int,
+        default=1234,
+        metavar="N",
+        help="seed that selects the documents to train on (default: 1234)",
+    )
     add("--threads", type=int, default=2, metavar="N", help="number of training threads (default: 2)")
     return parser
 

@@ -79,7 +79,7 @@ class DomainRules:
         return {rule.key.split(".")[0] for rule in self.rules if rule.key != FILE_KEY}
 
     def domain_of(self, record: Any, file: str) -> str:
-        """Returns the domain of a record. Raises BadLine if no rule matches or the rule's domain comes out empty."""
+        """Returns the domain of a record. Raises BadLine if no rule matches or its domain is empty."""
         for rule in self.rules:
             value = file if rule.key == FILE_KEY else _domain_name(_value_at(record, rule.key))
             if not isinstance(value, str):
@@ -153,8 +153,8 @@ def _rule(subject: str, key: str, pattern: str, domain: str) -> Rule:
 def slow_rule_error(rule: str) -> ConfigError:
     """Returns the error of a run that stops because a regular expression timed out too often."""
     value = f"{rule} took more than {_TIMEOUT_SECONDS:g} s, {_MAX_TIMEOUTS} times"
-    rule = "a pattern whose run time is linear in the length of the text"
-    return ConfigError(Fault("domain rules", value, rule, "rewrite it without nested repetitions, such as (a|aa)+"))
+    expected = "a pattern whose run time is linear in the length of the text"
+    return ConfigError(Fault("domain rules", value, expected, "rewrite it without nested repetitions, such as (a|aa)+"))
 
 
 def count_timeouts(timeouts: Counter[str], rules: Iterable[str]) -> None:
@@ -195,8 +195,8 @@ def load_rules(path: Path) -> DomainRules:
     for number, rule in enumerate(listed, 1):
         fields = [rule.get(key) for key in ("key", "pattern", "domain")] if isinstance(rule, dict) else []
         if not fields or not all(isinstance(field, str) and field for field in fields):
-            rule_text = "an object with key, pattern and domain, all non-empty text"
-            faults.append(Fault(subject, f"rule {number}", rule_text, "fix that rule"))
+            expected = "an object with key, pattern and domain, all non-empty text"
+            faults.append(Fault(subject, f"rule {number}", expected, "fix that rule"))
             continue
         try:
             rules.append(_rule(f"{subject}, rule {number}", *map(str, fields)))

@@ -51,8 +51,7 @@ class Inputs:
 def add_input_options(parser: argparse.ArgumentParser) -> None:
     """Adds --input and the options that describe the content of the files."""
     add = parser.add_argument
-    input_help = f"input files or folders: {FORMATS}"
-    add("--input", nargs="+", required=True, type=Path, metavar="PATH", help=input_help)
+    add("--input", nargs="+", required=True, type=Path, metavar="PATH", help=f"files to read: {FORMATS}")
     text_help = "field that holds the text of a document; use dots for nested fields (default: text)"
     add("--text-key", default="text", metavar="KEY", help=text_help)
     key_help = (

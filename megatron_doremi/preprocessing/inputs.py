@@ -20,7 +20,10 @@ _KINDS = {
     ".md": TEXT,
 }
 _COMPRESSED = (".gz", ".zst", ".zstd")
-FORMATS = ".jsonl, .ndjson, .json, .csv, also compressed (.jsonl.zst, .csv.gz); .parquet; folders of these or .txt, .md"
+FORMATS = (
+    ".jsonl, .ndjson, .json or .csv files, optionally compressed (.jsonl.zst, .csv.gz); .parquet files; "
+    "folders of these or of .txt or .md files"
+)
 # Folders between the root of a Hugging Face data set and the folders of its domains.
 _NO_DOMAIN = frozenset({"data"})
 # Names of splits in Hugging Face data sets.
@@ -145,8 +148,7 @@ def _add_folder(inputs: FoundInputs, folder: Path, domain_of_records: bool, doma
     # Text beside records is documentation, such as the README.md of a data set.
     chosen = records or text
     if not chosen:
-        rule = f"a folder that holds {FORMATS}"
-        inputs.faults.append(Fault("--input", f"{folder}: no such files", rule, "check the path"))
+        inputs.faults.append(Fault("--input", f"{folder} holds no input files", FORMATS, "check the path"))
         return
     splits = _splits_of(folder, chosen)
     if len(splits) > 1:

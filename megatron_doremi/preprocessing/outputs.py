@@ -226,7 +226,7 @@ def manifest_after(
             Fault(
                 "--input",
                 "domains " + ", ".join(map(repr, unknown)),
-                "a valid split with domains of the train split only: " + ", ".join(map(repr, names)),
+                "only domains of the train split: " + ", ".join(map(repr, names)),
                 "add these domains to the train split, or remove them from the valid split",
             )
         )

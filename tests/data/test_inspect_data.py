@@ -1,4 +1,4 @@
-"""tools/inspect_data.py: what it shows is what was put in and what training reads; damage is found and named.
+"""tools/inspect_data.py shows the data that went in and that training reads, and detects damage.
 
 Run alone: python -m pytest tests/data/test_inspect_data.py
 """
@@ -25,7 +25,7 @@ TRAIN = documents_of(2, 90)
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A data set made by the tools."""
+    """The manifest of a data set made by the tools."""
     folder = tmp_path_factory.mktemp("data")
     (folder / "train.jsonl").write_bytes(jsonl_of(TRAIN))
     (folder / "valid.jsonl").write_bytes(jsonl_of(documents_of(3, 20)))
@@ -74,23 +74,23 @@ def test_counts(data):
 
 
 def test_documents(data):
-    said = inspect("documents", data, "--domain", "Books", "--first", 3, "--count", 2)
+    output = inspect("documents", data, "--domain", "Books", "--first", 3, "--count", 2)
     books = [text for text, name in TRAIN if name == "Books"]
     for number in (3, 4):
-        assert f"== Books, train, document {number}: " in said
-        assert books[number].strip() in said
-    assert "document 5" not in said
+        assert f"== Books, train, document {number}: " in output
+        assert books[number].strip() in output
+    assert "document 5" not in output
     assert "'Books'" in refused("documents", data, "--domain", "books")
     assert "--first, --count" in refused("documents", data, "--domain", "Books", "--first", 1_000)
 
 
 @pytest.mark.parametrize(("number", "setting"), [(0, "natural"), (5, "temperature:2"), (1_234, "unimax")])
 def test_window(number, setting, data):
-    """The sample that training reads, found here by training's own loader."""
+    """Compares with the sample that training's own loader reads."""
     manifest = load_manifest(data)
     datasets = [IndexedDataset(domain.train) for domain in manifest.domains]
     sizes = tuple(window_count(dataset.num_tokens, 16) for dataset in datasets)
-    # All of the text of three domains, but for a few windows of the largest.
+    # Reads all text of three domains except a few windows of the largest.
     train_iters = sum(sizes) // 6
     budget = Budget(train_iters * 6 * 16, [16 * size for size in sizes], 1.0)
     weights = resolve_weights(setting, manifest, False, budget=budget)
@@ -111,8 +111,8 @@ def test_window(number, setting, data):
 
 def test_window_refuses_what_training_refuses(data):
     assert "--number" in refused("window", data, "--number", -1, "--seq-length", 16, "--global-batch-size", 6)
-    said = refused("window", data, "--number", 1, "--seq-length", 100_000, "--global-batch-size", 6)
-    assert "lower --seq-length" in said
+    message = refused("window", data, "--number", 1, "--seq-length", 100_000, "--global-batch-size", 6)
+    assert "lower --seq-length" in message
 
 
 @pytest.fixture
@@ -120,10 +120,10 @@ def copy(data, tmp_path):
     return shutil.copytree(data.parent, tmp_path / "copy") / "domains.json"
 
 
-def test_verify_a_whole_set(copy):
+def test_verify_accepts_an_intact_data_set(copy):
     listing = copy.parent / "SHA256SUMS"
-    said = inspect("verify", copy, "--write-checksums", listing)
-    assert said.startswith("verified: 12 files of 3 domains, ")
+    output = inspect("verify", copy, "--write-checksums", listing)
+    assert output.startswith("verified: 12 files of 3 domains, ")
     assert len(listing.read_text().splitlines()) == 12
     inspect("verify", copy, "--checksums", listing)
 
@@ -147,21 +147,21 @@ def damage_counts(copy):
         (lambda copy: (copy.parent / "Books_valid.idx").unlink(), ["Books_valid.idx", "no such file"]),
     ],
 )
-def test_verify_names_the_damage(damage, words, copy):
+def test_verify_reports_damage(damage, words, copy):
     damage(copy)
-    said = refused("verify", copy)
-    assert all(word in said for word in words)
+    message = refused("verify", copy)
+    assert all(word in message for word in words)
 
 
-def test_verify_sees_another_id_by_its_checksum_alone(copy):
+def test_only_a_checksum_detects_another_valid_id(copy):
     listing = copy.parent / "SHA256SUMS"
     inspect("verify", copy, "--write-checksums", listing)
     path = copy.parent / "Books_train.bin"
     path.write_bytes(b"\x05\x00" + path.read_bytes()[2:])
     inspect("verify", copy)
-    said = refused("verify", copy, "--checksums", listing)
-    assert "1 fault" in said
-    assert "Books_train.bin" in said
+    message = refused("verify", copy, "--checksums", listing)
+    assert "1 fault" in message
+    assert "Books_train.bin" in message
 
 
 def test_another_tokenizer_is_refused(copy):
@@ -188,20 +188,20 @@ def test_another_tokenizer_is_refused(copy):
         lambda copy: copy.parent,
     ],
 )
-def test_a_list_of_checksums_overwrites_nothing_else(make, copy):
-    """Version 0.1 wrote it over the manifest."""
+def test_checksums_overwrite_no_other_file(make, copy):
+    """Version 0.1 overwrote the manifest."""
     (copy.parent / "link").symlink_to(copy)
     (copy.parent / "notes.txt").write_text("mine\n")
     (copy.parent / "empty").write_text("")
     (copy.parent / "half").write_text("a" * 64 + "  Books_train.bin\nmine\n")
     before = {path.name: path.read_bytes() for path in copy.parent.iterdir()}
-    said = refused("verify", copy, "--write-checksums", make(copy))
-    assert "--write-checksums" in said
-    assert "1 fault" in said
+    message = refused("verify", copy, "--write-checksums", make(copy))
+    assert "--write-checksums" in message
+    assert "1 fault" in message
     assert {path.name: path.read_bytes() for path in copy.parent.iterdir()} == before
 
 
-def test_an_earlier_list_of_checksums_is_written_again_through_a_link_too(copy):
+def test_an_earlier_checksum_file_is_overwritten_even_through_a_link(copy):
     listing = copy.parent / "SHA256SUMS"
     inspect("verify", copy, "--write-checksums", listing)
     first = listing.read_text()
@@ -212,16 +212,16 @@ def test_an_earlier_list_of_checksums_is_written_again_through_a_link_too(copy):
     assert (copy.parent / "link").is_symlink()
 
 
-def test_numbers_that_no_run_reaches_are_refused(data):
+def test_numbers_out_of_range_are_refused(data):
     flags = ["--number", 10**18, "--seq-length", 10**12, "--global-batch-size", 10**9, "--seed", -1]
-    said = refused("window", data, *flags)
+    message = refused("window", data, *flags)
     for flag in flags[::2]:
-        assert flag in said
-    assert "4 faults" in said
+        assert flag in message
+    assert "4 faults" in message
 
 
-def test_a_manifest_with_another_vocabulary_than_its_tokenizer_is_refused(copy):
-    """Ids that the tokenizer does not have ended in a traceback."""
+def test_a_manifest_whose_vocabulary_differs_from_its_tokenizer_is_refused(copy):
+    """Ids outside the tokenizer's vocabulary ended in a traceback."""
     entry = json.loads(copy.read_text())
     entry["tokenizer"]["vocab_size"] += 1
     copy.write_text(json.dumps(entry))
@@ -243,8 +243,8 @@ def test_warnings_of_the_manifest_are_printed(copy):
     assert "held-out loss is a training loss" in done.stderr
 
 
-def test_tools_write_over_no_file_of_another_kind(copy, tmp_path):
-    """Siblings of the checksums: a tokenizer over a manifest, a manifest over a list of domains."""
+def test_tools_overwrite_no_file_of_another_kind(copy, tmp_path):
+    """A tokenizer does not replace a manifest, and a manifest does not replace a list of domains."""
     before, source = copy.read_bytes(), tmp_path / "one.jsonl"
     source.write_bytes(jsonl_of(TRAIN[:3]))
     done = run("train_tokenizer.py", "--input", source, "--output", copy, "--vocab-size", 300)

@@ -46,22 +46,22 @@ def _lines(data):
     documents = []
     for line in data.split(b"\n"):
         if line.strip():
-            entry = json.loads(line.decode("utf-8"))
-            documents.append((entry["text"], entry["domain"]))
+            record = json.loads(line.decode("utf-8"))
+            documents.append((record["text"], record["domain"]))
     return documents
 
 
 def _reference(name, data):
     """Reads the documents of a file with the libraries alone, all at once."""
     if name == "json":
-        return [(entry["text"], entry["domain"]) for entry in json.loads(data.decode("utf-8"))]
+        return [(record["text"], record["domain"]) for record in json.loads(data.decode("utf-8"))]
     if name == "csv":
         # newline="": line breaks within quotes stay as they are.
         rows = list(csv.reader(io.StringIO(data.decode("utf-8"), newline=""), strict=True))
         header, rows = rows[0], [row for row in rows[1:] if row]
         if any(len(row) != len(header) for row in rows):
             raise Unreadable
-        return [(entry["text"], entry["domain"]) for entry in (dict(zip(header, row, strict=True)) for row in rows)]
+        return [(record["text"], record["domain"]) for record in (dict(zip(header, row, strict=True)) for row in rows)]
     if name == "jsonl.zst" and data:
         frame = zstandard.ZstdDecompressor().decompressobj(read_across_frames=True)
         content = frame.decompress(data)

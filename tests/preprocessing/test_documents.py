@@ -36,8 +36,8 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "domains"
 
 def rules_of(folder, *rules, otherwise=None):
     path = folder / "rules.json"
-    entry = {"format": RULES_FORMAT, "rules": list(rules), "otherwise": otherwise}
-    path.write_text(json.dumps(entry))
+    content = {"format": RULES_FORMAT, "rules": list(rules), "otherwise": otherwise}
+    path.write_text(json.dumps(content))
     return load_rules(path)
 
 
@@ -58,14 +58,14 @@ def test_the_first_rule_that_matches_gives_the_domain(tmp_path):
         otherwise="Rest",
     )
     assert rules.columns == {"meta", "lang"}
-    for entry, file, domain in (
+    for record, file, domain in (
         ({"meta": {"url": "https://en.wikipedia.org/wiki/X"}, "lang": "en"}, "a", "Wikipedia"),
         ({"meta": {"url": "https://x.edu/"}, "lang": "en"}, "a", "Web .edu"),
         ({"meta": {"url": "https://x.com/"}, "lang": "fr"}, "a", "Text fr"),
         ({"meta": "not an object", "lang": 5}, "in/books-1.jsonl", "Books"),
         ({}, "a", "Rest"),
     ):
-        assert rules.domain_of(entry, file) == domain
+        assert rules.domain_of(record, file) == domain
 
 
 def test_a_line_that_no_rule_matches_is_bad_without_a_default(tmp_path):
@@ -103,8 +103,8 @@ WRONG = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_rules_are_refused(tmp_path, case):
-    entry = {"format": RULES_FORMAT, "rules": [rule("a", "b", "c")], "otherwise": None} | WRONG[case]
-    (tmp_path / "rules.json").write_text(json.dumps(entry))
+    content = {"format": RULES_FORMAT, "rules": [rule("a", "b", "c")], "otherwise": None} | WRONG[case]
+    (tmp_path / "rules.json").write_text(json.dumps(content))
     with pytest.raises(ConfigError, match="--domain-rules"):
         load_rules(tmp_path / "rules.json")
 
@@ -171,11 +171,11 @@ def test_the_rules_in_examples():
     assert rules.domain_of({}, "in/cc-01.jsonl") == "Other web"
 
 
-@pytest.mark.parametrize("entry", [{}, {"domains": []}, {"domains": ["a", "a"]}, {"domains": ["a", 1]}, []])
-def test_wrong_lists_are_refused(tmp_path, entry):
-    if isinstance(entry, dict):
-        entry = {"format": "megatron-doremi-domain-list/1", **entry}
-    (tmp_path / "list.json").write_text(json.dumps(entry))
+@pytest.mark.parametrize("content", [{}, {"domains": []}, {"domains": ["a", "a"]}, {"domains": ["a", 1]}, []])
+def test_wrong_lists_are_refused(tmp_path, content):
+    if isinstance(content, dict):
+        content = {"format": "megatron-doremi-domain-list/1", **content}
+    (tmp_path / "list.json").write_text(json.dumps(content))
     with pytest.raises(ConfigError, match="--domain-list"):
         load_domain_list(tmp_path / "list.json")
 

@@ -60,9 +60,9 @@ def test_lines_have_the_format_of_the_pile(corpus):
         data = (corpus / "one" / f"{split}.jsonl").read_bytes()
         assert data.endswith(b"\n")
         for line in data.splitlines():
-            entry = json.loads(line)
-            assert set(entry) == {"text", "meta"}
-            assert set(entry["meta"]) == {"pile_set_name"}
+            record = json.loads(line)
+            assert set(record) == {"text", "meta"}
+            assert set(record["meta"]) == {"pile_set_name"}
 
 
 def test_domains_are_the_six_natural_and_the_two_planted(splits):

@@ -357,7 +357,7 @@ def test_ignored_files_in_folders_are_reported(tmp_path, capsys):
     (tmp_path / "circle" / "again").symlink_to(tmp_path / "circle")
     put(tmp_path / "circle" / "a.jsonl", RAW)
     assert len(find_inputs([tmp_path / "circle"]).files) == 1
-    with pytest.raises(ConfigError, match=r"no such files(.|\n)*several splits"):
+    with pytest.raises(ConfigError, match=r"holds no input files(.|\n)*several splits"):
         options(tmp_path / "none", tmp_path / "splits")
 
 

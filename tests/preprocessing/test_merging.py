@@ -113,31 +113,31 @@ def test_a_folder_with_the_name_of_another_task_is_refused(out):
 
 def rewritten(folder, change, seal=True):
     path = folder / "shard.json"
-    entry = json.loads(path.read_text())
-    del entry["sha256"]
-    change(entry)
-    path.write_text(json.dumps(sealed(entry) if seal else entry))
+    content = json.loads(path.read_text())
+    del content["sha256"]
+    change(content)
+    path.write_text(json.dumps(sealed(content) if seal else content))
 
 
 @pytest.mark.parametrize("name", ["/etc/hostname", "../train-00000-of-00002/Books_train", "a/b", "..", ".", "", "a\0b"])
 def test_names_that_point_outside_the_folder_are_refused(out, tmp_path, name):
     """Version 0.1 copied the tokenizer and the pairs from any path."""
     folder = out / "shards" / "train-00001-of-00002"
-    rewritten(folder, lambda entry: entry["tokenizer"].update(file=name))
+    rewritten(folder, lambda content: content["tokenizer"].update(file=name))
     assert "tokenizer.file" in refused(out)
-    rewritten(folder, lambda entry: [entry["tokenizer"].update(file="t"), entry["pairs"][0].update(prefix=name)])
+    rewritten(folder, lambda content: [content["tokenizer"].update(file="t"), content["pairs"][0].update(prefix=name)])
     assert "pairs.0.prefix" in refused(out)
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda entry: entry.update(format="megatron-doremi-shard/3"), "written by a newer version"),
-        (lambda entry: entry.update(shard=2), "shard should be below num_shards"),
-        (lambda entry: entry.update(shard=-1), "shard: -1"),
-        (lambda entry: entry["pairs"].append(entry["pairs"][0]), "listed once"),
-        (lambda entry: entry["pairs"][0].update(documents=1.0), "pairs.0.documents: 1.0"),
-        (lambda entry: entry.pop("tokenizer"), "tokenizer is missing"),
+        (lambda content: content.update(format="megatron-doremi-shard/3"), "written by a newer version"),
+        (lambda content: content.update(shard=2), "shard should be below num_shards"),
+        (lambda content: content.update(shard=-1), "shard: -1"),
+        (lambda content: content["pairs"].append(content["pairs"][0]), "listed once"),
+        (lambda content: content["pairs"][0].update(documents=1.0), "pairs.0.documents: 1.0"),
+        (lambda content: content.pop("tokenizer"), "tokenizer is missing"),
     ],
 )
 def test_an_invalid_shard_json_is_refused(out, change, words):
@@ -148,7 +148,7 @@ def test_an_invalid_shard_json_is_refused(out, change, words):
 def test_an_edited_shard_is_refused_and_one_from_version_0_1_is_read(out):
     folder = out / "shards" / "train-00001-of-00002"
     before = load_shard(folder)
-    rewritten(folder, lambda entry: entry.update(format="megatron-doremi-shard/1"), seal=False)
+    rewritten(folder, lambda content: content.update(format="megatron-doremi-shard/1"), seal=False)
     assert load_shard(folder) == before
     text = (out / "shards" / "train-00000-of-00002" / "shard.json").read_text()
     (out / "shards" / "train-00000-of-00002" / "shard.json").write_text(text.replace('"Books"', '"Bocks"'))
@@ -181,23 +181,23 @@ def test_a_journal_resumes(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda entry: entry["pairs"][0].update(prefix="../../Books_train"), "pairs.0.prefix"),
-        (lambda entry: entry["pairs"][0].update(prefix="/tmp/Books_train"), "pairs.0.prefix"),
-        (lambda entry: entry["pairs"][0].update(tokens=-3), "pairs.0.tokens"),
-        (lambda entry: entry["pairs"][0].update(tokens=30_000), "shorter than"),
-        (lambda entry: entry.update(pairs=entry["pairs"] * 2), "listed once"),
-        (lambda entry: entry.update(format="megatron-doremi-journal/3"), "written by a newer version"),
-        (lambda entry: entry.pop("blocks"), "blocks is missing"),
+        (lambda content: content["pairs"][0].update(prefix="../../Books_train"), "pairs.0.prefix"),
+        (lambda content: content["pairs"][0].update(prefix="/tmp/Books_train"), "pairs.0.prefix"),
+        (lambda content: content["pairs"][0].update(tokens=-3), "pairs.0.tokens"),
+        (lambda content: content["pairs"][0].update(tokens=30_000), "shorter than"),
+        (lambda content: content.update(pairs=content["pairs"] * 2), "listed once"),
+        (lambda content: content.update(format="megatron-doremi-journal/3"), "written by a newer version"),
+        (lambda content: content.pop("blocks"), "blocks is missing"),
     ],
 )
 def test_an_invalid_journal_is_refused_and_nothing_is_written_elsewhere(tmp_path, change, words):
     """With ../ in a prefix, version 0.1 created files outside the output folder."""
     (tmp_path / "out").mkdir()
     journal = interrupted(tmp_path / "out")
-    entry = json.loads(journal.read_text())
-    del entry["sha256"]
-    change(entry)
-    journal.write_text(json.dumps(sealed(entry)))
+    content = json.loads(journal.read_text())
+    del content["sha256"]
+    change(content)
+    journal.write_text(json.dumps(sealed(content)))
     with pytest.raises(ConfigError) as error:
         workspace(tmp_path / "out", resume=True)
     assert words in str(error.value)
@@ -266,13 +266,13 @@ def test_shards_of_another_tokenizer_are_not_merged_into_a_valid_split(out):
     for index in range(2):
         folder = out / "shards" / f"train-{index:05d}-of-00002"
         sha256 = sha256_of(folder / "tokenizer.model")
-        rewritten(folder, lambda entry, sha256=sha256: entry["tokenizer"].update(sha256=sha256))
+        rewritten(folder, lambda content, sha256=sha256: content["tokenizer"].update(sha256=sha256))
     done = run("merge_datasets.py", "--output-dir", out)
     assert done.returncode == 0, done.stderr
     before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
     folder = make_shard(out, 0, 1, [("Books", "valid")], "valid", sha256=sha256)
     (folder / "tokenizer.model").write_bytes(b"another")
-    rewritten(folder, lambda entry: entry["tokenizer"].update(sha256=sha256_of(folder / "tokenizer.model")))
+    rewritten(folder, lambda content: content["tokenizer"].update(sha256=sha256_of(folder / "tokenizer.model")))
     fails(run("merge_datasets.py", "--output-dir", out, "--split", "valid"), "tokenizer of the valid split")
     assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
 

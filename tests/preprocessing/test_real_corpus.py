@@ -52,8 +52,8 @@ def texts():
     by_domain = defaultdict(list)
     with corpus_file().open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as plain:
         for line in io.TextIOWrapper(plain, encoding="utf-8", newline="\n"):
-            entry = json.loads(line)
-            by_domain[entry["meta"]["pile_set_name"]].append(entry["text"])
+            record = json.loads(line)
+            by_domain[record["meta"]["pile_set_name"]].append(record["text"])
     return by_domain
 
 

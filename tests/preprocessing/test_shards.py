@@ -69,10 +69,10 @@ def preprocess(folder, output, *words):
 
 
 @pytest.fixture(scope="module")
-def whole(folder):
+def single_run(folder):
     """The files that a single run writes."""
-    preprocess(folder, folder / "whole")
-    return contents(folder / "whole")
+    preprocess(folder, folder / "single_run")
+    return contents(folder / "single_run")
 
 
 # --- splitting inputs into shards, without processes
@@ -124,8 +124,8 @@ def test_shards_of_any_files_partition_their_blocks(tmp_path_factory, counts, nu
         all_blocks = [(block.file, block.first) for path in paths for block in read_blocks(path, ["text"])]
         shards = [list(read_shard(paths, ["text"], Shard(index, number))) for index in range(number)]
         assert [(block.file, block.first) for shard in shards for block, _ in shard] == all_blocks
-        read = [entry for shard in shards for block, _ in shard for _, entry in parse_block(block)]
-        assert [entry.text if isinstance(entry, Text) else entry["text"] for entry in read] == texts
+        read = [record for shard in shards for block, _ in shard for _, record in parse_block(block)]
+        assert [record.text if isinstance(record, Text) else record["text"] for record in read] == texts
         chosen = data.draw(st.integers(0, number - 1))
         skip = data.draw(st.integers(0, len(shards[chosen])))
         assert list(read_shard(paths, ["text"], Shard(chosen, number), skip)) == shards[chosen][skip:]
@@ -137,14 +137,14 @@ def test_shards_of_any_files_partition_their_blocks(tmp_path_factory, counts, nu
 
 
 @pytest.mark.parametrize("number", [2, 4])
-def test_merged_shards_equal_the_output_of_one_run(folder, whole, tmp_path, number):
+def test_merged_shards_equal_the_output_of_one_run(folder, single_run, tmp_path, number):
     for shard in reversed(range(number)):
         preprocess(folder, tmp_path / "out", "--shard", shard, "--num-shards", number)
     assert not (tmp_path / "out" / "domains.json").exists()
     done = run("merge_datasets.py", "--output-dir", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     shards = {path: path.read_bytes() for path in (tmp_path / "out" / "shards").glob("*/*")}
-    assert {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.*")} == whole
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.*")} == single_run
     # Running a task again does nothing; a valid split is added in the same way.
     again = preprocess(folder, tmp_path / "out", "--shard", 0, "--num-shards", number, "--resume")
     assert "already complete" in again.stdout
@@ -156,7 +156,7 @@ def test_merged_shards_equal_the_output_of_one_run(folder, whole, tmp_path, numb
         assert domain.valid.with_suffix(".bin").read_bytes() == domain.train.with_suffix(".bin").read_bytes()
 
 
-def test_the_batch_scripts_give_the_same_output(folder, whole, tmp_path):
+def test_the_batch_scripts_give_the_same_output(folder, single_run, tmp_path):
     """Runs the scripts as SLURM does: copies in another folder, with the variables of the job."""
     root = TOOLS.parent
     for name in ("preprocess", "merge"):
@@ -168,7 +168,7 @@ def test_the_batch_scripts_give_the_same_output(folder, whole, tmp_path):
         words = ["bash", tmp_path / "slurm_preprocess", "train", *inputs]
         subprocess.run(words, env=job | {"SLURM_ARRAY_TASK_ID": task}, check=True, capture_output=True, timeout=120)
     subprocess.run(["bash", tmp_path / "slurm_merge", "train"], env=job, check=True, capture_output=True, timeout=120)
-    assert {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.*")} == whole
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.*")} == single_run
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +236,7 @@ def stopped(folder, output, how, *words):
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_an_interrupted_run_resumes_to_the_same_output(folder, whole, tmp_path, how):
+def test_an_interrupted_run_resumes_to_the_same_output(folder, single_run, tmp_path, how):
     out = tmp_path / "out"
     code, output = stopped(folder, out, how)
     assert code == (-how if how == signal.SIGKILL else 130), output
@@ -247,14 +247,14 @@ def test_an_interrupted_run_resumes_to_the_same_output(folder, whole, tmp_path, 
         done = preprocess(folder, out, "--resume")
         assert "resuming after" in done.stdout
         assert "resuming after 0 documents" not in done.stdout
-    assert contents(out) == whole
+    assert contents(out) == single_run
     assert not list(out.glob(".*"))
 
 
-def test_an_interrupted_run_can_start_over(folder, whole, tmp_path):
+def test_an_interrupted_run_can_start_over(folder, single_run, tmp_path):
     assert stopped(folder, tmp_path / "out", signal.SIGKILL)[0] == -signal.SIGKILL
     preprocess(folder, tmp_path / "out")
-    assert contents(tmp_path / "out") == whole
+    assert contents(tmp_path / "out") == single_run
     assert not list((tmp_path / "out").glob(".*"))
 
 
@@ -265,10 +265,10 @@ def test_a_run_neither_resumes_with_other_settings_nor_beside_another(folder, tm
     # A journal counts blocks, whose size may differ in another version of the program.
     journal = out / ".partial-train" / "journal.json"
     kept = journal.read_text()
-    entry = json.loads(kept)
-    del entry["sha256"]
-    entry["settings"]["size of blocks"] += 1
-    journal.write_text(json.dumps(sealed(entry)))
+    content = json.loads(kept)
+    del content["sha256"]
+    content["settings"]["size of blocks"] += 1
+    journal.write_text(json.dumps(sealed(content)))
     fails(run("preprocess_data.py", *command(folder, out, "--resume")), "another size of blocks")
     journal.write_text(kept)
     with (out / LOCK).open("ab") as lock:
@@ -288,7 +288,7 @@ def test_bad_lines_are_skipped_without_encoding_again(folder, tmp_path):
     assert f"skipped 1 bad line: {file}, line 901: not JSON" in done.stdout
 
 
-def test_a_full_disk_is_reported_and_the_run_resumes_later(folder, whole, tmp_path):
+def test_a_full_disk_is_reported_and_the_run_resumes_later(folder, single_run, tmp_path):
     """The fifth block raises the error of a full disk."""
     out = tmp_path / "out"
     tool = [sys.executable, str(TOOLS / "preprocess_data.py"), *map(str, command(folder, out, "--journal-seconds", 0))]
@@ -316,7 +316,7 @@ def test_a_full_disk_is_reported_and_the_run_resumes_later(folder, whole, tmp_pa
     assert "Traceback" not in done.stderr
     assert contents(out) == {}
     assert "resuming after" in preprocess(folder, out, "--resume").stdout
-    assert contents(out) == whole
+    assert contents(out) == single_run
 
 
 # --- limits and splits

@@ -27,11 +27,11 @@ END = "<|endoftext|>"
 LETTERS = "abcdefghijklmnopqrstuvwxyz<>|/[]_"
 
 
-def saved(folder, tokenizer, change=lambda entry: None):
-    entry = json.loads(tokenizer.to_str())
-    change(entry)
+def saved(folder, tokenizer, change=lambda definition: None):
+    definition = json.loads(tokenizer.to_str())
+    change(definition)
     path = folder / "tokenizer.json"
-    path.write_text(json.dumps(entry))
+    path.write_text(json.dumps(definition))
     return HUGGING_FACE, path
 
 
@@ -90,9 +90,9 @@ def words(folder):
 
 
 def gpt2(folder):
-    entry = json.loads(byte_level(folder, merges_to(END)).to_str())["model"]
-    (folder / "vocab.json").write_text(json.dumps(entry["vocab"]))
-    (folder / "merges.txt").write_text("\n".join(" ".join(merge) for merge in entry["merges"]))
+    definition = json.loads(byte_level(folder, merges_to(END)).to_str())["model"]
+    (folder / "vocab.json").write_text(json.dumps(definition["vocab"]))
+    (folder / "merges.txt").write_text("\n".join(" ".join(merge) for merge in definition["merges"]))
     return GPT2, folder / "vocab.json"
 
 
