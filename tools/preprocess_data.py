@@ -165,8 +165,8 @@ def sample(inputs: Inputs) -> list[str]:
 
 
 def settings_of(args: argparse.Namespace, inputs: Inputs, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Returns everything that the result depends on, as JSON values: a run resumes, and tasks merge, only if these are
-    equal."""
+    """Returns everything that the result depends on, as JSON values. A run resumes only if they are equal; for
+    array jobs see `run_of`."""
     stats = [(path, path.stat()) for path in inputs.paths]
     reader = inputs.reader
     return {
@@ -320,7 +320,7 @@ def finish(
     outputs, shard = workspace.outputs, Shard(args.shard, args.num_shards)
     if outputs.bad_total and args.on_error == "fail":
         workspace.save_journal(now=True)
-        remedy = "fix the input, or skip them with --on-error skip --resume, which encodes nothing again"
+        remedy = "fix the input, or skip the bad lines with --on-error skip --resume, which encodes nothing again"
         raise bad_lines_error([*outputs.bad_files, *outputs.bad], outputs.bad_total, remedy)
     if outputs.lost_share > args.max_dropped_share:
         workspace.save_journal(now=True)

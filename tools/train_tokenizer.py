@@ -85,7 +85,7 @@ def sample_documents(args: argparse.Namespace, inputs: Inputs) -> DomainSamples:
                     order = int.from_bytes(digest[:8], "big")
                     samples.offer(document.domain, order, document.text.encode("utf-8"))
                 if bad and args.on_error == "fail":
-                    remedy = "fix the input, or skip them with --on-error skip"
+                    remedy = "fix the input, or skip the bad lines with --on-error skip"
                     raise bad_lines_error(list(bad), bad_total, remedy)
                 bar.update(done + block.position - bar.n)
             done += file.path.stat().st_size

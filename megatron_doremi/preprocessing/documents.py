@@ -333,8 +333,8 @@ _MISSING = object()
 
 
 def _value_at(record: Any, key: str) -> Any:
-    """Returns the value of a key, with dots for nested objects and for objects stored as JSON text; `_MISSING` if there
-    is none."""
+    """Returns the value of a key, or `_MISSING`. Dots in the key descend into objects, including those that are
+    stored as JSON text."""
     value = record
     for part in key.split("."):
         if isinstance(value, str) and value.lstrip()[:1] == "{":
