@@ -1,4 +1,4 @@
-"""Damaged checkpoints of unknown origin: an error that a user can read, or the same result; never anything else.
+"""Damaged checkpoints of unknown origin give a readable error or the same result, never anything else.
 
 Run alone: python -m pytest tests/checkpoint/test_fuzz_checkpoint.py
 """
@@ -24,7 +24,6 @@ from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.phases.run_data import open_data
 from megatron_doremi.phases.trained_run import read_trained
 
-# More of them: MEGATRON_DOREMI_FUZZ=5000.
 CASES = int(os.environ.get("MEGATRON_DOREMI_FUZZ", "600"))
 VALUES = (None, -1, 0, 2**70, 1.5, float("nan"), "x", "../../etc/passwd", [], [1], {}, {"a": 1}, True)
 
@@ -43,7 +42,7 @@ def specs(checkpoint):
 
 
 def read_all(folder: Path, specs) -> str:
-    """Everything that a run of another layout reads; returns a hash of it. Raises ConfigError as such a run does."""
+    """Reads all that a run of another layout reads; returns its hash. Raises ConfigError where such a run does."""
     state = read_state(folder)
     if changed := changed_files(folder, state):
         raise ConfigError(Fault(changed[0], "changed", "", ""))
@@ -67,27 +66,27 @@ def read_all(folder: Path, specs) -> str:
 
 
 def read_as_reference(run: Path, folder: Path) -> tuple:
-    """What a proxy makes of a run's config.json and newest checkpoint."""
+    """The shape, iteration and batch size that a proxy reads from a run's config.json and newest checkpoint."""
     flags = ["--phase", "proxy", "--domains", str(folder / "domains.json"), "--save", "s", "--train-iters", "1"]
     config = parse_config([*flags, *MODEL, "--reference-load", str(run)], 1)
     reference = read_trained(run, "--reference-load", open_data(config, training=True)[0], config)
     return reference.gpt, reference.iteration, reference.global_batch_size
 
 
-def change_json(entry, generator):
-    """Puts nonsense in place of something in a JSON value, at any depth."""
-    if isinstance(entry, dict | list) and entry and generator.random() < 0.85:
-        key = generator.choice(list(entry) if isinstance(entry, dict) else range(len(entry)))
+def change_json(value, generator):
+    """Deletes or replaces a random part of a JSON value, at any depth."""
+    if isinstance(value, dict | list) and value and generator.random() < 0.85:
+        key = generator.choice(list(value) if isinstance(value, dict) else range(len(value)))
         if generator.random() < 0.1:
-            del entry[key]
+            del value[key]
         else:
-            entry[key] = change_json(entry[key], generator)
-        return entry
+            value[key] = change_json(value[key], generator)
+        return value
     return generator.choice(VALUES)
 
 
 def change_header(data: bytes, generator) -> bytes:
-    """The same for the header of a safetensors file, whose cuts and pieces are JSON within JSON."""
+    """Changes the header of a safetensors file, whose sharding and pieces are JSON within JSON."""
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
     meta = header["__metadata__"]
@@ -105,7 +104,7 @@ def test_damaged_files(checkpoint, specs, tmp_path):
     files = sorted(str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file())
     folder = tmp_path / "checkpoints" / checkpoint.name
     shutil.copytree(checkpoint, folder)
-    refused, whole = 0, read_all(checkpoint, specs)
+    refused, expected = 0, read_all(checkpoint, specs)
     for case in range(CASES):
         name = generator.choice(files)
         path, original = folder / name, (checkpoint / name).read_bytes()
@@ -122,7 +121,7 @@ def test_damaged_files(checkpoint, specs, tmp_path):
         else:
             path.write_bytes(change_header(original, generator))
         try:
-            assert read_all(folder, specs) == whole, f"case {case}, {name}: another result"
+            assert read_all(folder, specs) == expected, f"case {case}, {name}: another result"
         except ConfigError:
             refused += 1
         except AssertionError:
@@ -130,18 +129,18 @@ def test_damaged_files(checkpoint, specs, tmp_path):
         except Exception as error:
             raise AssertionError(f"case {case}, {name}: {error!r}") from error
         path.write_bytes(original)
-    assert read_all(folder, specs) == whole
+    assert read_all(folder, specs) == expected
     print(f"{refused} of {CASES} refused")
     assert refused > CASES // 3
 
 
 def test_damaged_configurations(checkpoint, tmp_path):
-    """config.json of a reference: what it says is compared with the checkpoint: no mutation is another model."""
+    """config.json of a reference is compared with its checkpoint: no mutation leads to another model."""
     generator = random.Random(8)
     run = tmp_path / "run"
     shutil.copytree(checkpoint.parents[1], run)
     path, data = run / "config.json", checkpoint.parents[2]
-    original, whole = path.read_bytes(), read_as_reference(run, data)
+    original, expected = path.read_bytes(), read_as_reference(run, data)
     refused = 0
     for case in range(CASES):
         if generator.random() < 0.3:
@@ -151,7 +150,7 @@ def test_damaged_configurations(checkpoint, tmp_path):
         else:
             path.write_text(json.dumps(change_json(json.loads(original), generator)))
         try:
-            assert read_as_reference(run, data) == whole, f"case {case}: another result"
+            assert read_as_reference(run, data) == expected, f"case {case}: another result"
         except ConfigError:
             refused += 1
         except Exception as error:

@@ -31,10 +31,10 @@ def load(launch, gpt, folder):
     weights_file(trained, topology).write(folder)
     torch.distributed.barrier()
 
-    def drawn(*arguments):
+    def fail(*arguments):
         raise AssertionError("initial values were drawn")
 
-    parameters.initial_values = drawn
+    parameters.initial_values = fail
     frozen = load_frozen(gpt, folder, context, torch.float32)
     loaded = dict(frozen.model_parameters())
     return [name for name, parameter in trained.model_parameters() if not torch.equal(parameter, loaded[name])]
@@ -42,7 +42,7 @@ def load(launch, gpt, folder):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_no_initial_value_is_drawn(variant, tmp_path):
-    """With 53 ids padded to 56 rows, so that padding is filled too."""
+    """With 53 ids padded to 56 rows, so that the padding is filled, too."""
     for world in (1, 2):
         folder = Path(tmp_path / str(world))
         folder.mkdir()

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: complete is what every rank wrote, and retention can never end a run or take a good one.
+"""Checkpoints on disk: which are complete, and that deleting old ones never ends a run or costs a complete one.
 
 Run alone: python -m pytest tests/checkpoint/test_publishing_checkpoints.py
 """
@@ -23,7 +23,7 @@ from megatron_doremi.storage.files import sha256_of
 
 
 def write_rank(temporary: Path, rank: int) -> dict:
-    """A rank's files, as `_write` leaves and reports them."""
+    """Writes the files of a rank and returns their report, as `_write` does."""
     files = {}
     for folder in ("weights", "optimizer"):
         path = temporary / folder / f"rank-{rank}.safetensors"
@@ -36,12 +36,12 @@ def write_rank(temporary: Path, rank: int) -> dict:
     return {"files": files, "checksums": checksums, "optimizer": optimizer}
 
 
-def publish(save: Path, iteration: int, keep: int = 0, retention: Retention | None = None, **entry) -> Path:
-    """Publishes a checkpoint of two ranks."""
+def publish(save: Path, iteration: int, keep: int = 0, retention: Retention | None = None, **state) -> Path:
+    """Publishes a checkpoint of two ranks and deletes old ones; returns its folder."""
     temporary = save / "checkpoints" / f"{WRITING}{checkpoint_name(iteration)}"
-    parts = [write_rank(temporary, rank) for rank in range(2)]
-    entry = {"format": "megatron-doremi-checkpoint/2", "iteration": iteration, **entry}
-    final = publish_checkpoint(temporary, checkpoint_name(iteration), entry, parts)
+    reports = [write_rank(temporary, rank) for rank in range(2)]
+    state = {"format": "megatron-doremi-checkpoint/2", "iteration": iteration, **state}
+    final = publish_checkpoint(temporary, checkpoint_name(iteration), state, reports)
     (retention or Retention(save, keep)).apply(iteration)
     return final
 
@@ -50,29 +50,29 @@ def iterations(save: Path) -> list[int]:
     return [number for number, _ in checkpoints(save)]
 
 
-def tear(checkpoint: Path) -> None:
+def truncate(checkpoint: Path) -> None:
     (checkpoint / "weights" / "rank-1.safetensors").write_bytes(b"x")
 
 
-@pytest.mark.parametrize("harm", ["missing", "shorter", "longer"])
-def test_a_file_that_rank_0_does_not_see_as_written_is_not_published(harm, tmp_path, monkeypatch):
-    """Fault 21: the file list came from the folder, so what was missing there was missing in the list."""
+@pytest.mark.parametrize("damage", ["missing", "shorter", "longer"])
+def test_a_checkpoint_with_a_missing_or_changed_file_is_not_published(damage, tmp_path, monkeypatch):
+    """Fault 21: the list of files was read from the folder, so a missing file was missing in the list, too."""
     monkeypatch.setattr(publishing, "VISIBILITY_TIMEOUT_SECONDS", 0.0)
     good = publish(tmp_path, 1, keep=1)
     temporary = tmp_path / "checkpoints" / f"{WRITING}iter_0000002"
-    parts = [write_rank(temporary, rank) for rank in range(2)]
+    reports = [write_rank(temporary, rank) for rank in range(2)]
     path = temporary / "optimizer" / "rank-1.safetensors"
-    if harm == "missing":
+    if damage == "missing":
         path.unlink()
     else:
-        path.write_bytes(b"x" * (10 if harm == "shorter" else 12))
+        path.write_bytes(b"x" * (10 if damage == "shorter" else 12))
     with pytest.raises(RunError, match=r"optimizer/rank-1.safetensors has \d+ bytes, but rank 1 wrote 11 "):
-        publish_checkpoint(temporary, "iter_0000002", {}, parts)
+        publish_checkpoint(temporary, "iter_0000002", {}, reports)
     assert iterations(tmp_path) == [1]
     assert publishing.incompleteness(good) is None
 
 
-def test_the_index_and_the_list_are_what_the_ranks_say(tmp_path):
+def test_the_index_and_the_list_of_files_come_from_the_ranks_reports(tmp_path):
     temporary = tmp_path / "checkpoints" / f"{WRITING}iter_0000003"
     (temporary / "weights").mkdir(parents=True)
     (temporary / "weights" / "of-a-killed-run.safetensors").write_bytes(b"stale")
@@ -88,22 +88,22 @@ def test_the_index_and_the_list_are_what_the_ranks_say(tmp_path):
     assert not (checkpoint / "weights" / "of-a-killed-run.safetensors").exists()
 
 
-def test_torn_checkpoints_are_not_counted_and_not_deleted(tmp_path, capsys):
-    """Fault 20: with the newest torn, every save deleted itself."""
+def test_incomplete_checkpoints_are_neither_counted_nor_deleted(tmp_path, capsys):
+    """Fault 20: if the newest checkpoint was incomplete, every save deleted itself."""
     for iteration in range(1, 6):
         publish(tmp_path, iteration)
     for iteration in (4, 5):
-        tear(tmp_path / "checkpoints" / checkpoint_name(iteration))
+        truncate(tmp_path / "checkpoints" / checkpoint_name(iteration))
     retention = Retention(tmp_path, 2)
-    # The run resumes from 3, the newest complete one, and saves 4 again; then on.
-    for iteration, left in ((4, [3, 4, 5]), (6, [4, 5, 6]), (7, [5, 6, 7])):
+    # The run resumes from 3, the newest complete checkpoint, saves 4 again and continues.
+    for iteration, remaining in ((4, [3, 4, 5]), (6, [4, 5, 6]), (7, [5, 6, 7])):
         publish(tmp_path, iteration, retention=retention)
-        assert iterations(tmp_path) == left
+        assert iterations(tmp_path) == remaining
     assert capsys.readouterr().err.count("iter_0000005 is incomplete (") == 1
 
 
-def test_links_are_deleted_and_not_followed(tmp_path):
-    """Fault 24: a linked checkpoint ended the run, and every restart."""
+def test_links_are_deleted_but_not_followed(tmp_path):
+    """Fault 24: a checkpoint that was a link ended the run and every restart."""
     elsewhere = tmp_path / "elsewhere"
     for iteration in (1, 2):
         final = publish(tmp_path / "run", iteration)
@@ -111,7 +111,7 @@ def test_links_are_deleted_and_not_followed(tmp_path):
         final.symlink_to(elsewhere / final.name)
     publish(tmp_path / "run", 3, keep=2)
     assert iterations(tmp_path / "run") == [2, 3]
-    # Saved again under the name of a link.
+    # A new checkpoint replaces a link of the same name.
     publish(tmp_path / "run", 2, keep=2)
     assert not (tmp_path / "run" / "checkpoints" / "iter_0000002").is_symlink()
     assert [path.name for path in sorted(elsewhere.iterdir())] == ["iter_0000001", "iter_0000002"]
@@ -122,13 +122,13 @@ def test_a_deletion_that_fails_is_a_warning(tmp_path, monkeypatch, capsys):
     for iteration in (1, 2):
         publish(tmp_path, iteration)
 
-    def fails(path):
+    def fail(path):
         raise PermissionError(13, "Permission denied", str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", fails)
+        patch.setattr(shutil, "rmtree", fail)
         publish(tmp_path, 3, keep=1)
-        # A restart finds what could not be deleted, and starts all the same.
+        # A restart fails to delete the same folders, and starts nevertheless.
         clear_leftovers(tmp_path)
     assert iterations(tmp_path) == [3]
     assert capsys.readouterr().err.count("cannot be deleted: [Errno 13]") == 4
@@ -147,22 +147,22 @@ def test_a_run_resumes_from_a_checkpoint_that_was_being_replaced(data, tmp_path)
     assert {json.loads(line)["iteration"] for line in after[len(before) :].splitlines()} == {3}
 
 
-def test_leftovers_of_any_kind_do_not_end_a_start(tmp_path):
+def test_leftovers_of_any_kind_are_removed_at_the_start(tmp_path):
     folder = tmp_path / "checkpoints"
     good = publish(tmp_path, 4)
     (folder / f"{WRITING}iter_0000007").mkdir()
     (folder / f"{WRITING}link").symlink_to(good)
     (folder / f"{WRITING}file").write_text("x")
-    # Killed between the two renames that replace a checkpoint: the old one comes back.
+    # A run that was killed between the two renames that replace a checkpoint: the old one is restored.
     good.rename(folder / f"{REPLACED}iter_0000004")
     clear_leftovers(tmp_path)
     assert sorted(path.name for path in folder.iterdir()) == ["iter_0000004", "latest"]
     assert publishing.incompleteness(folder / "iter_0000004") is None
 
 
-def test_a_checkpoint_taken_for_time_alone_goes_with_the_next(tmp_path):
+def test_an_ephemeral_checkpoint_is_deleted_after_the_next(tmp_path):
     retention = Retention(tmp_path, 0)
-    for iteration, ephemeral, left in (
+    for iteration, ephemeral, remaining in (
         (10, False, [10]),
         (13, True, [10, 13]),
         (17, True, [10, 17]),
@@ -170,27 +170,27 @@ def test_a_checkpoint_taken_for_time_alone_goes_with_the_next(tmp_path):
         (22, True, [10, 20, 22]),
     ):
         publish(tmp_path, iteration, retention=retention, **({"ephemeral": True} if ephemeral else {}))
-        assert iterations(tmp_path) == left
-    # Another start knows by state.json; of two that stay one may be ephemeral.
+        assert iterations(tmp_path) == remaining
+    # A later start reads `ephemeral` from state.json; the newest of two that are kept may be ephemeral.
     publish(tmp_path, 24, keep=2, ephemeral=True)
     assert iterations(tmp_path) == [20, 24]
 
 
-def test_the_timer_by_a_clock_of_its_own():
+def test_the_save_timer():
     now = [100.0]
     timer, never = SaveTimer(0.5, lambda: now[0]), SaveTimer(0.0, lambda: now[0])
-    found = []
+    due = []
     for _ in range(8):
         now[0] += 10.0
-        found.append(timer.due())
-        if found[-1]:
+        due.append(timer.due())
+        if due[-1]:
             timer.restart()
         assert not never.due()
-    assert found == [False, False, True] * 2 + [False, False]
+    assert due == [False, False, True] * 2 + [False, False]
 
 
 def timed_run(launch, argv, steps):
-    """A run on whose rank 0 a checkpoint is due by time every `steps` steps; other ranks' clocks stand still."""
+    """A run on whose rank 0 a checkpoint is due by time every `steps` steps; the clocks of other ranks stand still."""
     from megatron_doremi.checkpoint import writer
     from megatron_doremi.phases import train as train_phase
 
@@ -204,9 +204,9 @@ def timed_run(launch, argv, steps):
     published = []
     original = publishing.publish_checkpoint
 
-    def publish(temporary, name, entry, *rest):
-        published.append([entry["iteration"], entry.get("ephemeral", False)])
-        return original(temporary, name, entry, *rest)
+    def publish(temporary, name, state, *rest):
+        published.append([state["iteration"], state.get("ephemeral", False)])
+        return original(temporary, name, state, *rest)
 
     writer.publish_checkpoint = publish
     program(launch, argv)
@@ -214,8 +214,8 @@ def timed_run(launch, argv, steps):
 
 
 @pytest.mark.slow
-def test_saving_by_time_on_two_ranks_changes_no_number(data, reference, tmp_path):
-    whole = train(2, "proxy", data, tmp_path / "whole", 24, *reference, "--save-interval", "10")
+def test_saving_by_time_on_two_ranks_does_not_change_results(data, reference, tmp_path):
+    expected = train(2, "proxy", data, tmp_path / "untimed", 24, *reference, "--save-interval", "10")
     save = tmp_path / "timed"
     argv = ["--phase", "proxy", "--domains", str(data), "--save", str(save), "--train-iters", "24", *MODEL, *reference]
     published = on_ranks(2, timed_run, [*argv, "--save-interval", "10"], 4)[0]
@@ -224,26 +224,26 @@ def test_saving_by_time_on_two_ranks_changes_no_number(data, reference, tmp_path
     assert kinds[-1] is False
     assert iterations(save) == [10, 20, 24]
     lines = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
-    assert training_lines(lines) == training_lines(whole)
-    for path in sorted((tmp_path / "whole" / "checkpoints" / "iter_0000024").rglob("*.safetensors")):
-        other = save / path.relative_to(tmp_path / "whole")
-        assert path.read_bytes() == other.read_bytes()
+    assert training_lines(lines) == training_lines(expected)
+    for path in sorted((tmp_path / "untimed" / "checkpoints" / "iter_0000024").rglob("*.safetensors")):
+        timed_path = save / path.relative_to(tmp_path / "untimed")
+        assert path.read_bytes() == timed_path.read_bytes()
 
 
-def unseen(launch, data, save):
-    """A run whose rank 1 writes into a folder that rank 0 does not see (a local disk under the same name)."""
+def train_without_shared_folder(launch, data, save):
+    """A run whose rank 1 writes a file that rank 0 does not see, as to a local disk; returns the error message."""
     from megatron_doremi.checkpoint import writer
 
     write, saves = writer._write, []
 
-    def elsewhere(temporary, files):
-        part = write(temporary, files)
+    def write_elsewhere(temporary, files):
+        report = write(temporary, files)
         saves.append(temporary)
         if launch.rank == 1 and len(saves) == 3:
             (temporary / "optimizer" / "rank-00001.safetensors").rename(save / "elsewhere")
-        return part
+        return report
 
-    writer._write = elsewhere
+    writer._write = write_elsewhere
     publishing.VISIBILITY_TIMEOUT_SECONDS = 0.1
     argv = ["--phase", "main", "--domains", str(data), "--save", str(save), "--train-iters", "100000", *MODEL]
     try:
@@ -253,10 +253,10 @@ def unseen(launch, data, save):
 
 
 @pytest.mark.slow
-def test_a_rank_whose_files_are_not_seen_stops_the_run_and_the_good_checkpoint_stays(data, tmp_path):
-    for said in on_ranks(2, unseen, data, tmp_path / "run"):
-        assert re.search(r"optimizer/rank-00001\.safetensors has 0 bytes, but rank 1 wrote \d", said)
-        assert "every rank must see the same --save folder; the newest checkpoint is" in said
+def test_a_rank_whose_files_rank_0_does_not_see_stops_the_run_and_the_last_checkpoint_stays(data, tmp_path):
+    for message in on_ranks(2, train_without_shared_folder, data, tmp_path / "run"):
+        assert re.search(r"optimizer/rank-00001\.safetensors has 0 bytes, but rank 1 wrote \d", message)
+        assert "every rank must see the same --save folder; the newest checkpoint is" in message
     (last, checkpoint), *others = checkpoints(tmp_path / "run")
     assert last == 6
     assert not others

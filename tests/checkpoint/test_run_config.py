@@ -1,4 +1,4 @@
-"""A model shape in a file of before a field existed: the field's default is what was trained.
+"""A model shape in a file without a newer field: the field takes its default, which is what that run trained.
 
 Run alone: python -m pytest tests/checkpoint/test_run_config.py
 """
@@ -25,7 +25,7 @@ SIZES = {
     "vocab_size": 50,
     "max_positions": 16,
 }
-# A value of each field that has a default which is not the default.
+# For each field that has a default, another value.
 OTHER = {
     "normalization": "LayerNorm",
     "norm_epsilon": 1e-6,
@@ -51,8 +51,8 @@ def test_defaults_are_the_same_wherever_a_shape_is_read():
 
 
 @pytest.mark.parametrize("name", OTHER)
-def test_a_missing_field_is_its_default(name):
-    """Compared on resume as if it had been recorded: equal to a run of today, unlike one with another value."""
+def test_a_missing_field_takes_its_default(name):
+    """On resume it is compared as if it had been recorded: equal to the default, different from any other value."""
     gpt = GPTConfig(**SIZES)
     old = asdict(gpt)
     del old[name]

@@ -1,11 +1,10 @@
-"""Where ranks meet: strangers, names that do not resolve, IPv6, the dead, one report of all faults, number of requests.
+"""The rendezvous: foreign runs, names that do not resolve, IPv6, dead ranks, merged reports, number of requests.
 
 Run alone: python -m pytest tests/cluster/test_rendezvous.py
 """
 
 from __future__ import annotations
 
-import json
 import re
 import socket
 import subprocess
@@ -33,13 +32,13 @@ from megatron_doremi.errors import ConfigError, Fault, ReportedElsewhere, RunErr
 
 
 def free_port(family: int = socket.AF_INET, host: str = "127.0.0.1") -> int:
-    with socket.socket(family) as found:
-        found.bind((host, 0))
-        return found.getsockname()[1]
+    with socket.socket(family) as probe:
+        probe.bind((host, 0))
+        return probe.getsockname()[1]
 
 
 def on_threads(world_size, function):
-    """function(rank) on all ranks at once: its results, or what it raised."""
+    """Calls function(rank) for all ranks concurrently; returns their results, or the exceptions that they raised."""
 
     def outcome(rank):
         try:
@@ -51,13 +50,13 @@ def on_threads(world_size, function):
         return list(pool.map(outcome, range(world_size)))
 
 
-def launches(world_size, host="127.0.0.1", port=None, **entries):
+def launches(world_size, host="127.0.0.1", port=None, **fields):
     port = port or free_port()
-    return [Launch(rank, world_size, rank, f"tcp://{host}:{port}", **entries) for rank in range(world_size)]
+    return [Launch(rank, world_size, rank, f"tcp://{host}:{port}", **fields) for rank in range(world_size)]
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "[::1]", "localhost"])
-def test_ranks_meet_by_names_and_both_kinds_of_addresses(host):
+def test_ranks_meet_at_names_and_addresses_of_both_families(host):
     port = free_port(socket.AF_INET6, "::1") if host == "[::1]" else free_port()
     places = launches(3, host, port)
     met = on_threads(3, lambda rank: Rendezvous(places[rank], 1.0, ["--a"]))
@@ -74,7 +73,7 @@ def fail(*_, **__):
 
 @pytest.mark.parametrize("resolver", [hang, fail])
 def test_a_host_that_does_not_resolve_is_named(resolver, monkeypatch):
-    """Within a minute, also where the resolver never answers; version 0.1 took --distributed-timeout-minutes."""
+    """Within a minute, even if the resolver never answers; version 0.1 took --distributed-timeout-minutes."""
     assert store._SECONDS_TO_RESOLVE < 60
     monkeypatch.setattr(store, "_SECONDS_TO_RESOLVE", 0.5)
     monkeypatch.setattr(store.socket, "getaddrinfo", resolver)
@@ -82,7 +81,7 @@ def test_a_host_that_does_not_resolve_is_named(resolver, monkeypatch):
         Rendezvous(Launch(1, 2, 0, "tcp://no.such.host.invalid:29500"))
 
 
-def test_who_listens_is_told_from_a_rendezvous(monkeypatch):
+def test_a_foreign_program_or_nothing_at_the_port_is_reported(monkeypatch):
     monkeypatch.setattr(store, "_SECONDS_TO_ANSWER", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
@@ -97,7 +96,7 @@ def test_who_listens_is_told_from_a_rendezvous(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("theirs", "ours", "words"),
+    ("theirs", "ours", "message"),
     [
         (
             (SRUN, "SLURM job 7 step 0", ["-a"]),
@@ -108,8 +107,8 @@ def test_who_listens_is_told_from_a_rendezvous(monkeypatch):
         ((NO_LAUNCHER, "", ["--save", "x"]), (NO_LAUNCHER, "", ["--save", "y"]), "rank 1 on .*: y against x of rank 0"),
     ],
 )
-def test_the_store_of_a_strangers_run_is_noticed(theirs, ours, words):
-    """Two jobs on a node with one port: neither hangs, and the other run is left alone."""
+def test_the_store_of_another_run_is_detected(theirs, ours, message):
+    """Two jobs on a node with the same port: neither hangs, and the other run is not affected."""
     port = free_port()
 
     def enter(number):
@@ -122,45 +121,43 @@ def test_the_store_of_a_strangers_run_is_noticed(theirs, ours, words):
             time.sleep(1.0)
         return Rendezvous(launch, 1.0, argv)
 
-    first, stranger, second = on_threads(3, enter)
-    assert isinstance(stranger, ConfigError)
-    assert re.search(words, str(stranger))
+    first, error, second = on_threads(3, enter)
+    assert isinstance(error, ConfigError)
+    assert re.search(message, str(error))
     assert sorted(first.heartbeats) == sorted(second.heartbeats) == [0, 1]
 
 
-def test_a_second_process_of_a_rank_is_noticed():
-    port = free_port()
-    place = f"tcp://127.0.0.1:{port}"
-    two = [Launch(rank, 2, rank, place) for rank in (0, 0, 1)]
-    two[1] = Launch(1, 2, 1, place)
-    outcomes = on_threads(3, lambda number: Rendezvous(two[number], 0.1))
+def test_a_second_process_of_the_same_rank_is_detected():
+    url = f"tcp://127.0.0.1:{free_port()}"
+    processes = [Launch(rank, 2, rank, url) for rank in (0, 1, 1)]
+    outcomes = on_threads(3, lambda number: Rendezvous(processes[number], 0.1))
     assert sum(isinstance(o, RunError) and "a second rank 1 arrived" in str(o) for o in outcomes) == 1
 
 
-def test_a_restarted_generation_does_not_meet_the_one_before(monkeypatch):
-    """torchrun keeps its store: all keys of the first generation are still there."""
+def test_a_restarted_generation_does_not_see_the_keys_of_the_previous_one(monkeypatch):
+    """torchrun keeps its store, with all keys of the first generation."""
     hosted = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-    place = f"tcp://127.0.0.1:{hosted.port}"
+    url = f"tcp://127.0.0.1:{hosted.port}"
     for generation in (0, 1):
         options = {"run_id": "r", "generation": generation, "hosted": True}
-        workers = [Launch(rank, 2, rank, place, "torchrun", **options) for rank in (0, 1)]
+        workers = [Launch(rank, 2, rank, url, "torchrun", **options) for rank in (0, 1)]
         met = on_threads(2, lambda rank, workers=workers: Rendezvous(workers[rank], 0.5, ["-a"]))
         assert [sorted(rendezvous.heartbeats) for rendezvous in met] == [[0, 1], [0, 1]]
 
 
-def test_the_dead_are_seen_on_this_machine_only():
+def test_only_processes_of_this_machine_can_be_seen_to_be_dead():
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    own = current_heartbeat(1, 1, "in iteration 3")
+    local = current_heartbeat(1, 1, "in iteration 3")
     start = process_start(process.pid)
-    peer = Heartbeat(1, 1, "in iteration 3", own.host, (process.pid, start), own.pid_scope)
-    assert not is_dead(own)
+    peer = Heartbeat(1, 1, "in iteration 3", local.host, (process.pid, start), local.pid_scope)
+    assert not is_dead(local)
     assert not is_dead(peer)
     process.kill()
-    # Not waited for yet: a zombie is dead.
-    limit = time.monotonic() + 10
+    # Not reaped yet: a zombie counts as dead.
+    deadline = time.monotonic() + 10
     while not is_dead(peer):
-        assert time.monotonic() < limit
-    assert not is_dead(Heartbeat(1, 1, "exited", own.host, (process.pid, start), own.pid_scope))
+        assert time.monotonic() < deadline
+    assert not is_dead(Heartbeat(1, 1, "exited", local.host, (process.pid, start), local.pid_scope))
     assert not is_dead(Heartbeat(1, 1, "in iteration 3", "elsewhere", (process.pid, start), "another boot"))
     process.wait()
 
@@ -168,18 +165,16 @@ def test_the_dead_are_seen_on_this_machine_only():
 def test_a_rank_that_dies_before_all_have_met_ends_the_wait(monkeypatch):
     monkeypatch.setattr(rendezvous, "_POLL_SECONDS", 0.2)
     places = launches(3)
-    died = subprocess.Popen([sys.executable, "-c", ""])
-    died.wait()
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
 
     def enter(rank):
         if rank == 0:
             return Rendezvous(places[0], 1.0)
-        # Comes, and is gone; rank 2 never comes.
+        # Rank 1 arrives and dies; rank 2 never arrives.
         if rank == 1:
-            keys = dist.PrefixStore("doremi/0/3", store.open_store(places[1], 10.0))
-            own = current_heartbeat(0, 0, "starting")
-            keys.set("heartbeat/1", Heartbeat(0, 0, "starting", own.host, (died.pid, 1), own.pid_scope).to_json())
-            keys.append("arrivals", f"1@{rendezvous._machine_id(own)},")
+            local = current_heartbeat(0, 0, "starting")
+            arrive_and_die(places[1], Heartbeat(0, 0, "starting", local.host, (dead.pid, 1), local.pid_scope))
 
     outcome = on_threads(3, enter)[0]
     assert isinstance(outcome, RunError)
@@ -187,109 +182,112 @@ def test_a_rank_that_dies_before_all_have_met_ends_the_wait(monkeypatch):
     assert "died before all ranks had met" in str(outcome)
 
 
-def on_machines(monkeypatch, quick=0.2):
-    """A function that puts the calling thread on a machine of this name; looks follow each other quickly."""
+def on_machines(monkeypatch, poll_seconds=0.2):
+    """Makes ranks poll quickly; returns a function that places the calling thread on the machine of a name."""
     machine = threading.local()
     monkeypatch.setattr(heartbeat, "_pid_scope", lambda: f"machine {machine.name}")
-    monkeypatch.setattr(rendezvous, "_POLL_SECONDS", quick)
-    monkeypatch.setattr(rendezvous, "_LONGEST_PAUSE", quick)
+    monkeypatch.setattr(rendezvous, "_POLL_SECONDS", poll_seconds)
+    monkeypatch.setattr(rendezvous, "_LONGEST_PAUSE", poll_seconds)
     return lambda name: setattr(machine, "name", name)
 
 
-def come(launch, heartbeat):
-    """What a rank leaves that came and then died."""
+def arrive_and_die(launch, heartbeat):
+    """Writes the keys of a rank that arrives and then dies."""
     keys = dist.PrefixStore(f"doremi/0/{launch.world_size}", store.open_store(launch, 10.0))
     keys.set(f"heartbeat/{launch.rank}", heartbeat.to_json())
     keys.append("arrivals", f"{launch.rank}@{rendezvous._machine_id(heartbeat)},")
 
 
 def test_a_death_before_all_have_met_ends_the_ranks_of_other_machines_too(monkeypatch):
-    """Found out by a rank beside the dead one; the others waited for --distributed-timeout-minutes."""
-    move = on_machines(monkeypatch)
+    """A rank on the same machine detects it; before, the others waited for --distributed-timeout-minutes."""
+    move_to = on_machines(monkeypatch)
     places = launches(5)
 
     def enter(rank):
-        move("a" if rank in (0, 3) else "b")
+        move_to("a" if rank in (0, 3) else "b")
         if rank == 2:
-            own = current_heartbeat(0, 0, "starting")
-            come(places[2], Heartbeat(0, 0, "starting", "host-b", (own.process[0], own.process[1] + 1), own.pid_scope))
-        # Rank 4 never comes.
+            local = current_heartbeat(0, 0, "starting")
+            process = (local.process[0], local.process[1] + 1)
+            arrive_and_die(places[2], Heartbeat(0, 0, "starting", "host-b", process, local.pid_scope))
+        # Rank 4 never arrives.
         elif rank != 4:
             return Rendezvous(places[rank], 0.5)
 
-    said, *others = on_threads(5, enter)
-    assert isinstance(said, RunError)
-    assert str(said) == "rank 2 on host-b died before all ranks had met"
+    error, *others = on_threads(5, enter)
+    assert isinstance(error, RunError)
+    assert str(error) == "rank 2 on host-b died before all ranks had met"
     assert [type(others[k]) for k in (0, 2)] == [ReportedElsewhere] * 2
 
 
-def test_a_machine_that_is_lost_before_all_have_met_is_found_by_its_silence(monkeypatch):
+def test_a_machine_that_is_lost_before_all_have_met_is_detected_by_missing_heartbeats(monkeypatch):
     monkeypatch.setattr(rendezvous, "HEARTBEAT_TIMEOUT_SECONDS", 2.0)
-    move = on_machines(monkeypatch)
+    move_to = on_machines(monkeypatch)
     places = launches(4)
 
     def enter(rank):
-        move(str(rank))
+        move_to(str(rank))
         if rank == 1:
-            come(places[1], Heartbeat(0, 0, "starting", "host-1", (1, 1), "machine 1"))
-        # Rank 3 never comes; rank 2 gives heartbeats of life.
+            arrive_and_die(places[1], Heartbeat(0, 0, "starting", "host-1", (1, 1), "machine 1"))
+        # Rank 3 never arrives; rank 2 sends heartbeats.
         elif rank != 3:
             return Rendezvous(places[rank], 0.5)
 
-    said, _, silent, _ = on_threads(4, enter)
-    assert isinstance(said, RunError)
-    assert str(said) == "rank 1 on host-1 sent no heartbeat for 2 s before all ranks had met"
-    assert isinstance(silent, ReportedElsewhere)
+    error, _, peer_error, _ = on_threads(4, enter)
+    assert isinstance(error, RunError)
+    assert str(error) == "rank 1 on host-1 sent no heartbeat for 2 s before all ranks had met"
+    assert isinstance(peer_error, ReportedElsewhere)
 
 
-BAD, WORSE = Fault("--lr", "fast", "a number", "give one"), Fault("x.bin", "4 bytes", "8", "copy it again")
+FLAG_FAULT, FILE_FAULT = Fault("--lr", "fast", "a number", "give one"), Fault("x.bin", "4 bytes", "8", "copy it again")
 
 
-def test_faults_of_all_ranks_are_one_message():
-    everyone = [("n1", [BAD.__dict__]), ("n2", [BAD.__dict__, WORSE.__dict__]), None]
-    assert [fault.subject for fault in merge_faults(everyone)] == ["--lr", "rank 1 on n2: x.bin"]
+def test_the_faults_of_all_ranks_are_merged():
+    reports = [("n1", [FLAG_FAULT.__dict__]), ("n2", [FLAG_FAULT.__dict__, FILE_FAULT.__dict__]), None]
+    assert [fault.subject for fault in merge_faults(reports)] == ["--lr", "rank 1 on n2: x.bin"]
 
 
-def test_rank_0_says_the_union_and_all_leave_together():
-    places = launches(3)
+def test_rank_0_reports_the_faults_of_all_ranks_and_all_exit_together():
+    places = launches(3, launcher=SRUN, run_id="SLURM job 1 step 0")
 
     def enter(rank):
         rendezvous = Rendezvous(places[rank], 1.0, ["-a"] if rank < 2 else ["-b"])
-        raise_faults_of_all_ranks(rendezvous, [*([WORSE] if rank == 1 else []), *rendezvous.faults], 10.0)
+        raise_faults_of_all_ranks(rendezvous, [*([FILE_FAULT] if rank == 1 else []), *rendezvous.faults], 10.0)
 
-    places = [Launch(p.rank, 3, p.rank, p.rendezvous, SRUN, "SLURM job 1 step 0") for p in places]
-    said, *others = on_threads(3, enter)
-    assert isinstance(said, ConfigError)
+    error, *others = on_threads(3, enter)
+    assert isinstance(error, ConfigError)
     assert [type(other) for other in others] == [ReportedElsewhere, ReportedElsewhere]
-    assert {fault.subject.split(" on ")[0] for fault in said.faults} >= {"rank 1"}
-    assert any("x.bin" in fault.subject for fault in said.faults)
-    assert any("the same command line" in fault.rule for fault in said.faults)
+    assert {fault.subject.split(" on ")[0] for fault in error.faults} >= {"rank 1"}
+    assert any("x.bin" in fault.subject for fault in error.faults)
+    assert any("the same command line" in fault.rule for fault in error.faults)
 
 
-def test_a_rank_whose_command_line_is_wrong_is_said_by_rank_0(monkeypatch):
-    """Alone among others; of a run that is not its own it keeps away."""
+def test_rank_0_reports_a_rank_whose_command_line_is_wrong(monkeypatch):
+    """A rank of another run is not reported."""
     monkeypatch.setattr(rendezvous, "_POLL_SECONDS", 0.2)
     monkeypatch.setattr(rendezvous, "_SECONDS_FOR_MORE_REJECTIONS", 0.2)
     monkeypatch.setattr(rendezvous, "_SECONDS_TO_REJECT", 1.0)
     ours = launches(3, launcher=SRUN, run_id="SLURM job 1 step 0")
-    stranger = Launch(2, 3, 2, ours[0].rendezvous, SRUN, "SLURM job 2 step 0")
+    foreign = Launch(2, 3, 2, ours[0].rendezvous, SRUN, "SLURM job 2 step 0")
 
     def enter(rank):
         if rank == 2:
             time.sleep(0.5)
-            return reject_command_line(stranger, ["-b"], [WORSE]), reject_command_line(ours[2], ["-b"], [BAD])
+            return (
+                reject_command_line(foreign, ["-b"], [FILE_FAULT]),
+                reject_command_line(ours[2], ["-b"], [FLAG_FAULT]),
+            )
         return Rendezvous(ours[rank], 1.0, ["-a"])
 
-    said, silent, told = on_threads(3, enter)
-    assert isinstance(said, ConfigError)
-    assert said.faults == (BAD,)
-    assert isinstance(silent, ReportedElsewhere)
-    assert told == (False, True)
-    # Nobody listens: rank 0 has said the same, and left.
-    assert reject_command_line(launches(2)[1], [], [BAD])
+    error, peer_error, reported = on_threads(3, enter)
+    assert isinstance(error, ConfigError)
+    assert error.faults == (FLAG_FAULT,)
+    assert isinstance(peer_error, ReportedElsewhere)
+    assert reported == (False, True)
+    # Nothing listens: rank 0 has reported the same fault and exited.
+    assert reject_command_line(launches(2)[1], [], [FLAG_FAULT])
 
 
-def test_an_error_of_all_ranks_is_said_once_and_one_of_a_single_rank_by_itself(monkeypatch):
+def test_rank_0_reports_an_error_of_all_ranks_and_a_single_rank_its_own(monkeypatch):
     monkeypatch.setattr(error_report, "_SECONDS_FOR_PEER_ERRORS", 1.0)
     places = launches(2)
     met = on_threads(2, lambda rank: Rendezvous(places[rank], 1.0))
@@ -301,18 +299,18 @@ def test_an_error_of_all_ranks_is_said_once_and_one_of_a_single_rank_by_itself(m
     assert re.fullmatch(r"rank 1 on \S+: the disk is full", str(alone))
 
 
-def test_a_machines_failure_of_a_rank_alone_is_said_and_a_shared_command_lines_fault_once(monkeypatch):
-    """srun gives a node's ranks the same flags, but not the same network: a RunError of local rank 3 was silent."""
+def test_a_rank_without_peers_reports_machine_errors_and_the_first_of_a_node_also_faults(monkeypatch):
+    """srun gives all ranks of a node the same flags; a RunError may concern one rank: that of local rank 3 was lost."""
     monkeypatch.setattr(error_report, "_SECONDS_FOR_RANK_0", 0.0)
     environ = {"SLURM_STEP_NUM_TASKS": "32", "SLURM_PROCID": "11", "SLURM_LOCALID": "3"}
     for text in ("no answer", "rank 11: no answer", f"rank 11 on {socket.gethostname()}: no answer"):
-        told = error_without_peers(RunError(text), environ)
-        assert isinstance(told, RunError)
-        assert str(told) == f"rank 11 on {socket.gethostname()}: no answer"
-    told = error_without_peers(RunError("rank 110 on n1 died"), environ)
-    assert str(told) == f"rank 11 on {socket.gethostname()}: rank 110 on n1 died"
-    assert isinstance(error_without_peers(ConfigError(BAD), environ), ReportedElsewhere)
-    assert isinstance(error_without_peers(ConfigError(BAD), {**environ, "SLURM_LOCALID": "0"}), ConfigError)
+        error = error_without_peers(RunError(text), environ)
+        assert isinstance(error, RunError)
+        assert str(error) == f"rank 11 on {socket.gethostname()}: no answer"
+    error = error_without_peers(RunError("rank 110 on n1 died"), environ)
+    assert str(error) == f"rank 11 on {socket.gethostname()}: rank 110 on n1 died"
+    assert isinstance(error_without_peers(ConfigError(FLAG_FAULT), environ), ReportedElsewhere)
+    assert isinstance(error_without_peers(ConfigError(FLAG_FAULT), {**environ, "SLURM_LOCALID": "0"}), ConfigError)
 
 
 class CountingStore:
@@ -375,7 +373,7 @@ def counted(monkeypatch):
 
 
 def test_512_ranks_meet_and_watch_with_a_few_requests_each(counted, monkeypatch):
-    """Version 0.1: each rank waited for 512 keys one by one, and read 1024 keys a beat once it had to wait."""
+    """In version 0.1 each rank waited for 512 keys one by one, and read 1024 keys per heartbeat while it waited."""
     world = 512
     machine = threading.local()
     monkeypatch.setattr(heartbeat, "_pid_scope", lambda: f"machine {machine.number}")
@@ -406,34 +404,33 @@ def test_512_ranks_meet_and_watch_with_a_few_requests_each(counted, monkeypatch)
         dog._stopped.set()
 
 
-def test_a_store_that_answers_nothing_holds_nobody(counted, monkeypatch):
-    """As where rank 0's machine is lost: not even an error comes, before all have met or at an error's end."""
+def test_a_store_that_never_answers_blocks_no_rank(counted, monkeypatch):
+    """If rank 0's machine is lost, the store does not even return an error, neither at the rendezvous nor later."""
     places = [Launch(rank, 2, rank, "tcp://n:1") for rank in range(2)]
     met = on_threads(2, lambda rank: Rendezvous(places[rank], 1.0))
     monkeypatch.setattr(rendezvous, "HEARTBEAT_TIMEOUT_SECONDS", 0.3)
     monkeypatch.setattr(error_report, "_SECONDS_FOR_PEER_ERRORS", 0.3)
     monkeypatch.setattr(CountingStore, "check", hang)
     counted["data"].clear()
-    began = time.monotonic()
+    start = time.monotonic()
     with pytest.raises(RunError, match=r"rendezvous at tcp://n:1 does not answer \(no answer for 0\.3 s\)"):
         Rendezvous(Launch(0, 3, 0, "tcp://n:1"), 1.0)
     error = RunError("the disk is full")
     assert merged_error(met[1], error) is error
-    assert time.monotonic() - began < 10.0
+    assert time.monotonic() - start < 10.0
 
 
-def test_missing_ranks_are_waited_for_together(counted, monkeypatch):
-    """Ten that never come cost one timeout, not ten, and are named."""
+def test_ten_missing_ranks_cost_one_timeout_and_are_named(counted, monkeypatch):
     monkeypatch.setattr(rendezvous, "_POLL_SECONDS", 0.2)
-    began = time.monotonic()
+    start = time.monotonic()
     outcomes = on_threads(22, lambda rank: Rendezvous(Launch(rank, 32, rank, "tcp://n:1"), 0.01))
     assert all(isinstance(outcome, RunError) for outcome in outcomes)
     assert str(list(range(22, 32))) in str(outcomes[0])
-    assert time.monotonic() - began < 5.0
+    assert time.monotonic() - start < 5.0
 
 
-def test_a_silent_rank_is_found_by_those_before_it(counted, monkeypatch):
-    """60 s after its last heartbeat, whatever --distributed-timeout-minutes; not one that exited on purpose."""
+def test_a_rank_without_heartbeats_is_detected_by_the_ranks_before_it(counted, monkeypatch):
+    """60 s after its last heartbeat, whatever --distributed-timeout-minutes is; not a rank that exited on purpose."""
     world = 32
     met = on_threads(world, lambda rank: Rendezvous(Launch(rank, world, rank, "tcp://n:1"), 1.0))
     clock = [1000.0]
@@ -442,8 +439,7 @@ def test_a_silent_rank_is_found_by_those_before_it(counted, monkeypatch):
     dog = watchdog.Watchdog(met[3], 480.0)
     monkeypatch.setattr(dog, "_end_process", ended.append)
     last_beats: dict = {}
-    left = json.dumps({**json.loads(current_heartbeat(7, 1, "exited").to_json())}).encode()
-    counted["data"]["doremi/0/32/heartbeat/6"] = left
+    counted["data"]["doremi/0/32/heartbeat/6"] = current_heartbeat(7, 1, "exited").to_json().encode()
     for beat in range(14):
         for rank in (4, 5, 7, 8, 9, 10):
             counted["data"][f"doremi/0/32/heartbeat/{rank}"] = (

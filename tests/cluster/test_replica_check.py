@@ -1,4 +1,4 @@
-"""Ranks that drift apart are found and named.
+"""The replica check finds and names ranks whose state or parameters diverge.
 
 Run alone: python -m pytest tests/cluster/test_replica_check.py
 """
@@ -15,8 +15,8 @@ from megatron_doremi.cluster.replica_check import ReplicaDigest, bits_hash, find
 GPT = small_gpt(max_positions=12)
 
 
-def drift(launch, what, on_rank):
-    """Plants a difference on one rank of a 2 x 2 layout (tensor x data) and returns what the check says."""
+def error_after_change(launch, changed, on_rank):
+    """Plants a difference on one rank of a 2 x 2 layout (tensor x data); returns the error message of the check."""
     import deepspeed
 
     from megatron_doremi.cluster.process_group import join
@@ -33,7 +33,7 @@ def drift(launch, what, on_rank):
     def partition(layer):
         deepspeed.zero.Init(layer, context.groups.data, dtype=torch.float32)
 
-    if what == "whole, ZeRO 3":
+    if changed == "replicated, ZeRO 3":
         module = GPTModel(GPT, context, seed=1, partition=partition)
     else:
         module = GPTPipeline(GPT, context, seed=1)
@@ -41,13 +41,13 @@ def drift(launch, what, on_rank):
     check_replicas(module, state, topology, 1)
     if launch.rank == on_rank:
         parameters = dict(module.model_parameters())
-        if what == "state":
+        if changed == "state":
             state["doremi"]["weights"]["a"] = 0.5 + 2**-53
-        elif what == "cut":
+        elif changed == "sharded":
             parameters["layers.1.mlp.fc1.weight"].data[3, 2] *= 1 + 2**-23
-        elif what == "whole":
+        elif changed == "replicated":
             parameters["final_norm.weight"].data[0] += 2**-20
-        elif what == "whole, ZeRO 3":
+        elif changed == "replicated, ZeRO 3":
             parameters["final_norm.weight"].ds_tensor[0] += 2**-20
     try:
         check_replicas(module, state, topology, 7)
@@ -57,34 +57,38 @@ def drift(launch, what, on_rank):
 
 
 @pytest.mark.parametrize(
-    ("what", "on_rank", "words"),
+    ("changed", "on_rank", "expected"),
     [
         ("nothing", 0, []),
         ("state", 3, ["after iteration 7", "domain weights or blend: rank 3 against ranks 0, 1, 2"]),
-        ("cut", 2, ["parameters of replicas: rank 2 against rank 0"]),
-        ("whole, ZeRO 3", 1, ["parameters that tensor ranks share: rank 1 against rank 0"]),
-        ("whole", 1, ["parameters of replicas: ", "parameters that tensor ranks share: rank 1 against ranks 0, 2, 3"]),
+        ("sharded", 2, ["parameters of replicas: rank 2 against rank 0"]),
+        ("replicated, ZeRO 3", 1, ["parameters that tensor ranks share: rank 1 against rank 0"]),
+        (
+            "replicated",
+            1,
+            ["parameters of replicas: ", "parameters that tensor ranks share: rank 1 against ranks 0, 2, 3"],
+        ),
     ],
 )
-def test_a_planted_difference_is_named(what, on_rank, words):
-    for said in on_ranks(4, drift, what, on_rank):
-        assert bool(said) == bool(words)
-        for word in words:
-            assert word in said
+def test_a_planted_difference_is_named(changed, on_rank, expected):
+    for message in on_ranks(4, error_after_change, changed, on_rank):
+        assert bool(message) == bool(expected)
+        for text in expected:
+            assert text in message
 
 
-def test_the_hash_sees_a_bit_and_a_place():
+def test_the_hash_depends_on_every_bit_and_position():
     a = torch.arange(10.0)
     flipped = a.clone()
     flipped.view(torch.int32)[4] ^= 1
-    turned = a.clone()
-    turned[[2, 5]] = turned[[5, 2]]
-    assert len({bits_hash([x]) for x in (a, flipped, turned, a.bfloat16())}) == 4
+    exchanged = a.clone()
+    exchanged[[2, 5]] = exchanged[[5, 2]]
+    assert len({bits_hash([x]) for x in (a, flipped, exchanged, a.bfloat16())}) == 4
     assert bits_hash([a]) == bits_hash([a.clone()])
     assert bits_hash([a[:5], a[5:]]) != bits_hash([a[5:], a[:5]])
 
 
-def test_stages_need_not_agree_with_each_other():
+def test_different_stages_are_not_compared():
     digests = [
         ReplicaDigest(rank, pipe=rank, tensor=0, part=0, state="s", parameters=f"p{rank}", replicated="r")
         for rank in (0, 1)

@@ -1,4 +1,4 @@
-"""One run a folder: the lock, taken over from the dead by exactly one.
+"""One run per folder: the lock, which exactly one process takes over from a dead one.
 
 Run alone: python -m pytest tests/cluster/test_run_lock.py
 """
@@ -27,7 +27,7 @@ from megatron_doremi.cluster.process_identity import process_start
 from megatron_doremi.cluster.run_lock import RunLock
 from megatron_doremi.errors import ConfigError, RunError
 
-TAKERS = 12
+CONTENDERS = 12
 ROUNDS = 4 * int(os.environ.get("MEGATRON_DOREMI_FUZZ", "1"))
 QUICK = {"interval": 0.05, "timeout": 0.5, "poll": 0.1}
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -38,17 +38,17 @@ def files(save: Path) -> list[Path]:
 
 
 def edit(path: Path, **changes) -> None:
-    """Changes a holder's file, and keeps its time."""
+    """Changes a lock file but keeps its modification time."""
     before = path.stat()
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-def waited() -> None:
-    raise AssertionError("nothing had to be waited for")
+def fail_if_waiting() -> None:
+    raise AssertionError("the lock should be taken without waiting")
 
 
-def test_a_living_run_is_named_and_a_released_lock_is_free(tmp_path):
+def test_the_running_holder_is_named_and_a_released_lock_is_free(tmp_path):
     environ = {"SLURM_JOB_ID": "41", "SLURM_STEP_ID": "2"}
     with RunLock(tmp_path, environ, **QUICK):
         with pytest.raises(ConfigError) as caught:
@@ -56,9 +56,9 @@ def test_a_living_run_is_named_and_a_released_lock_is_free(tmp_path):
         (fault,) = caught.value.faults
         host = os.uname().nodename
         assert fault.value == f"in use by process {os.getpid()} on host {host}, SLURM job 41 step 2"
-        # What has another name works beside it.
+        # A lock of another name is independent.
         RunLock(tmp_path, {}, "shard-3", **QUICK).release()
-    with RunLock(tmp_path, {}, progress=waited) as lock:
+    with RunLock(tmp_path, {}, progress=fail_if_waiting) as lock:
         lock.check()
     assert [path.name for path in files(tmp_path)] == ["run-0000002.json"]
 
@@ -68,38 +68,38 @@ def die_holding(folder: str) -> None:
     os._exit(0)
 
 
-def left_by_the_dead(save: Path) -> Path:
-    """The file of a process that was killed."""
+def dead_holder_file(save: Path) -> Path:
+    """The lock file of a process that died without releasing the lock."""
     process = _CONTEXT.Process(target=die_holding, args=(str(save),))
     process.start()
     process.join()
     return files(save)[-1]
 
 
-def test_the_dead_of_this_host_are_known_at_once(tmp_path):
-    left_by_the_dead(tmp_path)
-    RunLock(tmp_path, {}, progress=waited).release()
-    # A process of the same number that started at another time.
-    edit(left_by_the_dead(tmp_path), pid=os.getpid())
-    RunLock(tmp_path, {}, progress=waited).release()
+def test_a_dead_holder_on_this_host_is_detected_immediately(tmp_path):
+    dead_holder_file(tmp_path)
+    RunLock(tmp_path, {}, progress=fail_if_waiting).release()
+    # A process with the same id that started at another time.
+    edit(dead_holder_file(tmp_path), pid=os.getpid())
+    RunLock(tmp_path, {}, progress=fail_if_waiting).release()
 
 
-def test_who_is_dead():
-    own = this_process({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"})
-    elsewhere = own.model_copy(update={"host": "other", "boot": "b"})
-    assert is_dead(own, own) is False
-    assert is_dead(own.model_copy(update={"started": own.started + 1}), own) is True
-    assert is_dead(elsewhere, own) is None
-    assert is_dead(own.model_copy(update={"pid_namespace": "pid:[1]", "pid": 1}), own) is None
-    # A requeued job: what ran before it has ended, wherever it was.
-    assert is_dead(elsewhere.model_copy(update={"restart": 0}), own) is True
-    assert is_dead(elsewhere.model_copy(update={"restart": 0, "job": "8"}), own) is None
-    assert process_start(os.getpid()) == own.started > 0
+def test_which_holders_are_dead():
+    reader = this_process({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"})
+    remote = reader.model_copy(update={"host": "other", "boot": "b"})
+    assert is_dead(reader, reader) is False
+    assert is_dead(reader.model_copy(update={"started": reader.started + 1}), reader) is True
+    assert is_dead(remote, reader) is None
+    assert is_dead(reader.model_copy(update={"pid_namespace": "pid:[1]", "pid": 1}), reader) is None
+    # An earlier start of the reader's requeued job has ended, on whatever host it ran.
+    assert is_dead(remote.model_copy(update={"restart": 0}), reader) is True
+    assert is_dead(remote.model_copy(update={"restart": 0, "job": "8"}), reader) is None
+    assert process_start(os.getpid()) == reader.started > 0
 
 
 def test_a_zombie_is_dead():
     child = subprocess.Popen([sys.executable, "-c", ""])
-    # Ended, and not waited for.
+    # The child ends and is not yet reaped.
     deadline = time.monotonic() + 30.0
     while process_start(child.pid) is not None:
         assert time.monotonic() < deadline
@@ -107,24 +107,24 @@ def test_a_zombie_is_dead():
     child.wait()
 
 
-@pytest.mark.parametrize("harm", ["none", "text", "empty"])
-def test_a_silent_holder_on_another_host_is_dead_after_a_while(harm, tmp_path):
-    path = left_by_the_dead(tmp_path)
-    if harm == "none":
+@pytest.mark.parametrize("damage", ["none", "text", "empty"])
+def test_a_holder_on_another_host_without_heartbeats_is_dead_after_the_timeout(damage, tmp_path):
+    path = dead_holder_file(tmp_path)
+    if damage == "none":
         edit(path, host="other")
     else:
-        path.write_text("{" if harm == "text" else "")
+        path.write_text("{" if damage == "text" else "")
     marks = []
-    began = time.monotonic()
+    start = time.monotonic()
     with RunLock(tmp_path, {}, progress=lambda: marks.append(0), **QUICK) as lock:
-        assert time.monotonic() - began >= 0.45
+        assert time.monotonic() - start >= 0.45
         lock.check()
     assert len(marks) == 5
 
 
-def test_a_holder_on_another_host_that_gives_signs_is_alive(tmp_path):
-    """Its clock may be hours away: only whether its time changes counts."""
-    path = left_by_the_dead(tmp_path)
+def test_a_holder_on_another_host_that_sends_heartbeats_is_alive(tmp_path):
+    """Its clock may be wrong by hours: only a change of the modification time counts."""
+    path = dead_holder_file(tmp_path)
     edit(path, host="other", job="9")
     stop = threading.Event()
 
@@ -144,7 +144,7 @@ def test_a_holder_on_another_host_that_gives_signs_is_alive(tmp_path):
         thread.join()
 
 
-def test_a_lock_that_flock_holds_is_alive_whatever_else_it_says(tmp_path):
+def test_a_holder_with_an_flock_is_alive_whatever_its_file_says(tmp_path):
     with RunLock(tmp_path, {}, **QUICK):
         edit(files(tmp_path)[0], host="other")
         with pytest.raises(ConfigError, match="on host other"):
@@ -159,7 +159,7 @@ def race(folder, start, done, results, dies) -> None:
     except ConfigError:
         lock = None
         results.put("refused")
-    # The winner holds it until all others have tried.
+    # The winner holds the lock until all others have tried.
     done.wait()
     if lock is not None:
         lock.check()
@@ -171,40 +171,40 @@ def race(folder, start, done, results, dies) -> None:
     os._exit(0)
 
 
-def test_of_many_that_take_over_exactly_one_wins(tmp_path):
-    """From nobody, from one that left, from the dead of this host, from the silent of another."""
+def test_of_many_contenders_exactly_one_takes_the_lock(tmp_path):
+    """A new lock, a released one, one of a dead holder on this host, and one of a dead holder on another host."""
     for number in range(ROUNDS):
-        start, done, results = _CONTEXT.Barrier(TAKERS), _CONTEXT.Barrier(TAKERS), _CONTEXT.Queue()
+        start, done, results = _CONTEXT.Barrier(CONTENDERS), _CONTEXT.Barrier(CONTENDERS), _CONTEXT.Queue()
         arguments = (str(tmp_path), start, done, results, number % 2 == 0)
-        processes = [_CONTEXT.Process(target=race, args=arguments) for _ in range(TAKERS)]
+        processes = [_CONTEXT.Process(target=race, args=arguments) for _ in range(CONTENDERS)]
         for process in processes:
             process.start()
-        found = [results.get(timeout=60.0) for _ in range(2 * TAKERS)]
+        outcomes = [results.get(timeout=60.0) for _ in range(2 * CONTENDERS)]
         for process in processes:
             process.join()
-        assert found.count("won") == 1, f"round {number}: {found}"
-        assert found.count("end") == TAKERS
+        assert outcomes.count("won") == 1, f"round {number}: {outcomes}"
+        assert outcomes.count("end") == CONTENDERS
         if number % 4 == 2:
             edit(files(tmp_path)[-1], host="other")
 
 
-def test_a_suspended_holder_notices_before_it_writes(tmp_path):
+def test_a_suspended_holder_detects_a_takeover_before_it_writes(tmp_path):
     lock = RunLock(tmp_path, {}, interval=10**6)
-    taken = files(tmp_path)[0].with_name("run-0000002.json")
+    successor = files(tmp_path)[0].with_name("run-0000002.json")
     holder = {**lock.holder.model_dump(), "host": "other", "job": "5", "token": "another"}
     assert lock.lost_to() is None
-    taken.write_text(json.dumps({"format": Holder.FORMAT, **holder}))
+    successor.write_text(json.dumps({"format": Holder.FORMAT, **holder}))
     with pytest.raises(RunError, match=r"process \d+ on host other, SLURM job 5 has taken over"):
         lock.check()
     assert "host other" in lock.lost_to()
-    before = taken.stat().st_mtime_ns
+    before = successor.stat().st_mtime_ns
     lock.release()
-    assert taken.stat().st_mtime_ns == before
+    assert successor.stat().st_mtime_ns == before
     assert files(tmp_path)[0].stat().st_mtime_ns > 0
 
 
-def test_a_stale_descriptor_hides_no_successor(tmp_path, monkeypatch):
-    """On NFS: the successor has deleted the file through which the old holder gives signs."""
+def test_a_stale_descriptor_does_not_hide_a_successor(tmp_path, monkeypatch):
+    """On NFS, when the successor has deleted the file to which the old holder sends heartbeats."""
     lock, fstat = RunLock(tmp_path, {}, interval=10**6), os.fstat
 
     def stale(*_, **__):
@@ -213,7 +213,7 @@ def test_a_stale_descriptor_hides_no_successor(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "utime", stale)
         patch.setattr(os, "fstat", lambda file: stale() if file == lock._descriptor else fstat(file))
-        # A server that answers so for a moment takes nothing from the holder.
+        # The holder keeps the lock if the server reports a stale handle only temporarily.
         lock._send_heartbeat()
     assert lock.lost_to() is None
     (held,) = files(tmp_path)
@@ -227,19 +227,19 @@ def test_a_stale_descriptor_hides_no_successor(tmp_path, monkeypatch):
     lock.release()
 
 
-def test_a_released_lock_permits_nothing(tmp_path):
+def test_a_released_lock_raises(tmp_path):
     lock = RunLock(tmp_path, {}, **QUICK)
     lock.release()
-    for question in (lock.check, lock.lost_to):
+    for method in (lock.check, lock.lost_to):
         with pytest.raises(RunError, match="has released its lock"):
-            question()
+            method()
 
 
-def test_a_renamed_or_emptied_folder_takes_no_lock_away(tmp_path):
+def test_renaming_the_folder_does_not_lose_the_lock(tmp_path):
     lock = RunLock(tmp_path / "a", {}, **QUICK)
     (tmp_path / "a").rename(tmp_path / "b")
     lock.check()
-    # Another run under the old name: that folder is its own now.
+    # Another run in a new folder of the old name takes over.
     with RunLock(tmp_path / "a", {}, **QUICK), pytest.raises(RunError, match="has taken"):
         lock.check()
     lock.release()
@@ -265,20 +265,20 @@ def arguments_of(data: Path, save: Path, iters: int, *flags: str) -> list[str]:
     return [*argv, "--train-iters", str(iters), "--log-interval", "1", *MODEL, *flags]
 
 
-def refused(launch, argv):
+def config_error(launch, argv):
     with pytest.raises(ConfigError) as caught:
         program(launch, argv)
     return str(caught.value)
 
 
-def test_a_second_run_in_one_folder_is_refused_and_a_killed_one_is_followed(data, tmp_path):
-    """Fault 22; the lock of a killed run is free at once on the same host."""
+def test_a_second_run_in_a_folder_is_refused_until_the_first_is_killed(data, tmp_path):
+    """Fault 22; on the same host the lock of a killed run is free immediately."""
     save = tmp_path / "run"
     (first,), _ = start_ranks(1, str(tmp_path), program, arguments_of(data, save, 100_000))
     try:
         wait_for(lambda: lines_in(save) >= 1)
-        for said in on_ranks(2, refused, arguments_of(data, save, 100_000)):
-            assert f"in use by process {first.pid} on host" in said
+        for message in on_ranks(2, config_error, arguments_of(data, save, 100_000)):
+            assert f"in use by process {first.pid} on host" in message
         assert first.is_alive()
     finally:
         first.kill()
@@ -286,7 +286,7 @@ def test_a_second_run_in_one_folder_is_refused_and_a_killed_one_is_followed(data
     assert len(train(1, "main", data, save, 3, "--load", str(save))) == 2
 
 
-def test_a_run_whose_lock_was_taken_over_ends_without_a_checkpoint(data, tmp_path):
+def test_a_run_whose_lock_was_taken_over_exits_without_a_checkpoint(data, tmp_path):
     save = tmp_path / "run"
     argv = arguments_of(data, save, 100_000, "--save-interval", "1")
     (run,), (pipe,) = start_ranks(1, str(tmp_path), program, argv)
@@ -299,49 +299,55 @@ def test_a_run_whose_lock_was_taken_over_ends_without_a_checkpoint(data, tmp_pat
         published = len(list((save / "checkpoints").glob("iter_*")))
         os.kill(run.pid, signal.SIGCONT)
         assert pipe.poll(60)
-        kind, said = pickle.loads(pipe.recv_bytes())
+        kind, message = pickle.loads(pipe.recv_bytes())
     finally:
         run.kill()
         run.join()
     assert kind == "error"
-    assert f"has taken over {save}" in said
-    # At most the one whose rename was under way when the process was suspended.
+    assert f"has taken over {save}" in message
+    # At most the one that was being renamed when the process was suspended.
     assert len(list((save / "checkpoints").glob("iter_*"))) <= published + 1
 
 
-def fail_while_publishing(launch, argv, seconds, patience):
-    """A run that fails while its thread takes `seconds` to publish; checkpoints when the lock goes, and at the end."""
+def fail_while_publishing(launch, argv, seconds, seconds_to_close):
+    """A run that fails while its thread takes `seconds` to publish a checkpoint.
+
+    Returns:
+        the number of checkpoints at each release of a lock, and at the end.
+    """
     from megatron_doremi.checkpoint import writer
     from megatron_doremi.checkpoint.folder import checkpoints
     from megatron_doremi.checkpoint.publishing import publish_checkpoint
     from megatron_doremi.cluster import run_lock
 
-    writer.SECONDS_TO_CLOSE = patience
+    writer.SECONDS_TO_CLOSE = seconds_to_close
     at_release, threads = [], []
     start, all_written, release = writer.Checkpointer.start, writer.Checkpointer.all_written, run_lock.RunLock.release
 
-    def once(self, *arguments):
-        # A next checkpoint would wait for this one.
+    def start_once(self, *arguments):
+        # A second checkpoint would wait for the first.
         if self._pending is None:
             start(self, *arguments)
 
-    def slowly(*arguments):
+    def publish_slowly(*arguments):
         threads.append(threading.current_thread())
         time.sleep(seconds)
         return publish_checkpoint(*arguments)
 
-    def written(self):
+    def all_written_then_fail(self):
         all_written(self)
         if self._pending is not None and self._pending.written_everywhere:
-            raise RunError("another fault")
+            raise RunError("another error")
 
-    def released(self):
+    def count_and_release(self):
         at_release.append(len(checkpoints(self._save)))
         release(self)
 
-    writer.publish_checkpoint = slowly
-    writer.Checkpointer.start, writer.Checkpointer.all_written, run_lock.RunLock.release = once, written, released
-    with pytest.raises(RunError, match="another fault"):
+    writer.publish_checkpoint = publish_slowly
+    writer.Checkpointer.start = start_once
+    writer.Checkpointer.all_written = all_written_then_fail
+    run_lock.RunLock.release = count_and_release
+    with pytest.raises(RunError, match="another error"):
         program(launch, argv)
     for thread in threads:
         thread.join(5.0)
@@ -349,7 +355,7 @@ def fail_while_publishing(launch, argv, seconds, patience):
     return at_release, len(checkpoints(save))
 
 
-@pytest.mark.parametrize(("patience", "published"), [(20.0, 1), (0.1, 0)])
-def test_nothing_is_published_after_the_lock_was_released(patience, published, data, tmp_path):
+@pytest.mark.parametrize(("seconds_to_close", "published"), [(20.0, 1), (0.1, 0)])
+def test_nothing_is_published_after_the_lock_was_released(seconds_to_close, published, data, tmp_path):
     argv = arguments_of(data, tmp_path / "run", 100_000, "--save-interval", "1")
-    assert on_ranks(1, fail_while_publishing, argv, 1.0, patience) == [([published], published)]
+    assert on_ranks(1, fail_while_publishing, argv, 1.0, seconds_to_close) == [([published], published)]

@@ -1,4 +1,4 @@
-"""The watchdog's connection to the rendezvous, with torch's `Store.clone` and without it (torch 2.11)."""
+"""A second connection to a store, with torch's `Store.clone` and without it (torch 2.11)."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import torch.distributed as dist
 from megatron_doremi.cluster.store import second_connection
 
 
-class OlderStore(dist.TCPStore):
-    """As in torch 2.11."""
+class StoreWithoutClone(dist.TCPStore):
+    """A store as in torch 2.11."""
 
     @property
     def clone(self):
         raise AttributeError("clone")
 
 
-@pytest.mark.parametrize("kind", [dist.TCPStore, OlderStore])
-def test_both_connections_see_the_same(kind):
-    store = kind("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=10), wait_for_workers=False)
+@pytest.mark.parametrize("store_type", [dist.TCPStore, StoreWithoutClone])
+def test_both_connections_share_their_keys(store_type):
+    store = store_type("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=10), wait_for_workers=False)
     other = second_connection(store)
     assert other is not store
     other.set("key", "value")

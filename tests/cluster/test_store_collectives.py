@@ -1,4 +1,4 @@
-"""Ranks wait for those that work as long as it takes, where a collective would time out.
+"""Collectives through the store have no timeout: ranks wait for working ranks longer than a collective could.
 
 Run alone: python -m pytest tests/cluster/test_store_collectives.py
 """
@@ -13,12 +13,11 @@ from ranks import on_ranks
 
 from megatron_doremi.errors import ConfigError, Fault, RunError, error_from_json, error_to_json
 
-# Seconds: of a collective, of the watchdog, and of the last rank's work.
-COLLECTIVE, WATCHDOG, WORK = 0.5, 2.0, 3.0
+COLLECTIVE_TIMEOUT, WATCHDOG_TIMEOUT, WORK_SECONDS = 0.5, 2.0, 3.0
 
 
-def wait_for_the_last(launch):
-    """Rank 1 works for longer than a collective and the watchdog wait; what each rank met."""
+def wait_for_rank_1(launch):
+    """Rank 1 works for longer than the timeouts of a collective and of the watchdog; what each rank observes."""
     import torch
     import torch.distributed as dist
 
@@ -29,52 +28,56 @@ def wait_for_the_last(launch):
     path = launch.rendezvous.removeprefix("file://")
     store, group = (dist.FileStore(f"{path}-{name}", launch.world_size) for name in ("wait", "group"))
     dist.init_process_group(
-        "gloo", store=group, rank=launch.rank, world_size=launch.world_size, timeout=timedelta(seconds=COLLECTIVE)
+        "gloo",
+        store=group,
+        rank=launch.rank,
+        world_size=launch.world_size,
+        timeout=timedelta(seconds=COLLECTIVE_TIMEOUT),
     )
-    began, heard = time.monotonic(), []
-    with Watchdog(Rendezvous(launch), WATCHDOG) as watchdog:
+    start, calls = time.monotonic(), []
+    with Watchdog(Rendezvous(launch), WATCHDOG_TIMEOUT) as watchdog:
         if launch.rank == 1:
-            while time.monotonic() < began + WORK:
+            while time.monotonic() < start + WORK_SECONDS:
                 time.sleep(0.1)
                 watchdog.mark("working")
-        barrier_via_store(store, "done", launch.rank, launch.world_size, lambda: heard.append(1))
-        waited = time.monotonic() - began
-        told = run_on_rank_0_via_store(store, "told", launch.rank, lambda: ["from", launch.rank])
+        barrier_via_store(store, "done", launch.rank, launch.world_size, lambda: calls.append(1))
+        waited = time.monotonic() - start
+        result = run_on_rank_0_via_store(store, "result", launch.rank, lambda: ["from", launch.rank])
         try:
             run_on_rank_0_via_store(store, "wrong", launch.rank, fail)
         except ConfigError as error:
             failure = str(error)
-    # What version 0.1 waited with.
+    # Version 0.1 waited in a collective.
     timed_out = False
     if launch.rank == 0:
         try:
             dist.all_reduce(torch.zeros(1))
         except RuntimeError:
             timed_out = True
-    return waited, bool(heard), told, failure, timed_out
+    return waited, bool(calls), result, failure, timed_out
 
 
 def fail():
     raise ConfigError([Fault("--a", "1", "2", "b"), Fault("--c", "3", "4", "d")])
 
 
-def test_who_is_done_waits_for_who_works():
-    results = on_ranks(2, wait_for_the_last)
-    assert all(waited >= WORK - 0.2 for waited, *_ in results)
+def test_ranks_wait_longer_than_the_timeouts():
+    results = on_ranks(2, wait_for_rank_1)
+    assert all(waited >= WORK_SECONDS - 0.2 for waited, *_ in results)
     assert results[0][1]
-    assert [told for *_, told, _, _ in results] == [["from", 0]] * 2
+    assert [result for *_, result, _, _ in results] == [["from", 0]] * 2
     assert all("[1] --a: 1" in failure and "[2] --c: 3" in failure for *_, failure, _ in results)
     assert results[0][-1]
 
 
 @pytest.mark.parametrize("error", [RunError("a disk\nis full"), ConfigError(Fault("--x", "y", "z", "w"))])
-def test_errors_travel(error):
+def test_errors_survive_the_round_trip_through_json(error):
     copy = error_from_json(error_to_json(error))
     assert type(copy) is type(error)
     assert str(copy) == str(error)
 
 
-def test_an_error_of_the_machine_on_rank_0_reaches_the_others():
+def test_a_machine_error_on_rank_0_is_raised_on_every_rank():
     import torch.distributed as dist
 
     from megatron_doremi.cluster.store_collectives import run_on_rank_0_via_store
@@ -88,8 +91,8 @@ def test_an_error_of_the_machine_on_rank_0_reaches_the_others():
             run_on_rank_0_via_store(store, "folder", rank, full)
 
 
-def test_hashing_a_large_file_gives_signs_of_life(tmp_path, monkeypatch):
-    """A file of gigabytes takes minutes from a slow disk: the watchdog hears of each block."""
+def test_hashing_a_large_file_reports_progress(tmp_path, monkeypatch):
+    """Reading gigabytes from a slow disk takes minutes: each block is reported to the watchdog."""
     import hashlib
     from types import SimpleNamespace
 

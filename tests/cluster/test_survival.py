@@ -1,4 +1,4 @@
-"""Signals, limits of time, losses that are no numbers, ranks that hang or die: what a run leaves and says.
+"""What a run saves and reports after signals, time limits, losses that are NaN, and ranks that hang or die.
 
 Run alone: python -m pytest tests/cluster/test_survival.py
 """
@@ -32,13 +32,13 @@ TP2_PP2 = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size"
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 class Run:
-    """pretrain_doremi.py on several ranks, each a process of its own that can be killed."""
+    """pretrain_doremi.py on several ranks, each a process that can be killed."""
 
     def __init__(self, world: int, phase: str, data: Path, save: Path, iters: int, *flags: str, log: Path):
         argv = ["--phase", phase, "--domains", str(data), "--save", str(save), "--load", str(save)]
@@ -47,8 +47,8 @@ class Run:
         self.logs = [log.with_suffix(f".{rank}") for rank in range(world)]
         self.ranks = []
         for rank, path in enumerate(self.logs):
-            places = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_PORT": port}
-            environ = {**os.environ, **places, "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+            launch = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_PORT": port}
+            environ = {**os.environ, **launch, "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
             with path.open("w") as file:
                 self.ranks.append(subprocess.Popen(command, env=environ, stdout=file, stderr=file, cwd=ROOT))
 
@@ -67,7 +67,7 @@ class Run:
 def wait_for(condition, seconds: float = 90.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "did not come in time"
+        assert time.monotonic() < end, f"still false after {seconds:g} s"
         time.sleep(0.02)
 
 
@@ -76,10 +76,11 @@ def lines_in(save: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
-def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_is_made_good(data, reference, tmp_path):
-    """SIGTERM, then SIGUSR1 to all, during the save: saved once, exit 3; run again, it is the undisturbed run."""
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(data, reference, tmp_path):
+    """SIGTERM, then SIGUSR1 to all ranks during the save: one checkpoint, exit code 3; resumed, the run equals an
+    uninterrupted one."""
     flags = [*reference, *TP2_PP2[2:], "--log-interval", "1"]
-    whole = train(2, "proxy", data, tmp_path / "whole", 150, *flags)
+    uninterrupted = train(2, "proxy", data, tmp_path / "uninterrupted", 150, *flags)
     save = tmp_path / "run"
     run = Run(2, "proxy", data, save, 150, *flags, log=tmp_path / "log")
     wait_for(lambda: lines_in(save) >= 5)
@@ -92,11 +93,12 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_is_made_good(dat
     stopped = training_lines(metrics(save))[-1]["iteration"]
     assert 5 <= stopped < 150
     assert [iteration for iteration, _ in checkpoints(save)] == [stopped]
-    assert training_lines(train(2, "proxy", data, save, 150, *flags, "--load", str(save))) == training_lines(whole)
+    resumed = train(2, "proxy", data, save, 150, *flags, "--load", str(save))
+    assert training_lines(resumed) == training_lines(uninterrupted)
 
 
-def test_limits_of_time(data, tmp_path):
-    """--exit-duration-in-mins and an allocation that ends: at least a step, saved, exit 3."""
+def test_time_limits(data, tmp_path):
+    """--exit-duration-in-mins and the end of an allocation: at least one step, a checkpoint, exit code 3."""
     for name, flags, environ in (
         ("duration", ["--exit-duration-in-mins", "1e-6"], {}),
         ("allocation", [], {"SLURM_JOB_END_TIME": str(int(time.time()) - 1)}),
@@ -109,8 +111,8 @@ def test_limits_of_time(data, tmp_path):
         assert [iteration for iteration, _ in checkpoints(tmp_path / name)] == [1]
 
 
-def poison(save: Path, row: int) -> None:
-    """Writes NaN into the embedding of one id, in a run's newest checkpoint."""
+def write_nan(save: Path, row: int) -> None:
+    """Writes NaN into one row of the embedding in a run's newest checkpoint."""
     unseal(save)
     for path in (newest_checkpoint(save) / "weights").glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
@@ -121,10 +123,10 @@ def poison(save: Path, row: int) -> None:
             save_file(tensors, path, metadata=header)
 
 
-@pytest.mark.parametrize(("phase", "whose"), [("main", "model"), ("proxy", "proxy"), ("proxy", "reference")])
-def test_a_loss_that_is_no_number_stops_all_ranks_and_names_the_domain(phase, whose, tmp_path):
-    """In a layout of 2 x 2, an id that only domain 1 has: nothing more is saved, no parameter has moved. NaN in the
-    reference is not blamed on the proxy."""
+@pytest.mark.parametrize(("phase", "model"), [("main", "model"), ("proxy", "proxy"), ("proxy", "reference")])
+def test_a_nan_loss_stops_all_ranks_and_names_the_domain(phase, model, tmp_path):
+    """On a 2 x 2 layout, with an id that occurs only in domain 1: nothing more is saved, and no parameter is updated.
+    NaN in the reference is not attributed to the proxy."""
     data = write_data(tmp_path, tokens=1500, apart=True)
     flags = ["--untie-embeddings-and-output-weights"]
     if phase == "proxy":
@@ -132,25 +134,26 @@ def test_a_loss_that_is_no_number_stops_all_ranks_and_names_the_domain(phase, wh
         flags += ["--reference-load", str(tmp_path / "reference")]
     save = tmp_path / "run"
     layout = ["--pipeline-model-parallel-size", "2", "--save-interval", "1"]
-    if whose == "reference":
-        poison(tmp_path / "reference", row=25)
+    if model == "reference":
+        write_nan(tmp_path / "reference", row=25)
     else:
         train(1, phase, data, save, 5, *flags)
-        poison(save, row=25)
+        write_nan(save, row=25)
         layout += ["--load", str(save)]
     with pytest.raises(AssertionError) as caught:
         train(4, phase, data, save, 50, *flags, *layout)
-    said = str(caught.value)
-    assert "NonFinite" in said
-    found = re.findall(r"the (\w+)'s loss of iteration (\d+) is NaN or Inf in 'domain 1' \(windows ([\d, ]+)\)\n", said)
-    assert {name for name, _, _ in found} == {whose}, said
-    assert ("the proxy's own losses are finite" in said) == (whose == "reference")
-    # Only windows that hold the id are named: of a batch of 8, those of one domain at most.
-    assert all(1 <= len(windows.split(",")) <= 4 for _, _, windows in found)
-    assert re.search(r"the batch: windows of 'domain 0' \d, 'domain 1' \d, 'domain 2' \d", said)
+    message = str(caught.value)
+    assert "NonFinite" in message
+    pattern = r"the (\w+)'s loss of iteration (\d+) is NaN or Inf in 'domain 1' \(windows ([\d, ]+)\)\n"
+    reports = re.findall(pattern, message)
+    assert {name for name, _, _ in reports} == {model}, message
+    assert ("the proxy's own losses are finite" in message) == (model == "reference")
+    # Only windows that contain the id are named: of a batch of 8, at most those of one domain.
+    assert all(1 <= len(windows.split(",")) <= 4 for _, _, windows in reports)
+    assert re.search(r"the batch: windows of 'domain 0' \d, 'domain 1' \d, 'domain 2' \d", message)
     last, checkpoint = (checkpoints(save) or [(0, None)])[-1]
-    assert {int(iteration) for _, iteration, _ in found} == {last + 1}
-    if whose == "reference":
+    assert {int(iteration) for _, iteration, _ in reports} == {last + 1}
+    if model == "reference":
         return
     weights = full_weights(checkpoint)
     nan_rows = weights.pop("embedding.weight").isnan().any(dim=1)
@@ -158,25 +161,25 @@ def test_a_loss_that_is_no_number_stops_all_ranks_and_names_the_domain(phase, wh
     assert all(not tensor.isnan().any() for tensor in weights.values())
 
 
-@pytest.mark.parametrize(("hurt", "number"), [(1, signal.SIGSTOP), (0, signal.SIGSTOP), (1, signal.SIGKILL)])
-def test_a_rank_that_hangs_or_dies_is_named(hurt, number, data, tmp_path):
+@pytest.mark.parametrize(("rank", "number"), [(1, signal.SIGSTOP), (0, signal.SIGSTOP), (1, signal.SIGKILL)])
+def test_a_rank_that_hangs_or_dies_is_named(rank, number, data, tmp_path):
     run = Run(2, "main", data, tmp_path / "run", 100_000, "--distributed-timeout-minutes", "0.2", log=tmp_path / "log")
     try:
         wait_for((tmp_path / "run" / "config.json").exists)
         wait_for(lambda: lines_in(tmp_path / "run") >= 1)
-        run.ranks[hurt].send_signal(number)
-        assert run.ranks[1 - hurt].wait(60) == 1
-        said = run.logs[1 - hurt].read_text()
+        run.ranks[rank].send_signal(number)
+        assert run.ranks[1 - rank].wait(60) == 1
+        log = run.logs[1 - rank].read_text()
         assert re.search(
-            rf"no heartbeat: rank {hurt} on |rank {hurt}, which hosts the rendezvous, does not answer", said
-        ), said
-        assert "Traceback" not in said
+            rf"no heartbeat: rank {rank} on |rank {rank}, which hosts the rendezvous, does not answer", log
+        ), log
+        assert "Traceback" not in log
     finally:
         run.kill()
 
 
-def failing_disk(launch, data, save):
-    """Trains on ranks of which one cannot write its checkpoint."""
+def train_with_a_full_disk(launch, data, save):
+    """Trains while rank 1 cannot write its checkpoint; returns the error message."""
     from megatron_doremi.storage.tensor_file import TensorFile
 
     def full(self, folder):
@@ -192,55 +195,55 @@ def failing_disk(launch, data, save):
 
 
 def test_a_rank_that_cannot_write_stops_the_run(data, tmp_path):
-    for said in on_ranks(2, failing_disk, data, tmp_path / "run"):
-        assert "a checkpoint could not be written: rank 1: [Errno 28] No space left on device" in said
-        assert "there is no checkpoint yet" in said
+    for message in on_ranks(2, train_with_a_full_disk, data, tmp_path / "run"):
+        assert "a checkpoint could not be written: rank 1: [Errno 28] No space left on device" in message
+        assert "there is no checkpoint yet" in message
     assert not checkpoints(tmp_path / "run")
 
 
-def test_killed_again_and_again_in_a_layout_of_two_by_two(data, reference, tmp_path):
-    """SIGKILL at random moments, saves included: what comes out is the undisturbed run, to the last bit.
+def test_a_run_that_is_killed_repeatedly_equals_an_uninterrupted_one(data, reference, tmp_path):
+    """SIGKILL at random moments, even during saves, on a 2 x 2 layout: results are equal to the last bit.
 
-    MEGATRON_DOREMI_KILLS says how often (6).
+    MEGATRON_DOREMI_KILLS sets the number of kills (default 6).
     """
     kills = int(os.environ.get("MEGATRON_DOREMI_KILLS", "6"))
     iters = 12 * kills
     flags = [*reference, *TP2_PP2, "--save-interval", "1", "--keep-checkpoints", "2", "--eval-interval", "20"]
-    whole = train(4, "proxy", data, tmp_path / "whole", iters, *flags)
+    uninterrupted = train(4, "proxy", data, tmp_path / "uninterrupted", iters, *flags)
     save, generator = tmp_path / "run", random.Random(5)
     argv = ["--phase", "proxy", "--domains", str(data), "--save", str(save), "--load", str(save)]
     argv += ["--train-iters", str(iters), *MODEL, *flags]
-    newest = torn = 0
-    for life in range(kills):
+    newest = interrupted_saves = 0
+    for start in range(kills):
         with tempfile.TemporaryDirectory() as folder:
             ranks, _ = start_ranks(4, folder, program, argv)
-            if life % 4:
-                # Most of them once it has got on; every fourth while it starts.
-                further = generator.randint(1, max(1, (iters - 5 - newest) // (kills - life)))
-                wait_for(lambda goal=newest + further: newest_line(save) >= goal)
-            time.sleep(generator.uniform(0.0, 0.1 if life % 4 else 1.5))
+            if start % 4:
+                # Every fourth start is killed while it starts, the others after a random number of steps.
+                steps = generator.randint(1, max(1, (iters - 5 - newest) // (kills - start)))
+                wait_for(lambda goal=newest + steps: last_iteration(save) >= goal)
+            time.sleep(generator.uniform(0.0, 0.1 if start % 4 else 1.5))
             for process in ranks:
                 process.kill()
             for process in ranks:
                 process.join()
-        found = checkpoints(save)
-        torn += any((save / "checkpoints").glob(".writing-*"))
-        assert (found[-1][0] if found else 0) >= newest, f"life {life} lost a checkpoint"
-        newest = found[-1][0] if found else 0
-    print(f"{kills} kills, {torn} of them with a checkpoint half-written, the last at iteration {newest}")
-    assert torn >= kills // 6
+        saved = checkpoints(save)
+        interrupted_saves += any((save / "checkpoints").glob(".writing-*"))
+        assert (saved[-1][0] if saved else 0) >= newest, f"start {start} lost a checkpoint"
+        newest = saved[-1][0] if saved else 0
+    print(f"{kills} kills, {interrupted_saves} of them during a save, the last at iteration {newest}")
+    assert interrupted_saves >= kills // 6
     assert 0 < newest < iters
-    broken = train(4, "proxy", data, save, iters, *flags, "--load", str(save))
-    assert training_lines(broken) == training_lines(whole)
-    assert [line for line in broken if "eval" in line] == [line for line in whole if "eval" in line]
-    last = [newest_checkpoint(tmp_path / run) for run in ("whole", "run")]
-    for path in sorted(last[0].rglob("*.safetensors")):
-        assert path.read_bytes() == (last[1] / path.relative_to(last[0])).read_bytes(), path.name
+    resumed = train(4, "proxy", data, save, iters, *flags, "--load", str(save))
+    assert training_lines(resumed) == training_lines(uninterrupted)
+    assert [line for line in resumed if "eval" in line] == [line for line in uninterrupted if "eval" in line]
+    expected, actual = (newest_checkpoint(tmp_path / run) for run in ("uninterrupted", "run"))
+    for path in sorted(expected.rglob("*.safetensors")):
+        assert path.read_bytes() == (actual / path.relative_to(expected)).read_bytes(), path.name
     assert not [path for path in (save / "checkpoints").iterdir() if path.name.startswith(".")]
 
 
-def newest_line(save: Path) -> int:
-    """The last whole line's iteration in a run's metrics."""
+def last_iteration(save: Path) -> int:
+    """The iteration of the last complete line of a run's metrics; 0 if there is none."""
     path = save / "metrics.jsonl"
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     return json.loads(lines[-1])["iteration"] if lines else 0

@@ -1,4 +1,4 @@
-"""Vocabulary parallel cross-entropy against PyTorch's, with padding that must never enter the softmax.
+"""Vocabulary-parallel cross-entropy against PyTorch's, with padding that must never enter the softmax.
 
 Run alone: python -m pytest tests/parallel/test_cross_entropy.py
 """
@@ -36,16 +36,16 @@ def on_rank(launch, padded, dtype=torch.float32, chunk=0):
     join(launch)
     hidden, rows, targets, scale = example()
     spec = ParameterSpec((VOCAB, HIDDEN), dim=0, padded=padded)
-    own = shard(rows.to(dtype), spec, launch.world_size, launch.rank)
-    # What the padding holds must not matter.
-    first = launch.rank * own.shape[0]
-    own[max(0, VOCAB - first) :] = 50.0
-    own.requires_grad_()
+    weight = shard(rows.to(dtype), spec, launch.world_size, launch.rank)
+    # The values of the padding must have no effect.
+    first = launch.rank * weight.shape[0]
+    weight[max(0, VOCAB - first) :] = 50.0
+    weight.requires_grad_()
     hidden = hidden.to(dtype).requires_grad_()
     group = TensorGroup(dist.group.WORLD, launch.world_size, launch.rank)
-    losses = token_losses(hidden, own, targets, VOCAB, group, chunk)
+    losses = token_losses(hidden, weight, targets, VOCAB, group, chunk)
     (losses * scale.float()).sum().backward()
-    return losses.detach(), hidden.grad, own.grad
+    return losses.detach(), hidden.grad, weight.grad
 
 
 @pytest.mark.parametrize(("world", "padded"), [(1, 21), (1, 32), (2, 22), (2, 32), (3, 48), (3, 24)])
@@ -59,7 +59,7 @@ def test_losses_and_gradients(world, padded):
     for losses, _, _ in results:
         assert torch.equal(losses, results[0][0])
         torch.testing.assert_close(losses.double(), expected.detach(), rtol=1e-5, atol=1e-5)
-    # Each rank has its rows' share of the gradient of the hidden states.
+    # Each rank computes the part of the hidden states' gradient that comes from its own rows.
     torch.testing.assert_close(sum(r[1] for r in results).double(), hidden.grad, rtol=1e-5, atol=1e-5)
     row_gradient = torch.cat([r[2] for r in results])
     torch.testing.assert_close(row_gradient[:VOCAB].double(), rows.grad, rtol=1e-5, atol=1e-5)
@@ -67,8 +67,8 @@ def test_losses_and_gradients(world, padded):
 
 
 @pytest.mark.parametrize(("world", "padded", "chunk"), [(1, 32, 0), (1, 32, 3), (2, 32, 3), (3, 48, 3), (3, 48, 0)])
-def test_bfloat16_leaves_padding_out_too(world, padded, chunk):
-    """There the product takes the rows of padding; a rank that holds nothing else is among these."""
+def test_padding_does_not_enter_the_softmax_in_bfloat16(world, padded, chunk):
+    """In bfloat16 the product includes the padding rows; in some of these cases a rank holds only padding."""
     hidden, rows, targets, scale = example()
     hidden, rows = (value.bfloat16().double().requires_grad_() for value in (hidden, rows))
     expected = F.cross_entropy((hidden @ rows.T).flatten(0, 1), targets.flatten(), reduction="none").view(2, 5)
@@ -83,8 +83,8 @@ def test_bfloat16_leaves_padding_out_too(world, padded, chunk):
 
 
 @pytest.mark.parametrize("vocab", [VOCAB, 32])
-def test_chunks_in_float32_are_what_recomputation_by_autograd_gives(vocab):
-    """To the bit: losses and gradients of runs in float32 are those of version 0.1."""
+def test_chunks_in_float32_equal_recomputation_by_autograd(vocab):
+    """To the last bit, so that losses and gradients of float32 runs stay those of version 0.1."""
     generator = torch.Generator().manual_seed(1)
     hidden, rows = torch.randn(2, 24, 16, generator=generator), torch.randn(32, 16, generator=generator)
     targets, scale = torch.randint(0, vocab, (2, 24), generator=generator), torch.rand(2, 24, generator=generator)
@@ -96,10 +96,10 @@ def test_chunks_in_float32_are_what_recomputation_by_autograd_gives(vocab):
         chunks = zip(hidden.flatten(0, 1).split(5), targets.flatten().split(5), strict=True)
         return torch.cat([checkpoint(part, h, t, use_reentrant=False) for h, t in chunks]).view_as(targets)
 
-    found = []
+    results = []
     for losses_of in (by_autograd, lambda h, w: token_losses(h, w, targets, vocab, TensorGroup(None, 1, 0), 5)):
         h, w = hidden.clone().requires_grad_(), rows.clone().requires_grad_()
         losses = losses_of(h, w)
         (losses * scale).sum().backward()
-        found.append((losses.detach(), h.grad, w.grad))
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        results.append((losses.detach(), h.grad, w.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -1,4 +1,4 @@
-"""One file alone mentions DeepSpeed's private names, and the installed DeepSpeed has them.
+"""Only one file mentions DeepSpeed's private names, and the installed DeepSpeed has them.
 
 Run alone: python -m pytest tests/parallel/test_deepspeed_internals.py
 """
@@ -52,32 +52,32 @@ NAMES = {
 
 
 def mentioned(path: Path) -> set[str]:
-    """Identifiers of a file, and strings that could name one in a getattr."""
-    found: set[str] = set()
+    """The identifiers in a file, and its strings, which may name attributes in a getattr."""
+    names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Name):
-            found.add(node.id)
+            names.add(node.id)
         elif isinstance(node, ast.Attribute):
-            found.add(node.attr)
+            names.add(node.attr)
         elif isinstance(node, ast.FunctionDef | ast.ClassDef):
-            found.add(node.name)
+            names.add(node.name)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            found.add(node.value)
-    return found
+            names.add(node.value)
+    return names
 
 
 @pytest.mark.parametrize("file", NAMES)
 def test_the_installed_deepspeed_has_them(file):
     missing = set(NAMES[file]) - mentioned(Path(DEEPSPEED, file))
-    assert not missing, f"this DeepSpeed lacks {sorted(missing)} in {file}: adapt {INTERNALS.name}"
+    assert not missing, f"{sorted(missing)} missing from {file} of the installed DeepSpeed: adapt {INTERNALS.name}"
 
 
 def test_no_other_file_mentions_them():
     names = {name for listed in NAMES.values() for name in listed}
     for path in PACKAGE.rglob("*.py"):
         if path != INTERNALS:
-            found = names & mentioned(path)
-            assert not found, f"{path} mentions {sorted(found)}, which only {INTERNALS.name} may"
+            private = names & mentioned(path)
+            assert not private, f"{path} mentions {sorted(private)}; only {INTERNALS.name} may"
 
 
 def test_the_list_is_complete_and_current():
@@ -85,4 +85,4 @@ def test_the_list_is_complete_and_current():
     used = mentioned(INTERNALS)
     assert names <= used, f"{INTERNALS.name} no longer uses {sorted(names - used)}"
     private = {name for name in used if name.isidentifier() and name.startswith(("_", "ds_"))}
-    assert not private - names - {"__init__"}, f"not in the list: {sorted(private - names)}"
+    assert not private - names - {"__init__"}, f"missing from NAMES: {sorted(private - names)}"

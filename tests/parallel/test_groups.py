@@ -1,4 +1,4 @@
-"""Process groups: every rank in the right ones, and few of them made whatever the number of ranks.
+"""Process groups: every rank belongs to the right ones and takes part in creating few, whatever the number of ranks.
 
 Run alone: python -m pytest tests/parallel/test_groups.py
 """
@@ -17,27 +17,27 @@ LAYOUTS_OF_512 = [(1, 512, 1), (1, 64, 8), (8, 64, 1), (2, 64, 4), (4, 16, 8), (
 
 
 @pytest.mark.parametrize(("pipe", "data", "tensor"), LAYOUTS_OF_512)
-def test_512_ranks_make_three_groups_each_and_agree_on_them(pipe, data, tensor, monkeypatch):
-    made = []
+def test_each_of_512_ranks_creates_at_most_three_groups(pipe, data, tensor, monkeypatch):
+    created = []
 
     def new_group(ranks, use_local_synchronization):
         assert use_local_synchronization
-        made.append(tuple(ranks))
+        created.append(tuple(ranks))
         return tuple(ranks)
 
     monkeypatch.setattr(groups_module.dist, "new_group", new_group)
     members = {"tensor": {}, "data": {}, "model": {}}
     for rank in range(512):
-        made.clear()
+        created.clear()
         groups = groups_module.make_groups(Topology(pipe, data, tensor, rank))
-        assert len(made) <= 3
+        assert len(created) <= 3
         members["data"][rank], members["model"][rank] = groups.data, groups.model
         members["tensor"][rank] = groups.tp_group.group or (rank,)
     for kind, size in (("tensor", tensor), ("data", data), ("model", pipe * tensor)):
         for rank, ranks in members[kind].items():
             assert rank in ranks
             assert len(ranks) == size
-            # Every member knows the same group, in the same order.
+            # Every member creates the same group, in the same order.
             assert all(members[kind][other] == ranks for other in ranks)
 
 
@@ -62,7 +62,7 @@ def sums(launch, pipe, tensor):
 
 @pytest.mark.slow
 def test_groups_reduce_over_their_members():
-    """Powers of ten: the digits of a sum name the ranks that took part."""
+    """Each rank contributes a power of ten, so that the digits of a sum show which ranks took part."""
     assert on_ranks(4, sums, 1, 1) == [[10**rank, 1111, 10**rank] for rank in range(4)]
     assert on_ranks(4, sums, 1, 2) == [[11, 101, 11], [11, 1010, 11], [1100, 101, 1100], [1100, 1010, 1100]]
     pipe = on_ranks(4, sums, 2, 1)

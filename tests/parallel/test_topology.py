@@ -1,4 +1,4 @@
-"""Rank arithmetic and the stage split, for hundreds of ranks without a process.
+"""Rank arithmetic and the split into stages, for hundreds of ranks without any process.
 
 Run alone: python -m pytest tests/parallel/test_topology.py
 """
@@ -11,29 +11,30 @@ from megatron_doremi.parallel.topology import Topology, stage_bounds
 
 
 def test_coordinates_of_512_ranks():
-    seen = set()
+    coordinates = set()
     for rank in range(512):
         t = Topology(pipe_size=4, data_size=16, tensor_size=8, rank=rank)
         assert t.rank_at(t.pipe_rank, t.data_rank, t.tensor_rank) == rank
-        seen.add((t.pipe_rank, t.data_rank, t.tensor_rank))
-    assert len(seen) == 512
+        coordinates.add((t.pipe_rank, t.data_rank, t.tensor_rank))
+    assert len(coordinates) == 512
 
 
-def test_neighbors_and_the_rank_that_speaks_for_losses():
+def test_neighbors_and_the_rank_that_reports_losses():
     t = Topology(pipe_size=2, data_size=2, tensor_size=2, rank=3)
     assert (t.pipe_rank, t.data_rank, t.tensor_rank) == (0, 1, 1)
     assert t.neighbor(1) == 7
     assert t.loss_rank() == 6
 
 
-def test_agrees_with_deepspeed():
+def test_coordinates_agree_with_deepspeed():
     from deepspeed.runtime.pipe.topology import ProcessTopology
 
-    theirs = ProcessTopology(axes=["pipe", "data", "model"], dims=[3, 4, 2])
+    deepspeed_topology = ProcessTopology(axes=["pipe", "data", "model"], dims=[3, 4, 2])
     for rank in range(24):
-        ours = Topology(3, 4, 2, rank)
-        place = theirs.get_coord(rank)
-        assert (place.pipe, place.data, place.model) == (ours.pipe_rank, ours.data_rank, ours.tensor_rank)
+        topology = Topology(3, 4, 2, rank)
+        expected = deepspeed_topology.get_coord(rank)
+        coordinates = (topology.pipe_rank, topology.data_rank, topology.tensor_rank)
+        assert coordinates == (expected.pipe, expected.data, expected.model)
 
 
 @pytest.mark.parametrize(

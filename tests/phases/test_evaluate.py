@@ -10,7 +10,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from cluster.test_survival import poison
+from cluster.test_survival import write_nan
 from phases.small import MODEL, metrics, read_by, train, write_data
 from ranks import run_program
 
@@ -122,7 +122,7 @@ def test_a_model_with_nan_is_not_recorded(tmp_path):
     data = write_data(tmp_path, tokens=1500, apart=True)
     save, out = tmp_path / "run", tmp_path / "out"
     train(1, "main", data, save, 2, "--untie-embeddings-and-output-weights")
-    poison(save, row=25)
+    write_nan(save, row=25)
     with pytest.raises(
         AssertionError,
         match=r"NonFinite: the held-out loss of \S+iter_0000002 is NaN or Inf in "
