@@ -261,14 +261,14 @@ def _evaluation_image(runs: Mapping[str, Run], file_name: str, names: Sequence[s
     evaluated = dict.fromkeys(name for history in histories.values() for each in history for name in each.losses)
     shown = [name for name in names if name in evaluated] if names is not None else list(evaluated)
     figure = plots.evaluations_over_time(histories, shown)
-    return [Image(file_name, plots.png(figure), "Held-out loss over the steps, in nats a token")]
+    return [Image(file_name, plots.png(figure), "Held-out loss over the steps, in nats per token")]
 
 
 def _run_sentence(run: Run) -> str:
     parts = [f"phase {run.phase}, step {_last_step(run)}"]
     if run.iterations.size:
         final = float(run.scalars["loss"][-1])
-        parts.append(f"last training loss {final:.3f} nats a token (step {int(run.iterations[-1])})")
+        parts.append(f"last training loss {final:.3f} nats per token (step {int(run.iterations[-1])})")
     if run.evaluations:
         newest = run.evaluations[-1]
         parts.append(

@@ -22,14 +22,14 @@ SAME_MEAN = 1e-6
 
 @dataclass(frozen=True)
 class Pair:
-    """A held-out loss of both models in nats a token; None if it was not measured."""
+    """A held-out loss of both models in nats per token; None if it was not measured."""
 
     baseline: float | None
     main: float | None
 
     @property
     def difference(self) -> float | None:
-        """main - baseline in nats a token; negative if main is better."""
+        """main - baseline in nats per token; negative if main is better."""
         return None if self.baseline is None or self.main is None else self.main - self.baseline
 
 
@@ -43,7 +43,7 @@ class DomainResult:
         natural_weight: the domain's share of all training tokens.
         doremi_weight: mean of alpha_t over all steps.
         last_weight: alpha_t at the proxy's last step.
-        loss: last held-out loss of both models, nats a token.
+        loss: last held-out loss of both models, nats per token.
     """
 
     name: str
@@ -256,7 +256,7 @@ def _last_tokens(run: Run) -> float | None:
 
 
 def comparison_as_data(comparison: Comparison) -> dict[str, Any]:
-    """Returns the table as plain data for results.json; losses in nats a token, None if not measured."""
+    """Returns the table as plain data for results.json; losses in nats per token, None if not measured."""
     rows = [
         {
             "name": domain.name,

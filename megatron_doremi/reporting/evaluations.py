@@ -20,7 +20,7 @@ FILE = "evaluations.jsonl"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation on held-out text; losses in nats a token.
+    """One evaluation on held-out text; losses in nats per token.
 
     Attributes:
         iteration: training steps taken before it.
@@ -36,12 +36,12 @@ class Evaluation:
 
     @property
     def uniform_mean(self) -> float:
-        """Unweighted mean over domains, in nats a token; NaN if any domain's loss is."""
+        """Unweighted mean over domains, in nats per token; NaN if any domain's loss is."""
         return sum(self.losses.values()) / len(self.losses)
 
     @property
     def worst(self) -> tuple[str, float]:
-        """The domain with the highest loss, and that loss in nats a token; NaN only if every loss is."""
+        """The domain with the highest loss, and that loss in nats per token; NaN only if every loss is."""
         name = max(self.losses, key=lambda domain: -math.inf if math.isnan(loss := self.losses[domain]) else loss)
         return name, self.losses[name]
 

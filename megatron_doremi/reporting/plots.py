@@ -115,20 +115,20 @@ def loss_over_time(
     title: str = "Training loss by domain",
     label: str = "loss",
 ) -> Figure:
-    """Draws training losses [lines, domains] in nats a token, or scores: raw (faint) and smoothed (strong)."""
+    """Draws training losses [lines, domains] in nats per token, or scores: raw (faint) and smoothed (strong)."""
     smoothed = smooth(losses)
     with matplotlib.rc_context(STYLE):
         figure, panels = _figure(len(names), panels=1)
         _lines(panels[0], iterations, losses, smoothed, names)
         panels[0].set_title(title)
-        panels[0].set_ylabel(f"{label} (nats a token)")
+        panels[0].set_ylabel(f"{label} (nats per token)")
         _limit_to_bulk(panels[0], losses, smoothed)
         _legend(figure, panels, smoothed, names, "smoothed (end); faint: each line", [])
         return figure
 
 
 def excess_over_time(iterations: Integers, excess: Floats, names: Sequence[str]) -> Figure:
-    """Draws the excess loss lambda_t [steps, domains] over the reference in nats a token, linear and log.
+    """Draws the excess loss lambda_t [steps, domains] over the reference in nats per token, linear and log.
 
     The excess of the first steps is a hundred times that of the last ones, which a linear scale alone would hide.
     """
@@ -141,7 +141,7 @@ def excess_over_time(iterations: Integers, excess: Floats, names: Sequence[str])
             _lines(axes, iterations, raw, smoothed if scale == "linear" else _positive(smoothed), names)
             axes.set_yscale(scale)
             axes.set_title(f"Excess loss over the reference, {_scale_name(scale)} scale")
-        panels[0].set_ylabel("excess loss (nats a token)")
+        panels[0].set_ylabel("excess loss (nats per token)")
         _limit_to_bulk(panels[0], excess, smoothed)
         positive = _positive(smoothed)
         if np.isfinite(positive).any():
@@ -184,7 +184,7 @@ def held_out_pairs(comparison: Comparison) -> Figure:
         losses.hlines(place, np.minimum(baseline, main), np.maximum(baseline, main), color="#c9cdd4", lw=3)
         losses.scatter(baseline, place, s=52, color=BASELINE_COLOR, label="baseline", zorder=3)
         losses.scatter(main, place, s=46, color=MAIN_COLOR, label="main", zorder=4, alpha=0.9)
-        _row_labels(losses, [domain.name for domain in rows], "nats a token", "Held-out loss")
+        _row_labels(losses, [domain.name for domain in rows], "nats per token", "Held-out loss")
         _difference_bars(change, main - baseline)
         _legend_below(figure, losses, 2)
         return figure
@@ -206,7 +206,7 @@ def _difference_bars(axes: Axes, differences: Floats) -> None:
     axes.spines["left"].set_visible(False)
     axes.grid(False, axis="y")
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.set_xlabel("nats a token")
+    axes.set_xlabel("nats per token")
     axes.set_title("main - baseline (negative is better)")
 
 
@@ -240,7 +240,7 @@ def evaluations_over_time(evaluations: Mapping[str, Sequence[Evaluation]], names
                 grid[used[-1], column].tick_params(labelbottom=True)
         handles = [grid[0, 0].plot([], [], color=color, linewidth=2.4)[0] for color in palette.values()]
         figure.legend(handles, [_label(label) for label in palette], loc="outside upper left", ncols=6)
-        figure.supylabel("held-out loss (nats a token)", fontsize=9.5)
+        figure.supylabel("held-out loss (nats per token)", fontsize=9.5)
         figure.supxlabel("step", fontsize=9.5)
         return figure
 

@@ -67,8 +67,8 @@ class Run:
         config: config.json.
         iterations: [lines] training step of each training line, ascending.
         scalars: [lines] by name, NaN where missing; see SCALARS.
-        loss: training loss by domain in nats a token.
-        excess: clipped excess over the reference by domain (lambda_t) in nats a token; a proxy's only.
+        loss: training loss by domain in nats per token.
+        excess: clipped excess over the reference by domain (lambda_t) in nats per token; a proxy's only.
         score: the same of a proxy whose weights another objective drives.
         weights: domain weights (alpha_t); a proxy's only.
         evaluations: ascending by iteration.

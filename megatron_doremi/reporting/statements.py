@@ -50,7 +50,7 @@ def describe_domains(domains: Sequence[DomainResult]) -> list[str]:
         else:
             listed = ", ".join(f"{name} ({format_difference(change)})" for name, change in group)
         if group:
-            sentences.append(f"main is {phrase} the baseline on {len(group)} {of_all} (nats a token): {listed}.")
+            sentences.append(f"main is {phrase} the baseline on {len(group)} {of_all} (nats per token): {listed}.")
         elif kind != "equal":
             sentences.append(f"main is {phrase} the baseline on 0 {of_all}.")
     return sentences
@@ -97,7 +97,7 @@ def _pair_sentence(label: str, pair: Pair) -> str:
     difference = pair.difference
     change = f"{format_difference(difference)}, {verdict(difference)}"
     losses = f"main {format_loss(pair.main)} against {format_loss(pair.baseline)}"
-    return f"{label}: {losses} nats a token ({change})."
+    return f"{label}: {losses} nats per token ({change})."
 
 
 def _domains(count: int) -> str:

@@ -32,12 +32,12 @@ class Table:
 
 
 def format_loss(value: float | None) -> str:
-    """Formats nats a token."""
+    """Formats nats per token."""
     return NOT_MEASURED if value is None or np.isnan(value) else f"{value:.3f}"
 
 
 def format_difference(value: float | None) -> str:
-    """Formats a difference in nats a token with its sign, or "0.000" if it rounds to zero."""
+    """Formats a difference in nats per token with its sign, or "0.000" if it rounds to zero."""
     if value is None or np.isnan(value):
         return NOT_MEASURED
     text = f"{value:+.3f}"
@@ -98,7 +98,7 @@ def comparison_table(comparison: Comparison) -> Table:
                 for each in comparison.differences
             ),
         ),
-        "Held-out loss of baseline and main in nats a token, lower is better; difference: main - baseline.",
+        "Held-out loss of baseline and main in nats per token, lower is better; difference: main - baseline.",
     )
 
 
@@ -147,7 +147,7 @@ def run_table(run: Run) -> Table:
             columns.append([format_difference(change) for change in changes])
         summary = _run_summary(run, header)
     rows = tuple((name, *(column[index] for column in columns)) for index, name in enumerate(names))
-    caption = f"{run.path} (phase {run.phase}): last values, losses in nats a token"
+    caption = f"{run.path} (phase {run.phase}): last values, losses in nats per token"
     return Table(tuple(header), rows, summary, caption)
 
 
@@ -187,7 +187,7 @@ def across_runs_table(labels: Sequence[str], runs: Sequence[Run]) -> Table | Non
         ),
     )
     header = ("domain", *(f"{label} @{each.iteration}" for label, each in evaluated))
-    return Table(header, rows, summary, "Held-out loss in nats a token (run @step of its last evaluation)")
+    return Table(header, rows, summary, "Held-out loss in nats per token (run @step of its last evaluation)")
 
 
 def last_finite(values: np.ndarray) -> np.ndarray:

@@ -57,13 +57,13 @@ def test_the_table_by_hand(comparison):
 
 def test_the_statements_say_better_worse_and_equal(comparison):
     words = describe(comparison)
-    assert "main is better than the baseline on 1 of 3 domains (nats a token): code (-0.250)." in words
-    assert "main is worse than the baseline on 1 of 3 domains (nats a token): noise (+0.250)." in words
-    assert "main is equal to the baseline on 1 of 3 domains (nats a token): boilerplate." in words
-    assert "Uniform mean: main 2.833 against 2.833 nats a token (0.000, equal)." in words
+    assert "main is better than the baseline on 1 of 3 domains (nats per token): code (-0.250)." in words
+    assert "main is worse than the baseline on 1 of 3 domains (nats per token): noise (+0.250)." in words
+    assert "main is equal to the baseline on 1 of 3 domains (nats per token): boilerplate." in words
+    assert "Uniform mean: main 2.833 against 2.833 nats per token (0.000, equal)." in words
     assert any(w.startswith("Uniform mean without the planted noise and boilerplate: main 2.500") for w in words)
-    assert "Worst domain (noise for both): main 5.750 against 5.500 nats a token (+0.250, worse)." in words
-    assert "Token mean: main 2.600 against 2.800 nats a token (-0.200, better)." in words
+    assert "Worst domain (noise for both): main 5.750 against 5.500 nats per token (+0.250, worse)." in words
+    assert "Token mean: main 2.600 against 2.800 nats per token (-0.200, better)." in words
 
 
 def test_no_improvement_is_reported_too(comparison):
