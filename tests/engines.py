@@ -1,4 +1,4 @@
-"""Engines for tests: built from a few settings, and what their ranks hold, gathered into whole parameters."""
+"""Engines for tests, built from a few settings; gathers the parameters of all ranks into full tensors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def layout(launch, pipe, tensor, sequence_parallel=False):
 
 
 def make_config(topology, data: dict, parallel: dict | None = None, doremi: dict | None = None, **optimizer: Any):
-    """A configuration at this layout; what is not given has its default."""
+    """A configuration for this layout; other settings keep their defaults."""
     from megatron_doremi.config import (
         Config,
         DataConfig,
@@ -72,7 +72,7 @@ def build_engine(config, gpt, weights, context):
 
 
 def read_parameters(engine, read=lambda parameter: parameter.detach()):
-    """{name: (this rank's part, spec)} of the engine's parameters, or of what `read` makes of each."""
+    """{name: (this rank's shard, spec)} of the engine's parameters; `read` maps a parameter to a tensor."""
     from megatron_doremi.parallel.deepspeed_internals import gathered
     from megatron_doremi.parallel.parameters import spec_of
 
@@ -83,25 +83,25 @@ def read_parameters(engine, read=lambda parameter: parameter.detach()):
     return values
 
 
-def gather_whole(topology, own):
-    """{name: whole parameter} from every rank's `read_parameters`; replicas and tied copies have to be equal."""
+def gather_full(topology, local_parameters):
+    """{name: full parameter} from every rank's `read_parameters`; fails if replicas or tied copies differ."""
     import torch
     import torch.distributed as dist
 
     from megatron_doremi.parallel.parameters import unshard
 
     everyone: list[Any] = [None] * topology.world_size
-    dist.all_gather_object(everyone, (topology, own))
-    whole: dict[str, Any] = {}
+    dist.all_gather_object(everyone, (topology, local_parameters))
+    full: dict[str, Any] = {}
     for stage in range(topology.pipe_size):
         parts = [values for place, values in everyone if place.pipe_rank == stage and place.data_rank == 0]
         for name, (_, spec) in parts[0].items():
             value = unshard([part[name][0] for part in parts], spec)
-            assert name not in whole or torch.equal(value, whole[name]), f"{name}: the tied copies differ"
-            whole[name] = value
-    held = {place.rank: values for place, values in everyone}
+            assert name not in full or torch.equal(value, full[name]), f"{name}: the tied copies differ"
+            full[name] = value
+    by_rank = {place.rank: values for place, values in everyone}
     for place, values in everyone:
-        twin = held[replace(place, rank=place.rank_at(place.pipe_rank, 0, place.tensor_rank)).rank]
+        twin = by_rank[replace(place, rank=place.rank_at(place.pipe_rank, 0, place.tensor_rank)).rank]
         for name, (value, _) in values.items():
             assert torch.equal(value, twin[name][0]), f"{name}: replicas differ"
-    return whole
+    return full

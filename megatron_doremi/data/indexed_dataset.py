@@ -84,9 +84,9 @@ class IndexedDataset:
             if not path.is_file():
                 raise self._error(path, "no such file", "a .bin and .idx pair")
         self._read_index()
-        expected, found = self.num_tokens * self.dtype.itemsize, self._bin.stat().st_size
-        if found != expected:
-            raise self._error(self._bin, f"{found:,} bytes", f"the {expected:,} bytes listed in {self._idx.name}")
+        expected, actual = self.num_tokens * self.dtype.itemsize, self._bin.stat().st_size
+        if actual != expected:
+            raise self._error(self._bin, f"{actual:,} bytes", f"the {expected:,} bytes listed in {self._idx.name}")
         # Read, not memory-mapped: a window costs one request to the file system instead of page faults with read-ahead,
         # and truncating the file during a run raises an error instead of SIGBUS.
         self._file = self._bin.open("rb", buffering=0)

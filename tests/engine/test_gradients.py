@@ -1,4 +1,4 @@
-"""What a step's gradient is made of: summed in float32 whatever the model's precision, and never applied if not finite.
+"""Gradients are summed in float32 at any model precision, and a gradient with NaN or Inf is never applied.
 
 Run alone: python -m pytest tests/engine/test_gradients.py
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from engines import build_engine, gather_whole, layout, make_config, read_parameters, small_gpt
+from engines import build_engine, gather_full, layout, make_config, read_parameters, small_gpt
 from ranks import on_ranks
 
 from megatron_doremi.data.loader import MicroBatch
@@ -39,15 +39,15 @@ def build(launch, zero_stage, bf16, pipe=1, chunk=1024):
 
 
 def sums_and_parts(launch, zero_stage):
-    """The gradient that the optimizer is given, and what each micro-batch of each rank added to it, in bfloat16."""
+    """The gradient passed to the optimizer, and the float64 sum of all micro-batches' and ranks' bfloat16 gradients."""
     import deepspeed
 
     from megatron_doremi.parallel.exchange import gather_json
 
     topology, engine, mine = build(launch, zero_stage, bf16=True)
-    parts: dict[str, list[torch.Tensor]] = {name: [] for name, _ in engine.module.model_parameters()}
+    parts_by_name: dict[str, list[torch.Tensor]] = {name: [] for name, _ in engine.module.model_parameters()}
     hooks = [
-        parameter.register_hook(lambda grad, kept=parts[name]: kept.append(grad.detach().clone()))
+        parameter.register_hook(lambda grad, parts=parts_by_name[name]: parts.append(grad.detach().clone()))
         for name, parameter in engine.module.model_parameters()
     ]
 
@@ -56,22 +56,24 @@ def sums_and_parts(launch, zero_stage):
             return deepspeed.utils.safe_get_full_grad(parameter)
         return parameter._hp_grad.view(parameter.shape)
 
-    found = {}
-    engine._take_model_step = lambda *a, **k: found.update(read_parameters(engine, gradient))
+    reduced = {}
+    engine._take_model_step = lambda *a, **k: reduced.update(read_parameters(engine, gradient))
     engine.train_step(mine)
-    assert len(hooks) == len(parts)
-    whole = {}
-    for name, kept in parts.items():
-        assert {grad.dtype for grad in kept} == {torch.bfloat16}
-        assert len(kept) == MICRO_BATCHES
-        own = sum(grad.double() for grad in kept)
-        whole[name] = torch.tensor(gather_json(own.tolist()), dtype=torch.float64).sum(dim=0) / topology.data_size
-    return gather_whole(topology, found), whole
+    assert len(hooks) == len(parts_by_name)
+    expected = {}
+    for name, parts in parts_by_name.items():
+        assert {grad.dtype for grad in parts} == {torch.bfloat16}
+        assert len(parts) == MICRO_BATCHES
+        local_sum = sum(grad.double() for grad in parts)
+        expected[name] = (
+            torch.tensor(gather_json(local_sum.tolist()), dtype=torch.float64).sum(dim=0) / topology.data_size
+        )
+    return gather_full(topology, reduced), expected
 
 
 @pytest.mark.parametrize(("world", "zero_stage"), [(1, 1), (2, 1), (1, 2), (2, 2), (1, 3), (2, 3)])
 def test_bfloat16_gradients_are_summed_in_float32(world, zero_stage):
-    """Micro-batches and replicas: what the optimizer gets is the float64 sum of the parts, rounded to float32."""
+    """The optimizer's gradient is the float64 sum over micro-batches and replicas, rounded to float32."""
     sums, exact = on_ranks(world, sums_and_parts, zero_stage)[0]
     assert sums.keys() == exact.keys()
     for name, value in exact.items():
@@ -129,19 +131,19 @@ def infinite_gradient(launch, pipe, zero_stage, bf16):
     from megatron_doremi.cluster.step_flags import reduce_flags
 
     topology, engine, mine = build(launch, zero_stage, bf16, pipe)
-    seen = []
+    overflow_flags = []
 
     def before_step(norm):
         flags = reduce_flags(engine.objective.current.stats.stack(), norm, 0, False, False)
         assert not flags.loss_non_finite
-        seen.append(flags.gradient_non_finite)
+        overflow_flags.append(flags.gradient_non_finite)
         if flags.gradient_non_finite:
             raise ArithmeticError
 
     engine.train_step(mine, before_step=before_step)
     assert engine.was_step_applied()
     assert np.isfinite(engine.grad_norm())
-    before = gather_whole(topology, read_parameters(engine))
+    before = gather_full(topology, read_parameters(engine))
     if launch.rank == launch.world_size - 1:
         name, parameter = next((n, p) for n, p in engine.module.model_parameters() if n == "layers.1.mlp_norm.weight")
         calls = []
@@ -151,15 +153,15 @@ def infinite_gradient(launch, pipe, zero_stage, bf16):
         skipped = not engine.was_step_applied()
     except ArithmeticError:
         skipped = True
-    after = gather_whole(topology, read_parameters(engine))
-    return seen, skipped, all(torch.equal(before[name], after[name]) for name in before)
+    after = gather_full(topology, read_parameters(engine))
+    return overflow_flags, skipped, all(torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_an_infinite_gradient_moves_no_parameter(engine):
-    world, *rest = ENGINES[engine]
-    for seen, skipped, same in on_ranks(world, infinite_gradient, *rest):
+    world, *settings = ENGINES[engine]
+    for overflow_flags, skipped, unchanged in on_ranks(world, infinite_gradient, *settings):
         # Where the engine computes the norm, the flags know it before the step; elsewhere the optimizer skips the step.
-        assert seen == [False, engine.endswith("ZeRO 0")]
+        assert overflow_flags == [False, engine.endswith("ZeRO 0")]
         assert skipped
-        assert same
+        assert unchanged

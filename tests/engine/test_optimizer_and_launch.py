@@ -1,4 +1,4 @@
-"""Learning rates by hand, the groups of AdamW, and how a process finds out who it is.
+"""Learning rates computed by hand, AdamW's parameter groups, and how a process determines its rank.
 
 Run alone: python -m pytest tests/engine/test_optimizer_and_launch.py
 """
@@ -72,14 +72,14 @@ def mpi(rank: int, size: int, local_size: int | None, **more: str) -> dict[str, 
 
 
 def test_mpirun_is_joined_or_refused():
-    """Version 0.1 took each rank for a run of its own: rank 1 died, rank 0 trained alone and left with 0."""
+    """Version 0.1 treated each rank as a separate run: rank 1 died, rank 0 trained alone and exited with 0."""
     assert read_launch(mpi(1, 2, 2)) == Launch(1, 2, 1, "tcp://127.0.0.1:29500", MPIRUN)
     named = read_launch(mpi(9, 16, 8, MASTER_ADDR="n1", PMIX_NAMESPACE="278790145"))
     assert (named.rank, named.launcher, named.run_id) == (9, MPIRUN, "278790145")
     assert 20000 <= int(named.rendezvous.removeprefix("tcp://n1:")) < 32000
     with pytest.raises(ConfigError, match="mpirun -x MASTER_ADDR="):
         read_launch(mpi(9, 16, 8))
-    # srun, by which Open MPI starts its daemons, leaves variables of its own.
+    # Open MPI starts its daemons by srun, which sets its variables too.
     inside = mpi(9, 16, 8, MASTER_ADDR="n1", SLURM_STEP_NUM_TASKS="2", SLURM_PROCID="1", SLURM_JOB_ID="7")
     assert read_launch(inside).rank == 9
     hydra = {"PMI_RANK": "2", "PMI_SIZE": "4", "MPI_LOCALRANKID": "2", "MPI_LOCALNRANKS": "4"}
@@ -90,15 +90,15 @@ def test_mpirun_is_joined_or_refused():
 
 def test_srun_with_its_own_support_of_mpi():
     entry = {"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "4", "SLURM_JOB_ID": "7", "SLURM_LAUNCH_NODE_IPADDR": "n"}
-    found = read_launch({**entry, "PMI_RANK": "2", "PMI_SIZE": "4", "PMIX_RANK": "2"})
-    assert (found.rank, found.launcher) == (2, SRUN)
+    launch = read_launch({**entry, "PMI_RANK": "2", "PMI_SIZE": "4", "PMIX_RANK": "2"})
+    assert (launch.rank, launch.launcher) == (2, SRUN)
 
 
 def test_torchrun_deepspeed_and_salloc():
     torchrun = {"RANK": "3", "WORLD_SIZE": "8", "MASTER_ADDR": "n1", "MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "none"}
     restarted = {**torchrun, "TORCHELASTIC_RESTART_COUNT": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    found = read_launch(restarted)
-    assert (found.launcher, found.run_id, found.generation, found.hosted) == (TORCHRUN, "", 2, True)
+    launch = read_launch(restarted)
+    assert (launch.launcher, launch.run_id, launch.generation, launch.hosted) == (TORCHRUN, "", 2, True)
     assert read_launch({**torchrun, "TORCHELASTIC_RUN_ID": "a"}).run_id == "a"
     deepspeed = {"RANK": "0", "WORLD_SIZE": "1", "CROSS_RANK": "0", "LOCAL_SIZE": "1"}
     assert read_launch(deepspeed).launcher == DEEPSPEED

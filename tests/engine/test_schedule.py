@@ -1,4 +1,4 @@
-"""The alternating schedule as data: complete, in order, and its sends and receives pair up without a deadlock.
+"""The alternating schedule is complete and in order, and its sends and receives pair without a deadlock.
 
 Run alone: python -m pytest tests/engine/test_schedule.py
 """
@@ -19,20 +19,20 @@ def commands(micro_batches, stages, stage):
 @pytest.mark.parametrize("micro_batches", [1, 2, 5])
 def test_all_forwards_then_the_update_then_all_backwards(stages, micro_batches):
     for stage in range(stages):
-        own = commands(micro_batches, stages, stage)
-        turn = next(i for i, c in enumerate(own) if isinstance(c, UpdateDomainWeights))
-        forwards = [c.buffer_id for c in own[:turn] if isinstance(c, ForwardPass)]
-        backwards = [c.buffer_id for c in own[turn:] if isinstance(c, BackwardPass)]
+        schedule = commands(micro_batches, stages, stage)
+        update = next(i for i, c in enumerate(schedule) if isinstance(c, UpdateDomainWeights))
+        forwards = [c.buffer_id for c in schedule[:update] if isinstance(c, ForwardPass)]
+        backwards = [c.buffer_id for c in schedule[update:] if isinstance(c, BackwardPass)]
         assert forwards == backwards == list(range(micro_batches))
-        assert not any(isinstance(c, BackwardPass) for c in own[:turn])
-        assert isinstance(own[-1], OptimizerStep)
+        assert not any(isinstance(c, BackwardPass) for c in schedule[:update])
+        assert isinstance(schedule[-1], OptimizerStep)
         assert AlternatingSchedule(micro_batches, stages, stage).num_pipe_buffers() == micro_batches
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3, 4])
 @pytest.mark.parametrize("micro_batches", [1, 2, 5])
 def test_no_deadlock_with_blocking_sends(stages, micro_batches):
-    """Plays all stages together: a send waits for its receive, the update waits for everyone."""
+    """Simulates all stages: a send waits for its receive, the update waits for all stages."""
     queues = [[c.name for c in commands(micro_batches, stages, stage)] for stage in range(stages)]
     pairs = {"SendActivation": ("RecvActivation", 1), "SendGrad": ("RecvGrad", -1)}
     while any(queues):

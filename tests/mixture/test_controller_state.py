@@ -1,4 +1,4 @@
-"""A controller's state in a checkpoint is checked before anything is built; a damaged one is a fault, no traceback.
+"""A controller's state in a checkpoint is checked before anything is built; a damaged state is reported as a fault.
 
 Run alone: python -m pytest tests/mixture/test_controller_state.py
 """
@@ -35,7 +35,7 @@ STATE = {
 
 
 def resume(entry):
-    """A proxy that has taken up what `entry` says of the weights, checked as at the start of a run."""
+    """A proxy's controller that has loaded the state in `entry`, checked as at the start of a run."""
     state, proxy = CheckpointState.model_validate(entry), GroupDRO(DoReMiConfig(), np.full(2, 0.5))
     learned = _controller_state(Path("iter_0000004"), state, proxy)
     raise_if_any(_domain_faults(state, learned, proxy.state_name, NAMES, "--load"))

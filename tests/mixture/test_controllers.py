@@ -1,4 +1,4 @@
-"""A controller is one file: one written here in a few lines is trained by the real loop, and resumed to the last bit.
+"""A new controller is one file: the training loop runs one that is defined here and resumes it bit-exactly.
 
 Run alone: python -m pytest tests/mixture/test_controllers.py
 """
@@ -68,7 +68,7 @@ class Curves(MixtureController):
 
 
 def under_curves(launch, argv):
-    """The program, on a rank where `main` learns its mixture by `Curves`."""
+    """Runs the program on a rank where `main` learns its mixture with `Curves`."""
     controllers.METHODS["static"] = lambda config, weights: Curves(weights)
     return program(launch, argv)
 
@@ -85,14 +85,14 @@ def test_a_controller_of_held_out_losses_and_a_history_resumes_to_the_last_bit(t
     on_ranks(2, under_curves, stopped)
     assert (tmp_path / "broken" / "checkpoints" / "iter_0000005").is_dir()
     on_ranks(2, under_curves, stopped)
-    whole, broken = metrics(tmp_path / "whole"), metrics(tmp_path / "broken")
-    lines = training_lines(whole)
-    # It learns, so that every step has its line; and the evaluations are those that it asked for, and the last.
+    uninterrupted, resumed = metrics(tmp_path / "whole"), metrics(tmp_path / "broken")
+    lines = training_lines(uninterrupted)
+    # A learned mixture logs every step; the evaluations are those that the controller requests, and the last one.
     assert [line["iteration"] for line in lines] == [*range(1, 9)]
-    evaluations = [line for line in whole if "eval" in line]
+    evaluations = [line for line in uninterrupted if "eval" in line]
     assert [line["iteration"] for line in evaluations] == [0, 3, 6, 8]
-    assert training_lines(broken) == lines
-    assert [line for line in broken if "eval" in line] == evaluations
+    assert training_lines(resumed) == lines
+    assert [line for line in resumed if "eval" in line] == evaluations
     written = [json.loads((tmp_path / run / "domain_weights.json").read_text()) for run in ("whole", "broken")]
     assert written[0]["weights"] == written[1]["weights"] == lines[-1]["domain_weights"]
     assert written[0]["provenance"]["method"] == "curves"

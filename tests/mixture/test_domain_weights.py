@@ -1,4 +1,4 @@
-"""The algorithm against values computed by hand and against Algorithm 1 in plain Python.
+"""Group DRO against values computed by hand and against Algorithm 1 in plain Python.
 
 Run alone: python -m pytest tests/mixture/test_domain_weights.py
 """
@@ -20,7 +20,7 @@ from megatron_doremi.mixture.statistics import (
 
 
 def scored(loss, domains, k, reference=None, objective="excess"):
-    """Sums by domain, tokens scored as Group DRO scores them."""
+    """Per-domain sums of token losses, scored as in Group DRO."""
     return domain_stats(loss, domains, k, token_scores(loss.double(), reference, objective))
 
 
@@ -65,7 +65,7 @@ def test_three_domains_three_steps_by_hand():
 
 
 def test_five_domains_three_steps_from_token_losses():
-    """From token losses on: five domains, the fifth never seen at first, the second ahead of the reference."""
+    """Starts from token losses of five domains: the fifth is absent at first, the second beats the reference."""
     # Two targets a window; windows of domains 0, 1, 2, 3 in the first batch.
     proxy = torch.tensor([[3.0, 1.0], [1.0, 1.0], [2.0, 2.0], [5.0, 1.0]])
     reference = torch.tensor([[2.0, 2.0], [2.0, 3.0], [2.0, 2.0], [3.0, 2.0]])
@@ -170,7 +170,7 @@ def test_an_absent_domain_has_no_coefficient():
 
 
 def test_objectives_of_the_ablation_by_hand():
-    """hardest: the proxy's loss alone; easiest: the reference's alone, negative and not clipped."""
+    """hardest uses only the proxy's loss; easiest only the reference's loss, negated and not clipped."""
     proxy, reference = torch.tensor([[3.0, 1.0], [2.0, 4.0]]), torch.tensor([[2.0, 2.0], [5.0, 1.0]])
     domains = torch.tensor([0, 1])
     assert scored(proxy, domains, 2, reference, "excess").score.tolist() == [1.0, 3.0]

@@ -14,7 +14,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from engines import build_engine, gather_whole, layout, make_config, read_parameters, small_gpt
+from engines import build_engine, gather_full, layout, make_config, read_parameters, small_gpt
 from model.plain_gpt import token_losses as plain_token_losses
 from ranks import on_ranks
 
@@ -53,7 +53,7 @@ def proxy_steps(options, context, parallel):
     adam = {"clip_grad": CLIP, "adam_eps": EPS, "weight_decay": 0.0, "adam_beta2": 0.99}
     config = make_config(topology, data, parallel, doremi, **adam)
     engine = build_engine(config, GPT, np.array(SAMPLING), context)
-    start, trace = gather_whole(topology, read_parameters(engine)), []
+    start, trace = gather_full(topology, read_parameters(engine)), []
     for tokens, targets, domains, reference in batches():
         first = range(2 * topology.data_rank, WINDOWS, 2 * topology.data_size)
         mine = [MicroBatch(*(x[i : i + 2] for x in (tokens, targets, domains, domains, reference))) for i in first]
@@ -62,7 +62,7 @@ def proxy_steps(options, context, parallel):
         engine.train_step(mine, counts)
         state = engine.objective.controller.state
         trace.append((state.weights.tolist(), state.excess.tolist(), engine.grad_norm()))
-    return start, trace, gather_whole(topology, read_parameters(engine))
+    return start, trace, gather_full(topology, read_parameters(engine))
 
 
 def oracle(start, options):
@@ -77,8 +77,12 @@ def oracle(start, options):
         before = list(alpha)
         for d in range(K):
             if (domains == d).any():
-                own, theirs = losses[domains == d].detach(), reference[domains == d].double()
-                scores = {"excess": (own - theirs).clamp(min=0), "hardest": own, "easiest": -theirs}[objective]
+                proxy_losses, reference_losses = losses[domains == d].detach(), reference[domains == d].double()
+                scores = {
+                    "excess": (proxy_losses - reference_losses).clamp(min=0),
+                    "hardest": proxy_losses,
+                    "easiest": -reference_losses,
+                }[objective]
                 excess[d] = scores.mean().item()
         raised = [a * math.exp(ETA * x) for a, x in zip(alpha, excess, strict=True)]
         alpha = [(1 - C) * r / sum(raised) + C / K for r in raised]
@@ -140,7 +144,7 @@ LAYOUTS = {
 
 @functools.cache
 def results(layout):
-    """What each option gave at a layout: start values, trace, weights at the end."""
+    """Start values, trace and final weights of each option at a layout."""
     world, *rest = LAYOUTS[layout]
     return on_ranks(world, all_options, *rest)[0]
 
@@ -165,7 +169,7 @@ def test_three_steps(layout, option):
 
 
 def holding_forwards(launch, zero_stage):
-    """Three steps of an engine that holds all forwards of a batch, whatever the ZeRO stage."""
+    """Three steps of an engine that keeps all forward passes of a batch, at any ZeRO stage."""
     from megatron_doremi.engine.engines import ZeroEngine
 
     ZeroEngine._holds_forwards = lambda self: True
@@ -173,7 +177,7 @@ def holding_forwards(launch, zero_stage):
 
 
 def test_the_wrong_gradient_of_several_outstanding_forwards_is_seen():
-    """Why ZeRO 3 scores a batch first: held back forwards go unpunished under ZeRO 2 and are caught here under 3."""
+    """Keeping all forward passes gives right results under ZeRO 2 and wrong ones under ZeRO 3."""
     right, wrong = (on_ranks(2, holding_forwards, stage)[0] for stage in (2, 3))
     assert_as_algorithm_1(right, {})
     with pytest.raises(AssertionError):

@@ -1,4 +1,4 @@
-"""A GPT in plain PyTorch that shares nothing with ours but the weights, by their names. The oracle of the tests."""
+"""A GPT in plain PyTorch, the oracle of the tests; it shares only the weights, by name, with the package."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def mlp(x, w, name, gpt):
 
 
 def token_losses(w, gpt, tokens, targets):
-    """[batch, seq] next-token losses in nats under the weights `w` of the whole model."""
+    """[batch, seq] next-token losses in nats under the model's unsharded weights `w`."""
     losses = []
     for window, target in zip(tokens, targets, strict=True):
         x = w["embedding.weight"][window]

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from engines import build_engine, gather_whole, layout, make_config, read_parameters, small_gpt
+from engines import build_engine, gather_full, layout, make_config, read_parameters, small_gpt
 from model.plain_gpt import token_losses as plain_token_losses
 from ranks import on_ranks
 
@@ -48,7 +48,7 @@ def all_variants(launch, pipe, tensor, flags, bf16):
 
 
 def losses_and_gradients(gpt, context, flags, bf16):
-    """Runs a global batch through the engine without its optimizer; gathers what came out."""
+    """Runs a global batch through the engine without its optimizer; gathers losses, weights and gradients."""
     import deepspeed
 
     from megatron_doremi.data.loader import MicroBatch
@@ -80,7 +80,7 @@ def losses_and_gradients(gpt, context, flags, bf16):
     weights, gradients = read_parameters(engine), {}
     engine._take_model_step = lambda *a, **k: gradients.update(read_parameters(engine, gradient))
     engine.train_step(mine)
-    return engine.objective.stats().loss.tolist(), gather_whole(topology, weights), gather_whole(topology, gradients)
+    return engine.objective.stats().loss.tolist(), gather_full(topology, weights), gather_full(topology, gradients)
 
 
 SP = {"sequence_parallel": True}

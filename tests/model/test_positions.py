@@ -1,4 +1,4 @@
-"""Positions are an input of a block: the rotary table against its formula, and what a model keeps of it.
+"""Positions are an input of a block; the rotary table equals its formula, and a model caches one table.
 
 Run alone: python -m pytest tests/model/test_positions.py
 """
@@ -35,7 +35,7 @@ def test_the_table_is_its_formula():
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_a_block_takes_positions_of_each_window(recompute):
-    """[batch, seq] positions give what [seq] gives window by window; attention depends on distances alone."""
+    """[batch, seq] positions give the same result as [seq] for each window; attention depends only on distances."""
     block = filled(Block(GPT, TensorParallel(), recompute))
     x = torch.randn(2, 12, GPT.hidden_size, generator=torch.Generator().manual_seed(2))
     positions = torch.stack([torch.arange(12), torch.arange(12) % 5])
