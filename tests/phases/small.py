@@ -1,4 +1,4 @@
-"""A small data set with real differences between its domains, and runs of the program on it."""
+"""A small data set whose domains differ in difficulty, and runs of the program on it."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ MODEL = shlex.split(
 def write_data(
     folder: Path, num_domains: int = 3, tokens: int = 4000, apart: bool = False, held_out: int = 600
 ) -> Path:
-    """Streams that repeat with a period of their own, with noise; returns the manifest's path.
+    """Writes periodic token streams with noise, one period per domain; returns the manifest's path.
 
-    Domain i follows a cycle of 5 + 3 i ids and leaves it now and then, more often for higher i.
+    Domain i repeats a cycle of 5 + 3 i ids, with random ids in between, more of them for higher i.
 
     Args:
-        apart: no id is in two domains; those of domain i are the numbers from 20 i to 20 i + 19.
-        held_out: tokens of each domain's valid split.
+        apart: domains share no ids; domain i uses ids 20 i to 20 i + 19.
+        held_out: number of tokens in each domain's valid split.
     """
     generator = np.random.default_rng(3)
     domains = []
@@ -59,21 +59,21 @@ def write_data(
     return folder / "domains.json"
 
 
-def read_by(phase: str, words: list[str]) -> list[str]:
-    """Those of some flags, with their values, that a phase reads: others are refused."""
+def read_by(phase: str, flags: list[str]) -> list[str]:
+    """The flags, with their values, that `phase` reads; the program refuses others."""
     phases = {
         "--" + entry.name.replace("_", "-"): phases_of(cls, entry)
         for cls in SECTIONS.values()
         for entry in dataclasses.fields(cls)
     }
-    kept: list[str] = []
+    read: list[str] = []
     reads = True
-    for word in words:
-        if word.startswith("--"):
-            reads = phase in phases.get(word, (phase,))
+    for flag in flags:
+        if flag.startswith("--"):
+            reads = phase in phases.get(flag, (phase,))
         if reads:
-            kept.append(word)
-    return kept
+            read.append(flag)
+    return read
 
 
 def train(
@@ -86,11 +86,11 @@ def train(
 
 
 def unseal(run: Path) -> None:
-    """Takes the checksums from a run's checkpoints, for a test that changes their files on purpose."""
+    """Removes the checksums from a run's checkpoints, for tests that change their files."""
     for path in run.rglob("state.json"):
         state = json.loads(path.read_text())
-        rest = {key: value for key, value in state.items() if key not in ("checksums", "sha256")}
-        path.write_text(json.dumps(sealed(rest)))
+        unsealed = {key: value for key, value in state.items() if key not in ("checksums", "sha256")}
+        path.write_text(json.dumps(sealed(unsealed)))
 
 
 def metrics(save: Path) -> list[dict[str, Any]]:
@@ -109,6 +109,6 @@ def full_weights(checkpoint: Path) -> dict[str, Any]:
 
 
 def training_lines(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Training lines without what a clock decides."""
+    """Training lines without their timings."""
     clock = ("elapsed_ms", "tokens_per_second")
     return [{k: v for k, v in line.items() if k not in clock} for line in lines if "loss" in line]

@@ -1,4 +1,4 @@
-"""A checkpoint of any layout goes on at any other: the same bits, and a run that changes in between is the same run.
+"""A checkpoint of any layout resumes at any other layout with equal bits, and a run may change its layout.
 
 Run alone: python -m pytest tests/phases/test_any_layout.py
 """
@@ -32,7 +32,7 @@ SINGLE = (1, [])
 OTHER = ["--untie-embeddings-and-output-weights", "--position-embedding-type", "learned_absolute"]
 
 
-def whole_state(checkpoint: Path) -> dict[str, torch.Tensor]:
+def full_state(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Weights, moments and master weights of a checkpoint, unsharded, by name."""
     weights, states = WeightsFolder(checkpoint / "weights"), OptimizerFolder(checkpoint / "optimizer")
     state = full_weights(checkpoint)
@@ -44,32 +44,32 @@ def whole_state(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def test_a_run_that_changes_its_layout_is_the_same_run(data, reference, tmp_path):
-    """With a tied embedding, whose copies lie on two stages."""
+    """Uses a tied embedding, whose copies are on two stages."""
     flags = reference
-    whole = train(1, "proxy", data, tmp_path / "whole", 25, *flags, model=STABLE)
-    broken = tmp_path / "broken"
+    undisturbed = train(1, "proxy", data, tmp_path / "undisturbed", 25, *flags, model=STABLE)
+    resumed = tmp_path / "broken"
     for number, (world, layout_flags) in enumerate((TP2_PP2, DP2_ZERO1, TP2_PP2, ZERO3, TP2_DP2_ZERO2), 1):
         size = ["--micro-batch-size", "4" if world == 4 else "2"]
-        stop = ["--load", str(broken), "--exit-interval", str(5 * number)]
-        lines = train(world, "proxy", data, broken, 25, *flags, *layout_flags, *size, *stop, model=STABLE)
+        stop = ["--load", str(resumed), "--exit-interval", str(5 * number)]
+        lines = train(world, "proxy", data, resumed, 25, *flags, *layout_flags, *size, *stop, model=STABLE)
         assert training_lines(lines)[-1]["iteration"] == 5 * number
-    ours, theirs = training_lines(lines), training_lines(whole)
-    assert len(ours) == len(theirs) == 25
-    for line, expected in zip(ours, theirs, strict=True):
+    changed, single = training_lines(lines), training_lines(undisturbed)
+    assert len(changed) == len(single) == 25
+    for line, expected in zip(changed, single, strict=True):
         assert line["domain_tokens"] == expected["domain_tokens"]
         assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
         assert line["domain_weights"] == pytest.approx(expected["domain_weights"], abs=1e-6)
-    written = [json.loads((tmp_path / run / "domain_weights.json").read_text()) for run in ("whole", "broken")]
+    written = [json.loads((tmp_path / run / "domain_weights.json").read_text()) for run in ("undisturbed", "broken")]
     assert written[0]["weights"] == pytest.approx(written[1]["weights"], abs=1e-6)
-    states = [whole_state(newest_checkpoint(tmp_path / run)) for run in ("whole", "broken")]
+    states = [full_state(newest_checkpoint(tmp_path / run)) for run in ("undisturbed", "broken")]
     assert states[0].keys() == states[1].keys()
     for name, tensor in states[0].items():
         assert torch.allclose(tensor, states[1][name], rtol=0, atol=1e-6), name
 
 
 def carry(launch, sizes, parallel, gpt, optimizer, source, target):
-    """Loads a checkpoint into an engine of this layout and saves it again, without a step."""
+    """Loads a checkpoint into an engine of this layout and saves it without a step."""
     import numpy as np
 
     from megatron_doremi.checkpoint.reader import load_training
@@ -105,7 +105,7 @@ def test_carried_from_layout_to_layout_without_a_step_it_keeps_every_bit(precisi
     train(2, "main", data, tmp_path / "start", 5, *flags, model=[*STABLE, "--pipeline-model-parallel-size", "2"])
     first = newest_checkpoint(tmp_path / "start")
     gpt, optimizer, checkpoint = read_state(first).recorded_identity()["gpt"], {"bf16": precision == "bf16"}, first
-    expected = whole_state(first)
+    expected = full_state(first)
     assert any(name.endswith("/master") for name in expected) == (precision == "bf16")
     assert all(tensor.abs().max() > 0 for tensor in expected.values())
     for place, (world, sizes, parallel) in PLACES.items():
@@ -114,10 +114,10 @@ def test_carried_from_layout_to_layout_without_a_step_it_keeps_every_bit(precisi
         target = tmp_path / place.replace(" ", "-")
         on_ranks(world, carry, sizes, parallel, gpt, optimizer, checkpoint, target)
         checkpoint = checkpoints(target)[-1][1]
-        found = whole_state(checkpoint)
-        assert found.keys() == expected.keys(), place
+        state = full_state(checkpoint)
+        assert state.keys() == expected.keys(), place
         for name, tensor in expected.items():
-            assert torch.equal(tensor, found[name]), f"{place}: {name}"
+            assert torch.equal(tensor, state[name]), f"{place}: {name}"
 
 
 def test_nothing_in_a_checkpoint_is_a_pickle(data, tmp_path):

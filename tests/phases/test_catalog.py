@@ -1,4 +1,4 @@
-"""A catalog of wrong input: what the program says of each mistake. Exit code 2, no traceback, nothing written.
+"""A catalog of wrong input: each mistake gives its message and exit code 2, without traceback or output files.
 
 Run alone: python -m pytest tests/phases/test_catalog.py
 """
@@ -12,7 +12,7 @@ import struct
 
 import pytest
 from phases.small import MODEL, read_by, train, write_data
-from phases.wrong_input import Case, cut, edit, patch, run_case
+from phases.wrong_input import Case, edit, patch, run_case, truncate
 from ranks import run_program
 
 from megatron_doremi.storage.formats import sealed
@@ -30,7 +30,7 @@ def manifest(change):
 
 
 def weights(content):
-    """Writes a weights file: text as it is, anything else as JSON."""
+    """Writes a weights file: text unchanged, anything else as JSON."""
     text = content if isinstance(content, str) else json.dumps(content)
     return lambda folder: (folder / "weights.json").write_text(text)
 
@@ -41,7 +41,7 @@ def index(at, data):
 
 
 def state(change, run="main"):
-    """Edits a state and seals it again, so that what is wrong with the values is what is found."""
+    """Edits a state and recomputes its checksum, so that the program reports the values and not the checksum."""
     return lambda folder: edit(checkpoint(folder, run) / "state.json", resealed(change))
 
 
@@ -59,7 +59,7 @@ def checkpoint(folder, run="main"):
 
 
 def index_json(change):
-    """Edits the index of the optimizer's state; state.json speaks of its new size."""
+    """Edits the index of the optimizer's state; state.json records its new size."""
 
     def damage(folder):
         path = checkpoint(folder) / "optimizer" / "index.json"
@@ -75,7 +75,7 @@ def gpt(**change):
 
 
 def at_step(entry, step):
-    """A state that fits itself, of another step than its folder says."""
+    """A consistent state of a step other than its folder's."""
     entry.update(iteration=step)
     entry["blend"].update(step=step)
 
@@ -85,13 +85,13 @@ def D0(value):
 
 
 def overlap(pieces):
-    """Two pieces over one half, none over the other: the lengths still add up."""
+    """Two pieces cover one half and none the other; the lengths still add up."""
     file, rank, start, length = pieces[0]
     pieces[:] = [[file, rank, start, length // 2], [file, rank, start, length - length // 2]]
 
 
 def integer_moments(folder):
-    """The same bytes under another type: a header of the same length."""
+    """The same bytes with another dtype, in a header of the same length."""
     path = checkpoint(folder) / "optimizer" / "rank-00000.safetensors"
     path.write_bytes(path.read_bytes().replace(b'"F32"', b'"I32"'))
 
@@ -107,7 +107,7 @@ def flip(path):
 
 
 def same_size(path):
-    """Spoils the header of a file whose size stays."""
+    """Damages the header of a file without changing the file's size."""
     patch(path, 0, b"\xff" * 64)
 
 
@@ -192,8 +192,8 @@ MANIFESTS = {
 FILES = {
     "no .bin": Case(("domain2_train.bin", "no such file"), damage=lambda f: (f / "data/domain2_train.bin").unlink()),
     "no .idx": Case(("domain0_valid.idx", "no such file"), damage=lambda f: (f / "data/domain0_valid.idx").unlink()),
-    "a short .bin": Case(("domain1_train.bin", "bytes"), damage=lambda f: cut(f / "data/domain1_train.bin", 4)),
-    "a short .idx": Case(("domain1_train.idx", "bytes"), damage=lambda f: cut(f / "data/domain1_train.idx", 4)),
+    "a short .bin": Case(("domain1_train.bin", "bytes"), damage=lambda f: truncate(f / "data/domain1_train.bin", 4)),
+    "a short .idx": Case(("domain1_train.idx", "bytes"), damage=lambda f: truncate(f / "data/domain1_train.idx", 4)),
     "an empty .idx": Case(("not an index",), damage=lambda f: (f / "data/domain1_train.idx").write_bytes(b"")),
     "another file": Case(("starts with MMIDIDX",), damage=index(0, b"PK\x03\x04")),
     "another version": Case(("version 2",), damage=index(9, struct.pack("<Q", 2))),
@@ -267,10 +267,10 @@ CHECKPOINTS = {
         ("data_fingerprint",), flags=RUN, damage=manifest(lambda e: e["domains"].reverse())
     ),
     "one that was cut off, and no other": Case(
-        ("no complete one", "model-pipe000", "delete"), flags=RUN, damage=lambda f: cut(only_one(f), 1)
+        ("no complete one", "model-pipe000", "delete"), flags=RUN, damage=lambda f: truncate(only_one(f), 1)
     ),
     "a torn state, and no other": Case(
-        ("no complete one", "state.json"), flags=RUN, damage=lambda f: cut(checkpoint(f) / "state.json", 9)
+        ("no complete one", "state.json"), flags=RUN, damage=lambda f: truncate(checkpoint(f) / "state.json", 9)
     ),
     "of another version": Case(
         ("state.json", "megatron-doremi-checkpoint/1", "megatron-doremi-checkpoint/2"),
@@ -372,7 +372,7 @@ REFERENCES = {
         damage=lambda f: shutil.rmtree(f / "reference" / "checkpoints"),
     ),
     "a torn config": Case(
-        ("config.json",), phase="proxy", flags=PROXY, damage=lambda f: cut(f / "reference" / "config.json", 20)
+        ("config.json",), phase="proxy", flags=PROXY, damage=lambda f: truncate(f / "reference" / "config.json", 20)
     ),
     "another tokenizer": Case(
         ("losses of other tokens cannot be compared",),
@@ -428,7 +428,7 @@ REFERENCES = {
         ("no complete checkpoint",),
         phase="score",
         flags=PROXY,
-        damage=lambda f: cut(next((checkpoint(f, "reference") / "weights").iterdir()), 1),
+        damage=lambda f: truncate(next((checkpoint(f, "reference") / "weights").iterdir()), 1),
     ),
     "no scores": Case(("scores.json",), phase="proxy", flags="--reference-losses @/nowhere"),
     "scores of other data": Case(
@@ -482,7 +482,7 @@ CATALOG = {
 
 @pytest.fixture(scope="module")
 def setup(tmp_path_factory):
-    """Data, a main run, a reference and its scores, all right."""
+    """Valid data, a main run, a reference and its scores."""
     folder = tmp_path_factory.mktemp("setup")
     (folder / "data").mkdir()
     data = write_data(folder / "data", tokens=300)
@@ -496,11 +496,11 @@ def setup(tmp_path_factory):
 @pytest.mark.parametrize("name", CATALOG)
 def test_a_mistake(name, setup, tmp_path):
     case = CATALOG[name]
-    code, said, changed = run_case(case, setup, tmp_path / "copy")
-    assert code == "2", said
-    assert "Traceback" not in said
+    code, output, changed = run_case(case, setup, tmp_path / "copy")
+    assert code == "2", output
+    assert "Traceback" not in output
     for words in (*case.words, "rule:", "remedy:"):
-        assert words in said, said
+        assert words in output, output
     assert not changed
 
 

@@ -1,4 +1,4 @@
-"""--dry-run: the run as resolved, by hand, and a chain that is planned before its first stage has run.
+"""--dry-run prints the resolved run (checked by hand), and plans a chain before its first stage has run.
 
 Run alone: python -m pytest tests/phases/test_dry_run.py
 """
@@ -28,7 +28,7 @@ PARAMETERS = 64 * 32 + 2 * BLOCK + 32
 
 
 def dry_run(data: Path, phase: str, *flags: str, world_size: int = 1) -> tuple[dict, list[str]]:
-    """The settings and the lines that follow them."""
+    """The printed settings, and the lines after them."""
     steps = [] if phase == "evaluate" else ["--train-iters", "7"]
     argv = ["--phase", phase, "--domains", str(data), *steps, *read_by(phase, MODEL), *flags, "--dry-run"]
     inputs = open_inputs(parse_config(argv, world_size), Topology(data_size=world_size))
@@ -37,7 +37,7 @@ def dry_run(data: Path, phase: str, *flags: str, world_size: int = 1) -> tuple[d
 
 
 def rows(lines: list[str]) -> list[list[str]]:
-    """The cells of the domains, which are named by a number, without the names."""
+    """The cells of the domains' rows without the names."""
     return [line.split()[2:] for line in lines if re.match(r"  domain \d", line)]
 
 
@@ -70,7 +70,7 @@ def test_a_main_run(data):
 
 
 def test_the_reference_counts(data):
-    """A proxy holds the weights of an online reference beside its own state: here 4 bytes for each parameter."""
+    """A proxy holds an online reference's weights in addition to its state, here at 4 bytes per parameter."""
     flags = ["--reference-load", "to-come", "--model-size", "8b", "--seq-length", "16"]
     argv = ["--phase", "proxy", "--domains", str(data), "--train-iters", "7", *flags, "--dry-run"]
     text = plan_text(open_inputs(parse_config(argv, 1), Topology()))
@@ -79,7 +79,7 @@ def test_the_reference_counts(data):
 
 
 def test_a_chain_is_planned_as_it_will_run(data, reference, tmp_path):
-    """What stands in for an input gives the plan that the input gives once it exists."""
+    """The stand-in for an input gives the same plan as the input does once it exists."""
     run, weights, trained = tmp_path / "run", tmp_path / "weights.json", Path(reference[1])
     load = ["--reference-load", str(run)]
     stages = [
@@ -95,7 +95,7 @@ def test_a_chain_is_planned_as_it_will_run(data, reference, tmp_path):
     for (settings, lines), now in zip(before, after, strict=True):
         assert "does not exist yet: " in lines[-1]
         assert (settings, lines[:-1]) == now
-    # Of 56 windows each domain gives 18.7, and one to spare.
+    # Each domain supplies 18.7 of 56 windows, plus a margin of one.
     assert [row[-1] for row in rows(after[0][1])] == ["20", "20", "20"]
 
 

@@ -1,4 +1,4 @@
-"""Held-out loss is one number: the same at any batch and layout, never NaN, recorded without touching a run's metrics.
+"""Held-out loss is the same at any batch and layout and never NaN; recording it leaves a run's metrics unchanged.
 
 Run alone: python -m pytest tests/phases/test_evaluate.py
 """
@@ -21,14 +21,14 @@ TP2, PP2 = ["--tensor-model-parallel-size", "2"], ["--pipeline-model-parallel-si
 
 
 def test_entries_by_hand():
-    """Of domain a 2 of 6 windows were read, of b 1 of 1; c has no held-out text. Windows of 2 targets."""
+    """2 of 6 windows of domain a are read and 1 of 1 of b; c has no held-out text. A window has 2 targets."""
     stats = DomainStats(torch.zeros(3), torch.tensor([6.0, 6.0, 0.0]), torch.tensor([4.0, 2.0, 0.0]))
     entry = evaluation_entries(stats, ["a", "b", "c"], [6, 1, 0], 2)
     assert entry["eval"] == {"a": 1.5, "b": 3.0}
     assert entry["eval_windows"] == {"a": 2, "b": 1}
     assert entry["eval_uniform_mean"] == 2.25
     assert entry["eval_worst"] == 3.0
-    # The windows that --eval-iters left out count: 6 of 7 are domain a's, not 2 of 3.
+    # Windows that --eval-iters skips count too: domain a has 6 of 7, not 2 of 3.
     assert entry["eval_token_mean"] == pytest.approx((6 * 1.5 + 3.0) / 7)
 
 
@@ -41,7 +41,7 @@ def test_windows_are_spread_evenly():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A data set whose domains have 37, 37 and 5 held-out windows, and a run on it."""
+    """A data set with 37, 37 and 5 held-out windows by domain, and a run on it."""
     data = write_data(tmp_path_factory.mktemp("data"), tokens=1500)
     manifest = json.loads(data.read_text())
     short = write_data(tmp_path_factory.mktemp("short"), tokens=1500, held_out=90)
@@ -61,7 +61,7 @@ def evaluate(world, data, load, save, *flags):
 
 @pytest.mark.slow
 def test_the_same_at_any_batch_and_layout(trained, tmp_path):
-    """At the defaults, with the weights of another layout; what differs is rounding."""
+    """At the defaults, with weights of another layout; the results differ only by rounding."""
     data, save = trained
     in_training = metrics(save)[-1]
     assert in_training["eval_windows"] == {"domain 0": 37, "domain 1": 37, "domain 2": 5}
@@ -84,7 +84,7 @@ def test_the_same_at_any_batch_and_layout(trained, tmp_path):
 
 @pytest.mark.slow
 def test_fewer_windows_are_the_same_at_any_batch_and_layout_too(trained, tmp_path):
-    """--eval-iters counts batches of the run that is evaluated (8 windows), not of this program's layout."""
+    """--eval-iters counts batches of the evaluated run (8 windows), not of the evaluation's layout."""
     data, save = trained
     lines = []
     for world, size in ((1, "1"), (1, "2"), (2, "4")):
@@ -97,7 +97,7 @@ def test_fewer_windows_are_the_same_at_any_batch_and_layout_too(trained, tmp_pat
 
 @pytest.mark.slow
 def test_evaluations_of_several_runs_stand_side_by_side(trained, tmp_path):
-    """Into the folder of a run that may still be training, and of two runs into one folder."""
+    """Evaluates into the folder of a run that may still train, and two runs into one folder."""
     data, save = trained
     before = {path: path.read_bytes() for path in save.rglob("*") if path.is_file()}
     other = tmp_path / "other"

@@ -1,4 +1,4 @@
-"""What decides a run's result is compared between ranks and with the checkpoint; changes are refused, or recorded.
+"""A run's identity is compared between ranks and with the checkpoint; changes are refused or recorded.
 
 Run alone: python -m pytest tests/phases/test_identity.py
 """
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 
 def started_differently(launch, odd, argv, extra):
-    """The program on one rank, with other arguments on the ranks in `odd`; returns what it raised."""
+    """Runs the program on one rank, with extra arguments on the ranks in `odd`; returns its error's text."""
     from megatron_doremi.errors import ConfigError
 
     try:
@@ -33,22 +33,22 @@ def started_differently(launch, odd, argv, extra):
 
 
 def with_messages(launch, argv):
-    """The program on one rank; returns what it wrote to stderr."""
-    with contextlib.redirect_stderr(io.StringIO()) as said:
+    """Runs the program on one rank; returns its stderr."""
+    with contextlib.redirect_stderr(io.StringIO()) as stderr:
         program(launch, argv)
-    return said.getvalue()
+    return stderr.getvalue()
 
 
 def resume(data, save, iters, *extra):
-    """Resumes a run of `main`; returns its metrics and messages."""
+    """Resumes a main run; returns its metrics and its stderr."""
     argv = ["--phase", "main", "--domains", str(data), "--save", str(save), "--load", str(save), "--train-iters"]
-    (said,) = on_ranks(1, with_messages, [*argv, str(iters), *MODEL, "--log-interval", "1", *extra])
-    return training_lines(metrics(save)), said
+    (stderr,) = on_ranks(1, with_messages, [*argv, str(iters), *MODEL, "--log-interval", "1", *extra])
+    return training_lines(metrics(save)), stderr
 
 
 @pytest.fixture(scope="module")
 def copy_of_the_data(data, tmp_path_factory):
-    """The same data set but for one token in the middle of one domain: a stale file on one node."""
+    """The same data set except for one token in the middle of a domain, like a stale file on one node."""
     folder = tmp_path_factory.mktemp("stale") / "data"
     shutil.copytree(data.parent, folder)
     path = folder / "domain1_train.bin"
@@ -70,28 +70,28 @@ def copy_of_the_data(data, tmp_path_factory):
 )
 def test_ranks_that_start_differently_are_named(extra, name, data, tmp_path):
     argv = ["--phase", "main", "--domains", str(data), "--save", str(tmp_path / "run"), "--train-iters", "2", *MODEL]
-    said = on_ranks(4, started_differently, [2], [*argv, "--micro-batch-size", "1"], extra)
-    assert all(f"rank 2: {name}" in text and "ranks 0, 1, 3" in text for text in said), said
+    messages = on_ranks(4, started_differently, [2], [*argv, "--micro-batch-size", "1"], extra)
+    assert all(f"rank 2: {name}" in text and "ranks 0, 1, 3" in text for text in messages), messages
     assert not (tmp_path / "run").exists()
 
 
 def test_ranks_that_see_other_data_are_named(data, copy_of_the_data, tmp_path):
     argv = ["--phase", "main", "--domains", str(data), "--save", str(tmp_path / "run"), "--train-iters", "2", *MODEL]
-    said = on_ranks(2, started_differently, [1], argv, ["--domains", str(copy_of_the_data)])
-    assert all("rank 1: data_content" in text for text in said), said
+    messages = on_ranks(2, started_differently, [1], argv, ["--domains", str(copy_of_the_data)])
+    assert all("rank 1: data_content" in text for text in messages), messages
 
 
-def test_an_override_is_said_and_kept(data, copy_of_the_data, tmp_path):
-    """Resumed on purpose with another rate and other text, then without a flag: the change is part of the run."""
+def test_an_override_is_reported_and_recorded(data, copy_of_the_data, tmp_path):
+    """A resume overrides the learning rate and the data; the next resume without flags keeps both changes."""
     save = tmp_path / "run"
     resume(data, save, 9, "--exit-interval", "3")
     override = ["--lr", "4e-3", "--override-resume", "lr,data-content"]
-    _, said = resume(copy_of_the_data, save, 9, *override, "--exit-interval", "6")
-    assert "resume: lr changed from 0.005 to 0.004" in said
-    assert "resume: data_content changed from" in said
-    lines, said = resume(copy_of_the_data, save, 9, "--lr", "4e-3")
-    assert "resume: from iteration 6 of 9" in said
-    assert "changed from" not in said
+    _, stderr = resume(copy_of_the_data, save, 9, *override, "--exit-interval", "6")
+    assert "resume: lr changed from 0.005 to 0.004" in stderr
+    assert "resume: data_content changed from" in stderr
+    lines, stderr = resume(copy_of_the_data, save, 9, "--lr", "4e-3")
+    assert "resume: from iteration 6 of 9" in stderr
+    assert "changed from" not in stderr
     rates = [
         make_learning_rate(OptimizerConfig(lr=5e-3 if step < 4 else 4e-3, min_lr=1e-3), 9).at(step)
         for step in range(1, 10)
@@ -101,18 +101,18 @@ def test_an_override_is_said_and_kept(data, copy_of_the_data, tmp_path):
         json.loads((save / "checkpoints" / "iter_0000009" / "state.json").read_text()),
         json.loads((save / "config.json").read_text()),
     ):
-        kept = {change["name"]: change for change in entry["overrides"]}
-        assert kept.keys() == {"lr", "data_content"}
-        assert kept["lr"] == {"iteration": 3, "name": "lr", "before": 0.005, "now": 0.004}
+        changes = {change["name"]: change for change in entry["overrides"]}
+        assert changes.keys() == {"lr", "data_content"}
+        assert changes["lr"] == {"iteration": 3, "name": "lr", "before": 0.005, "now": 0.004}
         assert entry["identity"]["lr"] == 0.004
 
 
-def test_a_longer_run_says_what_happens_to_the_learning_rate(data, tmp_path):
+def test_a_longer_run_reports_its_learning_rate(data, tmp_path):
     resume(data, tmp_path / "run", 4)
-    lines, said = resume(data, tmp_path / "run", 8)
+    lines, stderr = resume(data, tmp_path / "run", 8)
     rate = make_learning_rate(OptimizerConfig(lr=5e-3, min_lr=1e-3), 8).at(5)
     assert lines[4]["lr"] == rate
-    assert f"--train-iters 4 -> 8: the learning rate of iteration 5 is {rate:.3e}" in said
+    assert f"--train-iters 4 -> 8: the learning rate of iteration 5 is {rate:.3e}" in stderr
 
 
 def test_a_batch_size_that_is_overridden_counts_windows_right(data, tmp_path):
@@ -123,8 +123,8 @@ def test_a_batch_size_that_is_overridden_counts_windows_right(data, tmp_path):
 
 
 def test_a_checkpoint_of_version_0_1_resumes(data, tmp_path):
-    """Its state.json says less of the run: what it says is compared, what it does not say is named."""
-    whole, _ = resume(data, tmp_path / "whole", 8)
+    """Its state.json has fewer fields: those present are compared, and the message names the missing ones."""
+    undisturbed, _ = resume(data, tmp_path / "undisturbed", 8)
     save = tmp_path / "run"
     resume(data, save, 8, "--exit-interval", "4")
     path = save / "checkpoints" / "iter_0000004" / "state.json"
@@ -135,9 +135,9 @@ def test_a_checkpoint_of_version_0_1_resumes(data, tmp_path):
     path.write_text(json.dumps({**state, **{key: identity[key] for key in early}}))
     with pytest.raises(AssertionError, match="seed 11"):
         resume(data, save, 8, "--seed", "12")
-    lines, said = resume(data, save, 8)
-    assert lines == whole
-    assert "does not record precision, " in said
+    lines, stderr = resume(data, save, 8)
+    assert lines == undisturbed
+    assert "does not record precision, " in stderr
 
 
 def test_differences_and_overrides():
@@ -151,7 +151,7 @@ def test_differences_and_overrides():
 
 
 def test_metrics_of_a_refused_resume_stay(data, tmp_path):
-    """A checkpoint that is refused costs nothing of what the run wrote (iteration -3 emptied metrics.jsonl)."""
+    """A refused checkpoint leaves the run's metrics unchanged (iteration -3 used to empty metrics.jsonl)."""
     save = tmp_path / "run"
     train(1, "main", data, save, 2, "--log-interval", "1")
     before = metrics(save)

@@ -22,7 +22,7 @@ STEPS = 20
 # --loss-chunk-tokens alone moves parameters by 5e-7, with 3e-4 by 1.6e-7.
 DEEP = [*MODEL, "--num-layers", "4", "--adam-eps", "3e-4", "--eval-iters", "1"]
 UNTIED = [*DEEP, "--untie-embeddings-and-output-weights", "--normalization", "LayerNorm"]
-# What is trained: model, domains, and where the reference's losses come from. Each is one run on one process.
+# Model, number of domains, and source of the reference losses. Each task is one run on one process.
 TASKS = {
     "tied, 3 domains, online": (DEEP, 3, "online"),
     "untied, 5 domains, online": (UNTIED, 5, "online"),
@@ -73,14 +73,14 @@ LAYOUTS = {
     "PP4": (4, 4, PP4, "untied, 5 domains, online"),
     "PP4 ZeRO1, full": (4, 2, [*PP4, *zero(1), *FULL], "tied, 5 domains, recorded"),
 }
-# More than twice what was measured: .00057 of the loss, .0001 of a weight.
+# More than twice the measured differences: .00057 of the loss, .0001 of a weight.
 BOUNDS = {"loss": 1.2e-3, "weight": 3e-4}
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """For each number of domains: a data set, and the flags that name its reference, by the losses' source."""
-    found = {}
+    """{number of domains: (data set, {source of the reference losses: flags})}."""
+    sources = {}
     for domains in sorted({domains for _, domains, _ in TASKS.values()}):
         folder = tmp_path_factory.mktemp(f"{domains}-domains")
         data = write_data(folder, num_domains=domains)
@@ -89,8 +89,8 @@ def prepared(tmp_path_factory):
         argv = ["--phase", "score", "--domains", str(data), "--save", str(folder / "losses"), *online]
         argv += read_by("score", MODEL)
         run_program(1, [*argv, "--train-iters", str(STEPS)])
-        found[domains] = (data, {"online": online, "recorded": ["--reference-losses", str(folder / "losses")]})
-    return found
+        sources[domains] = (data, {"online": online, "recorded": ["--reference-losses", str(folder / "losses")]})
+    return sources
 
 
 @pytest.fixture(scope="module")
@@ -138,14 +138,14 @@ def test_twenty_steps_are_the_same(layout, prepared, single, tmp_path):
     difference = max((weights[name] - expected_weights[name]).abs().max().item() for name in weights)
     print(f"{layout}: parameters differ by at most {difference:.1e}")
     assert difference < 1e-6
-    # The comparison means something: the model learned and the weights moved.
+    # The comparison is not vacuous: the model learned and the weights changed.
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.04
     alpha = list(lines[-1]["domain_weights"].values())
     assert max(alpha) > 1.1 / len(alpha)
 
 
 def test_22_domains_in_batches_of_16(tmp_path_factory, tmp_path):
-    """More domains than windows: 200 steps through absences without a jump, finite, summing to one."""
+    """More domains than windows: over 200 steps with absent domains the weights are finite, smooth and sum to one."""
     folder = tmp_path_factory.mktemp("22")
     data = write_data(folder, num_domains=22, tokens=600)
     flags = ["--global-batch-size", "16", "--lr", "2e-3", "--log-interval", "100"]
@@ -169,7 +169,7 @@ def test_22_domains_in_batches_of_16(tmp_path_factory, tmp_path):
 
 
 def test_weights_follow_from_the_metrics_alone(reference, data, tmp_path):
-    """alpha_t from alpha_{t-1} and lambda_t by the formula, at every step; the file holds their mean."""
+    """alpha_t follows from alpha_{t-1} and lambda_t by the formula at every step; the file holds the mean alpha_t."""
     flags = ["--pipeline-model-parallel-size", "2", "--doremi-step-size", "0.7", "--doremi-smoothing", "0.01"]
     lines = training_lines(train(2, "proxy", data, tmp_path, STEPS, *reference, *flags))
     names = list(lines[0]["domain_weights"])

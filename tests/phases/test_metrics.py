@@ -1,4 +1,4 @@
-"""Metrics: lines by hand.
+"""Metrics lines against values computed by hand.
 
 Run alone: python -m pytest tests/phases/test_metrics.py
 """
@@ -23,7 +23,7 @@ def test_domain_entries_by_hand():
 
 
 def test_peaks_are_found_by_the_longest_name():
-    """An H100 over PCIe is not an SXM one, a GH200 no H200; a GPU that nobody listed has no MFU."""
+    """H100 PCIe differs from H100 SXM, and GH200 from H200; an unlisted GPU has no MFU."""
     names = {
         "NVIDIA H100 80GB HBM3": 989.0,
         "NVIDIA H100 PCIe": 756.0,

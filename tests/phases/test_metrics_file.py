@@ -28,9 +28,9 @@ def write_lines(path, iterations) -> None:
     path.write_bytes(b"".join(map(line, iterations)))
 
 
-def resume(path, last, recorded=None) -> None:
-    """Resumes after `last` and writes the next iteration."""
-    file = MetricsFile(path, last, recorded)
+def resume(path, last, recorded_bytes=None) -> None:
+    """Resumes after iteration `last` and writes the next one."""
+    file = MetricsFile(path, last, recorded_bytes)
     file.write({"iteration": last + 1, "x": 1 / 3})
     file.close()
 
@@ -49,10 +49,10 @@ def test_a_resumed_file_has_no_iteration_twice(tmp_path):
 @pytest.mark.parametrize("recorded", [False, True])
 def test_the_evaluation_of_the_resumed_iteration_stays_and_is_not_repeated(recorded, tmp_path):
     path = tmp_path / "metrics.jsonl"
-    kept = line(1) + line(2) + line(2, "eval")
-    path.write_bytes(kept + line(3) + line(3, "eval") + line(4))
-    resume(path, 2, len(kept) if recorded else None)
-    assert path.read_bytes() == kept + b'{"iteration": 3, "x": 0.3333333333333333}\n'
+    kept_lines = line(1) + line(2) + line(2, "eval")
+    path.write_bytes(kept_lines + line(3) + line(3, "eval") + line(4))
+    resume(path, 2, len(kept_lines) if recorded else None)
+    assert path.read_bytes() == kept_lines + b'{"iteration": 3, "x": 0.3333333333333333}\n'
 
 
 @pytest.mark.parametrize("recorded", [False, True])
@@ -61,12 +61,12 @@ def test_a_damaged_byte_stays_and_a_link_stays_a_link(recorded, tmp_path):
     target, path = tmp_path / "elsewhere.jsonl", tmp_path / "metrics.jsonl"
     damaged = line(2).replace(b"loss", b"l\xffss")
     broken = line(3).replace(b"{", b"[", 1)
-    kept = line(1) + damaged + broken
-    target.write_bytes(kept + line(4) + line(5)[:9])
+    kept_lines = line(1) + damaged + broken
+    target.write_bytes(kept_lines + line(4) + line(5)[:9])
     path.symlink_to(target)
-    resume(path, 3, len(kept) if recorded else None)
+    resume(path, 3, len(kept_lines) if recorded else None)
     assert path.is_symlink()
-    assert target.read_bytes() == kept + b'{"iteration": 4, "x": 0.3333333333333333}\n'
+    assert target.read_bytes() == kept_lines + b'{"iteration": 4, "x": 0.3333333333333333}\n'
 
 
 @pytest.mark.parametrize(
@@ -95,9 +95,9 @@ def test_a_recorded_size_is_taken_without_reading_the_file(tmp_path, monkeypatch
     read = []
     original = AppendFile.read
     monkeypatch.setattr(AppendFile, "read", lambda self, a, b: read.append(b - a) or original(self, a, b))
-    kept = size + 1 + len(line(70))
-    resume(path, 70, kept)
-    assert path.stat().st_size == kept + len(b'{"iteration": 71, "x": 0.3333333333333333}\n')
+    kept_size = size + 1 + len(line(70))
+    resume(path, 70, kept_size)
+    assert path.stat().st_size == kept_size + len(b'{"iteration": 71, "x": 0.3333333333333333}\n')
     assert sum(read) < 2**23
 
 
@@ -131,7 +131,7 @@ def test_fuzzed_files(seed, tmp_path, monkeypatch):
         total = generator.randint(1, 30)
         last = generator.randint(0, total)
         lines = [(number, line(number, key)) for number in range(1, total + 1) for key in ("loss", "eval")]
-        kept = sum(len(text) for number, text in lines if number <= last)
+        kept_size = sum(len(text) for number, text in lines if number <= last)
         data, kind = bytearray(b"".join(text for _, text in lines)), generator.random()
         place = generator.randrange(len(data))
         if kind < 0.6:
@@ -141,24 +141,24 @@ def test_fuzzed_files(seed, tmp_path, monkeypatch):
         elif kind < 0.9:
             data[place:] = bytes(len(data) - place)
         path.write_bytes(data)
-        resume(path, last, generator.choice([None, kept, kept, generator.randint(0, 2 * len(data))]))
-        found = path.read_bytes()
+        resume(path, last, generator.choice([None, kept_size, kept_size, generator.randint(0, 2 * len(data))]))
+        content = path.read_bytes()
         context = f"seed {seed}, case {case}"
-        assert found.endswith(b'"x": 0.3333333333333333}\n'), context
-        assert found[: found.rindex(b'{"iteration"')] == data[: found.rindex(b'{"iteration"')], context
+        assert content.endswith(b'"x": 0.3333333333333333}\n'), context
+        assert content[: content.rindex(b'{"iteration"')] == data[: content.rindex(b'{"iteration"')], context
         start, lies = 0, False
         for number, text in lines:
             undamaged = bytes(data[start : start + len(text)]) == text
             begins = start == 0 or data[start - 1 : start] == b"\n"
-            # A damaged line that claims another iteration may take lines after it along, but keeps none that must go.
+            # A damaged line with another iteration may remove lines after it, but never keeps later iterations.
             lies = lies or (number <= last and claims_more_than(last, bytes(data[start : start + len(text)])))
             start += len(text)
             if undamaged and begins and not (lies and number <= last):
-                assert (text in found) == (number <= last), f"{context}: iteration {number} of {last}"
+                assert (text in content) == (number <= last), f"{context}: iteration {number} of {last}"
 
 
 def test_a_line_that_cannot_be_written_leaves_no_torn_line(tmp_path, monkeypatch):
-    """The disk is full in the middle of a line, then has room again; also where the torn part cannot be removed."""
+    """The disk fills up within a line and has room later; also if the partial line cannot be removed."""
     for removable in (True, False):
         path = tmp_path / f"{removable}.jsonl"
         file = MetricsFile(path, 0)

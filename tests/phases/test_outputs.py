@@ -50,7 +50,7 @@ def faults_of(config) -> dict[str, str]:
     ],
 )
 def test_a_folder_where_a_file_belongs_and_a_file_where_a_folder_does(phase, folders, files, tmp_path):
-    """Fault 53: a trained proxy was lost at domain_weights.json. All are found at once, and nothing else changes."""
+    """Fault 53: a trained proxy was lost at domain_weights.json. All faults are reported together; no file changes."""
     for name in folders:
         (tmp_path / name).mkdir(parents=True)
     for name in files:
@@ -64,7 +64,7 @@ def test_a_folder_where_a_file_belongs_and_a_file_where_a_folder_does(phase, fol
             shutil.rmtree(tmp_path / name) if name in folders else (tmp_path / name).unlink()
     shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
     check_outputs(config_of(phase, tmp_path), learns=phase == "proxy")
-    # What is written later is not written here.
+    # The check writes no output.
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
@@ -122,19 +122,19 @@ def refused(launch, argv):
         return str(error)
 
 
-def test_every_rank_is_told_before_a_model_is_built(data, tmp_path):
+def test_every_rank_gets_the_error_before_a_model_is_built(data, tmp_path):
     (tmp_path / "domain_weights.json").mkdir()
     (tmp_path / "tensorboard").write_text("x")
     argv = ["--phase", "proxy", "--domains", str(data), "--save", str(tmp_path), "--train-iters", "3", *MODEL]
-    for said in on_ranks(2, refused, [*argv, "--doremi-objective", "hardest"]):
-        assert said.startswith("2 faults in the input:")
-        assert f"--save: {tmp_path / 'domain_weights.json'}: Is a directory" in said
-        assert f"--save: {tmp_path / 'tensorboard'}: File exists" in said
+    for message in on_ranks(2, refused, [*argv, "--doremi-objective", "hardest"]):
+        assert message.startswith("2 faults in the input:")
+        assert f"--save: {tmp_path / 'domain_weights.json'}: Is a directory" in message
+        assert f"--save: {tmp_path / 'tensorboard'}: File exists" in message
     assert not (tmp_path / "config.json").exists()
 
 
 def unwritable_logs(launch, argv, full_after, room_after):
-    """A run whose metrics and events find the disk full for some of their records; says what was printed."""
+    """A run whose disk is full for some metrics and events; returns its stderr."""
     calls = {}
     append = AppendFile.append
 
@@ -147,30 +147,30 @@ def unwritable_logs(launch, argv, full_after, room_after):
         append(self, record)
 
     AppendFile.append = failing
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said):
+    stderr = io.StringIO()
+    with contextlib.redirect_stderr(stderr):
         program(launch, argv)
-    return said.getvalue()
+    return stderr.getvalue()
 
 
 def test_logs_that_cannot_be_written_are_warnings(data, tmp_path):
-    """Fault 25: the disk of the logs is full for a while; every step is taken, every checkpoint is complete."""
+    """Fault 25: the logs' disk is full for a while; the run takes every step and completes every checkpoint."""
     argv = ["--phase", "main", "--domains", str(data), "--train-iters", "9", *MODEL, "--log-interval", "1"]
-    whole = training_lines(train(1, "main", data, tmp_path / "whole", 9, "--log-interval", "1"))
+    undisturbed = training_lines(train(1, "main", data, tmp_path / "undisturbed", 9, "--log-interval", "1"))
     save = tmp_path / "run"
-    (said,) = on_ranks(1, unwritable_logs, [*argv, "--save", str(save), "--save-interval", "3"], 2, 6)
-    assert said.count("metrics.jsonl cannot be written: [Errno 28] No space left on device; training continues") == 1
-    assert said.count("TensorBoard in ") == 1
-    assert training_lines(metrics(save)) == whole[:2] + whole[6:]
+    (stderr,) = on_ranks(1, unwritable_logs, [*argv, "--save", str(save), "--save-interval", "3"], 2, 6)
+    assert stderr.count("metrics.jsonl cannot be written: [Errno 28] No space left on device; training continues") == 1
+    assert stderr.count("TensorBoard in ") == 1
+    assert training_lines(metrics(save)) == undisturbed[:2] + undisturbed[6:]
     assert [iteration for iteration, _ in checkpoints(save)] == [3, 6, 9]
     # The run resumes after lines that were lost.
     shutil.rmtree(save / "checkpoints" / "iter_0000009")
     train(1, "main", data, save, 9, "--log-interval", "1", "--load", str(save))
-    assert training_lines(metrics(save)) == whole[:2] + whole[6:]
+    assert training_lines(metrics(save)) == undisturbed[:2] + undisturbed[6:]
 
 
 def domain_weights_lost(launch, argv):
-    """A proxy at whose end domain_weights.json cannot be written."""
+    """A proxy whose domain_weights.json cannot be written at its end."""
     from megatron_doremi.phases import learned_weights
 
     def full(*_):
@@ -184,12 +184,12 @@ def domain_weights_lost(launch, argv):
 
 
 def test_learned_weights_that_cannot_be_written_lose_no_checkpoint(data, reference, tmp_path):
-    """Fault 53: exit 1 after the checkpoint is complete; the same command writes them later, without a step."""
+    """Fault 53: exit 1 after the checkpoint is complete; the same command later writes the weights without a step."""
     save = tmp_path / "run"
     argv = ["--phase", "proxy", "--domains", str(data), "--save", str(save), "--load", str(save)]
     argv += ["--train-iters", "4", *MODEL, *reference]
-    for said in on_ranks(2, domain_weights_lost, argv):
-        assert "the learned domain weights cannot be written: domain_weights.json: No space left on device" in said
+    for message in on_ranks(2, domain_weights_lost, argv):
+        assert "the learned domain weights cannot be written: domain_weights.json: No space left on device" in message
     ((iteration, checkpoint),) = checkpoints(save)
     assert iteration == 4
     assert incompleteness(checkpoint) is None
@@ -224,9 +224,9 @@ def test_a_full_disk_ends_the_run_at_its_checkpoint_and_the_older_one_stays(data
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(save)]).returncode:
         pytest.skip("cannot mount a file system here")
     try:
-        for said in on_ranks(2, full_disk, data, save):
-            assert "a checkpoint could not be written: " in said
-            assert "No space left on device" in said
+        for message in on_ranks(2, full_disk, data, save):
+            assert "a checkpoint could not be written: " in message
+            assert "No space left on device" in message
         (_, newest), *_ = reversed(checkpoints(save))
         assert incompleteness(newest) is None
         # With room again the run resumes.
@@ -239,7 +239,7 @@ def test_a_full_disk_ends_the_run_at_its_checkpoint_and_the_older_one_stays(data
 
 
 def full_disk(launch, data, save):
-    """A run that is left room for one checkpoint."""
+    """A run on a disk with room for one checkpoint."""
     from megatron_doremi.checkpoint import publishing, writer
 
     publish = publishing.publish_checkpoint
@@ -260,8 +260,8 @@ def full_disk(launch, data, save):
         return str(error)
 
 
-def told(launch, argv, name):
-    """What this rank says where rank 0 cannot open the file that a module opens by `AppendFile`."""
+def open_output_error(launch, argv, name):
+    """This rank's error when rank 0 cannot open the file `name`."""
     from megatron_doremi.phases import evaluate, metrics_file
 
     def full(path):
@@ -276,13 +276,13 @@ def told(launch, argv, name):
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "evaluations.jsonl"])
-def test_every_rank_hears_of_a_file_that_rank_0_cannot_open(name, data, tmp_path):
-    """Rank 0 alone ended; the others met a collective that nobody joined, and the watchdog's delay."""
+def test_every_rank_gets_the_error_of_a_file_that_rank_0_cannot_open(name, data, tmp_path):
+    """Only rank 0 used to end; the others waited in a collective until the watchdog's timeout."""
     argv = ["--domains", str(data), "--save", str(tmp_path)]
     if name == "metrics.jsonl":
         argv += ["--phase", "main", "--train-iters", "1", *MODEL]
     else:
         train(1, "main", data, tmp_path, 1)
         argv += ["--phase", "evaluate", "--load", str(tmp_path), *read_by("evaluate", MODEL)]
-    for said in on_ranks(2, told, argv, name):
-        assert said.startswith(f"{tmp_path / name}: No space left on device")
+    for message in on_ranks(2, open_output_error, argv, name):
+        assert message.startswith(f"{tmp_path / name}: No space left on device")

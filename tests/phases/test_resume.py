@@ -1,4 +1,4 @@
-"""A run that stopped and went on writes what an undisturbed run writes, to the last digit.
+"""A run that stops and resumes writes the same metrics and weights as an undisturbed run, bit for bit.
 
 Run alone: python -m pytest tests/phases/test_resume.py
 """
@@ -31,18 +31,18 @@ LAYOUTS = {
 def test_proxy_stopped_half_way(layout, reference, data, tmp_path):
     world, flags = LAYOUTS[layout]
     flags = [*flags, *reference, "--log-interval", "1", "--eval-interval", "3"]
-    whole = train(world, "proxy", data, tmp_path / "whole", 12, *flags)
+    undisturbed = train(world, "proxy", data, tmp_path / "undisturbed", 12, *flags)
     broken = tmp_path / "broken"
     again = [*flags, "--load", str(broken)]
     first = train(world, "proxy", data, broken, 12, *again, "--exit-interval", "6")
-    assert training_lines(first) == training_lines(whole)[:6]
-    # What a run wrote after its last checkpoint before it died is not repeated.
+    assert training_lines(first) == training_lines(undisturbed)[:6]
+    # Lines that a run wrote after its last checkpoint are not duplicated.
     with (broken / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"iteration": 7, "loss": 0.0}) + "\n" + '{"iteration": 8, "lo')
     second = train(world, "proxy", data, broken, 12, *again)
-    assert training_lines(second) == training_lines(whole)
-    assert [line for line in second if "eval" in line] == [line for line in whole if "eval" in line]
-    weights = [json.loads((tmp_path / run / "domain_weights.json").read_text()) for run in ("whole", "broken")]
+    assert training_lines(second) == training_lines(undisturbed)
+    assert [line for line in second if "eval" in line] == [line for line in undisturbed if "eval" in line]
+    weights = [json.loads((tmp_path / run / "domain_weights.json").read_text()) for run in ("undisturbed", "broken")]
     assert weights[0]["weights"] == weights[1]["weights"]
 
 
@@ -57,25 +57,25 @@ def test_main_run_with_log_interval_and_kept_checkpoints(data, tmp_path):
         "--keep-checkpoints",
         "2",
     ]
-    whole = train(1, "main", data, tmp_path / "whole", 12, *flags)
+    undisturbed = train(1, "main", data, tmp_path / "undisturbed", 12, *flags)
     broken = tmp_path / "broken"
     again = [*flags, "--load", str(broken)]
     train(1, "main", data, broken, 12, *again, "--exit-interval", "6")
-    assert training_lines(train(1, "main", data, broken, 12, *again)) == training_lines(whole)
-    assert [line["iteration"] for line in training_lines(whole)] == [4, 8, 12]
+    assert training_lines(train(1, "main", data, broken, 12, *again)) == training_lines(undisturbed)
+    assert [line["iteration"] for line in training_lines(undisturbed)] == [4, 8, 12]
     assert sorted(p.name for p in (broken / "checkpoints").iterdir()) == [
         "iter_0000009",
         "iter_0000012",
         "latest",
     ]
-    # Started once more it finds itself done and changes nothing.
+    # A third start finds the run finished and changes nothing.
     before = (broken / "metrics.jsonl").read_text()
     train(1, "main", data, broken, 12, *again)
     assert (broken / "metrics.jsonl").read_text() == before
 
 
 def test_a_torn_checkpoint_is_passed_over(data, tmp_path):
-    """A pointer that names nothing and a folder that was never finished do not matter."""
+    """A pointer to a missing checkpoint and unfinished folders are ignored."""
     save = tmp_path / "run"
     flags = ["--load", str(save), "--save-interval", "4"]
     train(1, "main", data, save, 8, *flags)
@@ -88,29 +88,29 @@ def test_a_torn_checkpoint_is_passed_over(data, tmp_path):
 
 @pytest.mark.parametrize("flags", [["--doremi-weighting", "resample"], ["--doremi-update", "simultaneous"]])
 def test_other_updates_resume_exactly(flags, reference, data, tmp_path):
-    """With resample the blend follows the weights, step by step, and goes on where it stopped."""
+    """With resample the blend follows the weights at every step and resumes at its position."""
     flags = [*flags, *reference, "--pipeline-model-parallel-size", "2"]
-    whole = training_lines(train(2, "proxy", data, tmp_path / "whole", 20, *flags))
+    undisturbed = training_lines(train(2, "proxy", data, tmp_path / "undisturbed", 20, *flags))
     broken = tmp_path / "broken"
     train(2, "proxy", data, broken, 20, *flags, "--load", str(broken), "--exit-interval", "10")
-    assert training_lines(train(2, "proxy", data, broken, 20, *flags, "--load", str(broken))) == whole
+    assert training_lines(train(2, "proxy", data, broken, 20, *flags, "--load", str(broken))) == undisturbed
     if "resample" in flags:
         # Batch t holds floor or ceil of 8 * alpha_{t-1} windows of each domain.
-        for before, line in pairwise(whole):
+        for before, line in pairwise(undisturbed):
             for name, weight in before["domain_weights"].items():
                 assert abs(line["domain_tokens"][name] / 16 - 8 * weight) < 1.0
-        assert len({json.dumps(line["domain_tokens"]) for line in whole}) > 3
+        assert len({json.dumps(line["domain_tokens"]) for line in undisturbed}) > 3
 
 
 def test_a_mixture_that_is_changed_on_purpose(data, tmp_path):
-    """Batches follow the new weights from the next step on; cursors go on, so that nothing is read twice."""
+    """Batches follow the new weights from the next step; cursors continue, so that no window is read twice."""
     save = tmp_path / "run"
     flags = ["--load", str(save), "--log-interval", "1", "--global-batch-size", "12"]
     train(1, "main", data, save, 8, *flags, "--domain-weights", "natural", "--exit-interval", "4")
     changed = ["--domain-weights", "uniform", "--change-domain-weights"]
     lines = training_lines(train(1, "main", data, save, 8, *flags, *changed))
     windows = [{name: tokens // 16 for name, tokens in line["domain_tokens"].items()} for line in lines]
-    # 1500, 3000 and 4500 tokens: one sixth, a third and half of twelve windows.
+    # 1500, 3000 and 4500 tokens: a sixth, a third and a half of twelve windows.
     assert windows[:4] == [{"domain 0": 2, "domain 1": 4, "domain 2": 6}] * 4
     assert windows[4:] == [{"domain 0": 4, "domain 1": 4, "domain 2": 4}] * 4
     state = json.loads((save / "checkpoints" / "iter_0000008" / "state.json").read_text())

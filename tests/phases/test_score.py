@@ -1,4 +1,4 @@
-"""Recorded reference losses: equal to those computed online, sparse, resumable, shared out, and never the wrong ones.
+"""Recorded reference losses equal online ones; scoring is sparse, resumable and split over tasks.
 
 Run alone: python -m pytest tests/phases/test_score.py
 """
@@ -34,7 +34,7 @@ STEPS = 20
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A data set and a reference that was trained as TP 2."""
+    """A data set and a reference trained at TP 2."""
     folder = tmp_path_factory.mktemp("score")
     data = write_data(folder, tokens=2000)
     train(2, "reference", data, folder / "reference", 15, "--tensor-model-parallel-size", "2")
@@ -51,8 +51,8 @@ def score(folder, out, world=1, flags=""):
 
 
 def files(out):
-    found = [path for path in sorted(out.rglob("*")) if path.is_file() and path.parent.name != ".lock"]
-    return {path.relative_to(out): path.read_bytes() for path in found}
+    paths = [path for path in sorted(out.rglob("*")) if path.is_file() and path.parent.name != ".lock"]
+    return {path.relative_to(out): path.read_bytes() for path in paths}
 
 
 def proxy(folder, out, *flags, world=1):
@@ -67,7 +67,7 @@ class Quiet:
 
 
 def check(plan, data):
-    """What a proxy does with recorded losses before it builds anything."""
+    """Checks recorded losses as a proxy does before it builds its model."""
     import torch.distributed as dist
 
     reference_losses = open_reference_losses(plan.config, data)
@@ -90,19 +90,19 @@ def opened(folder, *flags):
 
 
 def test_a_proxy_on_recorded_losses(folder, tmp_path):
-    """Against the online reference: the training losses are those of one gradient under nearly the same weights."""
+    """Compared with the online reference: nearly equal domain weights give nearly equal training losses."""
     score(folder, tmp_path / "scores", world=2, flags="--pipeline-model-parallel-size 2")
     online = proxy(folder, tmp_path / "online", "--reference-load", str(folder / "reference"))
-    recorded = ["--reference-losses", str(tmp_path / "scores")]
+    recorded_flags = ["--reference-losses", str(tmp_path / "scores")]
     for world, name, flags in (
         (1, "single", []),
         (2, "PP2", ["--pipeline-model-parallel-size", "2"]),
         (2, "TP2", ["--tensor-model-parallel-size", "2"]),
         (2, "DP2", ["--zero-stage", "1"]),
     ):
-        lines = proxy(folder, tmp_path / name, *recorded, *flags, world=world)
+        lines = proxy(folder, tmp_path / name, *recorded_flags, *flags, world=world)
         for ours, theirs in zip(lines, online, strict=True):
-            # The grid rounds a loss by .00024 at most, to either side; lambda is a mean of 100 or so.
+            # The grid rounds a loss by at most .00024 up or down; lambda is a mean of about 100 losses.
             assert ours["domain_excess"] == pytest.approx(theirs["domain_excess"], abs=1e-4)
             assert ours["domain_weights"] == pytest.approx(theirs["domain_weights"], abs=2e-4)
             assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-5)
@@ -111,7 +111,7 @@ def test_a_proxy_on_recorded_losses(folder, tmp_path):
 
 
 def test_losses_are_the_references_own(folder, tmp_path):
-    """Every recorded number against a plain model on the reference's weights."""
+    """Compares every recorded loss with a plain model on the reference's weights."""
     from model.plain_gpt import token_losses
 
     from megatron_doremi.checkpoint.folder import newest_checkpoint
@@ -131,31 +131,31 @@ def test_losses_are_the_references_own(folder, tmp_path):
             assert losses[row] == pytest.approx(expected.numpy(), abs=2**-12 + 1e-5)
 
 
-def test_tasks_share_the_work_and_a_killed_run_goes_on(folder, tmp_path):
-    score(folder, tmp_path / "whole")
+def test_tasks_share_the_work_and_a_killed_run_resumes(folder, tmp_path):
+    score(folder, tmp_path / "undisturbed")
     for shard in (1, 0):
         score(folder, tmp_path / "parts", flags=f"--shard {shard} --num-shards 2")
-    assert files(tmp_path / "parts") == files(tmp_path / "whole")
-    # What is missing is scored again, what is there stays as it is.
-    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    assert files(tmp_path / "parts") == files(tmp_path / "undisturbed")
+    # Missing windows are scored again, existing files stay unchanged.
+    shutil.copytree(tmp_path / "undisturbed", tmp_path / "killed")
     lost = tmp_path / "killed" / "losses" / "0001" / "000000.safetensors"
     lost.unlink()
     kept = tmp_path / "killed" / "losses" / "0002" / "000000.safetensors"
     before = kept.stat().st_mtime_ns
     score(folder, tmp_path / "killed", world=2, flags="--micro-batch-size 2")
     assert kept.stat().st_mtime_ns == before
-    # Another batch shape rounds differently in the last bit of float32, seldom to another step of the grid.
-    again, first = (read_chunk(tmp_path / name, 1, 0) for name in ("killed", "whole"))
+    # Another batch shape differs in the last bit of float32, seldom by a step of the grid.
+    again, first = (read_chunk(tmp_path / name, 1, 0) for name in ("killed", "undisturbed"))
     assert again[0].tolist() == first[0].tolist()
     assert np.abs(again[1].astype(float) - first[1].astype(float)).max() <= 2**-11
 
 
 def test_only_what_a_proxy_reads(folder, tmp_path):
-    """With --train-iters fewer windows are scored, and they suffice; for a longer run they do not."""
+    """With --train-iters fewer windows are scored: enough for that run, too few for a longer one."""
     score(folder, tmp_path / "few", flags=f"--train-iters {STEPS}")
     plan, data = opened(folder, "--reference-losses", str(tmp_path / "few"))
     needed = [sum(bits.bit_count() for _, bits in chunks) for chunks in windows_needed(plan)]
-    # 20 batches of 8 over 3 domains: 53.3 windows of each and one to spare.
+    # 20 batches of 8 over 3 domains: 53.3 windows of each, plus a margin of one.
     assert needed == [55, 55, 55]
     check(plan, data)
     proxy(folder, tmp_path / "proxy", "--reference-losses", str(tmp_path / "few"))
@@ -165,7 +165,7 @@ def test_only_what_a_proxy_reads(folder, tmp_path):
     ) as caught:
         check(plan, data)
     assert len(caught.value.faults) == 3
-    # Scoring for the longer run adds to what is there.
+    # Scoring for the longer run adds the missing windows.
     score(folder, tmp_path / "few", flags="--train-iters 40")
     check(plan, data)
 
@@ -183,7 +183,7 @@ def test_another_references_scores_are_not_mixed_in(folder, tmp_path):
 
 
 def test_losses_in_float16_of_version_0_1(tmp_path):
-    """A folder that version 0.1 wrote, in a proxy: its lines are those that version 0.1 gave with it."""
+    """A proxy on a folder that version 0.1 wrote logs the same lines as version 0.1."""
     kept = Path(__file__).parent / "version_0_1"
     data = write_data(tmp_path, tokens=600)
     flags = ["--reference-losses", str(kept / "scores")]
@@ -195,7 +195,7 @@ def test_losses_in_float16_of_version_0_1(tmp_path):
     for ours, theirs in zip(lines, expected, strict=True):
         for key in ("domain_excess", "domain_weights", "loss", "grad_norm"):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-5, abs=1e-7), key
-    # Scoring does not add to it.
+    # Scoring does not add windows to such a folder.
     copy = tmp_path / "scores"
     shutil.copytree(kept / "scores", copy)
     train(1, "reference", data, tmp_path / "reference", 1)
@@ -204,16 +204,18 @@ def test_losses_in_float16_of_version_0_1(tmp_path):
 
 
 def test_resampling_on_recorded_losses(folder, tmp_path):
-    """The mixture moves with every step, so that losses are read when their windows are known."""
+    """The mixture changes every step, so losses are read once their windows are known."""
     score(folder, tmp_path / "scores")
     both = ["--doremi-weighting", "resample", "--doremi-step-size", "0.1"]
-    online = proxy(folder, tmp_path / "online", *both, "--reference-load", str(folder / "reference"))
+    with_online = proxy(folder, tmp_path / "online", *both, "--reference-load", str(folder / "reference"))
     layout = ["--pipeline-model-parallel-size", "2", "--micro-batch-size", "4"]
-    recorded = proxy(folder, tmp_path / "r", *both, *layout, "--reference-losses", str(tmp_path / "scores"), world=2)
-    for ours, theirs in zip(recorded, online, strict=True):
+    with_recorded = proxy(
+        folder, tmp_path / "r", *both, *layout, "--reference-losses", str(tmp_path / "scores"), world=2
+    )
+    for ours, theirs in zip(with_recorded, with_online, strict=True):
         assert ours["domain_tokens"] == theirs["domain_tokens"]
         assert ours["domain_excess"] == pytest.approx(theirs["domain_excess"], abs=1e-4)
-    assert online[0]["domain_tokens"] != online[-1]["domain_tokens"]
+    assert with_online[0]["domain_tokens"] != with_online[-1]["domain_tokens"]
 
 
 def test_losses_of_another_precision_are_refused(folder, tmp_path):
@@ -226,7 +228,7 @@ def test_losses_of_another_precision_are_refused(folder, tmp_path):
 
 
 def change_weights(run, name, change):
-    """Changes parameters of a run's checkpoint in place, in files of the same size."""
+    """Changes parameters of a run's checkpoint in place; file sizes stay the same."""
     unseal(run)
     for path in run.rglob("weights/*.safetensors"):
         with safe_open(path, framework="pt") as file:
@@ -238,7 +240,7 @@ def change_weights(run, name, change):
 
 
 def scored(launch, argv):
-    """Scores on this rank; what it printed, and what it raised."""
+    """Scores on this rank; returns its output and its error's text."""
     import contextlib
     import io
 
@@ -251,7 +253,7 @@ def scored(launch, argv):
 
 
 def test_a_request_to_stop_hides_no_error():
-    """Of two ranks one fails while the other is asked to stop."""
+    """One of two ranks fails while the other is asked to stop."""
     import torch.distributed as dist
 
     from megatron_doremi.cluster.preemption import SIGNAL
@@ -275,34 +277,34 @@ def test_a_request_to_stop_hides_no_error():
 
 
 def test_a_reference_that_gives_no_losses_on_a_domain(tmp_path):
-    """Every replica says domain and window, and nothing of it is recorded (version 0.1: NaN, and exit 0)."""
+    """Every replica reports domain and window, and no loss of the chunk is recorded (version 0.1: NaN and exit 0)."""
     data = write_data(tmp_path, tokens=300, apart=True)
     model = [*MODEL, "--untie-embeddings-and-output-weights"]
     train(1, "reference", data, tmp_path / "reference", 1, model=model)
-    # Ids from 40 on are those of domain 2.
+    # Domain 2 uses the ids from 40.
     change_weights(tmp_path / "reference", "embedding", lambda rows: rows[40:].fill_(float("nan")))
     argv = score_flags(data, tmp_path / "reference", tmp_path / "scores", model=model)
     for words in on_ranks(2, scored, argv):
         assert re.search(r"the reference's loss is nan in window 0 of domain 'domain 2'", words)
-    recorded = sorted(path.parent.name for path in (tmp_path / "scores").rglob("*.safetensors"))
-    assert recorded == ["0000", "0001"]
+    recorded_domains = sorted(path.parent.name for path in (tmp_path / "scores").rglob("*.safetensors"))
+    assert recorded_domains == ["0000", "0001"]
 
 
 def test_a_disk_that_fills_up_while_scoring(folder, tmp_path):
-    """One message; here a file stands where a folder of losses belongs."""
+    """One message; the test puts a file in place of a folder of losses."""
     (tmp_path / "losses").mkdir()
     (tmp_path / "losses" / "0001").write_text("")
     with pytest.raises(AssertionError, match="losses/0001"):
         score(folder, tmp_path)
 
 
-def test_clipped_losses_are_said(folder, tmp_path):
-    """A reference so sure of itself that its errors cost more than the grid holds."""
+def test_clipped_losses_are_reported(folder, tmp_path):
+    """A reference so confident that its largest losses exceed the grid's maximum."""
     shutil.copytree(folder / "reference", tmp_path / "reference")
     change_weights(tmp_path / "reference", "embedding", lambda rows: rows.mul_(60))
     argv = score_flags(folder / "domains.json", tmp_path / "reference", tmp_path / "scores", "--train-iters 2")
     printed = on_ranks(2, scored, argv)
-    found = re.search(r"score: ([\d,]+) of 336 token losses were above 31.9995 nats", printed[0])
+    message = re.search(r"score: ([\d,]+) of 336 token losses were above 31.9995 nats", printed[0])
     assert not printed[1]
     counts = []
     for domain in range(3):
@@ -311,11 +313,11 @@ def test_clipped_losses_are_said(folder, tmp_path):
             largest = max(file.losses(int(window)).max() for window in file.windows())
             assert (largest == np.float32(65535 / 2048)) == (file.clipped > 0)
     assert sum(counts) > 0
-    assert int(found[1].replace(",", "")) == sum(counts)
+    assert int(message[1].replace(",", "")) == sum(counts)
 
 
-def test_a_damaged_file_is_said_by_every_rank(folder, tmp_path):
-    """Only one rank of a replica reads it; here the other one holds the first stage."""
+def test_a_damaged_file_is_reported_by_every_rank(folder, tmp_path):
+    """Only one rank of a replica reads the file; the other one holds the first pipeline stage."""
     score(folder, tmp_path, flags="--train-iters 2")
     path = chunk_path(tmp_path, 1, 0)
     path.write_bytes(path.read_bytes()[:-1])

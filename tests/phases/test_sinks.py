@@ -1,4 +1,4 @@
-"""The sinks of a run's log: one that is new, one that fails, and a run whose lock was taken over.
+"""Sinks of a run's log: a new sink, a failing sink, and a run whose lock another run took over.
 
 Run alone: python -m pytest tests/phases/test_sinks.py
 """
@@ -24,7 +24,7 @@ LINES = [
 
 
 class NewSink(Sink):
-    """What a new logger needs: it takes the numbers of every line."""
+    """All that a new logger needs: it collects the numbers of every line."""
 
     subject = "a new logger"
 
@@ -36,7 +36,7 @@ class NewSink(Sink):
 
 
 class BrokenSink(Sink):
-    """An output of which nothing works."""
+    """A sink whose methods all fail."""
 
     subject = "a broken logger"
 
@@ -76,7 +76,7 @@ def test_a_new_sink_gets_every_entry_and_a_broken_one_takes_nothing_from_the_oth
     assert [event.value for event in events.Scalars("eval/a")] == [1.5]
     printed = capsys.readouterr()
     assert printed.out.splitlines() == LINES
-    # Each of the two says once that it is broken, whatever was lost.
+    # Each of the two sinks warns once, however many lines are lost.
     assert printed.err.count("a broken logger cannot be written: [Errno 28] No space left on device") == 2
     assert "3/9" in printed.err
 

@@ -1,8 +1,8 @@
-"""What version 0.1 wrote is still read, and leads where version 0.1 led.
+"""Files that version 0.1 wrote are still read and give the results that version 0.1 gave.
 
 tests/fixtures/version_0_1 was written by version 0.1 (commit 95921cd): data of two domains, a reference, its recorded
-losses (float16), a proxy and a main run stopped after 3 of 6 steps. expected.json holds what version 0.1 itself went
-on to write, on one process.
+losses (float16), a proxy and a main run stopped after 3 of 6 steps. expected.json holds what version 0.1 wrote when it
+resumed them, on one process.
 
 Run alone: python -m pytest tests/phases/test_version_0_1.py
 """
@@ -25,7 +25,7 @@ MODEL = shlex.split(
     "--make-vocab-size-divisible-by 16 --seq-length 16 --micro-batch-size 2 --global-batch-size 4 --lr 5e-3 "
     "--min-lr 1e-3 --seed 11 --log-interval 1"
 )
-# Another processor may round otherwise.
+# Another processor may round differently.
 BOUND = 1e-5
 
 
@@ -61,7 +61,7 @@ def test_it_leads_where_version_0_1_led(name, phase, flags, old):
 
 
 def test_its_weights_file_is_taken(old, tmp_path):
-    """Without the number of planned steps nobody knows that the proxy was stopped."""
+    """Without the number of planned steps the file does not show that the proxy was stopped."""
     flags = ["--domain-weights", str(old / "proxy" / "domain_weights.json")]
     train(1, "main", old / "data" / "domains.json", tmp_path / "run", 2, *flags, model=MODEL)
     weights = json.loads((old / "proxy" / "domain_weights.json").read_text())["weights"]

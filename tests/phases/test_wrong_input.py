@@ -31,7 +31,7 @@ def data(tmp_path):
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    """A reference run and the data that it was trained on."""
+    """A reference run and its training data."""
     folder = tmp_path_factory.mktemp("reference")
     data = write_data(folder, tokens=300)
     train(1, "reference", data, folder / "run", 2)
@@ -113,10 +113,10 @@ def test_short_held_out_text_is_left_out_of_evaluation_and_never_blocks_training
         _, opened, _ = open_with(data, *flags, phase=phase)
         assert [dataset is None for dataset in opened.valid] == [True, False, True]
     print_warnings(opened.manifest)
-    said = capsys.readouterr().err
-    assert said.count("warning: ") == 2
-    assert "domain 'domain 0'" in said
-    assert "has 16 tokens" in said
+    stderr = capsys.readouterr().err
+    assert stderr.count("warning: ") == 2
+    assert "domain 'domain 0'" in stderr
+    assert "has 16 tokens" in stderr
     with IndexedDatasetWriter(data.parent / "domain1_valid", dtype_for(61)) as writer:
         writer.add_document([1])
     open_with(data)
@@ -146,7 +146,7 @@ def test_wrong_weights(flags, words, data):
 
 
 def test_a_megatron_list(data):
-    """Weights and prefixes in one text, as Megatron-LM takes them; the vocabulary's size comes by flag."""
+    """Weights and prefixes in one text in Megatron-LM's format; a flag gives the vocabulary's size."""
     listed = data.parent / "blend.txt"
     listed.write_text("3 domain0_train 1 domain2_train")
     with pytest.raises(ConfigError, match="--vocab-size"):
@@ -166,7 +166,7 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(reference):
         open_with(reference / "domains.json", "--save", str(reference / "run"))
 
 
-def test_another_tokenizers_weights_are_taken_when_told(data):
+def test_another_tokenizers_weights_are_accepted_by_flag(data):
     flags = weights_file(data, THIRD, format="megatron-doremi-weights/1", tokenizer_sha256="f" * 64)
     _, _, weights = open_with(data, *flags, "--allow-tokenizer-mismatch")
     assert weights.tolist() == pytest.approx([0.2, 0.3, 0.5])
@@ -201,7 +201,7 @@ def test_a_reference_that_does_not_fit(change, words, reference, tmp_path):
 
 
 def test_a_reference_of_before_a_field_existed(reference, tmp_path):
-    """config.json and state.json lack a field whose default is what was trained."""
+    """config.json and state.json have no field `normalization`; its default is what was trained."""
     shutil.copytree(reference, tmp_path / "copy")
     run = tmp_path / "copy" / "run"
     edit(run / "config.json", lambda e: e["gpt"].pop("normalization"))
@@ -227,10 +227,10 @@ def test_a_reference_that_is_none(reference, tmp_path):
         (["--tensor-model-parallel-size", "4"], ["num_query_groups 2", "multiple of --tensor-model-parallel-size 4"]),
     ],
 )
-def test_a_reference_that_the_layout_cannot_cut(layout, words, reference):
+def test_a_reference_that_the_layout_cannot_shard(layout, words, reference):
     larger = ["--num-layers", "4", "--num-query-groups", "4"]
-    said = reference_faults(reference, reference / "domains.json", *larger, *layout, world_size=4)
-    assert all(word in said for word in words)
+    faults = reference_faults(reference, reference / "domains.json", *larger, *layout, world_size=4)
+    assert all(word in faults for word in words)
 
 
 def run(*argv: str, launcher: list[str] | None = None) -> subprocess.CompletedProcess:
@@ -238,7 +238,7 @@ def run(*argv: str, launcher: list[str] | None = None) -> subprocess.CompletedPr
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_the_program_says_it_once_and_leaves_with_2(data, tmp_path):
+def test_the_program_reports_faults_once_and_exits_with_2(data, tmp_path):
     truncate(data.parent / "domain0_train.bin", 2)
     (data.parent / "domain1_train.idx").write_bytes(b"?")
     save = tmp_path / "save"
@@ -249,17 +249,17 @@ def test_the_program_says_it_once_and_leaves_with_2(data, tmp_path):
     assert not save.exists()
 
 
-def test_a_wrong_flag_is_said_without_importing_torch(data):
+def test_a_wrong_flag_is_reported_without_importing_torch(data):
     done = run("--phase", "main", "--lr", "quick")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert "--lr: quick" in done.stderr
     modules = "import sys, pretrain_doremi; print('torch' in sys.modules)"
-    said = subprocess.run([sys.executable, "-c", modules], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert said.stdout.strip() == "False"
+    imported = subprocess.run([sys.executable, "-c", modules], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert imported.stdout.strip() == "False"
 
 
-def test_under_a_launcher_one_rank_speaks(data, tmp_path):
+def test_under_a_launcher_one_rank_reports(data, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     flags = ["--phase", "main", "--domains", str(data), "--save", str(tmp_path / "s"), "--train-iters", "5", *MODEL]
     done = run(*flags, "--tensor-model-parallel-size", "3", launcher=torchrun)

@@ -1,4 +1,4 @@
-"""Runs the program on a damaged set-up and says what came of it: for the catalog of wrong input."""
+"""Runs the program on a damaged set-up for the catalog of wrong input; returns exit code, output and changed files."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class Case:
     """One mistake.
 
     Attributes:
-        words: of the message, all of which have to be there.
-        phase: what is run.
-        flags: besides those that a right run has; "@" stands for the set-up's folder.
-        damage: done to the set-up before; None where the flags or the environment are what is wrong.
-        environ: variables; "@" as above.
-        without: flags of the right run that are left out, with their values.
+        words: texts that the message must contain.
+        phase: the phase to run.
+        flags: added to the flags of a valid run; "@" stands for the set-up's folder.
+        damage: changes the set-up before the run; None if the mistake is in the flags or the environment.
+        environ: environment variables; "@" as above.
+        without: flags of a valid run to remove, with their values.
     """
 
     words: tuple[str, ...]
@@ -39,26 +39,26 @@ class Case:
 
 
 def edit(path: Path, change: Callable[[Any], Any]) -> None:
-    """Changes a JSON file; `change` alters what is read."""
+    """Changes a JSON file; `change` edits the parsed value in place."""
     entry = json.loads(path.read_text())
     change(entry)
     path.write_text(json.dumps(entry))
 
 
 def patch(path: Path, at: int, data: bytes) -> None:
-    """Overwrites bytes of a file."""
+    """Overwrites bytes of a file from offset `at`."""
     content = bytearray(path.read_bytes())
     content[at : at + len(data)] = data
     path.write_bytes(bytes(content))
 
 
-def cut(path: Path, count: int) -> None:
-    """Takes the last bytes off a file."""
+def truncate(path: Path, count: int) -> None:
+    """Removes the last `count` bytes of a file."""
     path.write_bytes(path.read_bytes()[:-count])
 
 
 def argv_of(case: Case, folder: Path) -> list[str]:
-    """The command line: a right one for the phase, with the case's flags."""
+    """The command line: a valid one for the phase, plus the case's flags."""
     words = ["--phase", case.phase, "--domains", f"{folder}/data/domains.json", "--train-iters", "3", *MODEL]
     words = read_by(case.phase, words)
     if case.phase != "evaluate":
@@ -70,7 +70,7 @@ def argv_of(case: Case, folder: Path) -> list[str]:
 
 
 def program(launch: Any, argv: list[str], environ: dict[str, str], output: str) -> None:
-    """pretrain_doremi.py as a program, in a process that has imported everything; leaves its exit code in a file."""
+    """Runs pretrain_doremi.py in a process that has imported everything; writes its exit code to a file."""
     import pretrain_doremi
     from megatron_doremi.errors import run_or_exit
 
@@ -97,28 +97,28 @@ def run_case(case: Case, setup: Path, folder: Path) -> tuple[str, str, list[str]
     if case.damage is not None:
         case.damage(folder)
     before = contents(folder)
-    with tempfile.TemporaryDirectory() as place:
-        output = f"{place}/output"
+    with tempfile.TemporaryDirectory() as temporary:
+        output = f"{temporary}/output"
         environ = {name: value.replace("@", str(folder)) for name, value in case.environ.items()}
-        processes, pipes = start_ranks(1, place, program, argv_of(case, folder), environ, output)
+        processes, pipes = start_ranks(1, temporary, program, argv_of(case, folder), environ, output)
         processes[0].join(60)
         hung = processes[0].is_alive()
         if hung:
             processes[0].kill()
         pipes[0].close()
         code = Path(output + ".code")
-        said = Path(output).read_text(errors="replace")
+        output_text = Path(output).read_text(errors="replace")
         after = contents(folder)
         changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
-        return "hung" if hung else code.read_text() if code.exists() else "died", said, changed
+        return "hung" if hung else code.read_text() if code.exists() else "died", output_text, changed
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """A hash of every file below a folder, and its folders; who held the lock of a run is no part of it."""
-    found = {}
+    """{path: hash} of the files and folders below a folder, except those of run locks."""
+    hashes = {}
     for path in folder.rglob("*"):
         if ".lock" in path.relative_to(folder).parts:
             continue
         data = path.read_bytes() if path.is_file() else b"folder"
-        found[str(path.relative_to(folder))] = hashlib.sha256(data).hexdigest()
-    return found
+        hashes[str(path.relative_to(folder))] = hashlib.sha256(data).hexdigest()
+    return hashes
