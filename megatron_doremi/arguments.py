@@ -28,6 +28,17 @@ _TITLES = {
 }
 
 
+# Placeholders of values, by type; of paths and mixtures, by flag.
+_METAVARS: dict[Any, str] = {
+    "int": "N",
+    "float": "X",
+    "str": "DIR",
+    "domains": "FILE",
+    "domain_weights": "MIXTURE",
+    "reference_losses": "{online,DIR}",
+}
+
+
 class _Parser(argparse.ArgumentParser):
     """A parser that raises its errors instead of exiting."""
 
@@ -60,8 +71,10 @@ def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field[Any]) -> 
         group.add_argument(name, nargs="+", metavar="NAME", help=text)
         return
     choices = field.metadata["choices"]
-    metavar = "{" + ",".join(map(str, choices)) + "}" if choices else field.name.rsplit("_", 1)[-1].upper()
-    default = f" (default: {field.default})" if field.default not in ("", 0, ()) else ""
+    metavar = "{" + ",".join(map(str, choices)) + "}" if choices else _METAVARS.get(field.name, _METAVARS[field.type])
+    # A 0 whose meaning the help text does not give is no value, but stands for "not given".
+    shown = field.default or (0 if choices or "0:" in text else "")
+    default = "" if shown in ("", ()) or "(default: " in text else f" (default: {shown})"
     group.add_argument(name, metavar=metavar, help=text + default)
 
 

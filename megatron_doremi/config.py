@@ -114,7 +114,11 @@ class ModelConfig:
 
     default_phases: ClassVar[tuple[str, ...]] = TRAINING
 
-    model_size: str = setting("", "a shape of the paper, in place of the five sizes below", tuple(PAPER_SHAPES))
+    model_size: str = setting(
+        "",
+        "a shape of the DoReMi paper (Xie et al. 2023), in place of sizes: layers, hidden, ffn, heads, channels",
+        tuple(PAPER_SHAPES),
+    )
     num_layers: int = setting(0, "transformer blocks", bounds=Bounds(0, MAX_LAYERS))
     hidden_size: int = setting(0, "width of the residual stream", bounds=WIDTH)
     ffn_hidden_size: int = setting(0, "width of the feed-forward layer (default: 4 x hidden size)", bounds=WIDTH)
@@ -190,7 +194,7 @@ class DoReMiConfig:
         "online",
         "source of the reference's token losses: online (a forward pass), or a folder that --phase score wrote",
     )
-    shard: int = setting(0, "score: index of this task of an array job, from 0", phases=(SCORE,), bounds=STEPS)
+    shard: int = setting(0, "score: index of this task of an array job; 0: the first", phases=(SCORE,), bounds=STEPS)
     num_shards: int = setting(1, "score: number of tasks of the array job", phases=(SCORE,), bounds=RANKS)
     doremi_step_size: float = setting(1.0, "step size eta of the domain weights", bounds=RATE)
     doremi_smoothing: float = setting(1e-3, "smoothing c: each of k weights stays at least c / k", bounds=DECAY)
@@ -232,7 +236,9 @@ class OptimizerConfig:
     lr_warmup_fraction: float = setting(0.06, "fraction of the run with linear warmup", bounds=SHARE)
     lr_warmup_iters: int = setting(0, "steps of linear warmup; overrides --lr-warmup-fraction", bounds=STEPS)
     lr_wsd_decay_fraction: float = setting(
-        0.1, "WSD: fraction of the run, at its end, in which the learning rate decays", bounds=SHARE
+        0.1,
+        "WSD (warmup, stable, decay): fraction of the run, at its end, in which the learning rate decays",
+        bounds=SHARE,
     )
     weight_decay: float = setting(
         0.01, "decoupled weight decay of matrices (biases and norms do not decay)", bounds=RATE

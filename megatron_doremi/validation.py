@@ -11,6 +11,7 @@ from megatron_doremi.config import (
     PAPER_SHAPES,
     SECTIONS,
     Config,
+    DoReMiConfig,
     GPTConfig,
     ModelConfig,
     ParallelConfig,
@@ -79,18 +80,10 @@ def _required(config: Config) -> list[Fault]:
             )
     elif data.phase == SCORE and data.max_epochs_per_domain:
         faults.append(_without_effect("--max-epochs-per-domain", "score reads it only for --domain-weights unimax"))
-    online = config.doremi.reference_losses == "online"
-    if data.phase == PROXY and config.doremi.doremi_objective != "hardest" and online:
-        need("reference_load", config.doremi.reference_load, "a proxy is trained against a reference's losses")
-    if data.phase == PROXY and config.doremi.reference_load:
-        if not online:
-            faults.append(
-                _without_effect(
-                    "--reference-load", "--reference-losses already names the source of the reference losses"
-                )
-            )
-        elif config.doremi.doremi_objective == "hardest":
-            faults.append(_without_effect("--reference-load", "--doremi-objective hardest reads no reference"))
+    if data.phase == SCORE and data.train_iters:
+        need("global_batch_size", data.global_batch_size, "--train-iters counts steps of the proxies' global batch")
+    if data.phase == PROXY:
+        faults += _reference_faults(config.doremi)
     holds_run = bool(run.save) and _holds_run(Path(run.save))
     if data.phase != EVALUATE and holds_run and not run.load:
         faults.append(
@@ -111,6 +104,25 @@ def _required(config: Config) -> list[Fault]:
             )
         )
     return faults
+
+
+def _reference_faults(doremi: DoReMiConfig) -> list[Fault]:
+    """Faults of a proxy's flags that name its reference."""
+    online, load = doremi.reference_losses == "online", doremi.reference_load
+    if doremi.doremi_objective == "hardest":
+        given = {"--reference-load": bool(load), "--reference-losses": not online}
+        rule = "--doremi-objective hardest reads no reference"
+        return [_without_effect(flag, rule) for flag, is_given in given.items() if is_given]
+    if not doremi.reference_losses:
+        rule = "online, or a folder that --phase score wrote"
+        return [Fault("--reference-losses", "empty", rule, "give one of these, or leave it out")]
+    if load and not online:
+        rule = "--reference-losses already names the source of the reference losses"
+        return [_without_effect("--reference-load", rule)]
+    if online and not load:
+        rule = "a proxy is trained against a reference's losses"
+        return [Fault("--reference-load", "not given", rule, "give --reference-load")]
+    return []
 
 
 def phase_faults(phase: str, given: Collection[str]) -> list[Fault]:

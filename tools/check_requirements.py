@@ -40,6 +40,9 @@ def mismatches(path: Path) -> list[str]:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2 or not Path(sys.argv[1]).is_file():
+        print("usage: python tools/check_requirements.py REQUIREMENTS_FILE", file=sys.stderr)
+        sys.exit(0 if "--help" in sys.argv else 2)
     messages = mismatches(Path(sys.argv[1]))
     print("\n".join(messages))
     sys.exit(1 if messages else 0)

@@ -13,8 +13,10 @@ With N_i the tokens of domain i, B the tokens that a run reads, and E the maximu
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +35,14 @@ _NAMES = "uniform, natural, temperature:T, unimax"
 def is_weights_file(setting: str) -> bool:
     """Whether --domain-weights names a file; "" is the phase's default mixture."""
     return setting not in ("", "given", "uniform", "natural", UNIMAX) and not setting.startswith(_TEMPERATURE)
+
+
+def similar_mixture(path: str) -> str | None:
+    """The mixture that a path of --domain-weights looks like a misspelling of; None if it looks like none."""
+    if "." in path.partition(":")[0] or os.sep in path:
+        return None
+    names = ("given", "uniform", "natural", "temperature", UNIMAX)
+    return next(iter(get_close_matches(path.partition(":")[0], names, n=1, cutoff=0.7)), None)
 
 
 @dataclass(frozen=True)
@@ -137,6 +147,9 @@ def resolve_weights(
             return manifest.natural_weights()
         weights = temperature_weights([domain.tokens for domain in manifest.domains], temperature)
         return positive_shares(subject, manifest, weights)
+    if similar_mixture(setting) and not Path(setting).exists():
+        rule = f"{_NAMES}, given, or a weights file that exists"
+        raise ConfigError(Fault("--domain-weights", setting, rule, f"did you mean {similar_mixture(setting)}?"))
     return load_weights(Path(setting), manifest, allow_tokenizer_mismatch, allow_unfinished)
 
 

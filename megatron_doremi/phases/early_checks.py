@@ -13,7 +13,7 @@ from megatron_doremi.data.manifest import load_manifest
 from megatron_doremi.errors import ConfigError, Fault
 from megatron_doremi.mixture.static import resolve_weights
 from megatron_doremi.phases.to_come import LOADED_RUN, REFERENCE_RUN, WEIGHTS, inputs_to_come
-from megatron_doremi.settings import EVALUATE, PHASES, PROXY, SCORE, UNIMAX
+from megatron_doremi.settings import EVALUATE, NO_EVALUATION, PROXY, SCORE, UNIMAX
 
 
 def file_faults(config: Config) -> list[Fault]:
@@ -25,13 +25,13 @@ def file_faults(config: Config) -> list[Fault]:
 
 
 def reference_faults(config: Config) -> list[Fault]:
-    """Faults of the model that a run loads, by itself: the data that it must fit cannot be read."""
+    """Faults of the config.json of the run that this run loads; needs no data."""
     phase, faults, to_come = config.data.phase, list[Fault](), inputs_to_come(config)
     if phase == EVALUATE and config.run.load and LOADED_RUN not in to_come:
-        _collect(faults, lambda: read_run_config(Path(config.run.load), "--load"))
+        _collect(faults, lambda: read_run_config(Path(config.run.load), LOADED_RUN))
     needed = phase == SCORE or (phase == PROXY and config.doremi.reference_losses == "online")
     if needed and config.doremi.reference_load and REFERENCE_RUN not in to_come:
-        _collect(faults, lambda: read_run_config(Path(config.doremi.reference_load), "--reference-load"))
+        _collect(faults, lambda: read_run_config(Path(config.doremi.reference_load), REFERENCE_RUN))
     return faults
 
 
@@ -43,8 +43,7 @@ def _data_faults(config: Config) -> list[Fault]:
     faults: list[Fault] = []
     vocab_size = manifest.tokenizer.vocab_size if manifest.tokenizer else config.data.vocab_size
     for domain in manifest.domains:
-        trains = config.data.phase in PHASES and config.data.phase != EVALUATE
-        for prefix in (domain.train if trains else None, domain.valid):
+        for prefix in (domain.train if config.data.phase in NO_EVALUATION else None, domain.valid):
             if prefix is not None:
                 _collect(faults, partial(IndexedDataset, prefix, vocab_size))
     setting = config.data.domain_weights

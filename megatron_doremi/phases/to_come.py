@@ -5,10 +5,11 @@ first stage has run. Inputs that exist are read and checked as in a run, which h
 from __future__ import annotations
 
 import os
+from difflib import get_close_matches
 
 from megatron_doremi.config import Config
-from megatron_doremi.mixture.static import is_weights_file
-from megatron_doremi.settings import EVALUATE, PROXY, SCORE
+from megatron_doremi.mixture.static import is_weights_file, similar_mixture
+from megatron_doremi.settings import EVALUATE, NO_EVALUATION, PROXY, SCORE
 
 WEIGHTS, LOSSES, REFERENCE_RUN, LOADED_RUN = "--domain-weights", "--reference-losses", "--reference-load", "--load"
 
@@ -16,24 +17,29 @@ WEIGHTS, LOSSES, REFERENCE_RUN, LOADED_RUN = "--domain-weights", "--reference-lo
 def inputs_to_come(config: Config) -> dict[str, str]:
     """The flags of a dry run whose file or folder does not exist yet, each with a line that names the stand-in.
 
-    Empty without --dry-run. A folder that exists is read, even if its run has no checkpoint yet.
+    Empty without --dry-run. A folder that exists is read, even if its run has no checkpoint yet; a path that looks like
+    a misspelled keyword (`unifrom`) is no file to come.
     """
-    phase, doremi = config.data.phase, config.doremi
-    stand_ins: dict[str, tuple[str, str]] = {}
-    if is_weights_file(config.data.domain_weights) and phase != EVALUATE:
-        stand_ins[WEIGHTS] = (config.data.domain_weights, "uniform weights stand in; no cap on epochs is checked")
-    if phase == PROXY and doremi.reference_losses != "online":
-        stand_ins[LOSSES] = (doremi.reference_losses, "its losses are not checked")
-    if phase == PROXY and doremi.reference_losses == "online" and doremi.reference_load:
-        stand_ins[REFERENCE_RUN] = (doremi.reference_load, "a reference of the proxy's own shape stands in")
-    if phase == SCORE and doremi.reference_load:
-        stand_ins[REFERENCE_RUN] = (doremi.reference_load, "the shape that the model flags give stands in")
-    if phase == EVALUATE and config.run.load:
-        stand_ins[LOADED_RUN] = (config.run.load, "the shape that the model flags give stands in")
     if not config.run.dry_run:
         return {}
+    phase, doremi, weights = config.data.phase, config.doremi, config.data.domain_weights
+    stand_ins: dict[str, tuple[str, str]] = {}
+    if phase in NO_EVALUATION and is_weights_file(weights) and not similar_mixture(weights):
+        stand_ins[WEIGHTS] = (weights, "uniform weights stand in; no cap on epochs is checked")
+    if (
+        phase == PROXY
+        and doremi.reference_losses != "online"
+        and not get_close_matches(doremi.reference_losses, ["online"], cutoff=0.8)
+    ):
+        stand_ins[LOSSES] = (doremi.reference_losses, "its losses are not checked")
+    if phase == PROXY and doremi.reference_losses == "online":
+        stand_ins[REFERENCE_RUN] = (doremi.reference_load, "a reference of the proxy's own shape stands in")
+    if phase == SCORE:
+        stand_ins[REFERENCE_RUN] = (doremi.reference_load, "the shape of the model flags stands in")
+    if phase == EVALUATE:
+        stand_ins[LOADED_RUN] = (config.run.load, "the shape of the model flags stands in")
     return {
         flag: f"{flag} {path} does not exist yet: {line}"
         for flag, (path, line) in stand_ins.items()
-        if not os.path.lexists(path)
+        if path and not os.path.lexists(path)
     }

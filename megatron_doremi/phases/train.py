@@ -141,8 +141,8 @@ class Trainer:
         if self.iteration < total:
             why = REASONS.get(stop, "--exit-interval")
             log.say(
-                f"stopped and saved after iteration {self.iteration:,} of {total:,}: {why}; run the same command, with "
-                "--load, to resume"
+                f"stopped and saved after iteration {self.iteration:,} of {total:,}: {why}; to resume, run "
+                f"the same command with --load {config.run.save}"
             )
         log.close()
         return stop != KEEP_RUNNING and self.iteration < total

@@ -41,7 +41,7 @@ def describe_plan(
     lines = [
         json.dumps(resolved_settings(plan, weights_setting), indent=2),
         f"layout: tensor {topology.tensor_size} x pipeline {topology.pipe_size} x data {topology.data_size} "
-        f"= {topology.world_size} ranks" + (f", ZeRO {config.parallel.zero_stage}" if trains else ""),
+        f"= {_count(topology.world_size, 'rank')}" + (f", ZeRO {config.parallel.zero_stage}" if trains else ""),
         f"precision: {precision}",
         *_sizes(plan, controller.before_backward, reference),
         *(_budget(plan) if trains else ["a forward pass: [{}, {}] per replica".format(*plan.batch_shape)]),
@@ -75,19 +75,19 @@ def resolved_settings(plan: RunPlan, weights_setting: str) -> dict[str, dict[str
 
 
 def _sizes(plan: RunPlan, alternating: bool, reference: GPTConfig | None) -> list[str]:
-    """Parameters, and bytes of the fullest rank; a reference is never sharded over replicas."""
+    """Parameters, and bytes on the rank that holds most. Replicas do not share a reference."""
     config, gpt, topology = plan.config, plan.gpt, plan.topology
     layout = (topology.tensor_size, topology.pipe_size)
     largest, total = max(parameters_by_stage(gpt, *layout)), sum(parameters_by_layer(gpt, 1))
     trains = config.data.phase in TRAINING
     state = state_bytes_per_parameter(config, topology.data_size) if trains else plan.dtype.itemsize
-    memory = [f"{largest * state / 2**30:.2f} GiB of weights" + (", gradients and optimizer state" if trains else "")]
+    memory = [f"{_size(largest * state)} of weights" + (", gradients and optimizer state" if trains else "")]
     if trains:
         activations, held = held_activations(plan, alternating)
-        memory.append(f"{activations / 2**30:.2f} GiB of activations of {held} micro-batches")
+        memory.append(f"{_size(activations)} of activations of {_count(held, 'micro-batch', 'es')}")
     if reference is not None:
         size = max(parameters_by_stage(reference, *layout)) * plan.dtype.itemsize
-        memory.append(f"{size / 2**30:.2f} GiB of the reference's weights")
+        memory.append(f"{_size(size)} of the reference's weights")
     return [
         f"parameters: {total:,} (vocabulary {gpt.vocab_size:,} tokens), at most {largest:,} per rank",
         f"memory per rank: {', '.join(memory)} (docs/memory.md)",
@@ -97,8 +97,8 @@ def _sizes(plan: RunPlan, alternating: bool, reference: GPTConfig | None) -> lis
 def _budget(plan: RunPlan) -> list[str]:
     micro_batch, seq_length = plan.batch_shape
     return [
-        f"a step: {plan.global_batch_size:,} windows = {plan.step_tokens:,} tokens in {plan.micro_batches} "
-        f"micro-batches per rank, each [{micro_batch}, {seq_length}]",
+        f"a step: {plan.global_batch_size:,} windows = {plan.step_tokens:,} tokens in "
+        f"{_count(plan.micro_batches, 'micro-batch', 'es')} per rank, each [{micro_batch}, {seq_length}]",
         f"the run: {plan.config.data.train_iters:,} steps = {plan.tokens:,} tokens",
     ]
 
@@ -109,8 +109,11 @@ def _mixture(plan: RunPlan, controller: MixtureController, weights_setting: str)
     if phase == EVALUATE:
         return []
     if phase == SCORE:
-        reads = "what a proxy with these weights and steps reads" if plan.config.data.train_iters else "all windows"
-        return [f"to record: {reads}, {sum(plan.windows_needed):,} windows at most; sampling weights {weights_setting}"]
+        total = f"{sum(plan.windows_needed):,}"
+        if not plan.config.data.train_iters:
+            return [f"to record: all {total} windows"]
+        steps = f"{plan.config.data.train_iters:,} steps under sampling weights {weights_setting}"
+        return [f"to record: the windows that a proxy reads in {steps}, at most {total}"]
     start = "sampling weights" if controller.samples_ahead else "sampling weights of the first step"
     return [f"mixture: {controller.method}; {start}: {weights_setting}"]
 
@@ -121,6 +124,7 @@ def _columns(plan: RunPlan, controller: MixtureController, held_out_counts: Sequ
     columns = {"domain": [json.dumps(name, ensure_ascii=False)[1:-1] for name in plan.names]}
     if phase != EVALUATE:
         columns["windows"] = [f"{count:,}" for count in plan.window_counts]
+    if phase in TRAINING or (phase == SCORE and plan.config.data.train_iters):
         columns["weight"] = [f"{weight:.4f}" for weight in plan.sampling_weights]
     if phase == SCORE:
         columns["to record"] = [f"{count:,}" for count in plan.windows_needed]
@@ -129,6 +133,15 @@ def _columns(plan: RunPlan, controller: MixtureController, held_out_counts: Sequ
     if phase != SCORE:
         columns["held-out windows"] = [f"{count:,}" for count in held_out_counts]
     return columns
+
+
+def _size(count: float) -> str:
+    """A number of bytes."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"
+
+
+def _count(number: int, noun: str, plural: str = "s") -> str:
+    return f"{number:,} {noun}{'' if number == 1 else plural}"
 
 
 def _table(columns: dict[str, list[str]]) -> list[str]:

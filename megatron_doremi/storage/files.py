@@ -131,11 +131,12 @@ def sha256_of(path: Path, progress: Callable[[], None] = lambda: None) -> str:
     return digest.hexdigest()
 
 
-def read_json_object(path: Path, subject: str) -> dict[str, Any]:
+def read_json_object(path: Path, subject: str, remedy: str = "give such a file") -> dict[str, Any]:
     """Reads a file that holds one JSON object.
 
     Args:
         subject: the file's name in messages, such as "--domains data/domains.json".
+        remedy: what the user should do if the file cannot be read.
 
     Raises:
         ConfigError: the file cannot be read, is not JSON, is not an object, or has a duplicate key (the json module
@@ -155,7 +156,5 @@ def read_json_object(path: Path, subject: str) -> dict[str, Any]:
         if not isinstance(content, dict):
             raise ValueError(f"a JSON {type(content).__name__}")
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(
-            Fault(subject, str(error), "a readable file that holds one JSON object", "give such a file")
-        ) from error
+        raise ConfigError(Fault(subject, str(error), "a readable file that holds one JSON object", remedy)) from error
     return content

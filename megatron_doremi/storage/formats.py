@@ -81,12 +81,12 @@ def read_checked(path: Path, subject: str, schema: type[SchemaType], remedy: str
 
     Args:
         subject: the file's name in messages, such as "--domains data/domains.json".
-        remedy: what the user should do if the file violates the schema.
+        remedy: what the user should do if the file cannot be read or violates the schema.
 
     Raises:
         ConfigError: with all faults; a file written by a newer version of this program is reported as such.
     """
-    return check_entry(read_json_object(path, subject), subject, schema, remedy)
+    return check_entry(read_json_object(path, subject, remedy), subject, schema, remedy)
 
 
 def check_entry(entry: Mapping[str, Any], subject: str, schema: type[SchemaType], remedy: str) -> SchemaType:

@@ -16,9 +16,12 @@ import pytest
 from phases.small import MODEL, read_by
 
 from megatron_doremi.arguments import parse_config
+from megatron_doremi.data.reference_losses import ReferenceLossFolder
 from megatron_doremi.errors import ConfigError
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.phases.inputs import open_inputs, plan_text
+from megatron_doremi.phases.run_data import open_data
+from megatron_doremi.phases.score import data_fingerprint
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = MODEL[: MODEL.index("--seq-length")]
@@ -115,6 +118,34 @@ def test_what_exists_is_checked(data, reference, tmp_path):
     (tmp_path / "weights.json").write_text(json.dumps(dict.fromkeys(("domain 0", "domain 1", "domain 2"), 1.0)))
     with pytest.raises(ConfigError, match=r"0\.20 epochs: 19 of 93 windows"):
         dry_run(data, "main", *cap)
+
+
+@pytest.mark.parametrize(
+    ("phase", "flags", "rule"),
+    [
+        ("main", "--domain-weights unifrom", "did you mean uniform?"),
+        ("main", "--domain-weights temperatur:2", "did you mean temperature?"),
+        ("proxy", "--reference-losses onlin", "scores.json"),
+        ("proxy", "--reference-losses", "--reference-losses: empty"),
+        ("proxy", "--doremi-objective hardest --reference-losses losses", "hardest reads no reference"),
+        ("score", "--reference-load r --global-batch-size 0", "--global-batch-size: not given"),
+    ],
+)
+def test_a_mistake_is_no_file_to_come(phase, flags, rule, data):
+    words = flags.split()
+    with pytest.raises(ConfigError) as caught:
+        dry_run(data, phase, *words, *([""] if len(words) % 2 else []))
+    assert rule in str(caught.value)
+
+
+def test_recorded_losses_are_checked(data, tmp_path):
+    """What a proxy finds after joining, its dry run finds too: here no window is recorded."""
+    argv = ["--phase", "proxy", "--domains", str(data), "--train-iters", "7", *MODEL, "--save", "s"]
+    config = parse_config([*argv, "--reference-losses", str(tmp_path / "losses")], 1)
+    fingerprint = data_fingerprint(config, open_data(config, training=True)[0])
+    ReferenceLossFolder(tmp_path / "losses", {**fingerprint, "reference": "0" * 64, "reference_iteration": 2})
+    with pytest.raises(ConfigError, match="20 windows"):
+        dry_run(data, "proxy", "--reference-losses", str(tmp_path / "losses"))
 
 
 def test_a_run_has_no_stand_ins(data, tmp_path):
