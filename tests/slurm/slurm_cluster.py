@@ -37,11 +37,11 @@ PartitionName=all Nodes=n[1-2] Default=YES OverSubscribe=FORCE:4 MaxTime=60 Stat
 """
 
 
-def wait_for(condition, seconds: float, what: str) -> None:
-    """Waits until condition() holds; fails, saying `what`, where it does not in time."""
+def wait_for(condition, seconds: float, description: str) -> None:
+    """Waits until condition() holds; fails with `description` after `seconds`."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, f"not within {seconds:.0f} s: {what}"
+        assert time.monotonic() < end, f"not within {seconds:.0f} s: {description}"
         time.sleep(0.2)
 
 
@@ -51,7 +51,7 @@ def quiet(*command: str) -> bool:
 
 
 def install() -> None:
-    """Installs SLURM and munge where they are missing; skips the test where that cannot be."""
+    """Installs SLURM and munge if they are missing; skips the test if they cannot be installed."""
     if os.geteuid() != 0:
         pytest.skip("a SLURM on this machine takes root")
     if all(map(shutil.which, ("slurmctld", "slurmd", "munged"))):
@@ -68,7 +68,7 @@ def install() -> None:
 
 
 def start_munge() -> subprocess.Popen | None:
-    """Starts munged; None where one is running."""
+    """Starts munged; None if one is already running."""
 
     def answers() -> bool:
         return quiet("bash", "-c", "munge -n | unmunge")
@@ -88,7 +88,7 @@ def start_munge() -> subprocess.Popen | None:
 
 @contextlib.contextmanager
 def cluster(folder: Path) -> Iterator[dict[str, str]]:
-    """Starts the cluster and yields the environment in which its commands find it."""
+    """Starts the cluster and yields the environment for its commands."""
     install()
     if Path("/etc/slurm/slurm.conf").exists():
         pytest.skip("this machine has a SLURM of its own")

@@ -19,7 +19,7 @@ OUT={folder}/run
 TRAINING=() SMALL_MODEL=() REFERENCE=() PROXY=() MAIN_MODEL=() SCORE=(--seq-length 16)
 TRAIN_FILES=(a.jsonl) VALID_FILES=(b.jsonl) TOKENIZER=t
 """
-# Says what it was told.
+# Prints its arguments and variables.
 SRUN = 'echo "srun: $* addr=$MASTER_ADDR port=${MASTER_PORT-} end=${SLURM_JOB_END_TIME-} cpus=${SRUN_CPUS_PER_TASK-}"'
 QUIET = {"squeue": "exit 1", "scontrol": "[ $1 = requeue ] || echo n1", "srun": SRUN, "sbatch": "echo 7"}
 
@@ -37,12 +37,12 @@ class Slurm:
             path = self.folder / name
             path.write_text(f'#!/bin/bash\necho "{name} $*" >> "{self.calls}"\n{does}\n')
             path.chmod(0o755)
-        told = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "MASTER"))}
-        told |= {"PATH": f"{self.folder}:{os.environ['PATH']}", "PYTHON": "python", "SLURM_SUBMIT_DIR": str(ROOT)}
-        told |= {"EXPERIMENT": str(self.folder / "experiment.sh"), "TZ": "UTC", "SLURM_JOB_ID": "7"}
-        told |= {"SLURM_JOB_NODELIST": "n[1-2]", **(environ or {})}
+        variables = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "MASTER"))}
+        variables |= {"PATH": f"{self.folder}:{os.environ['PATH']}", "PYTHON": "python", "SLURM_SUBMIT_DIR": str(ROOT)}
+        variables |= {"EXPERIMENT": str(self.folder / "experiment.sh"), "TZ": "UTC", "SLURM_JOB_ID": "7"}
+        variables |= {"SLURM_JOB_NODELIST": "n[1-2]", **(environ or {})}
         command = ["bash", str(SCRIPTS / script), *words]
-        return subprocess.run(command, env=told, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+        return subprocess.run(command, env=variables, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
 
     def called(self, name: str) -> list[str]:
         lines = self.calls.read_text().splitlines() if self.calls.exists() else []
@@ -99,7 +99,7 @@ def test_srun_takes_the_cores_of_the_job(slurm):
 
 
 def tasks_end(*codes: int) -> str:
-    """srun whose tasks leave with these codes; negative: by a signal."""
+    """An srun whose tasks exit with these codes; a negative code is a signal."""
     says = [
         f"srun: error: n1: task {k}: {'Killed' if code < 0 else f'Exited with exit code {code}'}"
         for k, code in enumerate(codes)
@@ -121,7 +121,7 @@ def tasks_end(*codes: int) -> str:
     ],
 )
 def test_only_a_job_that_was_stopped_everywhere_is_requeued(codes, code, requeued, slurm):
-    """srun leaves with the highest code: 3, also where another rank failed with 1."""
+    """srun exits with the highest code: 3, even if another rank failed with 1."""
     done = slurm.run("main.sbatch", srun=tasks_end(*codes))
     assert done.returncode == code, done.stderr
     assert bool(slurm.called("scontrol requeue 7")) == requeued
@@ -142,7 +142,7 @@ def test_only_a_job_that_was_stopped_everywhere_is_requeued(codes, code, requeue
     ids=["5000 failed", "5000 stopped", "no line", "no task", "failed without a line"],
 )
 def test_every_line_of_srun_is_read(lines, code, requeued, slurm):
-    """A reader that left at the first failed task made "all stopped" of 80 lines and more. Where srun names no task
+    """A reader that ended at the first failed task reported "all stopped" for 80 or more lines. If srun names no task
     (--quiet), its own exit code, the highest of all tasks, decides."""
     done = slurm.run("main.sbatch", srun=f"{lines} >&2; exit {code}")
     assert done.returncode == (code if requeued or code != 3 else 1), done.stderr[-1000:]

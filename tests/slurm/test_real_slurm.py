@@ -1,4 +1,4 @@
-"""The batch scripts on a real SLURM: the whole of DoReMi over two nodes, and a job that is told to stop.
+"""The batch scripts on a real SLURM: all stages of DoReMi over two nodes, and a job that receives a stop signal.
 
 Run alone: python -m pytest tests/slurm/test_real_slurm.py
 """
@@ -18,7 +18,7 @@ from slurm.slurm_cluster import cluster, wait_for
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
-# One task a node, so that the ranks of a job meet over the network.
+# One task per node, so that a job's ranks communicate over the network.
 SITE = """
 PYTHON={python}
 export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= MASTER_ADDR=127.0.0.1
@@ -56,7 +56,7 @@ def slurm(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A small corpus and its tokenizer, and what the scripts are told."""
+    """A folder with a small corpus, its tokenizer and the site's settings."""
     folder = tmp_path_factory.mktemp("work")
     (folder / "corpus").mkdir()
     for split, count in (("train", 240), ("valid", 48)):
@@ -79,14 +79,14 @@ def experiment(folder: Path, name: str, iters: int) -> Path:
     return path
 
 
-def said(words: list[str], environ: dict[str, str]) -> str:
+def stdout_of(words: list[str], environ: dict[str, str]) -> str:
     done = subprocess.run(words, env=environ, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def shown(job: str, environ: dict[str, str]) -> str:
-    return said(["scontrol", "show", "job", job, "--oneliner"], environ)
+    return stdout_of(["scontrol", "show", "job", job, "--oneliner"], environ)
 
 
 def state_of(job: str, environ: dict[str, str]) -> str:
@@ -94,8 +94,8 @@ def state_of(job: str, environ: dict[str, str]) -> str:
 
 
 def start_soon(job: str, environ: dict[str, str]) -> None:
-    """SLURM lets a requeued job wait for two minutes; nodes refuse it within the second of the requeue."""
-    said(["scontrol", "update", f"JobId={job}", "StartTime=now+3"], environ)
+    """Starts a requeued job in 3 s: SLURM delays it by two minutes; nodes refuse it in the second of the requeue."""
+    stdout_of(["scontrol", "update", f"JobId={job}", "StartTime=now+3"], environ)
 
 
 def logs(folder: Path, last: int = 3000) -> str:
@@ -104,9 +104,9 @@ def logs(folder: Path, last: int = 3000) -> str:
 
 
 def run_all(folder: Path, environ: dict[str, str], script: Path, *stages: str) -> dict[str, str]:
-    """Submits; returns the job of each stage, by its name and first argument."""
-    told = {**environ, "SITE": str(folder / "site.sh"), "STAGES": " ".join(stages)}
-    printed = said(["bash", "examples/slurm/run_all.sh", str(script)], told)
+    """Submits the stages; returns {stage's name and first argument: job}."""
+    variables = {**environ, "SITE": str(folder / "site.sh"), "STAGES": " ".join(stages)}
+    printed = stdout_of(["bash", "examples/slurm/run_all.sh", str(script)], variables)
     jobs = [line.split(": job ") for line in printed.splitlines() if ": job " in line]
     return {name.strip().split(" /")[0]: job for name, job in jobs}
 
@@ -117,11 +117,11 @@ def finish(folder: Path, environ: dict[str, str], job: str, seconds: float) -> N
         wait_for(lambda: state_of(job, environ) in ended, seconds, f"the end of job {job}")
         assert state_of(job, environ) == "COMPLETED"
     except AssertionError as error:
-        queue = said(["squeue"], environ)
+        queue = stdout_of(["squeue"], environ)
         raise AssertionError(f"{error}\n{queue}\n{logs(folder)}") from error
 
 
-def test_the_whole_of_doremi(slurm, folder):
+def test_all_stages_of_doremi(slurm, folder):
     stages = ["reference", "score", "proxy", "main"]
     jobs = run_all(folder, slurm, experiment(folder, "small", 40), "preprocess", *stages)
     assert list(jobs) == ["preprocess train", "merge train", "preprocess valid", "merge valid", *stages]
@@ -136,7 +136,7 @@ def test_the_whole_of_doremi(slurm, folder):
         assert (folder / "run" / phase / "checkpoints" / "iter_0000040" / "state.json").exists()
     config = json.loads((folder / "run" / "main" / "config.json").read_text())
     assert config["sampling_weights"] == pytest.approx(weights)
-    # Submitted again, everything is there already.
+    # Submitted again, every stage finds its output complete.
     before = (folder / "run" / "main" / "metrics.jsonl").read_text()
     again = run_all(folder, slurm, folder / "small.sh", "proxy", "main")
     finish(folder, slurm, again["main"], 120)
@@ -144,7 +144,7 @@ def test_the_whole_of_doremi(slurm, folder):
 
 
 def test_a_job_that_is_told_to_stop_saves_requeues_and_finishes(slurm, folder):
-    """Its metrics equal those of a run that nobody disturbed, and the job that waits for it waits on."""
+    """Its metrics equal those of an undisturbed run, and the dependent job keeps waiting."""
     if not (folder / "data" / "domains.json").exists():
         jobs = run_all(folder, slurm, experiment(folder, "small", 40), "preprocess")
         finish(folder, slurm, jobs["merge valid"], 120)
@@ -160,7 +160,7 @@ def test_a_job_that_is_told_to_stop_saves_requeues_and_finishes(slurm, folder):
             try:
                 lines = save / "metrics.jsonl"
                 wait_for(lambda p=lines: p.exists() and p.read_text().count("\n") >= 20, 60, "twenty steps")
-                said(["scancel", "--signal=USR1", job], slurm)
+                stdout_of(["scancel", "--signal=USR1", job], slurm)
                 wait_for(lambda j=job: state_of(j, slurm) == "PENDING", 60, "the requeue")
             except AssertionError as error:
                 raise AssertionError(f"{error}\n{logs(folder / name)}") from error
@@ -177,7 +177,7 @@ def test_a_job_that_is_told_to_stop_saves_requeues_and_finishes(slurm, folder):
     assert len(runs["disturbed"]) == 200
 
 
-# Stands in for Python: the first time that a script is told to stop, it leaves as a run does that has saved.
+# Stands in for Python: on a script's first stop signal it exits as a run does that has saved.
 STAND_IN = """#!/bin/bash
 echo run >> {folder}/$SLURM_ARRAY_JOB_ID.$SLURM_ARRAY_TASK_ID.$SLURM_PROCID
 if [ "$SLURM_ARRAY_TASK_ID" = "$STOPPED" ] && [ "$SLURM_RESTART_COUNT" = "" ]; then
@@ -188,16 +188,18 @@ sleep 3
 
 
 def test_a_stopped_task_of_an_array_requeues_itself_alone(slurm, folder, tmp_path):
-    """Each of two tasks in turn, for one of them has the number of the whole array."""
+    """Tests both tasks in turn, because one of them has the array's job number."""
     stand_in = tmp_path / "python"
     stand_in.write_text(STAND_IN.format(folder=tmp_path))
     stand_in.chmod(0o755)
     (tmp_path / "site.sh").write_text(SITE.format(python=stand_in))
-    told = {"SITE": str(tmp_path / "site.sh"), "STAGES": "score"}
+    variables = {"SITE": str(tmp_path / "site.sh"), "STAGES": "score"}
     script = experiment(folder, "array", 40)
     arrays = {}
     for stopped in "01":
-        printed = said(["bash", "examples/slurm/run_all.sh", str(script)], {**slurm, **told, "STOPPED": stopped})
+        printed = stdout_of(
+            ["bash", "examples/slurm/run_all.sh", str(script)], {**slurm, **variables, "STOPPED": stopped}
+        )
         arrays[stopped] = printed.split(": job ")[1].split()[0]
     for stopped, array in arrays.items():
         task = f"{array}_{stopped}"

@@ -1,4 +1,4 @@
-"""The batch scripts without a SLURM: each one's flags, by a dry run, for a small experiment and for The Pile's.
+"""The batch scripts without SLURM: a dry run checks each script's flags for a small experiment and for The Pile.
 
 Run alone: python -m pytest tests/slurm/test_scripts.py
 """
@@ -31,10 +31,10 @@ MAIN_MODEL=(--num-layers 4 --hidden-size 64 --num-attention-heads 4 --tensor-mod
 
 def script(name: str, *words: str, **environ: object) -> subprocess.CompletedProcess:
     """Runs a script with a job's variables."""
-    told = {**os.environ, "PYTHON": sys.executable, "SLURM_SUBMIT_DIR": str(ROOT)}
-    told |= {key: str(value) for key, value in environ.items()}
+    variables = {**os.environ, "PYTHON": sys.executable, "SLURM_SUBMIT_DIR": str(ROOT)}
+    variables |= {key: str(value) for key, value in environ.items()}
     words = ("bash", str(SCRIPTS / name), *words)
-    return subprocess.run(words, env=told, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(words, env=variables, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("examples/**/*.s*")), ids=lambda path: path.name)
@@ -47,7 +47,7 @@ def test_bash_parses_it_and_stops_at_errors(path):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """An experiment of which nothing but the data exists."""
+    """An experiment whose data exist and whose runs do not."""
     folder = tmp_path_factory.mktemp("small")
     (folder / "data").mkdir()
     write_data(folder / "data", tokens=300)
@@ -56,10 +56,10 @@ def small(tmp_path_factory):
 
 
 def settings_of(done: subprocess.CompletedProcess) -> tuple[dict, str]:
-    """The settings that a dry run printed, and what it said of sizes."""
+    """The settings that a dry run printed, and the lines after them."""
     assert done.returncode == 0, done.stderr
-    text, _, rest = done.stdout.partition("\nlayout: ")
-    return json.loads(text), rest
+    text, _, layout_lines = done.stdout.partition("\nlayout: ")
+    return json.loads(text), layout_lines
 
 
 WEIGHTS = {
@@ -73,11 +73,11 @@ WEIGHTS = {
 @pytest.mark.parametrize("phase", PHASES)
 def test_the_flags_of_each_phase(phase, small):
     task = {"SLURM_ARRAY_TASK_ID": 1, "SLURM_ARRAY_TASK_COUNT": 3}
-    settings, rest = settings_of(script(f"{phase}.sbatch", EXPERIMENT=small / "small.sh", DRY_RUN=4, **task))
+    settings, layout_lines = settings_of(script(f"{phase}.sbatch", EXPERIMENT=small / "small.sh", DRY_RUN=4, **task))
     assert settings["data"]["phase"] == phase
     assert settings["data"]["train_iters"] == 2
     assert settings["data"]["domains"] == f"{small}/data/domains.json"
-    assert rest.startswith(f"tensor {2 if phase == 'main' else 1} x ")
+    assert layout_lines.startswith(f"tensor {2 if phase == 'main' else 1} x ")
     assert settings["model"]["hidden_size"] == (64 if phase == "main" else 32)
     assert settings["data"]["domain_weights"] == WEIGHTS[phase].format(small)
     if phase == "score":
@@ -88,7 +88,7 @@ def test_the_flags_of_each_phase(phase, small):
         assert settings["doremi"]["reference_losses"] == f"{small}/run/scores"
     missing = {"score": "/reference", "proxy": "/scores", "main": "/proxy/domain_weights.json"}
     if phase in missing:
-        assert f"{small}/run{missing[phase]} does not exist yet: " in rest
+        assert f"{small}/run{missing[phase]} does not exist yet: " in layout_lines
     assert not (small / "run").exists()
 
 
@@ -116,7 +116,7 @@ def pile(tmp_path_factory):
 )
 def test_the_papers_hyperparameters(phase, ranks, shape, layout, pile):
     """Xie et al. 2023, section 3 and its appendix on training."""
-    settings, rest = settings_of(script(f"{phase}.sbatch", DRY_RUN=ranks, DATA=pile, OUT=pile))
+    settings, layout_lines = settings_of(script(f"{phase}.sbatch", DRY_RUN=ranks, DATA=pile, OUT=pile))
     data, optimizer = settings["data"], settings["optimizer"]
     sizes = ("num_layers", "num_attention_heads", "kv_channels", "hidden_size", "ffn_hidden_size")
     assert tuple(settings["model"][name] for name in sizes) == PAPER_SHAPES[shape]
@@ -127,8 +127,8 @@ def test_the_papers_hyperparameters(phase, ranks, shape, layout, pile):
         doremi = settings["doremi"]
         assert (doremi["doremi_step_size"], doremi["doremi_smoothing"]) == (1.0, 1e-3)
         assert (doremi["doremi_update"], doremi["doremi_normalization"]) == ("alternating", "domain")
-    assert rest.startswith(layout)
-    assert "512 windows = 524,288 tokens" in rest
+    assert layout_lines.startswith(layout)
+    assert "512 windows = 524,288 tokens" in layout_lines
 
 
 def test_what_is_wrong_is_said(small, tmp_path):

@@ -1,4 +1,4 @@
-"""Mutates every file of recorded losses a thousand times: right losses or a ConfigError, never a traceback.
+"""Mutates every file of recorded losses a thousand times: reads give right losses or a ConfigError, no traceback.
 
     python tests/soak/fuzz_losses.py --cases 1000 --seed 0
 

@@ -1,4 +1,4 @@
-"""The command line of a soak test that reads mutated files: kinds, cases and seed in, counts of answers out."""
+"""The command line of soak tests that read mutated files: takes kinds, cases and seed, prints counts of outcomes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two replicas that score, one of them slower by more than a collective waits: the run ends well, with all windows.
+"""Two replicas score, one slower by more than the collectives' timeout: the run completes with all windows.
 
     python tests/soak/score_apart.py --collective-seconds 10 --behind-seconds 25
 
@@ -22,16 +22,16 @@ from phases.small import MODEL, read_by, train, write_data
 from ranks import on_ranks, program
 
 
-def slow_program(launch: Any, argv: list[str], collective: float, behind: float) -> int:
-    """The program, with impatient collectives; rank 1 takes its time over every chunk."""
+def slow_program(launch: Any, argv: list[str], timeout: float, delay: float) -> int:
+    """Runs the program with short collective timeouts; rank 1 sleeps for each chunk."""
     from megatron_doremi.cluster import process_group
     from megatron_doremi.phases.score import _Replica
 
-    process_group.timedelta = lambda **_: timedelta(seconds=collective)  # type: ignore[attr-defined]
+    process_group.timedelta = lambda **_: timedelta(seconds=timeout)  # type: ignore[attr-defined]
     losses = _Replica._losses
 
     def slow(self: _Replica, *arguments: Any) -> Any:
-        time.sleep(behind if launch.rank == 1 else 0.0)
+        time.sleep(delay if launch.rank == 1 else 0.0)
         return losses(self, *arguments)
 
     _Replica._losses = slow  # type: ignore[method-assign]
@@ -44,8 +44,8 @@ def main() -> None:
     parser.add_argument("--collective-seconds", type=float, default=10.0, help="(default: 10)")
     parser.add_argument("--behind-seconds", type=float, default=25.0, help="(default: 25)")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as own:
-        folder = Path(own)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         data = write_data(folder, tokens=600)
         train(1, "reference", data, folder / "reference", 1)
         argv = ["--phase", "score", "--domains", str(data), "--save", str(folder / "scores"), *read_by("score", MODEL)]
