@@ -1,11 +1,11 @@
-"""Seconds of training that a checkpoint costs: DeepSpeed's own, ours waited for, ours written in the background.
+"""Training time lost to a checkpoint: DeepSpeed's format, ours written synchronously, ours in the background.
 
     python -m torch.distributed.run --standalone --nproc-per-node 2 benchmarks/checkpoint.py --output-dir /tmp/c
 
-Rounds of the same number of steps take turns, one without a checkpoint and one with each kind after its first step, so
-that whatever else the machine does meets all of them. `stopped` is the time in which nothing is trained, `lost` what
-the round took longer than the one without. On a CPU the writing thread takes time from the training; on a GPU it does
-not, and what is left is the copy to the host.
+Rounds of equal length alternate, one without a checkpoint and one with each kind after its first step, so that other
+load on the machine affects all of them equally. `stopped` is the time during which training pauses, `lost` the round's
+time beyond that of the round without a checkpoint. On a CPU the writing thread slows the training; on a GPU only the
+copy to the host costs time.
 """
 
 from __future__ import annotations
@@ -51,9 +51,13 @@ from megatron_doremi.plan import make_plan
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = shape_parser(__doc__ or "", 2, tensor=1, pipe=1, layers=6, hidden=512, vocab=16000, seq=128)
-    parser.add_argument("--steps", type=int, default=12, help="in a round (default: 12)")
-    parser.add_argument("--rounds", type=int, default=4, help="of each kind (default: 4)")
-    parser.add_argument("--output-dir", type=Path, required=True, help="the checkpoints go there, and are removed")
+    parser.add_argument("--steps", type=int, default=12, help="training steps per round (default: 12)")
+    parser.add_argument(
+        "--rounds", type=int, default=4, help="measured rounds for each kind of checkpoint (default: 4)"
+    )
+    parser.add_argument(
+        "--output-dir", type=Path, required=True, help="folder for the checkpoints; it is removed at the end"
+    )
     return parser.parse_args()
 
 
@@ -104,9 +108,9 @@ def main() -> None:
     for number in range(args.rounds + 1):
         for kind, save in kinds.items():
             iteration += args.steps
-            whole, pause = timed_round(engine, batches, args.steps, save, checkpointer)
+            seconds, pause = timed_round(engine, batches, args.steps, save, checkpointer)
             if number:
-                took[kind].append(whole)
+                took[kind].append(seconds)
                 stopped[kind].append(pause)
     checkpointer.finish()
     if topology.rank == 0:
@@ -115,8 +119,8 @@ def main() -> None:
         base = statistics.median(took["none"])
         print(f"{'checkpoint':<26}{'round':>9}{'stopped':>10}{'lost':>9}")
         for kind in kinds:
-            whole = statistics.median(took[kind])
-            print(f"{kind:<26}{whole:>7.2f} s{statistics.median(stopped[kind]):>8.3f} s{whole - base:>7.2f} s")
+            seconds = statistics.median(took[kind])
+            print(f"{kind:<26}{seconds:>7.2f} s{statistics.median(stopped[kind]):>8.3f} s{seconds - base:>7.2f} s")
         shutil.rmtree(args.output_dir)
     dist.barrier()
     dist.destroy_process_group()
@@ -125,15 +129,15 @@ def main() -> None:
 def timed_round(
     engine: TrainingEngine, batches: list, steps: int, save: Callable[[], None] | None, checkpointer: Checkpointer
 ) -> tuple[float, float]:
-    """(seconds of the round, seconds of these in `save`); what is still being written is published on the way."""
+    """(seconds of the round, seconds of it in `save`); publishes the checkpoint that is being written."""
     dist.barrier()
     began = time.perf_counter()
     pause = 0.0
     for step in range(steps):
         agreed: list[StepFlags] = []
 
-        def before_step(norm: Tensor | None, found: list[StepFlags] = agreed) -> None:
-            found.append(reduce_flags(engine.objective.current.stats.stack(), norm, 0, *checkpointer.progress()))
+        def before_step(norm: Tensor | None, agreed: list[StepFlags] = agreed) -> None:
+            agreed.append(reduce_flags(engine.objective.current.stats.stack(), norm, 0, *checkpointer.progress()))
 
         engine.train_step(batches, before_step=before_step)
         if not agreed[0].writing:

@@ -1,17 +1,17 @@
-"""What DoReMi costs: seconds a step of a proxy over those of a plain run, side by side in one process group.
+"""DoReMi's overhead: step times of proxies relative to plain training, measured side by side in one process group.
 
     python -m torch.distributed.run --standalone --nproc-per-node 2 benchmarks/doremi_overhead.py
 
-Four engines of one shape take turns, a step each, so that whatever else the machine does meets all of them:
-plain training (1F1B), a proxy that reads recorded losses, a proxy that scores with the reference online, and the
-recorded one again by the simultaneous update. Each reads its text, and the recorded ones their losses, from disk
-through a loader of its own, as in training. Ratios of medians are printed; rank 0's clock, which waits for the
-slowest rank in every step. Random ids: what is in the text does not change the time.
+Four engines of one shape alternate step by step, so that other load on the machine affects all of them equally:
+plain training (1F1B), a proxy with recorded losses, a proxy with the online reference, and a proxy with recorded
+losses and the simultaneous update. Each engine reads tokens and recorded losses from disk through its own loader, as in
+training. Prints ratios of medians by rank 0's clock, which waits for the slowest rank in every step. The token ids are
+random: their values do not affect the time.
 
-By arithmetic the ratios are 1, 4/3 (a forward is a third of a step) and 1.
+In theory the ratios are 1, 4/3 (a forward pass is a third of a step) and 1.
 
-Then, with more than one stage, the pipeline's bubble: the time that M micro-batches are under way over the time that
-the busiest stage works on them, at best (M + P - 1) / M in either schedule.
+With more than one stage it then prints the pipeline's bubble: the time that the pipeline takes for M micro-batches over
+the busiest stage's compute time, at best (M + P - 1) / M in either schedule.
 """
 
 from __future__ import annotations
@@ -67,20 +67,28 @@ from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.plan import make_plan
 from megatron_doremi.settings import MAIN, PROXY
 
+HELP = {
+    "tensor": "tensor parallel size",
+    "pipe": "pipeline stages",
+    "layers": "transformer layers",
+    "hidden": "hidden size",
+    "vocab": "vocabulary size",
+    "seq": "sequence length in tokens",
+}
 DOMAINS = 8
 NAMES = tuple(f"domain-{number}" for number in range(DOMAINS))
-# Of each domain: two files of losses.
+# Windows per domain: two files of losses.
 WINDOWS = 6000
 
 
-def shape_parser(what: str, micro_batches: int, **sizes: int) -> argparse.ArgumentParser:
-    """Flags of a model's shape and its batches, with these defaults."""
-    parser = argparse.ArgumentParser(description=what.split("\n")[0])
+def shape_parser(description: str, micro_batches: int, **sizes: int) -> argparse.ArgumentParser:
+    """A parser with flags for a model's shape and its batches, with these defaults."""
+    parser = argparse.ArgumentParser(description=description.split("\n")[0])
     for name, value in sizes.items():
-        parser.add_argument(f"--{name}", type=int, default=value, help=f"(default: {value})")
-    parser.add_argument("--micro-batch-size", type=int, default=2, help="(default: 2)")
-    words = f"of a rank and step (default: {micro_batches})"
-    parser.add_argument("--micro-batches", type=int, default=micro_batches, help=words)
+        parser.add_argument(f"--{name}", type=int, default=value, help=f"{HELP[name]} (default: {value})")
+    parser.add_argument("--micro-batch-size", type=int, default=2, help="windows per micro-batch (default: 2)")
+    help_text = f"micro-batches per rank and step (default: {micro_batches})"
+    parser.add_argument("--micro-batches", type=int, default=micro_batches, help=help_text)
     parser.add_argument("--bf16", action="store_true", help="train in bfloat16 with ZeRO 1")
     return parser
 
@@ -109,7 +117,7 @@ def make_config(args: argparse.Namespace, world_size: int) -> Config:
 
 
 def write_data(folder: Path, args: argparse.Namespace, windows: int) -> None:
-    """Indexed pairs of random ids for every domain, and recorded losses of all their windows."""
+    """Writes an indexed dataset of random ids for every domain, and recorded losses of all its windows."""
     generator = np.random.default_rng(1)
     fingerprint = {
         "tokenizer_sha256": None,
@@ -149,8 +157,8 @@ def main() -> None:
     config = make_config(args, launch.world_size)
     topology = Topology(args.pipe, data_parallel_size(config.parallel, launch.world_size), args.tensor, launch.rank)
     context = make_context(topology, join(launch)[0])
-    with tempfile.TemporaryDirectory() as own:
-        folder = Path(broadcast_json(own))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(broadcast_json(temporary))
         if launch.rank == 0:
             write_data(folder, args, WINDOWS)
         dist.barrier()
@@ -165,7 +173,7 @@ def run(
     context: ParallelContext,
     folder: Path,
 ) -> None:
-    """Builds the engines and lets them take turns."""
+    """Builds the engines and times their steps in turn."""
     topology = context.topology
     gpt, sampling = gpt_config(config.model, args.seq, args.vocab), np.full(DOMAINS, 1 / DOMAINS)
 
@@ -176,7 +184,7 @@ def run(
         plan = make_plan(chosen, topology, gpt, NAMES, (1,) * DOMAINS, sampling)
         return make_engine(plan, make_objective(plan, make_controller(plan), context), context)
 
-    plain, given, online = build(MAIN), build(PROXY), build(PROXY)
+    plain, with_recorded, online = build(MAIN), build(PROXY), build(PROXY)
     simultaneous = build(PROXY, "simultaneous")
     model = GPTPipeline(gpt, context, seed=2).requires_grad_(False)
     model.to(torch.bfloat16 if args.bf16 else torch.float32)
@@ -200,7 +208,7 @@ def run(
 
     variants = {
         "plain": reading(plain),
-        "proxy, recorded losses": reading(given, recorded=True),
+        "proxy, recorded losses": reading(with_recorded, recorded=True),
         "proxy, online reference": reading(online, online=True),
         "proxy, recorded losses, simultaneous": reading(simultaneous, recorded=True),
     }
@@ -218,7 +226,10 @@ def run(
     if topology.rank == 0:
         report(seconds, args, topology)
     if topology.pipe_size > 1:
-        for name, engine, variant in (("1F1B", plain, "plain"), ("alternating", given, "proxy, recorded losses")):
+        for name, engine, variant in (
+            ("1F1B", plain, "plain"),
+            ("alternating", with_recorded, "proxy, recorded losses"),
+        ):
             stretch, unequal = stretches(engine, variants[variant], args, topology)
             if topology.rank == 0:
                 ideal = (args.micro_batches + topology.pipe_size - 1) / args.micro_batches
@@ -231,8 +242,8 @@ def run(
 def stretches(
     engine: TrainingEngine, step: Callable[[], None], args: argparse.Namespace, topology: Topology
 ) -> tuple[float, float]:
-    """Medians over steps: the time that the pipeline is under way over what its busiest stage computes meanwhile, and
-    the least that this could be for stages of these unequal times, 1 + (their sum - the largest) / (M * the largest).
+    """Medians over steps of the pipeline's time divided by its busiest stage's compute time, and of the lower bound of
+    this ratio for stages of these unequal times, 1 + (their sum - the largest) / (M * the largest).
     """
     spent = {"busy": 0.0, "after": 0.0}
     after = ("ReduceTiedGrads", "ReduceGrads", "OptimizerStep")
@@ -253,28 +264,28 @@ def stretches(
         command: timed(run, kinds[command.__name__]) if command.__name__ in kinds else run
         for command, run in original.items()
     }
-    found = []
+    ratios = []
     for _ in range(max(5, args.steps // 3)):
         spent |= {"busy": 0.0, "after": 0.0}
         dist.barrier()
         began = time.perf_counter()
         step()
         dist.barrier()
-        mine = torch.zeros(topology.pipe_size + 2, dtype=torch.float64, device=engine.device)
-        mine[topology.pipe_rank] = spent["busy"]
-        # The gradients' reduction and the optimizer come after the pipeline has run empty.
-        mine[-2], mine[-1] = time.perf_counter() - began, -spent["after"]
-        dist.all_reduce(mine, op=dist.ReduceOp.MAX)
-        *busy, whole, least_after = mine.tolist()
+        times = torch.zeros(topology.pipe_size + 2, dtype=torch.float64, device=engine.device)
+        times[topology.pipe_rank] = spent["busy"]
+        # Gradient reduction and the optimizer step run after the pipeline has drained.
+        times[-2], times[-1] = time.perf_counter() - began, -spent["after"]
+        dist.all_reduce(times, op=dist.ReduceOp.MAX)
+        *busy, elapsed, least_after = times.tolist()
         unequal = 1 + (sum(busy) - max(busy)) / (args.micro_batches * max(busy))
-        found.append(((whole + least_after) / max(busy), unequal))
+        ratios.append(((elapsed + least_after) / max(busy), unequal))
     engine._INSTRUCTION_MAP = original
-    measured, least = zip(*found, strict=True)
+    measured, least = zip(*ratios, strict=True)
     return statistics.median(measured), statistics.median(least)
 
 
 def report(seconds: dict[str, list[float]], args: argparse.Namespace, topology: Topology) -> None:
-    """Prints medians and ratios; a ratio's spread is that of the ratios of single turns."""
+    """Prints medians and ratios; a ratio's quartiles are those of the ratios of single turns."""
     print(
         f"tensor {topology.tensor_size} x pipeline {topology.pipe_size} x data {topology.data_size}, "
         f"{args.micro_batches} micro-batches"
@@ -282,7 +293,7 @@ def report(seconds: dict[str, list[float]], args: argparse.Namespace, topology: 
     plain = seconds["plain"]
     print(f"{'':<36} {'ms a step':>10} {'ratio':>7}  {'quartiles of the turns':>22}")
     for name, times in seconds.items():
-        turns = sorted(own / base for own, base in zip(times, plain, strict=True))
+        turns = sorted(seconds_of_step / base for seconds_of_step, base in zip(times, plain, strict=True))
         low, high = turns[len(turns) // 4], turns[3 * len(turns) // 4]
         ratio = statistics.median(times) / statistics.median(plain)
         print(f"{name:<36} {1e3 * statistics.median(times):>10.1f} {ratio:>7.3f}  {low:>11.3f} {high:>10.3f}")

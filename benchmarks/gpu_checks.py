@@ -1,7 +1,7 @@
-"""The checks of gpu_smoke.py: these, which are right or wrong, and those of gpu_timings.py.
+"""The checks of gpu_smoke.py: those here pass or fail, those in gpu_timings.py measure.
 
-Each takes a place and a function that reports findings, and returns whether all is well. Only documented interfaces
-of torch 2.11 and later are used.
+Each check takes a place and a function that reports findings, and returns whether it passed. Only documented
+interfaces of torch 2.11 and later are used.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ TRAINING_FLAGS = shlex.split(
 
 
 def versions(place: Place, report: Report) -> bool:
-    """What is here, and whether a process joins: cuda:0 and nccl."""
+    """Installed packages and hardware, and whether a process group forms on cuda:0 with nccl."""
     import torch.distributed as dist
 
     packages = ("torch", "deepspeed", "numpy", "safetensors", "pydantic", "tqdm", "tensorboard", "orjson", "zstandard")
-    found = {}
+    installed = {}
     for name in packages:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "importable" if importlib.util.find_spec(name) else "missing"
-    report(python=platform.python_version(), packages=found, cuda=torch.version.cuda, threads=os.cpu_count())
+            installed[name] = "importable" if importlib.util.find_spec(name) else "missing"
+    report(python=platform.python_version(), packages=installed, cuda=torch.version.cuda, threads=os.cpu_count())
     if not place.cpu:
         gpu = torch.cuda.get_device_properties(0)
         report(gpu=gpu.name, memory_gib=round(gpu.total_memory / 2**30, 1), gpus=torch.cuda.device_count())
@@ -63,7 +63,7 @@ def versions(place: Place, report: Report) -> bool:
 
 
 def float32(place: Place, report: Report) -> bool:
-    """Losses and gradients of tiny models, the device against the CPU; the head's bfloat16 gradient against float64."""
+    """Compares tiny models' losses and gradients with the CPU's, and the head's bfloat16 gradient with float64."""
     from megatron_doremi.config import GPTConfig
     from megatron_doremi.model.unpipelined import GPTModel
     from megatron_doremi.parallel.cross_entropy import token_losses
@@ -91,14 +91,14 @@ def float32(place: Place, report: Report) -> bool:
     ids = torch.randint(0, 501, (4, 129), generator=torch.Generator().manual_seed(5))
 
     def compare(gpt: GPTConfig, recompute: str) -> dict[str, float]:
-        found = []
+        results = []
         for where in (torch.device("cpu"), device):
             model = GPTModel(gpt, context, 3, recompute, 64).to(where)
             losses = model(ids[:, :-1].to(where), ids[:, 1:].to(where))
             losses.mean().backward()
             gradients = {name: each.grad.cpu() for name, each in model.named_parameters() if each.grad is not None}
-            found.append((losses.detach().cpu(), gradients))
-        (losses, gradients), (theirs, others) = found
+            results.append((losses.detach().cpu(), gradients))
+        (losses, gradients), (theirs, others) = results
         apart = [float((gradients[n] - others[n]).abs().max() / gradients[n].abs().max()) for n in gradients]
         result = {"loss": float((losses - theirs).abs().max()), "gradient": max(apart)}
         assert result["loss"] < 1e-4, result
@@ -127,7 +127,7 @@ def float32(place: Place, report: Report) -> bool:
 
 
 def tiny_data(place: Place) -> Path:
-    """A data set of three domains that can be learned; made once."""
+    """A learnable data set of three domains; written once."""
     from megatron_doremi.data.indexed_dataset import IndexedDatasetWriter, dtype_for
     from megatron_doremi.data.manifest import Domain, Manifest, TokenizerInfo, save_manifest
 
@@ -151,7 +151,7 @@ def tiny_data(place: Place) -> Path:
 
 
 def run_program(place: Place, phase: str, save: Path, *flags: str) -> list[dict[str, Any]]:
-    """Runs pretrain_doremi.py as a user would; the lines of its metrics. The precision is bfloat16 with ZeRO 1."""
+    """Runs pretrain_doremi.py as a user would, in bfloat16 with ZeRO 1; returns the lines of its metrics."""
     from megatron_doremi.settings import EVALUATE, TRAINING
 
     argv = ["--phase", phase, "--domains", str(tiny_data(place)), "--save", str(save), *FLAGS, *flags]
@@ -165,7 +165,7 @@ def run_program(place: Place, phase: str, save: Path, *flags: str) -> list[dict[
 
 
 def reference_run(place: Place) -> tuple[Path, list[dict[str, Any]]]:
-    """Twelve steps of the reference; made once."""
+    """Twelve steps of the reference; trained once."""
     save = place.work / "reference"
     if (save / "done").exists():
         return save, [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
@@ -175,7 +175,7 @@ def reference_run(place: Place) -> tuple[Path, list[dict[str, Any]]]:
 
 
 def program(place: Place, report: Report) -> bool:
-    """Reference, score, proxy, evaluate: exit 0, losses that fall, weights, MFU in the metrics."""
+    """Runs reference, score, proxy and evaluate: exit 0, decreasing losses, weights, MFU in the metrics."""
 
     def train() -> dict[str, Any]:
         _, lines = reference_run(place)
@@ -185,7 +185,7 @@ def program(place: Place, report: Report) -> bool:
         return {"first": steps[0]["loss"], "last": steps[-1]["loss"], **{k: steps[-1].get(k) for k in shown}}
 
     reference, scores = place.work / "reference", place.work / "scores"
-    given = ["--reference-load", str(reference)]
+    reference_flags = ["--reference-load", str(reference)]
 
     def learn() -> dict[str, Any]:
         flags = ["--reference-losses", str(scores), "--train-iters", "8"]
@@ -199,7 +199,7 @@ def program(place: Place, report: Report) -> bool:
         return {key: line[key] for key in ("iteration", "eval_uniform_mean", "eval_token_mean")}
 
     def score() -> str:
-        run_program(place, "score", scores, *given, "--train-iters", "8")
+        run_program(place, "score", scores, *reference_flags, "--train-iters", "8")
         return "exit 0"
 
     parts = {"reference": train, "score": score, "proxy": learn, "evaluate": evaluate}
@@ -208,7 +208,7 @@ def program(place: Place, report: Report) -> bool:
 
 
 def resume(place: Place, report: Report) -> bool:
-    """Stops at 6 of 12 steps and resumes: how far the losses are from those of one run."""
+    """Stops at step 6 of 12 and resumes; compares the losses with those of an uninterrupted run."""
 
     def compare() -> dict[str, Any]:
         save = place.work / "broken"

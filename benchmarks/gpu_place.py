@@ -1,4 +1,4 @@
-"""What the checks of gpu_smoke.py share: where they run, how they time and report, engines of the sizes in question."""
+"""Shared by the checks of gpu_smoke.py: device, timing, reporting, and engines of the measured sizes."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class Place:
         return on_cpu if self.cpu else on_gpu
 
     def wait(self) -> None:
-        """Until the device is done."""
+        """Waits until the device has finished."""
         if not self.cpu:
             torch.cuda.synchronize()
 
     def milliseconds(self, work: Callable[[], Any], warm: int = 2, repeat: int = 5) -> float:
-        """The median time of a call."""
+        """Median milliseconds of a call of `work`."""
         took = []
         for turn in range(warm + repeat):
             self.wait()
@@ -53,7 +53,7 @@ class Place:
 
 
 def attempt(report: Report, name: str, work: Callable[[], Any]) -> bool:
-    """Reports name=work(), or its error: one finding of a check that fails does not cost the others."""
+    """Reports name=work() or its error, so that one failing finding does not stop the others."""
     try:
         report(**{name: work()})
         return True
@@ -63,7 +63,7 @@ def attempt(report: Report, name: str, work: Callable[[], Any]) -> bool:
 
 
 def single(place: Place) -> Any:
-    """The ParallelContext of this one process, joined as the program joins."""
+    """The ParallelContext of a single process, initialized as in the program."""
     from megatron_doremi.cluster.launch import Launch
     from megatron_doremi.cluster.process_group import join
     from megatron_doremi.parallel.context import make_context
@@ -133,7 +133,7 @@ def make(
 
 
 def step_of(place: Place, engine: Any, batches: Sequence[Any]) -> Callable[[], None]:
-    """A step as the training loop takes it."""
+    """One step, as in the training loop."""
     from megatron_doremi.cluster.step_flags import reduce_flags
 
     targets = torch.ones(8, dtype=torch.float64).to(engine.device)

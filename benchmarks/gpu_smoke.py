@@ -1,9 +1,9 @@
-"""Checks of what only a GPU can tell, the most telling first: one JSON line each, on the console and in a file.
+"""Checks that need a GPU, the most informative first; each prints one JSON line and appends it to a file.
 
     bash benchmarks/gpu_smoke.sh [--cpu] [--only NAME,...] [--seconds N] [--output FILE]
 
-Each check is a process of its own with a time limit: one that fails or hangs costs its share and no more. `--cpu` runs
-all of it with tiny models, to try the script where there is no GPU. docs/gpu.md says what each line means.
+Each check runs in its own process with a time limit, so a check that fails or hangs affects no other. `--cpu` runs all
+checks with tiny models, to test the script without a GPU. docs/gpu.md explains each line.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "RESULT "
-# Seconds at most; what a check leaves of its share goes to those after it.
+# Time limits in seconds; later checks may use the time that earlier ones leave.
 LIMITS = {
     "versions": 60,
     "float32": 45,
@@ -40,11 +40,15 @@ LIMITS = {
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cpu", action="store_true", help="tiny models on the CPU: a trial of this script")
-    parser.add_argument("--only", default="", metavar="NAME,...", help=f"of {', '.join(LIMITS)}")
-    parser.add_argument("--seconds", type=float, default=350.0, help="for all checks together (default: 350)")
+    parser.add_argument("--cpu", action="store_true", help="run with tiny models on the CPU, to test this script")
+    parser.add_argument("--only", default="", metavar="NAME,...", help=f"run only these checks, of {', '.join(LIMITS)}")
+    parser.add_argument(
+        "--seconds", type=float, default=350.0, help="time limit for all checks together (default: 350)"
+    )
     folder = os.environ.get("OUT", ".")
-    parser.add_argument("--output", type=Path, default=Path(folder) / "gpu_smoke.jsonl", help="appended to")
+    parser.add_argument(
+        "--output", type=Path, default=Path(folder) / "gpu_smoke.jsonl", help="file to append the lines to"
+    )
     parser.add_argument("--work", type=Path, help="scratch folder (default: a temporary one)")
     parser.add_argument("--check", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -55,7 +59,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Runs the checks; 1 where one failed."""
+    """Runs the checks; returns 1 if one failed."""
     options = parse()
     if options.check:
         return run_here(options)
@@ -64,8 +68,8 @@ def main() -> int:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         began, good = time.monotonic(), True
         for name in filter(None, options.only.split(",")) if options.only else LIMITS:
-            left = options.seconds - (time.monotonic() - began)
-            line = run_apart(name, min(LIMITS[name], left), options)
+            remaining = options.seconds - (time.monotonic() - began)
+            line = run_apart(name, min(LIMITS[name], remaining), options)
             good &= line["ok"]
             text = json.dumps(line)
             print(text, flush=True)
@@ -77,7 +81,7 @@ def main() -> int:
 
 
 def run_apart(name: str, limit: float, options: argparse.Namespace) -> dict[str, Any]:
-    """One check in a process group of its own; its line."""
+    """Runs one check in its own process group; returns its line."""
     line: dict[str, Any] = {"check": name, "ok": False, "cpu": options.cpu}
     if limit < 1.0:
         return {**line, "error": "no time left", "seconds": 0.0}
@@ -95,12 +99,12 @@ def run_apart(name: str, limit: float, options: argparse.Namespace) -> dict[str,
         except subprocess.TimeoutExpired:
             code = None
         finally:
-            # Whatever it has started goes with it.
+            # Also kills the processes that the check started.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     line["seconds"] = round(time.monotonic() - began, 1)
-    # What was found before a fault or a hang counts.
+    # Findings from before a fault or a hang count.
     result: dict[str, Any] = {}
     for text in stdout.read_text(errors="replace").splitlines():
         if text.startswith(MARK):
@@ -114,14 +118,14 @@ def run_apart(name: str, limit: float, options: argparse.Namespace) -> dict[str,
 
 
 def run_here(options: argparse.Namespace) -> int:
-    """The body of one check, in its own process."""
+    """Runs one check in this process; returns its exit code."""
     sys.path.insert(0, str(ROOT))
     sys.path.insert(0, str(ROOT / "benchmarks"))
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
     import gpu_checks
 
-    def report(**found: Any) -> None:
-        print(MARK + json.dumps(found), flush=True)
+    def report(**findings: Any) -> None:
+        print(MARK + json.dumps(findings), flush=True)
 
     return 0 if gpu_checks.CHECKS[options.check](gpu_checks.Place(options.cpu, options.work), report) else 1
 

@@ -71,18 +71,18 @@ def one_billion(place: Place, report: Report) -> bool:
         from torch.profiler import ProfilerActivity, profile
 
         activities = [ProfilerActivity.CPU] if place.cpu else [ProfilerActivity.CPU, ProfilerActivity.CUDA]
-        with profile(activities=activities) as recorded:
+        with profile(activities=activities) as profiler:
             step_of(place, engine, batches)()
             place.wait()
         key = "self_cpu_time_total" if place.cpu else "self_device_time_total"
-        rows = sorted(recorded.key_averages(), key=lambda row: -getattr(row, key))[:25]
+        rows = sorted(profiler.key_averages(), key=lambda row: -getattr(row, key))[:25]
         return [[row.key[:70], round(getattr(row, key) / 1e3, 2), row.count] for row in rows]
 
     return good & attempt(report, "top_25_ms", kernels)
 
 
 def kernels(place: Place, report: Report) -> bool:
-    """Norm with and without casts; the head by chunk; attention by kernel and width; adding a gradient."""
+    """Times the norm with and without casts, the head by chunk, attention by kernel and width, and a gradient's add."""
     device, dtype = place.device, torch.bfloat16
     tokens, hidden, vocab = place.pick((16384, 2048, 50304), (128, 64, 512))
 
@@ -135,7 +135,7 @@ def kernels(place: Place, report: Report) -> bool:
     good += [attempt(report, f"gradient_add_{'cast' if cast else 'plain'}_ms", add(cast)) for cast in (True, False)]
     backends = place.pick(("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION"), ("MATH",))
     for name, width in itertools.product(backends, (64, 128)):
-        # Not every kernel exists on every GPU: what it says is a finding, not a fault.
+        # Some kernels are missing on some GPUs: an error here is a finding, not a failure.
         work = attention(getattr(SDPBackend, name), width, dtype, 1)
         try:
             report(**{f"attention_{name.lower()}_{width}_ms": work()})
@@ -147,7 +147,7 @@ def kernels(place: Place, report: Report) -> bool:
 
 
 def compiled(place: Place, report: Report) -> bool:
-    """A block and the head's row losses, as they are and compiled, forward and backward."""
+    """Times forward and backward of a block and of the head's token losses, eager and compiled."""
     from megatron_doremi.config import ModelConfig, gpt_config
     from megatron_doremi.model.gpt import Block
     from megatron_doremi.model.positions import rotary_table
@@ -196,7 +196,7 @@ def compiled(place: Place, report: Report) -> bool:
 
 
 def proxy_280m(place: Place, report: Report) -> bool:
-    """A proxy of 280m, vocabulary 256,000, eight micro-batches of 8 x 1024: without and with full recomputation."""
+    """A 280m proxy, vocabulary 256,000, eight micro-batches of 8 x 1024, without and with full recomputation."""
     context, good = single(place), []
     for recompute in ("none", "full"):
 
@@ -212,7 +212,7 @@ def proxy_280m(place: Place, report: Report) -> bool:
 
 
 def checkpoint(place: Place, report: Report) -> bool:
-    """The copies to the host for a checkpoint, three times: the first pins memory, the others run at the bus's rate."""
+    """Times a checkpoint's copy to the host three times: the first pins memory, the others run at the bus's rate."""
     from megatron_doremi.checkpoint.optimizer_state import optimizer_file
     from megatron_doremi.checkpoint.weights import weights_file
 

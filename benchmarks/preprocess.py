@@ -1,11 +1,11 @@
-"""What tools/preprocess_data.py makes of the raw encoders' rates: from a .zst to the pairs on the disk.
+"""Throughput of tools/preprocess_data.py, from a .zst to indexed datasets on disk, relative to the raw encoders.
 
     python benchmarks/preprocess.py                           # text of the embedded corpus, repeated
     python benchmarks/preprocess.py --input train.jsonl.zst
 
-For SentencePiece and for byte-level BPE (tiktoken's core, and the tokenizers library that it stands in for), in one
-run: the encoder alone in one process and in as many as there are workers, on texts in memory, and the tool on the same
-texts. The goal is four fifths of the encoder's own rate on each core. Ids are compared with the encoder's own.
+For SentencePiece and for byte-level BPE (tiktoken's core, and the tokenizers library that it replaces) one run measures
+the encoder alone on texts in memory, in one process and in one per worker, and the tool on the same texts. The goal is
+four fifths of the encoder's rate per core. Ids are compared with the encoder's.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from megatron_doremi.preprocessing.documents import Document, DocumentReader, Do
 from megatron_doremi.preprocessing.sources import read_blocks
 from megatron_doremi.preprocessing.tokenizer import HUGGING_FACE, SENTENCEPIECE, HuggingFaceTokenizer, load_tokenizer
 
-# SentencePiece gives lists of numbers unless it is asked for arrays, as the tool asks it.
+# SentencePiece returns lists of ints by default; the tool requests arrays.
 ARRAYS = "  into arrays"
 ENCODERS = {"sentencepiece": "t.model", ARRAYS: "t.model", "tiktoken": "t.json", "tokenizers": "t.json"}
 
@@ -53,7 +53,7 @@ def documents(path: Path) -> Iterator[Document]:
 
 
 def run_tool(*words: object) -> float:
-    """Runs one of the tools; the seconds that it took."""
+    """Runs one of the tools; returns its seconds."""
     began = time.perf_counter()
     command = [sys.executable, str(REPOSITORY / "tools" / str(words[0])), *map(str, words[1:])]
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -63,7 +63,7 @@ def run_tool(*words: object) -> float:
 
 
 def raw_encoder(name: str, file: Path) -> Callable[[str], list[int]]:
-    """The encoder itself, with nothing of ours around it."""
+    """The raw encoder, without this package's code."""
     if name in ("sentencepiece", ARRAYS):
         encode = sentencepiece.SentencePieceProcessor(model_file=str(file)).encode
         return encode if name != ARRAYS else functools.partial(encode, return_type="numpy")
@@ -77,7 +77,7 @@ def raw_encoder(name: str, file: Path) -> Callable[[str], list[int]]:
 
 
 def raw_rate(name: str, file: Path, texts: list[str]) -> float:
-    """Megabytes of text a second of an encoder in this process, its loading apart."""
+    """Megabytes of text per second of an encoder in this process, without its loading time."""
     encode = raw_encoder(name, file)
     encode(texts[0])
     began = time.perf_counter()
@@ -87,30 +87,30 @@ def raw_rate(name: str, file: Path, texts: list[str]) -> float:
 
 
 def raw_rates(name: str, file: Path, texts: list[str], processes: int) -> float:
-    """The sum of the rates of several processes at once."""
+    """The sum of the rates of several concurrent processes."""
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         return sum(pool.map(raw_rate, [name] * processes, [file] * processes, [texts] * processes))
 
 
 def prepare(
-    folder: Path, given: Path | None, megabytes: float, sentencepiece_model: Path | None
+    folder: Path, corpus: Path | None, megabytes: float, sentencepiece_model: Path | None
 ) -> tuple[Path, list[str], float]:
-    """A .zst of so much text, texts of it that are no repetition, and its megabytes; tokenizers beside it."""
-    if given is None:
+    """Writes a .zst of about `megabytes` of text, and tokenizers; returns (path, sample of texts, megabytes)."""
+    if corpus is None:
         run_tool("embedded_corpus.py", "--output-dir", folder / "corpus")
-        given = folder / "corpus" / "train.jsonl"
-    found = [document for document in documents(given) if document.domain not in ("noise", "boilerplate")]
-    size = sum(document.size for document in found) / 1e6
+        corpus = folder / "corpus" / "train.jsonl"
+    selected = [document for document in documents(corpus) if document.domain not in ("noise", "boilerplate")]
+    size = sum(document.size for document in selected) / 1e6
     times = max(1, round(megabytes / size))
     once, path = folder / "once.jsonl.zst", folder / "text.jsonl.zst"
     with zstandard.open(once, "wt", encoding="utf-8") as file:
-        for document in found:
+        for document in selected:
             entry = {"text": document.text, "meta": {"pile_set_name": document.domain}}
             file.write(json.dumps(entry) + "\n")
     with path.open("wb") as file:
         for _ in range(times):
             file.write(once.read_bytes())
-    texts = [document.text for document in found[:: max(1, round(size / 100))]]
+    texts = [document.text for document in selected[:: max(1, round(size / 100))]]
     if sentencepiece_model is not None:
         shutil.copyfile(sentencepiece_model, folder / "t.model")
     for name in ("t.json",) if sentencepiece_model is not None else ("t.model", "t.json"):
@@ -120,22 +120,28 @@ def prepare(
 
 
 def check_ids(output: Path, path: Path, encode: Callable[[str], list[int]], count: int = 500) -> None:
-    """Compares the first documents' ids with the encoder's own."""
+    """Compares the first documents' ids with the encoder's."""
     data = {domain.name: IndexedDataset(domain.train) for domain in load_manifest(output / "domains.json").domains}
-    seen = dict.fromkeys(data, 0)
+    next_document = dict.fromkeys(data, 0)
     for _, document in zip(range(count), documents(path), strict=False):
-        ids = data[document.domain].document(seen[document.domain]).tolist()
+        ids = data[document.domain].document(next_document[document.domain]).tolist()
         assert ids[:-1] == encode(document.text), "other ids than the encoder's"
-        seen[document.domain] += 1
+        next_document[document.domain] += 1
 
 
 def main() -> None:
-    """Prints a table."""
+    """Measures the rates and prints them as a table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--input", type=Path, help="in The Pile's format (default: the embedded corpus)")
-    parser.add_argument("--megabytes", type=float, default=1000, help="of text, repeated (default: 1000)")
-    parser.add_argument("--sentencepiece-model", type=Path, help="(default: one trained here, 16,000 pieces)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="(default: one a core)")
+    parser.add_argument("--input", type=Path, help="text in The Pile's format (default: the embedded corpus)")
+    parser.add_argument(
+        "--megabytes", type=float, default=1000, help="megabytes of text; the input is repeated (default: 1000)"
+    )
+    parser.add_argument(
+        "--sentencepiece-model", type=Path, help="tokenizer model (default: train one of 16,000 pieces)"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="encoder processes (default: one per core)"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -161,7 +167,7 @@ def main() -> None:
 
 
 def time_tool(encoder: str, path: Path, folder: Path, model: str, workers: int) -> tuple[float, float]:
-    """(seconds for one document, seconds for all) of the tool; its ids are compared with the encoder's own."""
+    """(seconds for one document, seconds for all) of the tool; compares its ids with the encoder's."""
     kind = SENTENCEPIECE if encoder == "sentencepiece" else HUGGING_FACE
     words = ("--tokenizer-type", kind, "--tokenizer-model", folder / model, "--append-eod")
     tool = ("preprocess_data.py", "--input", path, "--workers", workers, *words, "--output-dir")

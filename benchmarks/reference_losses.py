@@ -1,12 +1,12 @@
-"""Recorded losses at The Pile's size: the start of a proxy, the check, and its first rows through the loader.
+"""Recorded losses at The Pile's size: a proxy's startup, its check of the losses, and its first windows.
 
     python benchmarks/reference_losses.py                          # about 20,000 files of losses
-    python benchmarks/reference_losses.py --train-iters 1000       # 47,000 of them, a minute
-    python benchmarks/reference_losses.py --chunks 256             # rows of full files, as version 0.1 read them too
+    python benchmarks/reference_losses.py --train-iters 1000       # 47,000 files, a minute
+    python benchmarks/reference_losses.py --chunks 256             # windows of full files, and by version 0.1
 
-Sparse files stand in for the data and for most losses: 22 domains of 300 billion tokens in all, windows of 1024
-tokens, 512 a step. The files of losses hold exactly what a proxy of --train-iters reads. Prints seconds, resident
-memory beyond the imports', and what is read for a row.
+Sparse files replace the data and most losses: 22 domains with 300 billion tokens in total, windows of 1024 tokens, 512
+windows per step. The files hold exactly the losses that a proxy of --train-iters steps reads. Prints seconds, the
+growth of resident memory after the imports, and the bytes read per window.
 """
 
 from __future__ import annotations
@@ -75,13 +75,13 @@ PILE = {
 
 
 def pile_counts() -> dict[str, tuple[int, int]]:
-    """(tokens, documents) of each domain: 300 billion tokens in all, in proportion to the raw sizes."""
+    """(tokens, documents) of each domain: 300 billion tokens in total, proportional to the raw sizes."""
     total = sum(size for size, _ in PILE.values())
     return {name: (int(TOKENS * size / total), int(size * 2**20 / document)) for name, (size, document) in PILE.items()}
 
 
 def proxy_of(folder: Path, train_iters: int, *flags: str) -> tuple[RunPlan, RunData]:
-    """The plan and the opened data of a proxy of one rank on FOLDER/domains.json and FOLDER/losses."""
+    """The plan and the open data of a one-rank proxy on FOLDER/domains.json and FOLDER/losses."""
     model = "--num-layers 1 --hidden-size 8 --num-attention-heads 1 --micro-batch-size 8"
     argv = f"--phase proxy --save unused --train-iters {train_iters} --global-batch-size {BATCH} {model}".split()
     argv += ["--domains", str(folder / "domains.json"), "--reference-losses", str(folder / "losses")]
@@ -91,12 +91,12 @@ def proxy_of(folder: Path, train_iters: int, *flags: str) -> tuple[RunPlan, RunD
 
 
 def row_of(domain: int, window: int) -> NDArray[np.uint16]:
-    """Losses, in codes, of a window that the first steps read."""
+    """Encoded losses of a window that the first steps read."""
     return ((np.arange(SEQ) + 1009 * domain + window) % 65536).astype("<u2")
 
 
 def write_losses(folder: Path, plan: RunPlan, data: RunData, first_steps: int = 2) -> int:
-    """Records what a proxy reads, sparsely: the rows of its first steps are `row_of`, all others are 0.
+    """Writes sparse files of the losses that a proxy reads: `row_of` for the windows of its first steps, 0 for others.
 
     Returns:
         the number of files.
@@ -129,7 +129,7 @@ def write_losses(folder: Path, plan: RunPlan, data: RunData, first_steps: int = 
 
 
 def _head(bits: int, sums: list[int]) -> bytes:
-    """What stands before the rows in a file of losses; see reference_loss_file.py."""
+    """The head of a file of losses, before its rows; see reference_loss_file.py."""
     count = len(sums)
     bounds = (0, 512, 512 + 4 * count, 512 + 4 * count + 2 * SEQ * count)
     tensors = {"recorded": ("U64", [64]), "checksums": ("U32", [count]), "losses": ("U16", [count, SEQ])}
@@ -144,7 +144,7 @@ def _head(bits: int, sums: list[int]) -> bytes:
 
 
 class Marks:
-    """Counts what a watchdog is told."""
+    """Counts the marks that a watchdog receives."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -154,22 +154,22 @@ class Marks:
 
 
 def check(reference_losses: ReferenceLosses, plan: RunPlan, data: RunData) -> int:
-    """What a proxy checks before it builds anything; returns the signs of progress that it gave."""
+    """Checks the losses as a proxy does before it builds its model; returns the number of watchdog marks."""
     marks: Any = Marks()
     check_reference_losses(reference_losses, plan, dist.HashStore(), marks)
     return int(marks.count)
 
 
 def first_steps(reference_losses: ReferenceLosses, plan: RunPlan, data: RunData) -> Iterator[Step]:
-    """Steps as the training loop of the only rank reads them."""
+    """Steps as the training loop of a single rank reads them."""
     reader = StepReader(plan.blend, data.train, plan.batch_shape, plan.topology, reference_losses)
     return steps(reader, BlendState.start(len(data.names)), lambda step: plan.sampling_weights, ahead=False)
 
 
 def resume_metrics(path: Path, steps_taken: int = 200_000, bytes_a_line: int = 3140) -> float:
-    """Seconds to open the metrics of a run of so many steps where its checkpoint was, two lines before their end.
+    """Seconds to open a run's metrics at its checkpoint, two lines before the file's end.
 
-    The file is sparse but for the last lines.
+    The file is sparse except for its last lines.
     """
     with path.open("wb") as file:
         file.truncate(steps_taken * bytes_a_line)
@@ -177,34 +177,34 @@ def resume_metrics(path: Path, steps_taken: int = 200_000, bytes_a_line: int = 3
         file.write(b"\n")
         for iteration in range(steps_taken - 5, steps_taken + 3):
             if iteration == steps_taken + 1:
-                recorded = file.tell()
+                checkpoint_size = file.tell()
             file.write(json.dumps({"iteration": iteration, "loss": [0.0] * 500}).encode() + b"\n")
     began = time.perf_counter()
-    log = MetricsFile(path, steps_taken, recorded)
+    log = MetricsFile(path, steps_taken, checkpoint_size)
     seconds = time.perf_counter() - began
-    assert log.size() == recorded, "cut at the checkpoint"
+    assert log.size() == checkpoint_size, "truncated at the checkpoint"
     log.close()
     return seconds
 
 
 def bytes_read() -> int:
-    """Bytes that this process has asked the system for."""
+    """Bytes that this process has read by system calls."""
     return int(dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())["rchar"])
 
 
-def timed(what: str, work: Callable[[], Any]) -> Any:
-    """Does some work and prints seconds and the growth of resident memory."""
+def timed(description: str, work: Callable[[], Any]) -> Any:
+    """Runs `work`; prints its seconds and the growth of resident memory."""
     before, began = resident_mebibytes(), time.perf_counter()
     result = work()
     seconds, grown = time.perf_counter() - began, resident_mebibytes() - before
-    print(f"{what:<58} {seconds:>8.3f} s {grown:>8.1f} MiB")
+    print(f"{description:<58} {seconds:>8.3f} s {grown:>8.1f} MiB")
     return result
 
 
 def at_size(train_iters: int) -> None:
-    """The start, the check and a thousand rows."""
-    with tempfile.TemporaryDirectory() as own:
-        folder = Path(own)
+    """Measures startup, check and a thousand windows."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         write_sparse_domains(folder, pile_counts())
         plan, data = timed("open 22 domains", lambda: proxy_of(folder, train_iters))
         files = timed("(write the files of losses)", lambda: write_losses(folder / "losses", plan, data))
@@ -223,9 +223,9 @@ def at_size(train_iters: int) -> None:
 
 
 def rows_of_full_files(chunks: int, rows: int = 2000) -> None:
-    """Rows at random from full files, as they are read now and as version 0.1 read them."""
-    with tempfile.TemporaryDirectory() as own:
-        folder, names = Path(own), ["only"]
+    """Measures random windows from full files by the current reader and by version 0.1's."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, names = Path(temporary), ["only"]
         new, old = folder / "new", folder / "old"
         entry = {"tokenizer_sha256": None, "data_fingerprint": "0" * 64, "domains": names, "seq_length": SEQ}
         entry |= {"reference": "0" * 64, "reference_iteration": 1, "format": ScoresFile.FORMAT, "precision": "float32"}
@@ -243,14 +243,15 @@ def rows_of_full_files(chunks: int, rows: int = 2000) -> None:
                 file.write(_old_head())
                 file.write(windows.tobytes())
                 file.truncate(file.tell() + 2 * SEQ * CHUNK_WINDOWS)
-        wanted = np.random.default_rng(0).integers(0, chunks * CHUNK_WINDOWS, rows)
+        windows_read = np.random.default_rng(0).integers(0, chunks * CHUNK_WINDOWS, rows)
         reference_losses = ReferenceLosses(new, names, {})
         before = bytes_read()
         timed(
-            f"{rows:,} rows of {chunks} full files", lambda: reference_losses.losses(np.zeros(rows, np.int64), wanted)
+            f"{rows:,} rows of {chunks} full files",
+            lambda: reference_losses.losses(np.zeros(rows, np.int64), windows_read),
         )
         print(f"{(bytes_read() - before) / rows:,.0f} bytes a row")
-        few = wanted[: rows // 10]
+        few = windows_read[: rows // 10]
         timed(f"{len(few):,} rows as version 0.1 read them", lambda: _as_version_0_1(old, few))
         print(f"{8 + 2 * SEQ + 8 * CHUNK_WINDOWS + 2 * SEQ * CHUNK_WINDOWS:,} bytes a chunk, 256 chunks kept in memory")
 
@@ -268,8 +269,8 @@ def _old_head() -> bytes:
     return len(header).to_bytes(8, "little") + header
 
 
-def _as_version_0_1(folder: Path, wanted: NDArray[np.int64]) -> None:
-    """`RecordedLosses.losses` of commit 95921cd, in short."""
+def _as_version_0_1(folder: Path, windows_read: NDArray[np.int64]) -> None:
+    """`RecordedLosses.losses` of commit 95921cd, condensed."""
 
     def read(chunk: int) -> tuple[NDArray, NDArray]:
         with safe_open(chunk_path(folder, 0, chunk), framework="numpy") as file:
@@ -278,16 +279,20 @@ def _as_version_0_1(folder: Path, wanted: NDArray[np.int64]) -> None:
             return windows, file.get_tensor("losses")
 
     chunk_of = functools.lru_cache(256)(read)
-    for window in wanted.tolist():
+    for window in windows_read.tolist():
         windows, losses = chunk_of(window // CHUNK_WINDOWS)
         losses[int(np.searchsorted(windows, window))].copy()
 
 
 def main() -> None:
-    """Runs what the command line asks for."""
+    """Runs the measurement that the command line selects."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--train-iters", type=int, default=100, help="steps that are recorded (default: 100)")
-    parser.add_argument("--chunks", type=int, default=0, help="read rows of so many full files instead")
+    parser.add_argument(
+        "--train-iters", type=int, default=100, help="steps of the proxy whose losses are recorded (default: 100)"
+    )
+    parser.add_argument(
+        "--chunks", type=int, default=0, help="measure random windows from this many full files instead"
+    )
     args = parser.parse_args()
     if args.chunks:
         rows_of_full_files(args.chunks)

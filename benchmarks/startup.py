@@ -1,9 +1,9 @@
-"""How soon the first global batch is there: 22 domains of 300 billion tokens, after the imports.
+"""Time from startup to the first global batch, after the imports: 22 domains with 300 billion tokens in total.
 
     python benchmarks/startup.py
 
-Sparse files stand in for the data: every byte that is read is read from a file of the right size, at its place.
-Prints the seconds from the manifest to the first batch and by how much the process grew; 1 s and 200 MiB are the goals.
+Sparse files of the right sizes replace the data, so every read has its real offset. Prints the seconds from the
+manifest to the first batch and the growth of resident memory; the goals are 1 s and 200 MiB.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ from megatron_doremi.phases.inputs import plan_run
 from megatron_doremi.phases.run_data import open_data
 
 TOKENS_A_DOCUMENT = 1000
-# An index of no more is read as a whole when it is opened.
+# Opening an index of at most this many documents reads all of it.
 CHECKED_DOCUMENTS = 1 << 18
 
 
 def write_sparse(folder: Path, domains: int, tokens: int) -> Path:
-    """Pairs of uint16 ids, all 0, that take no room on the disk; returns the manifest's path."""
-    # Of unequal sizes, as domains are.
+    """Writes sparse datasets of uint16 ids, all 0; returns the manifest's path."""
+    # Real domains have unequal sizes too.
     sizes = {f"domain {n}": 2 * tokens * (n + 1) // (domains * (domains + 1)) for n in range(domains)}
     return write_sparse_domains(folder, {name: (size, size // TOKENS_A_DOCUMENT) for name, size in sizes.items()})
 
 
 def write_sparse_domains(folder: Path, sizes: Mapping[str, tuple[int, int]]) -> Path:
-    """Sparse pairs of domains of so many (tokens, documents); returns the manifest's path."""
+    """Writes sparse datasets of {domain: (tokens, documents)}; returns the manifest's path."""
     entries = []
     for number, (name, (size, documents)) in enumerate(sizes.items()):
         prefix = folder / f"domain{number}_train"
@@ -73,7 +73,7 @@ def write_sparse_domains(folder: Path, sizes: Mapping[str, tuple[int, int]]) -> 
 
 
 def _write_ends(file: BinaryIO, size: int, documents: int) -> None:
-    """The ends of the three lists of an index; between them zeros, which nobody reads."""
+    """Writes the ends of an index's three lists; the zeros between them are never read."""
     start, last = file.tell(), size // documents
     for place, data in (
         (4 * documents - 4, struct.pack("<i", last)),
@@ -86,11 +86,11 @@ def _write_ends(file: BinaryIO, size: int, documents: int) -> None:
 
 @dataclass(frozen=True)
 class Start:
-    """A start as it was seen.
+    """Measurements of one startup.
 
     Attributes:
         seconds: from the manifest to the first batch.
-        mebibytes: by which the process's resident memory grew.
+        mebibytes: growth of the process's resident memory.
     """
 
     step: Step
@@ -118,10 +118,10 @@ def resident_mebibytes() -> float:
 
 
 def main() -> None:
-    """Makes the files, starts, and says what it took."""
+    """Writes the files, measures the startup and prints the result."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--domains", type=int, default=22, help="(default: 22)")
-    parser.add_argument("--tokens", type=float, default=300e9, help="(default: 300e9)")
+    parser.add_argument("--domains", type=int, default=22, help="number of domains (default: 22)")
+    parser.add_argument("--tokens", type=float, default=300e9, help="tokens of all domains (default: 300e9)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         manifest = write_sparse(Path(folder), args.domains, int(args.tokens))
