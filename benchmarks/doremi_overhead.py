@@ -260,10 +260,12 @@ def stretches(
         return wrapper
 
     kinds = {"ForwardPass": "busy", "BackwardPass": "busy", **dict.fromkeys(after, "after")}
-    engine._INSTRUCTION_MAP = {
+    timed_instructions = {
         command: timed(run, kinds[command.__name__]) if command.__name__ in kinds else run
         for command, run in original.items()
     }
+    # The engine merges `instructions()` into its map last, so an attribute of the instance replaces every entry.
+    engine.instructions = lambda: timed_instructions
     ratios = []
     for _ in range(max(5, args.steps // 3)):
         spent |= {"busy": 0.0, "after": 0.0}
@@ -279,7 +281,7 @@ def stretches(
         *busy, elapsed, least_after = times.tolist()
         unequal = 1 + (sum(busy) - max(busy)) / (args.micro_batches * max(busy))
         ratios.append(((elapsed + least_after) / max(busy), unequal))
-    engine._INSTRUCTION_MAP = original
+    del engine.instructions
     measured, least = zip(*ratios, strict=True)
     return statistics.median(measured), statistics.median(least)
 
