@@ -18,14 +18,14 @@ ROOT = Path(__file__).resolve().parents[2]
 def main() -> int:
     """Runs the tests with more cases; returns pytest's exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--times", type=int, default=5, help="so many times the cases of the suite (default: 5)")
+    parser.add_argument("--times", type=int, default=5, help="run this many times the cases of the suite (default: 5)")
     os.environ["MEGATRON_DOREMI_FUZZ"] = str(parser.parse_args().times)
     # The tests read the variable when they are imported.
     import pytest
 
     tests = ROOT / "tests"
     names = [f"{tests}/phases/test_metrics_file.py"]
-    names += [f"{tests}/cluster/test_run_lock.py::test_of_many_that_take_over_exactly_one_wins"]
+    names += [f"{tests}/cluster/test_run_lock.py::test_of_many_contenders_exactly_one_takes_the_lock"]
     return int(pytest.main(["-q", "-x", "-k", "fuzzed or many", *names]))
 
 
