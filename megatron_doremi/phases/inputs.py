@@ -18,7 +18,7 @@ from megatron_doremi.mixture.reference import ReferenceRun
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.phases.early_checks import reference_faults
 from megatron_doremi.phases.run_data import RunData, open_data, sampling_setting
-from megatron_doremi.phases.score import open_reference_losses, windows_needed
+from megatron_doremi.phases.score import missing_losses, open_reference_losses
 from megatron_doremi.phases.to_come import LOSSES, WEIGHTS, inputs_to_come
 from megatron_doremi.phases.trained_run import read_loaded, read_reference, reads_reference_losses, scores_online
 from megatron_doremi.plan import RunPlan, make_plan
@@ -82,8 +82,8 @@ def open_inputs(config: Config, topology: Topology) -> Inputs:
     if reads_reference_losses(config, controller) and LOSSES not in to_come:
         reference_losses = collect(lambda: open_reference_losses(config, data))
     if config.run.dry_run and reference_losses is not None:
-        # A run checks this on one rank, after joining the others.
-        faults += reference_losses.check(windows_needed(plan), lambda domain, files: None)
+        # A run checks this after its ranks have joined.
+        faults += missing_losses(reference_losses, plan)
     raise_if_any(faults)
     return Inputs(data, plan, controller, repeated or "", reference, reference_losses, to_come)
 

@@ -123,27 +123,37 @@ def open_reference_losses(config: Config, data: RunData) -> ReferenceLosses:
     return ReferenceLosses(Path(config.doremi.reference_losses), data.names, data_fingerprint(config, data))
 
 
+def missing_losses(
+    reference_losses: ReferenceLosses, plan: RunPlan, mark: Callable[[str], None] = lambda doing: None
+) -> list[Fault]:
+    """A fault for each domain of whose windows, as a proxy reads them, some are not recorded.
+
+    Args:
+        mark: called now and then with what is being done.
+    """
+    counts = zip(plan.window_counts, plan.windows_needed, strict=True)
+    total = sum(min(-(-size // CHUNK_WINDOWS), count) for size, count in counts)
+    # The bar appears only if the check takes longer than 2 seconds.
+    with tqdm(total=total, unit="file", desc="reference losses", delay=2.0, leave=False) as bar:
+
+        def progress(domain: int, files: int) -> None:
+            mark(f"checking the reference losses of domain {plan.names[domain]!r}")
+            bar.update(files)
+
+        return reference_losses.check(windows_needed(plan, mark), progress)
+
+
 def check_reference_losses(
     reference_losses: ReferenceLosses, plan: RunPlan, store: dist.Store, watchdog: Watchdog
 ) -> None:
     """Checks on rank 0 that every window that a proxy reads is recorded; a collective call.
 
     Raises:
-        ConfigError: on every rank, with a fault for each domain with missing windows.
+        ConfigError: on every rank, with the faults of `missing_losses`.
     """
 
     def check() -> None:
-        needed = windows_needed(plan, watchdog.mark)
-        counts = zip(plan.window_counts, plan.windows_needed, strict=True)
-        total = sum(min(-(-size // CHUNK_WINDOWS), count) for size, count in counts)
-        # The bar appears only if the check takes longer than 2 seconds.
-        with tqdm(total=total, unit="file", desc="reference losses", delay=2.0, leave=False) as bar:
-
-            def progress(domain: int, files: int) -> None:
-                watchdog.mark(f"checking the reference losses of domain {plan.names[domain]!r}")
-                bar.update(files)
-
-            raise_if_any(reference_losses.check(needed, progress))
+        raise_if_any(missing_losses(reference_losses, plan, watchdog.mark))
 
     run_on_rank_0_via_store(store, "reference losses", plan.topology.rank, check)
 
