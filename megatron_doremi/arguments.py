@@ -16,6 +16,7 @@ from typing import Any
 
 from megatron_doremi.config import SECTIONS, Config
 from megatron_doremi.errors import Fault, raise_if_any
+from megatron_doremi.settings import flag_of
 from megatron_doremi.validation import find_faults, phase_faults
 
 _TITLES = {
@@ -62,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field[Any]) -> None:
-    name = "--" + field.name.replace("_", "-")
+    name = flag_of(field.name)
     text = field.metadata["help"].replace("%", "%%")
     if field.type == "bool":
         group.add_argument(name, action="store_true", help=text)
@@ -127,7 +128,7 @@ def read_command_line(argv: Sequence[str], world_size: int) -> tuple[Config, lis
 
 
 def _unknown_faults(unknown: Sequence[str]) -> list[Fault]:
-    flags = ["--" + e.name.replace("_", "-") for cls in SECTIONS.values() for e in dataclasses.fields(cls)]
+    flags = [flag_of(field.name) for cls in SECTIONS.values() for field in dataclasses.fields(cls)]
     faults = []
     previous = ""
     for word in unknown:
@@ -143,7 +144,7 @@ def _unknown_faults(unknown: Sequence[str]) -> list[Fault]:
 
 def _read(field: dataclasses.Field[Any], text: Any) -> tuple[Any, list[Fault]]:
     """The parsed value of a flag, or its default and a fault."""
-    flag = "--" + field.name.replace("_", "-")
+    flag = flag_of(field.name)
     if field.type == "bool":
         return text, []
     if field.type == "tuple[str, ...]":

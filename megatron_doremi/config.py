@@ -221,6 +221,11 @@ class DoReMiConfig:
         ("domain", "batch"),
     )
 
+    @property
+    def online(self) -> bool:
+        """Whether the reference scores a proxy's batches as they come; else its losses are read from disk."""
+        return self.reference_losses == "online"
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:

@@ -73,6 +73,11 @@ def setting(
     )
 
 
+def flag_of(name: str) -> str:
+    """The flag of a setting: `num_layers` is `--num-layers`."""
+    return "--" + name.replace("_", "-")
+
+
 def phases_of(section: type, field: dataclasses.Field[Any]) -> tuple[str, ...]:
     """The phases that read a setting of a section."""
     return field.metadata["phases"] or section.default_phases  # type: ignore[attr-defined]

@@ -20,7 +20,7 @@ from megatron_doremi.config import (
     states_shape,
 )
 from megatron_doremi.errors import Fault
-from megatron_doremi.settings import EVALUATE, PHASES, PROXY, SCORE, TRAINING, UNIMAX, phases_of
+from megatron_doremi.settings import EVALUATE, PHASES, PROXY, SCORE, TRAINING, UNIMAX, flag_of, phases_of
 
 
 def find_faults(config: Config, world_size: int) -> list[Fault]:
@@ -36,10 +36,6 @@ def find_faults(config: Config, world_size: int) -> list[Fault]:
 def _reads_shape(config: Config) -> bool:
     """Whether the model flags apply: score and evaluate read them in a dry run only, and only where given."""
     return config.data.phase not in (SCORE, EVALUATE) or (config.run.dry_run and states_shape(config.model))
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def _without_effect(flag: str, rule: str) -> Fault:
@@ -59,7 +55,7 @@ def _required(config: Config) -> list[Fault]:
 
     def need(name: str, value: object, why: str) -> None:
         if not value:
-            faults.append(Fault(_flag(name), "not given", why, f"give {_flag(name)}"))
+            faults.append(Fault(flag_of(name), "not given", why, f"give {flag_of(name)}"))
 
     need("phase", data.phase, f"one of {', '.join(PHASES)}")
     need("domains", data.domains, "a manifest of the domains")
@@ -108,7 +104,7 @@ def _required(config: Config) -> list[Fault]:
 
 def _reference_faults(doremi: DoReMiConfig) -> list[Fault]:
     """Faults of a proxy's flags that name its reference."""
-    online, load = doremi.reference_losses == "online", doremi.reference_load
+    online, load = doremi.online, doremi.reference_load
     if doremi.doremi_objective == "hardest":
         given = {"--reference-load": bool(load), "--reference-losses": not online}
         rule = "--doremi-objective hardest reads no reference"
@@ -139,7 +135,7 @@ def phase_faults(phase: str, given: Collection[str]) -> list[Fault]:
             if section == "model" and "dry_run" in given:
                 phases = PHASES
             if field.name in given and phase not in phases:
-                unread.setdefault((section == "model", phases), []).append(_flag(field.name))
+                unread.setdefault((section == "model", phases), []).append(flag_of(field.name))
     faults = []
     for (is_model, phases), flags in unread.items():
         remedy = "leave it out" if len(flags) == 1 else "leave them out"
@@ -155,7 +151,7 @@ def _ranges(config: Config) -> list[Fault]:
 
     def check(holds: bool, name: str, value: object, rule: str) -> None:
         if not holds:
-            faults.append(Fault(_flag(name), str(value), rule, f"give {_flag(name)} a value in that range"))
+            faults.append(Fault(flag_of(name), str(value), rule, f"give {flag_of(name)} a value in that range"))
 
     for section in SECTIONS:
         values = getattr(config, section)
@@ -186,7 +182,7 @@ def _model_faults(model: ModelConfig, parallel: ParallelConfig) -> list[Fault]:
             Fault(
                 "--model-size",
                 model.model_size,
-                "in place of " + ", ".join(map(_flag, given)),
+                "in place of " + ", ".join(map(flag_of, given)),
                 "give either --model-size or the sizes",
             )
         )
@@ -194,7 +190,7 @@ def _model_faults(model: ModelConfig, parallel: ParallelConfig) -> list[Fault]:
     if not model.model_size and missing:
         faults.append(
             Fault(
-                ", ".join(map(_flag, missing)),
+                ", ".join(map(flag_of, missing)),
                 "not given",
                 "a model needs layers, width and heads",
                 f"give them, or --model-size {{{','.join(PAPER_SHAPES)}}}",
@@ -216,9 +212,9 @@ def _shape_faults(gpt: GPTConfig, model: ModelConfig, parallel: ParallelConfig) 
         if by > 0 and value % by:
             faults.append(
                 Fault(
-                    _flag(name),
+                    flag_of(name),
                     str(value),
-                    f"must be a multiple of {_flag(by_name)} {by}",
+                    f"must be a multiple of {flag_of(by_name)} {by}",
                     "change one of the two",
                 )
             )
@@ -236,7 +232,7 @@ def _shape_faults(gpt: GPTConfig, model: ModelConfig, parallel: ParallelConfig) 
             )
         )
     faults += [
-        Fault(_flag(name), str(value), rule, "change one of the two") for name, value, rule in misfits(gpt, parallel)
+        Fault(flag_of(name), str(value), rule, "change one of the two") for name, value, rule in misfits(gpt, parallel)
     ]
     return faults
 

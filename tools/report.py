@@ -23,6 +23,7 @@ from megatron_doremi.errors import ConfigError, Fault, raise_if_any, run_or_exit
 from megatron_doremi.reporting.assemble import Report, comparison_report, runs_report
 from megatron_doremi.reporting.comparison import compare
 from megatron_doremi.reporting.runs import Run, read_all, read_run, read_runs
+from megatron_doremi.settings import flag_of
 from megatron_doremi.storage.files import atomic_write_bytes
 
 NEEDED = ("proxy", "main", "baseline", "domains", "output_dir")
@@ -103,7 +104,7 @@ def _faults(options: argparse.Namespace) -> list[Fault]:
         remedy = "give one or more run folders; --help shows both forms"
         return [Fault("RUN", "missing", "at least one run, or --proxy, --main and --baseline", remedy)]
     missing = [name for name in NEEDED if getattr(options, name) is None]
-    return [Fault(f"--{name.replace('_', '-')}", "missing", "required for a comparison", "give it") for name in missing]
+    return [Fault(flag_of(name), "missing", "required for a comparison", "give it") for name in missing]
 
 
 if __name__ == "__main__":

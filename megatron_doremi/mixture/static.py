@@ -28,21 +28,23 @@ from megatron_doremi.errors import ConfigError, Fault
 from megatron_doremi.mixture.controller import MixtureController
 from megatron_doremi.settings import UNIMAX
 
+_WITHOUT_PARAMETER = ("given", "uniform", "natural", UNIMAX)
 _TEMPERATURE = "temperature:"
 _NAMES = "uniform, natural, temperature:T, unimax"
 
 
 def is_weights_file(setting: str) -> bool:
     """Whether --domain-weights names a file; "" is the phase's default mixture."""
-    return setting not in ("", "given", "uniform", "natural", UNIMAX) and not setting.startswith(_TEMPERATURE)
+    return setting not in ("", *_WITHOUT_PARAMETER) and not setting.startswith(_TEMPERATURE)
 
 
 def similar_mixture(path: str) -> str | None:
     """The mixture that a path of --domain-weights looks like a misspelling of; None if it looks like none."""
-    if "." in path.partition(":")[0] or os.sep in path:
+    name = path.partition(":")[0]
+    if "." in name or os.sep in path:
         return None
-    names = ("given", "uniform", "natural", "temperature", UNIMAX)
-    return next(iter(get_close_matches(path.partition(":")[0], names, n=1, cutoff=0.7)), None)
+    matches = get_close_matches(name, [*_WITHOUT_PARAMETER, "temperature"], n=1, cutoff=0.7)
+    return matches[0] if matches else None
 
 
 @dataclass(frozen=True)
@@ -147,9 +149,10 @@ def resolve_weights(
             return manifest.natural_weights()
         weights = temperature_weights([domain.tokens for domain in manifest.domains], temperature)
         return positive_shares(subject, manifest, weights)
-    if similar_mixture(setting) and not Path(setting).exists():
+    similar = similar_mixture(setting)
+    if similar and not Path(setting).exists():
         rule = f"{_NAMES}, given, or a weights file that exists"
-        raise ConfigError(Fault("--domain-weights", setting, rule, f"did you mean {similar_mixture(setting)}?"))
+        raise ConfigError(Fault("--domain-weights", setting, rule, f"did you mean {similar}?"))
     return load_weights(Path(setting), manifest, allow_tokenizer_mismatch, allow_unfinished)
 
 

@@ -25,7 +25,7 @@ from megatron_doremi.mixture.controller import MixtureController
 from megatron_doremi.parallel.exchange import gather_json
 from megatron_doremi.phases.run_data import RunData
 from megatron_doremi.plan import RunPlan
-from megatron_doremi.settings import PROXY
+from megatron_doremi.settings import PROXY, flag_of
 from megatron_doremi.storage.files import atomic_write_text, make_folder
 
 # Entries that no --override-resume can change: with another value the trained parameters would be useless.
@@ -76,8 +76,8 @@ def run_identity(plan: RunPlan, data: RunData, controller: MixtureController, re
     }
     identity |= controller.identity()
     if config.data.phase == PROXY:
-        online = config.doremi.reference_losses == "online"
-        identity |= {"reference": reference, "reference_losses": "online" if online else "recorded"}
+        source = "online" if config.doremi.online else "recorded"
+        identity |= {"reference": reference, "reference_losses": source}
     return identity
 
 
@@ -195,7 +195,7 @@ def check_ranks_start_alike(config: Config, read: Mapping[str, Any]) -> None:
         ConfigError: on every rank, naming the ranks that differ from the majority, and the differences.
     """
     values = {
-        **{f"--{name.replace('_', '-')}": value for part in config.to_dict().values() for name, value in part.items()},
+        **{flag_of(name): value for part in config.to_dict().values() for name, value in part.items()},
         **read,
         "version of megatron-doremi": __version__,
         "version of torch": torch.__version__,

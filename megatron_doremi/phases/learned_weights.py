@@ -55,14 +55,13 @@ class LearnedWeights:
 
     def _write(self, iteration: int) -> None:
         config = self._plan.config
-        online = config.doremi.reference_losses == "online"
         provenance = {
             "method": self._controller.method,
             "steps": iteration,
             "train_iters": config.data.train_iters,
             **self._controller.settings(),
             "seed": config.data.seed,
-            "reference": config.doremi.reference_load if online else config.doremi.reference_losses,
+            "reference": config.doremi.reference_load if config.doremi.online else config.doremi.reference_losses,
             "identity_sha256": identity_hash(self._identity),
             "overrides": self._overrides,
             "code_version": __version__,

@@ -22,12 +22,12 @@ from megatron_doremi.validation import misfits
 
 def scores_online(config: Config, controller: MixtureController) -> bool:
     """Whether a training run scores its batches with a reference as it trains."""
-    return controller.needs_reference and config.doremi.reference_losses == "online"
+    return controller.needs_reference and config.doremi.online
 
 
 def reads_reference_losses(config: Config, controller: MixtureController) -> bool:
     """Whether a run reads recorded reference losses."""
-    return controller.needs_reference and config.doremi.reference_losses != "online"
+    return controller.needs_reference and not config.doremi.online
 
 
 def read_trained(folder: Path, flag: str, data: RunData, config: Config, needs_all_steps: bool = False) -> ReferenceRun:

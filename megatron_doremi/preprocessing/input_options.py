@@ -21,6 +21,7 @@ from megatron_doremi.preprocessing.documents import (
     rule_by_file,
 )
 from megatron_doremi.preprocessing.inputs import FORMATS, InputFile, find_inputs
+from megatron_doremi.settings import flag_of
 
 DOMAIN_KEY = "meta.pile_set_name"
 _DOMAIN_FLAGS = ("domain_key", "domain_rules", "domain_from_file")
@@ -91,7 +92,7 @@ def read_input_options(
     faults = list(more or [])
     domain_flags = [flag for flag in _DOMAIN_FLAGS if getattr(args, flag) is not None]
     if len(domain_flags) > 1:
-        value = ", ".join("--" + flag.replace("_", "-") for flag in domain_flags)
+        value = ", ".join(flag_of(flag) for flag in domain_flags)
         faults.append(Fault("domains", value, "only one of them", "keep one; --domain-rules can read any field"))
     if args.default_domain is not None and (fault := name_fault("--default-domain", args.default_domain)):
         faults.append(fault)
