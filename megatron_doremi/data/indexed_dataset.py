@@ -22,6 +22,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_doremi.data.document_spans import DocumentSpans, document_spans
 from megatron_doremi.errors import ConfigError, Fault
 from megatron_doremi.storage.files import temporary_beside
 
@@ -186,6 +187,14 @@ class IndexedDataset:
             raise self._error(self._idx, value, f"bounds within the {self.num_tokens:,} tokens of the pair")
         return self.tokens(start, count)
 
+    def documents_at(self, start: int, stop: int) -> DocumentSpans:
+        """The documents of tokens [start, stop), by a few entries of the index. Raises ConfigError if it is damaged."""
+        index = self.pointers, self.document_indices, self.dtype.itemsize, self.num_tokens
+        try:
+            return document_spans(*index, start, stop)
+        except ValueError as error:
+            raise self._error(self._idx, str(error), _RISING) from error
+
 
 def _parts(size: int) -> Iterator[tuple[int, int]]:
     """(first, count) of each part when `size` entries are read in parts."""
@@ -285,15 +294,13 @@ class IndexedDatasetWriter:
 
     def _append(self, data: bytes, lengths: NDArray, ends: NDArray, tokens: int = 0) -> None:
         """Appends sequences and, for each document, the end of its range among these sequences."""
-        before = self.written
+        old = self.written
         for file, part in zip(
-            self._files, (data, _packed(lengths, "<i4"), _packed(ends + before.sequences, "<i8")), strict=True
+            self._files, (data, _packed(lengths, "<i4"), _packed(ends + old.sequences, "<i8")), strict=True
         ):
             file.write(part)
         tokens += len(data) // self.dtype.itemsize
-        self.written = WrittenSize(
-            before.tokens + tokens, before.sequences + len(lengths), before.documents + len(ends)
-        )
+        self.written = WrittenSize(old.tokens + tokens, old.sequences + len(lengths), old.documents + len(ends))
 
     def flush(self) -> WrittenSize:
         """Flushes Python's buffers to the operating system; returns how much has been written."""
