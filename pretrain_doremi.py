@@ -259,6 +259,11 @@ def dry_run(config: Config, topology: Topology) -> None:
             print_stdout(inputs.repeated)
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Runs `main` as a program."""
     # The trainer has closed the metrics files and `run` has released the lock: do not wait for a thread that hangs.
     run_or_exit(main, skip_cleanup=True)
+
+
+if __name__ == "__main__":
+    command()

@@ -21,7 +21,9 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:
+    # Run as a script: the package is beside this folder.
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any, run_or_exit
 from megatron_doremi.storage.files import atomic_write_text, make_folder
@@ -212,5 +214,10 @@ def main() -> int:
     return 0
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Runs `main` as a program."""
     run_or_exit(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -14,7 +14,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:
+    # Run as a script: the package is beside this folder.
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tqdm import tqdm
 
@@ -88,5 +90,10 @@ def main() -> int:
     return 0
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Runs `main` as a program."""
     run_or_exit(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -23,7 +23,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:
+    # Run as a script: the package is beside this folder.
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tqdm import tqdm
 
@@ -387,6 +389,11 @@ def stop(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Runs `main` as a program."""
     signal.signal(signal.SIGTERM, stop)
     run_or_exit(main)
+
+
+if __name__ == "__main__":
+    command()

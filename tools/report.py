@@ -16,7 +16,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:
+    # Run as a script: the package is beside this folder.
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_doremi.data.manifest import load_manifest
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any, run_or_exit
@@ -107,5 +109,10 @@ def _faults(options: argparse.Namespace) -> list[Fault]:
     return [Fault(flag_of(name), "missing", "required for a comparison", "give it") for name in missing]
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Runs `main` as a program."""
     run_or_exit(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -1,0 +1,1 @@
+"""The command-line tools, each a program of its own. `pip install` makes this folder megatron_doremi.tools."""
