@@ -255,7 +255,7 @@ def dry_run(config: Config, topology: Topology) -> None:
     if topology.rank == 0:
         print_warnings(inputs.data.manifest)
         print(plan_text(inputs))
-        if inputs.repeated:
+        if inputs.repeated and not config.run.suggest_layout:
             print_stdout(inputs.repeated)
 
 

@@ -14,11 +14,11 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from megatron_doremi.run_settings import RunConfig
 from megatron_doremi.settings import (
     DECAY,
     EVALUATE,
     MAX_LAYERS,
-    MINUTES,
     NO_EVALUATION,
     PHASES,
     POSITIVE_RATE,
@@ -253,80 +253,6 @@ class OptimizerConfig:
     adam_eps: float = setting(1e-8, "added to the square root of the second moment", bounds=POSITIVE_RATE)
     clip_grad: float = setting(1.0, "clip the global gradient norm to this; 0: never", bounds=RATE)
     bf16: bool = setting(False, "bfloat16 weights and activations, float32 master weights and gradients", phases=PHASES)
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """Where results go, and when the run saves, reports and stops."""
-
-    default_phases: ClassVar[tuple[str, ...]] = TRAINING
-
-    save: str = setting("", "folder for the results: config, metrics, checkpoints, domain weights", phases=PHASES)
-    load: str = setting(
-        "",
-        "resume from this folder's newest complete checkpoint, or start if it has none; evaluate: the run to load",
-        phases=(*TRAINING, EVALUATE),
-    )
-    override_resume: tuple[str, ...] = setting(
-        (),
-        "resume although these entries of the run's identity changed, such as lr or data_content; the change is "
-        "printed and recorded in every later checkpoint",
-    )
-    allow_unfinished: bool = setting(
-        False,
-        "accept a reference, or learned domain weights, of a run that has not finished all of its steps",
-        phases=NO_EVALUATION,
-    )
-    save_interval: int = setting(
-        0, "steps between checkpoints, in addition to those by time and at the end; 0: none", bounds=STEPS
-    )
-    save_interval_in_mins: float = setting(
-        10.0,
-        "minutes between checkpoints, in addition to those of --save-interval; such a checkpoint is deleted when a "
-        "newer one is complete; 0: none",
-        bounds=MINUTES,
-    )
-    keep_checkpoints: int = setting(0, "number of newest complete checkpoints to keep; 0: all", bounds=STEPS)
-    exit_interval: int = setting(
-        0, "save and exit (code 0) at every step that is a multiple of this; 0: never", bounds=STEPS
-    )
-    exit_duration_in_mins: float = setting(
-        0.0,
-        "save and exit (code 3) this many minutes after the start; 0: never",
-        phases=NO_EVALUATION,
-        bounds=MINUTES,
-    )
-    exit_margin_in_mins: float = setting(
-        5.0,
-        "save and exit (code 3) this many minutes before SLURM_JOB_END_TIME, at most 10 % of the remaining allocation; "
-        "0: never",
-        phases=NO_EVALUATION,
-        bounds=MINUTES,
-    )
-    distributed_timeout_minutes: float = setting(
-        8.0,
-        "abort the run when a rank makes no progress for this many minutes, and name the rank",
-        phases=PHASES,
-        bounds=Bounds(0.0, MINUTES.high, above_low=True),
-    )
-    check_ranks_interval: int = setting(
-        1000,
-        "steps between checks that replicated state is equal on all ranks; a difference stops the run; 0: only before "
-        "saves",
-        bounds=STEPS,
-    )
-    log_interval: int = setting(
-        10,
-        "steps between metrics lines on the console (a proxy's metrics.jsonl has every step)",
-        bounds=Bounds(1, STEPS.high),
-    )
-    tensorboard_dir: str = setting("", "folder for TensorBoard events (default: SAVE/tensorboard)")
-    dry_run: bool = setting(
-        False,
-        "print the run as resolved (settings, model, layout, memory per rank, domains) and exit; nothing is written. "
-        "Inputs that an earlier stage has yet to write get stand-ins (score, evaluate: give the model flags)",
-        phases=PHASES,
-    )
 
 
 @dataclass(frozen=True)

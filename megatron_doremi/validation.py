@@ -15,22 +15,30 @@ from megatron_doremi.config import (
     GPTConfig,
     ModelConfig,
     ParallelConfig,
-    data_parallel_size,
     gpt_config,
     states_shape,
 )
 from megatron_doremi.errors import Fault
-from megatron_doremi.settings import EVALUATE, PHASES, PROXY, SCORE, TRAINING, UNIMAX, flag_of, phases_of
+from megatron_doremi.layout_rules import (
+    field_faults,
+    layout_faults,
+    split_faults,
+    suggestion_faults,
+    zero_faults,
+)
+from megatron_doremi.settings import EVALUATE, PHASES, PROXY, SCORE, UNIMAX, flag_of, phases_of
 
 
 def find_faults(config: Config, world_size: int) -> list[Fault]:
     """All faults of the settings by themselves, before any file is opened."""
-    return [
-        *_required(config),
-        *_ranges(config),
-        *(_model_faults(config.model, config.parallel) if _reads_shape(config) else ()),
-        *_layout_faults(config, world_size),
-    ]
+    model_faults = _model_faults(config.model, config.parallel) if _reads_shape(config) else []
+    faults = [*_required(config), *_ranges(config), *model_faults]
+    if not config.run.suggest_layout:
+        return [*faults, *layout_faults(config, world_size), *zero_faults(config), *suggestion_faults(config)]
+    if not faults and _reads_shape(config):
+        gpt = gpt_config(config.model, config.data.seq_length, vocab_size=1)
+        faults += split_faults(config, gpt, world_size)
+    return [*faults, *zero_faults(config), *suggestion_faults(config)]
 
 
 def _reads_shape(config: Config) -> bool:
@@ -231,86 +239,4 @@ def _shape_faults(gpt: GPTConfig, model: ModelConfig, parallel: ParallelConfig) 
                 "give an even --kv-channels, or --position-embedding-type learned_absolute",
             )
         )
-    faults += [
-        Fault(flag_of(name), str(value), rule, "change one of the two") for name, value, rule in misfits(gpt, parallel)
-    ]
-    return faults
-
-
-def misfits(gpt: GPTConfig, parallel: ParallelConfig) -> list[tuple[str, int, str]]:
-    """Sizes of a model that a layout cannot shard: (field of the shape, its value, the rule that it breaks)."""
-    tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    rule = f"must be a multiple of --tensor-model-parallel-size {tensor}"
-    broken = [
-        (name, getattr(gpt, name), rule)
-        for name in ("num_query_groups", "ffn_hidden_size")
-        if tensor > 0 and getattr(gpt, name) % tensor
-    ]
-    if stages > gpt.num_layers:
-        broken.append(("num_layers", gpt.num_layers, f"at least --pipeline-model-parallel-size {stages}"))
-    return broken
-
-
-def _layout_faults(config: Config, world_size: int) -> list[Fault]:
-    data, parallel = config.data, config.parallel
-    tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    if tensor < 1 or stages < 1:
-        return []
-    faults: list[Fault] = []
-    if world_size % (tensor * stages):
-        faults.append(
-            Fault(
-                "world size",
-                str(world_size),
-                f"a multiple of tensor x pipeline parallel = {tensor} x {stages} = {tensor * stages}",
-                "start another number of processes, or change the two sizes",
-            )
-        )
-    elif data.global_batch_size > 0 and data.micro_batch_size > 0:
-        replicas = data_parallel_size(parallel, world_size)
-        if data.global_batch_size % (data.micro_batch_size * replicas):
-            faults.append(
-                Fault(
-                    "--global-batch-size",
-                    str(data.global_batch_size),
-                    f"a multiple of --micro-batch-size x data parallel = {data.micro_batch_size} x {replicas}",
-                    "change one of the two sizes or the number of processes",
-                )
-            )
-    if parallel.sequence_parallel and data.seq_length % tensor:
-        faults.append(
-            Fault(
-                "--seq-length",
-                str(data.seq_length),
-                f"with --sequence-parallel a multiple of --tensor-model-parallel-size {tensor}",
-                "change one of the two",
-            )
-        )
-    if parallel.zero_stage >= 2 and stages > 1:
-        faults.append(
-            Fault(
-                "--zero-stage",
-                str(parallel.zero_stage),
-                "DeepSpeed's pipeline supports ZeRO 0 and 1 only (2 and 3 shard what its stages accumulate)",
-                "give --zero-stage 1, or --pipeline-model-parallel-size 1",
-            )
-        )
-    if parallel.cpu_offload and parallel.zero_stage < 2:
-        faults.append(
-            Fault(
-                "--cpu-offload",
-                f"with --zero-stage {parallel.zero_stage}",
-                "DeepSpeed offloads only what ZeRO 2 and 3 shard",
-                "give --zero-stage 2 or 3, or leave it out",
-            )
-        )
-    if config.optimizer.bf16 and parallel.zero_stage == 0 and data.phase in TRAINING:
-        faults.append(
-            Fault(
-                "--bf16",
-                "with --zero-stage 0",
-                "DeepSpeed would accumulate gradients in bfloat16",
-                "give --zero-stage 1, which accumulates in float32 (with one replica it shards nothing)",
-            )
-        )
-    return faults
+    return [*faults, *field_faults(gpt, parallel)]

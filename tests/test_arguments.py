@@ -157,3 +157,20 @@ def test_all_faults_in_one_message():
 def test_what_is_required(left_out):
     with pytest.raises(ConfigError, match="not given"):
         parse(base=GOOD.replace(left_out, ""))
+
+
+@pytest.mark.parametrize(
+    ("extra", "ranks", "remedy"),
+    [
+        ("--tensor-model-parallel-size 2", 3, "start 2 or 4 processes, or give two sizes whose product is 1 or 3"),
+        ("--global-batch-size 6 --micro-batch-size 3", 4, "give --global-batch-size 12, or start as many"),
+        ("--global-batch-size 6 --micro-batch-size 3", 4, "data parallel size of 1 or 2"),
+        ("--global-batch-size 12 --micro-batch-size 4", 4, "give --global-batch-size 16, or --micro-batch-size 3"),
+        ("--global-batch-size 4", 8, "a step has fewer windows than the 8 replicas"),
+        ("--sequence-parallel --tensor-model-parallel-size 2 --seq-length 5", 2, "give --seq-length 4 or 6"),
+    ],
+)
+def test_a_layout_that_does_not_divide_names_sizes_that_do(extra, ranks, remedy):
+    with pytest.raises(ConfigError) as caught:
+        parse(extra, ranks)
+    assert remedy in str(caught.value)

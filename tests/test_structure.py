@@ -36,6 +36,8 @@ PURE = [
     "settings.py",
     "shapes.py",
     "config.py",
+    "run_settings.py",
+    "layout_rules.py",
     "validation.py",
     "arguments.py",
     "plan.py",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from megatron_doremi.config import Config, GPTConfig, gpt_config
@@ -24,6 +25,7 @@ from megatron_doremi.phases.trained_run import read_loaded, read_reference, read
 from megatron_doremi.plan import RunPlan, make_plan
 from megatron_doremi.planning.describe import describe_plan
 from megatron_doremi.planning.epochs import check_repetition
+from megatron_doremi.planning.layouts import suggest_layouts, suggestion_text
 from megatron_doremi.settings import EVALUATE, TRAINING
 from megatron_doremi.storage.files import sha256_of
 
@@ -104,12 +106,33 @@ def plan_run(
 
 def plan_text(inputs: Inputs) -> str:
     """What --dry-run prints."""
+    if inputs.plan.config.run.suggest_layout:
+        return suggestion(inputs)
     data, plan, to_come = inputs.data, inputs.plan, inputs.to_come
     setting = sampling_setting(plan.config, data.manifest)
     # Scoring and an evaluation hold one model, the plan's.
     reference = inputs.reference.gpt if inputs.reference and plan.config.data.phase in TRAINING else None
     held_out = data.held_out_counts(plan.config.data.seq_length)
     return describe_plan(plan, inputs.controller, setting, held_out, reference, to_come.values())
+
+
+def suggestion(inputs: Inputs) -> str:
+    """What --suggest-layout prints.
+
+    Raises:
+        ConfigError: nothing fits, or the memory of a device is unknown.
+    """
+    gib = inputs.plan.config.run.device_memory_gib
+    if gib:
+        device_bytes = gib * 2**30
+    elif torch.cuda.is_available():
+        device_bytes = float(torch.cuda.get_device_properties(0).total_memory)
+    else:
+        rule = "the memory of the device that a rank will have; this machine has no GPU that could tell"
+        raise ConfigError(Fault("--device-memory-gib", "not given", rule, "give it, such as --device-memory-gib 80"))
+    reference = inputs.reference.gpt if inputs.reference and inputs.plan.config.data.phase in TRAINING else None
+    ranked = suggest_layouts(inputs.plan, inputs.controller.before_backward, reference, device_bytes)
+    return suggestion_text(ranked, device_bytes)
 
 
 def what_is_read(inputs: Inputs) -> dict[str, Any]:

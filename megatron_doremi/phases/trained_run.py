@@ -10,6 +10,7 @@ from megatron_doremi.checkpoint.folder import newest_checkpoint, read_state
 from megatron_doremi.checkpoint.run_config import read_run_config
 from megatron_doremi.config import Config, gpt_config, states_shape
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any
+from megatron_doremi.layout_rules import misfits
 from megatron_doremi.mixture.controller import MixtureController
 from megatron_doremi.mixture.reference import OnlineReference, ReferenceRun, check_reference
 from megatron_doremi.parallel.context import ParallelContext
@@ -17,7 +18,6 @@ from megatron_doremi.phases.run_data import RunData
 from megatron_doremi.phases.to_come import LOADED_RUN, REFERENCE_RUN
 from megatron_doremi.plan import RunPlan
 from megatron_doremi.settings import EVALUATE
-from megatron_doremi.validation import misfits
 
 
 def scores_online(config: Config, controller: MixtureController) -> bool:

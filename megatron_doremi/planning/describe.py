@@ -12,7 +12,7 @@ from megatron_doremi.engine.optimizer import make_learning_rate
 from megatron_doremi.mixture.controller import MixtureController
 from megatron_doremi.model.sizes import parameters_by_layer
 from megatron_doremi.plan import RunPlan
-from megatron_doremi.planning.memory import held_activations, parameters_by_stage, state_bytes_per_parameter
+from megatron_doremi.planning.memory import parameters_by_stage, rank_memory
 from megatron_doremi.settings import EVALUATE, NO_EVALUATION, SCORE, TRAINING, phases_of
 
 
@@ -46,7 +46,7 @@ def describe_plan(
         *_sizes(plan, controller.before_backward, reference),
         *(_budget(plan) if trains else ["a forward pass: [{}, {}] per replica".format(*plan.batch_shape)]),
         *_mixture(plan, controller, weights_setting),
-        *_table(_columns(plan, controller, held_out_counts)),
+        *table(_columns(plan, controller, held_out_counts)),
         *stand_ins,
     ]
     return "\n".join(lines)
@@ -80,14 +80,13 @@ def _sizes(plan: RunPlan, alternating: bool, reference: GPTConfig | None) -> lis
     layout = (topology.tensor_size, topology.pipe_size)
     largest, total = max(parameters_by_stage(gpt, *layout)), sum(parameters_by_layer(gpt, 1))
     trains = config.data.phase in TRAINING
-    state = state_bytes_per_parameter(config, topology.data_size) if trains else plan.dtype.itemsize
-    memory = [f"{_size(largest * state)} of weights" + (", gradients and optimizer state" if trains else "")]
+    reference_parameters = max(parameters_by_stage(reference, *layout)) if reference else 0
+    held = rank_memory(plan, alternating, largest, reference_parameters)
+    memory = [f"{_size(held.state)} of weights" + (", gradients and optimizer state" if trains else "")]
     if trains:
-        activations, held = held_activations(plan, alternating)
-        memory.append(f"{_size(activations)} of activations of {_count(held, 'micro-batch', 'es')}")
+        memory.append(f"{_size(held.activations)} of activations of {_count(held.held, 'micro-batch', 'es')}")
     if reference is not None:
-        size = max(parameters_by_stage(reference, *layout)) * plan.dtype.itemsize
-        memory.append(f"{_size(size)} of the reference's weights")
+        memory.append(f"{_size(held.reference)} of the reference's weights")
     return [
         f"parameters: {total:,} (vocabulary {gpt.vocab_size:,} tokens), at most {largest:,} per rank",
         f"memory per rank: {', '.join(memory)} (docs/memory.md)",
@@ -144,7 +143,8 @@ def _count(number: int, noun: str, plural: str = "s") -> str:
     return f"{number:,} {noun}{'' if number == 1 else plural}"
 
 
-def _table(columns: dict[str, list[str]]) -> list[str]:
+def table(columns: dict[str, list[str]]) -> list[str]:
+    """Lines of a table: its headers, and a row for each cell of the columns, the first of which is aligned left."""
     rows = list(zip(*([header, *cells] for header, cells in columns.items()), strict=True))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [

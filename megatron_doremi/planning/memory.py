@@ -8,6 +8,7 @@ buffers of an operation.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from itertools import pairwise
 
 from megatron_doremi.config import Config, GPTConfig, ParallelConfig
@@ -15,6 +16,30 @@ from megatron_doremi.model.pipeline import layer_names
 from megatron_doremi.model.sizes import parameters_by_layer
 from megatron_doremi.parallel.topology import stage_bounds
 from megatron_doremi.plan import RunPlan
+from megatron_doremi.settings import TRAINING
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes on the rank that holds most.
+
+    Attributes:
+        state: weights; in training also gradients and optimizer state.
+        activations: held for backward passes; 0 without training.
+        held: micro-batches whose activations are held.
+        reference: weights of a proxy's online reference.
+        logits: of the tokens whose loss is being computed.
+    """
+
+    state: float
+    activations: float
+    held: int
+    reference: float
+    logits: float
+
+    @property
+    def total(self) -> float:
+        return self.state + self.activations + self.reference + self.logits
 
 
 def block_bytes_per_token(gpt: GPTConfig, parallel: ParallelConfig, element: int) -> float:
@@ -112,4 +137,37 @@ def held_activations(plan: RunPlan, alternating: bool) -> tuple[float, int]:
         for held in [
             held_micro_batches(alternating, plan.micro_batches, stages, stage, config.parallel.zero_stage),
         ]
+    )
+
+
+def logits_bytes(gpt: GPTConfig, parallel: ParallelConfig, tokens: int) -> float:
+    """Bytes of the logits at work: three copies of a chunk (docs/memory.md); two beside logits that are held.
+
+    Args:
+        tokens: of a micro-batch.
+    """
+    tensor, chunk = parallel.tensor_model_parallel_size, parallel.loss_chunk_tokens
+    row = 4 * gpt.padded_vocab_size(tensor) / tensor
+    return 3 * row * min(chunk, tokens) if chunk else 2 * row * tokens
+
+
+def rank_memory(plan: RunPlan, alternating: bool, parameters: int, reference_parameters: int) -> RankMemory:
+    """What the rank that holds most will hold.
+
+    Args:
+        alternating: all forward passes of a step come before its first backward pass.
+        parameters: of the largest stage on a rank, without ZeRO.
+        reference_parameters: the same of an online reference; 0: none. Replicas do not share it.
+    """
+    config, element = plan.config, plan.dtype.itemsize
+    state, activations, held = float(element), 0.0, 0
+    if config.data.phase in TRAINING:
+        state = state_bytes_per_parameter(config, plan.topology.data_size)
+        activations, held = held_activations(plan, alternating)
+    return RankMemory(
+        state=parameters * state,
+        activations=activations,
+        held=held,
+        reference=float(reference_parameters * element),
+        logits=logits_bytes(plan.gpt, config.parallel, math.prod(plan.batch_shape)),
     )

@@ -1,0 +1,213 @@
+"""What a layout has to divide: the model's sizes, the global batch and the number of ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from megatron_doremi.config import Config, GPTConfig, ParallelConfig, data_parallel_size
+from megatron_doremi.errors import Fault
+from megatron_doremi.settings import TRAINING, flag_of
+
+# Tensor parallel ranks exchange activations in every block, so they should share a machine.
+MAX_SUGGESTED_TENSOR = 8
+
+
+@dataclass(frozen=True)
+class Split:
+    """Ranks divided into tensor parallel, pipeline and data parallel sizes."""
+
+    tensor: int
+    pipe: int
+    data: int
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors, in ascending order."""
+    small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
+
+
+def misfits(gpt: GPTConfig, parallel: ParallelConfig) -> list[tuple[str, int, str]]:
+    """Sizes of a model that a layout cannot shard: (field of the shape, its value, the rule that it breaks)."""
+    tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    rule = f"must be a multiple of --tensor-model-parallel-size {tensor}"
+    broken = [
+        (name, getattr(gpt, name), rule)
+        for name in ("num_query_groups", "ffn_hidden_size")
+        if tensor > 0 and getattr(gpt, name) % tensor
+    ]
+    if stages > gpt.num_layers:
+        broken.append(("num_layers", gpt.num_layers, f"at least --pipeline-model-parallel-size {stages}"))
+    return broken
+
+
+def possible_splits(config: Config, gpt: GPTConfig, world_size: int) -> tuple[list[Split], list[str]]:
+    """The splits of `world_size` ranks that model and batch can be divided by, and why others are none of them.
+
+    A tensor or pipeline parallel size, a micro-batch size or --sequence-parallel that differs from its default is kept.
+    """
+    parallel, data = config.parallel, config.data
+    tensor_sizes, pipe_sizes = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    splits, excluded = list[Split](), list[str]()
+    for tensor in divisors(world_size):
+        if tensor_sizes not in (1, tensor) or (tensor > MAX_SUGGESTED_TENSOR and tensor != tensor_sizes):
+            continue
+        sized = replace(parallel, tensor_model_parallel_size=tensor, pipeline_model_parallel_size=1)
+        broken = [f"{name} {value} {rule}" for name, value, rule in misfits(gpt, sized)]
+        if parallel.sequence_parallel and data.seq_length % tensor:
+            broken.append(f"--seq-length {data.seq_length} {sequence_rule(tensor)}")
+        if broken:
+            excluded.append(f"tensor {tensor}: {'; '.join(broken)}")
+            continue
+        for pipe in divisors(world_size // tensor):
+            split = Split(tensor, pipe, world_size // tensor // pipe)
+            if pipe_sizes not in (1, pipe) or pipe > gpt.num_layers:
+                continue
+            windows = data.micro_batch_size * split.data
+            if data.global_batch_size % windows:
+                rule = f"--global-batch-size {data.global_batch_size} is not a multiple of {windows}"
+                excluded.append(f"tensor {tensor} x pipeline {pipe} x data {split.data}: {rule}")
+            else:
+                splits.append(split)
+    return splits, excluded
+
+
+def sequence_rule(tensor: int) -> str:
+    """The rule that --seq-length has to follow with --sequence-parallel."""
+    return f"with --sequence-parallel a multiple of --tensor-model-parallel-size {tensor}"
+
+
+def layout_faults(config: Config, world_size: int) -> list[Fault]:
+    """Faults of the layout flags on `world_size` ranks. Sizes of 0 or less are reported elsewhere."""
+    data, parallel = config.data, config.parallel
+    tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    if tensor < 1 or stages < 1:
+        return []
+    faults: list[Fault] = []
+    if world_size % (tensor * stages):
+        faults.append(
+            Fault(
+                "world size",
+                str(world_size),
+                f"a multiple of tensor x pipeline parallel = {tensor} x {stages} = {tensor * stages}",
+                f"start {_multiples_near(world_size, tensor * stages)} processes, or give two sizes whose product is "
+                + _listed(divisors(world_size)),
+            )
+        )
+    elif data.global_batch_size > 0 and data.micro_batch_size > 0:
+        faults += _batch_faults(data.global_batch_size, data.micro_batch_size, data_parallel_size(parallel, world_size))
+    if parallel.sequence_parallel and data.seq_length % tensor:
+        faults.append(
+            Fault(
+                "--seq-length",
+                str(data.seq_length),
+                sequence_rule(tensor),
+                f"give --seq-length {_multiples_near(data.seq_length, tensor)}, or change the other size",
+            )
+        )
+    return faults
+
+
+def zero_faults(config: Config) -> list[Fault]:
+    """Faults of the ZeRO stage with pipeline, precision and offload.
+
+    --suggest-layout chooses a stage where none is given.
+    """
+    parallel, chosen = config.parallel, config.run.suggest_layout and not config.parallel.zero_stage
+    faults: list[Fault] = []
+    if parallel.zero_stage >= 2 and parallel.pipeline_model_parallel_size > 1:
+        faults.append(
+            Fault(
+                "--zero-stage",
+                str(parallel.zero_stage),
+                "DeepSpeed's pipeline supports ZeRO 0 and 1 only (2 and 3 shard what its stages accumulate)",
+                "give --zero-stage 1, or --pipeline-model-parallel-size 1",
+            )
+        )
+    if chosen:
+        return faults
+    if parallel.cpu_offload and parallel.zero_stage < 2:
+        faults.append(
+            Fault(
+                "--cpu-offload",
+                f"with --zero-stage {parallel.zero_stage}",
+                "DeepSpeed offloads only what ZeRO 2 and 3 shard",
+                "give --zero-stage 2 or 3, or leave it out",
+            )
+        )
+    if config.optimizer.bf16 and parallel.zero_stage == 0 and config.data.phase in TRAINING:
+        faults.append(
+            Fault(
+                "--bf16",
+                "with --zero-stage 0",
+                "DeepSpeed would accumulate gradients in bfloat16",
+                "give --zero-stage 1, which accumulates in float32 (with one replica it shards nothing)",
+            )
+        )
+    return faults
+
+
+def suggestion_faults(config: Config) -> list[Fault]:
+    """Faults of the flags of a suggestion by themselves."""
+    run = config.run
+    if not run.suggest_layout:
+        if not run.device_memory_gib:
+            return []
+        return [Fault("--device-memory-gib", "has no effect", "--suggest-layout reads it", "leave it out")]
+    if not run.dry_run:
+        return [Fault("--suggest-layout", "without --dry-run", "a dry run suggests a layout", "add --dry-run")]
+    return []
+
+
+def split_faults(config: Config, gpt: GPTConfig, world_size: int) -> list[Fault]:
+    """A fault if no layout divides model, batch and ranks."""
+    splits, excluded = possible_splits(config, gpt, world_size)
+    if splits:
+        return []
+    tensor, stages = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
+    if world_size % (tensor * stages):
+        return layout_faults(config, world_size)
+    replicas = world_size // (tensor * stages)
+    remedy = f"give --global-batch-size {_multiples_near(config.data.global_batch_size, replicas)}"
+    remedy += f", or start {_listed(divisors(config.data.global_batch_size))} processes"
+    return [Fault("--suggest-layout", f"no layout of {world_size:,} ranks", "; ".join(excluded), remedy)]
+
+
+def _batch_faults(global_batch: int, micro_batch: int, replicas: int) -> list[Fault]:
+    """A fault if micro-batches on all replicas do not add up to the global batch, with the values that do."""
+    windows = micro_batch * replicas
+    if global_batch % windows == 0:
+        return []
+    remedies = [f"give --global-batch-size {_multiples_near(global_batch, windows)}"]
+    share, rest = divmod(global_batch, replicas)
+    if not rest:
+        fitting = max(size for size in divisors(share) if size <= micro_batch)
+        remedies.append(f"or --micro-batch-size {fitting}")
+    elif global_batch % micro_batch == 0:
+        sizes = divisors(global_batch // micro_batch)
+        remedies.append(f"or start as many processes as give a data parallel size of {_listed(sizes)}")
+    if global_batch < replicas:
+        remedies.append(f"(a step has fewer windows than the {replicas} replicas)")
+    rule = f"a multiple of --micro-batch-size x data parallel = {micro_batch} x {replicas}"
+    return [Fault("--global-batch-size", str(global_batch), rule, " ".join([", ".join(remedies[:2]), *remedies[2:]]))]
+
+
+def _multiples_near(value: int, step: int) -> str:
+    """The multiples of `step` below and above a value that is none: '4 or 8'."""
+    below = value // step * step
+    return f"{below} or {below + step}" if below else str(step)
+
+
+def _listed(numbers: list[int]) -> str:
+    """'1, 2, 4 or 8'; of many numbers the ends."""
+    shown = [str(number) for number in numbers]
+    if len(shown) > 8:
+        shown = [*shown[:4], "...", *shown[-3:]]
+    return " or ".join([", ".join(shown[:-1]), shown[-1]]) if len(shown) > 1 else shown[0]
+
+
+def field_faults(gpt: GPTConfig, parallel: ParallelConfig) -> list[Fault]:
+    """A fault for each size of a model that the layout cannot shard."""
+    return [
+        Fault(flag_of(name), str(value), rule, "change one of the two") for name, value, rule in misfits(gpt, parallel)
+    ]

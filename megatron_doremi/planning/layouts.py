@@ -1,0 +1,286 @@
+"""The layouts of a run that fit the memory of a device, ranked: what --suggest-layout prints.
+
+The estimate (`rank_memory`) leaves out buffers of collectives and of ZeRO, layers that ZeRO 3 gathers, what an
+operation needs while it runs, memory that the allocator cannot use, and the device's own context (docs/memory.md). A
+margin stays free for these. The order prefers data parallelism, then the least extra arithmetic; the time of
+communication is not estimated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from megatron_doremi.config import Config, GPTConfig
+from megatron_doremi.errors import ConfigError, Fault
+from megatron_doremi.layout_rules import Split, divisors, possible_splits
+from megatron_doremi.parallel.topology import Topology
+from megatron_doremi.plan import RunPlan, make_plan
+from megatron_doremi.planning.describe import table
+from megatron_doremi.planning.memory import RankMemory, parameters_by_stage, rank_memory
+from megatron_doremi.settings import TRAINING
+
+# The share of a device's memory that the estimate may not fill.
+MARGIN = 0.1
+# Larger micro-batches make the products of a GPU no faster; they are not suggested.
+MAX_MICRO_BATCH_TOKENS = 16_384
+# Splits listed in the text.
+MAX_LISTED = 10
+GRANULARITIES = ("none", "selective", "full")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout and what it takes.
+
+    Attributes:
+        plan: the run on this layout.
+        memory: of the rank that holds most.
+        arithmetic: arithmetic and idle time of a step relative to a forward and a backward pass: recomputed forward
+            passes and the pipeline's bubble.
+    """
+
+    plan: RunPlan
+    memory: RankMemory
+    arithmetic: float
+
+    @property
+    def split(self) -> Split:
+        topology = self.plan.topology
+        return Split(topology.tensor_size, topology.pipe_size, topology.data_size)
+
+    @property
+    def order(self) -> tuple[float, ...]:
+        """Smaller is better: little tensor parallelism, little extra arithmetic, and so on."""
+        parallel = self.plan.config.parallel
+        granularity = GRANULARITIES.index(parallel.recompute_granularity)
+        micro_batch = self.plan.config.data.micro_batch_size
+        sizes = (self.split.pipe, parallel.zero_stage, -micro_batch)
+        return (self.split.tensor, round(self.arithmetic, 6), granularity, *sizes)
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """The ranked layouts of a run.
+
+    Attributes:
+        fitting: the best candidate of each split that fits, best first; never empty.
+        reasons: for each of them, the variant of the split that would be better but does not fit.
+        rejected: lines on splits that do not fit or are not possible.
+    """
+
+    fitting: tuple[Candidate, ...]
+    reasons: tuple[str, ...]
+    rejected: tuple[str, ...]
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """The flags of the best layout."""
+        return layout_flags(self.fitting[0].plan.config)
+
+
+def layout_flags(config: Config) -> tuple[str, ...]:
+    """The flags that give a run this layout, those that its phase reads."""
+    parallel = config.parallel
+    flags = [
+        f"--tensor-model-parallel-size {parallel.tensor_model_parallel_size}",
+        f"--pipeline-model-parallel-size {parallel.pipeline_model_parallel_size}",
+        f"--micro-batch-size {config.data.micro_batch_size}",
+    ]
+    if config.data.phase in TRAINING:
+        flags += [f"--zero-stage {parallel.zero_stage}", f"--recompute-granularity {parallel.recompute_granularity}"]
+    if parallel.sequence_parallel:
+        flags.append("--sequence-parallel")
+    return tuple(flags)
+
+
+def suggest_layouts(plan: RunPlan, alternating: bool, reference: GPTConfig | None, device_bytes: float) -> Suggestion:
+    """Ranks the layouts of the plan's ranks that fit a device.
+
+    Args:
+        plan: of any layout of the same number of ranks. Layout settings that differ from their defaults are kept.
+        alternating: all forward passes of a step come before its first backward pass.
+        reference: the model that a proxy holds beside its own; None: it holds none.
+        device_bytes: memory of the device of each rank.
+
+    Raises:
+        ConfigError: nothing fits.
+    """
+    limit, world_size = (1 - MARGIN) * device_bytes, plan.topology.world_size
+    splits, rejected = possible_splits(plan.config, plan.gpt, world_size)
+    best: list[tuple[Candidate, str]] = []
+    smallest: list[Candidate] = []
+    for split in splits:
+        candidates = sorted(_candidates(plan, split, alternating, reference), key=lambda each: each.order)
+        index = next((i for i, each in enumerate(candidates) if each.memory.total <= limit), None)
+        if index is not None:
+            best.append((candidates[index], _reason(candidates[index], candidates[:index])))
+        elif candidates:
+            smallest.append(min(candidates, key=lambda each: each.memory.total))
+    if not best:
+        raise ConfigError(_nothing_fits(plan, smallest, limit, device_bytes, alternating))
+    best.sort(key=lambda pair: pair[0].order)
+    too_large = [f"{_sizes(each)}: at least {gib(each)} ({_variant(each)})" for each in smallest]
+    fitting, reasons = zip(*best, strict=True)
+    return Suggestion(fitting, reasons, (*too_large, *rejected))
+
+
+def _candidates(plan: RunPlan, split: Split, alternating: bool, reference: GPTConfig | None) -> Iterator[Candidate]:
+    """All variants of a split: ZeRO stage, recomputation and micro-batch."""
+    config, layout = plan.config, (split.tensor, split.pipe)
+    parameters = max(parameters_by_stage(plan.gpt, *layout))
+    reference_parameters = max(parameters_by_stage(reference, *layout)) if reference else 0
+    trains = config.data.phase in TRAINING
+    granularity = config.parallel.recompute_granularity
+    granularities = GRANULARITIES if trains and granularity == "none" else (granularity,)
+    sequence_parallel = split.tensor > 1 and config.data.seq_length % split.tensor == 0
+    topology = Topology(split.pipe, split.data, split.tensor)
+    for micro_batch in _micro_batch_sizes(config, split.data):
+        for zero_stage in _zero_stages(config, split) if trains else (0,):
+            for granularity in granularities:
+                parallel = replace(
+                    config.parallel,
+                    tensor_model_parallel_size=split.tensor,
+                    pipeline_model_parallel_size=split.pipe,
+                    sequence_parallel=sequence_parallel,
+                    zero_stage=zero_stage,
+                    recompute_granularity=granularity,
+                )
+                data = replace(config.data, micro_batch_size=micro_batch)
+                resolved = replace(config, parallel=parallel, data=data)
+                run = make_plan(resolved, topology, plan.gpt, plan.names, plan.window_counts, plan.sampling_weights)
+                memory = rank_memory(run, alternating, parameters, reference_parameters)
+                yield Candidate(run, memory, arithmetic(run, alternating))
+
+
+def _micro_batch_sizes(config: Config, replicas: int) -> list[int]:
+    """The given micro-batch, or without one, those that divide a replica's share of the global batch."""
+    data = config.data
+    if data.micro_batch_size > 1 or not data.global_batch_size:
+        return [data.micro_batch_size]
+    share = data.global_batch_size // replicas
+    return [size for size in divisors(share) if size == 1 or size * data.seq_length <= MAX_MICRO_BATCH_TOKENS]
+
+
+def _zero_stages(config: Config, split: Split) -> tuple[int, ...]:
+    """The given ZeRO stage; without one, those that shard anything under this precision, pipeline and offload."""
+    if config.parallel.zero_stage:
+        stages: tuple[int, ...] = (config.parallel.zero_stage,)
+    elif config.parallel.cpu_offload:
+        stages = (2, 3)
+    else:
+        least = 1 if config.optimizer.bf16 else 0
+        stages = tuple(range(least, 4)) if split.data > 1 else (least,)
+    return tuple(stage for stage in stages if stage < 2 or split.pipe == 1)
+
+
+def arithmetic(plan: RunPlan, alternating: bool) -> float:
+    """Arithmetic and idle time of a step relative to a forward and a backward pass, which is twice as long.
+
+    Full recomputation repeats the forward pass, and so does an alternating update under ZeRO 3. A pipeline of P stages
+    idles for P - 1 of its M micro-batches (Narayanan et al. 2021, section 2.2).
+    """
+    parallel, stages = plan.config.parallel, plan.topology.pipe_size
+    if plan.config.data.phase not in TRAINING:
+        passes = 1.0
+    else:
+        repeated = (parallel.recompute_granularity == "full") + (alternating and parallel.zero_stage == 3)
+        passes = (3 + repeated) / 3
+    return passes * (1 + (stages - 1) / max(1, plan.micro_batches))
+
+
+def _reason(chosen: Candidate, earlier: Sequence[Candidate]) -> str:
+    """Why a candidate was not taken with less recomputation, a lower ZeRO stage or a larger micro-batch."""
+    own = chosen.plan.config
+    settings = [each.plan.config for each in earlier]
+    same = [each.parallel.recompute_granularity == own.parallel.recompute_granularity for each in settings]
+    for name, rejected in (
+        ("recomputation", [not is_same for is_same in same]),
+        ("ZeRO", [each.parallel.zero_stage < own.parallel.zero_stage for each in settings]),
+        ("micro-batch", [True] * len(earlier)),
+    ):
+        larger = [each for each, is_rejected in zip(earlier, rejected, strict=True) if is_rejected]
+        if larger:
+            least = min(larger, key=lambda each: each.memory.total)
+            parallel = least.plan.config.parallel
+            text = {
+                "recomputation": f"{parallel.recompute_granularity} recomputation".replace("none", "no"),
+                "ZeRO": f"ZeRO {parallel.zero_stage}",
+                "micro-batch": f"micro-batch {least.plan.config.data.micro_batch_size}",
+            }[name]
+            return f"{text}: {gib(least)}"
+    return "fits as it is"
+
+
+def _nothing_fits(
+    plan: RunPlan, smallest: list[Candidate], limit: float, device_bytes: float, alternating: bool
+) -> Fault:
+    parallel, data = plan.config.parallel, plan.config.data
+    rule = (
+        f"at most {limit / 2**30:.1f} of {device_bytes / 2**30:.1f} GiB on each of {plan.topology.world_size:,} ranks"
+    )
+    remedies = ["more ranks", "devices with more memory", "a smaller model or vocabulary"]
+    least = min(smallest, key=lambda each: each.memory.total, default=None)
+    if least is None:
+        value = f"--zero-stage {parallel.zero_stage} allows no layout of these ranks"
+        return Fault("--suggest-layout", value, rule, "leave --zero-stage and --cpu-offload out")
+    memory = least.memory
+    if memory.activations > memory.state:
+        remedies.insert(0, "a shorter --seq-length")
+        if alternating and data.global_batch_size:
+            remedies.insert(0, "a smaller --global-batch-size or --doremi-update simultaneous")
+    elif data.phase in TRAINING and not parallel.cpu_offload and plan.topology.data_size > 1:
+        remedies.insert(0, "--cpu-offload")
+    value = f"nothing fits; the smallest, {_sizes(least)} ({_variant(least)}), takes {gib(least)}"
+    return Fault("--suggest-layout", value, rule, "give " + ", or ".join(remedies))
+
+
+def _sizes(candidate: Candidate) -> str:
+    split = candidate.split
+    return f"tensor {split.tensor} x pipeline {split.pipe} x data {split.data}"
+
+
+def _variant(candidate: Candidate) -> str:
+    config = candidate.plan.config
+    text = f"micro-batch {config.data.micro_batch_size}"
+    if config.data.phase in TRAINING:
+        granularity = config.parallel.recompute_granularity
+        return f"ZeRO {config.parallel.zero_stage}, {granularity} recomputation, {text}".replace("none", "no")
+    return text
+
+
+def gib(candidate: Candidate) -> str:
+    """A candidate's memory as text."""
+    return f"{candidate.memory.total / 2**30:.1f} GiB"
+
+
+def suggestion_text(suggestion: Suggestion, device_bytes: float) -> str:
+    """What --suggest-layout prints. The last line is the flags of the best layout."""
+    shown, limit = suggestion.fitting[:MAX_LISTED], (1 - MARGIN) * device_bytes / 2**30
+    plans = [candidate.plan for candidate in shown]
+    world_size = plans[0].topology.world_size
+    columns = {
+        "layout": [_sizes(candidate) for candidate in shown],
+        "micro-batch": [str(plan.config.data.micro_batch_size) for plan in plans],
+        "GiB per rank": [f"{candidate.memory.total / 2**30:.1f}" for candidate in shown],
+        "arithmetic": [f"{candidate.arithmetic:.2f}" for candidate in shown],
+    }
+    if plans[0].config.data.phase in TRAINING:
+        parallel = [plan.config.parallel for plan in plans]
+        columns["ZeRO"] = [str(each.zero_stage) for each in parallel]
+        columns["recompute"] = [each.recompute_granularity for each in parallel]
+    reasons = ["  instead of", *(f"  {reason}" for reason in suggestion.reasons)]
+    left = len(suggestion.fitting) - len(shown)
+    return "\n".join(
+        [
+            f"layouts of {world_size:,} rank{'s' if world_size > 1 else ''}, best first; at most {limit:.1f} of "
+            f"{device_bytes / 2**30:.1f} GiB per rank are planned, {MARGIN:.0%} is left for what is not estimated",
+            "(buffers of collectives, layers gathered by ZeRO 3, operations at work, the device's context).",
+            "Arithmetic: recomputation and pipeline bubble relative to none; time of communication is not estimated.",
+            *(row + reason for row, reason in zip(table(columns), reasons, strict=False)),
+            *([f"  and {left:,} more that fit"] if left else []),
+            *(["rejected:", *(f"  {line}" for line in suggestion.rejected)] if suggestion.rejected else []),
+            f"flags of the best layout ({_sizes(shown[0])}):",
+            " ".join(suggestion.flags),
+        ]
+    )

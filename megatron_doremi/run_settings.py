@@ -1,0 +1,95 @@
+"""The settings of a run's results, stops and plan. Part of config.py, which re-exports them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from megatron_doremi.settings import EVALUATE, MINUTES, NO_EVALUATION, PHASES, STEPS, TRAINING, Bounds, setting
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where results go, and when the run saves, reports and stops."""
+
+    default_phases: ClassVar[tuple[str, ...]] = TRAINING
+
+    save: str = setting("", "folder for the results: config, metrics, checkpoints, domain weights", phases=PHASES)
+    load: str = setting(
+        "",
+        "resume from this folder's newest complete checkpoint, or start if it has none; evaluate: the run to load",
+        phases=(*TRAINING, EVALUATE),
+    )
+    override_resume: tuple[str, ...] = setting(
+        (),
+        "resume although these entries of the run's identity changed, such as lr or data_content; the change is "
+        "printed and recorded in every later checkpoint",
+    )
+    allow_unfinished: bool = setting(
+        False,
+        "accept a reference, or learned domain weights, of a run that has not finished all of its steps",
+        phases=NO_EVALUATION,
+    )
+    save_interval: int = setting(
+        0, "steps between checkpoints, in addition to those by time and at the end; 0: none", bounds=STEPS
+    )
+    save_interval_in_mins: float = setting(
+        10.0,
+        "minutes between checkpoints, in addition to those of --save-interval; such a checkpoint is deleted when a "
+        "newer one is complete; 0: none",
+        bounds=MINUTES,
+    )
+    keep_checkpoints: int = setting(0, "number of newest complete checkpoints to keep; 0: all", bounds=STEPS)
+    exit_interval: int = setting(
+        0, "save and exit (code 0) at every step that is a multiple of this; 0: never", bounds=STEPS
+    )
+    exit_duration_in_mins: float = setting(
+        0.0,
+        "save and exit (code 3) this many minutes after the start; 0: never",
+        phases=NO_EVALUATION,
+        bounds=MINUTES,
+    )
+    exit_margin_in_mins: float = setting(
+        5.0,
+        "save and exit (code 3) this many minutes before SLURM_JOB_END_TIME, at most 10 % of the remaining allocation; "
+        "0: never",
+        phases=NO_EVALUATION,
+        bounds=MINUTES,
+    )
+    distributed_timeout_minutes: float = setting(
+        8.0,
+        "abort the run when a rank makes no progress for this many minutes, and name the rank",
+        phases=PHASES,
+        bounds=Bounds(0.0, MINUTES.high, above_low=True),
+    )
+    check_ranks_interval: int = setting(
+        1000,
+        "steps between checks that replicated state is equal on all ranks; a difference stops the run; 0: only before "
+        "saves",
+        bounds=STEPS,
+    )
+    log_interval: int = setting(
+        10,
+        "steps between metrics lines on the console (a proxy's metrics.jsonl has every step)",
+        bounds=Bounds(1, STEPS.high),
+    )
+    tensorboard_dir: str = setting("", "folder for TensorBoard events (default: SAVE/tensorboard)")
+    dry_run: bool = setting(
+        False,
+        "print the run as resolved (settings, model, layout, memory per rank, domains) and exit; nothing is written. "
+        "Inputs that an earlier stage has yet to write get stand-ins (score, evaluate: give the model flags)",
+        phases=PHASES,
+    )
+    suggest_layout: bool = setting(
+        False,
+        "with --dry-run: rank the layouts (tensor x pipeline x data, ZeRO, recomputation, micro-batch) that fit a "
+        "device, and print the flags of the best one on the last line; layout flags with values other than their "
+        "defaults are kept",
+        phases=NO_EVALUATION,
+    )
+    device_memory_gib: float = setting(
+        0.0,
+        "memory of a device for --suggest-layout, in GiB (default: that of the GPU in this machine)",
+        phases=NO_EVALUATION,
+        bounds=Bounds(0.0, 1e6),
+    )

@@ -1,0 +1,160 @@
+"""--suggest-layout: what fits a device, by hand, and in which order.
+
+Run alone: python -m pytest tests/planning/test_layouts.py
+"""
+
+from __future__ import annotations
+
+import shlex
+
+import numpy as np
+import pytest
+from phases.small import MODEL, read_by
+
+from megatron_doremi.arguments import parse_config
+from megatron_doremi.config import gpt_config
+from megatron_doremi.errors import ConfigError
+from megatron_doremi.parallel.topology import Topology
+from megatron_doremi.phases.inputs import open_inputs, plan_text
+from megatron_doremi.plan import make_plan
+from megatron_doremi.planning.layouts import suggest_layouts, suggestion_text
+
+GIB = 2**30
+BASE = "--domains d.json --train-iters 10 --dry-run --bf16 --global-batch-size 512 --phase"
+# 280m of the paper: 12 blocks of width 768, feed-forward 3072, 256,000 tied rows, biases, RMSNorm.
+SMALL_BLOCK = (768 + 1) * 3 * 768 + (768 + 1) * 768 + (768 + 1) * 3072 + (3072 + 1) * 768 + 2 * 768
+SMALL = 256_000 * 768 + 12 * SMALL_BLOCK + 768
+# Bytes a token in bfloat16: norms, projections, rotated queries and keys, feed-forward; the last norm.
+SMALL_TOKEN = 12 * (2 * (4 + 2) * 768 + 2 * 4 * 768 + 2 * 2 * 768 + 2 * 2 * 3072) + (4 + 2) * 768
+# Three copies of the logits of 1,024 tokens.
+LOGITS = 3 * 4 * 256_000 * 1024
+LARGE_BLOCK = (4096 + 1) * 3 * 4096 + (4096 + 1) * 4096 + (4096 + 1) * 24576 + (24576 + 1) * 4096 + 2 * 4096
+LARGE = 256_000 * 4096 + 32 * LARGE_BLOCK + 4096
+LARGE_TOKEN = 32 * (2 * (4 + 2) * 4096 + 2 * 4 * 4096 + 2 * 2 * 4096 + 2 * 2 * 24576) + (4 + 2) * 4096
+
+
+def plan_of(flags: str, world_size: int):
+    """A plan on data parallel ranks, of one domain and 256,000 tokens."""
+    config = parse_config(shlex.split(f"{BASE} {flags} --suggest-layout"), world_size)
+    gpt = gpt_config(config.model, config.data.seq_length, 256_000)
+    return make_plan(config, Topology(data_size=world_size), gpt, ("text",), (10**6,), np.ones(1))
+
+
+def suggest(flags: str, world_size: int, gib: float = 80.0, alternating: bool = False):
+    plan = plan_of(flags, world_size)
+    return suggest_layouts(plan, alternating, plan.gpt if alternating else None, gib * GIB)
+
+
+def settings_of(candidate) -> tuple[int, int, int, int, str, int]:
+    split, config = candidate.split, candidate.plan.config
+    parallel = config.parallel
+    sizes = (split.tensor, split.pipe, split.data, parallel.zero_stage)
+    return (*sizes, parallel.recompute_granularity, config.data.micro_batch_size)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_a_small_model_is_data_parallel(ranks):
+    found = suggest("main --model-size 280m", ranks)
+    best = found.fitting[0]
+    # 16 windows of 1,024 tokens are the most that a micro-batch is given.
+    assert settings_of(best) == (1, 1, ranks, 1, "none", 16)
+    assert best.memory.total == SMALL * (6 + 12 / ranks) + 16 * 1024 * SMALL_TOKEN + LOGITS
+    assert found.reasons[0] == "fits as it is"
+    assert [each.split.tensor for each in found.fitting] == sorted(each.split.tensor for each in found.fitting)
+    assert parse_config(shlex.split(f"{BASE} main --model-size 280m {' '.join(found.flags)}"), ranks)
+
+
+def test_the_8b_model_on_eight_gpus():
+    """ZeRO 1 leaves no room, even for one window; ZeRO 2 shards the gradients as well."""
+    found = suggest("main --model-size 8b", 8)
+    assert settings_of(found.fitting[0]) == (1, 1, 8, 2, "none", 4)
+    assert found.fitting[0].memory.total == LARGE * (2 + 16 / 8) + 4 * 1024 * LARGE_TOKEN + LOGITS
+    least = LARGE * (6 + 12 / 8) + 1024 * LARGE_TOKEN + LOGITS
+    assert least > 72 * GIB
+    assert found.reasons[0] == f"ZeRO 1: {least / GIB:.1f} GiB"
+
+
+def test_tensor_parallel_only_where_the_model_needs_it():
+    """One block cannot be pipelined, and ZeRO 1 leaves 2 + 4 bytes of each parameter on every replica."""
+    shape = "--num-layers 1 --hidden-size 16384 --num-attention-heads 128 --kv-channels 128 --swiglu"
+    found = suggest(f"main {shape} --zero-stage 1", 4)
+    assert settings_of(found.fitting[0])[:4] == (2, 1, 2, 1)
+    assert "--sequence-parallel" in found.flags
+    assert any(line.startswith("tensor 1 x pipeline 1 x data 4: at least ") for line in found.rejected)
+    # At 640 GiB it fits without.
+    assert settings_of(suggest(f"main {shape} --zero-stage 1", 4, gib=640).fitting[0])[:4] == (1, 1, 4, 1)
+
+
+def test_an_alternating_proxy_recomputes_before_it_shards():
+    """One rank would hold all 512 windows of a step (docs/memory.md)."""
+    best = suggest("proxy --reference-load r --model-size 280m", 1, alternating=True).fitting[0]
+    assert settings_of(best) == (1, 1, 1, 1, "full", 16)
+    state = SMALL * 18 + SMALL * 2
+    assert best.memory.total == state + 512 * 1024 * (12 * 2 * 768 + 6 * 768) + LOGITS
+    assert best.arithmetic == 4 / 3
+
+
+def test_what_cannot_be_divided_is_said():
+    found = suggest("main --model-size 280m --global-batch-size 12", 8)
+    assert found.rejected == (
+        "tensor 1 x pipeline 1 x data 8: --global-batch-size 12 is not a multiple of 8",
+        "tensor 8: num_query_groups 12 must be a multiple of --tensor-model-parallel-size 8",
+    )
+    assert settings_of(found.fitting[0])[:3] == (1, 2, 4)
+    with pytest.raises(
+        ConfigError, match=r"no layout of 13 ranks.*\n.*12 is not a multiple of 13\n.*13, or start 1, 2,"
+    ):
+        suggest("main --model-size 280m --global-batch-size 12", 13)
+
+
+def test_given_flags_are_kept():
+    found = suggest("main --model-size 280m --tensor-model-parallel-size 2 --micro-batch-size 4 --zero-stage 2", 8)
+    assert {each.split.tensor for each in found.fitting} == {2}
+    assert settings_of(found.fitting[0]) == (2, 1, 4, 2, "none", 4)
+    with pytest.raises(ConfigError, match="start 2 or 4 processes, or give two sizes whose product is 1 or 3"):
+        suggest("main --model-size 280m --tensor-model-parallel-size 2", 3)
+
+
+def test_nothing_fits():
+    with pytest.raises(ConfigError) as caught:
+        suggest("main --model-size 8b", 2, gib=24)
+    (fault,) = caught.value.faults
+    assert "tensor 2 x pipeline 1 x data 1 (ZeRO 1, full recomputation, micro-batch 1), takes " in fault.value
+    assert fault.rule == "at most 21.6 of 24.0 GiB on each of 2 ranks"
+    assert "more ranks" in fault.remedy
+    with pytest.raises(ConfigError, match="a smaller --global-batch-size or --doremi-update simultaneous"):
+        suggest("proxy --reference-load r --model-size 280m --global-batch-size 8192", 1, alternating=True)
+
+
+def test_the_text_ends_with_the_flags():
+    found = suggest("main --model-size 8b", 8)
+    lines = suggestion_text(found, 80 * GIB).splitlines()
+    assert lines[-1] == " ".join(found.flags)
+    assert max(map(len, lines[:-1])) <= 120
+    assert len(lines) <= 20
+    # Layout and micro-batch of the best one.
+    assert next(line for line in lines if "tensor 1 x pipeline 1 x data 8 " in line).split()[8] == "4"
+
+
+def test_the_dry_run_prints_it(data, monkeypatch):
+    argv = ["--phase", "main", "--domains", str(data), "--train-iters", "7", *read_by("main", MODEL), "--dry-run"]
+    argv += ["--suggest-layout"]
+    text = plan_text(open_inputs(parse_config([*argv, "--device-memory-gib", "1"], 2), Topology(data_size=2)))
+    # float32 needs no ZeRO; the given micro-batch is kept.
+    assert text.splitlines()[-1].endswith("--micro-batch-size 2 --zero-stage 0 --recompute-granularity none")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ConfigError, match="give it, such as --device-memory-gib 80"):
+        plan_text(open_inputs(parse_config(argv, 2), Topology(data_size=2)))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--suggest-layout", "a dry run suggests a layout"),
+        ("--device-memory-gib 80", "--suggest-layout reads it"),
+    ],
+)
+def test_flags_of_a_suggestion(flags, words):
+    base = BASE.replace("--dry-run", "--save s --zero-stage 1")
+    with pytest.raises(ConfigError, match=words):
+        parse_config(shlex.split(f"{base} main --model-size 280m {flags}"), 1)
