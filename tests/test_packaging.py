@@ -50,5 +50,6 @@ def test_each_tool_is_a_command_and_each_room_is_packaged():
     assert PROJECT["project"]["scripts"] == {"pretrain-doremi": "pretrain_doremi:command", **commands}
     for path in [ROOT / "pretrain_doremi.py", *(ROOT / "tools" / f"{name}.py" for name in tools)]:
         assert "\ndef command() -> None:" in path.read_text(), path
-    rooms = {f"megatron_doremi.{path.parent.name}" for path in (ROOT / "megatron_doremi").glob("*/__init__.py")}
+    files = (ROOT / "megatron_doremi").glob("*/**/__init__.py")
+    rooms = {".".join(path.parent.relative_to(ROOT).parts) for path in files}
     assert set(PROJECT["tool"]["setuptools"]["packages"]) == {"megatron_doremi", "megatron_doremi.tools", *rooms}

@@ -126,6 +126,7 @@ def test_files_and_functions_stay_readable():
 
 def test_text_is_ascii():
     sources = [*PACKAGE.rglob("*.py"), *(ROOT / "tools").glob("*.py"), *(ROOT / "examples").glob("*.sh")]
+    sources += [*PACKAGE.rglob("*.css"), *PACKAGE.rglob("*.js")]
     for path in [*sources, ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]:
         path.read_text(encoding="ascii")
 

@@ -88,16 +88,14 @@ def natural_domains(seed: int) -> dict[str, Iterator[str]]:
                     keyed.append((hashlib.sha256(f"{seed}/{name}".encode()).digest(), name, path))
         return [path for _, _, path in sorted(keyed)]
 
-    torch, deepspeed, numpy, matplotlib, networkx, sympy = map(
-        package_folder, ("torch", "deepspeed", "numpy", "matplotlib", "networkx", "sympy")
-    )
+    torch, deepspeed, numpy, networkx, sympy = map(package_folder, ("torch", "deepspeed", "numpy", "networkx", "sympy"))
     return {
         "Python source": texts_of(files([library], ".py")),
         "C++ headers": texts_of(files([torch / "include" / "ATen"], ".h")),
         "GPU kernels": texts_of(files([torch, deepspeed], ".cu", ".cuh", ".cpp")),
-        "Docstrings": docstrings_of(files([torch, numpy, matplotlib, networkx], ".py")),
+        "Docstrings": docstrings_of(files([torch, numpy, networkx], ".py")),
         "Mathematics": docstrings_of(files([sympy], ".py")),
-        "Type stubs": texts_of(files([torch, numpy, matplotlib], ".pyi")),
+        "Type stubs": texts_of(files([torch, numpy], ".pyi")),
     }
 
 

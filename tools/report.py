@@ -1,10 +1,12 @@
-"""Reports on runs: prints a table, and writes plots, report.html and results.json to a folder.
+"""Compares groups of runs, or shows runs side by side: prints a table and a verdict, and writes report.html, its charts
+as PNG, and results.json to a folder.
 
-  python tools/report.py RUN... [--output-dir DIR]
-  python tools/report.py --proxy DIR --main DIR --baseline DIR [--reference DIR] --domains domains.json \\
-      --output-dir DIR
+  python tools/report.py --group NAME=DIR... [--group NAME=DIR...]... [--domains domains.json] [--output-dir DIR]
+  python tools/report.py RUN... [--domains domains.json] [--output-dir DIR]
 
-The first form reports on any runs; the second compares a main model trained on DoReMi's weights with a baseline.
+A group is one configuration trained with several seeds. The first group is compared with each other one, paired by
+seed; groups named proxy and reference are not compared: a proxy's weights are shown, and those of the first group are
+checked against them. --proxy, --main, --baseline and --reference DIR... are short for --group proxy=DIR... and so on.
 """
 
 from __future__ import annotations
@@ -12,101 +14,160 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 if not __package__:
     # Run as a script: the package is beside this folder.
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_doremi import __version__
 from megatron_doremi.data.manifest import load_manifest
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any, run_or_exit
-from megatron_doremi.reporting.assemble import Report, comparison_report, runs_report
-from megatron_doremi.reporting.comparison import compare
+from megatron_doremi.reporting.charts.render import png
+from megatron_doremi.reporting.comparison import compare, list_runs
+from megatron_doremi.reporting.groups import PROXY, REFERENCE, Group
 from megatron_doremi.reporting.runs import Run, read_all, read_run, read_runs
-from megatron_doremi.settings import flag_of
-from megatron_doremi.storage.files import atomic_write_bytes
+from megatron_doremi.reporting.sections import Report, make_report, unique_labels
+from megatron_doremi.storage.files import atomic_write_bytes, atomic_write_text, temporary_beside
 
-NEEDED = ("proxy", "main", "baseline", "domains", "output_dir")
+SHORT_FLAGS = (PROXY, "main", "baseline", REFERENCE)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Reads the runs, prints the table and writes the report; returns the exit code."""
     options = parse(arguments)
-    if options.runs:
-        folders = read_all([partial(read_runs, path) for path in options.runs])
-        report = runs_report([run for folder_runs in folders for run in folder_runs])
-        folder = options.output_dir or options.runs[0] / "report"
-    else:
-        report = _comparison(options)
-        folder = options.output_dir
+    folder = options.output_dir
+    check_writable(folder)
+    named: list[tuple[str, list[Path]]] = options.groups
+    faults: list[Fault] = []
+    tokens: dict[str, int] = {}
+    groups: list[Group] = []
+    try:
+        if options.domains is not None:
+            tokens = {domain.name: domain.tokens for domain in load_manifest(options.domains).domains}
+    except ConfigError as error:
+        faults += error.faults
+    try:
+        groups = _read_groups(named) if named else _read_list(options.runs)
+    except ConfigError as error:
+        faults += error.faults
+    raise_if_any(faults)
+    study = compare(groups, tokens) if named else list_runs(groups, tokens)
+    report = make_report(study, __version__)
     print(report.console)
     write_report(report, folder)
-    print(f"\nwrote {folder / 'report.html'}, results.json and {len(report.images)} PNG files in the same folder")
+    print(f"\nwrote {folder / 'report.html'}, results.json and {len(report.charts)} PNG files in the same folder")
     return 0
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parses the command line. Raises ConfigError for a combination of flags that is not allowed."""
+    """Parses the command line; `groups` are (name, folders), in order. Raises ConfigError for what does not fit."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS
     )
-    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="--save folders of the runs to report on")
-    for name in ("proxy", "main", "baseline", "reference"):
-        parser.add_argument(f"--{name}", type=Path, metavar="DIR", help=f"--save folder of the {name} run")
-    parser.add_argument("--domains", type=Path, metavar="FILE", help="manifest (domains.json) of the runs")
-    output_help = "folder for the report (default: report/ in the first RUN; required for a comparison)"
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="--save folders of runs to show side by side")
+    group_help = "--save folders of the runs of a group, one for each seed; give it once for each group"
+    parser.add_argument("--group", nargs="+", action=_Group, metavar="NAME=DIR", dest="groups", help=group_help)
+    for name in SHORT_FLAGS:
+        short_help = f"short for --group {name}=DIR..."
+        parser.add_argument(f"--{name}", nargs="+", action=_Group, metavar="DIR", dest="groups", help=short_help)
+    domains_help = "manifest (domains.json) of the runs: adds natural weights and epochs"
+    parser.add_argument("--domains", type=Path, metavar="FILE", help=domains_help)
+    output_help = "folder for the report (default: report/ in the first folder given)"
     parser.add_argument("--output-dir", type=Path, metavar="DIR", help=output_help)
     options = parser.parse_args(arguments)
+    options.groups = options.groups or []
     raise_if_any(_faults(options))
+    if options.output_dir is None:
+        first = options.groups[0][1][0] if options.groups else options.runs[0]
+        options.output_dir = first / "report"
     return options
+
+
+class _Group(argparse.Action):
+    """Collects (name, folders) of --group NAME=DIR... and of the flags that are short for it."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        name, folders = (option_string or "").removeprefix("--"), list(values)
+        if name == "group":
+            name, _, first = folders[0].partition("=")
+            folders[0] = first
+        collected = getattr(namespace, self.dest) or []
+        setattr(namespace, self.dest, [*collected, (name, [Path(each) for each in folders if each])])
+
+
+def check_writable(folder: Path) -> None:
+    """Raises ConfigError if a file cannot be written to `folder`, which is made if it is missing."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = temporary_beside(folder / "report.html")
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise _unwritable(folder, error) from error
 
 
 def write_report(report: Report, folder: Path) -> None:
     """Writes the PNGs, report.html and results.json to `folder`, each atomically."""
+    results = json.dumps(report.results, indent=2, allow_nan=False) + "\n"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for image in report.images:
-            atomic_write_bytes(folder / image.name, image.png)
+        for chart in report.charts:
+            atomic_write_bytes(folder / f"{chart.name}.png", png(chart))
         atomic_write_bytes(folder / "report.html", report.html.encode("utf-8", errors="replace"))
-        results = json.dumps(report.results, indent=2, allow_nan=False) + "\n"
-        atomic_write_bytes(folder / "results.json", results.encode())
+        atomic_write_text(folder / "results.json", results)
     except OSError as error:
-        remedy = "give another --output-dir, free disk space, or change its permissions"
-        value = f"{error.filename}: {error.strerror}"
-        raise ConfigError(Fault("--output-dir", value, "a writable folder", remedy)) from error
+        raise _unwritable(folder, error) from error
 
 
-def _comparison(options: argparse.Namespace) -> Report:
-    given = [name for name in ("proxy", "main", "baseline", "reference") if getattr(options, name) is not None]
-    readers: list[Callable[[], Run]] = [partial(read_run, getattr(options, name), f"--{name}") for name in given]
-    faults: list[Fault] = []
-    try:
-        runs = dict(zip(given, read_all(readers), strict=True))
-    except ConfigError as error:
-        faults.extend(error.faults)
-    try:
-        manifest = load_manifest(options.domains).domains
-    except ConfigError as error:
-        faults.extend(error.faults)
-    raise_if_any(faults)
-    return comparison_report(compare(manifest, runs["proxy"], runs["main"], runs["baseline"]), runs)
+def _unwritable(folder: Path, error: OSError) -> ConfigError:
+    value = f"{error.filename or folder}: {error.strerror or error}"
+    remedy = "give another --output-dir, free disk space, or change its permissions"
+    return ConfigError(Fault("--output-dir", value, "a folder that can be written", remedy))
+
+
+def _read_groups(named: Sequence[tuple[str, Sequence[Path]]]) -> list[Group]:
+    flat = [(name, path) for name, paths in named for path in paths]
+    runs = read_all([partial(read_run, path, f"--group {name}") for name, path in flat])
+    by_name: dict[str, list[Run]] = {}
+    for (name, _), run in zip(flat, runs, strict=True):
+        by_name.setdefault(name, []).append(run)
+    return [Group(name, tuple(members)) for name, members in by_name.items()]
+
+
+def _read_list(paths: Sequence[Path]) -> list[Group]:
+    """A group for each run, named by its folder."""
+    runs = [run for found in read_all([partial(read_runs, path) for path in paths]) for run in found]
+    labels = unique_labels([run.path.resolve().name for run in runs])
+    return [Group(label, (run,)) for label, run in zip(labels, runs, strict=True)]
 
 
 def _faults(options: argparse.Namespace) -> list[Fault]:
-    compared = [name for name in (*NEEDED[:4], "reference") if getattr(options, name) is not None]
-    if options.runs and compared:
-        value = ", ".join(f"--{name}" for name in compared)
-        rule = "either RUN... or these flags"
-        return [Fault("RUN", f"{len(options.runs)} given in addition to {value}", rule, "omit one of the two")]
-    if options.runs:
-        return []
-    if not compared:
-        remedy = "give one or more run folders; --help shows both forms"
-        return [Fault("RUN", "missing", "at least one run, or --proxy, --main and --baseline", remedy)]
-    missing = [name for name in NEEDED if getattr(options, name) is None]
-    return [Fault(flag_of(name), "missing", "required for a comparison", "give it") for name in missing]
+    names = [name for name, _ in options.groups]
+    if options.runs and names:
+        value = f"{len(options.runs)} given in addition to the groups {', '.join(names)}"
+        return [Fault("RUN", value, "either RUN... or groups", "put every folder into a group, or give folders alone")]
+    if not options.runs and not names:
+        remedy = "give run folders, or --group NAME=DIR... for each group; --help shows both forms"
+        return [Fault("RUN", "missing", "at least one run or group", remedy)]
+    faults = []
+    for name, folders in options.groups:
+        if not name or not folders:
+            value = f"{name}={' '.join(map(str, folders))}".strip("=")
+            faults.append(Fault("--group", value, "NAME=DIR..., such as main=runs/main-1 runs/main-2", "correct it"))
+    repeated = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    if repeated:
+        remedy = "list every folder of a group after one --group"
+        faults.append(Fault("--group", f"{', '.join(repeated)} given more than once", "each name once", remedy))
+    return faults
 
 
 def command() -> None:

@@ -1,284 +1,320 @@
-"""Compares a main model trained on DoReMi's weights with a baseline. Pure: nothing is read, written or drawn here."""
+"""Compares groups of runs: the first compared group with each other one, paired by seed. Pure: nothing is read here."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-import numpy as np
-
-from megatron_doremi.data.manifest import Domain
 from megatron_doremi.errors import Fault, raise_if_any
-from megatron_doremi.reporting.differences import Difference, differences, similar_names_note
-from megatron_doremi.reporting.evaluations import Evaluation
-from megatron_doremi.reporting.runs import Floats, Run, find_number
+from megatron_doremi.reporting.differences import differences, similar_names_note
+from megatron_doremi.reporting.evaluations import HeldOut, Unit
+from megatron_doremi.reporting.groups import (
+    PROXY,
+    Group,
+    Pairing,
+    check_learned_weights,
+    group_faults,
+    pair,
+)
+from megatron_doremi.reporting.mixture import trained_tokens, weights_file_note
+from megatron_doremi.reporting.paired_difference import PairedDifference, paired_difference
+from megatron_doremi.reporting.runs import Run
 
-# Two planted domains of the embedded corpus need little weight: one cannot be learned, the other is learned at once.
-PLANTED = ("noise", "boilerplate")
-# The run accumulates its mean and the report computes it from the trajectory: they differ by rounding.
-SAME_MEAN = 1e-6
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A held-out loss of both models in nats per token; None if it was not measured."""
-
-    baseline: float | None
-    main: float | None
-
-    @property
-    def difference(self) -> float | None:
-        """main - baseline in nats per token; negative if main is better."""
-        return None if self.baseline is None or self.main is None else self.main - self.baseline
+WORST, UNIFORM_MEAN, TOKEN_MEAN = "worst domain", "uniform mean", "token mean"
 
 
 @dataclass(frozen=True)
-class DomainResult:
-    """A row of the table.
+class Contrast:
+    """One figure of two groups, pair by pair.
 
     Attributes:
-        name: the domain.
-        tokens: training tokens.
-        natural_weight: the domain's share of all training tokens.
-        doremi_weight: mean of alpha_t over all steps.
-        last_weight: alpha_t at the proxy's last step.
-        loss: last held-out loss of both models, nats per token.
+        subject, rival: [n] the figure of each pair's runs, in the study's unit.
     """
 
-    name: str
-    tokens: int
-    natural_weight: float
-    doremi_weight: float
-    last_weight: float
-    loss: Pair
+    subject: tuple[float, ...]
+    rival: tuple[float, ...]
 
-    @property
-    def planted(self) -> bool:
-        """Whether this is one of the embedded corpus's planted domains."""
-        return self.name in PLANTED
+    @cached_property
+    def differences(self) -> tuple[float, ...]:
+        """[n] subject - rival; negative if the subject is better."""
+        return tuple(a - b for a, b in zip(self.subject, self.rival, strict=True))
+
+    @cached_property
+    def paired(self) -> PairedDifference:
+        """Mean, standard deviation and interval of the differences."""
+        return paired_difference(self.subject, self.rival)
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Everything that the table and the statements are made from.
+class RivalComparison:
+    """The subject against one rival.
 
     Attributes:
-        domains: in the manifest's order.
-        uniform_mean: mean over the domains that both models were evaluated on.
-        worst: highest loss among them.
-        worst_names: the domain with that loss, for baseline and main.
-        token_mean: mean over held-out tokens, as recorded by the runs.
-        iterations: step of the last evaluation of baseline and main.
-        notes: limits of the comparison, in sentences.
-        differences: configuration and data in which baseline and main differ.
+        pairing: the pairs and what they share.
+        domains: differences by domain, of the domains that every run of a pair was evaluated on.
+        summary: WORST, UNIFORM_MEAN and, if it is recorded, TOKEN_MEAN.
+        worst_names: domains that are a run's worst: of the subject, of the rival.
     """
 
-    domains: tuple[DomainResult, ...]
-    uniform_mean: Pair
-    worst: Pair
-    worst_names: tuple[str, str]
-    token_mean: Pair
-    iterations: tuple[int, int]
+    pairing: Pairing
+    domains: dict[str, Contrast]
+    summary: dict[str, Contrast]
+    worst_names: tuple[tuple[str, ...], tuple[str, ...]]
+
+    @property
+    def visible(self) -> dict[str, int]:
+        """Sign of the difference of each domain whose interval excludes 0."""
+        return {name: each.paired.sign for name, each in self.domains.items() if each.paired.sign}
+
+
+@dataclass(frozen=True)
+class Study:
+    """Everything that a report is made from.
+
+    Attributes:
+        groups: every group, in the order given.
+        subject: name of the group that is compared with the others; None if nothing is compared.
+        comparisons: one for each rival.
+        unit: of the held-out losses.
+        names: domains, in the order of the manifest or of the first run that has them.
+        domain_tokens: training tokens by domain; {} without a manifest.
+        weights_match: False if a run of the subject samples by other weights than a proxy's.
+        notes: checks and limits, in sentences.
+    """
+
+    groups: tuple[Group, ...]
+    subject: str | None
+    comparisons: tuple[RivalComparison, ...]
+    unit: Unit
+    names: tuple[str, ...]
+    domain_tokens: dict[str, int]
+    weights_match: bool
     notes: tuple[str, ...]
-    differences: tuple[Difference, ...] = ()
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """Domain names in the manifest's order."""
-        return tuple(domain.name for domain in self.domains)
+    def compared(self) -> tuple[Group, ...]:
+        """The groups whose held-out losses are shown side by side."""
+        evaluated = [group for group in self.groups if any(run.evaluations for run in group.runs)]
+        return tuple(group for group in evaluated if group.compared or self.subject is None)
 
     @property
-    def uniform_weight(self) -> float:
-        """1 / k."""
-        return 1.0 / len(self.domains)
+    def color_order(self) -> tuple[str, ...]:
+        """The groups in the order of their colors, which are the same in every chart."""
+        compared = [group.name for group in self.compared]
+        return tuple(dict.fromkeys([*compared, *(group.name for group in self.groups)]))
+
+    @property
+    def runs(self) -> dict[str, Run]:
+        """Every run by its label."""
+        return {group.label(run): run for group in self.groups for run in group.runs}
+
+    @property
+    def proxies(self) -> dict[str, Run]:
+        """The runs that learned weights, by label."""
+        return {label: run for label, run in self.runs.items() if run.has_weights}
+
+    def held_out(self, run: Run) -> HeldOut | None:
+        """The last held-out losses of a run in the study's unit; None if it has none."""
+        if not run.evaluations or (self.unit is Unit.BITS and run.evaluations[-1].bits is None):
+            return None
+        return run.evaluations[-1].held_out(self.unit)
 
 
-def running_mean(values: Floats) -> Floats:
-    """Returns the mean of all rows up to each row: [steps, domains] to [steps, domains].
+def compare(groups: Sequence[Group], domain_tokens: Mapping[str, int] | None = None) -> Study:
+    """Compares the first group that is not of proxies or references with each other such group.
 
-    NaN values are skipped; the mean is NaN until a column's first number.
+    Args:
+        domain_tokens: training tokens by domain, in the manifest's order, if a manifest is known.
+
+    Raises:
+        ConfigError: with every reason why the groups cannot be compared.
     """
-    present = ~np.isnan(values)
-    counts = np.cumsum(present, axis=0)
-    sums = np.cumsum(np.where(present, values, 0.0), axis=0)
-    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
-
-
-def mean_and_last_weights(run: Run, names: Sequence[str]) -> tuple[Floats, Floats]:
-    """Returns the mean over all steps and the last weights of a proxy, each [domains] in `names`' order.
-
-    The mean is read from domain_weights.json if the run has written it, since a main run trains on that file;
-    otherwise it is computed from the trajectory.
-    """
-    trajectory = run.weights.ordered(names)
-    if run.recorded_weights is None:
-        mean = running_mean(trajectory)[-1]
-    else:
-        mean = np.array([run.recorded_weights[name] for name in names])
-    return mean, trajectory[-1]
-
-
-def smoothing_floor(run: Run, domain_count: int) -> float | None:
-    """Returns c / k, the lower bound of every weight; None if the run does not record the smoothing c."""
-    smoothing = find_number(run.weights_provenance, "smoothing")
-    if smoothing is None:
-        smoothing = find_number(run.config, "smoothing")
-    return None if smoothing is None else smoothing / domain_count
-
-
-def compare(manifest: Sequence[Domain], proxy: Run, main: Run, baseline: Run) -> Comparison:
-    """Compares the runs. Raises a ConfigError with every reason why they cannot be compared."""
-    names = [domain.name for domain in manifest]
-    raise_if_any(_faults(names, proxy, main, baseline))
-    mean, last = mean_and_last_weights(proxy, names)
-    total = sum(domain.tokens for domain in manifest)
-    main_eval, baseline_eval = main.evaluations[-1], baseline.evaluations[-1]
-    domains = tuple(
-        DomainResult(
-            domain.name,
-            domain.tokens,
-            domain.tokens / total,
-            float(mean[index]),
-            float(last[index]),
-            Pair(baseline_eval.losses.get(domain.name), main_eval.losses.get(domain.name)),
-        )
-        for index, domain in enumerate(manifest)
+    tokens = dict(domain_tokens or {})
+    compared = [group for group in groups if group.compared]
+    faults = [*group_faults(groups), *_evaluation_faults(compared)]
+    if not compared:
+        faults.append(Fault("--group", ", ".join(g.name for g in groups), "a group to compare", "add --group NAME=DIR"))
+    raise_if_any([*faults, *_name_faults(groups, tokens)])
+    subject, rivals = compared[0], compared[1:]
+    pairings = [pair(subject, rival) for rival in rivals]
+    raise_if_any(_pairing_faults(pairings))
+    unit, unit_note = choose_unit(
+        [run for pairing in pairings for runs in pairing.pairs for run in runs] or subject.runs
     )
-    shared = [name for name in names if name in main_eval.losses and name in baseline_eval.losses]
-    baseline_shared, main_shared = _restricted_to(baseline_eval, shared), _restricted_to(main_eval, shared)
-    return Comparison(
-        domains,
-        Pair(baseline_shared.uniform_mean, main_shared.uniform_mean),
-        Pair(baseline_shared.worst[1], main_shared.worst[1]),
-        (baseline_shared.worst[0], main_shared.worst[0]),
-        Pair(baseline_eval.token_mean, main_eval.token_mean),
-        (baseline_eval.iteration, main_eval.iteration),
-        tuple(_notes(names, shared, proxy, main, baseline)),
-        differences({"baseline": baseline, "main": main}),
-    )
+    names = _domain_names(groups, tokens)
+    match = True
+    weight_notes: list[str] = []
+    proxies = next((group for group in groups if group.name == PROXY), None)
+    if proxies is not None:
+        match, weight_notes = check_learned_weights(subject, proxies)
+    comparisons = tuple(_against(pairing, unit, names) for pairing in pairings)
+    notes = [
+        *weight_notes,
+        *(sentence for pairing in pairings for sentence in pairing.sentences()),
+        *(note for comparison in comparisons for note in _limits(comparison, names)),
+        *unit_note,
+        *_common_notes(groups, names),
+    ]
+    return Study(tuple(groups), subject.name, comparisons, unit, names, tokens, match, tuple(dict.fromkeys(notes)))
 
 
-def uniform_mean_without(comparison: Comparison, excluded: Iterable[str]) -> Pair:
-    """Returns the mean over the domains that were measured for both models, except `excluded`."""
-    skip = set(excluded)
-    pairs = [domain.loss for domain in comparison.domains if domain.name not in skip]
-    both = [(p.baseline, p.main) for p in pairs if p.baseline is not None and p.main is not None]
-    if not both:
-        return Pair(None, None)
-    return Pair(sum(b for b, _ in both) / len(both), sum(m for _, m in both) / len(both))
+def list_runs(groups: Sequence[Group], domain_tokens: Mapping[str, int] | None = None) -> Study:
+    """A study of runs that are shown side by side and not compared, such as of different configurations."""
+    tokens = dict(domain_tokens or {})
+    raise_if_any(_name_faults(groups, tokens))
+    evaluated = {group.label(run): run for group in groups for run in group.runs if run.evaluations}
+    unit, unit_note = choose_unit(list(evaluated.values()))
+    names = _domain_names(groups, tokens)
+    found = [each.sentence() for each in differences(evaluated)]
+    notes = (*found, *unit_note, *_common_notes(groups, names))
+    return Study(tuple(groups), None, (), unit, names, tokens, True, notes)
 
 
-def _restricted_to(evaluation: Evaluation, names: Sequence[str]) -> Evaluation:
-    losses = {name: evaluation.losses[name] for name in names}
-    return replace(evaluation, losses=losses)
+def choose_unit(runs: Sequence[Run]) -> tuple[Unit, list[str]]:
+    """Bits per byte if every run's last evaluation has them for every domain, else nats, with a sentence if some do."""
+    newest = [run.evaluations[-1] for run in runs if run.evaluations]
+    known = [each.bits is not None and each.bits.losses.keys() == each.nats.losses.keys() for each in newest]
+    if newest and all(known):
+        return Unit.BITS, []
+    some = any(evaluation.bits is not None for evaluation in newest)
+    note = "Losses are in nats per token: not every run knows the bytes of every domain's text." if some else ""
+    return Unit.NATS, [note] if note else []
 
 
-def _faults(names: Sequence[str], proxy: Run, main: Run, baseline: Run) -> list[Fault]:
+def _against(pairing: Pairing, unit: Unit, order: Sequence[str]) -> RivalComparison:
+    pairs = [tuple(run.evaluations[-1].held_out(unit) for run in runs) for runs in pairing.pairs]
+    common = set.intersection(*(set(each.losses) for both in pairs for each in both))
+    names = [name for name in order if name in common]
+    subject = [own.restricted_to(names) for own, _ in pairs]
+    rival = [other.restricted_to(names) for _, other in pairs]
+    domains = {name: _contrast((a.losses[name] for a in subject), (b.losses[name] for b in rival)) for name in names}
+    summary = {
+        WORST: _contrast((a.worst[1] for a in subject), (b.worst[1] for b in rival)),
+        UNIFORM_MEAN: _contrast((a.uniform_mean for a in subject), (b.uniform_mean for b in rival)),
+    }
+    token_means = [(a.token_mean, b.token_mean) for a, b in pairs]
+    left = [a for a, b in token_means if a is not None and b is not None]
+    right = [b for a, b in token_means if a is not None and b is not None]
+    if len(left) == len(pairs):
+        summary[TOKEN_MEAN] = Contrast(tuple(left), tuple(right))
+    worst = tuple(tuple(dict.fromkeys(each.worst[0] for each in side)) for side in (subject, rival))
+    return RivalComparison(pairing, domains, summary, (worst[0], worst[1]))
+
+
+def _contrast(subject: Iterable[float], rival: Iterable[float]) -> Contrast:
+    return Contrast(tuple(subject), tuple(rival))
+
+
+def _evaluation_faults(groups: Sequence[Group]) -> list[Fault]:
     faults = []
-    if not proxy.has_weights:
-        rule = "needs training lines with domain_weights, as a run of --phase proxy writes"
-        faults.append(Fault("--proxy", f"{proxy.path} (phase {proxy.phase})", rule, "give the proxy's folder"))
-    else:
-        faults += _name_faults("--proxy", f"{proxy.path}/metrics.jsonl", names, proxy.weights.names, True)
-        if proxy.recorded_weights is not None:
-            file = f"{proxy.path}/domain_weights.json"
-            faults += _name_faults("--proxy", file, names, tuple(proxy.recorded_weights), True)
-    for flag, run in (("--main", main), ("--baseline", baseline)):
-        if run.evaluations:
-            evaluated = tuple(run.evaluations[-1].losses)
-            faults += _name_faults(flag, f"{run.path}/metrics.jsonl", names, evaluated, False)
-            faults += _diverged_faults(flag, run)
-        else:
-            remedy = "train it with held-out text, or run --phase evaluate --load DIR --save DIR with this folder"
-            rule = "needs at least one evaluation line in metrics.jsonl"
-            faults.append(Fault(flag, str(run.path), rule, remedy))
-    if not faults and not set(main.evaluations[-1].losses) & set(baseline.evaluations[-1].losses):
-        rule = "must share at least one evaluated domain"
-        faults.append(Fault("--main and --baseline", "", rule, "evaluate both on the same manifest"))
+    for group in groups:
+        for run in group.runs:
+            flag = f"--group {group.name}"
+            if not run.evaluations:
+                remedy = "train it with held-out text, or run --phase evaluate --load DIR --save DIR with this folder"
+                rule = "needs at least one evaluation line in metrics.jsonl"
+                faults.append(Fault(flag, str(run.path), rule, remedy))
+                continue
+            losses = run.evaluations[-1].nats.losses
+            diverged = [name for name, loss in losses.items() if not math.isfinite(loss)]
+            if diverged:
+                remedy = "the run has diverged: train it again, for instance with a lower --lr"
+                value = f"{run.path}, step {run.evaluations[-1].iteration}: {_shortened(diverged)}"
+                faults.append(Fault(flag, value, "the last held-out losses must be finite numbers", remedy))
     return faults
 
 
-def _name_faults(flag: str, file: str, expected: Sequence[str], names: Sequence[str], complete: bool) -> list[Fault]:
-    """Faults of a file's domain names, compared with the manifest's; without `complete`, some may be missing."""
-    missing = [name for name in expected if name not in names] if complete else []
-    unknown = [name for name in names if name not in expected]
-    if not missing and not unknown:
-        return []
-    parts = [f"missing: {', '.join(missing)}"] * bool(missing)
-    parts += [f"not in the manifest: {', '.join(unknown)}"] * bool(unknown)
-    remedy = "give --domains the manifest that the runs were trained on"
-    rule = "domain names must be the manifest's"
-    return [Fault(flag, f"{file}: {'; '.join(parts)}", rule, remedy)]
+def _name_faults(groups: Sequence[Group], domain_tokens: Mapping[str, int]) -> list[Fault]:
+    """Faults of runs whose domains are not the manifest's."""
+    faults = []
+    for group in groups if domain_tokens else ():
+        for run in group.runs:
+            unknown = [name for name in run.domain_names() if name not in domain_tokens]
+            if unknown:
+                remedy = "give --domains the manifest that the runs were trained on"
+                value = f"{run.path}: not in the manifest: {_shortened(unknown)}"
+                faults.append(Fault("--domains", value, "domain names must be the manifest's", remedy))
+    return faults
 
 
-def _diverged_faults(flag: str, run: Run) -> list[Fault]:
-    losses = run.evaluations[-1].losses
-    diverged = [name for name, loss in losses.items() if not np.isfinite(loss)]
-    if not diverged:
-        return []
-    remedy = "the run has diverged: train it again, for instance with a lower --lr"
-    value = f"{run.path}, step {run.evaluations[-1].iteration}: {', '.join(diverged)}"
-    return [Fault(flag, value, "the last held-out losses must be finite numbers", remedy)]
+def _pairing_faults(pairings: Sequence[Pairing]) -> list[Fault]:
+    faults = []
+    for pairing in pairings:
+        subject = f"--group {pairing.subject} and --group {pairing.rival}"
+        if not pairing.pairs:
+            seeds = ", ".join(str(seed) for seed in pairing.unpaired)
+            remedy = "train both with the same seeds, or give one run of each"
+            faults.append(Fault(subject, f"seeds {seeds}", "need a seed in common", remedy))
+            continue
+        evaluated = [set(run.evaluations[-1].nats.losses) for runs in pairing.pairs for run in runs]
+        if not set.intersection(*evaluated):
+            rule = "must share at least one evaluated domain"
+            faults.append(Fault(subject, "", rule, "evaluate both on the same manifest"))
+    return faults
 
 
-def _notes(names: Sequence[str], shared: Sequence[str], proxy: Run, main: Run, baseline: Run) -> Iterable[str]:
-    steps = baseline.evaluations[-1].iteration, main.evaluations[-1].iteration
-    tokens = _last_tokens(baseline), _last_tokens(main)
-    if steps[0] != steps[1]:
-        yield f"The budgets differ: the baseline was evaluated at step {steps[0]}, main at step {steps[1]}."
-    elif None not in tokens and tokens[0] != tokens[1]:
-        yield f"The budgets differ: {tokens[0]:,.0f} tokens for the baseline, {tokens[1]:,.0f} for main."
-    for difference in differences({"baseline": baseline, "main": main}):
-        yield difference.sentence()
+def _limits(comparison: RivalComparison, names: Sequence[str]) -> Iterable[str]:
+    pairing = comparison.pairing
+    for left, right in pairing.pairs:
+        steps = left.evaluations[-1].iteration, right.evaluations[-1].iteration
+        tokens = trained_tokens(left), trained_tokens(right)
+        sides = f"for {pairing.subject}, {{}} for {pairing.rival}"
+        if steps[0] != steps[1]:
+            yield (
+                f"The budgets differ: {pairing.subject} was evaluated at step {steps[0]:,}, "
+                f"{pairing.rival} at step {steps[1]:,}."
+            )
+        elif tokens[0] is not None and tokens[1] is not None and tokens[0] != tokens[1]:
+            yield f"The budgets differ: {tokens[0]:,.0f} tokens {sides.format(f'{tokens[1]:,.0f}')}."
+    missing = [name for name in names if name not in comparison.domains]
+    if missing:
+        both = f"{pairing.subject} and {pairing.rival}"
+        yield f"Not evaluated for all runs of {both}, so left out of mean and worst domain: {_shortened(missing)}."
+
+
+def _common_notes(groups: Sequence[Group], names: Sequence[str]) -> Iterable[str]:
+    for group in groups:
+        for run in group.runs:
+            note = weights_file_note(run, group.label(run)) if run.has_weights else None
+            if note is not None:
+                yield note
     similar = similar_names_note(names)
     if similar is not None:
         yield similar
-    if len(shared) < len(names):
-        missing = ", ".join(name for name in names if name not in shared)
-        yield f"Not evaluated for both models, and so excluded from uniform mean and worst domain: {missing}."
-    if proxy.recorded_weights is not None:
-        mean = running_mean(proxy.weights.ordered(names))[-1]
-        recorded = np.array([proxy.recorded_weights[name] for name in names])
-        gap = float(np.nanmax(np.abs(mean - recorded)))
-        if gap > SAME_MEAN:
-            yield (
-                "domain_weights.json differs from the mean of the trajectory in metrics.jsonl by up to "
-                f"{gap:.2g}: it is from the last checkpoint, or lines are missing. The table shows the file's weights."
-            )
 
 
-def _last_tokens(run: Run) -> float | None:
-    tokens = run.scalars.get("consumed_tokens")
-    if tokens is None or tokens.size == 0 or np.isnan(tokens[-1]):
-        return None
-    return float(tokens[-1])
+def _domain_names(groups: Sequence[Group], domain_tokens: Mapping[str, int]) -> tuple[str, ...]:
+    recorded = (name for group in groups for run in group.runs for name in run.domain_names())
+    return tuple(dict.fromkeys([*domain_tokens, *recorded]))
 
 
-def comparison_as_data(comparison: Comparison) -> dict[str, Any]:
-    """Returns the table as plain data for results.json; losses in nats per token, None if not measured."""
-    rows = [
-        {
-            "name": domain.name,
-            "tokens": domain.tokens,
-            "natural_weight": domain.natural_weight,
-            "doremi_weight": domain.doremi_weight,
-            "last_weight": domain.last_weight,
-            **_pair_as_data(domain.loss),
-        }
-        for domain in comparison.domains
-    ]
-    worst = _pair_as_data(comparison.worst)
-    worst["baseline_domain"], worst["main_domain"] = comparison.worst_names
+def _shortened(names: Sequence[str], limit: int = 8) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def comparison_as_data(comparison: RivalComparison) -> dict[str, Any]:
+    """Returns a comparison as plain data for results.json."""
+    pairing = comparison.pairing
     return {
-        "domains": rows,
-        "uniform_mean": _pair_as_data(comparison.uniform_mean),
-        "worst": worst,
-        "token_mean": _pair_as_data(comparison.token_mean),
-        "differences": {difference.name: difference.values for difference in comparison.differences},
-        "evaluated_at": {"baseline": comparison.iterations[0], "main": comparison.iterations[1]},
+        "subject": pairing.subject,
+        "rival": pairing.rival,
+        "seeds": list(pairing.seeds),
+        "summary": {name: _contrast_as_data(each) for name, each in comparison.summary.items()},
+        "domains": {name: _contrast_as_data(each) for name, each in comparison.domains.items()},
+        "differing": {each.name: each.values for each in pairing.differing},
     }
 
 
-def _pair_as_data(pair: Pair) -> dict[str, Any]:
-    return {"baseline_loss": pair.baseline, "main_loss": pair.main, "difference": pair.difference}
+def _contrast_as_data(contrast: Contrast) -> dict[str, Any]:
+    paired = contrast.paired
+    return {
+        "subject": list(contrast.subject),
+        "rival": list(contrast.rival),
+        "difference": paired.mean,
+        "standard_deviation": paired.standard_deviation,
+        "interval": None if paired.interval is None else list(paired.interval),
+    }

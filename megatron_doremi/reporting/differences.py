@@ -10,13 +10,32 @@ from megatron_doremi.data.manifest import similar_names
 from megatron_doremi.reporting.runs import Run, flatten
 from megatron_doremi.shapes import with_defaults
 
+SEED = "seed"
+_OPTIMIZER = (
+    "lr",
+    "min_lr",
+    "lr_decay_style",
+    "lr_warmup_fraction",
+    "lr_warmup_iters",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_eps",
+    "clip_grad",
+)
 # The names of values of config.json, by the last part of the key.
 PROPERTIES = {
     "seq_length": "sequence length",
     "tokenizer_sha256": "tokenizer",
     "data_fingerprint": "data fingerprint",
+    "data_content": "training text",
     "held_out_content": "held-out text",
     "bf16": "bfloat16",
+    "seed": SEED,
+    "global_batch_size": "global batch size",
+    "train_iters": "training steps",
+    "init_from": "initial weights",
+    **{name: name for name in _OPTIMIZER},
 }
 WINDOWS = "held-out windows"
 # Runs that differ in one of these were evaluated on different text.
@@ -36,20 +55,25 @@ class Difference:
     name: str
     values: dict[str, str]
 
+    @property
+    def decisive(self) -> bool:
+        """Whether the runs were evaluated on different text."""
+        return self.name in DECISIVE
+
     def sentence(self) -> str:
         """The difference as a sentence of the report."""
         listed = ", ".join(f"{label} {value}" for label, value in self.values.items())
-        warning = " Their held-out losses cannot be compared." if self.name in DECISIVE else ""
+        warning = " Their held-out losses cannot be compared." if self.decisive else ""
         return f"The runs differ in {self.name}: {listed}.{warning}"
 
 
 def differences(runs: Mapping[str, Run]) -> tuple[Difference, ...]:
     """The properties that at least two runs record with different values."""
-    properties = {label: _properties(run) for label, run in runs.items()}
-    names = dict.fromkeys(name for recorded in properties.values() for name in recorded)
+    recorded_by = {label: properties(run) for label, run in runs.items()}
+    names = dict.fromkeys(name for recorded in recorded_by.values() for name in recorded)
     differing = []
     for name in names:
-        values = {label: recorded[name] for label, recorded in properties.items() if recorded.get(name) is not None}
+        values = {label: recorded[name] for label, recorded in recorded_by.items() if recorded.get(name) is not None}
         if any(value != next(iter(values.values())) for value in values.values()):
             differing.append(Difference(name, {label: _shortened(value) for label, value in values.items()}))
     return (*differing, *_window_differences(runs))
@@ -61,18 +85,18 @@ def similar_names_note(names: Sequence[str]) -> str | None:
     return f"Domain names that differ only by case or spaces: {', '.join(similar)}." if similar else None
 
 
-def _properties(run: Run) -> dict[str, Any]:
-    """The properties that a run's config.json records, and the defaults of fields that its model shape lacks."""
+def properties(run: Run) -> dict[str, Any]:
+    """The compared properties of a run as config.json records them; the model's shape takes its missing defaults."""
     shape = run.config.get("gpt")
     config = {**run.config, "gpt": with_defaults(shape)} if isinstance(shape, dict) else run.config
-    flat = {key: value for key, value in flatten(config).items() if not key.startswith("identity.")}
-    properties = {key.removeprefix("gpt."): value for key, value in flat.items() if key.startswith("gpt.")}
-    for key in sorted(flat, key=lambda key: key.count("."), reverse=True):
+    flat = flatten(config)
+    recorded = {key.removeprefix("gpt."): value for key, value in flat.items() if key.startswith("gpt.")}
+    # The identity repeats most values; where they differ, another place wins, and of those the one with fewest groups.
+    for key in sorted(flat, key=lambda key: (key.startswith("identity."), key.count(".")), reverse=True):
         name = PROPERTIES.get(key.rsplit(".", 1)[-1])
-        # The key with the fewest groups comes last and wins.
         if name is not None:
-            properties[name] = flat[key]
-    return properties
+            recorded[name] = flat[key]
+    return recorded
 
 
 def _shortened(value: Any) -> str:

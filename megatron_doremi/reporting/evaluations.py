@@ -6,10 +6,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field
 
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any
 from megatron_doremi.reporting.json_files import read_lines
@@ -18,32 +21,71 @@ from megatron_doremi.storage.formats import Count, Name, Positive, Schema, check
 FILE = "evaluations.jsonl"
 
 
+Interval = tuple[float, float]
+_IntervalEntry = Annotated[list[float], Field(min_length=2, max_length=2)]
+
+
+class Unit(Enum):
+    """The unit of a held-out loss; the value is its name in a report."""
+
+    BITS = "bits per byte"
+    NATS = "nats per token"
+
+
 @dataclass(frozen=True)
-class Evaluation:
-    """One evaluation on held-out text; losses in nats per token.
+class HeldOut:
+    """The held-out losses of one evaluation in one unit.
 
     Attributes:
-        iteration: training steps taken before it.
-        losses: held-out loss by domain; NaN where the run recorded NaN or Inf.
-        token_mean: mean over all held-out tokens; None if the line has none.
-        windows: windows read of each domain; None if the line does not record them.
+        losses: by domain; NaN where the run recorded NaN or Inf.
+        token_mean: mean weighted by the domains' natural shares; None if the line has none.
+        intervals: 95 % intervals over held-out documents, by domain; empty if the line has none.
     """
 
-    iteration: int
     losses: dict[str, float]
-    token_mean: float | None
-    windows: dict[str, int] | None = None
+    token_mean: float | None = None
+    intervals: dict[str, Interval] = field(default_factory=dict)
 
     @property
     def uniform_mean(self) -> float:
-        """Unweighted mean over domains, in nats per token; NaN if any domain's loss is."""
+        """Unweighted mean over domains; NaN if any domain's loss is."""
         return sum(self.losses.values()) / len(self.losses)
 
     @property
     def worst(self) -> tuple[str, float]:
-        """The domain with the highest loss, and that loss in nats per token; NaN only if every loss is."""
+        """The domain with the highest loss, and that loss; NaN only if every loss is."""
         name = max(self.losses, key=lambda domain: -math.inf if math.isnan(loss := self.losses[domain]) else loss)
         return name, self.losses[name]
+
+    def restricted_to(self, names: Iterable[str]) -> HeldOut:
+        """The losses of `names` alone; the token mean, which is of all domains, stays."""
+        kept = set(names)
+        return replace(self, losses={name: loss for name, loss in self.losses.items() if name in kept})
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation on held-out text.
+
+    Attributes:
+        iteration: training steps taken before it.
+        nats: losses in nats per token.
+        bits: losses in bits per byte; None if the run did not know the bytes of its text.
+        windows: windows read of each domain; None if the line does not record them.
+    """
+
+    iteration: int
+    nats: HeldOut
+    bits: HeldOut | None = None
+    windows: dict[str, int] | None = None
+
+    def held_out(self, unit: Unit) -> HeldOut:
+        """The losses in a unit. Raises ValueError for bits per byte that were not recorded."""
+        if unit is Unit.NATS:
+            return self.nats
+        if self.bits is None:
+            raise ValueError("the evaluation has no bits per byte")
+        return self.bits
 
 
 def float_or_nan(value: Any) -> float:
@@ -64,13 +106,27 @@ def iteration_of(row: Mapping[str, Any]) -> int:
 
 def evaluation_of(row: Mapping[str, Any]) -> Evaluation:
     """Parses the evaluation in a line of metrics.jsonl. Raises one of MALFORMED if there is none."""
-    losses = {str(name): float_or_nan(value) for name, value in row["eval"].items() if value is not None}
-    if not losses:
+    nats = _held_out(row, "eval")
+    if nats is None:
         raise ValueError("an evaluation without a loss")
-    token_mean, windows = row.get("eval_token_mean"), row.get("eval_windows")
+    windows = row.get("eval_windows")
     if windows is not None:
         windows = {str(name): int(float_or_nan(value)) for name, value in windows.items()}
-    return Evaluation(iteration_of(row), losses, None if token_mean is None else float_or_nan(token_mean), windows)
+    return Evaluation(iteration_of(row), nats, _held_out(row, "eval_bpb"), windows)
+
+
+def _held_out(row: Mapping[str, Any], key: str) -> HeldOut | None:
+    """The losses under `key` and the entries whose names begin with it; None if there is no loss."""
+    recorded = row.get(key) or {}
+    losses = {str(name): float_or_nan(value) for name, value in recorded.items() if value is not None}
+    if not losses:
+        return None
+    token_mean, intervals = row.get(f"{key}_token_mean"), row.get(f"{key}_interval") or {}
+    return HeldOut(
+        losses,
+        None if token_mean is None else float_or_nan(token_mean),
+        {str(name): (float_or_nan(each[0]), float_or_nan(each[1])) for name, each in intervals.items() if each},
+    )
 
 
 class EvaluationLine(Schema):
@@ -80,6 +136,7 @@ class EvaluationLine(Schema):
         run: folder of the evaluated run; `of_this_folder` if evaluations.jsonl is in that folder.
         checkpoint, iteration: the evaluated checkpoint.
         held_out_content: hash of samples of the held-out text.
+        eval, eval_bpb: losses in nats per token and, where the bytes of the text are known, in bits per byte.
     """
 
     FORMAT: ClassVar[str] = "megatron-doremi-evaluation/1"
@@ -94,10 +151,14 @@ class EvaluationLine(Schema):
     seq_length: Positive
     held_out_content: str
     bf16: bool
+    eval_interval: dict[str, _IntervalEntry | None] | None = None
+    eval_bpb: dict[str, float] | None = None
+    eval_bpb_token_mean: float | None = None
+    eval_bpb_interval: dict[str, _IntervalEntry | None] | None = None
 
     def evaluation(self) -> Evaluation:
         """The line's losses."""
-        return Evaluation(self.iteration, self.eval, self.eval_token_mean, self.eval_windows)
+        return evaluation_of(self.model_dump())
 
 
 def read_evaluations(folder: Path) -> list[EvaluationLine]:

@@ -1,53 +1,28 @@
-"""Renders a report as one self-contained HTML file: text, tables, and images as data URIs.
+"""Renders a report as one self-contained HTML file: text, tables with their CSV, and charts as SVG and as data.
 
-All text, which may come from files (domain names, configuration values, paths), is escaped here, once.
+All text, which may come from files (domain names, configuration values, paths), is escaped here, once. Nothing is
+loaded from elsewhere, and a Content-Security-Policy forbids it; the page is complete without its script.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
+import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from importlib.resources import files
 
-from megatron_doremi.reporting.tables import Table
+from megatron_doremi.reporting.charts.chart import Chart
+from megatron_doremi.reporting.charts.render import data_for_script, page_script, svg
+from megatron_doremi.reporting.charts.theme import NARROW, WIDE, css_variables
+from megatron_doremi.reporting.tables import Column, Row, Table
 
-CSS = """
-:root { color-scheme: light; }
-body { font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; color: #1f2430;
-  background: #fff; max-width: 1080px; margin: 2.2rem auto 4rem; padding: 0 1.2rem; }
-h1 { font-size: 1.7rem; margin: 0 0 .2rem; } h2 { font-size: 1.2rem; margin: 2.4rem 0 .6rem; }
-.subtitle { color: #5b6270; margin: 0 0 1.6rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; color: #5b6270; padding-bottom: .4rem; }
-th, td { padding: .28rem .8rem; text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; padding-left: .2rem; }
-thead th { border-bottom: 2px solid #c9cdd4; } tbody tr + tr td { border-top: 1px solid #eceef2; }
-tbody.summary { border-top: 2px solid #c9cdd4; font-weight: 600; }
-.better { color: #1a7f4b; } .worse { color: #b42318; }
-ul { padding-left: 1.2rem; } li { margin: .25rem 0; }
-figure { margin: 1.2rem 0 2rem; } figure img { max-width: 100%; height: auto; border: 1px solid #eceef2; }
-figcaption { color: #5b6270; font-size: .9rem; }
-details { margin: .6rem 0; } summary { cursor: pointer; }
-.values td { white-space: normal; text-align: left; overflow-wrap: anywhere; }
-.values th { text-align: left; }
-"""
-
-
-@dataclass(frozen=True)
-class Image:
-    """A figure of the report.
-
-    Attributes:
-        name: file name of the PNG, without a folder.
-        png: its bytes.
-        caption: text under the figure.
-    """
-
-    name: str
-    png: bytes
-    caption: str
+LAYOUTS = {"wide": WIDE, "narrow": NARROW}
+# A table with more rows scrolls in a box.
+_TALL = 25
 
 
 @dataclass(frozen=True)
@@ -56,74 +31,108 @@ class Section:
 
     Attributes:
         title: heading.
-        sentences: bullet points.
-        tables: tables of numbers.
-        images: figures.
+        note: a paragraph below it.
+        charts: charts.
+        tables: tables of numbers, below the charts.
         values: tables of text, such as configuration values.
         folded: (summary, {key: value}) pairs, collapsed at first.
+        more: charts that are collapsed at first.
     """
 
     title: str
-    sentences: Sequence[str] = ()
+    note: str = ""
+    charts: Sequence[Chart] = ()
     tables: Sequence[Table] = ()
-    images: Sequence[Image] = ()
     values: Sequence[Table] = ()
     folded: Sequence[tuple[str, Mapping[str, object]]] = field(default_factory=tuple)
+    more: Sequence[Chart] = ()
 
 
-def page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
+def page(title: str, verdict: str, findings: Sequence[str], sections: Sequence[Section], footer: str) -> str:
     """Returns the full document; all arguments are plain text, which is escaped here."""
+    charts = {chart.name: chart for section in sections for chart in (*section.charts, *section.more)}
+    script = page_script()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+    policy = (
+        f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    style = css_variables() + files("megatron_doremi.reporting").joinpath("page.css").read_text(encoding="ascii")
+    # JSON inside a script element: no tag can end or begin there.
+    data = json.dumps(data_for_script(charts, LAYOUTS), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    links = "".join(f'<a href="#{_anchor(section.title)}">{escape(section.title)}</a>' for section in sections)
+    items = "\n".join(f"<li>{escape(sentence)}</li>" for sentence in findings)
     body = "\n".join(_section(section) for section in sections)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n"
-        f'<h1>{escape(title)}</h1>\n<p class="subtitle">{escape(subtitle)}</p>\n{body}\n</body>\n</html>\n'
+        f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
+        f'<h1>{escape(title)}</h1>\n<p class="verdict">{escape(verdict)}</p>\n'
+        f'<ul class="findings">\n{items}\n</ul>\n<nav>{links}</nav>\n{body}\n<footer>{escape(footer)}</footer>\n'
+        f'<script type="application/json" id="charts">{data}</script>\n<script>{script}</script>\n</body>\n</html>\n'
     )
 
 
+def _anchor(title: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+
+
 def _section(section: Section) -> str:
-    parts = [f"<h2>{escape(section.title)}</h2>"]
-    if section.sentences:
-        items = "\n".join(f"<li>{escape(sentence)}</li>" for sentence in section.sentences)
-        parts.append(f"<ul>\n{items}\n</ul>")
+    parts = [f'<h2 id="{_anchor(section.title)}">{escape(section.title)}</h2>']
+    if section.note:
+        parts.append(f'<p class="note">{escape(section.note)}</p>')
+    parts += [_figure(chart) for chart in section.charts]
+    for chart in section.more:
+        parts.append(f"<details><summary>{escape(chart.title)}</summary>{_figure(chart)}</details>")
     parts += [_table(table, "") for table in section.tables]
-    parts += [_figure(image) for image in section.images]
     parts += [_table(table, "values") for table in section.values]
     for summary, values in section.folded:
-        rows = tuple((key, str(value)) for key, value in values.items())
-        inner = _table(Table(("key", "value"), rows), "values")
+        rows: tuple[Row, ...] = tuple((key, str(value)) for key, value in values.items())
+        inner = _table(Table(_anchor(summary), (Column("key"), Column("value")), rows), "values")
         parts.append(f"<details><summary>{escape(summary)}</summary>{inner}</details>")
     return "\n".join(parts)
 
 
-def _figure(image: Image) -> str:
-    encoded = base64.b64encode(image.png).decode("ascii")
-    caption = escape(image.caption)
+def _figure(chart: Chart) -> str:
+    stills = "".join(f'<div class="still {name}">{svg(chart, layout)}</div>' for name, layout in LAYOUTS.items())
+    title = escape(chart.title)
     return (
-        f'<figure><img alt="{caption}" src="data:image/png;base64,{encoded}">'
-        f"<figcaption>{caption}</figcaption></figure>"
+        f'<h3>{title}</h3>\n<figure data-chart="{escape(chart.name)}" role="group" aria-label="{title}">'
+        f'{stills}<div class="live"></div><figcaption>{escape(chart.caption)}</figcaption></figure>'
     )
 
 
 def _table(table: Table, css_class: str) -> str:
-    marked = table.header.index("difference") if "difference" in table.header else None
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in table.header)
-    caption = f"<caption>{escape(table.caption)}</caption>" if table.caption else ""
-    body = "\n".join(_row(row, marked) for row in table.rows)
-    summary = "\n".join(_row(row, marked) for row in table.summary)
+    head = "".join(f"<th{_words(column)}>{escape(column.name)}</th>" for column in table.columns)
+    caption = f'<p class="note">{escape(table.caption)}</p>' if table.caption else ""
+    body = "\n".join(_row(row, table.columns) for row in table.rows)
+    summary = "\n".join(_row(row, table.columns) for row in table.summary)
     summary = f'<tbody class="summary">\n{summary}\n</tbody>' if summary else ""
     name = f' class="{css_class}"' if css_class else ""
+    tall = " tall" if len(table.rows) > _TALL else ""
+    file_name = re.sub(r"[^A-Za-z0-9._-]+", "_", table.name) or "table"
+    data = base64.b64encode(table.csv().encode("utf-8", "backslashreplace")).decode("ascii")
+    link = f'<a download="{file_name}.csv" href="data:text/csv;charset=utf-8;base64,{data}">CSV</a>'
     return (
-        f'<div class="scroll"><table{name}>{caption}<thead><tr>{head}</tr></thead>\n'
-        f"<tbody>\n{body}\n</tbody>{summary}</table></div>"
+        f'<div class="table" data-rows="{len(table.rows)}">{caption}<div class="scroll{tall}"><table{name}>'
+        f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>{summary}</table></div>"
+        f'<div class="tools"><span></span>{link}</div></div>'
     )
 
 
-def _row(cells: Sequence[str], marked: int | None) -> str:
+def _words(column: Column) -> str:
+    return ' class="words"' if column.is_text else ""
+
+
+def _row(row: Row, columns: Sequence[Column]) -> str:
     parts = []
-    for column, cell in enumerate(cells):
-        sign = {"-": "better", "+": "worse"}.get(cell[:1]) if column == marked and len(cell) > 1 else None
+    for value, column in zip(row, columns, strict=True):
+        text = escape(column.text(value))
+        if isinstance(value, str) or value is None:
+            parts.append(f"<td{_words(column)}>{text}</td>")
+            continue
+        sign = {"-": "better", "+": "worse"}.get(text[:1]) if column.signed and len(text) > 1 else None
         name = f' class="{sign}"' if sign else ""
-        parts.append(f"<td{name}>{escape(cell)}</td>")
+        parts.append(f'<td{name} data-value="{value:.6g}">{text}</td>')
     return f"<tr>{''.join(parts)}</tr>"

@@ -33,7 +33,7 @@ Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 T = TypeVar("T")
 
-SCALARS = ("loss", "lr", "grad_norm", "dro_loss", "consumed_tokens", "tokens_per_second")
+SCALARS = ("loss", "lr", "grad_norm", "dro_loss", "consumed_tokens", "tokens_per_second", "elapsed_ms")
 PHASES = ("reference", "score", "proxy", "main", "evaluate")
 
 
@@ -90,13 +90,34 @@ class Run:
     weights_provenance: dict[str, Any]
 
     @property
+    def seed(self) -> int | None:
+        """--seed; None if config.json does not record it."""
+        seed = find_number(self.config, "seed")
+        return None if seed is None else int(seed)
+
+    @property
+    def last_step(self) -> int:
+        """The last step that a training or evaluation line records."""
+        trained = int(self.iterations[-1]) if self.iterations.size else 0
+        return max(trained, self.evaluations[-1].iteration if self.evaluations else 0)
+
+    @property
+    def sampling_weights(self) -> dict[str, float] | None:
+        """The weights by which the run samples its domains; None if config.json does not record them."""
+        recorded = self.config.get("sampling_weights")
+        if not isinstance(recorded, dict) or not recorded:
+            return None
+        weights = {str(name): weight for name, weight in recorded.items() if isinstance(weight, int | float)}
+        return weights if len(weights) == len(recorded) else None
+
+    @property
     def has_weights(self) -> bool:
         """Whether the training lines record domain weights, as a proxy's do."""
         return bool(np.isfinite(self.weights.values).any())
 
     def domain_names(self) -> tuple[str, ...]:
         """Every domain in any line, in the order of the most complete source."""
-        evaluated = self.evaluations[-1].losses if self.evaluations else {}
+        evaluated = self.evaluations[-1].nats.losses if self.evaluations else {}
         return tuple(dict.fromkeys([*self.weights.names, *evaluated, *self.loss.names]))
 
 

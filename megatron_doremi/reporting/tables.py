@@ -1,204 +1,162 @@
-"""Formats tables: cells as text, and tables as aligned text. Pure: nothing is read or printed here."""
+"""Tables of raw values with a format for each column, as aligned text and as CSV. Pure: nothing is read or printed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import csv
+import io
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
-from megatron_doremi.reporting.comparison import Comparison, DomainResult, Pair, mean_and_last_weights
-from megatron_doremi.reporting.differences import differences
-from megatron_doremi.reporting.runs import Run
+Value = str | float | None
+Row = tuple[Value, ...]
 
 NOT_MEASURED = "-"
 
 
 @dataclass(frozen=True)
-class Table:
-    """A table of formatted cells.
+class Column:
+    """A column of a table.
 
     Attributes:
-        header: one cell per column; the first column is text, the others are numbers.
-        rows: one tuple of cells per row.
+        name: its heading.
+        format: makes the text of a number; a string is shown as it is, None and NaN as NOT_MEASURED.
+        signed: whether negative numbers are good news and positive ones bad (a difference of losses).
+    """
+
+    name: str
+    format: Callable[[float], str] | None = None
+    signed: bool = False
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the cells are text, which is aligned left."""
+        return self.format is None
+
+    def text(self, value: Value) -> str:
+        """A cell's text."""
+        if isinstance(value, str):
+            return value
+        if value is None or math.isnan(value):
+            return NOT_MEASURED
+        return str(value) if self.format is None else self.format(value)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; CSV holds the raw values, every other form the formatted ones.
+
+    Attributes:
+        name: of its CSV file, without a suffix.
+        columns: the first is text.
+        rows: a value for each column.
         summary: rows below a rule.
         caption: contents and units.
     """
 
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    summary: tuple[tuple[str, ...], ...] = ()
+    name: str
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+    summary: tuple[Row, ...] = ()
     caption: str = ""
 
+    def csv(self) -> str:
+        """The table as CSV (RFC 4180), raw values; None and NaN are empty."""
+        buffer = io.StringIO()
+        writer = csv.writer(buffer)
+        writer.writerow([column.name for column in self.columns])
+        for row in (*self.rows, *self.summary):
+            writer.writerow(["" if value is None or value != value else value for value in row])
+        return buffer.getvalue()
 
-def format_loss(value: float | None) -> str:
-    """Formats nats per token."""
-    return NOT_MEASURED if value is None or np.isnan(value) else f"{value:.3f}"
+
+def format_loss(value: float) -> str:
+    """Formats a loss, in nats per token or bits per byte."""
+    return f"{value:.3f}"
 
 
-def format_difference(value: float | None) -> str:
-    """Formats a difference in nats per token with its sign, or "0.000" if it rounds to zero."""
-    if value is None or np.isnan(value):
-        return NOT_MEASURED
+def format_difference(value: float) -> str:
+    """Formats a difference of losses with its sign, or "0.000" if it rounds to zero."""
     text = f"{value:+.3f}"
     return "0.000" if float(text) == 0.0 else text
 
 
 def format_weight(value: float) -> str:
     """Formats a weight: four decimals, or two significant digits below 0.001."""
-    if np.isnan(value):
-        return NOT_MEASURED
     return f"{value:.4f}" if value >= 0.001 or value == 0.0 else f"{value:.1e}"
 
 
-def format_text(table: Table) -> str:
-    """Returns the table as plain text, the first column aligned left and the others right."""
-    lines = [table.header, *table.rows, *table.summary]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(table.header))]
+def format_count(value: float) -> str:
+    """Formats a number of tokens or steps."""
+    return f"{value:,.0f}"
+
+
+def format_epochs(value: float) -> str:
+    """Formats a number of epochs."""
+    return f"{value:,.2f}"
+
+
+def format_interval(interval: tuple[float, float] | None) -> str:
+    """Formats an interval of differences."""
+    if interval is None:
+        return NOT_MEASURED
+    return f"[{format_difference(interval[0])}, {format_difference(interval[1])}]"
+
+
+def format_seconds(value: float) -> str:
+    """Formats a duration."""
+    if value < 60:
+        return f"{value:.1f} s"
+    hours, seconds = divmod(round(value), 3600)
+    return f"{hours}:{seconds // 60:02d}:{seconds % 60:02d} h" if hours else f"{seconds // 60}:{seconds % 60:02d} min"
+
+
+def fitted(table: Table, width: int) -> tuple[Table, int]:
+    """Drops columns from the right until the text is at most `width` columns wide; returns the number dropped."""
+    dropped = 0
+    while len(table.columns) > 2 and max(map(len, format_text(table).split("\n")[1:])) > width:
+        cut = -1
+        dropped += 1
+        table = replace(
+            table,
+            columns=table.columns[:cut],
+            rows=tuple(row[:cut] for row in table.rows),
+            summary=tuple(row[:cut] for row in table.summary),
+        )
+    return table, dropped
+
+
+def excerpt(table: Table, limit: int) -> Table:
+    """The first and last rows, at most `limit` with a row of dots between them; all of them if they are few."""
+    if len(table.rows) <= limit:
+        return table
+    head, tail = limit // 2, (limit - 1) // 2
+    hidden = len(table.rows) - head - tail
+    dots: Row = (f"... {hidden:,} more", *[""] * (len(table.columns) - 1))
+    return replace(table, rows=(*table.rows[:head], dots, *table.rows[len(table.rows) - tail :]))
+
+
+def format_text(table: Table, label_width: int = 32) -> str:
+    """Returns the table as plain text, text aligned left and numbers right, long names shortened."""
+    cells = [[column.text(value) for column, value in zip(table.columns, row, strict=True)] for row in table.rows]
+    summary = [[column.text(value) for column, value in zip(table.columns, row, strict=True)] for row in table.summary]
+    header = [column.name for column in table.columns]
+    lines = [[_shortened(row[0], label_width), *row[1:]] for row in (header, *cells, *summary)]
+    widths = [max(len(line[index]) for line in lines) for index in range(len(table.columns))]
+    left = [column.is_text for column in table.columns]
     rule = "  ".join("-" * width for width in widths)
-    text = [table.caption] * bool(table.caption) + [_text_line(table.header, widths), rule]
-    text += [_text_line(row, widths) for row in table.rows]
-    if table.summary:
-        text += [rule] + [_text_line(row, widths) for row in table.summary]
-    return "\n".join(text)
+    body = [_text_line(line, widths, left) for line in lines]
+    text = [table.caption, body[0], rule, *body[1 : 1 + len(cells)]]
+    return "\n".join([*text, *([rule, *body[1 + len(cells) :]] if summary else [])])
 
 
-def _text_line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    padded = [cells[0].ljust(widths[0])]
-    padded += [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
+def _shortened(text: str, width: int) -> str:
+    return text if len(text) <= width else f"{text[: width - 3]}..."
+
+
+def _text_line(cells: Sequence[str], widths: Sequence[int], left: Sequence[bool]) -> str:
+    padded = [
+        cell.ljust(width) if is_left else cell.rjust(width)
+        for cell, width, is_left in zip(cells, widths, left, strict=True)
+    ]
     return "  ".join(padded).rstrip()
-
-
-def comparison_table(comparison: Comparison) -> Table:
-    """Returns the table of the comparison."""
-    header = (
-        "domain",
-        "train tokens",
-        "natural weight",
-        "DoReMi weight",
-        "last weight",
-        "baseline",
-        "main",
-        "difference",
-    )
-    worst = comparison.worst_names
-    if worst[0] == worst[1]:
-        worst_label = f"worst domain ({worst[0]})"
-    else:
-        worst_label = f"worst domain ({worst[0]}; {worst[1]})"
-    return Table(
-        header,
-        tuple(_domain_cells(domain) for domain in comparison.domains),
-        (
-            _summary_cells("uniform mean", comparison.uniform_mean),
-            _summary_cells(worst_label, comparison.worst),
-            _summary_cells("token mean", comparison.token_mean),
-            *(
-                (f"differs: {each.name}", "", "", "", "", each.values["baseline"], each.values["main"], "")
-                for each in comparison.differences
-            ),
-        ),
-        "Held-out loss of baseline and main in nats per token, lower is better; difference: main - baseline.",
-    )
-
-
-def _domain_cells(domain: DomainResult) -> tuple[str, ...]:
-    return (
-        domain.name,
-        f"{domain.tokens:,}",
-        format_weight(domain.natural_weight),
-        format_weight(domain.doremi_weight),
-        format_weight(domain.last_weight),
-        *_pair_cells(domain.loss),
-    )
-
-
-def _pair_cells(pair: Pair) -> tuple[str, str, str]:
-    return format_loss(pair.baseline), format_loss(pair.main), format_difference(pair.difference)
-
-
-def _summary_cells(label: str, pair: Pair) -> tuple[str, ...]:
-    return (label, "", "", "", "", *_pair_cells(pair))
-
-
-def run_table(run: Run) -> Table:
-    """Returns the table of one run: training loss, held-out loss and, for a proxy, weights per domain."""
-    names = run.domain_names()
-    header = ["domain"]
-    columns: list[list[str]] = []
-    if run.has_weights:
-        in_file = run.recorded_weights is not None and set(run.recorded_weights) == set(names)
-        known = run if in_file else _without_weights_file(run)
-        mean, last = mean_and_last_weights(known, names)
-        header += ["mean weight", "last weight"]
-        columns += [[format_weight(float(each)) for each in vector] for vector in (mean, last)]
-    summary: tuple[tuple[str, ...], ...] = ()
-    if run.iterations.size:
-        final = last_finite(run.loss.ordered(names))
-        header.append("training loss")
-        columns.append([format_loss(float(each)) for each in final])
-    if run.evaluations:
-        first, newest = run.evaluations[0], run.evaluations[-1]
-        header.append("held-out loss")
-        columns.append([format_loss(newest.losses.get(name)) for name in names])
-        if newest is not first:
-            header.append(f"since step {first.iteration}")
-            changes = [Pair(first.losses.get(name), newest.losses.get(name)).difference for name in names]
-            columns.append([format_difference(change) for change in changes])
-        summary = _run_summary(run, header)
-    rows = tuple((name, *(column[index] for column in columns)) for index, name in enumerate(names))
-    caption = f"{run.path} (phase {run.phase}): last values, losses in nats per token"
-    return Table(tuple(header), rows, summary, caption)
-
-
-def _run_summary(run: Run, header: Sequence[str]) -> tuple[tuple[str, ...], ...]:
-    first, newest = run.evaluations[0], run.evaluations[-1]
-    labeled = (
-        ("uniform mean", Pair(first.uniform_mean, newest.uniform_mean)),
-        (f"worst domain ({newest.worst[0]})", Pair(first.worst[1], newest.worst[1])),
-        ("token mean", Pair(first.token_mean, newest.token_mean)),
-    )
-    place = header.index("held-out loss")
-    rows = []
-    for label, pair in labeled:
-        cells = [label] + [""] * (len(header) - 1)
-        cells[place] = format_loss(pair.main)
-        if newest is not first:
-            cells[place + 1] = format_difference(pair.difference)
-        rows.append(tuple(cells))
-    return tuple(rows)
-
-
-def across_runs_table(labels: Sequence[str], runs: Sequence[Run]) -> Table | None:
-    """Returns the last held-out losses of several runs, one column per run; None if fewer than two were evaluated."""
-    shown = {label: run for label, run in zip(labels, runs, strict=True) if run.evaluations}
-    evaluated = [(label, run.evaluations[-1]) for label, run in shown.items()]
-    if len(evaluated) < 2:
-        return None
-    names = dict.fromkeys(name for _, evaluation in evaluated for name in evaluation.losses)
-    rows = tuple((name, *(format_loss(each.losses.get(name)) for _, each in evaluated)) for name in names)
-    summary = (
-        ("uniform mean", *(format_loss(each.uniform_mean) for _, each in evaluated)),
-        ("worst domain", *(format_loss(each.worst[1]) for _, each in evaluated)),
-        ("token mean", *(format_loss(each.token_mean) for _, each in evaluated)),
-        *(
-            (f"differs: {difference.name}", *(difference.values.get(label, NOT_MEASURED) for label in shown))
-            for difference in differences(shown)
-        ),
-    )
-    header = ("domain", *(f"{label} @{each.iteration}" for label, each in evaluated))
-    return Table(header, rows, summary, "Held-out loss in nats per token (run @step of its last evaluation)")
-
-
-def last_finite(values: np.ndarray) -> np.ndarray:
-    """Returns each column's last value that is not NaN: [lines, domains] to [domains]; NaN if there is none."""
-    result = np.full(values.shape[1], np.nan)
-    for column in range(values.shape[1]):
-        present = np.flatnonzero(~np.isnan(values[:, column]))
-        if present.size:
-            result[column] = values[present[-1], column]
-    return result
-
-
-def _without_weights_file(run: Run) -> Run:
-    return replace(run, recorded_weights=None)

@@ -15,9 +15,12 @@ from pathlib import Path
 import pytest
 
 from megatron_doremi.errors import ConfigError
-from megatron_doremi.reporting.assemble import unique_labels
+from megatron_doremi.reporting.comparison import compare
 from megatron_doremi.reporting.differences import differences, similar_names_note
+from megatron_doremi.reporting.groups import Group
 from megatron_doremi.reporting.runs import read_run, read_runs
+from megatron_doremi.reporting.sections import unique_labels
+from megatron_doremi.reporting.verdict import verdict
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "report.py"
 NAMES = ("code", "noise", "boilerplate")
@@ -64,32 +67,23 @@ def evaluation_line(run, iteration, own, **changes):
     return json.dumps({**line, **changes}) + "\n"
 
 
-def test_every_difference_between_compared_runs_is_reported(
-    tool, three_runs, write_run, write_manifest, tmp_path, capsys
-):
-    """In the table, in the sentences, in results.json and in the HTML."""
+def test_every_difference_between_compared_runs_is_reported(write_run):
     wide = {"num_layers": 2, "hidden_size": 128, "vocab_size": 1000}
     longer = {"data": {"seq_length": 128}, "optimizer": {"bf16": False}}
-    three_runs["baseline"] = write_run("b", [evaluated(2)], config=config())
-    three_runs["main"] = write_run(
-        "m", [evaluated(2, (5, 9, 5))], config=config(gpt=wide, settings=longer, data_fingerprint="d" * 64)
-    )
-    flags = [f"--{name}={path}" for name, path in three_runs.items()]
-    manifest = write_manifest(dict.fromkeys(NAMES, 100))
-    assert tool.main([*flags, f"--domains={manifest}", f"--output-dir={tmp_path / 'out'}"]) == 0
-    printed, html = capsys.readouterr().out, (tmp_path / "out" / "report.html").read_text()
+    baseline = read_run(write_run("b", [evaluated(2)], config=config()))
+    changed = config(gpt=wide, settings=longer, data_fingerprint="d" * 64)
+    main = read_run(write_run("m", [evaluated(2, (5, 9, 5))], config=changed))
+    study = compare([Group("main", (main,)), Group("baseline", (baseline,))])
     for sentence in (
-        "The runs differ in hidden_size: baseline 64, main 128.",
-        "The runs differ in sequence length: baseline 64, main 128. Their held-out losses cannot be compared.",
-        "The runs differ in data fingerprint: baseline bbbbbbbbbbbb..., main dddddddddddd....",
-        "The runs differ in held-out windows: baseline noise 5, main noise 9. Their held-out losses",
+        "The runs differ in hidden_size: main 128, baseline 64.",
+        "The runs differ in sequence length: main 128, baseline 64. Their held-out losses cannot be compared.",
+        "The runs differ in data fingerprint: main dddddddddddd..., baseline bbbbbbbbbbbb....",
+        "The runs differ in held-out windows: main noise 9, baseline noise 5. Their held-out losses",
     ):
-        assert sentence in printed
-        assert sentence in html
-    assert "differs: sequence length" in printed
-    found = json.loads((tmp_path / "out" / "results.json").read_text())["differences"]
-    assert found["sequence length"] == {"baseline": "64", "main": "128"}
-    assert set(found) == {"hidden_size", "sequence length", "data fingerprint", "held-out windows"}
+        assert any(note.startswith(sentence) for note in study.notes)
+    assert verdict(study) == (
+        "main and baseline cannot be compared, since they differ in sequence length and held-out windows."
+    )
 
 
 def test_a_report_on_several_runs_lists_the_differences_too(tool, write_run, tmp_path, capsys):
@@ -99,7 +93,7 @@ def test_a_report_on_several_runs_lists_the_differences_too(tool, write_run, tmp
     assert tool.main([*map(str, paths), f"--output-dir={tmp_path / 'out'}"]) == 0
     printed = capsys.readouterr().out
     assert "The runs differ in sequence length: a 64, b 64, c 128. Their held-out losses cannot be compared." in printed
-    assert "differs: bfloat16" in printed
+    assert "The runs differ in bfloat16: a False, b False, c True." in printed
 
 
 def test_what_an_older_run_did_not_record_is_no_difference(write_run):
@@ -130,7 +124,7 @@ def test_evaluations_of_several_runs(write_run, tool, tmp_path, capsys):
     lines += evaluation_line("/other/x", 4, False) + evaluation_line("/other/x", 8, False)
     (path / "evaluations.jsonl").write_text(lines)
     own, other = read_runs(path)
-    assert [each.uniform_mean for each in own.evaluations] == [1.5]
+    assert [each.nats.uniform_mean for each in own.evaluations] == [1.5]
     assert (str(other.path), [each.iteration for each in other.evaluations]) == ("/other/x", [4, 8])
     assert read_run(path).path == path
     assert tool.main([str(path), f"--output-dir={tmp_path / 'out'}"]) == 0

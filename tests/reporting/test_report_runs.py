@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_doremi.errors import ConfigError
-from megatron_doremi.reporting.assemble import _run_images as run_images
+from megatron_doremi.reporting.charts.mixture import driving_losses
 from megatron_doremi.reporting.runs import find_phase, read_all, read_run
 
 
@@ -62,8 +62,8 @@ def test_numbers_that_are_not_finite_become_nan(write_run):
 def test_a_run_with_evaluations_only(write_run, rows):
     run = read_run(write_run("e", [rows[1](7, {"a": 1.0, "b": 2.0}, 1.2)], "evaluate"))
     assert not run.has_weights
-    assert run.evaluations[0].uniform_mean == 1.5
-    assert run.evaluations[0].worst == ("b", 2.0)
+    assert run.evaluations[0].nats.uniform_mean == 1.5
+    assert run.evaluations[0].nats.worst == ("b", 2.0)
 
 
 @pytest.mark.parametrize(
@@ -106,4 +106,6 @@ def test_what_drives_the_weights_is_read_under_either_name(write_run, rows):
     run, other = read_run(write_run("excess", [excess], "proxy")), read_run(write_run("score", [score], "proxy"))
     assert run.excess.values.tolist() == other.score.values.tolist() == [[0.25, 0.25]]
     assert run.score.values.size == other.excess.values.size == 0
-    assert [image.name for image in run_images("", other)] == ["weights.png", "score.png", "training_loss.png"]
+    assert [driving_losses("x", "p", each).title for each in (run, other)] == [
+        *("Excess loss over the steps (p)", "Score over the steps (p)")
+    ]

@@ -1,8 +1,14 @@
-"""tools/report.py from end to end: files, nothing external, all escaped, faults without traceback."""
+"""tools/report.py from end to end: files, nothing external, all escaped, faults without traceback.
+
+Run alone: python -m pytest tests/reporting/test_report_tool.py
+"""
 
 from __future__ import annotations
 
+import base64
+import csv
 import importlib.util
+import io
 import json
 import re
 import subprocess
@@ -11,17 +17,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import pytest
 
 from megatron_doremi.errors import ConfigError
-from megatron_doremi.reporting import plots
-from megatron_doremi.reporting.assemble import plain_numbers, unique_labels
-from megatron_doremi.reporting.evaluations import Evaluation
+from megatron_doremi.reporting.sections import plain_numbers, unique_labels
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "report.py"
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
-ODD = "<b>&"
+ODD = "<b>&</script>"
 
 
 @pytest.fixture(scope="module")
@@ -34,56 +37,67 @@ def tool() -> ModuleType:
     return module
 
 
-class _References(HTMLParser):
-    """Collects what a browser would load, and the tags."""
+class Page(HTMLParser):
+    """Collects what a browser would load, the tags, and the texts of scripts."""
 
-    def __init__(self) -> None:
+    def __init__(self, html: str) -> None:
         super().__init__()
         self.references: list[str] = []
-        self.tags: set[str] = set()
+        self.tags: list[str] = []
+        self.scripts: list[str] = []
+        self.policy = ""
+        self.feed(html)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
+        self.tags.append(tag)
         self.references += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data")]
+        if ("http-equiv", "Content-Security-Policy") in attrs:
+            self.policy = dict(attrs)["content"] or ""
+
+    def handle_data(self, data: str) -> None:
+        if self.tags and self.tags[-1] == "script" and data.strip():
+            self.scripts.append(data)
 
 
-def parsed(html: str) -> _References:
-    parser = _References()
-    parser.feed(html)
-    return parser
-
-
-def flags(runs: dict[str, Path], manifest: Path, output: Path) -> list[str]:
-    pairs = [
-        *((f"--{name}", path) for name, path in runs.items()),
-        ("--domains", manifest),
-        ("--output-dir", output),
-    ]
-    return [str(part) for pair in pairs for part in pair]
-
-
-def test_comparison_writes_everything(tool, three_runs, write_manifest, tmp_path, capsys):
+@pytest.fixture
+def output(tool, three_runs, write_manifest, tmp_path, capsys):
+    """What a comparison printed, and the folder that it wrote."""
     manifest = write_manifest({"code": 600, "noise": 300, "boilerplate": 100})
-    assert tool.main(flags(three_runs, manifest, tmp_path / "out")) == 0
-    printed = capsys.readouterr().out
-    assert re.search(r"code +600 +0\.6000 +0\.7000 +0\.9000 +2\.750 +2\.500 +-0\.250", printed)
-    written = {path.name: path for path in (tmp_path / "out").iterdir()}
-    figures = {"proxy_weights", "proxy_excess_loss", "proxy_training_loss", "domain_weights", "held_out_loss"}
-    assert set(written) == {f"{each}.png" for each in (*figures, "held_out_over_time")} | {
-        "report.html",
-        "results.json",
-    }
-    for name, path in written.items():
-        if name.endswith(".png"):
-            assert path.read_bytes().startswith(PNG_MAGIC)
+    flags = [f"--{name}={path}" for name, path in three_runs.items()]
+    assert tool.main([*flags, f"--domains={manifest}", f"--output-dir={tmp_path / 'out'}"]) == 0
+    return capsys.readouterr().out, tmp_path / "out"
+
+
+def test_comparison_writes_everything(output):
+    printed, folder = output
+    assert re.search(r"code +0\.6000 +0\.7000 +2\.500 +2\.750 +-0\.250", printed)
+    assert "One run of each cannot tell: main against baseline is +0.250 in the worst domain and 0.000" in printed
+    assert "proxy: planted domain noise lost weight in the mean over all steps (0.1400)" in printed
+    written = {path.name: path for path in folder.iterdir()}
+    charts = {"differences", "domain_weights", "domains_1", "held_out_loss", "held_out_over_time", "entropy"}
+    charts |= {"weights_1", "excess_1", "training_loss", "training_loss_by_domain"}
+    assert set(written) == {f"{each}.png" for each in charts} | {"report.html", "results.json"}
+    assert all(path.read_bytes().startswith(PNG_MAGIC) for name, path in written.items() if name.endswith(".png"))
     results = json.loads(written["results.json"].read_text())
-    assert results["domains"][1]["difference"] == 0.25
-    assert results["worst"]["main_domain"] == "noise"
-    assert results["statements"][0].startswith("main is better than the baseline on 1 of 3 domains")
-    page = parsed(written["report.html"].read_text())
-    assert len(page.references) == 6
-    assert all(each.startswith("data:image/png;base64,") for each in page.references)
-    assert not page.tags & {"script", "link", "iframe"}
+    comparison = results["comparisons"][0]
+    assert comparison["domains"]["noise"]["difference"] == 0.25
+    assert comparison["summary"]["worst domain"]["rival"] == [5.5]
+    assert results["runs"]["proxy"]["mean_weights"]["code"] == pytest.approx(0.7)
+    html = written["report.html"].read_text()
+    page = Page(html)
+    assert "default-src 'none'" in page.policy
+    assert "unsafe-eval" not in page.policy
+    assert page.tags.count("script") == 2
+    # Anchors of the page, and CSV of every table.
+    assert all(re.match(r"#|data:text/csv;charset=utf-8;base64,", each) for each in page.references)
+    assert page.tags.count("table") == sum(each.startswith("data:") for each in page.references)
+    # A still picture of every chart for two widths, in colors that follow dark mode.
+    assert page.tags.count("svg") == 2 * len(charts)
+    assert 'stroke="var(--s1)"' in html
+    assert set(json.loads(page.scripts[0])) == charts
+    encoded = next(each for each in page.references if each.startswith("data:")).split(",")[1]
+    rows = list(csv.reader(io.StringIO(base64.b64decode(encoded).decode())))
+    assert rows[1][:4] == ["worst domain against baseline", "5.75", "5.5", "0.25"]
 
 
 def test_whatever_comes_from_files_is_escaped(tool, write_run, rows, tmp_path, capsys):
@@ -94,36 +108,27 @@ def test_whatever_comes_from_files_is_escaped(tool, write_run, rows, tmp_path, c
     assert tool.main([str(path)]) == 0
     assert ODD in capsys.readouterr().out
     html = (path / "report" / "report.html").read_text()
-    assert "<td>&lt;b&gt;&amp;</td>" in html
-    assert not parsed(html).tags & {"b", "script"}
-    assert "_a$x$" in html
+    assert "&lt;b&gt;&amp;&lt;/script&gt;</td>" in html
+    page = Page(html)
+    assert "b" not in page.tags
+    assert page.tags.count("script") == 2
+    assert any(row[0] == ODD for row in json.loads(page.scripts[0])["held_out_loss"]["values"])
 
 
 def test_several_runs_stand_side_by_side(tool, three_runs, tmp_path, capsys):
     arguments = [str(path) for path in three_runs.values()] + ["--output-dir", str(tmp_path / "out")]
     assert tool.main(arguments) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"domain +main @2 +baseline @2", printed)
-    assert re.search(r"noise +5\.750 +5\.500", printed)
-    assert (tmp_path / "out" / "proxy_weights.png").is_file()
-    assert (tmp_path / "out" / "held_out_over_time.png").is_file()
+    assert re.search(r"domain +learned +main +baseline\n", printed)
+    assert re.search(r"noise +0\.1400 +5\.750 +5\.500", printed)
+    assert "The runs are shown side by side and not compared" in printed
     assert json.loads((tmp_path / "out" / "results.json").read_text())["runs"]["proxy"]["phase"] == "proxy"
 
 
 def test_missing_folders_end_with_two_and_no_traceback(tmp_path):
-    arguments = [
-        "--proxy",
-        "no-p",
-        "--main",
-        "no-m",
-        "--baseline",
-        "no-b",
-        "--domains",
-        "d.json",
-        "--output-dir",
-        "o",
-    ]
-    done = subprocess.run([sys.executable, TOOL, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    arguments = ["--proxy", "no-p", "--group", "main=no-m", "--baseline", "no-b", "--domains", "d.json"]
+    command = [sys.executable, str(TOOL), *arguments, "--output-dir", "o"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "4 faults" in done.stderr
     assert "Traceback" not in done.stderr
@@ -132,42 +137,29 @@ def test_missing_folders_end_with_two_and_no_traceback(tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
-    [([], "RUN"), (["r", "--main", "m"], "--main"), (["--main", "m"], "--output-dir")],
+    [
+        ([], "RUN"),
+        (["r", "--main", "m"], "either RUN"),
+        (["--group", "m"], "NAME=DIR"),
+        (["--main", "m", "--group", "main=n"], "each name once"),
+    ],
 )
 def test_flags_that_do_not_go_together(tool, arguments, named):
     with pytest.raises(ConfigError, match=named):
         tool.parse(arguments)
 
 
-def test_an_output_folder_that_cannot_be_made_is_a_fault(tool, three_runs, tmp_path):
+def test_groups_are_parsed_in_order(tool):
+    options = tool.parse(["--group", "a=x", "y", "--proxy", "p", "--group", "b=z"])
+    assert options.groups == [("a", [Path("x"), Path("y")]), ("proxy", [Path("p")]), ("b", [Path("z")])]
+    assert options.output_dir == Path("x/report")
+
+
+def test_an_output_folder_that_cannot_be_written_is_found_before_the_runs_are_read(tool, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="--output-dir"):
-        tool.main([str(three_runs["main"]), "--output-dir", str(tmp_path / "file" / "out")])
-
-
-def test_many_domains_keep_different_looks():
-    looks = {str(plots._look(index)) for index in range(32)}
-    assert len(looks) == 32
-
-
-def test_figures_of_22_domains_and_of_one_step():
-    names = [f"domain {index}" for index in range(22)]
-    weights = np.full((1, 22), 1 / 22)
-    figure = plots.weights_over_time(np.array([1]), weights, names, 1e-3 / 22)
-    assert plots.png(figure).startswith(PNG_MAGIC)
-    labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert len(labels) == 24
-    history = [Evaluation(step, dict.fromkeys(names, 1.0 / step), None) for step in (1, 2)]
-    assert plots.png(plots.evaluations_over_time({"main": history}, names)).startswith(PNG_MAGIC)
-
-
-def test_smoothing_keeps_the_first_value_and_skips_gaps():
-    values = np.ones((600, 2))
-    values[0] = 100.0
-    values[50:60, 1] = np.nan
-    smoothed = plots.smooth(values)
-    assert smoothed[0].tolist() == [100.0, 100.0]
-    assert smoothed[40:].min() == smoothed[40:].max() == 1.0
+    with pytest.raises(ConfigError, match="--output-dir") as caught:
+        tool.main(["no-such-run", "--output-dir", str(tmp_path / "file" / "out")])
+    assert str(tmp_path / "file") in caught.value.faults[0].value
 
 
 def test_labels_and_numbers_fit_for_files():

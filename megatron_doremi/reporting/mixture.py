@@ -1,0 +1,111 @@
+"""The weights that a proxy learned, and how often a mixture repeats each domain. Pure: nothing is read here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from megatron_doremi.reporting.runs import Floats, Run, find_number
+
+# The run accumulates its mean and the report computes it from the trajectory: they differ by rounding.
+SAME_MEAN = 1e-6
+
+
+def running_mean(values: Floats) -> Floats:
+    """Returns the mean of all rows up to each row: [steps, domains] to [steps, domains].
+
+    NaN values are skipped; the mean is NaN until a column's first number.
+    """
+    present = ~np.isnan(values)
+    counts = np.cumsum(present, axis=0)
+    sums = np.cumsum(np.where(present, values, 0.0), axis=0)
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+
+
+def entropy(weights: Floats) -> Floats:
+    """Returns the entropy of each row in nats: [steps, domains] to [steps]; NaN where a row sums to 0 or holds NaN.
+
+    exp(entropy) is the number of domains with equal weights that would have the same entropy.
+    """
+    totals = weights.sum(axis=1, keepdims=True)
+    shares = np.divide(weights, totals, out=np.full_like(weights, np.nan), where=totals > 0)
+    logs = np.log(shares, out=np.zeros_like(shares), where=shares > 0)
+    return -(shares * logs).sum(axis=1)
+
+
+def learned_weights(run: Run) -> dict[str, float]:
+    """Returns the mean over all steps of a proxy's weights, by domain.
+
+    It is read from domain_weights.json if that has the run's domains, since a main run trains on that file; otherwise
+    it is computed from the trajectory.
+    """
+    names = run.weights.names
+    if run.recorded_weights is not None and set(run.recorded_weights) == set(names):
+        return {name: run.recorded_weights[name] for name in names}
+    return dict(zip(names, running_mean(run.weights.values)[-1].tolist(), strict=True))
+
+
+def last_weights(run: Run) -> dict[str, float]:
+    """Returns alpha_t at a proxy's last step, by domain."""
+    return dict(zip(run.weights.names, run.weights.values[-1].tolist(), strict=True))
+
+
+def weights_file_note(run: Run, label: str) -> str | None:
+    """A sentence if domain_weights.json is not the mean of the trajectory in metrics.jsonl."""
+    if run.recorded_weights is None:
+        return None
+    if set(run.recorded_weights) != set(run.weights.names):
+        return f"domain_weights.json of {label} has other domains than its metrics.jsonl; the trajectory's mean counts."
+    recorded = np.array([run.recorded_weights[name] for name in run.weights.names])
+    gap = float(np.nanmax(np.abs(running_mean(run.weights.values)[-1] - recorded)))
+    if gap <= SAME_MEAN:
+        return None
+    return (
+        f"domain_weights.json of {label} differs from the mean of the trajectory in metrics.jsonl by up to {gap:.2g}: "
+        "it is from the last checkpoint, or lines are missing. The report shows the file's weights."
+    )
+
+
+def smoothing_floor(run: Run, domain_count: int) -> float | None:
+    """Returns c / k, the lower bound of every weight; None if the run does not record the smoothing c."""
+    smoothing = find_number(run.weights_provenance, "smoothing")
+    if smoothing is None:
+        smoothing = find_number(run.config, "smoothing")
+    return None if smoothing is None else smoothing / domain_count
+
+
+def trained_tokens(run: Run) -> float | None:
+    """Returns the tokens that a run has read; None if its training lines do not record them."""
+    tokens = run.scalars.get("consumed_tokens")
+    if tokens is None or tokens.size == 0 or np.isnan(tokens[-1]):
+        return None
+    return float(tokens[-1])
+
+
+def epochs(run: Run, domain_tokens: Mapping[str, int]) -> dict[str, float]:
+    """Returns how often a run that samples by fixed weights has read each domain; {} if that is not recorded.
+
+    Args:
+        domain_tokens: training tokens of each domain.
+    """
+    weights, tokens = run.sampling_weights, trained_tokens(run)
+    if weights is None or tokens is None:
+        return {}
+    total = sum(weights.values())
+    return {
+        name: weights[name] / total * tokens / count
+        for name, count in domain_tokens.items()
+        if count and name in weights
+    }
+
+
+def natural_weights(domain_tokens: Mapping[str, int]) -> dict[str, float]:
+    """Returns each domain's share of the training tokens."""
+    total = sum(domain_tokens.values())
+    return {name: count / total if total else float("nan") for name, count in domain_tokens.items()}
+
+
+def mean_by_domain(mixtures: Sequence[Mapping[str, float]], name: str) -> list[float]:
+    """Returns a domain's value in each mixture that has it."""
+    return [mixture[name] for mixture in mixtures if name in mixture]

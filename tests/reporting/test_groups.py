@@ -1,0 +1,193 @@
+"""Groups of seeds: figures by hand, what a pair shares, whose weights a main model samples by, and the verdict.
+
+Run alone: python -m pytest tests/reporting/test_groups.py
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from megatron_doremi.errors import ConfigError
+from megatron_doremi.reporting.comparison import TOKEN_MEAN, UNIFORM_MEAN, WORST, compare, list_runs
+from megatron_doremi.reporting.console import console_text
+from megatron_doremi.reporting.evaluations import Unit
+from megatron_doremi.reporting.groups import Group, check_learned_weights
+from megatron_doremi.reporting.runs import read_run
+from megatron_doremi.reporting.study_tables import held_out_table, weights_table
+from megatron_doremi.reporting.verdict import findings, verdict
+
+NAMES = ("code", "web")
+GPT = {"num_layers": 2, "hidden_size": 64, "vocab_size": 1000}
+
+
+@pytest.fixture
+def group(write_run, rows):
+    """Returns a function that writes a group of runs: {seed: (loss of code, loss of web, token mean)}."""
+
+    def make(name, figures, bits=False, weights=None, phase="main", **changes):
+        runs = []
+        for seed, (*losses, token_mean) in figures.items():
+            config = {
+                "phase": phase,
+                "gpt": GPT,
+                "held_out_content": "h",
+                "settings": {"data": {"seed": seed, "seq_length": 64, "train_iters": 9}},
+                "identity": {"data_content": "d"},
+                **changes,
+            }
+            if weights is not None:
+                config["sampling_weights"] = dict(zip(NAMES, weights, strict=True))
+            line = rows[1](9, dict(zip(NAMES, losses, strict=True)), token_mean)
+            if bits:
+                line["eval_bpb"] = {n: loss / 2 for n, loss in line["eval"].items()}
+                line |= {"eval_bpb_token_mean": token_mean / 2, "eval_bpb_interval": {"code": [0.5, 0.75], "web": None}}
+            lines = [{"iteration": 5, "loss": 2.0, "consumed_tokens": 1000, "elapsed_ms": 20.0}, line]
+            runs.append(read_run(write_run(f"{name}-{seed}", lines, config=config)))
+        return Group(name, tuple(runs))
+
+    return make
+
+
+@pytest.fixture
+def proxies(write_run, rows):
+    """Two proxies, of seeds 1 and 2, that learned (.75, .25) and (.25, .75)."""
+    runs = []
+    for seed, code in ((1, 0.75), (2, 0.25)):
+        weights = {"code": code, "web": 1 - code}
+        config = {"phase": "proxy", "settings": {"data": {"seed": seed}, "doremi": {"doremi_smoothing": 0.01}}}
+        lines = [rows[0](1, weights), rows[0](2, weights)]
+        runs.append(read_run(write_run(f"proxy-{seed}", lines, weights=weights, config=config)))
+    return Group("proxy", tuple(runs))
+
+
+MAIN = {1: (1.0, 2.0, 1.2), 2: (1.25, 2.0, 1.2), 3: (1.5, 2.0, 1.2)}
+NATURAL = {1: (1.5, 3.0, 1.0), 2: (1.5, 3.5, 1.2), 3: (1.5, 4.0, 1.4)}
+
+
+def test_figures_by_hand(group):
+    """Differences of the worst domain -1, -1.5, -2; of the mean -.75, -.875, -1; of the token mean +.2, 0, -.2."""
+    study = compare([group("main", MAIN), group("natural", NATURAL)])
+    summary = study.comparisons[0].summary
+    assert summary[WORST].differences == (-1.0, -1.5, -2.0)
+    assert summary[UNIFORM_MEAN].differences == (-0.75, -0.875, -1.0)
+    assert summary[WORST].paired.standard_deviation == 0.5
+    assert study.comparisons[0].visible == {"web": -1}
+    assert verdict(study) == (
+        "Over 3 paired seeds, main is better than natural in the worst domain (-1.500 [-2.742, -0.258]) and in the "
+        "mean (-0.875 [-1.186, -0.564]) (nats per token)."
+    )
+    assert summary[TOKEN_MEAN].paired.sign == 0
+    said = findings(study)
+    assert said[0].startswith("Of 2 domains, main against natural is better on 1 (web -1.500) and worse on 0 beyond")
+    shared = "The 3 pairs of main and natural share seed, initial weights, training windows, steps and held-out text."
+    assert shared in said
+
+
+def test_no_difference_and_one_seed_are_said(group):
+    main, natural = group("main", MAIN), group("natural", {**NATURAL, 3: (1.5, 1.0, 1.4)})
+    text = verdict(compare([main, natural]))
+    assert text.startswith("Over 3 paired seeds, no difference between main and natural can be seen in the worst")
+    single = compare([group("m", {1: MAIN[1]}), group("n", {1: NATURAL[1]})])
+    assert verdict(single) == (
+        "One run of each cannot tell: m against n is -1.000 in the worst domain and -0.750 in the mean "
+        "(nats per token)."
+    )
+    assert verdict(compare([main])).startswith("Nothing is compared with main")
+
+
+def test_seeds_in_one_group_only_are_left_out_and_named(group):
+    study = compare([group("main", MAIN), group("natural", {**NATURAL, 4: (0.0, 0.0, 0.0)})])
+    assert study.comparisons[0].pairing.seeds == (1, 2, 3)
+    assert "Left out, because only one of main and natural has the seed: 4." in study.notes
+    assert held_out_table(study).rows[0][:3] == ("web", 2.0, 3.5)
+    with pytest.raises(ConfigError, match="need a seed in common"):
+        compare([group("a", {1: MAIN[1], 2: MAIN[2]}), group("b", {8: MAIN[1], 9: MAIN[2]})])
+
+
+def test_what_a_pair_does_not_share_is_named(group):
+    other = group("natural", NATURAL, gpt={**GPT, "hidden_size": 96}, held_out_content="other")
+    study = compare([group("main", MAIN), other])
+    assert verdict(study) == "main and natural cannot be compared, since they differ in held-out text."
+    assert "The runs differ in hidden_size: main 64, natural 96." in study.notes
+    assert "The 3 pairs of main and natural share seed, training windows and steps." in study.notes
+    old = Group("old", (replace(other.runs[0], config={"settings": {"data": {"seed": 1}}}),))
+    notes = compare([replace(old, name="new"), old]).notes
+    assert any(note.startswith("Not recorded by new and old, and so not checked: hidden_size, train") for note in notes)
+
+
+def test_bits_per_byte_are_preferred_and_never_mixed_with_nats(group):
+    bits, nats = group("main", MAIN, bits=True), group("natural", NATURAL)
+    study = compare([bits, group("uniform", NATURAL, bits=True)])
+    assert study.unit is Unit.BITS
+    assert study.comparisons[0].summary[WORST].differences == (-0.5, -0.75, -1.0)
+    assert "bits per byte" in verdict(study)
+    mixed = compare([bits, nats])
+    assert mixed.unit is Unit.NATS
+    assert any("not every run knows the bytes" in note for note in mixed.notes)
+    single = list_runs([Group("x", bits.runs[:1])])
+    assert held_out_table(single).rows == (("code", 0.5, "[0.500, 0.750]"), ("web", 1.0, ""))
+
+
+def test_a_main_models_weights_are_checked_against_the_proxys(group, proxies):
+    def check(*weights):
+        names = [f"main{weights}{seed}" for seed in (1, 2)]
+        mixtures = zip(names, (1, 2), weights, strict=True)
+        runs = [group(name, {seed: MAIN[seed]}, weights=(w, 1 - w)).runs[0] for name, seed, w in mixtures]
+        return check_learned_weights(Group("main", tuple(runs)), proxies)
+
+    right, sentences = check(0.75, 0.25)
+    assert (right, sentences) == (
+        True,
+        ["Every run of main samples by the weights that the proxy with its seed learned (compared by content)."],
+    )
+    assert check(0.25, 0.25)[1][1] == "main seed 1 samples by the weights of proxy seed 2."
+    assert check(0.5, 0.5)[1][0] == "main seed 1 samples by the weights of the mean over the proxies."
+    right, sentences = check(0.6, 0.25)
+    assert not right
+    assert "main seed 1 does not sample by the weights that a given proxy learned." in sentences
+    study = compare([group("main", {1: MAIN[1]}, weights=(0.6, 0.4)), proxies])
+    assert not study.weights_match
+
+
+def test_weights_and_epochs_by_hand(group, proxies):
+    """1,000 tokens by (.75, .25) of domains of 300 and 100 tokens."""
+    study = compare([group("main", {1: MAIN[1]}, weights=(0.75, 0.25)), proxies], {"code": 300, "web": 100})
+    table = weights_table(study)
+    assert [column.name for column in table.columns][1:] == [
+        *("training tokens", "natural", "learned", "lowest", "highest", "at the end", "main samples", "main epochs")
+    ]
+    assert table.rows[0] == ("code", 300.0, 0.75, 0.5, 0.25, 0.75, 0.5, 0.75, 2.5)
+
+
+def test_faults_of_groups_are_reported_at_once(group, write_run, rows):
+    twice = Group("twice", group("a", {1: MAIN[1]}).runs * 2)
+    empty = Group("empty", (read_run(write_run("e", [{"iteration": 1, "loss": 2.0}])),))
+    nan = float("nan")
+    diverged = Group("diverged", (read_run(write_run("d", [rows[1](2, {"code": nan, "web": 1.0}, 1.0)])),))
+    with pytest.raises(ConfigError) as caught:
+        compare([twice, empty, diverged], {"code": 1})
+    message = str(caught.value)
+    for part in ("these have seed 1", "at least one evaluation line", "diverged", "not in the manifest: web"):
+        assert part in message
+
+
+def test_the_console_fits_a_terminal_with_hundreds_of_domains(write_run, rows):
+    names = [f"a domain with a long name, number {n}" for n in range(300)]
+    groups = []
+    for name, shift in (("main", 0.0), ("natural", 0.1), ("uniform", 0.2), ("unimax", 0.3)):
+        runs = []
+        for seed in (1, 2, 3):
+            losses = {each: 1 + shift * (n % 7 - 3) + 0.01 * seed * shift for n, each in enumerate(names)}
+            path = write_run(f"{name}{seed}", [rows[1](2, losses, 1.0)], config={"phase": "main", "seed": seed})
+            runs.append(read_run(path))
+        groups.append(Group(name, tuple(runs)))
+    study = compare(groups)
+    lines = console_text(study).split("\n")
+    assert len(lines) <= 38
+    assert max(map(len, lines)) <= 120
+    assert any(line.startswith("... 289 more") for line in lines)
+    assert any(line.startswith("Over 3 paired seeds, ") for line in lines)
+    assert json.dumps(verdict(study)).count("the worst domain") == 3
