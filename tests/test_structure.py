@@ -43,6 +43,7 @@ PURE = [
     "plan.py",
     "parallel/topology.py",
     "data/blend.py",
+    "data/document_spans.py",
     "data/permutation.py",
     "model/positions.py",
     "mixture/controller.py",
@@ -51,6 +52,8 @@ PURE = [
     "mixture/statistics.py",
     "cluster/launch.py",
     "engine/optimizer.py",
+    "phases/bootstrap.py",
+    "phases/held_out.py",
 ]
 
 

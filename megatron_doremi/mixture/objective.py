@@ -26,21 +26,29 @@ from megatron_doremi.parallel.context import ParallelContext
 
 
 def reduce_stats(local: DomainStats, context: ParallelContext) -> DomainStats:
-    """Sums statistics over the global batch; bit-identical on all ranks. A collective call.
+    """Sums statistics over the global batch, as `reduce_sums`.
+
+    Args:
+        local: statistics of this rank's micro-batches; read on the last stage only.
+    """
+    return DomainStats.unstack(reduce_sums(local.stack(), context))
+
+
+def reduce_sums(total: Tensor, context: ParallelContext) -> Tensor:
+    """Adds up what the replicas' last stages hold; bit-identical on all ranks. A collective call.
 
     One all-reduce over the data group on the last stage, then one broadcast to the rest of each replica. Only the
     first rank of each tensor group contributes, so that ranks that computed the same losses cannot differ by rounding.
 
     Args:
-        local: statistics of this rank's micro-batches; read on the last stage only.
+        total: sums over this rank's micro-batches, of one shape on all ranks; becomes the result.
     """
     topology, groups = context.topology, context.groups
-    total = local.stack()
     if topology.data_size > 1 and topology.is_last_stage and topology.tensor_rank == 0:
         dist.all_reduce(total, group=groups.data)
     if topology.pipe_size * topology.tensor_size > 1:
         dist.broadcast(total, src=topology.loss_rank(), group=groups.model)
-    return DomainStats.unstack(total)
+    return total
 
 
 class StepRecord:

@@ -95,11 +95,15 @@ def step_summary(entry: Mapping[str, Any], train_iters: int, time_left: str) -> 
 
 
 def evaluation_summary(entry: Mapping[str, Any]) -> str:
-    """An evaluation line as text for people."""
-    return (
-        f"iteration {entry['iteration']:>7,} | held-out: uniform mean {entry['eval_uniform_mean']:.4f}, "
-        f"worst {entry['eval_worst']:.4f}, token mean {entry['eval_token_mean']:.4f} nats per token"
-    )
+    """An evaluation line as text for people: means, each with half its 95 % interval; in bits per byte if known."""
+    key, unit = ("eval_bpb", "bits/byte") if "eval_bpb_worst" in entry else ("eval", "nats/token")
+    figures = []
+    for label in ("uniform mean", "worst", "token mean"):
+        figure = f"{key}_{label.replace(' ', '_')}"
+        bounds = entry.get(f"{figure}_interval")
+        margin = "" if bounds is None else f" +- {(bounds[1] - bounds[0]) / 2:.3f}"
+        figures.append(f"{label} {entry[figure]:.3f}{margin}")
+    return f"iteration {entry['iteration']:>7,} | held-out {unit}: {', '.join(figures)}"
 
 
 class VanishedWeights:

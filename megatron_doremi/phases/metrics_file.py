@@ -184,12 +184,8 @@ class EventsFile:
 
     def write(self, entry: Mapping[str, Any]) -> None:
         """Appends the numbers of a metrics line. Raises OSError if they could not be written and are lost."""
-        values = []
-        for key, value in entry.items():
-            if isinstance(value, Mapping):
-                values += [Summary.Value(tag=f"{key}/{name}", simple_value=number) for name, number in value.items()]
-            elif key != "iteration":
-                values.append(Summary.Value(tag=key, simple_value=value))
+        numbers = _scalars({key: value for key, value in entry.items() if key != "iteration"})
+        values = [Summary.Value(tag=tag, simple_value=number) for tag, number in numbers]
         self._append(Event(wall_time=time.time(), step=entry["iteration"], summary=Summary(value=values)))
 
     def close(self) -> None:
@@ -200,3 +196,15 @@ class EventsFile:
         record = io.BytesIO()
         RecordWriter(record).write(event.SerializeToString())
         self._file.append(record.getvalue())
+
+
+def _scalars(entry: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers of a metrics line, named by their key, key/domain, and .../low and .../high for an interval."""
+    for key, value in entry.items():
+        if isinstance(value, Mapping):
+            yield from _scalars(value, f"{prefix}{key}/")
+        elif isinstance(value, list):
+            low, high = value
+            yield from _scalars({"low": low, "high": high}, f"{prefix}{key}/")
+        elif value is not None:
+            yield f"{prefix}{key}", value

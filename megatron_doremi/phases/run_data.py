@@ -12,10 +12,12 @@ from numpy.typing import NDArray
 from megatron_doremi.config import Config
 from megatron_doremi.data.blend import too_short, window_count
 from megatron_doremi.data.content_hash import content_hash
+from megatron_doremi.data.document_bytes import document_bytes
 from megatron_doremi.data.indexed_dataset import IndexedDataset
 from megatron_doremi.data.manifest import Domain, Manifest, load_manifest
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any
 from megatron_doremi.mixture.static import Budget, resolve_weights
+from megatron_doremi.phases.held_out import HeldOut
 from megatron_doremi.phases.to_come import WEIGHTS
 from megatron_doremi.plan import run_tokens
 from megatron_doremi.settings import PROXY, SCORE, UNIMAX
@@ -28,6 +30,7 @@ class RunData:
     Attributes:
         train: [k] training streams; empty for an evaluation.
         valid: [k] held-out streams; None where a domain has none.
+        valid_bytes: [k] for each held-out stream [documents] the bytes of its documents; None where they are unknown.
         vocab_size: number of token ids.
         content: hash of names and sampled content of `train`; "" for an evaluation.
         held_out_content: the same hash of `valid`.
@@ -36,6 +39,7 @@ class RunData:
     manifest: Manifest
     train: tuple[IndexedDataset, ...]
     valid: tuple[IndexedDataset | None, ...]
+    valid_bytes: tuple[NDArray[np.uint32] | None, ...]
     vocab_size: int
     content: str
     held_out_content: str
@@ -126,11 +130,13 @@ def open_data(
                 "run tools/preprocess_data.py with --split valid",
             )
         )
+    valid_bytes = [None if each is None else _document_bytes(each.prefix, faults) for each in valid]
     raise_if_any(faults)
+    warnings += _without_bytes(manifest.names, valid, valid_bytes)
     opened = tuple(d for d in train if d is not None)
     contents = (content_hash(manifest.names, opened) if training else "", content_hash(manifest.names, valid))
     manifest = replace(manifest, warnings=(*manifest.warnings, *warnings))
-    return RunData(manifest, opened, tuple(valid), vocab_size, *contents), weights
+    return RunData(manifest, opened, tuple(valid), tuple(valid_bytes), vocab_size, *contents), weights
 
 
 def _budget(config: Config, train: Sequence[IndexedDataset | None], data_size: int) -> Budget | None:
@@ -183,6 +189,26 @@ def _open_held_out(
     return None
 
 
-def held_out(data: RunData) -> Sequence[IndexedDataset | None]:
-    """The held-out streams; empty if no domain has one."""
-    return data.valid if any(dataset is not None for dataset in data.valid) else ()
+def _document_bytes(prefix: Path, faults: list[Fault]) -> NDArray[np.uint32] | None:
+    try:
+        return document_bytes(prefix)
+    except ConfigError as error:
+        faults += error.faults
+        return None
+
+
+def _without_bytes(
+    names: Sequence[str], valid: Sequence[IndexedDataset | None], sizes: Sequence[NDArray[np.uint32] | None]
+) -> list[str]:
+    """A warning that names the held-out streams whose documents' bytes are unknown; empty if there are none."""
+    lacking = [n for n, dataset, size in zip(names, valid, sizes, strict=True) if dataset is not None and size is None]
+    if not lacking:
+        return []
+    named = ", ".join(map(repr, lacking[:3])) + (f" and {len(lacking) - 3} more" if len(lacking) > 3 else "")
+    return [f"no bits per byte for {named}: no .bytes file beside the held-out pair (from version 0.1 or Megatron-LM)"]
+
+
+def held_out(data: RunData, seq_length: int, max_windows: int) -> HeldOut:
+    """What an evaluation reads; `max_windows` as in `HeldOut`."""
+    shares = data.manifest.natural_weights()
+    return HeldOut(data.names, data.valid, data.valid_bytes, shares, seq_length, max_windows)

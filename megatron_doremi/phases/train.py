@@ -25,7 +25,7 @@ from megatron_doremi.errors import ConfigError, Fault
 from megatron_doremi.mixture.non_finite import explain_gradient, explain_loss
 from megatron_doremi.mixture.reference import OnlineReference
 from megatron_doremi.parallel.context import ParallelContext
-from megatron_doremi.phases.evaluate import HeldOut, evaluate
+from megatron_doremi.phases.evaluate import evaluate
 from megatron_doremi.phases.identity import Identity
 from megatron_doremi.phases.inputs import Inputs
 from megatron_doremi.phases.learned_weights import LearnedWeights
@@ -223,8 +223,7 @@ class Trainer:
         Args:
             for_controller: the controller needs them.
         """
-        datasets = held_out(self.data)
-        if not datasets:
+        if not any(dataset is not None for dataset in self.data.valid):
             if for_controller:
                 rule = f"the mixture ({self.controller.method}) follows the held-out losses"
                 remedy = "run tools/preprocess_data.py with --split valid"
@@ -233,7 +232,7 @@ class Trainer:
         data = self.config.data
         entries = evaluate(
             self.engine.module,
-            HeldOut(self.plan.names, datasets, data.seq_length, data.eval_iters * self.plan.global_batch_size),
+            held_out(self.data, data.seq_length, data.eval_iters * self.plan.global_batch_size),
             data.micro_batch_size,
             self.context,
             f"iteration {self.iteration}",

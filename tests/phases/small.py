@@ -48,8 +48,12 @@ def write_data(
                 ids = ids % 20 + 20 * number
             prefix = folder / f"domain{number}_{split}"
             with IndexedDatasetWriter(prefix, dtype_for(VOCAB)) as writer:
-                for part in np.array_split(ids, 7):
+                parts = np.array_split(ids, 7)
+                for part in parts:
                     writer.add_document(part)
+            # As if an id were 2 to 4 bytes of text.
+            sizes = [len(part) * (2 + n % 3) for n, part in enumerate(parts)]
+            Path(f"{prefix}.bytes").write_bytes(np.array(sizes, dtype="<u4").tobytes())
             prefixes[split] = prefix
         size = tokens * (1 + number % 3)
         domains.append(Domain(f"domain {number}", prefixes["train"], prefixes["valid"], size, 7, size))
@@ -112,3 +116,14 @@ def training_lines(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Training lines without their timings."""
     clock = ("elapsed_ms", "tokens_per_second")
     return [{k: v for k, v in line.items() if k not in clock} for line in lines if "loss" in line]
+
+
+def evaluation_figures(line: dict[str, Any]) -> dict[tuple[str, str, int], float | None]:
+    """The entries of an evaluation, flat: {(key, domain or "", end of an interval or 0): number}."""
+    flat: dict[tuple[str, str, int], float | None] = {}
+    for key, value in line.items():
+        if key.startswith("eval"):
+            for name, number in (value if isinstance(value, dict) else {"": value}).items():
+                numbers = number if isinstance(number, list) else [number]
+                flat |= {(key, name, end): each for end, each in enumerate(numbers)}
+    return flat

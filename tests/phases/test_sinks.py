@@ -15,10 +15,11 @@ from megatron_doremi.phases.sinks import Console, JsonLines, RunLog, Sink, Tenso
 TRAINING = {"iteration": 1, "loss": 2.0, "lr": 1e-3, "grad_norm": 0.5, "tokens_per_second": 1e4}
 WEIGHTED = TRAINING | {"iteration": 2, "domain_weights": {"a": 0.25, "b": 0.75}}
 EVALUATION = {"iteration": 2, "eval": {"a": 1.5}, "eval_uniform_mean": 1.5, "eval_worst": 1.5, "eval_token_mean": 1.5}
+EVALUATION |= {"eval_interval": {"a": [1.4, 1.6], "b": None}, "eval_worst_interval": [1.25, 1.75]}
 LINES = [
     "iteration       2/9 | loss 2.0000 | lr 1.000e-03 | grad norm 0.500 | 10,000 tokens/s | LEFT left "
     "| largest weight b 0.750",
-    "iteration       2 | held-out: uniform mean 1.5000, worst 1.5000, token mean 1.5000 nats per token",
+    "iteration       2 | held-out nats/token: uniform mean 1.500, worst 1.500 +- 0.250, token mean 1.500",
     "the last word",
 ]
 
@@ -74,6 +75,11 @@ def test_a_new_sink_gets_every_entry_and_a_broken_one_takes_nothing_from_the_oth
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [event.step for event in events.Scalars("loss")] == [1, 2]
     assert [event.value for event in events.Scalars("eval/a")] == [1.5]
+    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith("eval")]
+    means = ["eval_uniform_mean", "eval_worst", "eval_token_mean"]
+    interval = ["eval_interval/a/low", "eval_interval/a/high", "eval_worst_interval/low", "eval_worst_interval/high"]
+    assert sorted(tags) == sorted(["eval/a", *means, *interval])
+    assert [event.value for event in events.Scalars("eval_worst_interval/high")] == [1.75]
     printed = capsys.readouterr()
     assert printed.out.splitlines() == LINES
     # Each of the two sinks warns once, however many lines are lost.
