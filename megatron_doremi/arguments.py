@@ -147,6 +147,8 @@ def _read(field: dataclasses.Field[Any], text: Any) -> tuple[Any, list[Fault]]:
     flag = flag_of(field.name)
     if field.type == "bool":
         return text, []
+    if field.type == "tuple[str, ...]" and not field.metadata["identifiers"]:
+        return tuple(text), []
     if field.type == "tuple[str, ...]":
         return tuple(name.replace("-", "_") for word in text for name in word.split(",") if name), []
     value: Any = text

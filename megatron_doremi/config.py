@@ -54,9 +54,13 @@ class DataConfig:
     domain_weights: str = setting(
         "",
         "sampling weights of the domains: uniform, natural (by token count N), temperature:T (by N^(1/T)), unimax (as "
-        "uniform as --max-epochs-per-domain allows), given (those of a Megatron-LM list) or a weights file (default: "
-        "uniform for a proxy, else given if the list has weights, else natural)",
+        "uniform as --max-epochs-per-domain allows), given (those of a Megatron-LM list), weights by name as in "
+        "A=0.5,B=0.5 (0 leaves a domain out) or a weights file (default: uniform for a proxy, else given if the list "
+        "has weights, else natural)",
         phases=NO_EVALUATION,
+    )
+    exclude_domains: tuple[str, ...] = setting(
+        (), "domains of the manifest to leave out, as A,B or as separate words; names are those of the manifest"
     )
     vocab_size: int = setting(
         0, "number of token ids; only for a Megatron-LM list, which names no tokenizer", bounds=Bounds(0, 1 << 31)

@@ -24,6 +24,7 @@ class RunConfig:
         (),
         "resume although these entries of the run's identity changed, such as lr or data_content; the change is "
         "printed and recorded in every later checkpoint",
+        identifiers=True,
     )
     allow_unfinished: bool = setting(
         False,

@@ -60,6 +60,7 @@ def setting(
     choices: tuple[Any, ...] = (),
     phases: tuple[str, ...] | None = None,
     bounds: Bounds | None = None,
+    identifiers: bool = False,
 ) -> Any:
     """A dataclass field that is also a flag.
 
@@ -67,10 +68,11 @@ def setting(
         choices: the allowed values; empty: any.
         phases: the phases that read it; others refuse it. None: the `default_phases` of its section.
         bounds: the range of a number.
+        identifiers: of several words: names of settings, spelled as flags or not, also separated by commas; other
+            words, such as paths and names of domains, stay as they are.
     """
-    return dataclasses.field(
-        default=default, metadata={"help": help, "choices": choices, "phases": phases, "bounds": bounds}
-    )
+    metadata = {"help": help, "choices": choices, "phases": phases, "bounds": bounds, "identifiers": identifiers}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def flag_of(name: str) -> str:

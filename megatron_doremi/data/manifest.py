@@ -7,10 +7,11 @@ weights_file.py reads weights over the domains, prefix_list.py reads Megatron-LM
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import unicodedata
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,6 +22,7 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from megatron_doremi.console import warn
+from megatron_doremi.data.given_weights import did_you_mean, split_names
 from megatron_doremi.data.indexed_dataset import IndexedDataset
 from megatron_doremi.data.prefix_list import ListedDomain, is_split_lists, pair_identity, read_split_lists, read_words
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any
@@ -111,6 +113,7 @@ class Manifest:
     Attributes:
         given_weights: [k] weights as given in Megatron-LM's list, not normalized; None for a domains.json.
         warnings: legal content that is probably a mistake, one message each; the programs print them.
+        excluded: names of domains that the user leaves out; `domains` does not hold them.
     """
 
     domains: tuple[Domain, ...]
@@ -118,6 +121,7 @@ class Manifest:
     path: Path
     given_weights: tuple[float, ...] | None = None
     warnings: tuple[str, ...] = field(default=(), compare=False)
+    excluded: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -127,6 +131,15 @@ class Manifest:
         """[k] shares of the token counts, sum 1."""
         tokens = np.array([domain.tokens for domain in self.domains], dtype=np.float64)
         return tokens / tokens.sum()
+
+    def without(self, names: Collection[str]) -> Manifest:
+        """The manifest without some of its domains, the others in their order."""
+        kept = [name not in names for name in self.names]
+        weights = self.given_weights and tuple(itertools.compress(self.given_weights, kept))
+        excluded = (*self.excluded, *(name for name in self.names if name in names))
+        return replace(
+            self, domains=tuple(itertools.compress(self.domains, kept)), given_weights=weights, excluded=excluded
+        )
 
     def fingerprint(self) -> str:
         """SHA-256, in hex, of the data's identity: names in order, sizes, tokenizer. Independent of file paths."""
@@ -171,6 +184,24 @@ def load_manifest(path: Path) -> Manifest:
     if not sum(domain.tokens for domain in domains):
         raise ConfigError(Fault(subject, "no tokens in any domain", "text to train on", _REMEDY))
     return manifest
+
+
+def exclude_domains(manifest: Manifest, words: Sequence[str]) -> Manifest:
+    """The manifest without the domains of --exclude-domains. Raises ConfigError for names that it does not have."""
+    names, subject = list(split_names(words, manifest.names)), "--exclude-domains"
+    rule = "names of the manifest's domains: " + ", ".join(map(repr, manifest.names))
+    raise_if_any(
+        [
+            Fault(
+                subject, repr(name), rule, did_you_mean(name, manifest.names) or "give names as the manifest has them"
+            )
+            for name in names
+            if name not in manifest.names
+        ]
+    )
+    if set(names) == set(manifest.names):
+        raise ConfigError(Fault(subject, "every domain", "at least one domain to read", "leave a domain in"))
+    return manifest.without(names)
 
 
 def overwriting_faults(path: Path) -> list[Fault]:

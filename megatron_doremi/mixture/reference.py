@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -70,12 +71,16 @@ def check_reference(
             )
         )
     if run_config.domains != list(manifest.names):
+        extra = [name for name in manifest.names if name not in run_config.domains]
+        remedy = "train the model on this manifest"
+        if extra and [name for name in manifest.names if name not in extra] == run_config.domains:
+            remedy = f"give --exclude-domains {shlex.quote(','.join(extra))}, or {remedy}"
         faults.append(
             Fault(
                 subject,
                 f"domains {', '.join(run_config.domains)}",
                 f"the manifest's, in its order: {', '.join(manifest.names)}",
-                "train the model on this manifest",
+                remedy,
             )
         )
     if gpt.position_embedding_type == "learned_absolute" and gpt.max_positions < seq_length:

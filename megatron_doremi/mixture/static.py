@@ -7,6 +7,7 @@ With N_i the tokens of domain i, B the tokens that a run reads, and E the maximu
     temperature:T  N_i^(1/T) / sum_j N_j^(1/T): natural for T = 1, approaches uniform as T grows
     unimax         as uniform as the caps E N_i allow (UniMax, Chung et al. 2023, arXiv 2304.09151, Algorithm 1)
     given          the weights in a list 'weight prefix weight prefix ...'
+    A=0.5,B=0.5    these weights, by domain name; 0 leaves a domain out
     FILE           the weights in a weights file
 """
 
@@ -22,8 +23,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_doremi.data.given_weights import is_inline
 from megatron_doremi.data.manifest import Manifest
-from megatron_doremi.data.weights_file import load_weights, positive_shares
+from megatron_doremi.data.weights_file import SMALLEST_SHARE, inline_weights, load_weights, shares_of
 from megatron_doremi.errors import ConfigError, Fault
 from megatron_doremi.mixture.controller import MixtureController
 from megatron_doremi.settings import UNIMAX
@@ -33,9 +35,14 @@ _TEMPERATURE = "temperature:"
 _NAMES = "uniform, natural, temperature:T, unimax"
 
 
-def is_weights_file(setting: str) -> bool:
-    """Whether --domain-weights names a file; "" is the phase's default mixture."""
+def names_domains(setting: str) -> bool:
+    """Whether --domain-weights gives weights by name, inline or in a file; "" is the phase's default mixture."""
     return setting not in ("", *_WITHOUT_PARAMETER) and not setting.startswith(_TEMPERATURE)
+
+
+def is_weights_file(setting: str) -> bool:
+    """Whether --domain-weights names a file."""
+    return names_domains(setting) and not is_inline(setting)
 
 
 def similar_mixture(path: str) -> str | None:
@@ -114,11 +121,11 @@ def unimax_weights(budget: Budget) -> NDArray[np.float64]:
 def resolve_weights(
     setting: str,
     manifest: Manifest,
-    allow_tokenizer_mismatch: bool,
+    allow_tokenizer_mismatch: bool = False,
     allow_unfinished: bool = True,
     budget: Budget | None = None,
 ) -> NDArray[np.float64]:
-    """[k] sampling weights, sum 1, for --domain-weights.
+    """[k] sampling weights, sum 1, for --domain-weights. A weight of 0 was given by hand and leaves the domain out.
 
     Args:
         setting: one of the names in the module's docstring, or a file.
@@ -134,7 +141,7 @@ def resolve_weights(
         if manifest.given_weights is None:
             rule = "a list 'weight prefix weight prefix ...', with weights, as --domains"
             raise ConfigError(Fault(subject, str(manifest.path), rule, f"give {_NAMES} or a weights file"))
-        return positive_shares(f"manifest {manifest.path}", manifest, manifest.given_weights)
+        return shares_of(f"manifest {manifest.path}", manifest, manifest.given_weights)
     if setting == "uniform":
         return np.full(count, 1.0 / count)
     if setting == UNIMAX:
@@ -147,8 +154,9 @@ def resolve_weights(
             raise ConfigError(Fault(subject, value, "domains whose sizes are known", remedy))
         if setting == "natural":
             return manifest.natural_weights()
-        weights = temperature_weights([domain.tokens for domain in manifest.domains], temperature)
-        return positive_shares(subject, manifest, weights)
+        return _checked_temperature(subject, manifest, temperature)
+    if is_inline(setting):
+        return inline_weights(setting, manifest)
     similar = similar_mixture(setting)
     if similar and not Path(setting).exists():
         rule = f"{_NAMES}, given, or a weights file that exists"
@@ -167,6 +175,16 @@ def _temperature(setting: str) -> float:
     return temperature
 
 
+def _checked_temperature(subject: str, manifest: Manifest, temperature: float) -> NDArray[np.float64]:
+    weights = temperature_weights([domain.tokens for domain in manifest.domains], temperature)
+    smallest = int(np.argmin(weights))
+    if weights[smallest] < SMALLEST_SHARE:
+        value = f"a share of {weights[smallest]:.1e} for {manifest.names[smallest]!r}"
+        rule = f"shares of at least {SMALLEST_SHARE}; a small T gives the largest domains everything"
+        raise ConfigError(Fault(subject, value, rule, "give a larger T; 1 is natural"))
+    return shares_of(subject, manifest, weights)
+
+
 def _resolve_unimax(subject: str, manifest: Manifest, budget: Budget | None) -> NDArray[np.float64]:
     if budget is None:
         rule = "a number of steps, and a cap on the epochs of each domain"
@@ -179,4 +197,4 @@ def _resolve_unimax(subject: str, manifest: Manifest, budget: Budget | None) -> 
         rule = f"at least the {budget.tokens:,} that the run reads"
         remedy = "raise --max-epochs-per-domain, add text, or train fewer steps"
         raise ConfigError(Fault(subject, value, rule, remedy)) from None
-    return positive_shares(subject, manifest, weights)
+    return shares_of(subject, manifest, weights)

@@ -9,9 +9,9 @@ from pathlib import Path
 from megatron_doremi.checkpoint.run_config import read_run_config
 from megatron_doremi.config import Config
 from megatron_doremi.data.indexed_dataset import IndexedDataset
-from megatron_doremi.data.manifest import load_manifest
 from megatron_doremi.errors import ConfigError, Fault
 from megatron_doremi.mixture.static import resolve_weights
+from megatron_doremi.phases.selected_domains import select_domains
 from megatron_doremi.phases.to_come import LOADED_RUN, REFERENCE_RUN, WEIGHTS, inputs_to_come
 from megatron_doremi.settings import EVALUATE, NO_EVALUATION, PROXY, SCORE, UNIMAX
 
@@ -36,11 +36,13 @@ def reference_faults(config: Config) -> list[Fault]:
 
 
 def _data_faults(config: Config) -> list[Fault]:
+    faults: list[Fault] = []
+    to_come = inputs_to_come(config)
     try:
-        manifest = load_manifest(Path(config.data.domains))
+        manifest, weights = select_domains(config, to_come, faults)
     except ConfigError as error:
         return list(error.faults)
-    faults: list[Fault] = []
+    weights_fault = bool(faults)
     vocab_size = manifest.tokenizer.vocab_size if manifest.tokenizer else config.data.vocab_size
     for domain in manifest.domains:
         for prefix in (domain.train if config.data.phase in NO_EVALUATION else None, domain.valid):
@@ -48,8 +50,8 @@ def _data_faults(config: Config) -> list[Fault]:
                 _collect(faults, partial(IndexedDataset, prefix, vocab_size))
     setting = config.data.domain_weights
     # The budget of unimax depends on other settings.
-    if setting and setting != UNIMAX and WEIGHTS not in inputs_to_come(config):
-        _collect(faults, lambda: resolve_weights(setting, manifest, config.data.allow_tokenizer_mismatch))
+    if weights is None and not weights_fault and setting not in ("", UNIMAX) and WEIGHTS not in to_come:
+        _collect(faults, lambda: resolve_weights(setting, manifest))
     return faults
 
 

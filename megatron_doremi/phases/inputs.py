@@ -18,8 +18,9 @@ from megatron_doremi.mixture.controllers import make_controller
 from megatron_doremi.mixture.reference import ReferenceRun
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.phases.early_checks import reference_faults
-from megatron_doremi.phases.run_data import RunData, open_data, sampling_setting
+from megatron_doremi.phases.run_data import RunData, open_data
 from megatron_doremi.phases.score import missing_losses, open_reference_losses
+from megatron_doremi.phases.selected_domains import sampling_setting
 from megatron_doremi.phases.to_come import LOSSES, WEIGHTS, inputs_to_come
 from megatron_doremi.phases.trained_run import read_loaded, read_reference, reads_reference_losses, scores_online
 from megatron_doremi.plan import RunPlan, make_plan

@@ -14,13 +14,14 @@ from megatron_doremi.data.blend import too_short, window_count
 from megatron_doremi.data.content_hash import content_hash
 from megatron_doremi.data.document_bytes import document_bytes
 from megatron_doremi.data.indexed_dataset import IndexedDataset
-from megatron_doremi.data.manifest import Domain, Manifest, load_manifest
+from megatron_doremi.data.manifest import Domain, Manifest
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any
 from megatron_doremi.mixture.static import Budget, resolve_weights
 from megatron_doremi.phases.held_out import HeldOut
+from megatron_doremi.phases.selected_domains import sampling_setting, select_domains
 from megatron_doremi.phases.to_come import WEIGHTS
 from megatron_doremi.plan import run_tokens
-from megatron_doremi.settings import PROXY, SCORE, UNIMAX
+from megatron_doremi.settings import UNIMAX
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,9 @@ def open_data(
     Raises:
         ConfigError: with all faults of all files.
     """
-    manifest = load_manifest(Path(config.data.domains))
     faults: list[Fault] = []
+    manifest, weights_by_name = select_domains(config, to_come, faults)
+    weights_fault = bool(faults)
     vocab_size = manifest.tokenizer.vocab_size if manifest.tokenizer else config.data.vocab_size
     if not vocab_size:
         faults.append(
@@ -107,20 +109,16 @@ def open_data(
                 )
             train.append(dataset)
         valid.append(_open_held_out(domain, seq_length, vocab_size, faults, warnings))
-    setting = "uniform" if WEIGHTS in to_come else sampling_setting(config, manifest)
-    if setting == UNIMAX:
-        # unimax divides the budget by sizes, which must be right.
-        raise_if_any(faults)
-    try:
-        weights = resolve_weights(
-            setting,
-            manifest,
-            config.data.allow_tokenizer_mismatch,
-            config.run.allow_unfinished,
-            _budget(config, train, data_size),
-        )
-    except ConfigError as error:
-        faults += error.faults
+    weights = weights_by_name
+    if weights is None and not weights_fault:
+        setting = "uniform" if WEIGHTS in to_come else sampling_setting(config, manifest)
+        if setting == UNIMAX:
+            # unimax divides the budget by sizes, which must be right.
+            raise_if_any(faults)
+        try:
+            weights = resolve_weights(setting, manifest, budget=_budget(config, train, data_size))
+        except ConfigError as error:
+            faults += error.faults
     if not training and not faults and not any(dataset is not None for dataset in valid):
         faults.append(
             Fault(
@@ -132,6 +130,7 @@ def open_data(
         )
     valid_bytes = [None if each is None else _document_bytes(each.prefix, faults) for each in valid]
     raise_if_any(faults)
+    assert weights is not None
     warnings += _without_bytes(manifest.names, valid, valid_bytes)
     opened = tuple(d for d in train if d is not None)
     contents = (content_hash(manifest.names, opened) if training else "", content_hash(manifest.names, valid))
@@ -147,16 +146,6 @@ def _budget(config: Config, train: Sequence[IndexedDataset | None], data_size: i
     counts = [window_count(each.num_tokens, data.seq_length) for each in train if each is not None]
     domain_tokens = [data.seq_length * count for count in counts]
     return Budget(run_tokens(config, data_size), domain_tokens, data.max_epochs_per_domain)
-
-
-def sampling_setting(config: Config, manifest: Manifest) -> str:
-    """--domain-weights, or its default: uniform for a proxy (Algorithm 1) and for scoring, else the weights of a list
-    that has them, else natural."""
-    if config.data.domain_weights:
-        return config.data.domain_weights
-    if config.data.phase in (PROXY, SCORE):
-        return "uniform"
-    return "natural" if manifest.given_weights is None else "given"
 
 
 def _open(name: str, prefix: Path, seq_length: int, vocab_size: int, faults: list[Fault]) -> IndexedDataset | None:

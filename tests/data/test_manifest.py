@@ -19,6 +19,7 @@ from megatron_doremi.data.manifest import (
     Domain,
     Manifest,
     TokenizerInfo,
+    exclude_domains,
     load_manifest,
     save_manifest,
     similar_names,
@@ -350,6 +351,60 @@ def test_weights_by_word_and_by_file(tmp_path):
     assert resolve_weights(str(write(tmp_path, RAW)), manifest, False).tolist() == [0.1, 0.3, 0.6]
 
 
+def test_a_weight_of_zero_by_hand_is_kept(tmp_path):
+    """The run leaves the domain out."""
+    for form in (with_weight(0), {"train_domain_weights": with_weight(0)}):
+        assert load_weights(write(tmp_path, form), manifest_in(tmp_path), False).tolist() == [0, 1 / 3, 2 / 3]
+
+
+@pytest.mark.parametrize("setting", ["Github=6,Books=1, Ubuntu IRC=3", "Books = .1,Ubuntu IRC=0.3,Github=6e-1,"])
+def test_weights_on_the_command_line(tmp_path, setting):
+    weights = resolve_weights(setting, manifest_in(tmp_path), False)
+    assert weights.tolist() == pytest.approx([0.1, 0.3, 0.6], abs=1e-15)
+
+
+def test_names_on_the_command_line_may_hold_commas_and_equal_signs(tmp_path):
+    domains = tuple(Domain(name, tmp_path / "f", None, 1, 1, 1) for name in ("a, b", "x=y", "c"))
+    manifest = replace(manifest_in(tmp_path), domains=domains)
+    assert resolve_weights("a, b=1,x=y=2,c=1", manifest, False).tolist() == [0.25, 0.5, 0.25]
+    assert exclude_domains(manifest, ["a, b,x=y"]).names == ("c",)
+    assert exclude_domains(manifest, ["c", "a, b"]).names == ("x=y",)
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("Books=1,Github=1", ("missing: 'Ubuntu IRC'", "a weight of 0 leaves a domain out")),
+        ("Books=1,Github=1,Ubunto IRC=1", ("unknown: 'Ubunto IRC'", "did you mean 'Ubuntu IRC'?")),
+        ("Books=1,Github=-1,Ubuntu IRC=1", ("Github=-1", "0 or more")),
+        ("Books=1,Github=nan,Ubuntu IRC=1", ("Github=nan",)),
+        ("Books=1,Github=much,Ubuntu IRC=1", ("Github=much",)),
+        ("Books=1,Github=1,Ubuntu IRC", ("no weight after 'Ubuntu IRC'",)),
+        ("Books=1,Github=1,Ubuntu IRC=1,Books=2", ("'Books' twice",)),
+        ("Books=0,Github=0,Ubuntu IRC=0", ("0 for every domain",)),
+        ("=1", ("no weight after '=1'",)),
+    ],
+)
+def test_wrong_weights_on_the_command_line(tmp_path, setting, words):
+    with pytest.raises(ConfigError) as error:
+        resolve_weights(setting, manifest_in(tmp_path), False)
+    assert all(word in said(error) for word in words), said(error)
+
+
+def test_domains_are_excluded_in_the_order_of_the_manifest(tmp_path):
+    manifest = exclude_domains(replace(manifest_in(tmp_path), given_weights=(1.0, 2.0, 3.0)), ["Ubuntu IRC"])
+    assert (manifest.names, manifest.given_weights) == (("Books", "Github"), (1.0, 3.0))
+    assert manifest.excluded == ("Ubuntu IRC",)
+    with pytest.raises(ConfigError, match="did you mean 'Github'"):
+        exclude_domains(manifest, ["GitHub"])
+    with pytest.raises(ConfigError, match="every domain"):
+        exclude_domains(manifest, ["Books,Github"])
+    # Learned weights of more domains are no mixture of fewer.
+    with pytest.raises(ConfigError, match="excluded: 'Ubuntu IRC'") as error:
+        load_weights(write(tmp_path, FORMS["ours"]), manifest, False)
+    assert "what was learned with them is no mixture of the others" in said(error)
+
+
 def test_weights_of_another_tokenizer_are_refused_unless_allowed(tmp_path):
     entry = {**FORMS["ours"], "tokenizer_sha256": "cd" * 32}
     path = write(tmp_path, entry)
@@ -387,7 +442,8 @@ WRONG_WEIGHTS = {
     "a name too many": ({**RAW, "Arxiv": 1}, "unknown: 'Arxiv'"),
     "other spelling": ({"books": 1, "Ubuntu IRC": 1, "Github": 1}, "unknown: 'books'"),
     "trailing space": ({"Books ": 1, "Ubuntu IRC": 1, "Github": 1}, "unknown: 'Books '"),
-    "zero": (with_weight(0), "weights.Books: 0"),
+    "zero, learned": ({**FORMS["ours"], "weights": with_weight(0)}, "weights.Books: 0"),
+    "zero for all": (dict.fromkeys(RAW, 0), "0 for every domain"),
     "negative": (with_weight(-0.5), "weights.Books: -0.5"),
     "nan": (with_weight(math.nan), "weights.Books: nan"),
     "infinite": (with_weight(math.inf), "weights.Books: inf"),

@@ -91,6 +91,7 @@ def test_settings_that_are_resolved():
         ("temperature:hot", "T above 0"),
         # A share of 1e-24.
         ("temperature:0.25", "shares of at least"),
+        ("temperature:1e-300", "a small T gives the largest domains everything"),
         ("unimax", "a cap"),
         ("given", "weight prefix"),
     ],

@@ -213,7 +213,7 @@ WEIGHTS = {
             ("a list", [0.2, 0.3, 0.5], ("one JSON object",)),
             ("a domain less", {"domain 0": 1.0}, ("missing: 'domain 1', 'domain 2'",)),
             ("a domain more", {**THIRDS, "Books": 1.0}, ("unknown: 'Books'",)),
-            ("zero", {**THIRDS, "domain 0": 0}, ("weights.domain 0: 0", "greater than 0")),
+            ("zero for all", dict.fromkeys(THIRDS, 0), ("0 for every domain",)),
             ("below zero", {**THIRDS, "domain 0": -1}, ("weights.domain 0: -1",)),
             ("a word", {**THIRDS, "domain 0": "much"}, ("weights.domain 0: 'much'",)),
             ("no number", '{"domain 0": NaN, "domain 1": 1, "domain 2": 1}', ("weights.domain 0: nan",)),

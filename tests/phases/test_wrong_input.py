@@ -130,7 +130,7 @@ def test_short_held_out_text_is_left_out_of_evaluation_and_never_blocks_training
         (lambda d: ["--domain-weights", "nowhere.json"], "No such file"),
         (lambda d: weights_file(d, {"domain 0": 1.0}), "missing: 'domain 1', 'domain 2'"),
         (lambda d: weights_file(d, {**THIRD, "Books": 1.0}), "unknown: 'Books'"),
-        (lambda d: weights_file(d, {**THIRD, "domain 0": 0}), "greater than 0"),
+        (lambda d: weights_file(d, {**THIRD, "domain 0": -0.1}), "greater than or equal to 0"),
         (lambda d: weights_file(d, {**THIRD, "domain 0": "much"}), "a valid number"),
         (
             lambda d: weights_file(d, THIRD, format="megatron-doremi-weights/1", tokenizer_sha256="f" * 64),

@@ -1,0 +1,62 @@
+"""Domains that the user leaves out, and the lines and faults about them.
+
+Run alone: python -m pytest tests/phases/test_selected_domains.py
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from phases.small import MODEL, read_by
+
+from megatron_doremi.arguments import parse_config
+from megatron_doremi.errors import ConfigError
+from megatron_doremi.parallel.topology import Topology
+from megatron_doremi.phases.inputs import open_inputs
+
+
+def opened(data, *extra, phase="main"):
+    base = ["--phase", phase, "--domains", str(data), "--save", "unused", "--train-iters", "5", "--dry-run"]
+    return open_inputs(parse_config([*read_by(phase, [*base, *MODEL]), *extra], 1), Topology())
+
+
+def test_excluded_domains_are_not_read_and_not_part_of_the_data(data):
+    everything, some = opened(data), opened(data, "--exclude-domains", "domain 1")
+    assert some.plan.names == ("domain 0", "domain 2")
+    assert some.plan.sampling_weights.tolist() == [0.25, 0.75]
+    assert some.data.content != everything.data.content
+    assert some.data.manifest.fingerprint() != everything.data.manifest.fingerprint()
+    for phase, flags in (("main", ()), ("evaluate", ("--load", "x"))):
+        with pytest.raises(ConfigError, match="did you mean 'domain 1'"):
+            opened(data, "--exclude-domains", "domain1", *flags, phase=phase)
+
+
+def test_a_weight_of_zero_leaves_a_domain_out_and_says_so(data, tmp_path):
+    excluded = opened(data, "--exclude-domains", "domain 1", "--domain-weights", "domain 2=1,domain 0=3")
+    path = tmp_path / "weights.json"
+    path.write_text(json.dumps({"domain 0": 3, "domain 1": 0, "domain 2": 1}))
+    for setting in (str(path), "domain 0=3,domain 1=0,domain 2=1"):
+        inputs = opened(data, "--domain-weights", setting)
+        assert inputs.plan.names == excluded.plan.names == ("domain 0", "domain 2")
+        assert inputs.plan.sampling_weights.tolist() == excluded.plan.sampling_weights.tolist() == [0.75, 0.25]
+        assert (inputs.data.content, inputs.data.held_out_content) == (
+            excluded.data.content,
+            excluded.data.held_out_content,
+        )
+        (line,) = inputs.data.manifest.warnings
+        assert line == "--domain-weights: left out, because their weight is 0: 'domain 1'"
+
+
+def test_what_a_dropped_domain_lacks_is_no_fault(data, tmp_path):
+    entry = json.loads(data.read_text())
+    for domain in entry["domains"]:
+        domain |= {split: str(data.parent / domain[split]) for split in ("train", "valid")}
+    entry["domains"][1]["train"] = "nowhere"
+    moved = tmp_path / "domains.json"
+    moved.write_text(json.dumps({**entry, "tokenizer": None}))
+    with pytest.raises(ConfigError, match="nowhere"):
+        opened(moved, "--vocab-size", "61")
+    assert len(opened(moved, "--vocab-size", "61", "--exclude-domains", "domain 1").plan.names) == 2
+    weights = "domain 0=1,domain 1=0,domain 2=1"
+    assert len(opened(moved, "--vocab-size", "61", "--domain-weights", weights).plan.names) == 2
