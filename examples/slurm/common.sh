@@ -9,6 +9,8 @@
 source "${SITE:-examples/slurm/site.sh}"
 # shellcheck source=examples/pile/pile.sh
 source "${EXPERIMENT:-examples/pile/pile.sh}"
+# shellcheck source=examples/stages.sh
+source examples/stages.sh
 
 # matching PATTERN COMMAND...: prints the output lines of a command that match PATTERN in full, since the commands of
 # some sites also print banners. Prints nothing if the command fails. Reads all of the output: a reader that exits early
@@ -36,11 +38,13 @@ stopped_everywhere() {
     [ "$1" -eq 3 ] && awk '/: tasks? [0-9]/ && !/Exited with exit code 3$/ { others++ } END { exit others > 0 }' "$2"
 }
 
-# pretrain PHASE SAVE FLAGS...: runs a phase on all tasks of the job, and requeues the job if the run was stopped.
+# pretrain PHASE FLAGS...: runs a phase on all tasks of the job, and requeues the job if the run was stopped. The FLAGS
+# are added to those of the experiment.
 pretrain() {
-    local phase=$1 save=$2 code=0
-    shift 2
-    local command=("$PYTHON" pretrain_doremi.py --phase "$phase" --domains "$DATA/domains.json" --save "$save" "$@")
+    local phase=$1 code=0 FLAGS=()
+    stage_flags "$phase"
+    shift
+    local command=("$PYTHON" pretrain_doremi.py --phase "$phase" --domains "$DATA/domains.json" "${FLAGS[@]}" "$@")
     if [ -n "${DRY_RUN:-}" ]; then
         RANK=0 WORLD_SIZE=$DRY_RUN MASTER_ADDR=localhost exec "${command[@]}" --dry-run
     fi

@@ -203,7 +203,7 @@ def test_options_keep_their_quotes(options, words, slurm):
     task = {"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_TASK_COUNT": "1", "OPTIONS": options}
     done = slurm.run("preprocess.sbatch", "train", "a.jsonl", environ=task, python=python)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.rstrip().endswith(f"'--num-shards', '1'{''.join(f', {word!r}' for word in words)}]")
+    assert done.stdout.rstrip().endswith(f"'--append-eod'{''.join(f', {word!r}' for word in words)}]")
 
 
 def test_options_of_an_experiment_may_be_an_array_and_an_open_quote_is_said(slurm):

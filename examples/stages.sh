@@ -1,0 +1,52 @@
+# shellcheck shell=bash
+# Sourced by slurm/common.sh and workstation/run_all.sh: the flags of each stage of an EXPERIMENT file. Both functions
+# set the array FLAGS.
+
+# stage_flags STAGE: flags of pretrain_doremi.py for a phase, without --phase and --domains. The proxy reads the losses
+# in OUT/scores, or with REFERENCE_SOURCE=online it runs the reference on each batch.
+stage_flags() {
+    case $1 in
+    reference)
+        FLAGS=(--save "$OUT/reference" --load "$OUT/reference" "${TRAINING[@]}" "${SMALL_MODEL[@]}" "${REFERENCE[@]}")
+        ;;
+    score)
+        : "${SCORE[@]?EXPERIMENT must set SCORE, the flags for data, precision and layout (see examples/pile/pile.sh)}"
+        FLAGS=(--save "$OUT/scores" --reference-load "$OUT/reference" "${SCORE[@]}")
+        # In a dry run the reference may not be trained yet, so its shape is given.
+        if [ -n "${DRY_RUN:-}" ]; then
+            FLAGS+=("${SMALL_MODEL[@]}")
+        fi
+        ;;
+    proxy)
+        FLAGS=(--save "$OUT/proxy" --load "$OUT/proxy" "${TRAINING[@]}" "${SMALL_MODEL[@]}" "${PROXY[@]}")
+        if [ "${REFERENCE_SOURCE:-scores}" = online ]; then
+            FLAGS+=(--reference-load "$OUT/reference")
+        else
+            FLAGS+=(--reference-losses "$OUT/scores")
+        fi
+        ;;
+    main)
+        FLAGS=(--save "$OUT/main" --load "$OUT/main" "${TRAINING[@]}" "${MAIN_MODEL[@]}"
+            --domain-weights "$OUT/proxy/domain_weights.json")
+        ;;
+    esac
+}
+
+# preprocess_flags SPLIT: flags of tools/preprocess_data.py, without --input. OPTIONS adds flags, quoted as in a shell,
+# or as an array in an EXPERIMENT file.
+preprocess_flags() {
+    local options=() words
+    if [[ $(declare -p OPTIONS 2> /dev/null || true) == "declare -a"* ]]; then
+        options=("${OPTIONS[@]}")
+    elif [ -n "${OPTIONS:-}" ]; then
+        # xargs parses quotes and backslashes without executing anything but printf.
+        words=$(xargs printf '%s\n' <<< "$OPTIONS" && echo end) || {
+            echo "error: unclosed quote in OPTIONS: $OPTIONS" >&2
+            exit 2
+        }
+        mapfile -t options <<< "$words"
+        unset 'options[-1]'
+    fi
+    FLAGS=(--output-dir "$DATA" --split "$1" --tokenizer-type "${TOKENIZER_TYPE:-SentencePieceTokenizer}"
+        --tokenizer-model "${TOKENIZER:?set it to the tokenizer file}" --append-eod "${options[@]}")
+}
