@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from megatron_doremi.data.blend import Blend, BlendState, too_short, window_count
+from megatron_doremi.data.document_bytes import bytes_path, document_bytes
 from megatron_doremi.data.indexed_dataset import IndexedDataset, paths_of
 from megatron_doremi.data.manifest import Manifest, load_manifest, print_warnings
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any, run_or_exit
@@ -37,7 +38,7 @@ from megatron_doremi.storage.files import atomic_write_text, sha256_of
 _IDS_PER_READ = 1 << 22
 # Steps of a blend that may be replayed to find a window, which takes some hours.
 _MAX_STEPS = 100_000_000
-_CHECKSUM = re.compile(rb"[0-9a-f]{64}  .+\.(bin|idx)\r?\n?")
+_CHECKSUM = re.compile(rb"[0-9a-f]{64}  .+\.(bin|idx|bytes)\r?\n?")
 _MAX_LINE_BYTES = 1 << 14
 
 
@@ -224,7 +225,7 @@ def verify(args: argparse.Namespace) -> None:
     manifest = open_manifest(args.domains)
     faults: list[Fault] = []
     files: list[Path] = []
-    total = 0
+    total = without_sizes = 0
     if args.write_checksums:
         faults += listing_faults(args.write_checksums, manifest)
         raise_if_any(faults)
@@ -241,6 +242,7 @@ def verify(args: argparse.Namespace) -> None:
                 dataset.check_index()
                 for start in range(0, dataset.num_tokens, _IDS_PER_READ):
                     dataset.tokens(start, min(_IDS_PER_READ, dataset.num_tokens - start))
+                sizes = document_bytes(prefix)
             except ConfigError as error:
                 faults += error.faults
                 continue
@@ -248,8 +250,12 @@ def verify(args: argparse.Namespace) -> None:
                 value = f"{dataset.num_tokens:,} tokens, {dataset.num_documents:,} documents"
                 rule = f"{domain.tokens:,} tokens, {domain.documents:,} documents, as in the manifest"
                 faults.append(Fault(str(prefix), value, rule, "make the data set again with tools/preprocess_data.py"))
+            # Megatron-LM's lists name no tokenizer and have no bytes of text.
+            if sizes is not None and manifest.tokenizer is not None:
+                faults += size_faults(prefix, sizes, domain.bytes if split == "train" else None)
             total += dataset.num_tokens
-            files += paths_of(prefix)
+            without_sizes += sizes is None
+            files += [*paths_of(prefix), *([] if sizes is None else [bytes_path(prefix)])]
     if args.checksums and not faults:
         faults += compare_checksums(args.checksums, files)
     raise_if_any(faults)
@@ -259,14 +265,32 @@ def verify(args: argparse.Namespace) -> None:
         lines = [f"{sha256_of(path)}  {os.path.relpath(path.resolve(), folder)}\n" for path in files]
         atomic_write_text(listing, "".join(lines))
     print(f"verified: {len(files)} files of {len(manifest.domains)} domains, {total:,} tokens")
+    if without_sizes:
+        print(f"{without_sizes} pairs have no PREFIX.bytes, so runs report no bits per byte for them")
+
+
+def size_faults(prefix: Path, sizes: NDArray[np.uint32], expected: int | None) -> list[Fault]:
+    """Returns a fault if the sizes of documents do not add up to the manifest's bytes, or one of them is 0.
+
+    Args:
+        expected: the manifest's bytes of the pair's text; None if it has none.
+    """
+    total, remedy = int(sizes.sum(dtype=np.int64)), "make the data set again with tools/preprocess_data.py"
+    if expected is not None and total != expected:
+        rule = f"{expected:,} bytes, as in the manifest"
+        return [Fault(str(bytes_path(prefix)), f"{total:,} bytes of text", rule, remedy)]
+    if not sizes.all():
+        value = f"document {int(np.argmin(sizes)):,} has 0 bytes"
+        return [Fault(str(bytes_path(prefix)), value, "documents with text", remedy)]
+    return []
 
 
 def listing_faults(listing: Path, manifest: Manifest) -> list[Fault]:
     """Returns a fault if a checksum file cannot be written or would overwrite anything but an earlier checksum file."""
     subject = f"--write-checksums {listing}"
-    rule, remedy = "a new file, or an earlier checksum file of .bin and .idx files", "give another path"
+    rule, remedy = "a new file, or an earlier checksum file of .bin, .idx and .bytes files", "give another path"
     prefixes = [prefix for domain in manifest.domains for prefix in (domain.train, domain.valid) if prefix is not None]
-    dataset_files = [manifest.path, *(path for prefix in prefixes for path in paths_of(prefix))]
+    dataset_files = [manifest.path, *(path for prefix in prefixes for path in (*paths_of(prefix), bytes_path(prefix)))]
     dataset_files += [manifest.tokenizer.file] if manifest.tokenizer else []
     try:
         resolved = listing.resolve()

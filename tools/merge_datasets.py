@@ -27,6 +27,7 @@ from megatron_doremi.preprocessing.outputs import (
     Outputs,
     check_same_tokenizer,
     describe_kept_in_train,
+    describe_without_sizes,
     manifest_after,
     publish,
     train_prefixes,
@@ -82,8 +83,8 @@ def main() -> int:
         publish(outputs, manifest, args.split)
         workspace.remove()
     print_warnings(load_manifest(manifest_path))
-    for domain in moved:
-        print(describe_kept_in_train(domain))
+    for note in (*map(describe_kept_in_train, moved), *describe_without_sizes(outputs)):
+        print(note)
     documents = sum(output.documents for output in outputs.by_key.values())
     print(f"merged {len(shards)} shards: {len(outputs.by_key)} pairs, {documents:,} documents")
     print(f"{args.output_dir / SHARDS} is no longer needed; check the result, then delete it")

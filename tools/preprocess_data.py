@@ -30,14 +30,13 @@ if not __package__:
 from tqdm import tqdm
 
 from megatron_doremi.data.indexed_dataset import dtype_for
-from megatron_doremi.data.manifest import TokenizerInfo, load_manifest, overwriting_faults, similar_names
+from megatron_doremi.data.manifest import TokenizerInfo, load_manifest, overwriting_faults
 from megatron_doremi.errors import ConfigError, Fault, RunError, raise_if_any, run_or_exit
 from megatron_doremi.preprocessing.documents import Document
 from megatron_doremi.preprocessing.encoding import (
     TokenizerFiles,
     WorkerDied,
     bad_lines_error,
-    describe_bad_lines,
     encode_all,
 )
 from megatron_doremi.preprocessing.input_options import Inputs, add_input_options, read_input_options
@@ -46,6 +45,7 @@ from megatron_doremi.preprocessing.outputs import (
     Outputs,
     describe_kept_in_train,
     describe_tokenizer,
+    describe_without_sizes,
     manifest_after,
     publish,
     save_tokenizer,
@@ -55,6 +55,7 @@ from megatron_doremi.preprocessing.outputs import (
 from megatron_doremi.preprocessing.record_blocks import BLOCK_BYTES
 from megatron_doremi.preprocessing.shards import Pair, ShardData, load_shard, run_of, save_shard, shard_folder
 from megatron_doremi.preprocessing.sources import Shard, read_blocks, read_shard, shard_bytes
+from megatron_doremi.preprocessing.summary import describe_skipped, print_summary
 from megatron_doremi.preprocessing.tokenizer import GPT2, KINDS, SENTENCEPIECE, Tokenizer
 from megatron_doremi.preprocessing.workspace import Workspace
 from megatron_doremi.storage.files import make_folder
@@ -267,7 +268,7 @@ def main() -> int:
             raise
         print(f"error: {error.strerror}: nothing was published; free disk space", file=sys.stderr)
         return print_resume_hint(partial)
-    report(outputs)
+    print_summary(outputs)
     return 0
 
 
@@ -350,38 +351,14 @@ def finish(
     else:
         save_tokenizer(tokenizer, info)
         outputs.publish(lambda: (outputs.folder / "shard.json").unlink(missing_ok=True))
-        pairs = {key: Pair(output.prefix, output.documents, output.bytes) for key, output in outputs.by_key.items()}
+        pairs = {
+            key: Pair(output.prefix, output.documents, output.bytes, output.sizes is not None)
+            for key, output in outputs.by_key.items()
+        }
         save_shard(ShardData(outputs.folder, shard, args.split, run_of(settings), info, pairs, order))
+    for note in describe_without_sizes(outputs):
+        print(note)
     workspace.remove()
-
-
-def report(outputs: Outputs) -> None:
-    """Prints a table of what was written, and what was skipped."""
-    names = [domain if split == "train" else f"{domain} ({split})" for domain, split in outputs.by_key]
-    width = max(map(len, [*names, "domain"]))
-    print(f"{'domain':<{width}} {'documents':>11} {'tokens':>15} {'bytes':>15} {'bytes/token':>12}")
-    for name, (_, output) in sorted(zip(names, outputs.by_key.items(), strict=True)):
-        tokens = output.writer.num_tokens
-        per_token = output.bytes / max(1, tokens)
-        print(f"{name:<{width}} {output.documents:>11,} {tokens:>15,} {output.bytes:>15,} {per_token:>12.2f}")
-    for group in similar_names(sorted({domain for domain, _ in outputs.by_key})):
-        names_text = " and ".join(map(repr, group))
-        warning = f"the domains {names_text} differ only by case or spaces; --domain-rules can merge them"
-        print(f"warning: {warning}", file=sys.stderr)
-    if skipped := describe_skipped(outputs):
-        print("; ".join(skipped))
-
-
-def describe_skipped(outputs: Outputs) -> list[str]:
-    """Describes what of the input is missing from the output: empty texts, bad lines, lost characters."""
-    messages = []
-    if outputs.empty:
-        messages.append(f"skipped {outputs.empty:,} empty text{'' if outputs.empty == 1 else 's'}")
-    if outputs.bad_total:
-        messages.append("skipped " + describe_bad_lines([*outputs.bad_files, *outputs.bad], outputs.bad_total))
-    if outputs.lost:
-        messages.append(f"the tokenizer lost {describe_lost(outputs.lost, outputs.characters)}")
-    return messages
 
 
 def stop(*_: object) -> None:

@@ -7,6 +7,8 @@ it. Pairs of version 0.1 and of Megatron-LM have none.
 
 from __future__ import annotations
 
+import contextlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from numpy.typing import NDArray
 
 from megatron_doremi.data.indexed_dataset import IndexedDataset
 from megatron_doremi.errors import ConfigError, Fault
+from megatron_doremi.storage.files import open_at, sync_and_close
 
 _DTYPE = np.dtype("<u4")
 
@@ -43,3 +46,54 @@ def document_bytes(prefix: Path) -> NDArray[np.uint32] | None:
         return None
     except OSError as error:
         raise ConfigError(Fault(str(path), str(error.strerror or error), "a readable file", remedy)) from error
+
+
+class DocumentBytesWriter:
+    """Writes PREFIX.bytes under a temporary name, beside a pair that IndexedDatasetWriter writes.
+
+    Its methods are those of IndexedDatasetWriter: a later writer can resume where an earlier one was killed.
+    """
+
+    def __init__(self, prefix: Path, partial: Path, documents: int | None = None):
+        """Starts a file, or resumes one.
+
+        Args:
+            partial: prefix of the unfinished file, on the same file system.
+            documents: the number at which to resume the file of an earlier writer with the same `partial`; anything
+                that it wrote after that is discarded.
+
+        Raises:
+            OSError: the disk fails, or the earlier file is missing or shorter.
+        """
+        self._final, self._partial = bytes_path(prefix), Path(f"{partial}.bytes.tmp")
+        self._file = open_at(self._partial, None if documents is None else documents * _DTYPE.itemsize)
+
+    def add(self, sizes: NDArray[np.integer]) -> None:
+        """Appends documents: [documents] bytes of each."""
+        assert sizes.size == 0 or 0 <= sizes.min() <= sizes.max() < 1 << 32, "a document of at most 4 GiB"
+        self._file.write(sizes.astype(_DTYPE, copy=False).tobytes())
+
+    def flush(self) -> None:
+        """Flushes Python's buffer to the operating system."""
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Makes the flushed data durable; another thread may continue to write."""
+        os.fsync(self._file.fileno())
+
+    def prepare(self) -> None:
+        """Completes the file under its temporary name, durably."""
+        sync_and_close(self._file)
+
+    def move_to(self, prefix: Path) -> None:
+        """Changes the prefix of the published file."""
+        self._final = bytes_path(prefix)
+
+    def publish(self) -> None:
+        """Gives the file its final name."""
+        self._partial.replace(self._final)
+
+    def close(self) -> None:
+        """Closes the unfinished file."""
+        with contextlib.suppress(OSError):  # on a full disk the last bytes cannot be flushed
+            self._file.close()

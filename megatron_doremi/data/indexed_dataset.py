@@ -9,7 +9,6 @@ a dataset is also one stream of tokens.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import shutil
 import struct
@@ -24,7 +23,7 @@ from numpy.typing import NDArray
 
 from megatron_doremi.data.document_spans import DocumentSpans, document_spans
 from megatron_doremi.errors import ConfigError, Fault
-from megatron_doremi.storage.files import temporary_beside
+from megatron_doremi.storage.files import open_at, sync_and_close, temporary_beside
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -249,7 +248,7 @@ class IndexedDatasetWriter:
         self._prepared = False
         sizes = (self.written.tokens * dtype.itemsize, 4 * self.written.sequences, 8 * self.written.documents)
         self._files = [
-            _open_at(path, None if written is None else size)
+            open_at(path, None if written is None else size)
             for path, size in zip((self._ids, self._lengths, self._bounds), sizes, strict=True)
         ]
 
@@ -321,7 +320,7 @@ class IndexedDatasetWriter:
     def prepare(self) -> None:
         """Completes both files under their temporary names, durably. All steps that can fill the disk happen here."""
         for file in self._files:
-            _sync_and_close(file)
+            sync_and_close(file)
         sequences, documents = self.written.sequences, self.written.documents
         with self._index.open("wb") as file, self._lengths.open("rb") as lengths, self._bounds.open("rb") as bounds:
             file.write(_HEADER.pack(MAGIC, VERSION, self._code, sequences, documents + 1))
@@ -334,7 +333,7 @@ class IndexedDatasetWriter:
                 end = int(ends[-1])
             file.write(struct.pack("<q", 0))
             shutil.copyfileobj(bounds, file)
-            _sync_and_close(file)
+            sync_and_close(file)
         self._prepared = True
 
     def move_to(self, prefix: Path) -> None:
@@ -377,24 +376,5 @@ class IndexedDatasetWriter:
             raise
 
 
-def _open_at(path: Path, size: int | None) -> BinaryIO:
-    """A new file; or an earlier file, truncated to `size`. Raises OSError if it is shorter."""
-    if size is None:
-        return path.open("wb")
-    file = path.open("r+b")
-    if file.seek(0, os.SEEK_END) < size:
-        file.close()
-        raise OSError(errno.EIO, f"shorter than the {size:,} bytes that were written", str(path))
-    file.truncate(size)
-    file.seek(size)
-    return file
-
-
 def _packed(values: NDArray, dtype: str) -> bytes:
     return values.astype(dtype, copy=False).tobytes()
-
-
-def _sync_and_close(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()

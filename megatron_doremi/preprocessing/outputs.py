@@ -1,4 +1,4 @@
-"""Writes the .bin/.idx pairs of all domains and publishes them as a data set.
+"""Writes the .bin/.idx pairs of all domains, with their PREFIX.bytes, and publishes them as a data set.
 
 Unfinished files are in a hidden folder beside the final ones (workspace.py). No file gets its final name before all
 are complete; the manifest, which refers to the others, comes last.
@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_doremi.data.document_bytes import DocumentBytesWriter, bytes_path
 from megatron_doremi.data.indexed_dataset import IndexedDatasetWriter, WrittenSize, paths_of
 from megatron_doremi.data.manifest import Domain, Manifest, TokenizerInfo, load_manifest, save_manifest
 from megatron_doremi.errors import ConfigError, Fault
@@ -38,15 +39,54 @@ class Output:
     """A pair that is being written.
 
     Attributes:
+        sizes: the pair's PREFIX.bytes; None if some of its documents come from version 0.1, which wrote none.
         prefix: the final path of the pair, without the suffix.
         documents: number of documents so far.
         bytes: bytes of their UTF-8 text.
     """
 
     writer: IndexedDatasetWriter
+    sizes: DocumentBytesWriter | None
     prefix: Path
     documents: int = 0
     bytes: int = 0
+
+    @property
+    def _writers(self) -> list[IndexedDatasetWriter | DocumentBytesWriter]:
+        return [self.writer] if self.sizes is None else [self.writer, self.sizes]
+
+    def flush(self) -> WrittenSize:
+        """Flushes Python's buffers to the operating system; returns how much has been written."""
+        if self.sizes is not None:
+            self.sizes.flush()
+        return self.writer.flush()
+
+    def sync(self) -> None:
+        """Makes the flushed data durable; another thread may continue to write."""
+        for writer in self._writers:
+            writer.sync()
+
+    def prepare(self) -> None:
+        """Completes all files under their temporary names, durably."""
+        for writer in self._writers:
+            writer.prepare()
+
+    def move_to(self, prefix: Path) -> None:
+        """Changes the prefix of the published pair."""
+        self.prefix = prefix
+        for writer in self._writers:
+            writer.move_to(prefix)
+
+    def publish(self) -> None:
+        """Gives all files their final names. An interruption never leaves sizes of other documents beside the pair."""
+        bytes_path(self.prefix).unlink(missing_ok=True)
+        for writer in self._writers:
+            writer.publish()
+
+    def close(self) -> None:
+        """Closes the unfinished files; a later run may resume them."""
+        for writer in self._writers:
+            writer.close()
 
 
 @dataclass
@@ -94,6 +134,8 @@ class Outputs:
             output.writer.add_documents(chunk.ids, chunk.lengths)
             output.documents += len(chunk.lengths)
             output.bytes += int(chunk.sizes.sum())
+            if output.sizes is not None:
+                output.sizes.add(chunk.sizes)
         self.blocks = encoded.progress.blocks
 
     @property
@@ -101,28 +143,32 @@ class Outputs:
         """Number of documents so far."""
         return sum(output.documents for output in self.by_key.values())
 
-    def output(self, key: Key) -> Output:
+    def output(self, key: Key, with_sizes: bool = True) -> Output:
         """Returns the pair of a domain and split; opens it if it is new.
+
+        Args:
+            with_sizes: whether a new pair gets PREFIX.bytes.
 
         Raises:
             ConfigError: a folder has the name of one of its files, or there are too many domains to keep open.
         """
         if key not in self.by_key:
             prefix = self.known.get(key) or self._new_prefix(key)
-            for path in paths_of(prefix):
+            for path in (*paths_of(prefix), bytes_path(prefix)):
                 if path.is_dir():
                     rule = "no folder with the name of a file of the data set"
                     raise ConfigError(Fault(str(path), "a folder", rule, "move it, or give another --output-dir"))
             try:
                 writer = IndexedDatasetWriter(prefix, self.dtype, self.partial / prefix.name)
+                sizes = DocumentBytesWriter(prefix, self.partial / prefix.name) if with_sizes else None
             except OSError as error:
                 if error.errno not in (errno.EMFILE, errno.ENFILE):
                     raise
                 value = f"domain number {len(self.by_key) + 1}, {key[0][:40]!r}: {error.strerror}"
-                rule = f"at most {open_files_limit():,} open files in this process, three per domain"
+                rule = f"at most {open_files_limit():,} open files in this process, four per domain"
                 remedy = "raise the hard limit (ulimit -Hn), or choose a field that is a domain and not an id"
                 raise ConfigError(Fault("domains", value, rule, remedy)) from error
-            self.by_key[key] = Output(writer, prefix)
+            self.by_key[key] = Output(writer, sizes, prefix)
         return self.by_key[key]
 
     def _new_prefix(self, key: Key) -> Path:
@@ -143,7 +189,7 @@ class Outputs:
         """Flushes all pairs and returns the fields of the journal that describe them."""
         pairs = [
             {"domain": domain, "split": split, "prefix": output.prefix.name}
-            | {"bytes": output.bytes, **vars(output.writer.flush())}
+            | {"bytes": output.bytes, "document_bytes": output.sizes is not None, **vars(output.flush())}
             for (domain, split), output in self.by_key.items()
         ]
         return {
@@ -162,8 +208,12 @@ class Outputs:
         for pair in snapshot["pairs"]:
             prefix = self.folder / pair["prefix"]
             written = WrittenSize(pair["tokens"], pair["sequences"], pair["documents"])
-            writer = IndexedDatasetWriter(prefix, self.dtype, self.partial / prefix.name, written)
-            self.by_key[pair["domain"], pair["split"]] = Output(writer, prefix, written.documents, pair["bytes"])
+            partial = self.partial / prefix.name
+            writer = IndexedDatasetWriter(prefix, self.dtype, partial, written)
+            has_sizes = pair.get("document_bytes", False)
+            sizes = DocumentBytesWriter(prefix, partial, written.documents) if has_sizes else None
+            output = Output(writer, sizes, prefix, written.documents, pair["bytes"])
+            self.by_key[pair["domain"], pair["split"]] = output
         self.bad, self.bad_total, self.blocks = list(snapshot["bad"]), snapshot["bad_total"], snapshot["blocks"]
         self.bad_files, self.empty = list(snapshot["bad_files"]), snapshot["empty"]
         self.characters, self.lost = snapshot["characters"], Counter(snapshot["lost"])
@@ -179,18 +229,17 @@ class Outputs:
         moved = [domain for domain, split in self.by_key if split == "valid" and (domain, "train") not in self.by_key]
         for domain in moved:
             output = self.by_key.pop((domain, "valid"))
-            output.prefix = self._new_prefix((domain, "train"))
-            output.writer.move_to(output.prefix)
+            output.move_to(self._new_prefix((domain, "train")))
             self.by_key[domain, "train"] = output
         return moved
 
     def publish(self, before: Callable[[], None] = lambda: None) -> None:
         """Completes all pairs, calls `before`, then renames the pairs to their final names."""
         for output in self.by_key.values():
-            output.writer.prepare()
+            output.prepare()
         before()
         for output in self.by_key.values():
-            output.writer.publish()
+            output.publish()
 
 
 def train_prefixes(manifest: Manifest, folder: Path) -> dict[Key, Path]:
@@ -271,6 +320,18 @@ def save_tokenizer(tokenizer: Tokenizer, info: TokenizerInfo) -> None:
 def describe_kept_in_train(domain: str) -> str:
     """Reports that `Outputs.keep_in_train` moved a domain."""
     return f"domain {domain!r}: all of its documents would be held out; keeping them in the train split"
+
+
+def describe_without_sizes(outputs: Outputs) -> list[str]:
+    """Reports the pairs that get no PREFIX.bytes, in one line or none."""
+    names = [output.prefix.name for output in outputs.by_key.values() if output.sizes is None]
+    if not names:
+        return []
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return [
+        f"note: {len(names)} of {len(outputs.by_key)} pairs ({shown}) begin with data of version 0.1, which holds no "
+        f"sizes of documents: they get no PREFIX.bytes, so runs report no bits per byte for them"
+    ]
 
 
 def publish(outputs: Outputs, manifest: Manifest, split: str) -> None:

@@ -14,9 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import model_validator
 from pydantic_core import PydanticCustomError
 
+from megatron_doremi.data.document_bytes import bytes_path, document_bytes
 from megatron_doremi.data.indexed_dataset import IndexedDataset
 from megatron_doremi.data.manifest import TokenizerEntry, TokenizerInfo, tokenizer_info
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any
@@ -35,6 +38,8 @@ from megatron_doremi.storage.formats import (
 )
 
 SHARDS = "shards"
+# Sizes of documents that are read at once.
+_PART = 1 << 20
 
 
 class ShardTokenizer(TokenizerEntry):
@@ -51,6 +56,7 @@ class ShardPair(Schema):
     prefix: FileName
     documents: Count
     bytes: Count
+    document_bytes: bool = False
 
 
 class ShardEntry(Schema):
@@ -86,11 +92,13 @@ class Pair:
         prefix: the path of the pair, without the suffix.
         documents: number of documents.
         bytes: bytes of their UTF-8 text.
+        document_bytes: whether the pair has PREFIX.bytes; those of version 0.1 have none.
     """
 
     prefix: Path
     documents: int
     bytes: int
+    document_bytes: bool
 
 
 @dataclass(frozen=True)
@@ -127,7 +135,7 @@ def save_shard(data: ShardData) -> None:
     """Writes shard.json, which marks the folder as complete."""
     tokenizer = {**vars(data.tokenizer), "file": data.tokenizer.file.name}
     pairs = [
-        {"domain": domain, "split": split, "prefix": pair.prefix.name, "documents": pair.documents, "bytes": pair.bytes}
+        {"domain": domain, "split": split} | vars(pair) | {"prefix": pair.prefix.name}
         for (domain, split), pair in data.pairs.items()
     ]
     content = {
@@ -150,7 +158,7 @@ def load_shard(folder: Path) -> ShardData:
     tokenizer = tokenizer_info(content.tokenizer, folder)
     pairs: dict[Key, Pair] = {}
     for pair in content.pairs:
-        pairs[pair.domain, pair.split] = Pair(folder / pair.prefix, pair.documents, pair.bytes)
+        pairs[pair.domain, pair.split] = Pair(folder / pair.prefix, pair.documents, pair.bytes, pair.document_bytes)
     shard = Shard(content.shard, content.num_shards)
     return ShardData(folder, shard, content.split, content.run, tokenizer, pairs, tuple(content.order))
 
@@ -214,6 +222,7 @@ def merge(shards: list[ShardData], outputs: Outputs) -> Iterator[int]:
     Raises:
         ConfigError: a pair is missing or damaged.
     """
+    without_sizes = {key for data in shards for key, pair in data.pairs.items() if not pair.document_bytes}
     for data in shards:
         for key, pair in data.pairs.items():
             dataset = IndexedDataset(pair.prefix)
@@ -222,7 +231,23 @@ def merge(shards: list[ShardData], outputs: Outputs) -> Iterator[int]:
                 value = f"{dataset.num_documents:,} documents of {dataset.dtype}"
                 rule = f"{pair.documents:,} documents of {outputs.dtype}, as in shard.json"
                 raise ConfigError(Fault(str(pair.prefix), value, rule, f"run task {data.shard.index} again"))
-            output = outputs.output(key)
+            output = outputs.output(key, with_sizes=key not in without_sizes)
             yield from output.writer.add_dataset(dataset)
             output.documents += pair.documents
             output.bytes += pair.bytes
+            if output.sizes is not None:
+                for part in _sizes_of(pair, data.shard.index):
+                    output.sizes.add(part)
+
+
+def _sizes_of(pair: Pair, task: int) -> Iterator[NDArray[np.uint32]]:
+    """Yields the sizes of a pair's documents, in parts. Raises ConfigError unless they are those of shard.json."""
+    sizes, remedy = document_bytes(pair.prefix), f"run task {task} again"
+    subject = str(bytes_path(pair.prefix))
+    if sizes is None:
+        raise ConfigError(Fault(subject, "no such file", "the sizes of the documents, as in shard.json", remedy))
+    total = int(sizes.sum(dtype=np.int64))
+    if total != pair.bytes:
+        raise ConfigError(Fault(subject, f"{total:,} bytes of text", f"{pair.bytes:,}, as in shard.json", remedy))
+    for first in range(0, len(sizes), _PART):
+        yield sizes[first : first + _PART]

@@ -14,9 +14,8 @@ from typing import Any, ClassVar, Literal
 from pydantic import model_validator
 from pydantic_core import PydanticCustomError
 
-from megatron_doremi.data.indexed_dataset import IndexedDatasetWriter
 from megatron_doremi.errors import ConfigError, Fault
-from megatron_doremi.preprocessing.outputs import Outputs
+from megatron_doremi.preprocessing.outputs import Output, Outputs
 from megatron_doremi.storage.files import atomic_write_text, make_folder, read_json_object
 from megatron_doremi.storage.folder_lock import FolderLock
 from megatron_doremi.storage.formats import Count, FileName, Name, Positive, Schema, check_entry, sealed
@@ -34,6 +33,7 @@ class JournalPair(Schema):
     tokens: Count
     sequences: Count
     documents: Count
+    document_bytes: bool = False
 
 
 class Journal(Schema):
@@ -130,21 +130,21 @@ class Workspace:
                 return
             self._pending.result()
         content = sealed({"format": Journal.FORMAT, "settings": self._settings, **self.outputs.snapshot()})
-        writers = [output.writer for output in self.outputs.by_key.values()]
-        self._pending = self._thread.submit(self._write, writers, content)
+        outputs = list(self.outputs.by_key.values())
+        self._pending = self._thread.submit(self._write, outputs, content)
         if now:
             self._pending.result()
         self._last_saved = time.monotonic()
 
-    def _write(self, writers: list[IndexedDatasetWriter], content: dict[str, Any]) -> None:
-        for writer in writers:
-            writer.sync()
+    def _write(self, outputs: list[Output], content: dict[str, Any]) -> None:
+        for output in outputs:
+            output.sync()
         atomic_write_text(self._journal, json.dumps(content))
 
     def remove(self) -> None:
         """Removes the folder and everything in it."""
         for output in self.outputs.by_key.values():
-            output.writer.close()
+            output.close()
         self._thread.shutdown()
         shutil.rmtree(self.folder)
 
@@ -154,7 +154,7 @@ class Workspace:
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown()
         for output in self.outputs.by_key.values():
-            output.writer.close()
+            output.close()
         if self.folder.is_dir() and not self._journal.exists():
             # Without a journal there is nothing to resume.
             with contextlib.suppress(OSError):

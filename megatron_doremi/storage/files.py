@@ -13,7 +13,7 @@ import socket
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from megatron_doremi.errors import ConfigError, Fault
 
@@ -102,6 +102,26 @@ def make_durable(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def open_at(path: Path, size: int | None) -> BinaryIO:
+    """A new file; or an earlier file, truncated to `size` bytes. Raises OSError if it is shorter."""
+    if size is None:
+        return path.open("wb")
+    file = path.open("r+b")
+    if file.seek(0, os.SEEK_END) < size:
+        file.close()
+        raise OSError(errno.EIO, f"shorter than the {size:,} bytes that were written", str(path))
+    file.truncate(size)
+    file.seek(size)
+    return file
+
+
+def sync_and_close(file: BinaryIO) -> None:
+    """Makes a file durable (fsync), then closes it."""
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
 
 
 def make_folder(path: Path, flag: str) -> None:

@@ -256,7 +256,7 @@ def fuzz_shard(folder, cases, dice, way):
         outputs = Outputs(task, task, UINT16)
         outputs.add(block_of(("a", "train"), ("b", "train"), ("b", "valid")))
         outputs.publish()
-        pairs = {key: Pair(each.prefix, each.documents, each.bytes) for key, each in outputs.by_key.items()}
+        pairs = {key: Pair(each.prefix, each.documents, each.bytes, True) for key, each in outputs.by_key.items()}
         tokenizer = TokenizerInfo("SentencePieceTokenizer", task / "t.model", "0" * 64, VOCAB, 0)
         save_shard(ShardData(task, Shard(index, 2), "train", "1" * 64, tokenizer, pairs, ("a", "b")))
     path = task / "shard.json"

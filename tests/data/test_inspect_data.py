@@ -9,6 +9,7 @@ import json
 import shutil
 from itertools import islice
 
+import numpy as np
 import pytest
 from preprocessing.test_preprocess import documents_of, jsonl_of, run
 
@@ -123,8 +124,8 @@ def copy(data, tmp_path):
 def test_verify_accepts_an_intact_data_set(copy):
     listing = copy.parent / "SHA256SUMS"
     output = inspect("verify", copy, "--write-checksums", listing)
-    assert output.startswith("verified: 12 files of 3 domains, ")
-    assert len(listing.read_text().splitlines()) == 12
+    assert output.startswith("verified: 18 files of 3 domains, ")
+    assert len(listing.read_text().splitlines()) == 18
     inspect("verify", copy, "--checksums", listing)
 
 
@@ -139,18 +140,34 @@ def damage_counts(copy):
     copy.write_text(json.dumps(entry))
 
 
+def damage_sizes(copy, split, sign):
+    """Changes the size of the first document: one byte more, or none."""
+    sizes = np.fromfile(copy.parent / f"Books_{split}.bytes", "<u4")
+    sizes[0] = sizes[0] + 1 if sign > 0 else 0
+    sizes.tofile(copy.parent / f"Books_{split}.bytes")
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
         (damage_id, ["Books_train.bin", "id 999 at token"]),
         (damage_counts, ["Books_train", "as in the manifest"]),
         (lambda copy: (copy.parent / "Books_valid.idx").unlink(), ["Books_valid.idx", "no such file"]),
+        (lambda copy: damage_sizes(copy, "train", 1), ["Books_train.bytes", "as in the manifest"]),
+        (lambda copy: damage_sizes(copy, "valid", -1), ["Books_valid.bytes", "document 0 has 0 bytes"]),
+        (lambda copy: (copy.parent / "Books_valid.bytes").write_bytes(b"1"), ["Books_valid.bytes", "1 bytes"]),
     ],
 )
 def test_verify_reports_damage(damage, words, copy):
     damage(copy)
     message = refused("verify", copy)
     assert all(word in message for word in words)
+
+
+def test_data_of_version_0_1_without_sizes_are_verified(copy):
+    for path in copy.parent.glob("*.bytes"):
+        path.unlink()
+    assert "6 pairs have no PREFIX.bytes" in inspect("verify", copy)
 
 
 def test_only_a_checksum_detects_another_valid_id(copy):

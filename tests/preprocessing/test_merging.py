@@ -13,18 +13,20 @@ import numpy as np
 import pytest
 from test_preprocess import contents, documents_of, fails, jsonl_of, put, run
 
+from megatron_doremi.data.document_bytes import document_bytes
 from megatron_doremi.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter
 from megatron_doremi.data.manifest import ManifestEntry, TokenizerInfo, load_manifest
 from megatron_doremi.errors import ConfigError
 from megatron_doremi.preprocessing.documents import share_of
 from megatron_doremi.preprocessing.encoding import Chunk, EncodedBlock
-from megatron_doremi.preprocessing.outputs import Outputs, manifest_after, publish
+from megatron_doremi.preprocessing.outputs import Outputs, describe_without_sizes, manifest_after, publish
 from megatron_doremi.preprocessing.shards import (
     Pair,
     Shard,
     ShardData,
     load_shard,
     load_shards,
+    merge,
     save_shard,
     shard_folder,
 )
@@ -59,7 +61,7 @@ def make_shard(out, index, count, keys, split="train", sha256="a" * 64):
     outputs.add(encoded(*keys))
     outputs.publish()
     (folder / "tokenizer.model").write_bytes(MODEL)
-    pairs = {key: Pair(output.prefix, output.documents, output.bytes) for key, output in outputs.by_key.items()}
+    pairs = {key: Pair(output.prefix, output.documents, output.bytes, True) for key, output in outputs.by_key.items()}
     save_shard(ShardData(folder, Shard(index, count), split, "b" * 64, info(folder, sha256=sha256), pairs, ()))
     return folder
 
@@ -155,6 +157,51 @@ def test_an_edited_shard_is_refused_and_one_from_version_0_1_is_read(out):
     assert "damaged or edited" in refused(out)
 
 
+# --- sizes of documents (PREFIX.bytes)
+
+
+def without_sizes(folder):
+    """Makes a task's folder one of version 0.1."""
+    for path in folder.glob("*.bytes"):
+        path.unlink()
+
+    def older(content):
+        content["format"] = "megatron-doremi-shard/1"
+        for pair in content["pairs"]:
+            del pair["document_bytes"]
+
+    rewritten(folder, older, seal=False)
+
+
+def merged(out):
+    outputs = Outputs(out, out, UINT16)
+    shards = load_shards(out, "train")
+    assert sum(merge(shards, outputs)) == sum(6 * pair.documents for data in shards for pair in data.pairs.values())
+    outputs.publish()
+    return outputs
+
+
+def test_shards_without_sizes_are_merged_and_no_stale_sizes_stay(out):
+    """A domain has sizes only if all of its shards have them."""
+    merged(out)
+    assert document_bytes(out / "Books_train").tolist() == [3, 3]
+    shutil.rmtree(out / "shards" / "train-00001-of-00002")
+    without_sizes(make_shard(out, 1, 2, [("Books", "train")]))
+    outputs = merged(out)
+    assert document_bytes(out / "Books_train") is None
+    assert document_bytes(out / "Web_train").tolist() == [3]
+    (note,) = describe_without_sizes(outputs)
+    assert "1 of 2 pairs (Books_train)" in note
+
+
+@pytest.mark.parametrize("content", [None, bytes(3), bytes([4, 0, 0, 0])])
+def test_lost_or_damaged_sizes_are_not_merged(out, content):
+    path = out / "shards" / "train-00001-of-00002" / "Web_train.bytes"
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"Web_train\.bytes"):
+        merged(out)
+
+
 # --- the journal
 
 
@@ -176,6 +223,23 @@ def test_a_journal_resumes(tmp_path):
         assert again.resumed
         assert again.outputs.blocks == 3
         assert again.outputs.by_key["Books", "train"].writer.num_tokens == 3
+
+
+def test_a_journal_without_sizes_resumes_without_them(tmp_path):
+    """Version 0.1 recorded none; sizes that a journal records must be there."""
+    journal = interrupted(tmp_path)
+    (tmp_path / ".partial-train" / "Books_train.bytes.tmp").unlink()
+    with pytest.raises(ConfigError, match=r"Books_train\.bytes\.tmp"):
+        workspace(tmp_path, resume=True)
+    content = json.loads(journal.read_text())
+    del content["sha256"], content["pairs"][0]["document_bytes"]
+    journal.write_text(json.dumps(sealed(content)))
+    with workspace(tmp_path, resume=True) as again:
+        again.outputs.add(encoded(("Books", "train"), ("Web", "train"), blocks=4))
+        again.outputs.publish()
+    assert document_bytes(tmp_path / "Books_train") is None
+    assert IndexedDataset(tmp_path / "Books_train").num_documents == 2
+    assert document_bytes(tmp_path / "Web_train").tolist() == [3]
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import zstandard
 
+from megatron_doremi.data.document_bytes import document_bytes
 from megatron_doremi.data.indexed_dataset import IndexedDataset
 from megatron_doremi.data.manifest import load_manifest
 from megatron_doremi.preprocessing.documents import DocumentReader, DomainKey
@@ -113,6 +114,7 @@ def check_pairs(folder, documents, tokenizer, end):
             assert tokenizer.decode(data.document(number)[: -len(end) or None]) == text
         assert domain.documents == len(texts)
         assert domain.tokens == data.num_tokens
+        assert document_bytes(domain.train).tolist() == [len(text.encode()) for text in texts]
         assert domain.bytes == sum(len(text.encode()) for text in texts)
 
 
@@ -179,7 +181,7 @@ def test_workers_do_not_change_a_byte(tmp_path, preprocess):
         done = preprocess(file, tmp_path / str(workers), "--append-eod", workers=workers)
         assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
-    assert len(contents(tmp_path / "1")) == 2 * len(DOMAINS) + 2
+    assert len(contents(tmp_path / "1")) == 3 * len(DOMAINS) + 2
 
 
 def test_blank_lines_crlf_and_a_missing_last_newline_are_accepted(tmp_path, preprocess, tokenizer):
@@ -236,7 +238,7 @@ def test_valid_split_extends_the_manifest(tmp_path, preprocess, tokenizer):
         assert (domain.valid is None) == (domain.name == "Books") == (not texts)
         if domain.valid:
             data = IndexedDataset(domain.valid)
-            assert data.num_documents == len(texts)
+            assert document_bytes(domain.valid).tolist() == [len(text.encode()) for text in texts]
             assert data.document(0).tolist() == [*tokenizer.encode(texts[0]).tolist(), tokenizer.eod]
 
 
