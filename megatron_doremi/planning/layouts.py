@@ -55,8 +55,8 @@ class Candidate:
         parallel = self.plan.config.parallel
         granularity = GRANULARITIES.index(parallel.recompute_granularity)
         micro_batch = self.plan.config.data.micro_batch_size
-        sizes = (self.split.pipe, parallel.zero_stage, -micro_batch)
-        return (self.split.tensor, round(self.arithmetic, 6), granularity, *sizes)
+        zero_stage = parallel.zero_stage
+        return (self.split.tensor, round(self.arithmetic, 6), self.split.pipe, zero_stage, granularity, -micro_batch)
 
 
 @dataclass(frozen=True)
@@ -191,12 +191,12 @@ def arithmetic(plan: RunPlan, alternating: bool) -> float:
 
 def _reason(chosen: Candidate, earlier: Sequence[Candidate]) -> str:
     """Why a candidate was not taken with less recomputation, a lower ZeRO stage or a larger micro-batch."""
-    own = chosen.plan.config
-    settings = [each.plan.config for each in earlier]
-    same = [each.parallel.recompute_granularity == own.parallel.recompute_granularity for each in settings]
+    own = chosen.plan.config.parallel
+    settings = [each.plan.config.parallel for each in earlier]
+    granularity = GRANULARITIES.index(own.recompute_granularity)
     for name, rejected in (
-        ("recomputation", [not is_same for is_same in same]),
-        ("ZeRO", [each.parallel.zero_stage < own.parallel.zero_stage for each in settings]),
+        ("recomputation", [GRANULARITIES.index(each.recompute_granularity) < granularity for each in settings]),
+        ("ZeRO", [each.zero_stage < own.zero_stage for each in settings]),
         ("micro-batch", [True] * len(earlier)),
     ):
         larger = [each for each, is_rejected in zip(earlier, rejected, strict=True) if is_rejected]
