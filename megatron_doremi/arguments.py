@@ -35,6 +35,8 @@ _METAVARS: dict[Any, str] = {
     "float": "X",
     "str": "DIR",
     "domains": "FILE",
+    "data_path": "WORD",
+    "split": "SHARES",
     "domain_weights": "MIXTURE",
     "reference_losses": "{online,DIR}",
 }
@@ -69,7 +71,7 @@ def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field[Any]) -> 
         group.add_argument(name, action="store_true", help=text)
         return
     if field.type == "tuple[str, ...]":
-        group.add_argument(name, nargs="+", metavar="NAME", help=text)
+        group.add_argument(name, nargs="+", metavar=_METAVARS.get(field.name, "NAME"), help=text)
         return
     choices = field.metadata["choices"]
     metavar = "{" + ",".join(map(str, choices)) + "}" if choices else _METAVARS.get(field.name, _METAVARS[field.type])

@@ -51,6 +51,14 @@ class DataConfig:
     domains: str = setting(
         "", "manifest of the domains: domains.json, or a Megatron-LM file 'weight prefix weight prefix ...'"
     )
+    data_path: tuple[str, ...] = setting(
+        (), "Megatron-LM's list on the command line, in place of --domains: weight prefix ..., or prefixes alone"
+    )
+    split: str = setting(
+        "",
+        "shares of train, valid and test in each pair of a list of prefixes, such as 969,30,1, by documents in order "
+        "as Megatron-LM splits them; default: all of each pair is for training",
+    )
     domain_weights: str = setting(
         "",
         "sampling weights of the domains: uniform, natural (by token count N), temperature:T (by N^(1/T)), unimax (as "
@@ -110,6 +118,22 @@ class DataConfig:
         phases=NO_EVALUATION,
         bounds=Bounds(0, (1 << 63) - 1),
     )
+
+    @property
+    def source(self) -> str:
+        """What names the data, for messages."""
+        return f"--domains {self.domains}" if self.domains else "--data-path"
+
+    @property
+    def split_shares(self) -> tuple[float, float, float] | None:
+        """--split as shares of train, valid and test; None without it. Raises ValueError if it is malformed."""
+        if not self.split:
+            return None
+        train, valid, test = ([float(word) for word in self.split.split(",")] + [0.0, 0.0])[:3]
+        shares = (train, valid, test)
+        if self.split.count(",") > 2 or train <= 0.0 or not all(0.0 <= share < 1e100 for share in shares):
+            raise ValueError(self.split)
+        return shares
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,14 @@ def _required(config: Config) -> list[Fault]:
             faults.append(Fault(flag_of(name), "not given", why, f"give {flag_of(name)}"))
 
     need("phase", data.phase, f"one of {', '.join(PHASES)}")
-    need("domains", data.domains, "a manifest of the domains")
+    need("domains", data.domains or data.data_path, "a manifest of the domains (or Megatron-LM's --data-path)")
+    if data.domains and data.data_path:
+        faults.append(Fault("--data-path", "given", "in place of --domains", "give one of the two"))
+    try:
+        _ = data.split_shares
+    except ValueError:
+        rule = "shares of train, valid and test: up to three numbers of 0 or more, the first above 0"
+        faults.append(Fault("--split", data.split, rule, "give for example 969,30,1"))
     if data.phase == EVALUATE:
         need("load", run.load, "an evaluation loads a trained run")
     elif data.phase == SCORE:

@@ -6,14 +6,14 @@ import hashlib
 import json
 from collections.abc import Sequence
 
-from megatron_doremi.data.indexed_dataset import IndexedDataset
+from megatron_doremi.data.token_stream import TokenStream
 
 # Blocks read from a .bin file, evenly spaced from the first to the last; smaller files are read in full.
 _BLOCKS = 32
 _BLOCK_BYTES = 1 << 14
 
 
-def sample_hash(dataset: IndexedDataset) -> str:
+def sample_hash(dataset: TokenStream) -> str:
     """SHA-256, in hex, of the token ids' dtype, their count, and sampled blocks of them.
 
     Reads at most 512 KiB of any file. Changes between the sampled blocks are not detected; `tools/inspect_data.py
@@ -30,7 +30,7 @@ def sample_hash(dataset: IndexedDataset) -> str:
     return digest.hexdigest()
 
 
-def content_hash(names: Sequence[str], datasets: Sequence[IndexedDataset | None]) -> str:
+def content_hash(names: Sequence[str], datasets: Sequence[TokenStream | None]) -> str:
     """SHA-256, in hex, of the domains' names and sampled content, in order. None stands for a domain without data."""
     samples = [None if dataset is None else sample_hash(dataset) for dataset in datasets]
     return hashlib.sha256(json.dumps([list(names), samples]).encode()).hexdigest()

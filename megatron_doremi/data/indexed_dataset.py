@@ -71,7 +71,7 @@ class IndexedDataset:
             vocab_size: ids have to be smaller; 0 accepts any. With a sharded vocabulary, an id outside of it would not
                 fail by itself: its embedding would be zero and its loss plausible.
         """
-        self.prefix, self.vocab_size = prefix, vocab_size
+        self.prefix, self.vocab_size, self.first_document = prefix, vocab_size, 0
         self._bin, self._idx = paths_of(prefix)
         try:
             self._open()

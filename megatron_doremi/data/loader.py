@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_doremi.data.blend import Blend, BlendState, GlobalBatch
-from megatron_doremi.data.indexed_dataset import IndexedDataset
 from megatron_doremi.data.reference_losses import ReferenceLosses
+from megatron_doremi.data.token_stream import TokenStream
 from megatron_doremi.parallel.topology import Topology
 
 
@@ -88,7 +88,7 @@ def rank_slice(batch: GlobalBatch, micro_batch_size: int, data_rank: int, data_s
 
 
 def read_windows(
-    datasets: Sequence[IndexedDataset | None],
+    datasets: Sequence[TokenStream | None],
     part: GlobalBatch,
     seq_length: int,
     reference_losses: ReferenceLosses | None = None,
@@ -126,7 +126,7 @@ class StepReader:
     """
 
     blend: Blend
-    datasets: Sequence[IndexedDataset]
+    datasets: Sequence[TokenStream]
     batch_shape: tuple[int, int]
     topology: Topology
     reference_losses: ReferenceLosses | None = None

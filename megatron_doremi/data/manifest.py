@@ -23,8 +23,9 @@ from pydantic_core import PydanticCustomError
 
 from megatron_doremi.console import warn
 from megatron_doremi.data.given_weights import did_you_mean, split_names
-from megatron_doremi.data.indexed_dataset import IndexedDataset
+from megatron_doremi.data.indexed_dataset import IndexedDataset, paths_of
 from megatron_doremi.data.prefix_list import ListedDomain, is_split_lists, pair_identity, read_split_lists, read_words
+from megatron_doremi.data.token_stream import DatasetPart, TokenStream, split_bounds
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any
 from megatron_doremi.storage.files import atomic_write_text, read_json_object
 from megatron_doremi.storage.formats import Count, Name, PathText, Positive, Schema, Sha256, check_entry, format_fault
@@ -114,6 +115,7 @@ class Manifest:
         given_weights: [k] weights as given in Megatron-LM's list, not normalized; None for a domains.json.
         warnings: legal content that is probably a mistake, one message each; the programs print them.
         excluded: names of domains that the user leaves out; `domains` does not hold them.
+        split: shares of train, valid and test in each pair of a list (--split); None: each pair is one of them.
     """
 
     domains: tuple[Domain, ...]
@@ -122,6 +124,7 @@ class Manifest:
     given_weights: tuple[float, ...] | None = None
     warnings: tuple[str, ...] = field(default=(), compare=False)
     excluded: tuple[str, ...] = ()
+    split: tuple[float, ...] | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -131,6 +134,25 @@ class Manifest:
         """[k] shares of the token counts, sum 1."""
         tokens = np.array([domain.tokens for domain in self.domains], dtype=np.float64)
         return tokens / tokens.sum()
+
+    def open_train(self, domain: Domain, vocab_size: int = 0) -> TokenStream:
+        """Opens a domain's training stream; see `IndexedDataset`, also for the ConfigError."""
+        return self._open(domain, domain.train, vocab_size, 0)
+
+    def open_held_out(self, domain: Domain, vocab_size: int = 0) -> TokenStream | None:
+        """Opens a domain's held-out stream, if it has one."""
+        return None if domain.valid is None else self._open(domain, domain.valid, vocab_size, 1)
+
+    def _open(self, domain: Domain, prefix: Path, vocab_size: int, part: int) -> TokenStream:
+        if not any(os.path.exists(path) for path in paths_of(prefix)):
+            place = "its folder" if self.tokenizer else "the working directory, or else to the list's folder"
+            rule = f"PREFIX.bin and PREFIX.idx; prefixes in {self.path} are relative to {place}"
+            remedy = "keep the manifest beside its data, or correct the prefix"
+            raise ConfigError(Fault(f"domain {domain.name!r} ({prefix})", "no such file", rule, remedy))
+        dataset = IndexedDataset(prefix, vocab_size)
+        if self.split is None:
+            return dataset
+        return DatasetPart(dataset, *split_bounds(self.split, dataset.num_sequences)[part])
 
     def without(self, names: Collection[str]) -> Manifest:
         """The manifest without some of its domains, the others in their order."""
@@ -148,10 +170,20 @@ class Manifest:
         return hashlib.sha256(json.dumps(entry).encode()).hexdigest()
 
 
-def load_manifest(path: Path) -> Manifest:
+def manifest_of_words(words: Sequence[str], split: tuple[float, ...] | None) -> Manifest:
+    """The domains of --data-path, Megatron-LM's list on the command line; `split`: see `load_manifest`."""
+    subject = "--data-path"
+    listed, warnings = read_words(Path(subject), " ".join(words), subject)
+    return _checked(_from_list(Path(subject), listed, warnings, split), subject)
+
+
+def load_manifest(path: Path, split: tuple[float, ...] | None = None) -> Manifest:
     """Reads a manifest: domains.json, or one of Megatron-LM's lists (prefix_list.py).
 
     A list names no tokenizer; its domains' sizes are read from the indexed data.
+
+    Args:
+        split: shares of train, valid and test in each pair; only for a list that has no held-out pairs.
 
     Raises:
         ConfigError: with all faults of the file. Two domains that share data are a fault.
@@ -162,8 +194,11 @@ def load_manifest(path: Path) -> Manifest:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(Fault(subject, str(error), "a readable manifest", "give --domains its path")) from error
     if text.lstrip()[:1] not in ("{", "["):
-        return _checked(_from_list(path, *read_words(path, text, subject)), subject)
+        return _checked(_from_list(path, *read_words(path, text, subject), split), subject)
     entry = read_json_object(path, subject)
+    if split is not None:
+        rule, remedy = "it names the held-out data itself; --split is for a list of prefixes", "leave --split out"
+        raise ConfigError(Fault("--split", f"has no effect on {path}", rule, remedy))
     if is_split_lists(entry):
         return _checked(_from_list(path, *read_split_lists(path, entry, subject)), subject)
     checked = check_entry(entry, subject, ManifestEntry, _REMEDY)
@@ -221,21 +256,28 @@ def tokenizer_info(entry: TokenizerEntry, folder: Path) -> TokenizerInfo:
     return TokenizerInfo(entry.type, folder / entry.file, entry.sha256, entry.vocab_size, entry.eod)
 
 
-def _from_list(path: Path, listed: Sequence[ListedDomain], warnings: Sequence[str]) -> Manifest:
+def _from_list(
+    path: Path,
+    listed: Sequence[ListedDomain],
+    warnings: Sequence[str],
+    split: tuple[float, ...] | None = None,
+) -> Manifest:
+    manifest = Manifest((), None, path, warnings=tuple(warnings), split=split)
     faults: list[Fault] = []
     domains: list[Domain] = []
     for domain in listed:
+        valid = domain.train if split is not None and split[1] else domain.valid
+        entry = Domain(domain.name, domain.train, valid, 0, 0, 0)
         try:
-            dataset = IndexedDataset(domain.train)
+            stream = manifest.open_train(entry)
         except ConfigError as error:
             faults += error.faults
             continue
-        size = dataset.num_tokens
-        bytes_of_ids = size * dataset.dtype.itemsize
-        domains.append(Domain(domain.name, dataset.prefix, domain.valid, size, dataset.num_documents, bytes_of_ids))
+        size = stream.num_tokens
+        domains.append(replace(entry, tokens=size, documents=stream.num_documents, bytes=size * stream.dtype.itemsize))
     raise_if_any(faults)
     weights = tuple(domain.weight for domain in listed if domain.weight is not None)
-    return Manifest(tuple(domains), None, path, weights or None, tuple(warnings))
+    return replace(manifest, domains=tuple(domains), given_weights=weights or None)
 
 
 def _checked(manifest: Manifest, subject: str) -> Manifest:
@@ -254,7 +296,7 @@ def _checked(manifest: Manifest, subject: str) -> Manifest:
                 value = f"{owner.name!r} and {domain.name!r} have the same {split} data, {prefix}"
                 faults.append(Fault(subject, value, "separate data for each domain", "give each prefix once"))
     for (split, identity), domain in owners.items():
-        trained = owners.get(("train", identity)) if split == "valid" else None
+        trained = owners.get(("train", identity)) if split == "valid" and manifest.split is None else None
         if trained is not None:
             warnings.append(
                 f"{subject}: the held-out data of {domain.name!r} is the training data of {trained.name!r}, "

@@ -1,9 +1,9 @@
 """Megatron-LM's lists of data sets, with Megatron-LM's semantics.
 
-`--data-args-path`: words 'weight prefix weight prefix ...', or prefixes alone. `--per-split-data-args-path`: a JSON
-object {"train": [...], "valid": [...], "test": [...]} whose values are lists of such words, or one string of them.
-Prefixes are relative to the working directory. Version 0.1 resolved them relative to the list's folder, which is still
-the fallback.
+`--data-path`, `--data-args-path`: words 'weight prefix weight prefix ...', or prefixes alone.
+`--per-split-data-args-path`: a JSON object {"train": [...], "valid": [...], "test": [...]} whose values are lists of
+such words, or one string of them. Prefixes are relative to the working directory. Version 0.1 resolved them relative to
+the list's folder, which is still the fallback.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class ListedDomain:
     """A domain of a list.
 
     Attributes:
-        train, valid: prefixes of the pairs on disk; of a missing pair, the prefix in the list's folder.
+        train, valid: prefixes of the pairs on disk; of a missing pair, the prefix as the list has it.
         weight: the sum over all occurrences of the prefix; None in a list without weights.
     """
 
@@ -178,7 +178,7 @@ def _located(word: str, folder: Path, subject: str, faults: list[Fault]) -> Path
     if len(existing) == 2 and pair_identity(in_working_directory) != pair_identity(in_folder):
         value = f"{word} is a pair in the working directory and a different pair in {folder}"
         faults.append(Fault(subject, value, "an unambiguous prefix", "give the absolute path"))
-    return existing[0] if existing else in_folder
+    return existing[0] if existing else in_working_directory
 
 
 def _merged(mentions: Sequence[_Mention]) -> list[_Mention]:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from megatron_doremi.checkpoint.run_config import read_run_config
 from megatron_doremi.config import Config
-from megatron_doremi.data.indexed_dataset import IndexedDataset
 from megatron_doremi.errors import ConfigError, Fault
 from megatron_doremi.mixture.static import resolve_weights
 from megatron_doremi.phases.selected_domains import select_domains
@@ -19,7 +18,7 @@ from megatron_doremi.settings import EVALUATE, NO_EVALUATION, PROXY, SCORE, UNIM
 def file_faults(config: Config) -> list[Fault]:
     """Faults of files, reported beside faults of settings: only those that depend on no other setting."""
     faults: list[Fault] = []
-    if config.data.domains:
+    if config.data.domains or config.data.data_path:
         faults += _data_faults(config)
     return faults + reference_faults(config)
 
@@ -42,12 +41,15 @@ def _data_faults(config: Config) -> list[Fault]:
         manifest, weights = select_domains(config, to_come, faults)
     except ConfigError as error:
         return list(error.faults)
+    except ValueError:
+        # --split is malformed, which validation.py reports.
+        return []
     weights_fault = bool(faults)
     vocab_size = manifest.tokenizer.vocab_size if manifest.tokenizer else config.data.vocab_size
     for domain in manifest.domains:
-        for prefix in (domain.train if config.data.phase in NO_EVALUATION else None, domain.valid):
-            if prefix is not None:
-                _collect(faults, partial(IndexedDataset, prefix, vocab_size))
+        if config.data.phase in NO_EVALUATION:
+            _collect(faults, partial(manifest.open_train, domain, vocab_size))
+        _collect(faults, partial(manifest.open_held_out, domain, vocab_size))
     setting = config.data.domain_weights
     # The budget of unimax depends on other settings.
     if weights is None and not weights_fault and setting not in ("", UNIMAX) and WEIGHTS not in to_come:

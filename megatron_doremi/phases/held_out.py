@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_doremi.data.blend import GlobalBatch, window_count
-from megatron_doremi.data.indexed_dataset import IndexedDataset
+from megatron_doremi.data.token_stream import TokenStream
 from megatron_doremi.phases.bootstrap import MAX_GROUPS, group_of
 
 
@@ -28,7 +28,7 @@ class HeldOut:
     """
 
     names: Sequence[str]
-    datasets: Sequence[IndexedDataset | None]
+    datasets: Sequence[TokenStream | None]
     text_bytes: Sequence[NDArray[np.uint32] | None]
     shares: NDArray[np.float64]
     seq_length: int

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,15 +12,17 @@ from megatron_doremi.config import Config
 from megatron_doremi.data.blend import too_short, window_count
 from megatron_doremi.data.content_hash import content_hash
 from megatron_doremi.data.document_bytes import document_bytes
-from megatron_doremi.data.indexed_dataset import IndexedDataset
 from megatron_doremi.data.manifest import Domain, Manifest
+from megatron_doremi.data.token_stream import TokenStream
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any
 from megatron_doremi.mixture.static import Budget, resolve_weights
 from megatron_doremi.phases.held_out import HeldOut
 from megatron_doremi.phases.selected_domains import sampling_setting, select_domains
 from megatron_doremi.phases.to_come import WEIGHTS
 from megatron_doremi.plan import run_tokens
-from megatron_doremi.settings import UNIMAX
+from megatron_doremi.settings import TRAINING, UNIMAX
+
+_HELD_OUT_REMEDY = "run tools/preprocess_data.py with --split valid, or give a list of prefixes and --split 969,30,1"
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class RunData:
     """
 
     manifest: Manifest
-    train: tuple[IndexedDataset, ...]
-    valid: tuple[IndexedDataset | None, ...]
+    train: tuple[TokenStream, ...]
+    valid: tuple[TokenStream | None, ...]
     valid_bytes: tuple[NDArray[np.uint32] | None, ...]
     vocab_size: int
     content: str
@@ -85,19 +86,19 @@ def open_data(
             Fault(
                 "--vocab-size",
                 "not given",
-                f"needed, because {config.data.domains} names no tokenizer",
+                f"needed, because {config.data.source} names no tokenizer",
                 "give it, or the domains.json that tools/preprocess_data.py writes",
             )
         )
     elif manifest.tokenizer and config.data.vocab_size:
         rule = f"the manifest's tokenizer has {vocab_size:,} ids; --vocab-size is for a list that names none"
         faults.append(Fault("--vocab-size", f"{config.data.vocab_size:,} has no effect", rule, "leave it out"))
-    train, valid = [], []
+    train, valid = list[TokenStream | None](), list[TokenStream | None]()
     warnings: list[str] = []
     seq_length = config.data.seq_length
     for domain in manifest.domains:
         if training:
-            dataset = _open(domain.name, domain.train, seq_length, vocab_size, faults)
+            dataset = _open_train(manifest, domain, seq_length, vocab_size, faults)
             if dataset is not None and dataset.num_tokens != domain.tokens:
                 faults.append(
                     Fault(
@@ -108,7 +109,7 @@ def open_data(
                     )
                 )
             train.append(dataset)
-        valid.append(_open_held_out(domain, seq_length, vocab_size, faults, warnings))
+        valid.append(_open_held_out(manifest, domain, seq_length, vocab_size, faults, warnings))
     weights = weights_by_name
     if weights is None and not weights_fault:
         setting = "uniform" if WEIGHTS in to_come else sampling_setting(config, manifest)
@@ -122,13 +123,15 @@ def open_data(
     if not training and not faults and not any(dataset is not None for dataset in valid):
         faults.append(
             Fault(
-                f"--domains {config.data.domains}",
+                config.data.source,
                 "no held-out text that fills a window" if warnings else "no held-out text",
                 "an evaluation reads the valid split",
-                "run tools/preprocess_data.py with --split valid",
+                _HELD_OUT_REMEDY,
             )
         )
-    valid_bytes = [None if each is None else _document_bytes(each.prefix, faults) for each in valid]
+    if config.data.phase in TRAINING and not any(domain.valid is not None for domain in manifest.domains):
+        warnings.append(f"{config.data.source}: no held-out text, so the run is not evaluated; {_HELD_OUT_REMEDY}")
+    valid_bytes = [None if each is None else _document_bytes(each, faults) for each in valid]
     raise_if_any(faults)
     assert weights is not None
     warnings += _without_bytes(manifest.names, valid, valid_bytes)
@@ -138,7 +141,7 @@ def open_data(
     return RunData(manifest, opened, tuple(valid), tuple(valid_bytes), vocab_size, *contents), weights
 
 
-def _budget(config: Config, train: Sequence[IndexedDataset | None], data_size: int) -> Budget | None:
+def _budget(config: Config, train: Sequence[TokenStream | None], data_size: int) -> Budget | None:
     """The budget of unimax; None if the flags give none, or if a stream is missing."""
     data = config.data
     if not train or not data.train_iters or not data.max_epochs_per_domain or any(each is None for each in train):
@@ -148,28 +151,30 @@ def _budget(config: Config, train: Sequence[IndexedDataset | None], data_size: i
     return Budget(run_tokens(config, data_size), domain_tokens, data.max_epochs_per_domain)
 
 
-def _open(name: str, prefix: Path, seq_length: int, vocab_size: int, faults: list[Fault]) -> IndexedDataset | None:
+def _open_train(
+    manifest: Manifest, domain: Domain, seq_length: int, vocab_size: int, faults: list[Fault]
+) -> TokenStream | None:
     try:
-        dataset = IndexedDataset(prefix, vocab_size)
+        dataset = manifest.open_train(domain, vocab_size)
     except ConfigError as error:
         faults += error.faults
         return None
-    short = too_short(name, prefix, dataset.num_tokens, seq_length)
+    short = too_short(domain.name, domain.train, dataset.num_tokens, seq_length)
     if short is not None:
         faults.append(short)
     return dataset
 
 
 def _open_held_out(
-    domain: Domain, seq_length: int, vocab_size: int, faults: list[Fault], warnings: list[str]
-) -> IndexedDataset | None:
+    manifest: Manifest, domain: Domain, seq_length: int, vocab_size: int, faults: list[Fault], warnings: list[str]
+) -> TokenStream | None:
     """A domain's held-out stream; None, with a warning, if it does not fill one window, which never blocks a run."""
-    if domain.valid is None:
-        return None
     try:
-        dataset = IndexedDataset(domain.valid, vocab_size)
+        dataset = manifest.open_held_out(domain, vocab_size)
     except ConfigError as error:
         faults += error.faults
+        return None
+    if dataset is None:
         return None
     short = too_short(domain.name, domain.valid, dataset.num_tokens, seq_length)
     if short is None:
@@ -178,16 +183,18 @@ def _open_held_out(
     return None
 
 
-def _document_bytes(prefix: Path, faults: list[Fault]) -> NDArray[np.uint32] | None:
+def _document_bytes(stream: TokenStream, faults: list[Fault]) -> NDArray[np.uint32] | None:
     try:
-        return document_bytes(prefix)
+        sizes = document_bytes(stream.prefix)
+        first = stream.first_document
+        return None if sizes is None else sizes[first : first + stream.num_documents]
     except ConfigError as error:
         faults += error.faults
         return None
 
 
 def _without_bytes(
-    names: Sequence[str], valid: Sequence[IndexedDataset | None], sizes: Sequence[NDArray[np.uint32] | None]
+    names: Sequence[str], valid: Sequence[TokenStream | None], sizes: Sequence[NDArray[np.uint32] | None]
 ) -> list[str]:
     """A warning that names the held-out streams whose documents' bytes are unknown; empty if there are none."""
     lacking = [n for n, dataset, size in zip(names, valid, sizes, strict=True) if dataset is not None and size is None]

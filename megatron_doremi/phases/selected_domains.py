@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_doremi.config import Config
-from megatron_doremi.data.manifest import Manifest, exclude_domains, load_manifest
+from megatron_doremi.data.manifest import Manifest, exclude_domains, load_manifest, manifest_of_words
 from megatron_doremi.errors import ConfigError, Fault
 from megatron_doremi.mixture.static import names_domains, resolve_weights
 from megatron_doremi.phases.to_come import WEIGHTS
@@ -42,8 +42,13 @@ def select_domains(
     Raises:
         ConfigError: the manifest is faulty, or --exclude-domains names other domains.
     """
-    manifest = load_manifest(Path(config.data.domains))
-    manifest = exclude_domains(manifest, config.data.exclude_domains)
+    data = config.data
+    manifest = (
+        load_manifest(Path(data.domains), data.split_shares)
+        if data.domains
+        else manifest_of_words(data.data_path, data.split_shares)
+    )
+    manifest = exclude_domains(manifest, data.exclude_domains)
     setting = config.data.domain_weights
     if config.data.phase not in NO_EVALUATION or WEIGHTS in to_come or not names_domains(setting):
         return manifest, None
