@@ -43,7 +43,7 @@ def test_the_whole_of_doremi_on_ones_own_files(corpus, tmp_path):
     arguments = (corpus / "train.jsonl", corpus / "valid.jsonl")
     done = quickstart(out, *arguments, **small)
     assert done.returncode == 0, done.stderr[-3000:]
-    for word in ("learned", "boilerplate", "uniform mean", "One run of each cannot tell", "planted domain noise"):
+    for word in ("learned", "boilerplate", "uniform mean", "One run of each cannot tell", "Planted domain noise"):
         assert word in done.stdout
     names = set(json.loads((out / "proxy" / "domain_weights.json").read_text())["weights"])
     assert len(names) == 8

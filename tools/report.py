@@ -28,6 +28,7 @@ from megatron_doremi.data.manifest import load_manifest
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any, run_or_exit
 from megatron_doremi.reporting.charts.render import png
 from megatron_doremi.reporting.comparison import compare, list_runs
+from megatron_doremi.reporting.console import console_text
 from megatron_doremi.reporting.groups import PROXY, REFERENCE, Group
 from megatron_doremi.reporting.runs import Run, read_all, read_run, read_runs
 from megatron_doremi.reporting.sections import Report, make_report, unique_labels
@@ -56,8 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         faults += error.faults
     raise_if_any(faults)
     study = compare(groups, tokens) if named else list_runs(groups, tokens)
+    print(console_text(study), flush=True)
     report = make_report(study, __version__)
-    print(report.console)
     write_report(report, folder)
     print(f"\nwrote {folder / 'report.html'}, results.json and {len(report.charts)} PNG files in the same folder")
     return 0

@@ -10,8 +10,8 @@ from megatron_doremi.reporting.tables import Table, excerpt, fitted, format_text
 from megatron_doremi.reporting.verdict import findings, verdict
 
 WIDTH = 120
-LINES = 38
-_ROWS = 12
+LINES = 37
+_ROWS = 10
 
 
 def console_text(study: Study) -> str:
@@ -26,7 +26,7 @@ def console_text(study: Study) -> str:
     for table in tables:
         shown, dropped = fitted(excerpt(table, _ROWS), WIDTH)
         if dropped:
-            lines.append(f"({dropped} more columns in report.html)")
+            lines.append(f"({dropped} more column{'s' if dropped > 1 else ''} in report.html)")
         lines = [*_wrapped(shown.caption, ""), *format_text(shown).split("\n")[1:], *lines]
     if study.comparisons and any(len(comparison.pairing.pairs) > 1 for comparison in study.comparisons):
         shown, _ = fitted(excerpt(difference_table(study), 9), WIDTH)

@@ -18,7 +18,7 @@
     try {
       // "ast" interprets expressions: the page's policy forbids generated code.
       await vegaEmbed(place, spec, {
-        ast: true, actions: false, renderer: "svg", defaultStyle: false, tooltip: { disableDefaultStyle: true },
+        ast: true, actions: false, logLevel: 1, renderer: "svg", defaultStyle: false, tooltip: { disableDefaultStyle: true },
       });
       figure.classList.add("drawn");
     } catch (error) {

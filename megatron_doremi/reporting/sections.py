@@ -1,4 +1,4 @@
-"""Builds a report from a study: console text, HTML, pictures, and results as data.
+"""Builds a report from a study: HTML, charts, and results as data.
 
 Nothing is read or written here; tools/report.py does both.
 """
@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_doremi.reporting.charts.chart import Chart
+from megatron_doremi.reporting.charts.curves import curves
 from megatron_doremi.reporting.charts.held_out import held_out_charts
 from megatron_doremi.reporting.charts.mixture import mixture_charts
-from megatron_doremi.reporting.charts.training import training_charts
 from megatron_doremi.reporting.comparison import Study, comparison_as_data
-from megatron_doremi.reporting.console import console_text
 from megatron_doremi.reporting.evaluations import HeldOut
 from megatron_doremi.reporting.html import Section, page
 from megatron_doremi.reporting.mixture import last_weights, learned_weights
@@ -43,6 +42,7 @@ CONFIG_KEYS = (
     *("reference_load", "reference_losses", "lr", "min_lr", "lr_decay_style", "weight_decay", "clip_grad", "bf16"),
     *("world_size", "tensor_model_parallel_size", "pipeline_model_parallel_size", "zero_stage"),
 )
+CONTENT = "data_content"
 # Charts of further proxies and of whole trajectories are folded, so that a report of many seeds stays short.
 _FIRST_PROXY = "_1"
 
@@ -52,13 +52,11 @@ class Report:
     """A finished report.
 
     Attributes:
-        console: the text to print.
         html: contents of report.html.
-        charts: the charts of the page, to be drawn as pictures.
+        charts: the charts of the page that are not folded, to be drawn as pictures.
         results: contents of results.json.
     """
 
-    console: str
     html: str
     charts: tuple[Chart, ...]
     results: dict[str, Any]
@@ -71,7 +69,7 @@ def make_report(study: Study, version: str) -> Report:
         version: of this program, for the footer.
     """
     sections = make_sections(study)
-    charts = tuple(chart for section in sections for chart in (*section.charts, *section.more))
+    charts = tuple(chart for section in sections for chart in section.charts)
     if study.subject is None:
         title = f"Training report: {_listed([group.name for group in study.groups])}"
     else:
@@ -87,7 +85,7 @@ def make_report(study: Study, version: str) -> Report:
         "groups": {group.name: [group.label(run) for run in group.runs] for group in study.groups},
         "runs": {label: run_as_data(run) for label, run in study.runs.items()},
     }
-    return Report(console_text(study), html, charts, plain_numbers(results))
+    return Report(html, charts, plain_numbers(results))
 
 
 def make_sections(study: Study) -> list[Section]:
@@ -114,7 +112,7 @@ def make_sections(study: Study) -> list[Section]:
             charts=open_charts,
             more=[chart for chart in mixture.values() if chart not in open_charts],
         ),
-        Section("Training loss", charts=training_charts(study)),
+        Section("Loss over the steps", charts=curves(study)),
         Section("Cost", tables=[cost_table(study)]),
         _provenance_section(study.runs),
     ]
@@ -122,35 +120,34 @@ def make_sections(study: Study) -> list[Section]:
 
 
 def _provenance_section(runs: Mapping[str, Run]) -> Section:
-    values = [provenance_table(runs)]
-    for label, run in runs.items():
-        if run.weights_provenance:
-            rows = tuple((key, _shown(value)) for key, value in flatten(run.weights_provenance).items())
-            title = f"domain_weights.json of {label}"
-            values.append(Table(title, (Column(title), Column("value")), rows))
-    folded = [(f"Full configuration of {label}", flatten(run.config)) for label, run in runs.items()]
+    folded = [(f"Full configuration of {label}", _settings(run)) for label, run in runs.items()]
     note = "Fingerprints of data and tokenizer, versions and settings; a value that all runs share stands once."
-    return Section("Provenance", note, values=values, folded=folded)
+    return Section("Provenance", note, values=[provenance_table(runs)], folded=folded)
 
 
 def provenance_table(runs: Mapping[str, Run]) -> Table:
     """The runs' important configuration values and those in which they differ: a row for each distinct value."""
-    flat = {label: {"folder": str(run.path), **flatten(run.config)} for label, run in runs.items()}
-    keys = dict.fromkeys(key for values in flat.values() for key in values)
-    # The identity repeats the settings.
-    plain = [key for key in keys if not key.startswith("identity.") or _leaf(key) == "data_content"]
+    flat = {label: {"folder": str(run.path), **_settings(run)} for label, run in runs.items()}
+    for label, run in runs.items():
+        recorded = flatten(run.weights_provenance)
+        flat[label] |= {f"domain_weights.json: {key}": value for key, value in recorded.items()}
+    plain = dict.fromkeys(key for values in flat.values() for key in values)
     rows: list[Row] = []
     for key in plain:
         by_value: dict[str, list[str]] = {}
         for label, values in flat.items():
             by_value.setdefault(_shown(values.get(key)), []).append(label)
-        if len(by_value) == 1 and not _matters(key):
-            continue
-        if key.startswith("sampling_weights."):
+        if key.startswith("sampling_weights.") or (len(by_value) == 1 and not _matters(key)):
             continue
         for value, labels in by_value.items():
             rows.append((key, "all runs" if len(by_value) == 1 else _listed(labels), value))
     return Table("provenance", (Column("setting"), Column("runs"), Column("value")), tuple(rows))
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    """config.json without its groups; the identity repeats other values, except for the content of the data."""
+    values = flatten(run.config)
+    return {key: value for key, value in values.items() if not key.startswith("identity.") or _leaf(key) == CONTENT}
 
 
 def _leaf(key: str) -> str:

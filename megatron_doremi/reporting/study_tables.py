@@ -10,7 +10,7 @@ import numpy as np
 
 from megatron_doremi.reporting.comparison import TOKEN_MEAN, UNIFORM_MEAN, WORST, RivalComparison, Study
 from megatron_doremi.reporting.evaluations import HeldOut
-from megatron_doremi.reporting.groups import Group
+from megatron_doremi.reporting.groups import Group, same_weights
 from megatron_doremi.reporting.mixture import (
     epochs,
     last_weights,
@@ -46,7 +46,8 @@ def difference_table(study: Study) -> Table:
             paired = contrast.paired
             rows.append(
                 (
-                    f"{name} against {comparison.pairing.rival}",
+                    comparison.pairing.rival,
+                    name,
                     fmean(contrast.subject),
                     fmean(contrast.rival),
                     paired.mean,
@@ -57,6 +58,7 @@ def difference_table(study: Study) -> Table:
                 )
             )
     columns = (
+        Column("against"),
         Column("figure"),
         Column(study.subject or "", format_loss),
         Column("rival", format_loss),
@@ -86,7 +88,9 @@ def held_out_table(study: Study) -> Table:
     if learned:
         columns.append(Column("learned", format_weight))
         _append(rows, [_mean(mean_by_domain(learned, name)) for name in study.names])
+    places: dict[str, int] = {}
     for group in study.compared:
+        places[group.name] = len(columns)
         columns.append(Column(_column_name(study, group), format_loss))
         _append(rows, [_mean(_losses(figures[group.name], name)) for name in study.names])
         if len(group.runs) == 1 and figures[group.name] and figures[group.name][0].intervals:
@@ -95,13 +99,17 @@ def held_out_table(study: Study) -> Table:
             _append(rows, [_plain_interval(intervals.get(name)) for name in study.names])
     before = len(columns)
     for comparison in study.comparisons:
-        columns += [Column(f"vs {comparison.pairing.rival}", format_difference, signed=True), Column("95 % interval")]
+        places[f"vs {comparison.pairing.rival}"] = len(columns)
+        columns.append(Column(f"vs {comparison.pairing.rival}", format_difference, signed=True))
         paired = {name: each.paired for name, each in comparison.domains.items()}
         _append(rows, [paired[name].mean if name in paired else None for name in study.names])
-        _append(rows, [format_interval(paired[name].interval) if name in paired else "" for name in study.names])
+        if len(comparison.pairing.pairs) > 1:
+            columns.append(Column("95 % interval"))
+            _append(rows, [format_interval(paired[name].interval) if name in paired else "" for name in study.names])
     if study.comparisons:
         rows.sort(key=lambda row: (row[before] is None, row[before] or 0.0))
-    summary = [_summary_row(study, figures, name, columns) for name in (WORST, UNIFORM_MEAN, TOKEN_MEAN)]
+    width = len(columns)
+    summary = [_summary_row(study, figures, name, places, width) for name in (WORST, UNIFORM_MEAN, TOKEN_MEAN)]
     step = _common_step(study)
     at = f" at step {step:,}" if step is not None else ""
     caption = f"Held-out loss in {study.unit.value}{at}; {LOWER_IS_BETTER}."
@@ -114,19 +122,19 @@ def held_out_table(study: Study) -> Table:
     )
 
 
-def _summary_row(study: Study, figures: Mapping[str, Sequence[HeldOut]], name: str, columns: Sequence[Column]) -> Row:
-    cells: dict[str, Value] = {}
+def _summary_row(
+    study: Study, figures: Mapping[str, Sequence[HeldOut]], name: str, places: Mapping[str, int], width: int
+) -> Row:
+    """A row of `width` cells; `places` gives the column of each group's loss and of each difference ("vs RIVAL")."""
+    row: list[Value] = [name, *[""] * (width - 1)]
     for group in study.compared:
-        cells[_column_name(study, group)] = _mean(
-            [value for each in figures[group.name] if (value := _figure(each, name))]
-        )
-    row: list[Value] = [name, *(cells.get(column.name, "") for column in columns[1:])]
-    for number, comparison in enumerate(study.comparisons):
-        contrast = comparison.summary.get(name)
-        place = len(columns) - 2 * (len(study.comparisons) - number)
-        row[place : place + 2] = (
-            [None, ""] if contrast is None else [contrast.paired.mean, format_interval(contrast.paired.interval)]
-        )
+        row[places[group.name]] = _mean([v for each in figures[group.name] if (v := _figure(each, name)) is not None])
+    for comparison in study.comparisons:
+        contrast, place = comparison.summary.get(name), places[f"vs {comparison.pairing.rival}"]
+        if contrast is not None:
+            row[place] = contrast.paired.mean
+            if contrast.paired.interval is not None:
+                row[place + 1] = format_interval(contrast.paired.interval)
     return tuple(row)
 
 
@@ -195,11 +203,13 @@ def weights_table(study: Study) -> Table | None:
         columns += [Column("training tokens", format_count), Column("natural", format_weight)]
         _append(rows, [float(study.domain_tokens.get(name, 0)) for name in study.names])
         _append(rows, [natural.get(name) for name in study.names])
+    by_name_mean: dict[str, float] = {}
     if learned:
+        by_name_mean = _mean_mixture(learned, study.names)
         by_name = {name: mean_by_domain(learned, name) for name in study.names}
         last = [last_weights(run) for run in study.proxies.values()]
         columns.append(Column("learned", format_weight))
-        _append(rows, [_mean(by_name[name]) for name in study.names])
+        _append(rows, [by_name_mean.get(name) for name in study.names])
         if len(learned) > 1:
             columns += [Column("lowest", format_weight), Column("highest", format_weight)]
             _append(rows, [min(by_name[name], default=None) for name in study.names])
@@ -209,7 +219,8 @@ def weights_table(study: Study) -> Table | None:
     for group in study.compared if study.subject is not None else ():
         sampling = [run.sampling_weights for run in group.runs if run.sampling_weights is not None]
         passes = [each for run in group.runs if (each := epochs(run, study.domain_tokens))]
-        if sampling:
+        known = [natural, by_name_mean, dict.fromkeys(study.names, 1.0)]
+        if sampling and not any(same_weights(_mean_mixture(sampling, study.names), each) for each in known):
             columns.append(Column(f"{group.name} samples", format_weight))
             _append(rows, [_mean(mean_by_domain(sampling, name)) for name in study.names])
         if passes:
@@ -258,14 +269,16 @@ def cost_table(study: Study) -> Table:
             costs.append((trained_tokens(run), training_seconds(run)))
             tokens, seconds = costs[-1]
             speed = tokens / seconds if tokens is not None and seconds else None
-            rows.append((group.label(run), run.phase, _seed(run), float(run.last_step), tokens, seconds, speed))
+            processes, steps = _processes(run), float(run.last_step)
+            rows.append((group.label(run), run.phase, _seed(run), processes, steps, tokens, seconds, speed))
         if len(group.runs) > 1:
             sums = [_sum([cost[place] for cost in costs]) for place in (0, 1)]
-            summary.append((f"{group.name}, {len(group.runs)} runs", "", "", "", *sums, ""))
+            summary.append((f"{group.name}, {len(group.runs)} runs", "", "", "", "", *sums, ""))
     columns = (
         Column("run"),
         Column("phase"),
         Column("seed"),
+        Column("processes", format_count),
         Column("steps", format_count),
         Column("tokens", format_count),
         Column("time", format_seconds),
@@ -273,6 +286,13 @@ def cost_table(study: Study) -> Table:
     )
     caption = "Training cost; time without evaluations and checkpoints."
     return Table("cost", columns, tuple(rows), tuple(summary), caption)
+
+
+def _processes(run: Run) -> float | None:
+    """The processes of a run's layout; None if config.json does not record it."""
+    layout = run.config.get("topology")
+    sizes = list(layout.values()) if isinstance(layout, dict) else []
+    return float(math.prod(sizes)) if sizes and all(isinstance(size, int) for size in sizes) else None
 
 
 def training_seconds(run: Run) -> float | None:
@@ -325,6 +345,11 @@ def _steps(groups: Sequence[Group]) -> str:
 
 def _plain_interval(interval: tuple[float, float] | None) -> str:
     return "" if interval is None else f"[{format_loss(interval[0])}, {format_loss(interval[1])}]"
+
+
+def _mean_mixture(mixtures: Sequence[Mapping[str, float]], names: Sequence[str]) -> dict[str, float]:
+    """The mean of each domain's weight over the mixtures that have it."""
+    return {name: fmean(values) for name in names if (values := mean_by_domain(mixtures, name))}
 
 
 def _append(rows: Sequence[list[Value]], values: Sequence[Value]) -> None:

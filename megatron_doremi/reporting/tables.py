@@ -92,8 +92,8 @@ def format_count(value: float) -> str:
 
 
 def format_epochs(value: float) -> str:
-    """Formats a number of epochs."""
-    return f"{value:,.2f}"
+    """Formats a number of epochs or a ratio: two decimals, or two significant digits below 0.1."""
+    return f"{value:,.2f}" if value >= 0.1 or value == 0.0 else f"{value:.2g}"
 
 
 def format_interval(interval: tuple[float, float] | None) -> str:

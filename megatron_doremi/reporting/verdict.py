@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
 
 from megatron_doremi.reporting.comparison import UNIFORM_MEAN, WORST, Contrast, RivalComparison, Study
-from megatron_doremi.reporting.mixture import last_weights, learned_weights
+from megatron_doremi.reporting.mixture import last_weights, learned_weights, mean_by_domain
 from megatron_doremi.reporting.tables import format_difference, format_interval, format_weight
 
 # Two planted domains of the embedded corpus need little weight: one cannot be learned, the other is learned at once.
@@ -16,8 +17,10 @@ _LISTED = 5
 def verdict(study: Study) -> str:
     """Returns one sentence on worst domain and mean against every rival."""
     if not study.comparisons:
+        if study.subject is None and len(study.runs) == 1:
+            return "One run is shown, and nothing is compared; --group NAME=DIR... compares groups of runs."
         if study.subject is None:
-            return "The runs are shown side by side and not compared; --group NAME=DIR compares groups of runs."
+            return "The runs are shown side by side and not compared; --group NAME=DIR... compares groups of runs."
         return f"Nothing is compared with {study.subject}: --group NAME=DIR adds a rival."
     clauses = [_clause(comparison) for comparison in study.comparisons]
     if all(comparison.pairing.decisive for comparison in study.comparisons):
@@ -103,12 +106,12 @@ def _domain_sentences(comparison: RivalComparison) -> list[str]:
         return []
     if len(pairing.pairs) == 1:
         signs = {n: (each.paired.mean > 0) - (each.paired.mean < 0) for n, each in domains.items()}
-        end = "in this one pair"
+        words, end = ("lower", "higher"), "in this one pair"
     else:
-        signs = comparison.visible
+        signs, words = comparison.visible, ("better", "worse")
         end = f"beyond the noise of seeds; chance alone would show about {0.05 * len(domains):.2g}"
     parts = []
-    for sign, word in ((-1, "better"), (1, "worse")):
+    for sign, word in zip((-1, 1), words, strict=True):
         names = sorted((n for n, s in signs.items() if s == sign), key=lambda n: -abs(domains[n].paired.mean))
         values = [f"{name} {format_difference(domains[name].paired.mean)}" for name in names]
         listed = f" ({_shortened(values)})" if values else ""
@@ -118,17 +121,20 @@ def _domain_sentences(comparison: RivalComparison) -> list[str]:
 
 def _planted_sentences(study: Study) -> list[str]:
     """Whether each planted domain lost or gained weight relative to 1/k, with numbers."""
+    runs = list(study.proxies.values())
+    means, lasts = [learned_weights(run) for run in runs], [last_weights(run) for run in runs]
     sentences = []
-    for label, run in study.proxies.items():
-        mean, last = learned_weights(run), last_weights(run)
-        uniform = 1.0 / len(mean)
-        for name in PLANTED:
-            if name in mean:
-                sentences.append(
-                    f"{label}: planted domain {name} {_moved(mean[name], uniform)} in the mean over all steps "
-                    f"({format_weight(mean[name])}) and {_moved(last[name], uniform)} at the end "
-                    f"({format_weight(last[name])}), against uniform 1/{len(mean)} = {format_weight(uniform)}."
-                )
+    for name in PLANTED:
+        known = mean_by_domain(means, name)
+        if known:
+            uniform = 1.0 / len(means[0])
+            mean, last = fmean(known), fmean(mean_by_domain(lasts, name))
+            over = f", the mean of {len(known)} proxies" if len(known) > 1 else ""
+            sentences.append(
+                f"Planted domain {name} {_moved(mean, uniform)} in the mean over all steps ({format_weight(mean)}) and "
+                f"{_moved(last, uniform)} at the end ({format_weight(last)}){over}, against uniform "
+                f"1/{len(means[0])} = {format_weight(uniform)}."
+            )
     return sentences
 
 

@@ -5,33 +5,20 @@ Run alone: python -m pytest tests/reporting/test_report_robust.py
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from megatron_doremi.errors import ConfigError
-from megatron_doremi.reporting.comparison import compare
+from megatron_doremi.reporting.comparison import compare, list_runs
+from megatron_doremi.reporting.console import console_text
 from megatron_doremi.reporting.differences import differences, similar_names_note
 from megatron_doremi.reporting.groups import Group
 from megatron_doremi.reporting.runs import read_run, read_runs
 from megatron_doremi.reporting.sections import unique_labels
 from megatron_doremi.reporting.verdict import verdict
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "report.py"
 NAMES = ("code", "noise", "boilerplate")
-
-
-@pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("report_tool_robust", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def config(**changes):
@@ -86,14 +73,18 @@ def test_every_difference_between_compared_runs_is_reported(write_run):
     )
 
 
-def test_a_report_on_several_runs_lists_the_differences_too(tool, write_run, tmp_path, capsys):
+def shown(*folders):
+    """What the console says of runs side by side, in one line."""
+    runs = [run for folder in folders for run in read_runs(folder)]
+    return " ".join(console_text(list_runs([Group(run.path.name, (run,)) for run in runs])).split())
+
+
+def test_a_report_on_several_runs_lists_the_differences_too(write_run):
     paths = [write_run(name, [evaluated(2, losses=(x, x, x))], config=config()) for name, x in (("a", 1.0), ("b", 2.0))]
     longer = {"data": {"seq_length": 128}, "optimizer": {"bf16": True}}
-    paths.append(write_run("c", [evaluated(2)], config=config(settings=longer)))
-    assert tool.main([*map(str, paths), f"--output-dir={tmp_path / 'out'}"]) == 0
-    printed = capsys.readouterr().out
-    assert "The runs differ in sequence length: a 64, b 64, c 128. Their held-out losses cannot be compared." in printed
-    assert "The runs differ in bfloat16: a False, b False, c True." in printed
+    said = shown(*paths, write_run("c", [evaluated(2)], config=config(settings=longer)))
+    assert "The runs differ in sequence length: a 64, b 64, c 128. Their held-out losses cannot be compared." in said
+    assert "The runs differ in bfloat16: a False, b False, c True." in said
 
 
 def test_what_an_older_run_did_not_record_is_no_difference(write_run):
@@ -117,7 +108,7 @@ def test_similar_names_are_reported():
     assert unique_labels(["Run", "run"]) == ["Run", "run-2"]
 
 
-def test_evaluations_of_several_runs(write_run, tool, tmp_path, capsys):
+def test_evaluations_of_several_runs(write_run):
     """A run's own after training counts before what training wrote; others stand beside it; torn lines are left out."""
     path = write_run("r", [evaluated(2), {"iteration": 2, "loss": 3.0}], config=config())
     lines = evaluation_line(path, 2, True, eval=dict.fromkeys(NAMES, 1.5)) + '{"torn\n'
@@ -127,19 +118,17 @@ def test_evaluations_of_several_runs(write_run, tool, tmp_path, capsys):
     assert [each.nats.uniform_mean for each in own.evaluations] == [1.5]
     assert (str(other.path), [each.iteration for each in other.evaluations]) == ("/other/x", [4, 8])
     assert read_run(path).path == path
-    assert tool.main([str(path), f"--output-dir={tmp_path / 'out'}"]) == 0
-    assert "x @8" in capsys.readouterr().out
+    assert "x @8" in shown(path)
 
 
-def test_a_folder_of_evaluations_alone(tmp_path, tool, capsys):
+def test_a_folder_of_evaluations_alone(tmp_path):
     (tmp_path / "evaluations.jsonl").write_text(evaluation_line("/a/x", 4, False))
     assert read_run(tmp_path).evaluations[0].windows == dict.fromkeys(NAMES, 5)
     with (tmp_path / "evaluations.jsonl").open("a") as file:
         file.write(evaluation_line("/b/y", 6, False, seq_length=32))
     with pytest.raises(ConfigError, match="must be of one run"):
         read_run(tmp_path)
-    assert tool.main([str(tmp_path)]) == 0
-    assert "The runs differ in sequence length: x 64, y 32." in capsys.readouterr().out
+    assert "The runs differ in sequence length: x 64, y 32." in shown(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -200,22 +189,3 @@ def test_invalid_weights_are_one_message(weights, write_run, rows):
     path = write_run("p", [rows[0](1, {"a": 0.5, "b": 0.5})], "proxy", weights=weights)
     with pytest.raises(ConfigError, match=r"domain_weights\.json"):
         read_run(path)
-
-
-def test_numbers_at_their_edges_are_reported(write_run, rows, tmp_path):
-    """All weights 0, an evaluation all NaN, a name with a lone surrogate, names that differ by case."""
-    proxy_row, evaluation_row = rows
-    nan, odd = float("nan"), "\ud800 $x"
-    names = [odd, "Code", "code"]
-    lines = [proxy_row(n, dict.fromkeys(names, 0.0)) for n in (1, 2, 3)]
-    lines += [{**evaluation_row(n, dict.fromkeys(names, nan), 1.0), "eval_token_mean": nan} for n in (1, 2)]
-    path = write_run("p", lines, "proxy")
-    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    other = write_run("Q", [evaluation_row(n, {"Code": 1.0, "code": float("inf")}, 1.0) for n in (1, 2)])
-    command = [sys.executable, str(TOOL), str(path), str(other), f"--output-dir={tmp_path / 'out'}"]
-    console = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run(command, env=console, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
-    assert "Domain names that differ only by case or spaces: 'Code', 'code'." in done.stdout
-    json.loads((tmp_path / "out" / "results.json").read_text())

@@ -19,6 +19,7 @@ from types import ModuleType
 
 import pytest
 
+from megatron_doremi.console import escape_unencodable_characters
 from megatron_doremi.errors import ConfigError
 from megatron_doremi.reporting.sections import plain_numbers, unique_labels
 
@@ -72,7 +73,7 @@ def test_comparison_writes_everything(output):
     printed, folder = output
     assert re.search(r"code +0\.6000 +0\.7000 +2\.500 +2\.750 +-0\.250", printed)
     assert "One run of each cannot tell: main against baseline is +0.250 in the worst domain and 0.000" in printed
-    assert "proxy: planted domain noise lost weight in the mean over all steps (0.1400)" in printed
+    assert "Planted domain noise lost weight in the mean over all steps (0.1400)" in printed
     written = {path.name: path for path in folder.iterdir()}
     charts = {"differences", "domain_weights", "domains_1", "held_out_loss", "held_out_over_time", "entropy"}
     charts |= {"weights_1", "excess_1", "training_loss", "training_loss_by_domain"}
@@ -97,7 +98,7 @@ def test_comparison_writes_everything(output):
     assert set(json.loads(page.scripts[0])) == charts
     encoded = next(each for each in page.references if each.startswith("data:")).split(",")[1]
     rows = list(csv.reader(io.StringIO(base64.b64decode(encoded).decode())))
-    assert rows[1][:4] == ["worst domain against baseline", "5.75", "5.5", "0.25"]
+    assert rows[1][:5] == ["baseline", "worst domain", "5.75", "5.5", "0.25"]
 
 
 def test_whatever_comes_from_files_is_escaped(tool, write_run, rows, tmp_path, capsys):
@@ -113,6 +114,22 @@ def test_whatever_comes_from_files_is_escaped(tool, write_run, rows, tmp_path, c
     assert "b" not in page.tags
     assert page.tags.count("script") == 2
     assert any(row[0] == ODD for row in json.loads(page.scripts[0])["held_out_loss"]["values"])
+
+
+def test_numbers_at_their_edges_are_reported(tool, write_run, rows, tmp_path, capsys):
+    """All weights 0, an evaluation all NaN, a name with a lone surrogate, names that differ by case."""
+    proxy_row, evaluation_row = rows
+    nan, odd = float("nan"), "\ud800 $x"
+    names = [odd, "Code", "code"]
+    lines = [proxy_row(n, dict.fromkeys(names, 0.0)) for n in (1, 2, 3)]
+    lines += [{**evaluation_row(n, dict.fromkeys(names, nan), 1.0), "eval_token_mean": nan} for n in (1, 2)]
+    path = write_run("p", lines, "proxy")
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    other = write_run("Q", [evaluation_row(n, {"Code": 1.0, "code": float("inf")}, 1.0) for n in (1, 2)])
+    escape_unencodable_characters()
+    assert tool.main([str(path), str(other), f"--output-dir={tmp_path / 'out'}"]) == 0
+    assert "Domain names that differ only by case or spaces: 'Code', 'code'." in capsys.readouterr().out
+    json.loads((tmp_path / "out" / "results.json").read_text())
 
 
 def test_several_runs_stand_side_by_side(tool, three_runs, tmp_path, capsys):

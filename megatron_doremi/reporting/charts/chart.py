@@ -119,3 +119,8 @@ def toggle(name: str, field: str) -> Spec:
 def shown_if(name: str, shown: float = 1.0, hidden: float = 0.06) -> Spec:
     """An opacity that fades what the selection `name` leaves out."""
     return {"condition": {"param": name, "value": shown}, "value": hidden}
+
+
+def top_legend(layout: Layout) -> Spec:
+    """A legend above the chart."""
+    return {"orient": "top", "columns": 2 if layout.narrow else 6, "labelLimit": 135 if layout.narrow else 190}

@@ -1,4 +1,4 @@
-"""Charts of held-out losses: differences with the noise of seeds, losses by domain, losses over the steps."""
+"""Charts of the last held-out losses: differences with the noise of seeds, losses by domain."""
 
 from __future__ import annotations
 
@@ -6,9 +6,19 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from megatron_doremi.reporting.charts.chart import Chart, Rows, Spec, extremes, plain_names, row, shown_if, toggle
+from megatron_doremi.reporting.charts.chart import (
+    Chart,
+    Rows,
+    Spec,
+    extremes,
+    plain_names,
+    row,
+    shown_if,
+    toggle,
+    top_legend,
+)
 from megatron_doremi.reporting.charts.theme import Layout, series_scale, shape_scale
-from megatron_doremi.reporting.comparison import RivalComparison, Study
+from megatron_doremi.reporting.comparison import Contrast, RivalComparison, Study
 from megatron_doremi.reporting.verdict import reading
 
 # With more domains than this, charts with a row a domain show both ends, and a chart by rank shows all.
@@ -32,8 +42,7 @@ def held_out_charts(study: Study) -> list[Chart]:
             charts.append(ranked_differences(study, comparison, number))
     if study.compared:
         charts.append(losses_by_domain(study))
-    over_time = losses_over_time(study)
-    return charts if over_time is None else [*charts, over_time]
+    return charts
 
 
 def summary_differences(study: Study) -> Chart:
@@ -44,9 +53,11 @@ def summary_differences(study: Study) -> Chart:
         for figure, contrast in comparison.summary.items():
             low, high = contrast.paired.interval or (None, None)
             common = {"figure": figure, "rival": comparison.pairing.rival}
-            rows.append(row(**common, kind="mean", value=contrast.paired.mean, low=low, high=high, seed=None))
+            rows.append(
+                row(**common, kind="mean", value=contrast.paired.mean, low=low, high=high, run=_mean_of(contrast))
+            )
             for seed, value in zip(comparison.pairing.seeds, contrast.differences, strict=True):
-                rows.append(row(**common, kind="seed", value=value, low=None, high=None, seed=seed))
+                rows.append(row(**common, kind="seed", value=value, low=None, high=None, run=f"seed {seed}"))
 
     def make(layout: Layout) -> Spec:
         y = {
@@ -64,9 +75,9 @@ def summary_differences(study: Study) -> Chart:
                 "title": "against",
                 "scale": series_scale(rivals, plain_names(study.color_order)),
             },
-            "tooltip": _tooltips("figure", "rival", "seed", "value", "low", "high"),
+            "tooltip": _tooltips("figure", "rival", "run", "value", "low", "high"),
         }
-        encoding["color"]["legend"] = _top_legend(layout)
+        encoding["color"]["legend"] = top_legend(layout)
         x = {"field": "value", "type": "quantitative", "title": _difference_title(study, layout), "axis": _NUMBERS}
         return {
             "width": layout.width,
@@ -111,7 +122,7 @@ def domain_differences(study: Study, comparison: RivalComparison, number: int) -
 
     def make(layout: Layout) -> Spec:
         x = {"field": "value", "type": "quantitative", "title": _difference_title(study, layout), "axis": _NUMBERS}
-        tooltip = _tooltips("domain", "seed", "value", "band", "reading")
+        tooltip = _tooltips("domain", "run", "value", "band", "reading")
         return {
             "width": layout.width,
             "height": {"step": 19},
@@ -160,13 +171,13 @@ def ranked_differences(study: Study, comparison: RivalComparison, number: int) -
             "type": "quantitative",
             "title": "domains, best first",
             "scale": {"domain": [0, len(means) + 1], "nice": False},
-            "axis": {"grid": False},
+            "axis": {"grid": False, "tickCount": 8},
         }
         y = {"field": "value", "type": "quantitative", "title": study.unit.value}
         return {
             "width": layout.width,
             "height": 260,
-            "encoding": {"x": x, "tooltip": _tooltips("domain", "seed", "value", "band", "reading")},
+            "encoding": {"x": x, "tooltip": _tooltips("domain", "run", "value", "band", "reading")},
             "layer": [
                 {
                     **_only("mean"),
@@ -188,7 +199,9 @@ def ranked_differences(study: Study, comparison: RivalComparison, number: int) -
             ],
         }
 
-    caption = f"All {len(means)} domains; the name shows on hover. Gray: the noise of seeds (95 %)."
+    caption = (
+        f"All {len(means)} domains; a name shows on hover, and the table has them all. Gray: the noise of seeds (95 %)."
+    )
     return Chart(f"ranks_{number + 1}", f"{subject} against {rival}, every domain", caption, rows, make)
 
 
@@ -200,9 +213,9 @@ def _difference_rows(comparison: RivalComparison, names: Sequence[str]) -> Rows:
         margin = None if paired.interval is None else (paired.interval[1] - paired.interval[0]) / 2
         low = None if margin is None else -margin
         common = {"domain": name, "reading": reading(contrast)}
-        rows.append(row(**common, kind="mean", value=paired.mean, low=low, band=margin, seed=None))
+        rows.append(row(**common, kind="mean", value=paired.mean, low=low, band=margin, run=_mean_of(contrast)))
         for seed, value in zip(comparison.pairing.seeds, contrast.differences, strict=True):
-            rows.append(row(**common, kind="seed", value=value, low=None, band=None, seed=seed))
+            rows.append(row(**common, kind="seed", value=value, low=None, band=None, run=f"seed {seed}"))
     return rows
 
 
@@ -221,9 +234,9 @@ def losses_by_domain(study: Study) -> Chart:
             means.setdefault(name, mean)
             common = {"domain": name, "group": group.name}
             low, high = figures[0][1].intervals.get(name, (None, None)) if len(figures) == 1 else (None, None)
-            rows.append(row(**common, kind="mean", value=mean, seed=values[0][0], low=low, high=high))
+            rows.append(row(**common, kind="mean", value=mean, run=f"mean of {len(values)}", low=low, high=high))
             if len(values) > 1:
-                rows += [row(**common, kind="seed", value=v, seed=s, low=None, high=None) for s, v in values]
+                rows += [row(**common, kind="seed", value=v, run=f"seed {s}", low=None, high=None) for s, v in values]
     shown = extremes(list(means), means, EXTREMES if len(means) > MOST_ROWS else MOST_ROWS)[::-1]
     order, names, colors = (
         plain_names(shown),
@@ -240,7 +253,7 @@ def losses_by_domain(study: Study) -> Chart:
             "scale": {"zero": False},
             "axis": _NUMBERS,
         }
-        color = {"field": "group", "title": None, "scale": series_scale(names, colors), "legend": _top_legend(layout)}
+        color = {"field": "group", "title": None, "scale": series_scale(names, colors), "legend": top_legend(layout)}
         return {
             "width": layout.width,
             "height": {"step": 19},
@@ -251,9 +264,9 @@ def losses_by_domain(study: Study) -> Chart:
                     "field": "group",
                     "title": None,
                     "scale": shape_scale(names, colors),
-                    "legend": _top_legend(layout),
+                    "legend": top_legend(layout),
                 },
-                "tooltip": _tooltips("domain", "group", "seed", "value", "low", "high"),
+                "tooltip": _tooltips("domain", "group", "run", "value", "low", "high"),
             },
             "layer": [
                 {
@@ -284,57 +297,9 @@ def losses_by_domain(study: Study) -> Chart:
     return Chart("held_out_loss", "Held-out loss by domain", caption, rows, make)
 
 
-def losses_over_time(study: Study) -> Chart | None:
-    """Held-out losses over the steps; None if no run was evaluated more than once."""
-    rows: Rows = []
-    groups = [group for group in study.groups if any(len(run.evaluations) > 1 for run in group.runs)]
-    for group in groups:
-        for run in group.runs:
-            for evaluation in run.evaluations:
-                figures = evaluation.bits if study.unit.name == "BITS" else evaluation.nats
-                if figures is None:
-                    continue
-                common = {"group": group.name, "run": group.label(run), "step": evaluation.iteration}
-                rows.append(row(**common, figure="uniform mean", value=figures.uniform_mean))
-                rows.append(row(**common, figure="worst domain", value=figures.worst[1]))
-    if not rows:
-        return None
-    names = plain_names(group.name for group in groups)
-
-    def make(layout: Layout) -> Spec:
-        columns = 1 if layout.narrow else 2
-        return {
-            "facet": {"field": "figure", "type": "nominal", "title": None, "sort": ["worst domain", "uniform mean"]},
-            "columns": columns,
-            "spec": {
-                "width": (layout.width - 70 * columns) // columns,
-                "height": 200,
-                "params": [toggle("pick", "group")],
-                "mark": {"type": "line", "point": {"size": 18}, "strokeWidth": 1.6},
-                "encoding": {
-                    "x": {"field": "step", "type": "quantitative", "title": "step", "axis": {"tickCount": 5}},
-                    "y": {
-                        "field": "value",
-                        "type": "quantitative",
-                        "title": study.unit.value,
-                        "scale": {"zero": False},
-                    },
-                    "color": {
-                        "field": "group",
-                        "title": None,
-                        "scale": series_scale(names, plain_names(study.color_order)),
-                        "legend": _top_legend(layout),
-                    },
-                    "detail": {"field": "run"},
-                    "opacity": shown_if("pick"),
-                    "tooltip": _tooltips("run", "step", "value"),
-                },
-            },
-            "resolve": {"scale": {"y": "independent"}},
-        }
-
-    caption = "One line for each run."
-    return Chart("held_out_over_time", "Held-out loss over the steps", caption, rows, make)
+def _mean_of(contrast: Contrast) -> str:
+    count = len(contrast.subject)
+    return "one pair" if count == 1 else f"mean of {count} pairs"
 
 
 def _only(kind: str) -> Spec:
@@ -368,7 +333,7 @@ def _domain_axis(order: Sequence[str], layout: Layout) -> Spec:
 
 def _reading_encoding(rows: Rows, layout: Layout) -> Mapping[str, Any]:
     present = {each["reading"] for each in rows}
-    legend = {**_top_legend(layout), "values": [name for name in _READINGS if name in present]}
+    legend = {**top_legend(layout), "values": [name for name in _READINGS if name in present]}
     return {
         "color": {
             "field": "reading",
@@ -383,10 +348,6 @@ def _reading_encoding(rows: Rows, layout: Layout) -> Mapping[str, Any]:
             "legend": legend,
         },
     }
-
-
-def _top_legend(layout: Layout) -> Spec:
-    return {"orient": "top", "columns": 2 if layout.narrow else 6, "labelLimit": 135 if layout.narrow else 190}
 
 
 def _tooltips(*fields: str) -> list[Spec]:

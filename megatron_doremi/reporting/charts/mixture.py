@@ -212,7 +212,7 @@ def _lines(title: str, names: Sequence[str], log: bool, rules: Sequence[Spec], b
         legend = {"orient": "bottom", "columns": 2 if layout.narrow else 5, "labelLimit": 135 if layout.narrow else 170}
         scale: Spec = {"type": "log"} if log else {"zero": False}
         y = {"type": "quantitative", "title": f"{title}, logarithmic" if log else title, "scale": scale}
-        y["axis"] = {"tickCount": 5, "format": "~g"}
+        y["axis"] = {"tickCount": 5, **({"format": "~g"} if log else {})}
         looks = {
             "color": {"field": "line", "title": None, "scale": series_scale(lines), "legend": legend},
             "strokeDash": {"field": "line", "title": None, "scale": dash_scale(lines), "legend": legend},

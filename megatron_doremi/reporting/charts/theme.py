@@ -48,7 +48,8 @@ DARK = {
 SERIES = tuple(f"var(--s{number})" for number in range(1, 9))
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-left", "triangle-right")
 DASHES = ([1, 0], [6, 2], [2, 2], [8, 2, 2, 2])
-FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', sans-serif"
+# Of equal widths everywhere, so that what was measured without a browser fits in one.
+FONT = "Arial, Helvetica, 'Liberation Sans', sans-serif"
 
 
 @dataclass(frozen=True)

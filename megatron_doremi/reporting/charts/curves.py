@@ -1,4 +1,4 @@
-"""Charts of training losses, overlaid."""
+"""Charts of losses over the steps, overlaid."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from megatron_doremi.reporting.charts.chart import (
     smooth,
     thinned,
     toggle,
+    top_legend,
 )
 from megatron_doremi.reporting.charts.theme import Layout, series_scale
 from megatron_doremi.reporting.comparison import Study
@@ -24,9 +25,9 @@ MOST_PANELS = 12
 _POINTS = 200
 
 
-def training_charts(study: Study) -> list[Chart]:
-    """The training losses that the runs record."""
-    charts = [training_loss(study), training_loss_by_domain(study)]
+def curves(study: Study) -> list[Chart]:
+    """The training losses that the runs record, and their held-out losses if a run was evaluated more than once."""
+    charts = [training_loss(study), training_loss_by_domain(study), losses_over_time(study)]
     return [chart for chart in charts if chart is not None]
 
 
@@ -45,7 +46,7 @@ def training_loss(study: Study) -> Chart | None:
                 rows.append(row(group=group.name, run=label, step=int(run.iterations[index]), value=values[index]))
     if not rows:
         return None
-    groups = plain_names(dict.fromkeys(names))
+    groups = [name for name in plain_names(study.color_order) if name in plain_names(names)]
     losses = [each["value"] for each in rows if each["value"] is not None]
     # The first steps are far above everything else.
     low, high = (min(losses), float(np.quantile(losses, 0.98))) if losses else (0.0, 1.0)
@@ -102,7 +103,7 @@ def training_loss_by_domain(study: Study) -> Chart | None:
                 for index in present[thinned(len(present), 40)] if present.size else ():
                     step, value = int(run.iterations[index]), losses[index, column]
                     rows.append(row(group=group.name, run=group.label(run), domain=name, step=step, value=value))
-    groups, order = plain_names(group.name for group in study.groups), plain_names(shown)
+    groups, order = plain_names(study.color_order), plain_names(shown)
 
     def make(layout: Layout) -> Spec:
         columns = 2 if layout.narrow else 4
@@ -135,7 +136,7 @@ def training_loss_by_domain(study: Study) -> Chart | None:
                         "field": "group",
                         "title": None,
                         "scale": series_scale(groups, plain_names(study.color_order)),
-                        "legend": {"orient": "top", "columns": 2 if layout.narrow else 6},
+                        "legend": top_legend(layout),
                     },
                     "detail": {"field": "run"},
                     "opacity": shown_if("pick", 0.85),
@@ -152,3 +153,57 @@ def training_loss_by_domain(study: Study) -> Chart | None:
     )
     caption = f"{some}Smoothed, in nats per token over the steps; one line for each run."
     return Chart("training_loss_by_domain", "Training loss by domain", caption, rows, make)
+
+
+def losses_over_time(study: Study) -> Chart | None:
+    """Held-out losses over the steps; None if no run was evaluated more than once."""
+    rows: Rows = []
+    groups = [group for group in study.groups if any(len(run.evaluations) > 1 for run in group.runs)]
+    for group in groups:
+        for run in group.runs:
+            for evaluation in run.evaluations:
+                figures = evaluation.bits if study.unit.name == "BITS" else evaluation.nats
+                if figures is None:
+                    continue
+                common = {"group": group.name, "run": group.label(run), "step": evaluation.iteration}
+                rows.append(row(**common, figure="uniform mean", value=figures.uniform_mean))
+                rows.append(row(**common, figure="worst domain", value=figures.worst[1]))
+    if not rows:
+        return None
+    shown = {group.name for group in groups}
+    names = plain_names(name for name in study.color_order if name in shown)
+
+    def make(layout: Layout) -> Spec:
+        columns = 1 if layout.narrow else 2
+        return {
+            "facet": {"field": "figure", "type": "nominal", "title": None, "sort": ["worst domain", "uniform mean"]},
+            "columns": columns,
+            "spec": {
+                "width": (layout.width - 70 * columns) // columns,
+                "height": 200,
+                "params": [toggle("pick", "group")],
+                "mark": {"type": "line", "point": {"size": 18}, "strokeWidth": 1.6},
+                "encoding": {
+                    "x": {"field": "step", "type": "quantitative", "title": "step", "axis": {"tickCount": 5}},
+                    "y": {
+                        "field": "value",
+                        "type": "quantitative",
+                        "title": study.unit.value,
+                        "scale": {"zero": False},
+                    },
+                    "color": {
+                        "field": "group",
+                        "title": None,
+                        "scale": series_scale(names, plain_names(study.color_order)),
+                        "legend": top_legend(layout),
+                    },
+                    "detail": {"field": "run"},
+                    "opacity": shown_if("pick"),
+                    "tooltip": [{"field": "run"}, {"field": "step"}, {"field": "value"}],
+                },
+            },
+            "resolve": {"scale": {"y": "independent"}},
+        }
+
+    caption = "One line for each run."
+    return Chart("held_out_over_time", "Held-out loss over the steps", caption, rows, make)
