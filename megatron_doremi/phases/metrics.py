@@ -101,8 +101,8 @@ def evaluation_summary(entry: Mapping[str, Any]) -> str:
     for label in ("uniform mean", "worst", "token mean"):
         figure = f"{key}_{label.replace(' ', '_')}"
         bounds = entry.get(f"{figure}_interval")
-        margin = "" if bounds is None else f" +- {(bounds[1] - bounds[0]) / 2:.3f}"
-        figures.append(f"{label} {entry[figure]:.3f}{margin}")
+        margin = "n/a" if bounds is None else f"{(bounds[1] - bounds[0]) / 2:.3f}"
+        figures.append(f"{label} {entry[figure]:.3f} +- {margin}")
     return f"iteration {entry['iteration']:>7,} | held-out {unit}: {', '.join(figures)}"
 
 

@@ -19,7 +19,7 @@ EVALUATION |= {"eval_interval": {"a": [1.4, 1.6], "b": None}, "eval_worst_interv
 LINES = [
     "iteration       2/9 | loss 2.0000 | lr 1.000e-03 | grad norm 0.500 | 10,000 tokens/s | LEFT left "
     "| largest weight b 0.750",
-    "iteration       2 | held-out nats/token: uniform mean 1.500, worst 1.500 +- 0.250, token mean 1.500",
+    "iteration       2 | held-out nats/token: uniform mean 1.500 +- n/a, worst 1.500 +- 0.250, token mean 1.500 +- n/a",
     "the last word",
 ]
 
