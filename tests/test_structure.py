@@ -34,6 +34,7 @@ BESIDE = {"preprocessing": ["base", "storage", "data"], "reporting": ["base", "s
 TOOLS = ["base", "storage", "data", "mixture", *BESIDE]
 PURE = [
     "settings.py",
+    "student_t.py",
     "shapes.py",
     "config.py",
     "run_settings.py",

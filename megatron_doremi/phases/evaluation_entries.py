@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_doremi.mixture.statistics import DomainStats
-from megatron_doremi.phases.bootstrap import Floats, interval, intervals, resampled_sums
+from megatron_doremi.phases.bootstrap import Floats, degrees_of_sum, interval, resample
 
 NATS, BITS = "eval", "eval_bpb"
 
@@ -87,22 +87,41 @@ def interval_entries(
     """
     read = [number for number, name in enumerate(names) if name in entries[NATS]]
     names, weights = [names[n] for n in read], _scaled(shares[read])
-    loss, targets, text_bytes = resampled_sums(names, *sums[:3, read])
-    nats, density = loss / targets, text_bytes / targets
+    drawn = resample(names, *sums[:3, read])
+    nats, density = drawn.loss / drawn.targets, drawn.text_bytes / drawn.targets
     # A resample of empty documents only has no bytes; `interval` gives None.
     with np.errstate(divide="ignore"):
         bits = nats / math.log(2) / density
-    nats_mean = nats @ weights
-    bits_mean = nats_mean / math.log(2) / (density @ weights)
-    result: dict[str, Any] = {}
-    for key, values, token_mean in ((NATS, nats, nats_mean), (BITS, bits, bits_mean)):
-        by_domain = intervals(names, values)
-        if key in entries:
-            result[f"{key}_interval"] = {name: by_domain[name] for name in entries[key]}
-        if f"{key}_worst" in entries:
-            result[f"{key}_uniform_mean_interval"] = interval(values.mean(axis=1))
-            result[f"{key}_worst_interval"] = by_domain[max(entries[key], key=entries[key].get)]
-            result[f"{key}_token_mean_interval"] = interval(token_mean)
+    result = _intervals(NATS, entries, names, nats, drawn.degrees)
+    loss, terms = entries[f"{NATS}_token_mean"], nats * weights
+    degrees = degrees_of_sum(terms, drawn.degrees)
+    result[f"{NATS}_token_mean_interval"] = interval(loss, terms.sum(axis=1), degrees)
+    result |= _intervals(BITS, entries, names, bits, drawn.degrees)
+    if f"{BITS}_token_mean" in entries:
+        # A ratio of sums over domains; its terms are those of the first-order expansion.
+        loss = entries[f"{BITS}_token_mean"]
+        values = (nats @ weights) / math.log(2) / (density @ weights)
+        degrees = degrees_of_sum(weights * (nats / math.log(2) - loss * density), drawn.degrees)
+        result[f"{BITS}_token_mean_interval"] = interval(loss, values, degrees)
+    return result
+
+
+def _intervals(
+    key: str, entries: Mapping[str, Any], names: Sequence[str], values: Floats, degrees: NDArray[np.int64]
+) -> dict[str, Any]:
+    """The intervals of one unit, except that of its token mean; `values`: [resamples, k] losses of the domains."""
+    if key not in entries:
+        return {}
+    by_domain = {
+        name: interval(entries[key][name], values[:, number], degrees[number])
+        for number, name in enumerate(names)
+        if name in entries[key]
+    }
+    result: dict[str, Any] = {f"{key}_interval": by_domain}
+    if f"{key}_uniform_mean" in entries:
+        mean = interval(entries[f"{key}_uniform_mean"], values.mean(axis=1), degrees_of_sum(values, degrees))
+        result[f"{key}_uniform_mean_interval"] = mean
+        result[f"{key}_worst_interval"] = by_domain[max(entries[key], key=entries[key].get)]
     return result
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-CONFIDENCE = 0.95
+from megatron_doremi.student_t import student_t_quantile
 
 
 @dataclass(frozen=True)
@@ -54,27 +54,3 @@ def paired_difference(a: Sequence[float], b: Sequence[float]) -> PairedDifferenc
     deviation = math.sqrt(math.fsum((each - mean) ** 2 for each in differences) / (n - 1))
     margin = student_t_quantile(n - 1) * deviation / math.sqrt(n)
     return PairedDifference(n, mean, deviation, (mean - margin, mean + margin))
-
-
-def student_t_quantile(degrees: int, confidence: float = CONFIDENCE) -> float:
-    """The t > 0 with P(|T| <= t) = `confidence` for Student's distribution with `degrees` >= 1 degrees of freedom."""
-    low, high = 0.0, math.pi / 2
-    for _ in range(100):
-        middle = (low + high) / 2
-        if _central_probability(middle, degrees) < confidence:
-            low = middle
-        else:
-            high = middle
-    return math.tan(low) * math.sqrt(degrees)
-
-
-def _central_probability(angle: float, degrees: int) -> float:
-    """P(|T| <= t) at t = tan(angle) * sqrt(degrees) (Abramowitz and Stegun 1964, 26.7.3 and 26.7.4)."""
-    sine, cosine = math.sin(angle), math.cos(angle)
-    odd = degrees % 2
-    # The series has the powers of the cosine from `odd` to degrees - 2, each by two.
-    term, total = cosine**odd, 0.0
-    for power in range(odd, degrees - 1, 2):
-        total += term
-        term *= cosine**2 * (power + 1) / (power + 2)
-    return 2 / math.pi * (angle + sine * total) if odd else sine * total

@@ -22,6 +22,7 @@ from megatron_doremi.data.indexed_dataset import IndexedDataset
 from megatron_doremi.mixture.statistics import DomainStats
 from megatron_doremi.phases.evaluation_entries import evaluation_entries, evaluation_table, interval_entries
 from megatron_doremi.phases.metrics import evaluation_summary
+from megatron_doremi.student_t import student_t_quantile
 
 TP2, PP2 = ["--tensor-model-parallel-size", "2"], ["--pipeline-model-parallel-size", "2"]
 
@@ -47,10 +48,12 @@ def test_entries_by_hand():
     a, b = 6 / 8 / math.log(2), 6 / 8 / math.log(2)
     # Of domain c nothing is known: a and b have 3/4 and 1/4 of the rest, with 2 and 4 bytes a token.
     token_mean = 0.75 * 1.5 + 0.25 * 3
+    low, high = a - 6.483 * (a - 2 / 3 / math.log(2)), a + 6.483 * (4 / 5 / math.log(2) - a)
+    worst = pytest.approx([low, high], rel=1e-4)
     assert entry == {
         "eval": {"a": 1.5, "b": 3.0},
-        # A resample is one of the two documents.
-        "eval_interval": {"a": [1.0, 2.0], "b": None},
+        # A resample is one of the two documents; t over 1.96 is 6.483 for one degree of freedom.
+        "eval_interval": {"a": pytest.approx([0.0, 1.5 + 6.483 * 0.5], rel=1e-4), "b": None},
         "eval_uniform_mean": 2.25,
         "eval_uniform_mean_interval": None,
         "eval_worst": 3.0,
@@ -58,11 +61,11 @@ def test_entries_by_hand():
         "eval_token_mean": pytest.approx(token_mean),
         "eval_token_mean_interval": None,
         "eval_bpb": pytest.approx({"a": a, "b": b}),
-        "eval_bpb_interval": {"a": pytest.approx([2 / 3 / math.log(2), 4 / 5 / math.log(2)]), "b": None},
+        "eval_bpb_interval": {"a": worst, "b": None},
         "eval_bpb_uniform_mean": pytest.approx((a + b) / 2),
         "eval_bpb_uniform_mean_interval": None,
         "eval_bpb_worst": pytest.approx(max(a, b)),
-        "eval_bpb_worst_interval": pytest.approx([2 / 3 / math.log(2), 4 / 5 / math.log(2)]),
+        "eval_bpb_worst_interval": worst,
         "eval_bpb_token_mean": pytest.approx(token_mean / (0.75 * 2 + 0.25 * 4) / math.log(2)),
         "eval_bpb_token_mean_interval": None,
         "eval_windows": {"a": 2, "b": 1},
@@ -188,10 +191,13 @@ def test_against_the_plain_model_by_document(trained, tmp_path, limit):
         n = (targets > 0).sum(axis=1)
         errors = np.sqrt(n / (n - 1) * (residuals**2).sum(axis=1)) / units.sum(axis=1)
         intervals = np.array(list(line[f"{key}_interval"].values()))
-        assert (intervals[:, 1] - intervals[:, 0]) / (2 * 1.96 * errors) == pytest.approx(1, abs=0.25)
+        t = [student_t_quantile(each) for each in (n - 1).tolist()]
+        assert (intervals[:, 1] - intervals[:, 0]) / (2 * np.array(t) * errors) == pytest.approx(1, abs=0.25)
         assert line[f"{key}_worst_interval"] == intervals[losses.argmax()].tolist()
         low, high = line[f"{key}_uniform_mean_interval"]
-        assert (high - low) / (2 * 1.96 * np.sqrt((errors**2).sum()) / 3) == pytest.approx(1, abs=0.2)
+        degrees = int((errors**2).sum() ** 2 / (errors**4 / (n - 1)).sum())
+        error = np.sqrt((errors**2).sum()) / 3
+        assert (high - low) / (2 * student_t_quantile(degrees) * error) == pytest.approx(1, abs=0.25)
         low, high = line[f"{key}_token_mean_interval"]
         assert low < line[f"{key}_token_mean"] < high
 

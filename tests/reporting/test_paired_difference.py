@@ -10,7 +10,8 @@ import math
 import numpy as np
 import pytest
 
-from megatron_doremi.reporting.paired_difference import paired_difference, student_t_quantile
+from megatron_doremi.reporting.paired_difference import paired_difference
+from megatron_doremi.student_t import student_t_quantile
 
 
 @pytest.mark.parametrize(
