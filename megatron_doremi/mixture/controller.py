@@ -57,6 +57,7 @@ class MixtureController:
             has a metrics line, `result` is written at every checkpoint and at the end of the run, and checkpoints hold
             the state.
         needs_reference: `token_scores` reads a reference's losses.
+        needs_held_out: `observe_evaluation` reads the held-out loss of every domain; a run is refused if one has none.
         before_backward: the weights of a step's gradient depend on the losses of the same step.
         samples_ahead: the sampling weights of a step depend on its number alone. The loader then calls
             `sampling_weights` a step early, on its own thread.
@@ -68,6 +69,7 @@ class MixtureController:
     method: str = ""
     learns: bool = False
     needs_reference: bool = False
+    needs_held_out: bool = False
     before_backward: bool = False
     samples_ahead: bool = True
     state_name: str = ""
@@ -98,14 +100,14 @@ class MixtureController:
         raise NotImplementedError
 
     def evaluates_at(self, step: int) -> bool:
-        """Whether the method needs the held-out losses after this step; 0: before the first step."""
+        """Whether the method, which `needs_held_out`, reads the losses after this step; 0: before the first step."""
         return False
 
     def observe_evaluation(self, losses: NDArray[np.float64]) -> None:
         """Updates the method from the held-out losses that `evaluates_at` asked for.
 
         Args:
-            losses: [k] nats per token; NaN for a domain without held-out text.
+            losses: [k] nats per token.
         """
 
     def result(self) -> NDArray[np.float64]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -27,6 +27,7 @@ from megatron_doremi.plan import RunPlan, make_plan
 from megatron_doremi.planning.describe import describe_plan
 from megatron_doremi.planning.epochs import check_repetition
 from megatron_doremi.planning.layouts import suggest_layouts, suggestion_text
+from megatron_doremi.planning.mixture_checks import mixture_faults, mixture_warnings
 from megatron_doremi.settings import EVALUATE, TRAINING
 from megatron_doremi.storage.files import sha256_of
 
@@ -87,7 +88,10 @@ def open_inputs(config: Config, topology: Topology) -> Inputs:
     if config.run.dry_run and reference_losses is not None:
         # A run checks this after its ranks have joined.
         faults += missing_losses(reference_losses, plan)
+    faults += mixture_faults(plan, controller, data.held_out_counts(config.data.seq_length))
     raise_if_any(faults)
+    warnings = (*data.manifest.warnings, *mixture_warnings(plan, controller))
+    data = replace(data, manifest=replace(data.manifest, warnings=warnings))
     return Inputs(data, plan, controller, repeated or "", reference, reference_losses, to_come)
 
 
