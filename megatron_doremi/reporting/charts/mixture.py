@@ -38,6 +38,8 @@ from megatron_doremi.reporting.runs import Floats, Integers, Run
 # Lines that can still be told apart.
 MOST_LINES = 10
 _POINTS = 150
+# Labels and grid lines of a logarithmic axis; those outside its range are not drawn.
+_DECADES = [10.0**power for power in range(-9, 4)]
 
 
 def mixture_charts(study: Study) -> list[Chart]:
@@ -89,7 +91,8 @@ def weights_by_domain(study: Study) -> Chart | None:
         legend = {"orient": "top", "columns": 2 if layout.narrow else 6}
         axis = {"labelLimit": layout.label_limit, "grid": True, "ticks": False, "domain": False}
         title = "weight (logarithmic)" if "type" in scale else "weight"
-        x = {"field": "value", "type": "quantitative", "title": title, "scale": scale, "axis": {"tickCount": 6}}
+        axis_x = {"values": _DECADES, "format": "~g"} if "type" in scale else {"tickCount": 6}
+        x = {"field": "value", "type": "quantitative", "title": title, "scale": scale, "axis": axis_x}
         return {
             "width": layout.width,
             "height": {"step": 19},
@@ -162,9 +165,10 @@ def effective_domains(proxies: Mapping[str, Run]) -> Chart:
     """exp(entropy) of the weights of every proxy: by how many domains the weights are spread."""
     rows: Rows = []
     for label, run in proxies.items():
-        own, mean = np.exp(entropy(run.weights.values)), np.exp(entropy(running_mean(run.weights.values)))
-        for index in thinned(len(run.iterations), 2 * _POINTS):
-            rows.append(row(line=label, step=int(run.iterations[index]), raw=own[index], value=mean[index]))
+        points = thinned(len(run.iterations), 2 * _POINTS)
+        own, mean = (np.exp(entropy(each[points])) for each in (run.weights.values, running_mean(run.weights.values)))
+        for place, index in enumerate(points):
+            rows.append(row(line=label, step=int(run.iterations[index]), raw=own[place], value=mean[place]))
     k = max(len(run.weights.names) for run in proxies.values())
     rules = [_rule("y", k, [4, 3])]
     caption = (
@@ -212,7 +216,7 @@ def _lines(title: str, names: Sequence[str], log: bool, rules: Sequence[Spec], b
         legend = {"orient": "bottom", "columns": 2 if layout.narrow else 5, "labelLimit": 135 if layout.narrow else 170}
         scale: Spec = {"type": "log"} if log else {"zero": False}
         y = {"type": "quantitative", "title": f"{title}, logarithmic" if log else title, "scale": scale}
-        y["axis"] = {"tickCount": 5, **({"format": "~g"} if log else {})}
+        y["axis"] = {"values": _DECADES, "format": "~g"} if log else {"tickCount": 5}
         looks = {
             "color": {"field": "line", "title": None, "scale": series_scale(lines), "legend": legend},
             "strokeDash": {"field": "line", "title": None, "scale": dash_scale(lines), "legend": legend},
