@@ -98,12 +98,15 @@ def interval(loss: float, resampled: Floats, degrees: float) -> list[float] | No
 
     Args:
         resampled: [RESAMPLES] the loss of each resample.
-        degrees: degrees of freedom; rounded down, but at least 1.
+        degrees: degrees of freedom, at least 1.
     """
     if not np.isfinite(resampled).all():
         return None
     low, high = np.quantile(resampled, _QUANTILES)
-    stretch = student_t_quantile(max(1, int(degrees))) / _NORMAL
+    # Interpolated, so that rounding of `degrees` changes an interval by rounding only.
+    whole = max(1, int(degrees))
+    part = max(0.0, degrees - whole)
+    stretch = ((1 - part) * student_t_quantile(whole) + part * student_t_quantile(whole + 1)) / _NORMAL
     return [max(0.0, float(loss - stretch * (loss - low))), float(loss + stretch * (high - loss))]
 
 

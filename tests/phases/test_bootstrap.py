@@ -117,6 +117,9 @@ def test_an_interval_is_stretched_by_students_t():
     low, high = interval(1.5, values, 4)
     stretch = 2.7764 / 1.96
     assert (low, high) == pytest.approx((1.5 - stretch * (1.5 - 1.05), 1.5 + stretch * (2.95 - 1.5)), abs=1e-3)
+    ends = [interval(1.5, values, degrees)[1] for degrees in (4 - 1e-12, 4, 4.5, 5)]
+    assert ends[0] == pytest.approx(ends[1], rel=1e-9)
+    assert ends[1] > ends[2] > ends[3]
     assert interval(1.5, values, 1)[0] == 0.0
     assert interval(2.0, np.full(5, 2.0), 1) == [2.0, 2.0]
 
