@@ -1,8 +1,8 @@
 """95 % intervals of held-out losses: a bootstrap over documents.
 
 Held-out documents are a sample; windows and tokens of one document are not independent, so documents are resampled
-(Efron and Tibshirani 1993, chapter 8). A resample draws from each domain, independently of the others, n - 1 of its n
-documents with replacement: with n draws the variance would be too small by (n - 1) / n (Rao and Wu 1988, section 2.4).
+(Efron and Tibshirani 1993, chapter 13). A resample draws from each domain, independently of the others, n - 1 of its n
+documents with replacement: with n draws the variance would be too small by (n - 1) / n (Rao and Wu 1988).
 A domain's loss is a ratio of sums, of losses and of targets, and is computed anew from each resample's sums. The
 quantiles at 2.5 % and 97.5 % over the resamples, their distances from the loss stretched by the ratio of Student's t
 with n - 1 degrees of freedom to the normal's 1.96, are the interval; for a mean over domains the degrees are Welch's
@@ -111,7 +111,7 @@ def interval(loss: float, resampled: Floats, degrees: float) -> list[float] | No
 
 
 def degrees_of_sum(terms: Floats, degrees: NDArray[np.int64]) -> float:
-    """Degrees of freedom of a sum over domains (Satterthwaite 1946, equation 17); 1 if a term is unknown.
+    """Degrees of freedom of a sum over domains (Satterthwaite 1946); 1 if a term is unknown.
 
     Args:
         terms: [RESAMPLES, k] the resampled terms of the sum.
