@@ -170,7 +170,7 @@ def time_tool(encoder: str, path: Path, folder: Path, model: str, workers: int) 
     """(seconds for one document, seconds for all) of the tool; compares its ids with the encoder's."""
     kind = SENTENCEPIECE if encoder == "sentencepiece" else HUGGING_FACE
     words = ("--tokenizer-type", kind, "--tokenizer-model", folder / model, "--append-eod")
-    tool = ("preprocess_data.py", "--input", path, "--workers", workers, *words, "--output-dir")
+    tool = ("preprocess_data.py", "--input", path, "--workers", workers, "--split", "train", *words, "--output-dir")
     start = run_tool(*tool, folder / f"start-{encoder}", "--max-documents", 1)
     seconds = run_tool(*tool, folder / encoder)
     check_ids(folder / encoder, path, raw_encoder("tokenizers" if encoder == "tiktoken" else encoder, folder / model))

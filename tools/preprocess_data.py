@@ -1,13 +1,14 @@
 """Encodes JSON, CSV, Parquet or text files into one indexed pair per domain and split, and writes their manifest.
 
-    python tools/preprocess_data.py --input train.jsonl.zst --output-dir data --split train \\
-        --tokenizer-model tokenizer.model --append-eod --workers 8
+    python tools/preprocess_data.py --input FOLDER --output-dir data --tokenizer-model tokenizer.model --append-eod
+
+    python tools/preprocess_data.py --input train.jsonl.zst --output-dir data --split train ...
     python tools/preprocess_data.py --input valid.jsonl.zst --output-dir data --split valid ...
 
-The train split creates the manifest, data/domains.json; the valid split adds its pairs to it. Documents keep the order
-of the input, regardless of the number of workers. Files get their final names only when all of them are complete; an
-interrupted run resumes with --resume. In an array job each task takes --shard I of --num-shards N, and
-tools/merge_datasets.py merges their output.
+Without --split, a hash of each text selects the held-out documents. The train split creates the manifest,
+data/domains.json; the valid split adds its pairs to it. Documents keep the order of the input, regardless of the number
+of workers. Files get their final names only when all of them are complete; an interrupted run resumes with --resume. In
+an array job each task takes --shard I of --num-shards N, and tools/merge_datasets.py merges their output.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ from megatron_doremi.preprocessing.encoding import (
     bad_lines_error,
     encode_all,
 )
-from megatron_doremi.preprocessing.input_options import Inputs, add_input_options, read_input_options
+from megatron_doremi.preprocessing.file_domains import list_faults
+from megatron_doremi.preprocessing.input_options import Inputs, add_input_options, read_input_options, with_held_out
 from megatron_doremi.preprocessing.lost_characters import describe_lost
 from megatron_doremi.preprocessing.outputs import (
     Outputs,
@@ -71,9 +73,13 @@ def build_parser() -> argparse.ArgumentParser:
     add_input_options(parser)
     output_help = "folder in which to write the .bin/.idx pairs and domains.json"
     add("--output-dir", required=True, type=Path, metavar="DIR", help=output_help)
-    add("--split", choices=("train", "valid"), default="train", help="split of the input files (default: train)")
-    valid_help = "fraction of the documents to hold out as the valid split, by a hash of the text (default: 0)"
-    add("--valid-fraction", type=float, default=0.0, metavar="F", help=valid_help)
+    split_help = "split of the input files (default: train, of which --valid-fraction is held out)"
+    add("--split", choices=("train", "valid"), help=split_help)
+    valid_help = (
+        "fraction of the documents to hold out as the valid split, by a hash of the text (default: 0 with --split; "
+        "else 0.05, for more than 400 MB of files 20 MB of them, at least 0.001)"
+    )
+    add("--valid-fraction", type=float, metavar="F", help=valid_help)
     type_help = f"type of the tokenizer: {', '.join(KINDS)} (default: {SENTENCEPIECE})"
     add("--tokenizer-type", default=SENTENCEPIECE, metavar="KIND", help=type_help)
     model_help = "tokenizer file: a SentencePiece model, a tokenizer.json, or GPT-2's vocab.json"
@@ -114,7 +120,7 @@ def check(args: argparse.Namespace) -> list[Fault]:
     if not 0 <= args.shard < max(1, args.num_shards):
         rule = f"from 0 to --num-shards - 1 = {args.num_shards - 1}"
         faults.append(Fault("--shard", str(args.shard), rule, "give the index of the task"))
-    if not 0.0 <= args.valid_fraction < 1.0:
+    if args.valid_fraction is not None and not 0.0 <= args.valid_fraction < 1.0:
         given, rule = str(args.valid_fraction), "at least 0 and less than 1"
         faults.append(Fault("--valid-fraction", given, rule, "give a number in that range"))
     if not 0.0 <= args.max_dropped_share <= 1.0:
@@ -132,7 +138,7 @@ def check(args: argparse.Namespace) -> list[Fault]:
     if args.valid_fraction and args.split == "valid":
         rule = "--split train, which writes both splits"
         faults.append(Fault("--valid-fraction", "with --split valid", rule, "omit one of them"))
-    if args.split == "train":
+    if args.split != "valid":
         faults += overwriting_faults(args.output_dir / "domains.json")
     if args.max_documents and args.num_shards > 1:
         rule = "a single process: the tasks of an array job do not share a count"
@@ -218,7 +224,9 @@ def encode_into(
 def main() -> int:
     """Encodes the inputs and publishes the pairs and the manifest. Returns the exit code."""
     args = build_parser().parse_args()
-    inputs = read_input_options(args, args.split, args.valid_fraction, check(args))
+    inputs = read_input_options(args, args.split or "train", args.valid_fraction or 0.0, check(args))
+    inputs = with_held_out(inputs, args.split, args.valid_fraction)
+    args.split = args.split or "train"
     shard = Shard(args.shard, args.num_shards)
     files = TokenizerFiles(
         args.tokenizer_type, args.tokenizer_model, args.merge_file, args.eod_token, args.allow_special_tokens
@@ -231,6 +239,7 @@ def main() -> int:
         raise_if_any(check_tokenizer(args, tokenizer, manifest.tokenizer))
         known = train_prefixes(manifest, folder)
         names = frozenset(manifest.names) & (inputs.reader.known or frozenset(manifest.names))
+        raise_if_any(list_faults(inputs.files, frozenset(manifest.names), str(manifest.path)))
         inputs = replace(inputs, reader=replace(inputs.reader, known=names))
     elif shard.count == 1:
         warn_of_replacement(args.output_dir / "domains.json")

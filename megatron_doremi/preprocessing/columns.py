@@ -1,4 +1,4 @@
-"""Checks of the columns of CSV and Parquet files: the required ones exist once, and the text column holds text."""
+"""Checks of the columns of tables (CSV, Parquet, Arrow): the required ones exist once, and the text column is text."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from pathlib import Path
 import pyarrow.types
 
 from megatron_doremi.errors import ConfigError, Fault
+from megatron_doremi.preprocessing.arrow_rows import open_arrow
 from megatron_doremi.preprocessing.decompression import BrokenFile, UnreadableFile, not_utf8, text_parts
-from megatron_doremi.preprocessing.inputs import CSV, PARQUET, InputFile
+from megatron_doremi.preprocessing.inputs import ARROW, CSV, PARQUET, InputFile
 from megatron_doremi.preprocessing.parquet_rows import open_parquet
 from megatron_doremi.preprocessing.record_blocks import csv_blocks, csv_records
 
@@ -50,8 +51,8 @@ def check_columns(path: Path, names: Sequence[str], needed: Sequence[str]) -> No
 
 
 def check_text_column(source: InputFile, text_key: str, needed: Sequence[str]) -> list[Fault]:
-    """Returns the faults visible in the header or schema of a CSV or Parquet file: missing or duplicated columns, or a
-    text column of another type."""
+    """Returns the faults visible in the header or schema of a table: missing or duplicated columns, or a text
+    column of another type."""
     subject, column = f"--input {source.path}", text_key.split(".")[0]
     try:
         if source.kind == CSV:
@@ -59,11 +60,11 @@ def check_text_column(source: InputFile, text_key: str, needed: Sequence[str]) -
                 header = next(csv_blocks(text_parts(raw, source.path)), b"")
             if header:
                 csv_header(source.path, header, needed)
-        if source.kind != PARQUET:
+        if source.kind not in (PARQUET, ARROW):
             return []
-        with open_parquet(source.path) as file:
-            check_columns(source.path, file.schema_arrow.names, needed)
-            column_type = file.schema_arrow.field(column).type
+        schema = _schema_of(source)
+        check_columns(source.path, schema.names, needed)
+        column_type = schema.field(column).type
     except ConfigError as error:
         return list(error.faults)
     except OSError as error:
@@ -88,3 +89,12 @@ def check_text_column(source: InputFile, text_key: str, needed: Sequence[str]) -
     if holds_text:
         return []
     return [Fault(subject, f"column {column!r} holds {column_type}", "text", "give another --text-key")]
+
+
+def _schema_of(source: InputFile) -> pyarrow.Schema:
+    """The schema of a Parquet or Arrow file. Raises BrokenFile, or OSError if the disk fails."""
+    if source.kind == ARROW:
+        with open_arrow(source.path) as (schema, _):
+            return schema
+    with open_parquet(source.path) as file:
+        return file.schema_arrow

@@ -20,8 +20,6 @@ RULES_FORMAT = "megatron-doremi-domain-rules/1"
 LIST_FORMAT = "megatron-doremi-domain-list/1"
 # The key of a rule that matches the path of the input file instead of a field.
 FILE_KEY = "@file"
-# Group 1 is the file name without its number: arxiv-00012.jsonl.zst, books_3_of_8.parquet.
-FILE_PATTERN = r"(?:.*/)?(.+?)(?:[-_.]*(?:\d+|of))*\.(?:(?:jsonl|ndjson|json|csv|txt|md)(?:\.(?:zstd?|gz))?|parquet)"
 # Seconds that one regular expression may take on one field.
 _TIMEOUT_SECONDS = 5.0
 # Timeouts of one regular expression that stop the run.

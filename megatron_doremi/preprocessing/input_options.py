@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any
 from megatron_doremi.preprocessing.columns import check_text_column
 from megatron_doremi.preprocessing.documents import (
-    FILE_PATTERN,
     DocumentReader,
     DomainKey,
     DomainRules,
@@ -20,10 +19,20 @@ from megatron_doremi.preprocessing.documents import (
     name_fault,
     rule_by_file,
 )
+from megatron_doremi.preprocessing.file_domains import (
+    DOMAIN_KEY,
+    domain_warnings,
+    lack_domains,
+    list_faults,
+    named,
+    pattern_faults,
+    shown_names,
+)
 from megatron_doremi.preprocessing.inputs import FORMATS, InputFile, find_inputs
 from megatron_doremi.settings import flag_of
 
-DOMAIN_KEY = "meta.pile_set_name"
+# Value of --domain-from-file without a pattern.
+BY_NAME = ""
 _DOMAIN_FLAGS = ("domain_key", "domain_rules", "domain_from_file")
 # Files are no longer checked after this many faults.
 _MAX_FAULTS = 10
@@ -37,11 +46,13 @@ class Inputs:
         files: in the order in which they are read.
         reader: turns their records into documents.
         order: the allowed domain names, in the order of --domain-list; () allows any.
+        has_valid: whether a folder of --input holds a held-out split that is not read.
     """
 
     files: tuple[InputFile, ...]
     reader: DocumentReader
     order: tuple[str, ...]
+    has_valid: bool = False
 
     @property
     def paths(self) -> list[Path]:
@@ -57,7 +68,8 @@ def add_input_options(parser: argparse.ArgumentParser) -> None:
     add("--text-key", default="text", metavar="KEY", help=text_help)
     key_help = (
         "field that holds the domain of a document; use dots for nested fields "
-        f"(default: {DOMAIN_KEY}, or the name of the subfolder for a file in a folder given to --input)"
+        f"(default: the name of the subfolder for a file in a folder given to --input; else {DOMAIN_KEY}; for files "
+        "without it, --domain-from-file)"
     )
     add("--domain-key", metavar="KEY", help=key_help)
     rules_help = (
@@ -66,9 +78,9 @@ def add_input_options(parser: argparse.ArgumentParser) -> None:
     add("--domain-rules", type=Path, metavar="FILE", help=rules_help)
     file_help = (
         "take the domain from the path of the file: group 1 of PATTERN, a regular expression that matches the full "
-        "path (default PATTERN: the file name up to its number)"
+        "path (without PATTERN: the file name without its number and split, as arxiv for arxiv-train-00012.jsonl.zst)"
     )
-    add("--domain-from-file", nargs="?", const=FILE_PATTERN, metavar="PATTERN", help=file_help)
+    add("--domain-from-file", nargs="?", const=BY_NAME, metavar="PATTERN", help=file_help)
     default_help = "domain of documents that have none (default: such a document is a bad line)"
     add("--default-domain", metavar="NAME", help=default_help)
     list_help = "JSON file of the allowed domain names, which also sets their order in the manifest (default: any name)"
@@ -101,7 +113,7 @@ def read_input_options(
     try:
         if args.domain_rules is not None:
             domains = load_rules(args.domain_rules)
-        elif args.domain_from_file is not None:
+        elif args.domain_from_file:
             domains = rule_by_file(args.domain_from_file)
     except ConfigError as error:
         faults += error.faults
@@ -112,10 +124,19 @@ def read_input_options(
     default = args.default_domain.strip() if args.default_domain is not None else None
     known = frozenset(order) if order else None
     reader = DocumentReader(args.text_key, domains, split, valid_fraction, known, default)
-    inputs = find_inputs(
-        args.input, domain_of_records=bool(domain_flags), domain_of_text=isinstance(domains, DomainRules)
-    )
+    by_name = args.domain_from_file == BY_NAME
+    by_rule = isinstance(domains, DomainRules) or by_name
+    inputs = find_inputs(args.input, domain_of_records=bool(domain_flags), domain_of_text=by_rule, split=split)
     faults += inputs.faults
+    notes = list(inputs.ignored)
+    if not faults and (by_name or (not domain_flags and default is None and lack_domains(inputs.files))):
+        inputs.files = [named(file) for file in inputs.files]
+        if not by_name:
+            names = shown_names({file.domain for file in inputs.files if file.domain is not None})
+            notes.append(f"no field {DOMAIN_KEY!r} in the records: the file's name gives the domain ({names})")
+    if args.domain_from_file and not faults and default is None:
+        faults += pattern_faults(args.domain_from_file, domains, inputs.files, args.on_error)
+    faults += list_faults(inputs.files, known, f"--domain-list {args.domain_list}")
     warnings: list[str] = []
     for file in inputs.files:
         if len(faults) >= _MAX_FAULTS:
@@ -130,6 +151,30 @@ def read_input_options(
     raise_if_any(faults)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    for note in inputs.ignored:
+    for note in notes:
         print(f"note: {note}", file=sys.stderr)
-    return Inputs(tuple(inputs.files), reader, order)
+    return Inputs(tuple(inputs.files), reader, order, inputs.has_valid)
+
+
+def with_held_out(inputs: Inputs, split: str | None, valid_fraction: float | None) -> Inputs:
+    """Returns the inputs with the default of --valid-fraction; prints it, and what looks wrong about the domains.
+
+    Args:
+        split, valid_fraction: the values of the flags; None where they are not given.
+    """
+    if split != "valid":
+        for text in domain_warnings(inputs.files, inputs.reader):
+            print(f"warning: {text}", file=sys.stderr)
+    if split is not None or valid_fraction is not None:
+        return inputs
+    if inputs.has_valid:
+        print("note: the same command with --split valid adds the held-out files", file=sys.stderr)
+        return inputs
+    fraction = held_out_fraction(sum(path.stat().st_size for path in inputs.paths))
+    print(f"holding out a fraction of {fraction:g} of the documents as the valid split (--valid-fraction)", flush=True)
+    return replace(inputs, reader=replace(inputs.reader, valid_fraction=fraction))
+
+
+def held_out_fraction(input_bytes: int) -> float:
+    """Returns the default of --valid-fraction for files of this size: 5 % of few, enough for an evaluation of many."""
+    return round(min(0.05, max(0.001, 20e6 / max(1, input_bytes))), 4)

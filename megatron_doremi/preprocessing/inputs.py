@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import glob
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_doremi.errors import Fault
 
-LINES, CSV, PARQUET, TEXT = "lines", "csv", "parquet", "text"
+LINES, CSV, PARQUET, ARROW, TEXT = "lines", "csv", "parquet", "arrow", "text"
 _KINDS = {
     ".jsonl": LINES,
     ".ndjson": LINES,
     ".json": LINES,
     ".csv": CSV,
     ".parquet": PARQUET,
+    ".arrow": ARROW,
     ".txt": TEXT,
     ".md": TEXT,
 }
 _COMPRESSED = (".gz", ".zst", ".zstd")
 FORMATS = (
-    ".jsonl, .ndjson, .json or .csv files, optionally compressed (.jsonl.zst, .csv.gz); .parquet files; "
+    ".jsonl, .ndjson, .json or .csv files, optionally compressed (.jsonl.zst, .csv.gz); .parquet or .arrow files; "
     "folders of these or of .txt or .md files"
 )
+# Files about a Hugging Face data set, beside its data. A file cache-*.arrow holds an intermediate result of `datasets`.
+_ABOUT = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
+_CACHE = re.compile(r"(cache|tmp)[-_.a-z0-9]*\.arrow")
 # Folders between the root of a Hugging Face data set and the folders of its domains.
 _NO_DOMAIN = frozenset({"data"})
 # Names of splits in Hugging Face data sets.
@@ -35,6 +41,11 @@ _SPLITS = {
     "dev": "valid",
     "test": "test",
 }
+# What follows the domain in the name of a file: numbers (-00012, _3_of_8, .part2) and the split.
+_AFTER_DOMAIN = re.compile(
+    r"(?:[-_.]+(?:(?:part|shard|chunk)?[-_.]?\d+|of|part|shard|chunk|train|validation|valid|test))+$", re.IGNORECASE
+)
+_NO_NAME = re.compile(r"(?:part|shard|chunk|data)?\d*")
 _MAX_FAULTS = 10
 
 
@@ -68,11 +79,13 @@ class FoundInputs:
         files: in the order given; the files of a folder are sorted by name.
         faults: faults of the paths.
         ignored: notes on the files in folders that are not read.
+        has_valid: whether a folder holds a held-out split of its own.
     """
 
     files: list[InputFile] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
+    has_valid: bool = False
 
 
 def kind_of(path: Path) -> str:
@@ -88,18 +101,25 @@ def _uncompressed_name(path: Path) -> str:
     return name if name.endswith(".parquet" + suffix) else name.removesuffix(suffix)
 
 
-def find_inputs(paths: Sequence[Path], domain_of_records: bool = False, domain_of_text: bool = False) -> FoundInputs:
+def find_inputs(
+    paths: Sequence[Path], domain_of_records: bool = False, domain_of_text: bool = False, split: str = "train"
+) -> FoundInputs:
     """Finds the files of --input.
 
     Args:
+        paths: files, folders, and patterns such as data/*.jsonl that the shell did not expand.
         domain_of_records: take the domain from each record instead of the folder.
         domain_of_text: take the domain of a text file from its path, by a rule, instead of the folder.
+        split: the split to take from folders that hold several.
     """
     inputs = FoundInputs()
-    for path in paths:
+    for path in [path for given in paths for path in _expanded(given)]:
         try:
             if path.is_dir():
-                _add_folder(inputs, path, domain_of_records, domain_of_text)
+                _add_folder(inputs, path, domain_of_records, domain_of_text, split)
+            elif not path.is_file() and glob.has_magic(str(path)):
+                rule = "a pattern that matches a file or folder"
+                inputs.faults.append(Fault("--input", f"{path} matches nothing", rule, "check the folder and pattern"))
             elif not path.is_file():
                 inputs.faults.append(Fault("--input", str(path), "an existing file or folder", "check the path"))
             elif kind_of(path) in ("", TEXT):
@@ -111,6 +131,35 @@ def find_inputs(paths: Sequence[Path], domain_of_records: bool = False, domain_o
             inputs.faults.append(_unreadable(path, error))
     inputs.faults += _faults_of_files(inputs.files)
     return inputs
+
+
+def _expanded(path: Path) -> list[Path]:
+    """The paths that a pattern matches, sorted; the path itself if it exists, is no pattern, or matches nothing."""
+    if not glob.has_magic(str(path)) or os.path.lexists(path):
+        return [path]
+    return sorted(map(Path, glob.glob(str(path), recursive=True))) or [path]
+
+
+def domain_of_name(path: Path) -> str:
+    """The domain that the name of a file gives: without suffix, numbers and split (arxiv-train-00012.jsonl.zst: arxiv).
+
+    A name of numbers and a split alone takes the folder's, as for NAME/data/train-00000-of-00002.parquet.
+    """
+    stem = _stem(path)
+    name = _AFTER_DOMAIN.sub("", stem)
+    words = re.split(r"[-_.]+", name, maxsplit=1)
+    if len(words) == 2 and words[0].lower() in _SPLITS:
+        name = words[1]
+    if name.lower() not in _SPLITS and not _NO_NAME.fullmatch(name.lower()):
+        return name
+    folders = [part for part in path.resolve().parts[1:-1] if part not in _NO_DOMAIN and part.lower() not in _SPLITS]
+    return folders[-1] if folders else stem
+
+
+def _stem(path: Path) -> str:
+    name = path.name[: len(_uncompressed_name(path))]
+    suffix = next((suffix for suffix in _KINDS if name.lower().endswith(suffix)), "")
+    return name[: len(name) - len(suffix)]
 
 
 def _unreadable(path: Path, error: OSError | ValueError) -> Fault:
@@ -141,29 +190,42 @@ def _faults_of_files(files: Sequence[InputFile]) -> list[Fault]:
     return faults
 
 
-def _add_folder(inputs: FoundInputs, folder: Path, domain_of_records: bool, domain_of_text: bool) -> None:
+def _add_folder(inputs: FoundInputs, folder: Path, domain_of_records: bool, domain_of_text: bool, split: str) -> None:
     paths = list(_walk(folder))
     records = [path for path in paths if kind_of(path) not in ("", TEXT)]
+    if any(kind_of(path) == ARROW for path in records):
+        records = [path for path in records if path.name not in _ABOUT and not _CACHE.fullmatch(path.name)]
     text = [path for path in paths if kind_of(path) == TEXT]
     # Text beside records is documentation, such as the README.md of a data set.
     chosen = records or text
     if not chosen:
         inputs.faults.append(Fault("--input", f"{folder} holds no input files", FORMATS, "check the path"))
         return
-    splits = _splits_of(folder, chosen)
-    if len(splits) > 1:
-        names = "; ".join(f"{split}: {path.relative_to(folder)}" for split, path in sorted(splits.items()))
-        remedy = "give the files of one split, such as DIR/*/train-*, with --domain-from-file '.*/([^/]+)/[^/]+'"
-        inputs.faults.append(Fault("--input", f"{folder} holds several splits ({names})", "one split per run", remedy))
-        return
-    ignored = [path for path in paths if path not in set(chosen)]
+    ignored = [path for path in paths if path not in set(chosen) and path.name not in _ABOUT]
     if ignored:
         names = ", ".join(str(path.relative_to(folder)) for path in ignored[:3]) + (" ..." if len(ignored) > 3 else "")
         inputs.ignored.append(f"{folder}: ignoring {len(ignored)} of {len(paths)} files, of other kinds: {names}")
+    by_split = _splits_of(folder, chosen)
+    named = sorted(set(by_split.values()) - {""})
+    if len(named) > 1:
+        chosen = _of_split(by_split, split)
+        skipped = ", ".join(each for each in named if each not in {by_split[path] for path in chosen})
+        inputs.ignored.append(f"{folder} holds several splits: reading {len(chosen)} files of {split}, not {skipped}")
+        inputs.has_valid = inputs.has_valid or bool({"valid", "test"} & set(named))
+    if not chosen:
+        rule, remedy = f"files of the split {split}", "give the files themselves"
+        inputs.faults.append(Fault("--input", f"{folder} holds only {', '.join(named)}", rule, remedy))
+    below_splits = _starts_with_splits(folder, chosen)
     for path in chosen:
         is_text = kind_of(path) == TEXT
         by_record = domain_of_text if is_text else domain_of_records
-        inputs.files.append(InputFile(path, None if by_record else _domain_of(folder, path, is_text)))
+        inputs.files.append(InputFile(path, None if by_record else _domain_of(folder, path, is_text, below_splits)))
+
+
+def _of_split(by_split: dict[Path, str], split: str) -> list[Path]:
+    """The files of a split; the held-out split is the one called validation, or else test."""
+    wanted = {"train": {"train", ""}, "valid": {"valid"} if "valid" in by_split.values() else {"test"}}[split]
+    return [path for path, each in by_split.items() if each in wanted]
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -183,22 +245,32 @@ def _walk(folder: Path) -> Iterator[Path]:
         yield from (Path(root, name) for name in sorted(files) if not name.startswith("."))
 
 
-def _domain_of(folder: Path, path: Path, is_text: bool) -> str | None:
-    """Returns the name of the subfolder of `folder` that contains a file. A text file directly in `folder` takes the
-    name of `folder`; a file of records there has no domain of its own (None)."""
-    parts = [part for part in path.relative_to(folder).parts[:-1] if part not in _NO_DOMAIN]
+def _folders(folder: Path, path: Path) -> list[str]:
+    return [part for part in path.relative_to(folder).parts[:-1] if part not in _NO_DOMAIN]
+
+
+def _starts_with_splits(folder: Path, paths: Sequence[Path]) -> bool:
+    """Whether the subfolders of `folder` are splits: all of them are named so, and no file is beside them."""
+    return all(parts and parts[0].lower() in _SPLITS for parts in (_folders(folder, path) for path in paths))
+
+
+def _domain_of(folder: Path, path: Path, is_text: bool, below_splits: bool) -> str | None:
+    """Returns the name of the subfolder of `folder`, or of its split, that contains a file. A text file directly there
+    takes the name of `folder`; a file of records there has no domain of its own (None)."""
+    parts = _folders(folder, path)[below_splits:]
     if parts:
         return parts[0]
     return folder.resolve().name if is_text else None
 
 
-def _splits_of(folder: Path, paths: Sequence[Path]) -> dict[str, Path]:
-    """Returns the splits that occur in the file names, as in Hugging Face data sets, each with an example file."""
-    splits: dict[str, Path] = {}
+def _splits_of(folder: Path, paths: Sequence[Path]) -> dict[Path, str]:
+    """Returns the split that each file's folders or name give, as in Hugging Face data sets; "" if they give none."""
+    below_splits = _starts_with_splits(folder, paths)
+    splits: dict[Path, str] = {}
     for path in paths:
-        parts = path.relative_to(folder).parts
-        words = [*parts[1:-1], parts[-1].lower().split(".")[0].split("-")[0].split("_")[0]]
-        named = [_SPLITS[word.lower()] for word in words if word.lower() in _SPLITS]
-        if named:
-            splits.setdefault(named[-1], path)
+        words = re.split(r"[-_.]", _stem(path).lower())
+        last = [word for word in words[1:] if word in ("train", "validation", "valid", "test")][-1:]
+        folders = [part.lower() for part in _folders(folder, path)[0 if below_splits else 1 :]]
+        named = [_SPLITS[word] for word in (*folders, words[0], *last) if word in _SPLITS]
+        splits[path] = named[-1] if named else ""
     return splits

@@ -60,7 +60,7 @@ def row_batches(file: pyarrow.parquet.ParquetFile, columns: Sequence[str]) -> It
         if step is None and fault is None and rows != file.metadata.num_rows:
             # pyarrow does not compare the row count in the footer with the rows that it reads.
             fault = BrokenFile(f"{DAMAGED} (Parquet: it holds {rows:,} of {file.metadata.num_rows:,} rows)")
-        for batch in _slices(step) if step is not None else ():
+        for batch in slices(step) if step is not None else ():
             if pending and size + batch.nbytes > BLOCK_BYTES:
                 yield pyarrow.concat_batches(pending)
                 pending, size = [], 0
@@ -89,7 +89,7 @@ def _steps(file: pyarrow.parquet.ParquetFile, columns: Sequence[str]) -> Iterato
             yield from file.iter_batches(step_rows, **selection)
 
 
-def _slices(batch: pyarrow.RecordBatch) -> Iterator[pyarrow.RecordBatch]:
+def slices(batch: pyarrow.RecordBatch) -> Iterator[pyarrow.RecordBatch]:
     """Splits a batch into slices of about `BLOCK_BYTES` or less."""
     if batch.nbytes <= BLOCK_BYTES or batch.num_rows < 2:
         yield batch

@@ -1,4 +1,4 @@
-"""Splits input files (JSON lines and arrays, CSV, Parquet, text) into blocks, which workers parse.
+"""Splits input files (JSON lines and arrays, CSV, Parquet, Arrow, text) into blocks, which workers parse.
 
 One process splits a file, so any number of workers can share a large one. The boundaries of blocks are deterministic,
 so a run can resume at a block, and the tasks of an array job can divide the blocks without communication.
@@ -18,9 +18,10 @@ import orjson
 import pyarrow
 
 from megatron_doremi.errors import RunError
+from megatron_doremi.preprocessing.arrow_rows import arrow_blocks, open_arrow
 from megatron_doremi.preprocessing.columns import check_columns, csv_header
 from megatron_doremi.preprocessing.decompression import TRUNCATED, BrokenFile, UnreadableFile, not_utf8, text_parts
-from megatron_doremi.preprocessing.inputs import CSV, PARQUET, TEXT, InputFile
+from megatron_doremi.preprocessing.inputs import ARROW, CSV, PARQUET, TEXT, InputFile
 from megatron_doremi.preprocessing.parquet_rows import open_parquet, row_batches
 from megatron_doremi.preprocessing.record_blocks import (
     ELEMENT_END,
@@ -115,17 +116,17 @@ def read_blocks(
     """Yields the blocks of a file.
 
     Args:
-        columns: the columns to read from a Parquet file.
-        needed: returns the columns that a CSV or Parquet file must have, given the domain of its folder; None requires
-            all of `columns`.
+        columns: the columns to read from a Parquet or Arrow file.
+        needed: returns the columns that a CSV, Parquet or Arrow file must have, given the domain of its folder; None
+            requires all of `columns`.
 
     Raises:
-        ConfigError: a column of a CSV or Parquet file is missing or duplicated.
+        ConfigError: a column of a CSV, Parquet or Arrow file is missing or duplicated.
         RunError: the disk fails.
     """
     source = as_input(file)
     required = columns if needed is None else needed(source.domain)
-    blocks = _read_rows(source.path, columns, required) if source.kind == PARQUET else _read_text(source, required)
+    blocks = _read_rows(source, columns, required) if source.kind in (PARQUET, ARROW) else _read_text(source, required)
     try:
         for block in blocks:
             yield block if source.domain is None else replace(block, domain=source.domain)
@@ -191,21 +192,37 @@ def _with_progress(error: BrokenFile, kind: str, number: int, position: int, pat
     return f"{error}; read {number - 1:,} {unit}s, {position:,} of {size:,} bytes on disk ({percent:.0f} %)"
 
 
-def _read_rows(path: Path, columns: Sequence[str], needed: Sequence[str]) -> Iterator[Block]:
+def _read_rows(source: InputFile, columns: Sequence[str], needed: Sequence[str]) -> Iterator[Block]:
+    path = source.path
     size, number, position = path.stat().st_size, 1, 0
     try:
-        with open_parquet(path) as file:
-            check_columns(path, file.schema_arrow.names, needed)
-            present = [name for name in columns if name in file.schema_arrow.names]
-            rows = max(1, file.metadata.num_rows)
-            for batch in row_batches(file, present):
-                position = size * (number - 1 + batch.num_rows) // rows
-                yield Block(str(path), number, batch, position, kind="rows")
-                number += batch.num_rows
+        rows = _arrow_rows if source.kind == ARROW else _parquet_rows
+        for batch, position in rows(path, columns, needed):
+            yield Block(str(path), number, batch, position, kind="rows")
+            number += batch.num_rows
     except BrokenFile as error:
         unreadable = isinstance(error, UnreadableFile)
         problem = str(error) if unreadable else _with_progress(error, "rows", number, position, path)
         yield Block(str(path), number, b"", size, True, problem, unreadable, "rows")
+
+
+def _parquet_rows(
+    path: Path, columns: Sequence[str], needed: Sequence[str]
+) -> Iterator[tuple[pyarrow.RecordBatch, int]]:
+    """Yields batches and the byte of the file after each, as estimated from the number of rows."""
+    size, done = path.stat().st_size, 0
+    with open_parquet(path) as file:
+        check_columns(path, file.schema_arrow.names, needed)
+        present = [name for name in columns if name in file.schema_arrow.names]
+        for batch in row_batches(file, present):
+            done += batch.num_rows
+            yield batch, size * done // max(1, file.metadata.num_rows)
+
+
+def _arrow_rows(path: Path, columns: Sequence[str], needed: Sequence[str]) -> Iterator[tuple[pyarrow.RecordBatch, int]]:
+    with open_arrow(path) as (schema, batches):
+        check_columns(path, schema.names, needed)
+        yield from arrow_blocks(batches, [name for name in columns if name in schema.names])
 
 
 def parse_block(block: Block) -> Iterator[tuple[int, Any]]:

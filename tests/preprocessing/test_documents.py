@@ -18,7 +18,6 @@ import pytest
 
 from megatron_doremi.errors import ConfigError
 from megatron_doremi.preprocessing.documents import (
-    FILE_PATTERN,
     RULES_FORMAT,
     BadLine,
     DocumentReader,
@@ -29,6 +28,7 @@ from megatron_doremi.preprocessing.documents import (
     rule_by_file,
     share_of,
 )
+from megatron_doremi.preprocessing.inputs import domain_of_name
 from megatron_doremi.preprocessing.sources import Block, read_blocks
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "domains"
@@ -116,11 +116,18 @@ def test_wrong_rules_are_refused(tmp_path, case):
         ("arxiv.jsonl", "arxiv"),
         ("books_3_of_8.parquet", "books"),
         ("c4/en.noblocklist-01-of-99.jsonl.gz", "en.noblocklist"),
-        ("x/pes2o_v2.jsonl", "pes2o_v"),
+        ("x/pes2o_v2.jsonl", "pes2o_v2"),
+        ("x/c4.jsonl", "c4"),
+        ("x/proof.JSONL.ZST", "proof"),
+        ("x/Web_train.part3.csv", "Web"),
+        ("x/train-web-00.jsonl", "web"),
+        ("wiki/data/train-00000-of-00002.parquet", "wiki"),
+        ("pile/train/07.jsonl.zst", "pile"),
+        ("/train.jsonl", "train"),
     ],
 )
-def test_the_domain_is_the_file_name_up_to_its_number(file, domain):
-    assert rule_by_file(FILE_PATTERN).domain_of({}, file) == domain
+def test_the_domain_is_the_file_name_without_number_and_split(file, domain):
+    assert domain_of_name(Path(file)) == domain
 
 
 def test_a_pattern_for_the_path():

@@ -11,6 +11,7 @@ import os
 import resource
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ import zstandard
 from input_files import lines, parquet, pile, put, records, table
 
 from megatron_doremi.data.manifest import load_manifest
+from megatron_doremi.preprocessing.documents import share_of
+from megatron_doremi.preprocessing.input_options import held_out_fraction
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 ROWS = records(30)
@@ -48,7 +51,7 @@ def tokenizer(tmp_path_factory):
 
 def preprocess(tokenizer, output, *words, **named):
     given = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer, "--output-dir", output]
-    return run("preprocess_data.py", *given, "--workers", 1, *words, **named)
+    return run("preprocess_data.py", *given, "--workers", 1, "--split", "train", *words, **named)
 
 
 def test_files_of_every_format_form_one_input(tokenizer, tmp_path):
@@ -122,7 +125,7 @@ def test_more_domains_than_the_soft_limit_of_open_files(tokenizer, tmp_path):
     assert len(load_manifest(tmp_path / "out" / "domains.json").domains) == 60
     done = preprocess(tokenizer, tmp_path / "less", *words, limit=(100, 100))
     assert done.returncode == 2
-    assert b"at most 100 open files in this process, three per domain" in done.stderr
+    assert b"at most 100 open files in this process, four per domain" in done.stderr
     assert b"raise the hard limit" in done.stderr
 
 
@@ -136,3 +139,20 @@ def test_any_domain_name_gives_files_in_the_output_folder(tokenizer, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d.jsonl", "out"]
     assert all(domain.train.parent == tmp_path / "out" for domain in manifest.domains)
     assert len({domain.train for domain in manifest.domains}) == len(names)
+
+
+def test_without_a_split_a_part_of_the_documents_is_held_out(tokenizer, tmp_path):
+    """A folder of text for each domain; the fraction depends on the size of the files alone."""
+    for number, row in enumerate(records(120)):
+        put(tmp_path / "in" / row["domain"] / f"{number}.md", row["text"].encode())
+    given = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer, "--output-dir"]
+    done = run("preprocess_data.py", "--input", tmp_path / "in", *given, tmp_path / "out", "--workers", 1)
+    assert done.returncode == 0, done.stderr
+    assert b"holding out a fraction of 0.05 of the documents" in done.stdout
+    assert b"warning" not in done.stderr
+    domains = load_manifest(tmp_path / "out" / "domains.json").domains
+    held_out = [row for row in records(120) if share_of(row["text"].encode()) < 0.05]
+    assert {domain.name: 60 - domain.documents for domain in domains} == Counter(row["domain"] for row in held_out)
+    done = run("preprocess_data.py", "--input", tmp_path / "in" / "Web", *given, tmp_path / "one", "--workers", 1)
+    assert b"the 60 files give a single domain, 'Web'" in done.stderr
+    assert [held_out_fraction(size) for size in (0, 4 * 10**8, 2 * 10**9, 10**12)] == [0.05, 0.05, 0.01, 0.001]

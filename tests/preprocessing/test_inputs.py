@@ -20,6 +20,7 @@ from input_files import compressed, lines, long_window, options, parquet, pile, 
 from megatron_doremi.errors import ConfigError, RunError
 from megatron_doremi.preprocessing import decompression, record_blocks
 from megatron_doremi.preprocessing.decompression import DAMAGED, TRUNCATED
+from megatron_doremi.preprocessing.file_domains import domain_warnings
 from megatron_doremi.preprocessing.inputs import find_inputs
 from megatron_doremi.preprocessing.sources import read_blocks
 
@@ -357,8 +358,103 @@ def test_ignored_files_in_folders_are_reported(tmp_path, capsys):
     (tmp_path / "circle" / "again").symlink_to(tmp_path / "circle")
     put(tmp_path / "circle" / "a.jsonl", RAW)
     assert len(find_inputs([tmp_path / "circle"]).files) == 1
-    with pytest.raises(ConfigError, match=r"holds no input files(.|\n)*several splits"):
+    with pytest.raises(ConfigError, match="holds no input files"):
         options(tmp_path / "none", tmp_path / "splits")
+
+
+def test_the_name_of_a_file_gives_the_domain_of_records_without_one(tmp_path, capsys):
+    """Without a flag for domains, if no record has meta.pile_set_name; in a folder of mixed files the key decides."""
+    bare = [{"text": row["text"]} for row in ROWS]
+    for name, rows in (("web-train-0.jsonl", bare), ("web-train-1.jsonl", bare[:1]), ("code_train.jsonl", bare)):
+        put(tmp_path / "a" / name, lines(rows))
+    parquet(tmp_path / "a" / "law.parquet", bare)
+    expected = [(row["text"], name) for name, n in (("code", 40), ("law", 40), ("web", 41)) for row in (ROWS * 2)[:n]]
+    documents, bad = read(tmp_path / "a")
+    assert ([name for _, name in documents], bad) == ([name for _, name in expected], [])
+    assert "the file's name gives the domain (code, law, web)" in capsys.readouterr().err
+    assert read(tmp_path / "a", "--domain-from-file") == (documents, [])
+    assert read(tmp_path / "a" / "*.jsonl")[0] == [pair for pair in documents if pair[1] != "law"]
+    assert read(tmp_path / "a", "--default-domain", "R")[0][0][1] == "R"
+    put(tmp_path / "a" / "with_key.jsonl", RAW)
+    (tmp_path / "a" / "law.parquet").unlink()
+    documents, bad = read(tmp_path / "a")
+    assert (documents, len(bad)) == (PLAIN, 81)
+
+
+def test_the_files_of_one_split_are_read(tmp_path, capsys):
+    for split, text in (("train", "a"), ("validation", "b"), ("test", "c")):
+        put(tmp_path / "wiki" / split / "0.jsonl", lines([{"text": text}]))
+        put(tmp_path / "flat" / f"web_{split}.jsonl", lines([{"text": text}]))
+        put(tmp_path / "deep" / "law" / f"{split}-00000-of-00001.jsonl", lines([{"text": text}]))
+    put(tmp_path / "flat" / "code.jsonl", lines([{"text": "d"}]))
+    assert read(tmp_path / "wiki") == ([("a", "wiki")], [])
+    assert read(tmp_path / "flat") == ([("d", "code"), ("a", "web")], [])
+    assert read(tmp_path / "deep") == ([("a", "law")], [])
+    assert "holds several splits: reading 1 files of train, not test, valid" in capsys.readouterr().err
+    assert [file.path.parent.name for file in find_inputs([tmp_path / "wiki"], split="valid").files] == ["validation"]
+    # Folders named like splits beside others are domains.
+    put(tmp_path / "wiki" / "web" / "0.jsonl", lines([{"text": "e"}]))
+    assert {name for _, name in read(tmp_path / "wiki")[0]} == {"train", "validation", "test", "web"}
+
+
+def test_patterns_that_match_nothing_and_unlisted_domains_are_faults(tmp_path):
+    put(tmp_path / "web.jsonl", lines([{"text": "a"}]))
+    listed = put(tmp_path / "list.json", b'{"format": "megatron-doremi-domain-list/1", "domains": ["law"]}')
+    for words, message in (
+        ([tmp_path / "*.parquet"], r"\*\.parquet matches nothing"),
+        (
+            [tmp_path / "web.jsonl", "--domain-from-file", "/nowhere/(.*)"],
+            r"does not match 1 of 1 files",
+        ),
+        ([tmp_path / "web.jsonl", "--domain-list", listed], r"domains web, by files and folders"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            options(*words)
+
+
+def test_domains_that_look_wrong_are_reported_before_text_is_read(tmp_path):
+    for number in range(51):
+        put(tmp_path / "ids" / f"{number:x}x.jsonl", lines([{"text": "a"}]))
+        put(tmp_path / "one" / f"web-{number}.jsonl", lines([{"text": "a"}]))
+
+    def warnings(*words):
+        inputs = options(*words)
+        return domain_warnings(inputs.files, inputs.reader)
+
+    assert "each of the 51 files is a domain of its own" in warnings(tmp_path / "ids")[0]
+    assert "the 51 files give a single domain, 'web'" in warnings(tmp_path / "one")[0]
+    assert "single domain, 'one'" in warnings(tmp_path / "one", "--domain-from-file", r".*/(\w+)/[^/]*")[0]
+    assert warnings(tmp_path / "one", tmp_path / "ids" / "1x.jsonl") == []
+    assert warnings(put(tmp_path / "pile.jsonl", RAW)) == []
+
+
+@pytest.mark.parametrize("form", ["stream", "file"])
+def test_arrow_folders_of_hugging_face(tmp_path, form):
+    """As `Dataset.save_to_disk` and `DatasetDict.save_to_disk` write them, and damaged ones."""
+    schema = pyarrow.schema({"text": pyarrow.string(), "id": pyarrow.int64()})
+    new = {"stream": pyarrow.ipc.new_stream, "file": pyarrow.ipc.new_file}[form]
+    path = tmp_path / "hf" / "train" / "data-00000-of-00001.arrow"
+    for name, text in (("train", "a"), ("test", "b")):
+        put(tmp_path / "hf" / name / "dataset_info.json", b'{"features": {}}')
+        put(tmp_path / "hf" / name / "state.json", b'{"_data_files": []}')
+        with new(str(tmp_path / "hf" / name / "data-00000-of-00001.arrow"), schema) as writer:
+            for start in range(0, 2500, 1000):
+                ids = range(start, min(2500, start + 1000))
+                writer.write_table(pyarrow.table({"text": [f"{text}{i}" for i in ids], "id": list(ids)}, schema))
+    put(tmp_path / "hf" / "dataset_dict.json", b'{"splits": ["train", "test"]}')
+    put(tmp_path / "hf" / "train" / "cache-12.arrow", b"an intermediate result")
+    expected = [(f"a{i}", "hf") for i in range(2500)]
+    assert read(tmp_path / "hf") == (expected, [])
+    blocks = list(read_blocks(path, ["text"]))
+    assert [block.position for block in blocks] == sorted(block.position for block in blocks)
+    with pytest.raises(ConfigError, match="column 'id' holds int64"):
+        options(tmp_path / "hf", "--text-key", "id")
+    data = path.read_bytes()
+    for size in (3, len(data) // 2, len(data) - 8):
+        put(tmp_path / "cut.arrow", data[:size])
+        documents, bad = read(tmp_path / "cut.arrow", "--domain-from-file")
+        assert documents == [(text, "cut") for text, _ in expected[: len(documents)]]
+        assert len(bad) == 1, size
 
 
 def test_duplicate_files_are_refused(tmp_path):

@@ -76,7 +76,7 @@ def preprocess(models):
     def go(files, output, *words, model="one", workers=1):
         files = files if isinstance(files, list) else [files]
         given = ["--input", *files, "--output-dir", output, "--tokenizer-model", models / f"{model}.model"]
-        return run("preprocess_data.py", *given, "--workers", workers, *words)
+        return run("preprocess_data.py", *given, "--workers", workers, "--split", "train", *words)
 
     return go
 

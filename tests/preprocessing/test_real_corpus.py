@@ -64,7 +64,7 @@ def made(tmp_path_factory):
     model = folder / "tokenizer.model"
     sizes = ["--vocab-size", VOCABULARY, "--sample-bytes", 500_000]
     run("train_tokenizer.py", "--input", corpus_file(), "--output", model, *sizes)
-    words = ["--tokenizer-model", model, "--append-eod", "--workers", 2]
+    words = ["--tokenizer-model", model, "--append-eod", "--workers", 2, "--split", "train"]
     run("preprocess_data.py", "--input", corpus_file(), "--output-dir", folder / "data", *words)
     return load_manifest(folder / "data" / "domains.json"), SentencePieceTokenizer(model)
 

@@ -59,7 +59,7 @@ def folder(tmp_path_factory):
 def command(folder, output, *words):
     inputs = [folder / name for name in ("a.jsonl.zst", "b.jsonl", "c.jsonl", "d.jsonl.gz")]
     tokenizer = ["--tokenizer-model", folder / "t.model", "--append-eod"]
-    return ["--input", *inputs, "--output-dir", output, *tokenizer, *words]
+    return ["--input", *inputs, "--output-dir", output, *tokenizer, "--split", "train", *words]
 
 
 def preprocess(folder, output, *words):

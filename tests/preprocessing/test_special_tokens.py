@@ -257,7 +257,7 @@ def test_lost_characters_are_described_in_ascii():
 
 
 def preprocess(folder, model, *flags, kind=HUGGING_FACE):
-    given = ["--input", folder / "input.jsonl", "--output-dir", folder / "out", "--workers", 1]
+    given = ["--input", folder / "input.jsonl", "--output-dir", folder / "out", "--workers", 1, "--split", "train"]
     return run("preprocess_data.py", *given, "--tokenizer-type", kind, "--tokenizer-model", model, *flags)
 
 
