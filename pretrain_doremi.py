@@ -18,10 +18,13 @@ import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_doremi import __version__
 from megatron_doremi.cluster.signals import EXIT_STOPPED, Signals
+from megatron_doremi.console import say
 from megatron_doremi.errors import (
     EXIT_USER_ERROR,
     ConfigError,
@@ -30,6 +33,7 @@ from megatron_doremi.errors import (
     machine_failure,
     run_or_exit,
 )
+from megatron_doremi.progress import stage
 
 if TYPE_CHECKING:
     from megatron_doremi.cluster.control import RunControl
@@ -99,13 +103,15 @@ def join_rendezvous(config: Config, launch: Launch, argv: Sequence[str] | None) 
     """Meets the other ranks at their store."""
     # Imported after the flags are checked: torch and DeepSpeed take seconds, and a wrong flag is reported immediately.
     warnings.filterwarnings("ignore", category=FutureWarning)
-    import torch
+    with stage("importing PyTorch and DeepSpeed", launch.rank == 0):
+        import torch
 
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from megatron_doremi.cluster.rendezvous import Rendezvous
-
-    return Rendezvous(launch, config.run.distributed_timeout_minutes, argv)
+        if not torch.cuda.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        from megatron_doremi.cluster import process_group  # noqa: F401
+        from megatron_doremi.cluster.rendezvous import Rendezvous
+    with stage(f"waiting for {launch.world_size:,} ranks", launch.rank == 0):
+        return Rendezvous(launch, config.run.distributed_timeout_minutes, argv)
 
 
 def run(
@@ -149,14 +155,14 @@ def run_phase(
     from megatron_doremi.cluster.control import RunControl
     from megatron_doremi.cluster.error_report import raise_faults_of_all_ranks
     from megatron_doremi.cluster.preemption import StopRequest
-    from megatron_doremi.cluster.process_group import any_rank, device_faults, join_group
+    from megatron_doremi.cluster.process_group import any_rank, device_faults, device_name, join_group
     from megatron_doremi.cluster.run_lock import run_lock
     from megatron_doremi.data.manifest import print_warnings
     from megatron_doremi.parallel.context import make_context
     from megatron_doremi.parallel.exchange import from_rank_0
     from megatron_doremi.phases.evaluate import evaluate_run
     from megatron_doremi.phases.identity import check_ranks_start_alike
-    from megatron_doremi.phases.inputs import open_inputs, what_is_read
+    from megatron_doremi.phases.inputs import open_inputs, start_text, what_is_read
     from megatron_doremi.phases.output_checks import check_outputs
     from megatron_doremi.phases.score import check_reference_losses, reference_hash, score
     from megatron_doremi.settings import EVALUATE, SCORE, TRAINING
@@ -168,7 +174,8 @@ def run_phase(
     except ConfigError as error:
         faults += error.faults
     try:
-        inputs = open_inputs(config, topology)
+        with stage(f"opening {config.data.domains}", topology.rank == 0):
+            inputs = open_inputs(config, topology)
     except ConfigError as error:
         faults += error.faults
     raise_faults_of_all_ranks(rendezvous, faults, 60.0 * minutes)
@@ -177,7 +184,8 @@ def run_phase(
     data, control = inputs.data, RunControl(stop, watchdog, rendezvous.store)
     if topology.rank == 0:
         print_warnings(data.manifest)
-    device = join_group(rendezvous, minutes)
+    with stage("joining the process group", topology.rank == 0):
+        device = join_group(rendezvous, minutes)
     check_ranks_start_alike(config, what_is_read(inputs))
     context = make_context(topology, device, config.parallel.sequence_parallel)
     reference_sha256 = None
@@ -188,6 +196,8 @@ def run_phase(
         reference_sha256 = reference_hash(inputs.reference, inputs.reference_losses, topology, watchdog)
     # Nothing is written before every input has been checked.
     from_rank_0(lambda: check_outputs(config, inputs.controller.learns))
+    if topology.rank == 0:
+        say(f"{date.today()}, Megatron-DoReMi {__version__}, {start_text(inputs, device_name(device))}")
     if phase == EVALUATE:
         assert inputs.reference is not None
         evaluate_run(inputs.plan, data, inputs.reference, context, watchdog)
@@ -220,7 +230,6 @@ def make_trainer(
 ) -> Trainer:
     """Cleans up the run's folder, finds the checkpoint to resume from, writes config.json and builds the trainer."""
     from megatron_doremi.checkpoint.publishing import clear_leftovers
-    from megatron_doremi.console import print_stdout
     from megatron_doremi.engine.build import make_engine
     from megatron_doremi.mixture.controllers import make_objective
     from megatron_doremi.parallel.exchange import from_rank_0
@@ -233,13 +242,17 @@ def make_trainer(
     identity = run_identity(plan, inputs.data, inputs.controller, reference_sha256)
     # Before the search: this may restore the newest checkpoint.
     from_rank_0(lambda: clear_leftovers(Path(plan.config.run.save)))
-    resume = resume_point(plan, identity, inputs.controller, lambda: control.watchdog.mark("reading a checkpoint"))
+    with stage("checking the checkpoint to resume from", context.topology.rank == 0):
+        resume = resume_point(plan, identity, inputs.controller, lambda: control.watchdog.mark("reading a checkpoint"))
     overrides = resume.overrides if resume else ()
     from_rank_0(lambda: write_run_config(plan, inputs.data, identity, overrides))
-    if context.topology.rank == 0 and inputs.repeated:
-        print_stdout(inputs.repeated)
-    engine = make_engine(plan, make_objective(plan, inputs.controller, context), context)
-    reference = make_reference(plan, inputs.reference, context)
+    is_rank_0 = context.topology.rank == 0
+    for line in resume.statements if resume and is_rank_0 else ():
+        say(line)
+    with stage("building the model and its optimizer", is_rank_0):
+        engine = make_engine(plan, make_objective(plan, inputs.controller, context), context)
+    with stage("loading the reference", is_rank_0):
+        reference = make_reference(plan, inputs.reference, context)
     return Trainer(inputs, identity, resume, engine, reference, context, control, lock)
 
 
@@ -251,7 +264,8 @@ def dry_run(config: Config, topology: Topology) -> None:
     from megatron_doremi.data.manifest import print_warnings
     from megatron_doremi.phases.inputs import open_inputs, plan_text
 
-    inputs = open_inputs(config, topology)
+    with stage(f"opening {config.data.domains}", topology.rank == 0):
+        inputs = open_inputs(config, topology)
     if topology.rank == 0:
         print_warnings(inputs.data.manifest)
         print(plan_text(inputs))

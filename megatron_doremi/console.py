@@ -1,4 +1,7 @@
-"""Console output that never ends the program: a closed pipe or terminal and a full disk are tolerated."""
+"""Console output that never ends the program: a closed pipe or terminal and a full disk are tolerated.
+
+Lines appear above the progress bars of a terminal, never beside them (progress.py).
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,13 @@ import contextlib
 import os
 import select
 import sys
+import textwrap
+import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TextIO
+
+COLUMNS = 120
 
 # Errors of writing to a stream. ValueError: the stream is closed, or its encoding has no such character.
 CONSOLE_ERRORS = (OSError, ValueError)
@@ -19,6 +27,45 @@ def escape_unencodable_characters() -> None:
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
             reconfigure(errors="backslashreplace")
+
+
+def say(text: str) -> None:
+    """Prints a message of a run to stdout, with the time of day; see `with_clock`."""
+    print_stdout(with_clock(text, time.localtime()))
+
+
+def with_clock(text: str, now: time.struct_time) -> str:
+    """A message after its time of day, HH:MM:SS, wrapped to `COLUMNS`; further lines are indented below the first.
+
+    Words are never split: a line is longer than that only if it holds a longer path.
+    """
+    clock = time.strftime("%H:%M:%S ", now)
+    lines = [part for line in text.splitlines() or [""] for part in wrapped(line, COLUMNS - len(clock))]
+    return ("\n" + " " * len(clock)).join([clock + lines[0], *lines[1:]])
+
+
+def wrapped(line: str, width: int = COLUMNS) -> list[str]:
+    """A line in parts of at most `width` characters; parts after the first are indented by four more spaces."""
+    if len(line) <= width:
+        return [line]
+    indent = " " * (len(line) - len(line.lstrip()) + 4)
+    return textwrap.wrap(
+        line,
+        width,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+        replace_whitespace=False,
+        drop_whitespace=True,
+    )
+
+
+def shortened(text: str, width: int) -> str:
+    """A text of at most `width` characters: the middle of a longer one is left out."""
+    if len(text) <= width:
+        return text
+    kept = max(width - 3, 0)
+    return text[: kept - kept // 2] + "..." + text[len(text) - kept // 2 :]
 
 
 def print_stdout(text: str) -> None:
@@ -42,10 +89,29 @@ def warn(text: str) -> None:
 
 def _try_print(stream: TextIO, line: str) -> bool:
     try:
-        print(line, file=stream, flush=True)
+        with _above_bars(stream):
+            # One write, so that lines of several threads do not mix.
+            stream.write(f"{line}\n")
+            stream.flush()
     except CONSOLE_ERRORS:
         return False
     return True
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether a stream is a terminal."""
+    with contextlib.suppress(*CONSOLE_ERRORS):
+        return stream is not None and stream.isatty()
+    return False
+
+
+def _above_bars(stream: TextIO) -> AbstractContextManager[None]:
+    """Removes progress bars from a terminal while a line is printed, and draws them again below it."""
+    tqdm = sys.modules.get("tqdm")
+    if tqdm is None or not is_terminal(stream):
+        return contextlib.nullcontext()
+    above: AbstractContextManager[None] = tqdm.tqdm.external_write_mode(file=stream)
+    return above
 
 
 def flush_streams() -> None:

@@ -72,6 +72,14 @@ def join_group(rendezvous: Rendezvous, minutes: float) -> torch.device:
     return device
 
 
+def device_name(device: torch.device) -> str:
+    """What a rank computes on, as text: the GPU's name, or the CPU with the threads of a rank."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'' if threads == 1 else 's'} each"
+
+
 def any_rank(flag: bool, device: torch.device) -> bool:
     """Whether `flag` is set on any rank; a collective call."""
     flags = torch.tensor([int(flag)], device=device)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_doremi.checkpoint.reader import load_frozen
 from megatron_doremi.cluster.watchdog import Watchdog
-from megatron_doremi.console import print_stdout
+from megatron_doremi.console import say
 from megatron_doremi.data.blend import GlobalBatch
 from megatron_doremi.data.loader import MicroBatch, rank_slice, read_windows
 from megatron_doremi.errors import RunError
@@ -43,6 +43,7 @@ from megatron_doremi.phases.held_out import (
 from megatron_doremi.phases.run_data import RunData, held_out
 from megatron_doremi.phases.score import weights_hash
 from megatron_doremi.plan import RunPlan
+from megatron_doremi.progress import Progress, stage
 from megatron_doremi.storage.files import AppendFile, make_folder
 
 EVALUATION_FORMAT = "megatron-doremi-evaluation/1"
@@ -82,6 +83,8 @@ def evaluate(
     held: list[tuple[Sequence[DocumentParts], Tensor]] = []
     # Enough micro-batches to fill the pipeline, few enough to bound the memory for windows.
     stride = 4 * topology.pipe_size
+    total, each = len(text.windows().domains), micro_batch_size * topology.data_size
+    shown = Progress(f"evaluating {subject}", total, "window", topology.rank == 0)
     for first in range(0, len(parts), stride):
         progress()
         chunk = parts[first : first + stride]
@@ -97,14 +100,16 @@ def evaluate(
             pairs = zip(chunk, before[first : first + stride], strict=True)
             held += zip((document_parts(text, *pair) for pair in pairs), losses, strict=True)
         if len(held) * math.prod(shape) >= _LOSSES_AT_ONCE or first + stride >= len(parts):
-            for each, loss in held:
-                documents.add(each, loss.cpu().double().numpy())
+            for documents_of_batch, loss in held:
+                documents.add(documents_of_batch, loss.cpu().double().numpy())
             held.clear()
-    total = reduce_stats(stats, context)
+        shown.update(min(len(chunk) * each, total - first * each))
+    shown.close()
+    totals = reduce_stats(stats, context)
     sums = reduce_sums(torch.from_numpy(documents.sums).to(device), context).cpu().numpy()
-    if not bool(torch.isfinite(total.loss).all()):
+    if not bool(torch.isfinite(totals.loss).all()):
         raise _explain(parts, finite, context, text.names, subject)
-    entries = evaluation_entries(total, sums, text.names, text.shares, text.seq_length)
+    entries = evaluation_entries(totals, sums, text.names, text.shares, text.seq_length)
     if topology.rank == 0:
         entries |= interval_entries(entries, sums, text.names, text.shares)
     return entries
@@ -139,11 +144,13 @@ def evaluate_run(
     """
     config = plan.config
     data_config, save = config.data, Path(config.run.save) if config.run.save else None
-    from_rank_0(lambda: weights_hash(run.weights, watchdog))
+    with stage(f"checking the weights in {run.weights}", context.topology.rank == 0):
+        from_rank_0(lambda: weights_hash(run.weights, watchdog))
     if save is not None:
         # Finds out before the evaluation whether the file can be written.
         from_rank_0(lambda: append_line(save, ""))
-    module = load_frozen(run.gpt, run.weights, context, plan.dtype, config.parallel.loss_chunk_tokens)
+    with stage(f"loading {run.weights}", context.topology.rank == 0):
+        module = load_frozen(run.gpt, run.weights, context, plan.dtype, config.parallel.loss_chunk_tokens)
     # --eval-iters counts batches of the run, so that the windows do not depend on this layout or batch size.
     max_windows = data_config.eval_iters * run.global_batch_size
     checkpoint = run.weights.parent
@@ -156,9 +163,7 @@ def evaluate_run(
         lambda: watchdog.mark("evaluating"),
     )
     if context.topology.rank == 0:
-        print_stdout(f"held-out loss of {checkpoint}")
-        for row in evaluation_table(entries):
-            print_stdout(f"  {row}")
+        say("\n".join([f"held-out loss of {checkpoint}", *(f"  {row}" for row in evaluation_table(entries))]))
     if save is not None:
         line = {
             "format": EVALUATION_FORMAT,

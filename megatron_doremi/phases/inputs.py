@@ -24,7 +24,7 @@ from megatron_doremi.phases.selected_domains import sampling_setting
 from megatron_doremi.phases.to_come import LOSSES, WEIGHTS, inputs_to_come
 from megatron_doremi.phases.trained_run import read_loaded, read_reference, reads_reference_losses, scores_online
 from megatron_doremi.plan import RunPlan, make_plan
-from megatron_doremi.planning.describe import describe_plan
+from megatron_doremi.planning.describe import describe_plan, start_lines
 from megatron_doremi.planning.epochs import check_repetition
 from megatron_doremi.planning.layouts import suggest_layouts, suggestion_text
 from megatron_doremi.planning.mixture_checks import mixture_faults, mixture_warnings
@@ -115,10 +115,24 @@ def plan_text(inputs: Inputs) -> str:
         return suggestion(inputs)
     data, plan, to_come = inputs.data, inputs.plan, inputs.to_come
     setting = sampling_setting(plan.config, data.manifest)
-    # Scoring and an evaluation hold one model, the plan's.
-    reference = inputs.reference.gpt if inputs.reference and plan.config.data.phase in TRAINING else None
     held_out = data.held_out_counts(plan.config.data.seq_length)
-    return describe_plan(plan, inputs.controller, setting, held_out, reference, to_come.values())
+    return describe_plan(plan, inputs.controller, setting, held_out, _held_reference(inputs), to_come.values())
+
+
+def start_text(inputs: Inputs, device: str) -> str:
+    """What a run prints at its start.
+
+    Args:
+        device: what a rank computes on.
+    """
+    setting = sampling_setting(inputs.plan.config, inputs.data.manifest)
+    plan, reference = inputs.plan, _held_reference(inputs)
+    return "\n".join(start_lines(plan, inputs.controller, setting, reference, device, inputs.repeated))
+
+
+def _held_reference(inputs: Inputs) -> GPTConfig | None:
+    """The model that a proxy holds beside its own. Scoring and an evaluation hold one model, the plan's."""
+    return inputs.reference.gpt if inputs.reference and inputs.plan.config.data.phase in TRAINING else None
 
 
 def suggestion(inputs: Inputs) -> str:

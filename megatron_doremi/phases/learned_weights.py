@@ -16,7 +16,11 @@ from megatron_doremi.phases.inputs import Inputs
 
 
 class LearnedWeights:
-    """The weights file of a run whose controller learns; rank 0 writes it."""
+    """The weights file of a run whose controller learns; rank 0 writes it.
+
+    Attributes:
+        path: of the file.
+    """
 
     def __init__(self, inputs: Inputs, identity: Identity, overrides: Sequence[Mapping[str, Any]], rank: int):
         """
@@ -26,8 +30,8 @@ class LearnedWeights:
         """
         self._plan, self._data, self._controller = inputs.plan, inputs.data, inputs.controller
         self._identity, self._overrides, self._rank = identity, list(overrides), rank
-        self._path = Path(inputs.plan.config.run.save) / "domain_weights.json"
-        self._guard = BestEffortWriter(str(self._path))
+        self.path = Path(inputs.plan.config.run.save) / "domain_weights.json"
+        self._guard = BestEffortWriter(str(self.path))
 
     def update(self, iteration: int) -> None:
         """Rewrites the file after `iteration` steps; a failure is a warning, printed once."""
@@ -67,4 +71,4 @@ class LearnedWeights:
             "code_version": __version__,
         }
         weights = dict(zip(self._plan.names, self._controller.result().tolist(), strict=True))
-        save_weights(self._path, weights, self._data.tokenizer_sha256, provenance)
+        save_weights(self.path, weights, self._data.tokenizer_sha256, provenance)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from megatron_doremi.config import GPTConfig
+from megatron_doremi.console import COLUMNS, shortened
 from megatron_doremi.data.weights_file import SMALLEST_SHARE
 from megatron_doremi.mixture.statistics import DomainStats
 
@@ -85,12 +86,14 @@ def rate_entries(seconds: float, tokens: int, flops: float, world_size: int) -> 
 
 
 def step_summary(entry: Mapping[str, Any], train_iters: int, time_left: str) -> str:
-    """A training line as text for people."""
-    text = f"iteration {entry['iteration']:>7,}/{train_iters:,} | loss {entry['loss']:.4f} | lr {entry['lr']:.3e}"
-    text += f" | grad norm {entry['grad_norm']:.3f} | {entry['tokens_per_second']:,.0f} tokens/s | {time_left} left"
+    """A training line as text for people; `time_left` is "" at the last step."""
+    text = f"step {entry['iteration']:>{len(f'{train_iters:,}')},}/{train_iters:,} | loss {entry['loss']:.4f} | lr "
+    text += f"{entry['lr']:.2e} | grad norm {entry['grad_norm']:.3f} | {entry['tokens_per_second']:,.0f} tokens/s"
+    text += f" | {time_left} left" if time_left else ""
     if "domain_weights" in entry:
         name, weight = max(entry["domain_weights"].items(), key=lambda item: item[1])
-        text += f" | largest weight {name} {weight:.3f}"
+        # With the time of day before it, the line is at most COLUMNS long.
+        text += f" | top {shortened(name, max(8, COLUMNS - 9 - len(text) - len(' | top  0.123')))} {weight:.3f}"
     return text
 
 
@@ -103,7 +106,7 @@ def evaluation_summary(entry: Mapping[str, Any]) -> str:
         bounds = entry.get(f"{figure}_interval")
         margin = "n/a" if bounds is None else f"{(bounds[1] - bounds[0]) / 2:.3f}"
         figures.append(f"{label} {entry[figure]:.3f} +- {margin}")
-    return f"iteration {entry['iteration']:>7,} | held-out {unit}: {', '.join(figures)}"
+    return f"step {entry['iteration']:,} | held-out {unit}: {', '.join(figures)}"
 
 
 class VanishedWeights:

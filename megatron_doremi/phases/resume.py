@@ -44,6 +44,7 @@ class ResumePoint:
         controller_state: state of a controller that learns, else None; see `MixtureController.load_state_dict`.
         metrics_bytes: size of metrics.jsonl when the checkpoint was saved; None if the checkpoint does not record it.
         overrides: entries of the run's identity that the user has changed since the run began, with their iterations.
+        statements: what the user is told about the resume.
     """
 
     checkpoint: Path
@@ -52,6 +53,7 @@ class ResumePoint:
     controller_state: dict[str, Any] | None
     metrics_bytes: int | None = None
     overrides: tuple[dict[str, Any], ...] = ()
+    statements: tuple[str, ...] = ()
 
 
 def resume_point(
@@ -98,8 +100,6 @@ def resume_point(
     raise_if_any(faults)
     check_files(checkpoint)
     check_contents(checkpoint, state, topology.rank, topology.world_size, progress)
-    for line in _statements(before, identity, overridden, config, state.iteration, topology.rank):
-        print_stderr(line)
     changed = [name for name in identity if name in before and before[name] != identity[name]]
     overrides = [
         *state.overrides,
@@ -107,7 +107,10 @@ def resume_point(
     ]
     blend = BlendState.from_dict(state.blend.model_dump(), names)
     entry = None if learned is None else learned.model_dump()
-    return ResumePoint(checkpoint, state.iteration, blend, entry, state.metrics_bytes, tuple(overrides))
+    statements = _statements(before, identity, overridden, config, state.iteration)
+    return ResumePoint(
+        checkpoint, state.iteration, blend, entry, state.metrics_bytes, tuple(overrides), tuple(statements)
+    )
 
 
 def _find_checkpoint(load: Path) -> str | None:
@@ -171,12 +174,9 @@ def _statements(
     overridden: Sequence[str],
     config: Config,
     iteration: int,
-    rank: int,
 ) -> list[str]:
-    """The lines that rank 0 prints about a resume: overrides, a changed schedule, and entries that an old checkpoint
-    does not record."""
-    if rank:
-        return []
+    """What the user is told about a resume: overrides, a changed schedule, and entries that an old checkpoint does not
+    record."""
     lines = [f"resume: from iteration {iteration:,} of {config.data.train_iters:,}"]
     lines += [
         f"resume: {name} changed from {for_message(before[name], identity[name])} "

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from megatron_doremi.checkpoint.folder import read_state
 from megatron_doremi.checkpoint.reader import load_frozen
@@ -26,7 +25,7 @@ from megatron_doremi.cluster.preemption import KEEP_RUNNING, StopRequest
 from megatron_doremi.cluster.store_collectives import barrier_via_store, run_on_rank_0_via_store
 from megatron_doremi.cluster.watchdog import Watchdog
 from megatron_doremi.config import Config
-from megatron_doremi.console import print_stdout
+from megatron_doremi.console import say
 from megatron_doremi.data.blend import GlobalBatch
 from megatron_doremi.data.loader import read_windows
 from megatron_doremi.data.reference_loss_file import (
@@ -50,6 +49,7 @@ from megatron_doremi.parallel.exchange import broadcast_json, gather_json
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.phases.run_data import RunData
 from megatron_doremi.plan import RunPlan
+from megatron_doremi.progress import Progress, stage
 from megatron_doremi.storage.files import sha256_of
 
 # Windows whose indices are computed at a time, and chunks whose files a replica checks at a time.
@@ -99,7 +99,8 @@ def reference_hash(
     if run is None:
         return None
     # Read on one rank only: a reference may be gigabytes.
-    return str(exchange.from_rank_0(lambda: weights_hash(run.weights, watchdog)))
+    with stage(f"checking the weights in {run.weights}", topology.rank == 0):
+        return str(exchange.from_rank_0(lambda: weights_hash(run.weights, watchdog)))
 
 
 def windows_needed(plan: RunPlan, progress: Callable[[str], None] = lambda doing: None) -> Iterator[Chunks]:
@@ -133,8 +134,7 @@ def missing_losses(
     """
     counts = zip(plan.window_counts, plan.windows_needed, strict=True)
     total = sum(min(-(-size // CHUNK_WINDOWS), count) for size, count in counts)
-    # The bar appears only if the check takes longer than 2 seconds.
-    with tqdm(total=total, unit="file", desc="reference losses", delay=2.0, leave=False) as bar:
+    with Progress("checking the reference losses", total, "file", plan.topology.rank == 0) as bar:
 
         def progress(domain: int, files: int) -> None:
             mark(f"checking the reference losses of domain {plan.names[domain]!r}")
@@ -176,23 +176,25 @@ def score(plan: RunPlan, data: RunData, run: ReferenceRun, context: ParallelCont
         ReferenceLossFolder(Path(config.run.save), fingerprint)
         return fingerprint
 
-    fingerprint = run_on_rank_0_via_store(store, "folder", topology.rank, start)
+    with stage(f"checking the weights in {run.weights}", topology.rank == 0):
+        fingerprint = run_on_rank_0_via_store(store, "folder", topology.rank, start)
     # Only one rank of each replica reads and writes files of losses.
     folder = ReferenceLossFolder(Path(config.run.save), fingerprint) if topology.rank == topology.loss_rank() else None
-    module = load_frozen(run.gpt, run.weights, context, plan.dtype, config.parallel.loss_chunk_tokens)
+    with stage(f"loading {run.weights}", topology.rank == 0):
+        module = load_frozen(run.gpt, run.weights, context, plan.dtype, config.parallel.loss_chunk_tokens)
     replica = _Replica(plan, data, module, context, watchdog, store, folder)
     replica.score(control.stop)
     barrier_via_store(store, "done", topology.rank, topology.world_size, lambda: replica.poll(control.stop))
     outcomes = gather_json([int(replica.stopped), replica.windows, replica.clipped])
     stopped, windows, clipped_losses = (sum(values) for values in zip(*outcomes, strict=True))
     if clipped_losses and topology.rank == 0:
-        print_stdout(
+        say(
             f"score: {clipped_losses:,} of {windows * config.data.seq_length:,} token losses were above "
             f"{LARGEST_LOSS:.4f} nats and were recorded as this value"
         )
     if topology.rank == 0:
         end = "stopped before all were scored; run the same command again for the rest" if stopped else "done"
-        print_stdout(f"score: {windows:,} windows recorded in {config.run.save} by this run: {end}")
+        say(f"score: {windows:,} windows recorded in {config.run.save} by this run: {end}")
     return bool(stopped)
 
 
@@ -222,20 +224,19 @@ class _Replica:
 
     def score(self, stop: StopRequest) -> None:
         """Scores and records this replica's chunks until all are done or a rank of the run has to stop."""
-        seq_length = self.plan.config.data.seq_length
+        # Shares are equal in chunks, and only nearly equal in windows.
         total = sum(self.plan.windows_needed) // self._num_shares()
-        hidden = self.topology.rank != 0
-        with tqdm(total=total * seq_length, unit="token", unit_scale=True, desc="score", disable=hidden) as bar:
+        shares = f" (rank 0's share, one of {self._num_shares():,})" if self._num_shares() > 1 else ""
+        with Progress(f"scoring{shares}", total, "window", self.topology.rank == 0, delay=0.0) as bar:
             for chunks, recorded in self._chunk_groups():
-                bar.total = max(bar.n, bar.total - recorded * seq_length)
+                bar.skip(recorded)
                 for domain, chunk, bits in chunks:
                     if self._must_stop(stop):
                         self.stopped = True
                         return
                     windows = chunk * CHUNK_WINDOWS + np.flatnonzero(unpack(int(bits, 16)))
                     self._record(domain, chunk, windows, self._losses(domain, windows))
-                    bar.update(len(windows) * seq_length)
-            bar.total = bar.n
+                    bar.update(len(windows))
         # Raises if the last chunk failed.
         self._must_stop(stop)
 

@@ -6,6 +6,7 @@ Only rank 0 has sinks. When one fails, it warns once; training and the other sin
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,10 +15,11 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_doremi.config import Config
-from megatron_doremi.console import CONSOLE_ERRORS, BestEffortWriter
+from megatron_doremi.console import CONSOLE_ERRORS, BestEffortWriter, is_terminal, say
 from megatron_doremi.parallel.exchange import from_rank_0
 from megatron_doremi.phases.metrics import evaluation_summary, step_summary
 from megatron_doremi.phases.metrics_file import EventsFile, MetricsFile
+from megatron_doremi.progress import LinePacer, duration
 
 
 class Sink:
@@ -59,6 +61,9 @@ class RunLog:
     """Passes metrics, messages and progress of a training run to any number of sinks.
 
     An entry that a sink cannot write is lost for that sink; the next entry is tried again.
+
+    Attributes:
+        last_loss: of the last step that had a line; None before the first.
     """
 
     def __init__(self, sinks: Sequence[Sink], lost_to: Callable[[], str | None] = lambda: None):
@@ -69,10 +74,12 @@ class RunLog:
         """
         self._sinks = [(BestEffortWriter(sink.subject, sink.errors), sink) for sink in sinks]
         self._lost_to = lost_to
+        self.last_loss: float | None = None
 
     def step(self, entry: Mapping[str, Any] | None) -> None:
         """Records a step; `entry` is its line of metrics, if it has one."""
         if entry is not None:
+            self.last_loss = entry["loss"]
             self._write(entry)
         self._each(lambda sink: sink.step(entry))
 
@@ -159,7 +166,7 @@ class TensorBoard(Sink):
 
 
 class Console(Sink):
-    """A progress bar on stderr, and lines above it on stdout."""
+    """Lines on stdout with the time of day, and at a terminal a progress bar on stderr below them."""
 
     subject, errors = "the console", CONSOLE_ERRORS
 
@@ -170,40 +177,48 @@ class Console(Sink):
             title: of the bar.
             iteration: steps already taken.
         """
-        # On a terminal the bar moves; in a log file it is a line every few seconds.
-        interval = 0.2 if sys.stderr is not None and sys.stderr.isatty() else 10.0
+        self._total, self._steps = train_iters, 0
+        # The time of the first step: whatever it builds once would distort the time left.
+        self._began = time.monotonic()
+        self._pacer: LinePacer | None = None
         self._bar = tqdm(
             total=train_iters,
             initial=iteration,
             desc=title,
             unit="step",
-            mininterval=interval,
+            mininterval=0.2,
             dynamic_ncols=True,
-            disable=sys.stderr is None,
+            leave=False,
+            disable=not is_terminal(sys.stderr),
         )
 
     def step(self, entry: Mapping[str, Any] | None) -> None:
+        if not self._steps:
+            self._began = time.monotonic()
+        self._steps += 1
         if entry is not None:
             rate = entry["tokens_per_second"]
             self._bar.set_postfix_str(f"loss {entry['loss']:.4f}, {rate:,.0f} tokens/s", refresh=False)
         self._bar.update(1)
 
     def show(self, entry: Mapping[str, Any]) -> None:
-        self.say(step_summary(entry, self._bar.total, self._time_left()))
+        now = time.monotonic()
+        first, last = self._pacer is None, entry["iteration"] == self._total
+        self._pacer = self._pacer or LinePacer(now)
+        if self._pacer.due(now) or first or last:
+            self.say(step_summary(entry, self._total, self._time_left(self._total - entry["iteration"], now)))
 
     def say(self, text: str) -> None:
-        if sys.stdout is not None:
-            self._bar.write(text)
-            sys.stdout.flush()
+        say(text)
 
     def close(self) -> None:
         self._bar.close()
 
-    def _time_left(self) -> str:
-        progress = self._bar.format_dict
-        steps, elapsed = self._bar.n - self._bar.initial, max(progress["elapsed"], 1e-9)
-        rate = progress["rate"] or steps / elapsed
-        return tqdm.format_interval((self._bar.total - self._bar.n) / rate) if rate else "unknown time"
+    def _time_left(self, remaining: int, now: float) -> str:
+        steps = self._steps - 1
+        if not remaining:
+            return ""
+        return duration(remaining * (now - self._began) / steps) if steps > 0 else ""
 
 
 def open_log(config: Config, iteration: int, metrics_bytes: int | None, lost_to: Callable[[], str | None]) -> RunLog:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from megatron_doremi.engine.optimizer import make_learning_rate
 from megatron_doremi.mixture.non_finite import explain_gradient, explain_loss
 from megatron_doremi.mixture.reference import OnlineReference
 from megatron_doremi.parallel.context import ParallelContext
+from megatron_doremi.phases.closing import end_lines, weights_table
 from megatron_doremi.phases.evaluate import evaluate
 from megatron_doremi.phases.identity import Identity
 from megatron_doremi.phases.inputs import Inputs
@@ -38,6 +41,7 @@ from megatron_doremi.phases.metrics import (
 from megatron_doremi.phases.resume import ResumePoint
 from megatron_doremi.phases.run_data import held_out
 from megatron_doremi.phases.sinks import RunLog, open_log
+from megatron_doremi.progress import stage
 from megatron_doremi.settings import PROXY
 
 
@@ -94,7 +98,8 @@ class Trainer:
         def progress() -> None:
             self.watchdog.mark(f"loading {resume.checkpoint.name}")
 
-        load_training(self.engine, resume.checkpoint, self.topology, resume.iteration, progress)
+        with self._stage(f"loading {resume.checkpoint}"):
+            load_training(self.engine, resume.checkpoint, self.topology, resume.iteration, progress)
         self.iteration, self.blend_state = resume.iteration, resume.blend
         self.metrics_bytes = resume.metrics_bytes
         if resume.controller_state is not None:
@@ -110,7 +115,7 @@ class Trainer:
         log = open_log(config, self.iteration, self.metrics_bytes, self.lock.lost_to)
         if self.iteration == 0 and self.controller.evaluates_at(0):
             self._evaluate(log, for_controller=True)
-        timer, stop = StepTimer(self.iteration), KEEP_RUNNING
+        timer, stop, start, began = StepTimer(self.iteration), KEEP_RUNNING, self.iteration, time.monotonic()
         for step in self._steps():
             self.watchdog.mark(f"in iteration {self.iteration + 1}")
             lr = self.learning_rate.at(self.iteration + 1)
@@ -134,10 +139,11 @@ class Trainer:
             if leave:
                 break
             self.watchdog.mark(f"reading the data of iteration {self.iteration + 1}")
-        self.checkpoints.finish()
-        if self.controller.learns and self.iteration >= total:
-            self.learned_weights.finish(self.iteration)
-        if self.iteration < total:
+        with self._stage("writing the checkpoint"):
+            self.checkpoints.finish()
+        if self.iteration >= total:
+            self._finish(log, self.iteration - start, time.monotonic() - began)
+        else:
             why = REASONS.get(stop, "--exit-interval")
             log.say(
                 f"stopped and saved after iteration {self.iteration:,} of {total:,}: {why}; to resume, run "
@@ -145,6 +151,18 @@ class Trainer:
             )
         log.close()
         return stop != KEEP_RUNNING and self.iteration < total
+
+    def _finish(self, log: RunLog, steps: int, seconds: float) -> None:
+        """Writes the learned weights, and says what was done in `steps` steps and `seconds`; a collective call."""
+        for line in end_lines(self.plan, self.iteration, steps, seconds, log.last_loss):
+            log.say(line)
+        if self.controller.learns:
+            self.learned_weights.finish(self.iteration)
+            weights = self.controller.result(), self.data.manifest.natural_weights()
+            log.say("\n".join(weights_table(self.plan.names, *weights, str(self.learned_weights.path))))
+
+    def _stage(self, doing: str) -> AbstractContextManager[None]:
+        return stage(doing, self.topology.rank == 0)
 
     def _due(self, interval: int) -> bool:
         return interval > 0 and self.iteration % interval == 0
@@ -271,6 +289,7 @@ class Trainer:
             log.make_durable()
             self.lock.check()
 
-        self.checkpoints.start(self.engine, self.iteration, state, before_publishing)
+        with self._stage(f"saving iteration {self.iteration:,}"):
+            self.checkpoints.start(self.engine, self.iteration, state, before_publishing)
         if self.controller.learns:
             self.learned_weights.update(self.iteration)

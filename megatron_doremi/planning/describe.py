@@ -1,4 +1,4 @@
-"""The text of --dry-run: the resolved run."""
+"""The resolved run as text: what --dry-run prints in full, and what every run prints at its start."""
 
 from __future__ import annotations
 
@@ -7,13 +7,20 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from megatron_doremi.config import SECTIONS, GPTConfig
+import numpy as np
+
+from megatron_doremi.config import SECTIONS, Config, GPTConfig
+from megatron_doremi.console import shortened, wrapped
 from megatron_doremi.engine.optimizer import make_learning_rate
 from megatron_doremi.mixture.controller import MixtureController
 from megatron_doremi.model.sizes import parameters_by_layer
 from megatron_doremi.plan import RunPlan
 from megatron_doremi.planning.memory import parameters_by_stage, rank_memory
 from megatron_doremi.settings import EVALUATE, NO_EVALUATION, SCORE, TRAINING, phases_of
+
+# Characters of the domains that a run lists at its start.
+_LISTED_CHARACTERS = 200
+_LONGEST_NAME = 32
 
 
 def describe_plan(
@@ -24,7 +31,7 @@ def describe_plan(
     reference: GPTConfig | None,
     stand_ins: Iterable[str],
 ) -> str:
-    """The settings as JSON, then layout, precision, sizes, tokens and domains.
+    """What --dry-run prints: the settings as JSON, the run in a few lines, and the table of its domains.
 
     Args:
         weights_setting: --domain-weights, its default resolved.
@@ -32,24 +39,83 @@ def describe_plan(
         reference: the model that a proxy holds beside its own; None: it holds none.
         stand_ins: lines on inputs that do not exist yet.
     """
+    lines = [
+        json.dumps(resolved_settings(plan, weights_setting), indent=2),
+        *(part for line in plan_lines(plan, controller, weights_setting, reference) for part in wrapped(line)),
+        *table(_columns(plan, controller, held_out_counts)),
+        *stand_ins,
+    ]
+    return "\n".join(lines)
+
+
+def start_lines(
+    plan: RunPlan,
+    controller: MixtureController,
+    weights_setting: str,
+    reference: GPTConfig | None,
+    device: str,
+    repeated: str,
+) -> list[str]:
+    """What a run prints at its start; the arguments are those of `describe_plan`.
+
+    Args:
+        device: what a rank computes on, as text.
+        repeated: a line that lists the domains that repeat; "" if none does.
+    """
+    config, ranks = plan.config, _count(plan.topology.world_size, "rank")
+    layout, precision, *lines = plan_lines(plan, controller, weights_setting, reference)
+    lines = [f"{layout}; {precision}", *lines]
+    if config.data.phase in TRAINING:
+        listed, left = _domains(plan, controller)
+        lines.append(f"domains: {listed}" + (f", and {left:,} more (--dry-run lists all)" if left else ""))
+        lines += [repeated] if repeated and left else []
+    lines.append(f"results: {_results(config, controller.learns)}")
+    return [f"{config.data.phase}: {ranks} on {device}", *(f"  {line}" for line in lines)]
+
+
+def plan_lines(
+    plan: RunPlan, controller: MixtureController, weights_setting: str, reference: GPTConfig | None
+) -> list[str]:
+    """Layout, precision, sizes, tokens and mixture; the arguments are those of `describe_plan`."""
     config, topology = plan.config, plan.topology
     trains = config.data.phase in TRAINING
     precision = "float32"
     if config.optimizer.bf16:
         precision = "bfloat16 weights and activations"
         precision += ", float32 gradients and master weights" if trains else ""
-    lines = [
-        json.dumps(resolved_settings(plan, weights_setting), indent=2),
+    return [
         f"layout: tensor {topology.tensor_size} x pipeline {topology.pipe_size} x data {topology.data_size} "
         f"= {_count(topology.world_size, 'rank')}" + (f", ZeRO {config.parallel.zero_stage}" if trains else ""),
         f"precision: {precision}",
         *_sizes(plan, controller.before_backward, reference),
         *(_budget(plan) if trains else ["a forward pass: [{}, {}] per replica".format(*plan.batch_shape)]),
         *_mixture(plan, controller, weights_setting),
-        *table(_columns(plan, controller, held_out_counts)),
-        *stand_ins,
     ]
-    return "\n".join(lines)
+
+
+def _domains(plan: RunPlan, controller: MixtureController) -> tuple[str, int]:
+    """The domains with the largest sampling weights, with their epochs where these are known, and how many are left."""
+    order = np.argsort(-plan.sampling_weights, kind="stable")
+    listed: list[str] = []
+    for i in order:
+        epochs = f" ({plan.epochs[i]:,.2f} epochs)" if controller.samples_ahead else ""
+        listed.append(f"{shortened(plan.names[i], _LONGEST_NAME)} {plan.sampling_weights[i]:.4f}{epochs}")
+        if len(", ".join(listed)) > _LISTED_CHARACTERS:
+            break
+    return ", ".join(listed), len(order) - len(listed)
+
+
+def _results(config: Config, learns: bool) -> str:
+    """Where a run writes what."""
+    run, phase = config.run, config.data.phase
+    if phase == EVALUATE:
+        return f"{run.save} (evaluations.jsonl)" if run.save else "printed only; --save DIR records them"
+    if phase == SCORE:
+        return f"{run.save} (scores.json, losses/)"
+    files = ["metrics.jsonl", *(["domain_weights.json"] if learns else []), "checkpoints/"]
+    if not run.tensorboard_dir:
+        return f"{run.save} ({', '.join([*files, 'tensorboard/'])})"
+    return f"{run.save} ({', '.join(files)}), TensorBoard in {run.tensorboard_dir}"
 
 
 def resolved_settings(plan: RunPlan, weights_setting: str) -> dict[str, dict[str, Any]]:
@@ -97,7 +163,7 @@ def _budget(plan: RunPlan) -> list[str]:
     micro_batch, seq_length = plan.batch_shape
     return [
         f"a step: {plan.global_batch_size:,} windows = {plan.step_tokens:,} tokens in "
-        f"{_count(plan.micro_batches, 'micro-batch', 'es')} per rank, each [{micro_batch}, {seq_length}]",
+        f"{_count(plan.micro_batches, 'micro-batch', 'es')} per rank, each [{micro_batch}, {seq_length}]; "
         f"the run: {plan.config.data.train_iters:,} steps = {plan.tokens:,} tokens",
     ]
 

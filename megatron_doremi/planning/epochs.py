@@ -14,13 +14,18 @@ from megatron_doremi.settings import TRAINING
 
 # Domains that repeat only a few windows are not listed.
 _LISTED_FROM = 1.05
+_LISTED_DOMAINS = 10
 
 
 def repetition_notice(names: Sequence[str], epochs: NDArray[np.float64]) -> str:
     """A line that lists the domains that repeat, most epochs first; empty if none repeats."""
     order = np.argsort(-epochs, kind="stable")
     repeated = [f"{names[i]} {epochs[i]:,.1f}" for i in order if epochs[i] > _LISTED_FROM]
-    return "epochs of domains that repeat: " + ", ".join(repeated) if repeated else ""
+    if not repeated:
+        return ""
+    left = len(repeated) - _LISTED_DOMAINS
+    more = f", and {left:,} more" if left > 0 else ""
+    return "epochs of domains that repeat: " + ", ".join(repeated[:_LISTED_DOMAINS]) + more
 
 
 def check_repetition(plan: RunPlan, controller: MixtureController) -> str:

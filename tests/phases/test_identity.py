@@ -33,17 +33,17 @@ def started_differently(launch, odd, argv, extra):
 
 
 def with_messages(launch, argv):
-    """Runs the program on one rank; returns its stderr."""
-    with contextlib.redirect_stderr(io.StringIO()) as stderr:
+    """Runs the program on one rank; returns what it printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
         program(launch, argv)
-    return stderr.getvalue()
+    return printed.getvalue()
 
 
 def resume(data, save, iters, *extra):
-    """Resumes a main run; returns its metrics and its stderr."""
+    """Resumes a main run; returns its metrics and what it printed."""
     argv = ["--phase", "main", "--domains", str(data), "--save", str(save), "--load", str(save), "--train-iters"]
-    (stderr,) = on_ranks(1, with_messages, [*argv, str(iters), *MODEL, "--log-interval", "1", *extra])
-    return training_lines(metrics(save)), stderr
+    (printed,) = on_ranks(1, with_messages, [*argv, str(iters), *MODEL, "--log-interval", "1", *extra])
+    return training_lines(metrics(save)), printed
 
 
 @pytest.fixture(scope="module")
@@ -86,12 +86,12 @@ def test_an_override_is_reported_and_recorded(data, copy_of_the_data, tmp_path):
     save = tmp_path / "run"
     resume(data, save, 9, "--exit-interval", "3")
     override = ["--lr", "4e-3", "--override-resume", "lr,data-content"]
-    _, stderr = resume(copy_of_the_data, save, 9, *override, "--exit-interval", "6")
-    assert "resume: lr changed from 0.005 to 0.004" in stderr
-    assert "resume: data_content changed from" in stderr
-    lines, stderr = resume(copy_of_the_data, save, 9, "--lr", "4e-3")
-    assert "resume: from iteration 6 of 9" in stderr
-    assert "changed from" not in stderr
+    _, printed = resume(copy_of_the_data, save, 9, *override, "--exit-interval", "6")
+    assert "resume: lr changed from 0.005 to 0.004" in printed
+    assert "resume: data_content changed from" in printed
+    lines, printed = resume(copy_of_the_data, save, 9, "--lr", "4e-3")
+    assert "resume: from iteration 6 of 9" in printed
+    assert "changed from" not in printed
     rates = [
         make_learning_rate(OptimizerConfig(lr=5e-3 if step < 4 else 4e-3, min_lr=1e-3), 9).at(step)
         for step in range(1, 10)
@@ -109,10 +109,10 @@ def test_an_override_is_reported_and_recorded(data, copy_of_the_data, tmp_path):
 
 def test_a_longer_run_reports_its_learning_rate(data, tmp_path):
     resume(data, tmp_path / "run", 4)
-    lines, stderr = resume(data, tmp_path / "run", 8)
+    lines, printed = resume(data, tmp_path / "run", 8)
     rate = make_learning_rate(OptimizerConfig(lr=5e-3, min_lr=1e-3), 8).at(5)
     assert lines[4]["lr"] == rate
-    assert f"--train-iters 4 -> 8: the learning rate of iteration 5 is {rate:.3e}" in stderr
+    assert f"--train-iters 4 -> 8: the learning rate of iteration 5 is {rate:.3e}" in printed
 
 
 def test_a_batch_size_that_is_overridden_counts_windows_right(data, tmp_path):
@@ -135,9 +135,9 @@ def test_a_checkpoint_of_version_0_1_resumes(data, tmp_path):
     path.write_text(json.dumps({**state, **{key: identity[key] for key in early}}))
     with pytest.raises(AssertionError, match="seed 11"):
         resume(data, save, 8, "--seed", "12")
-    lines, stderr = resume(data, save, 8)
+    lines, printed = resume(data, save, 8)
     assert lines == undisturbed
-    assert "does not record precision, " in stderr
+    assert "does not record precision, " in printed
 
 
 def test_differences_and_overrides():

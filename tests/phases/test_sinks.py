@@ -17,9 +17,8 @@ WEIGHTED = TRAINING | {"iteration": 2, "domain_weights": {"a": 0.25, "b": 0.75}}
 EVALUATION = {"iteration": 2, "eval": {"a": 1.5}, "eval_uniform_mean": 1.5, "eval_worst": 1.5, "eval_token_mean": 1.5}
 EVALUATION |= {"eval_interval": {"a": [1.4, 1.6], "b": None}, "eval_worst_interval": [1.25, 1.75]}
 LINES = [
-    "iteration       2/9 | loss 2.0000 | lr 1.000e-03 | grad norm 0.500 | 10,000 tokens/s | LEFT left "
-    "| largest weight b 0.750",
-    "iteration       2 | held-out nats/token: uniform mean 1.500 +- n/a, worst 1.500 +- 0.250, token mean 1.500 +- n/a",
+    "step 2/9 | loss 2.0000 | lr 1.00e-03 | grad norm 0.500 | 10,000 tokens/s | LEFT left | top b 0.750",
+    "step 2 | held-out nats/token: uniform mean 1.500 +- n/a, worst 1.500 +- 0.250, token mean 1.500 +- n/a",
     "the last word",
 ]
 
@@ -65,7 +64,7 @@ def outputs(folder) -> list[Sink]:
 
 
 def test_a_new_sink_gets_every_entry_and_a_broken_one_takes_nothing_from_the_others(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(Console, "_time_left", lambda self: "LEFT")
+    monkeypatch.setattr(Console, "_time_left", lambda *_: "LEFT")
     new = NewSink()
     state = log_two_steps(RunLog([BrokenSink(), *outputs(tmp_path), BrokenSink(), new]))
     assert new.entries == [TRAINING, WEIGHTED, EVALUATION]
@@ -81,10 +80,22 @@ def test_a_new_sink_gets_every_entry_and_a_broken_one_takes_nothing_from_the_oth
     assert sorted(tags) == sorted(["eval/a", *means, *interval])
     assert [event.value for event in events.Scalars("eval_worst_interval/high")] == [1.75]
     printed = capsys.readouterr()
-    assert printed.out.splitlines() == LINES
+    assert [line[9:] for line in printed.out.splitlines()] == LINES
     # Each of the two sinks warns once, however many lines are lost.
     assert printed.err.count("a broken logger cannot be written: [Errno 28] No space left on device") == 2
-    assert "3/9" in printed.err
+    assert "step" not in printed.err
+
+
+def test_a_log_file_gets_the_first_and_the_last_line_of_a_short_run(capsys):
+    log = RunLog([Console("main", 0, 2400)])
+    for iteration in range(10, 2401, 10):
+        entry = WEIGHTED | {"iteration": iteration, "grad_norm": 1e4, "tokens_per_second": 1e7}
+        entry["domain_weights"] = {"a domain with a name that is far too long for a line": 1.0}
+        log.step(entry)
+        log.show(entry)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[9:].split(" |")[0] for line in lines] == ["step    10/2,400", "step 2,400/2,400"]
+    assert max(map(len, lines)) <= 120
 
 
 def test_an_error_that_no_output_has_is_a_bug_and_not_hidden():
@@ -101,4 +112,4 @@ def test_after_another_run_has_taken_the_lock_no_metrics_are_written(tmp_path, c
     log_two_steps(RunLog([*outputs(tmp_path), new], lost_to=lambda: "job 7 on node 3"))
     assert new.entries == []
     assert (tmp_path / "metrics.jsonl").read_bytes() == b""
-    assert capsys.readouterr().out.splitlines()[1:] == LINES[1:]
+    assert [line[9:] for line in capsys.readouterr().out.splitlines()][1:] == LINES[1:]
