@@ -174,7 +174,7 @@ def run_phase(
     except ConfigError as error:
         faults += error.faults
     try:
-        with stage(f"opening {config.data.domains}", topology.rank == 0):
+        with stage(f"opening {config.data.source}", topology.rank == 0):
             inputs = open_inputs(config, topology)
     except ConfigError as error:
         faults += error.faults
@@ -264,7 +264,7 @@ def dry_run(config: Config, topology: Topology) -> None:
     from megatron_doremi.data.manifest import print_warnings
     from megatron_doremi.phases.inputs import open_inputs, plan_text
 
-    with stage(f"opening {config.data.domains}", topology.rank == 0):
+    with stage(f"opening {config.data.source}", topology.rank == 0):
         inputs = open_inputs(config, topology)
     if topology.rank == 0:
         print_warnings(inputs.data.manifest)

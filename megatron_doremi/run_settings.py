@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,7 +19,8 @@ class RunConfig:
     save: str = setting("", "folder for the results: config, metrics, checkpoints, domain weights", phases=PHASES)
     load: str = setting(
         "",
-        "resume from this folder's newest complete checkpoint, or start if it has none; evaluate: the run to load",
+        "resume from this folder's newest complete checkpoint, or start if it has none; evaluate: the run to load. "
+        "DIR@STEP: branch from the checkpoint of this step into another --save; evaluate: load this step",
         phases=(*TRAINING, EVALUATE),
     )
     override_resume: tuple[str, ...] = setting(
@@ -94,3 +97,19 @@ class RunConfig:
         phases=NO_EVALUATION,
         bounds=Bounds(0.0, 1e6),
     )
+
+    @property
+    def load_folder(self) -> str:
+        """The folder of --load, without @STEP."""
+        return self._load_target()[0]
+
+    @property
+    def load_step(self) -> int | None:
+        """STEP of --load DIR@STEP; None without it."""
+        return self._load_target()[1]
+
+    def _load_target(self) -> tuple[str, int | None]:
+        match = re.fullmatch(r"(.+)@([0-9]{1,12})", self.load)
+        if match is None or os.path.isdir(self.load):
+            return self.load, None
+        return match.group(1), int(match.group(2))

@@ -105,13 +105,14 @@ def _required(config: Config) -> list[Fault]:
                 f"add --load {run.save} to resume it, or give another folder",
             )
         )
-    if run.load and run.save and data.phase != EVALUATE and realpath(run.load) != realpath(run.save):
+    resumes = bool(run.load) and run.load_step is None
+    if resumes and run.save and data.phase != EVALUATE and realpath(run.load) != realpath(run.save):
         faults.append(
             Fault(
                 "--load",
                 run.load,
                 f"a run resumes in its own folder, --save {run.save}",
-                "give the same folder to --load and --save",
+                f"give the same folder to --load and --save, or --load {run.load}@STEP to branch from a step",
             )
         )
     return faults

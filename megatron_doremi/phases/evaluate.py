@@ -167,8 +167,8 @@ def evaluate_run(
     if save is not None:
         line = {
             "format": EVALUATION_FORMAT,
-            "run": str(Path(config.run.load).resolve()),
-            "of_this_folder": Path(config.run.load).resolve() == save.resolve(),
+            "run": str(Path(config.run.load_folder).resolve()),
+            "of_this_folder": Path(config.run.load_folder).resolve() == save.resolve(),
             "checkpoint": checkpoint.name,
             "iteration": run.iteration,
             **entries,

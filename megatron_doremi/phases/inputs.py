@@ -18,6 +18,9 @@ from megatron_doremi.mixture.controllers import make_controller
 from megatron_doremi.mixture.reference import ReferenceRun
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.phases.early_checks import reference_faults
+from megatron_doremi.phases.identity import run_identity
+from megatron_doremi.phases.output_checks import planned_output_faults
+from megatron_doremi.phases.resume import planned_resume
 from megatron_doremi.phases.run_data import RunData, open_data
 from megatron_doremi.phases.score import missing_losses, open_reference_losses
 from megatron_doremi.phases.selected_domains import sampling_setting
@@ -45,6 +48,7 @@ class Inputs:
         reference: the model that scoring, an evaluation, or a proxy with an online reference loads; else None.
         reference_losses: of a proxy that reads them from disk; else None.
         to_come: see `inputs_to_come`; empty unless the run is a dry run.
+        resumes: of a dry run, what the run would say about its resume; empty if it would start.
     """
 
     data: RunData
@@ -54,6 +58,7 @@ class Inputs:
     reference: ReferenceRun | None
     reference_losses: ReferenceLosses | None
     to_come: Mapping[str, str]
+    resumes: tuple[str, ...] = ()
 
 
 def open_inputs(config: Config, topology: Topology) -> Inputs:
@@ -73,8 +78,12 @@ def open_inputs(config: Config, topology: Topology) -> Inputs:
         # The reference can be checked without the data.
         raise ConfigError([*faults, *reference_faults(config)])
     data, weights = opened
+    if config.run.dry_run:
+        faults += planned_output_faults(config)
     if phase not in TRAINING:
-        loaded = read_loaded(config, data, to_come)
+        loaded = collect(lambda: read_loaded(config, data, to_come))
+        raise_if_any(faults)
+        assert loaded is not None
         plan = plan_run(config, topology, data, weights, loaded.gpt)
         return Inputs(data, plan, make_controller(plan), "", loaded, None, to_come)
     plan = plan_run(config, topology, data, weights)
@@ -88,11 +97,16 @@ def open_inputs(config: Config, topology: Topology) -> Inputs:
     if config.run.dry_run and reference_losses is not None:
         # A run checks this after its ranks have joined.
         faults += missing_losses(reference_losses, plan)
+    resumes: list[str] | None = None
+    if config.run.dry_run:
+        # The reference's weights are not read.
+        unknown = ["reference", *(["sampling_weights"] if WEIGHTS in to_come else [])]
+        resumes = collect(lambda: planned_resume(plan, run_identity(plan, data, controller), controller, unknown))
     faults += mixture_faults(plan, controller, data.held_out_counts(config.data.seq_length))
     raise_if_any(faults)
     warnings = (*data.manifest.warnings, *mixture_warnings(plan, controller))
     data = replace(data, manifest=replace(data.manifest, warnings=warnings))
-    return Inputs(data, plan, controller, repeated or "", reference, reference_losses, to_come)
+    return Inputs(data, plan, controller, repeated or "", reference, reference_losses, to_come, tuple(resumes or ()))
 
 
 def plan_run(
@@ -116,7 +130,8 @@ def plan_text(inputs: Inputs) -> str:
     data, plan, to_come = inputs.data, inputs.plan, inputs.to_come
     setting = sampling_setting(plan.config, data.manifest)
     held_out = data.held_out_counts(plan.config.data.seq_length)
-    return describe_plan(plan, inputs.controller, setting, held_out, _held_reference(inputs), to_come.values())
+    lines = [*to_come.values(), *inputs.resumes]
+    return describe_plan(plan, inputs.controller, setting, held_out, _held_reference(inputs), lines)
 
 
 def start_text(inputs: Inputs, device: str) -> str:

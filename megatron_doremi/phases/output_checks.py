@@ -61,6 +61,21 @@ def check_outputs(config: Config, learns: bool = False) -> None:
     raise_if_any(faults)
 
 
+def planned_output_faults(config: Config) -> list[Fault]:
+    """Faults of output folders that can be found without writing, for a dry run."""
+    faults = []
+    for flag, text in (("--save", config.run.save), ("--tensorboard-dir", config.run.tensorboard_dir)):
+        path = Path(text).absolute()
+        # The first folder that exists: the others would be created in it.
+        existing = next((each for each in (path, *path.parents) if os.path.lexists(each)), Path("/"))
+        if text and not existing.is_dir():
+            faults.append(Fault(f"{flag}: {path}", f"{existing} is not a folder", "a folder", "give another path"))
+        elif text and not os.access(existing, os.W_OK | os.X_OK):
+            rule, remedy = "a writable folder", "fix its permissions, or give another path"
+            faults.append(Fault(f"{flag}: {path}", f"{existing} is not writable", rule, remedy))
+    return faults
+
+
 def _checks(config: Config, learns: bool) -> Iterator[tuple[Callable[[Path], None], Path, str, str]]:
     """Yields (check, path, flag, rule) for each output of the phase."""
     phase, save = config.data.phase, Path(config.run.save)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ from pydantic import create_model
 from megatron_doremi.checkpoint.folder import (
     CheckpointState,
     check_contents,
-    newest_checkpoint,
     read_state,
 )
 from megatron_doremi.checkpoint.reader import check_files
@@ -29,6 +28,7 @@ from megatron_doremi.phases.identity import (
     override_faults,
     schedule_change,
 )
+from megatron_doremi.phases.load_target import branch_entry, checkpoint_to_resume
 from megatron_doremi.plan import RunPlan
 from megatron_doremi.storage.formats import Schema, check_entry
 
@@ -77,17 +77,65 @@ def resume_point(
     if not config.run.load:
         return None
     # Rank 0 decides: on a shared file system ranks may see different files.
-    newest = from_rank_0(lambda: _find_checkpoint(Path(config.run.load)))
-    if newest is None:
+    found = from_rank_0(lambda: _path_text(checkpoint_to_resume(config.run, print_stderr)))
+    if found is None:
         return None
-    checkpoint = Path(newest)
+    checkpoint = Path(found)
+    state, learned, overridden = _matching_state(checkpoint, plan, identity, controller)
+    before = state.recorded_identity()
+    check_files(checkpoint)
+    check_contents(checkpoint, state, topology.rank, topology.world_size, progress)
+    changed = [name for name in identity if name in before and before[name] != identity[name]]
+    branch = branch_entry(config.run, checkpoint, state.iteration)
+    overrides = [
+        *state.overrides,
+        *branch,
+        *({"iteration": state.iteration, "name": n, "before": before[n], "now": identity[n]} for n in changed),
+    ]
+    blend = BlendState.from_dict(state.blend.model_dump(), names)
+    entry = None if learned is None else learned.model_dump()
+    metrics_bytes = None if branch else state.metrics_bytes
+    statements = _statements(before, identity, overridden, config, state.iteration, bool(branch))
+    return ResumePoint(checkpoint, state.iteration, blend, entry, metrics_bytes, tuple(overrides), tuple(statements))
+
+
+def planned_resume(
+    plan: RunPlan, identity: Identity, controller: MixtureController, unknown: Collection[str]
+) -> list[str]:
+    """What a run would say about its resume; empty for a new run. Not collective; for a dry run.
+
+    Args:
+        unknown: entries of the identity that are not known yet.
+
+    Raises:
+        ConfigError: as `resume_point`, but files are not compared with their checksums.
+    """
+    config = plan.config
+    raise_if_any(override_faults(config.run.override_resume, identity))
+    checkpoint = checkpoint_to_resume(config.run, print_stderr)
+    if checkpoint is None:
+        return []
+    known = {name: value for name, value in identity.items() if name not in unknown}
+    state, _, overridden = _matching_state(checkpoint, plan, known, controller)
+    branch = branch_entry(config.run, checkpoint, state.iteration)
+    return _statements(state.recorded_identity(), known, overridden, config, state.iteration, bool(branch))
+
+
+def _matching_state(
+    checkpoint: Path, plan: RunPlan, identity: Identity, controller: MixtureController
+) -> tuple[CheckpointState, ControllerState | None, list[str]]:
+    """The state of a checkpoint, that of its controller, and the entries of the identity that are overridden.
+
+    Raises:
+        ConfigError: with all differences between the checkpoint and this run.
+    """
+    config, names = plan.config, plan.names
     state = read_state(checkpoint)
     subject = f"--load {checkpoint}"
     allowed = {*config.run.override_resume}
     if config.data.change_domain_weights:
         allowed.add("sampling_weights")
-    before = state.recorded_identity()
-    faults, overridden = differences(before, identity, subject, allowed)
+    faults, overridden = differences(state.recorded_identity(), identity, subject, allowed)
     if config.data.train_iters < state.iteration:
         rule = f"at least the {state.iteration:,} steps that were taken"
         faults.append(Fault("--train-iters", f"{config.data.train_iters:,}", rule, "give more, or a new --save"))
@@ -98,38 +146,11 @@ def resume_point(
         faults += error.faults
     faults += _domain_faults(state, learned, controller.state_name, names, subject)
     raise_if_any(faults)
-    check_files(checkpoint)
-    check_contents(checkpoint, state, topology.rank, topology.world_size, progress)
-    changed = [name for name in identity if name in before and before[name] != identity[name]]
-    overrides = [
-        *state.overrides,
-        *({"iteration": state.iteration, "name": n, "before": before[n], "now": identity[n]} for n in changed),
-    ]
-    blend = BlendState.from_dict(state.blend.model_dump(), names)
-    entry = None if learned is None else learned.model_dump()
-    statements = _statements(before, identity, overridden, config, state.iteration)
-    return ResumePoint(
-        checkpoint, state.iteration, blend, entry, state.metrics_bytes, tuple(overrides), tuple(statements)
-    )
+    return state, learned, overridden
 
 
-def _find_checkpoint(load: Path) -> str | None:
-    """The newest complete checkpoint in `load`; None if `load` holds no checkpoint.
-
-    Raises:
-        ConfigError: there are checkpoints, but none is complete.
-    """
-    rejected: list[str] = []
-    newest = newest_checkpoint(load, rejected.append)
-    if newest is None:
-        # A new run would overwrite what this run has written.
-        rule, remedy = "a complete checkpoint, or none at all", "copy it again, or delete the folder to start over"
-        subject = f"--load: checkpoints of {load}"
-        raise_if_any([Fault(subject, f"no complete one: {line}", rule, remedy) for line in rejected])
-        return None
-    for line in rejected:
-        print_stderr(line)
-    return str(newest)
+def _path_text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
 
 
 def _controller_state(
@@ -174,10 +195,12 @@ def _statements(
     overridden: Sequence[str],
     config: Config,
     iteration: int,
+    branches: bool,
 ) -> list[str]:
     """What the user is told about a resume: overrides, a changed schedule, and entries that an old checkpoint does not
     record."""
-    lines = [f"resume: from iteration {iteration:,} of {config.data.train_iters:,}"]
+    origin = f", branched from {config.run.load_folder}" if branches else ""
+    lines = [f"resume: from iteration {iteration:,} of {config.data.train_iters:,}{origin}"]
     lines += [
         f"resume: {name} changed from {for_message(before[name], identity[name])} "
         f"to {for_message(identity[name], before[name])}"

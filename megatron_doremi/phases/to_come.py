@@ -33,7 +33,7 @@ def inputs_to_come(config: Config) -> dict[str, str]:
     if phase == SCORE:
         stand_ins[REFERENCE_RUN] = (doremi.reference_load, "the shape of the model flags stands in")
     if phase == EVALUATE:
-        stand_ins[LOADED_RUN] = (config.run.load, "the shape of the model flags stands in")
+        stand_ins[LOADED_RUN] = (config.run.load_folder, "the shape of the model flags stands in")
     return {
         flag: f"{flag} {path} does not exist yet: {line}"
         for flag, (path, line) in stand_ins.items()

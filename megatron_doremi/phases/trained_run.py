@@ -14,6 +14,7 @@ from megatron_doremi.layout_rules import misfits
 from megatron_doremi.mixture.controller import MixtureController
 from megatron_doremi.mixture.reference import OnlineReference, ReferenceRun, check_reference
 from megatron_doremi.parallel.context import ParallelContext
+from megatron_doremi.phases.load_target import checkpoint_at
 from megatron_doremi.phases.run_data import RunData
 from megatron_doremi.phases.to_come import LOADED_RUN, REFERENCE_RUN
 from megatron_doremi.plan import RunPlan
@@ -30,11 +31,14 @@ def reads_reference_losses(config: Config, controller: MixtureController) -> boo
     return controller.needs_reference and not config.doremi.online
 
 
-def read_trained(folder: Path, flag: str, data: RunData, config: Config, needs_all_steps: bool = False) -> ReferenceRun:
+def read_trained(
+    folder: Path, flag: str, data: RunData, config: Config, needs_all_steps: bool = False, step: int | None = None
+) -> ReferenceRun:
     """Finds the newest checkpoint of the run in `folder`, which `flag` names, and checks that it fits data and layout.
 
     Args:
         needs_all_steps: the run must be finished, unless --allow-unfinished is given.
+        step: of the checkpoint; None: the newest.
     """
     run_config = read_run_config(folder, flag)
     gpt = check_reference(run_config, flag, folder, data.manifest, config.data.seq_length, data.vocab_size)
@@ -42,7 +46,7 @@ def read_trained(folder: Path, flag: str, data: RunData, config: Config, needs_a
         Fault(f"{flag} {folder}", f"{name} {value}", rule, "choose another layout, or train another model")
         for name, value, rule in misfits(gpt, config.parallel)
     ]
-    checkpoint = newest_checkpoint(folder)
+    checkpoint = newest_checkpoint(folder) if step is None else checkpoint_at(folder, step)
     if checkpoint is None:
         rule = "a run that was trained to its end"
         raise ConfigError([*faults, Fault(f"{flag} {folder}", "no complete checkpoint", rule, "train it first")])
@@ -87,8 +91,11 @@ def read_loaded(config: Config, data: RunData, to_come: Collection[str] = ()) ->
     if config.data.phase != EVALUATE:
         loaded, flag = read_reference(config, data, to_come), REFERENCE_RUN
     else:
-        folder, flag = Path(config.run.load), LOADED_RUN
-        loaded = _stand_in(config, data, folder, flag) if flag in to_come else read_trained(folder, flag, data, config)
+        folder, flag = Path(config.run.load_folder), LOADED_RUN
+        if flag in to_come:
+            loaded = _stand_in(config, data, folder, flag)
+        else:
+            loaded = read_trained(folder, flag, data, config, step=config.run.load_step)
     if states_shape(config.model):
         raise_if_any(_shape_differences(config, loaded, flag))
     return loaded
