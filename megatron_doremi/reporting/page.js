@@ -65,10 +65,11 @@
   for (const block of document.querySelectorAll(".table[data-rows]")) {
     const table = block.querySelector("table");
     for (const header of table.tHead.rows[0].cells) {
-      const button = document.createElement("button");
-      button.textContent = header.textContent;
-      button.addEventListener("click", () => sort(table, header));
-      header.replaceChildren(button);
+      // No button element: Chromium does not repeat a header that holds one on every printed page.
+      header.tabIndex = 0;
+      header.classList.add("sortable");
+      header.addEventListener("click", () => sort(table, header));
+      header.addEventListener("keydown", (event) => { if (event.key === "Enter") sort(table, header); });
     }
     if (Number(block.dataset.rows) < 15) continue;
     const search = document.createElement("input");
