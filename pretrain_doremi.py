@@ -2,9 +2,10 @@
 
 Phases: reference, score (records the reference's token losses), proxy (learns the domain weights), main, evaluate.
 
-    torchrun --nproc-per-node 2 pretrain_doremi.py --phase proxy --domains data/domains.json ...
+    python pretrain_doremi.py --nproc-per-node 2 --phase proxy --domains data/domains.json ...
 
-Other launchers: srun (one task per rank), deepspeed, mpirun; plain python runs one process. `--help` lists the flags.
+Other launchers: torchrun, srun (one task per rank), deepspeed, mpirun. Without a launcher and without --nproc-per-node
+the run has one process. `--help` lists the flags.
 
 Exit codes: 0: done. 2: the input is wrong; one message reports all faults. 3: stopped by a signal or a time limit after
 saving; run the same command again to resume. 128 + N: terminated by a second signal N. Any other: an error of the
@@ -28,6 +29,7 @@ from megatron_doremi.console import say
 from megatron_doremi.errors import (
     EXIT_USER_ERROR,
     ConfigError,
+    Fault,
     ReportedElsewhere,
     RunError,
     machine_failure,
@@ -68,28 +70,46 @@ def start(argv: Sequence[str], signals: Signals) -> int:
     """Reads the flags and runs the phase; returns the exit code. The errors of all ranks become one message."""
     from megatron_doremi.arguments import read_command_line
     from megatron_doremi.cluster.error_report import command_line_error, error_without_peers, merged_error
-    from megatron_doremi.cluster.launch import read_launch
-    from megatron_doremi.config import data_parallel_size
+    from megatron_doremi.cluster.launch import NO_LAUNCHER, Launch, find_launch, launcher_of
+    from megatron_doremi.cluster.local_launch import launch_ranks, without_flag
+    from megatron_doremi.config import data_parallel_size, planned_world_size
     from megatron_doremi.parallel.topology import Topology
     from megatron_doremi.phases.early_checks import file_faults
 
     try:
-        launch = read_launch(os.environ)
-        config, faults = read_command_line(argv, launch.world_size)
+        launch, launch_faults = find_launch(os.environ)
+        config, faults = read_command_line(argv, launch.world_size if launch else None)
+        run_config = config.run
+        if run_config.dry_run:
+            # No rank meets another; with --dry-run-world-size the environment counts for nothing.
+            known = launch or (Launch() if run_config.dry_run_world_size else None)
+            launch, launch_faults = known, [] if known else launch_faults
+        elif run_config.nproc_per_node and launcher_of(os.environ) != NO_LAUNCHER:
+            value = f"{run_config.nproc_per_node} under {launcher_of(os.environ)}"
+            faults.append(Fault("--nproc-per-node", value, "one launcher", "leave it out, or start with plain python"))
+        faults = [*launch_faults, *faults]
         if faults:
             faults += file_faults(config)
-            if config.run.dry_run and launch.rank:
+            if launch is None or launch_faults:
+                raise ConfigError(faults)
+            if run_config.dry_run and launch.rank:
                 raise ReportedElsewhere(EXIT_USER_ERROR)
             raise command_line_error(launch, argv, faults)
+        assert launch is not None
+        world_size = planned_world_size(run_config, launch.world_size)
         topology = Topology(
             pipe_size=config.parallel.pipeline_model_parallel_size,
-            data_size=data_parallel_size(config.parallel, launch.world_size),
+            data_size=data_parallel_size(config.parallel, world_size),
             tensor_size=config.parallel.tensor_model_parallel_size,
-            rank=launch.rank,
+            rank=launch.rank if launch.rank < world_size else 0,
         )
-        if config.run.dry_run:
+        if run_config.dry_run:
             dry_run(config, topology)
             return 0
+        if run_config.nproc_per_node:
+            program = [sys.executable, *sys.orig_argv[1 : len(sys.orig_argv) - len(argv)]]
+            command = [*program, *without_flag(argv, "--nproc-per-node")]
+            return launch_ranks(command, world_size, os.environ, signals)
         rendezvous = join_rendezvous(config, launch, argv)
     except (ConfigError, RunError) as error:
         raise error_without_peers(error, os.environ) from error

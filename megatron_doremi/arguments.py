@@ -10,14 +10,16 @@ import argparse
 import dataclasses
 import difflib
 import math
+import sys
 import typing
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_doremi.config import SECTIONS, Config
+from megatron_doremi.config import SECTIONS, Config, planned_world_size
 from megatron_doremi.errors import Fault, raise_if_any
 from megatron_doremi.settings import flag_of
 from megatron_doremi.validation import find_faults, phase_faults
+from megatron_doremi.version import version_text
 
 _TITLES = {
     "data": "phase and data",
@@ -48,6 +50,18 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         raise argparse.ArgumentError(None, message)
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        # argparse's own hides that nothing can be written.
+        print(message, end="", file=file or sys.stdout, flush=True)
+
+
+class _Version(argparse.Action):
+    """Prints the versions and exits."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(version_text(), flush=True)
+        parser.exit()
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of pretrain_doremi.py; values stay text until `parse_config` reads them."""
@@ -57,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the versions and exit")
     for section, cls in SECTIONS.items():
         group = parser.add_argument_group(_TITLES[section])
         for field in dataclasses.fields(cls):
@@ -92,12 +107,12 @@ def parse_config(argv: Sequence[str], world_size: int) -> Config:
     return config
 
 
-def read_command_line(argv: Sequence[str], world_size: int) -> tuple[Config, list[Fault]]:
+def read_command_line(argv: Sequence[str], world_size: int | None) -> tuple[Config, list[Fault]]:
     """The settings, and all faults of the command line. A setting with a fault has its default or the given value.
 
     Args:
         argv: the arguments without the program's name.
-        world_size: number of processes of the run.
+        world_size: number of processes that were launched; None if it is unknown.
     """
     parser = build_parser()
     faults: list[Fault] = []
@@ -125,7 +140,10 @@ def read_command_line(argv: Sequence[str], world_size: int) -> tuple[Config, lis
         sections[section] = cls(**values)
     config = Config(**sections)
     # A flag whose value cannot be parsed has its default here; faults that follow from that default are not the user's.
-    setting_faults = find_faults(config, world_size) if readable else []
+    parallel = config.parallel
+    smallest = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    ranks = planned_world_size(config.run, smallest if world_size is None else world_size)
+    setting_faults = find_faults(config, ranks) if readable else []
     return config, faults + [fault for fault in setting_faults if fault.subject not in unreadable]
 
 

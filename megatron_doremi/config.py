@@ -347,6 +347,12 @@ def states_shape(model: ModelConfig) -> bool:
     return model != ModelConfig()
 
 
+def planned_world_size(run: RunConfig, launched: int) -> int:
+    """Ranks of the run that the settings describe, in a process of a launch of `launched` ranks."""
+    dry_run_world_size = run.dry_run_world_size if run.dry_run else 0
+    return max(1, dry_run_world_size or run.nproc_per_node or launched)
+
+
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
     """Replicas of the model on `world_size` ranks."""
     return world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)

@@ -150,6 +150,8 @@ def zero_faults(config: Config) -> list[Fault]:
 def suggestion_faults(config: Config) -> list[Fault]:
     """Faults of the flags of a suggestion by themselves."""
     run = config.run
+    if run.dry_run_world_size and not run.dry_run:
+        return [Fault("--dry-run-world-size", "has no effect", "--dry-run reads it", "add --dry-run, or leave it out")]
     if not run.suggest_layout:
         if not run.device_memory_gib:
             return []

@@ -7,7 +7,17 @@ import re
 from dataclasses import dataclass
 from typing import ClassVar
 
-from megatron_doremi.settings import EVALUATE, MINUTES, NO_EVALUATION, PHASES, STEPS, TRAINING, Bounds, setting
+from megatron_doremi.settings import (
+    EVALUATE,
+    MINUTES,
+    NO_EVALUATION,
+    PHASES,
+    RANKS_OR_NONE,
+    STEPS,
+    TRAINING,
+    Bounds,
+    setting,
+)
 
 
 @dataclass(frozen=True)
@@ -77,12 +87,24 @@ class RunConfig:
         "steps between metrics lines on the console (a proxy's metrics.jsonl has every step)",
         bounds=Bounds(1, STEPS.high),
     )
+    nproc_per_node: int = setting(
+        0,
+        "start this many processes on this machine, a rank each, in place of torchrun; 0: this process is a rank",
+        phases=PHASES,
+        bounds=RANKS_OR_NONE,
+    )
     tensorboard_dir: str = setting("", "folder for TensorBoard events (default: SAVE/tensorboard)")
     dry_run: bool = setting(
         False,
         "print the run as resolved (settings, model, layout, memory per rank, domains) and exit; nothing is written. "
         "Inputs that an earlier stage has yet to write get stand-ins (score, evaluate: give the model flags)",
         phases=PHASES,
+    )
+    dry_run_world_size: int = setting(
+        0,
+        "ranks that --dry-run plans for (default: those of --nproc-per-node or of the launcher)",
+        phases=PHASES,
+        bounds=RANKS_OR_NONE,
     )
     suggest_layout: bool = setting(
         False,

@@ -46,6 +46,7 @@ class Bounds:
 STEPS = Bounds(0, 10**9)
 WIDTH = Bounds(0, MAX_WIDTH)
 RANKS = Bounds(1, 1 << 20)
+RANKS_OR_NONE = Bounds(0, 1 << 20)
 SHARE = Bounds(0.0, 1.0)
 DECAY = Bounds(0.0, 1.0, below_high=True)
 RATE = Bounds(0.0, 1e6)

@@ -150,11 +150,7 @@ train() {
     local COMMAND FLAGS layout
     phase_command "$1"
     read -ra layout <<< "${LAYOUT[$1]}"
-    if [ "$NPROC" -eq 1 ]; then
-        logged "$1" "$PYTHON" "${COMMAND[@]}" "${layout[@]}"
-    else
-        logged "$1" "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NPROC" "${COMMAND[@]}" "${layout[@]}"
-    fi
+    logged "$1" "$PYTHON" "${COMMAND[@]}" "${layout[@]}" --nproc-per-node "$NPROC"
 }
 
 say "Plan: $EXPERIMENT on $NPROC processes, $DEVICE"

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_doremi.errors import ConfigError, Fault
+from megatron_doremi.errors import ConfigError, Fault, raise_if_any
 
-TORCHRUN, DEEPSPEED, MPIRUN, SRUN, NO_LAUNCHER = "torchrun", "deepspeed", "mpirun", "srun", ""
+TORCHRUN, DEEPSPEED, MPIRUN, SRUN, LOCAL, NO_LAUNCHER = (
+    "torchrun",
+    "deepspeed",
+    "mpirun",
+    "srun",
+    "--nproc-per-node",
+    "",
+)
+# Set by --nproc-per-node (local_launch.py): rank 0's listening socket, on which it hosts the rendezvous (other ranks:
+# -1), and an id of the run.
+LISTENER, RUN_ID = "MEGATRON_DOREMI_LISTENER", "MEGATRON_DOREMI_RUN_ID"
 # Ports to choose from if the launcher sets none; all are below the ephemeral range (32768 and up).
 _FIRST_PORT, _NUM_PORTS = 20000, 12000
 _DEFAULT_PORT = 29500
@@ -32,6 +42,7 @@ class Launch:
         run_id: distinguishes this run from others that use the same address; "" if the launcher sets none.
         generation: how many times the launcher has restarted its workers.
         hosted: whether the launcher, and not rank 0, hosts the rendezvous.
+        listener: rank 0's listening socket for the rendezvous, if the launcher has opened it; else -1.
     """
 
     rank: int = 0
@@ -42,17 +53,44 @@ class Launch:
     run_id: str = ""
     generation: int = 0
     hosted: bool = False
+    listener: int = -1
 
 
 def read_launch(environ: Mapping[str, str]) -> Launch:
-    """Determines from the environment how this process was launched.
+    """How this process was launched; see `find_launch`. Raises ConfigError if the environment is incomplete."""
+    launch, faults = find_launch(environ)
+    raise_if_any(faults)
+    assert launch is not None
+    return launch
+
+
+def find_launch(environ: Mapping[str, str], meets: bool = True) -> tuple[Launch | None, list[Fault]]:
+    """Determines from the environment how this process was launched, and what is wrong with the environment.
 
     torchrun and deepspeed set RANK, WORLD_SIZE and LOCAL_RANK; mpirun sets its own variables; srun sets SLURM_PROCID
     in each task of a step. Plain python is a run of one process, also inside a SLURM allocation (salloc, sbatch).
 
-    Raises:
-        ConfigError: the environment describes a run incompletely.
+    Args:
+        meets: whether the ranks meet; a dry run needs no rendezvous.
+
+    Returns:
+        the launch, None if the ranks are unknown, and the faults.
     """
+    try:
+        launch, host = _read_environment(environ)
+    except ConfigError as error:
+        return None, list(error.faults)
+    if launch.world_size == 1 or not meets:
+        return launch, []
+    try:
+        url = _rendezvous_url(host, environ, launch.run_id, launch.launcher, launch.world_size)
+    except ConfigError as error:
+        return launch, list(error.faults)
+    return replace(launch, rendezvous=url), []
+
+
+def _read_environment(environ: Mapping[str, str]) -> tuple[Launch, str]:
+    """The launch without its rendezvous, and the host of that, "" if unknown. Raises ConfigError."""
     mpi = next((names for names in _MPI_VARIABLES if names[0] in environ and not _set_by_srun(environ, names)), None)
     if "RANK" in environ:
         rank, world_size, local_rank = _read_ranks(environ, "RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -79,22 +117,24 @@ def read_launch(environ: Mapping[str, str]) -> Launch:
                 "export RANK and WORLD_SIZE, or start with torchrun, srun or Open MPI's mpirun",
             )
         )
+    elif environ.get("WORLD_SIZE", "1") != "1":
+        rule, remedy = "RANK, set beside it", "export RANK too, or unset WORLD_SIZE for a run of one process"
+        raise ConfigError(Fault("WORLD_SIZE", f"{environ['WORLD_SIZE']} without RANK", rule, remedy))
     else:
-        return Launch()
-    rendezvous = ""
-    if world_size > 1:
-        rendezvous = _rendezvous_url(host, environ, run_id, launcher, world_size)
-    generation = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return Launch(
+        return Launch(), ""
+    generation, listener = environ.get("TORCHELASTIC_RESTART_COUNT", "0"), environ.get(LISTENER, "-1")
+    launch = Launch(
         rank,
         world_size,
         local_rank,
-        rendezvous,
+        "",
         launcher,
         run_id,
         int(generation) if generation.isdecimal() else 0,
         environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        int(listener) if launcher == LOCAL and listener.isdecimal() else -1,
     )
+    return launch, host
 
 
 def launcher_of(environ: Mapping[str, str]) -> str:
@@ -134,6 +174,8 @@ def _launcher_of_rank(environ: Mapping[str, str]) -> tuple[str, str]:
         run_id = environ["TORCHELASTIC_RUN_ID"]
         # torchrun sets "none" if the user gave no --rdzv-id.
         return TORCHRUN, "" if run_id == "none" else run_id
+    if RUN_ID in environ:
+        return LOCAL, environ[RUN_ID]
     # Only deepspeed's launcher sets both of these.
     return (DEEPSPEED if {"CROSS_RANK", "LOCAL_SIZE"} <= environ.keys() else NO_LAUNCHER), ""
 
@@ -143,7 +185,7 @@ def _rendezvous_url(host: str, environ: Mapping[str, str], run_id: str, launcher
     if not (port.isdecimal() and 0 < int(port) < 65536):
         raise ConfigError(Fault("MASTER_PORT", port, "a port from 1 to 65535", "export another, or unset it"))
     if not host:
-        remedy = "export MASTER_ADDR, or start with torchrun or srun"
+        remedy = "export MASTER_ADDR, or start with --nproc-per-node, torchrun or srun"
         if launcher == MPIRUN:
             remedy = "mpirun -x MASTER_ADDR=HOST_OF_RANK_0 (MPICH: -genv MASTER_ADDR HOST_OF_RANK_0), or use torchrun"
         raise ConfigError(Fault("MASTER_ADDR", "not set", f"the host of rank 0, for {world_size} processes", remedy))
@@ -169,7 +211,7 @@ def _read_ranks(environ: Mapping[str, str], rank: str, world_size: str, local_ra
                 f"{rank}, {world_size}",
                 str(error),
                 "integers, both set",
-                "start with torchrun, srun, deepspeed, mpirun or plain python",
+                "start with --nproc-per-node, torchrun, srun, deepspeed, mpirun or plain python",
             )
         ) from error
     if not 0 <= ranks[0] < ranks[1]:

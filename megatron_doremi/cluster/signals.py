@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 
-from megatron_doremi.cluster.launch import DEEPSPEED, NO_LAUNCHER, TORCHRUN, launcher_of, rank_of, stop_marker
+from megatron_doremi.cluster.launch import DEEPSPEED, LOCAL, NO_LAUNCHER, TORCHRUN, launcher_of, rank_of, stop_marker
 
 EXIT_STOPPED = 3
 STOP_SIGNALS = tuple(
@@ -48,6 +48,7 @@ class Signals:
     Attributes:
         requested_by: the signal that requested a stop; 0: none.
         before_exit: called with the exit code before the process exits because of a signal.
+        pass_on: called with a signal's number in place of all else, by a launcher.
         seconds_to_exit: time from `finish` until a process that hangs in its exit is ended; None: no limit.
     """
 
@@ -62,9 +63,10 @@ class Signals:
         # 0 without a launcher: a shell may exit before its jobs (nohup, setsid).
         self._parent = 0 if launcher == NO_LAUNCHER else os.getppid()
         # PR_SET_PDEATHSIG fires when the parent's thread exits: safe only if the main thread starts the workers.
-        self._started_by_main_thread = launcher in (TORCHRUN, DEEPSPEED)
+        self._started_by_main_thread = launcher in (TORCHRUN, DEEPSPEED, LOCAL)
         self.requested_by = 0
         self.before_exit: Callable[[int], None] = lambda code: None
+        self.pass_on: Callable[[int], None] | None = None
         self.seconds_to_exit: float | None = None
 
     def install(self) -> None:
@@ -118,6 +120,9 @@ class Signals:
             os._exit(code)
 
     def _handle(self, number: int) -> None:
+        if self.pass_on is not None:
+            self.pass_on(number)
+            return
         name = signal.Signals(number).name
         if self._requested_at is None:
             self._request_stop(number, f"stopped by {name}")

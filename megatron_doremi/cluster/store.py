@@ -49,6 +49,9 @@ def open_store(launch: Launch, timeout: float) -> dist.Store:
 
     def connect() -> dist.Store:
         limit = timedelta(seconds=_SECONDS_TO_ANSWER)
+        if launch.listener >= 0:
+            listener = launch.listener
+            return dist.TCPStore(host, port, None, True, limit, wait_for_workers=False, master_listen_fd=listener)
         return dist.TCPStore(host, port, None, hosts, limit, wait_for_workers=False, multi_tenant=True)
 
     try:

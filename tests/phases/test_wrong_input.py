@@ -259,6 +259,34 @@ def test_a_wrong_flag_is_reported_without_importing_torch(data):
     assert imported.stdout.strip() == "False"
 
 
+def test_with_processes_of_its_own_the_program_reports_faults_once_and_exits_with_2(data, tmp_path):
+    """A fault of the flags before any process starts, one of a file by rank 0 for both."""
+    flags = ["--phase", "main", "--domains", str(data), "--save", str(tmp_path / "s"), "--train-iters", "5", *MODEL]
+    done = run(*flags, "--nproc-per-node", "3")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "error: 1 fault in the input:\n  [1] --global-batch-size: 8" in done.stderr
+    truncate(data.parent / "domain0_train.bin", 2)
+    done = run(*flags, "--nproc-per-node", "2")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: 1 fault in the input:")
+    assert "Traceback" not in done.stdout + done.stderr
+    assert not (tmp_path / "s").exists()
+
+
+def test_faults_of_the_launch_and_of_the_flags_are_one_message(data, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    done = run("--phase", "main", "--lr", "quick")
+    assert done.returncode == 2
+    assert "[1] WORLD_SIZE: 4 without RANK" in done.stderr
+    assert "[2] --lr: quick" in done.stderr
+    monkeypatch.setenv("RANK", "0")
+    assert "[1] MASTER_ADDR: not set" in run("--phase", "main", "--lr", "quick").stderr
+    flags = ["--phase", "main", "--domains", str(data), "--train-iters", "5", *MODEL]
+    assert "= 4 ranks" in run(*flags, "--dry-run").stdout
+    assert "= 2 ranks" in run(*flags, "--dry-run", "--dry-run-world-size", "2").stdout
+    assert "--dry-run-world-size: has no effect" in run(*flags, "--dry-run-world-size", "2").stderr
+
+
 def test_under_a_launcher_one_rank_reports(data, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     flags = ["--phase", "main", "--domains", str(data), "--save", str(tmp_path / "s"), "--train-iters", "5", *MODEL]
