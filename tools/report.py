@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -26,8 +27,9 @@ if not __package__:
 from megatron_doremi import __version__
 from megatron_doremi.data.manifest import load_manifest
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any, run_or_exit
+from megatron_doremi.progress import stage
 from megatron_doremi.reporting.charts.render import png
-from megatron_doremi.reporting.comparison import compare, list_runs
+from megatron_doremi.reporting.comparison import Study, compare, list_runs
 from megatron_doremi.reporting.console import console_text
 from megatron_doremi.reporting.groups import PROXY, REFERENCE, Group
 from megatron_doremi.reporting.runs import Run, read_all, read_run, read_runs
@@ -40,26 +42,15 @@ SHORT_FLAGS = (PROXY, "main", "baseline", REFERENCE)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Reads the runs, prints the table and writes the report; returns the exit code."""
     options = parse(arguments)
-    folder = options.output_dir
-    check_writable(folder)
+    folder: Path = options.output_dir
     named: list[tuple[str, list[Path]]] = options.groups
-    faults: list[Fault] = []
-    tokens: dict[str, int] = {}
-    groups: list[Group] = []
-    try:
-        if options.domains is not None:
-            tokens = {domain.name: domain.tokens for domain in load_manifest(options.domains).domains}
-    except ConfigError as error:
-        faults += error.faults
-    try:
-        groups = _read_groups(named) if named else _read_list(options.runs)
-    except ConfigError as error:
-        faults += error.faults
-    raise_if_any(faults)
-    study = compare(groups, tokens) if named else list_runs(groups, tokens)
+    with stage("reading the runs"):
+        study = _read_study(named, options.runs, options.domains, _unwritable(folder))
+    _make_writable(folder)
     print(console_text(study), flush=True)
-    report = make_report(study, __version__)
-    write_report(report, folder)
+    with stage("drawing the charts"):
+        report = make_report(study, __version__)
+        write_report(report, folder)
     print(f"\nwrote {folder / 'report.html'}, results.json and {len(report.charts)} PNG files in the same folder")
     return 0
 
@@ -106,17 +97,6 @@ class _Group(argparse.Action):
         setattr(namespace, self.dest, [*collected, (name, [Path(each) for each in folders if each])])
 
 
-def check_writable(folder: Path) -> None:
-    """Raises ConfigError if a file cannot be written to `folder`, which is made if it is missing."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = temporary_beside(folder / "report.html")
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise _unwritable(folder, error) from error
-
-
 def write_report(report: Report, folder: Path) -> None:
     """Writes the PNGs, report.html and results.json to `folder`, each atomically."""
     results = json.dumps(report.results, indent=2, allow_nan=False) + "\n"
@@ -126,13 +106,54 @@ def write_report(report: Report, folder: Path) -> None:
         atomic_write_bytes(folder / "report.html", report.html.encode("utf-8", errors="replace"))
         atomic_write_text(folder / "results.json", results)
     except OSError as error:
-        raise _unwritable(folder, error) from error
+        raise ConfigError(_output_fault(_reason(folder, error))) from error
 
 
-def _unwritable(folder: Path, error: OSError) -> ConfigError:
-    value = f"{error.filename or folder}: {error.strerror or error}"
+def _unwritable(folder: Path) -> list[Fault]:
+    """A fault if `folder` cannot be made or written, as far as that shows without writing."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        return [_output_fault(f"{existing}: not a folder")]
+    return [] if os.access(existing, os.W_OK | os.X_OK) else [_output_fault(f"{existing}: no permission to write")]
+
+
+def _make_writable(folder: Path) -> None:
+    """Makes `folder` and writes a file to it, before the charts are drawn. Raises ConfigError if that fails."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = temporary_beside(folder / "report.html")
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(_output_fault(_reason(folder, error))) from error
+
+
+def _reason(folder: Path, error: OSError) -> str:
+    return f"{error.filename or folder}: {error.strerror or error}"
+
+
+def _output_fault(value: str) -> Fault:
     remedy = "give another --output-dir, free disk space, or change its permissions"
-    return ConfigError(Fault("--output-dir", value, "a folder that can be written", remedy))
+    return Fault("--output-dir", value, "a folder that can be written", remedy)
+
+
+def _read_study(
+    named: Sequence[tuple[str, Sequence[Path]]], runs: Sequence[Path], domains: Path | None, faults: list[Fault]
+) -> Study:
+    """Reads manifest and runs. Raises ConfigError with `faults` and every fault of the files, or of the comparison."""
+    tokens: dict[str, int] = {}
+    groups: list[Group] = []
+    try:
+        if domains is not None:
+            tokens = {domain.name: domain.tokens for domain in load_manifest(domains).domains}
+    except ConfigError as error:
+        faults += error.faults
+    try:
+        groups = _read_groups(named) if named else _read_list(runs)
+    except ConfigError as error:
+        faults += error.faults
+    raise_if_any(faults)
+    return compare(groups, tokens) if named else list_runs(groups, tokens)
 
 
 def _read_groups(named: Sequence[tuple[str, Sequence[Path]]]) -> list[Group]:

@@ -198,7 +198,7 @@ def _against(pairing: Pairing, unit: Unit, order: Sequence[str]) -> RivalCompari
     token_means = [(a.token_mean, b.token_mean) for a, b in pairs]
     left = [a for a, b in token_means if a is not None and b is not None]
     right = [b for a, b in token_means if a is not None and b is not None]
-    if len(left) == len(pairs):
+    if len(left) == len(pairs) and len({each.by_shares for both in pairs for each in both}) == 1:
         summary[TOKEN_MEAN] = Contrast(tuple(left), tuple(right))
     worst = tuple(tuple(dict.fromkeys(each.worst[0] for each in side)) for side in (subject, rival))
     return RivalComparison(pairing, domains, summary, (worst[0], worst[1]))
@@ -269,6 +269,11 @@ def _limits(comparison: RivalComparison, names: Sequence[str]) -> Iterable[str]:
             )
         elif tokens[0] is not None and tokens[1] is not None and tokens[0] != tokens[1]:
             yield f"The budgets differ: {tokens[0]:,.0f} tokens {sides.format(f'{tokens[1]:,.0f}')}."
+    if TOKEN_MEAN not in comparison.summary:
+        yield (
+            f"{pairing.subject} and {pairing.rival} have no token mean in common: a run does not record it, or some "
+            "weighted domains by held-out windows, as version 0.1 did, and others by their natural shares."
+        )
     missing = [name for name in names if name not in comparison.domains]
     if missing:
         both = f"{pairing.subject} and {pairing.rival}"

@@ -11,6 +11,8 @@ from megatron_doremi.reporting.runs import Run, flatten
 from megatron_doremi.shapes import with_defaults
 
 SEED = "seed"
+# Also records where a run branched from another.
+OVERRIDES = "settings changed on resuming"
 _OPTIMIZER = (
     "lr",
     "min_lr",
@@ -35,6 +37,7 @@ PROPERTIES = {
     "global_batch_size": "global batch size",
     "train_iters": "training steps",
     "init_from": "initial weights",
+    "overrides": OVERRIDES,
     **{name: name for name in _OPTIMIZER},
 }
 WINDOWS = "held-out windows"
@@ -95,8 +98,16 @@ def properties(run: Run) -> dict[str, Any]:
     for key in sorted(flat, key=lambda key: (key.startswith("identity."), key.count(".")), reverse=True):
         name = PROPERTIES.get(key.rsplit(".", 1)[-1])
         if name is not None:
-            recorded[name] = flat[key]
+            recorded[name] = _without_own_folder(flat[key]) if name == OVERRIDES else flat[key]
     return recorded
+
+
+def _without_own_folder(overrides: Any) -> Any:
+    """The recorded overrides; an entry on a branch names the run's own folder, in which every two runs differ."""
+    if not isinstance(overrides, list):
+        return overrides
+    entries = [entry if isinstance(entry, dict) else {} for entry in overrides]
+    return [{k: v for k, v in entry.items() if entry.get("name") != "branch" or k != "now"} for entry in entries]
 
 
 def _shortened(value: Any) -> str:

@@ -38,12 +38,14 @@ class HeldOut:
 
     Attributes:
         losses: by domain; NaN where the run recorded NaN or Inf.
-        token_mean: mean weighted by the domains' natural shares; None if the line has none.
+        token_mean: mean over text that has the domains in their natural shares; None if the line has none.
+        by_shares: false for a line of version 0.1, whose token mean weighted domains by held-out windows instead.
         intervals: 95 % intervals over held-out documents, by domain; empty if the line has none.
     """
 
     losses: dict[str, float]
     token_mean: float | None = None
+    by_shares: bool = True
     intervals: dict[str, Interval] = field(default_factory=dict)
 
     @property
@@ -125,6 +127,7 @@ def _held_out(row: Mapping[str, Any], key: str) -> HeldOut | None:
     return HeldOut(
         losses,
         None if token_mean is None else float_or_nan(token_mean),
+        f"{key}_token_mean_interval" in row,
         {str(name): (float_or_nan(each[0]), float_or_nan(each[1])) for name, each in intervals.items() if each},
     )
 
@@ -152,13 +155,15 @@ class EvaluationLine(Schema):
     held_out_content: str
     bf16: bool
     eval_interval: dict[str, _IntervalEntry | None] | None = None
+    eval_token_mean_interval: _IntervalEntry | None = None
     eval_bpb: dict[str, float] | None = None
     eval_bpb_token_mean: float | None = None
     eval_bpb_interval: dict[str, _IntervalEntry | None] | None = None
+    eval_bpb_token_mean_interval: _IntervalEntry | None = None
 
     def evaluation(self) -> Evaluation:
         """The line's losses."""
-        return evaluation_of(self.model_dump())
+        return evaluation_of(self.model_dump(exclude_unset=True))
 
 
 def read_evaluations(folder: Path) -> list[EvaluationLine]:

@@ -7,7 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from megatron_doremi.errors import Fault
-from megatron_doremi.reporting.differences import PROPERTIES, SEED, WINDOWS, Difference, differences, properties
+from megatron_doremi.reporting.differences import (
+    OVERRIDES,
+    PROPERTIES,
+    SEED,
+    WINDOWS,
+    Difference,
+    differences,
+    properties,
+)
 from megatron_doremi.reporting.runs import Run
 
 # Groups of these names are not compared: the proxies give the learned weights, the references their excess losses.
@@ -84,7 +92,7 @@ class Pairing:
             text
             for text, parts in (
                 ("seed", (SEED,)),
-                ("initial weights", (SEED, SHAPE, "initial weights")),
+                ("initial weights", (SEED, SHAPE, "initial weights", OVERRIDES)),
                 ("training windows", (SEED, "training text", "sequence length")),
                 ("steps", ("training steps",)),
                 ("held-out text", ("held-out text", WINDOWS)),

@@ -59,15 +59,24 @@ def _clause(comparison: RivalComparison) -> str:
     worst, mean = comparison.summary[WORST], comparison.summary[UNIFORM_MEAN]
     if len(pairing.pairs) == 1:
         values = format_difference(worst.paired.mean), format_difference(mean.paired.mean)
-        text = f"{subject} against {rival} is {values[0]} in the worst domain and {values[1]} in the mean"
+        named = _common_worst(comparison)
+        place = f"the worst domain ({named})" if named else "the worst domain"
+        text = f"{subject} against {rival} is {values[0]} in {place} and {values[1]} in the mean"
     else:
-        text = _visible_clause(subject, rival, worst, mean)
+        text = _visible_clause(subject, rival, worst, mean, _common_worst(comparison))
     others = list(dict.fromkeys(each.name for each in pairing.differing))
     return text + (f" (they also differ in {_shortened(others)})" if others else "")
 
 
-def _visible_clause(subject: str, rival: str, worst: Contrast, mean: Contrast) -> str:
-    in_worst, in_mean = f"in the worst domain ({_value(worst)})", f"in the mean ({_value(mean)})"
+def _common_worst(comparison: RivalComparison) -> str:
+    """The domain that is the worst of every run; "" if they differ in it."""
+    names = {name for side in comparison.worst_names for name in side}
+    return names.pop() if len(names) == 1 else ""
+
+
+def _visible_clause(subject: str, rival: str, worst: Contrast, mean: Contrast, named: str) -> str:
+    name = f"{named}: " if named else ""
+    in_worst, in_mean = f"in the worst domain ({name}{_value(worst)})", f"in the mean ({_value(mean)})"
     signs = worst.paired.sign, mean.paired.sign
     words = {-1: "better", 1: "worse"}
     if signs == (0, 0):
@@ -116,7 +125,13 @@ def _domain_sentences(comparison: RivalComparison) -> list[str]:
         values = [f"{name} {format_difference(domains[name].paired.mean)}" for name in names]
         listed = f" ({_shortened(values)})" if values else ""
         parts.append(f"{word} on {len(names)}{listed}")
-    return [f"Of {len(domains)} domains, {pairing.subject} against {pairing.rival} is {' and '.join(parts)} {end}."]
+    both = f"{pairing.subject} against {pairing.rival}"
+    sentences = [f"Of {len(domains)} domains, {both} is {' and '.join(parts)} {end}."]
+    if not _common_worst(comparison):
+        sides = zip((pairing.subject, pairing.rival), comparison.worst_names, strict=True)
+        listed = "; ".join(f"of {name} {_shortened(names)}" for name, names in sides)
+        sentences.append(f"The runs differ in their worst domain: {listed}.")
+    return sentences
 
 
 def _planted_sentences(study: Study) -> list[str]:

@@ -76,8 +76,8 @@ def test_figures_by_hand(group):
     assert summary[WORST].paired.standard_deviation == 0.5
     assert study.comparisons[0].visible == {"web": -1}
     assert verdict(study) == (
-        "Over 3 paired seeds, main is better than natural in the worst domain (-1.500 [-2.742, -0.258]) and in the "
-        "mean (-0.875 [-1.186, -0.564]) (nats per token)."
+        "Over 3 paired seeds, main is better than natural in the worst domain (web: -1.500 [-2.742, -0.258]) and in "
+        "the mean (-0.875 [-1.186, -0.564]) (nats per token)."
     )
     assert summary[TOKEN_MEAN].paired.sign == 0
     said = findings(study)
@@ -92,7 +92,7 @@ def test_no_difference_and_one_seed_are_said(group):
     assert text.startswith("Over 3 paired seeds, no difference between main and natural can be seen in the worst")
     single = compare([group("m", {1: MAIN[1]}), group("n", {1: NATURAL[1]})])
     assert verdict(single) == (
-        "One run of each cannot tell: m against n is -1.000 in the worst domain and -0.750 in the mean "
+        "One run of each cannot tell: m against n is -1.000 in the worst domain (web) and -0.750 in the mean "
         "(nats per token)."
     )
     assert verdict(compare([main])).startswith("Nothing is compared with main")
@@ -113,6 +113,12 @@ def test_what_a_pair_does_not_share_is_named(group):
     assert verdict(study) == "main and natural cannot be compared, since they differ in held-out text."
     assert "The runs differ in hidden_size: main 64, natural 96." in study.notes
     assert "The 3 pairs of main and natural share seed, training windows and steps." in study.notes
+    branched = [{"iteration": 5, "name": "branch", "before": "runs/a", "now": "runs/" + name} for name in "bc"]
+    pair = [group(name, {1: MAIN[1]}, overrides=[branched[place]]) for place, name in enumerate(("b", "c"))]
+    assert compare(pair).comparisons[0].pairing.differing == ()
+    other_parent = group("d", {1: MAIN[1]}, overrides=[{**branched[0], "before": "runs/e"}])
+    named = [each.name for each in compare([pair[0], other_parent]).comparisons[0].pairing.differing]
+    assert named == ["settings changed on resuming"]
     old = Group("old", (replace(other.runs[0], config={"settings": {"data": {"seed": 1}}}),))
     notes = compare([replace(old, name="new"), old]).notes
     assert any(note.startswith("Not recorded by new and old, and so not checked: hidden_size, train") for note in notes)
@@ -129,6 +135,15 @@ def test_bits_per_byte_are_preferred_and_never_mixed_with_nats(group):
     assert any("not every run knows the bytes" in note for note in mixed.notes)
     single = list_runs([Group("x", bits.runs[:1])])
     assert held_out_table(single).rows == (("code", 0.5, "[0.500, 0.750]"), ("web", 1.0, ""))
+
+
+def test_token_means_of_two_definitions_are_not_compared(write_run, rows):
+    line = rows[1](2, {"code": 1.0, "web": 2.0}, 1.5)
+    runs = {"old": line, "new": {**line, "eval_token_mean_interval": [1.4, 1.6]}}
+    groups = [Group(name, (read_run(write_run(name, [each])),)) for name, each in runs.items()]
+    study = compare(groups)
+    assert list(study.comparisons[0].summary) == [WORST, UNIFORM_MEAN]
+    assert any(note.startswith("old and new have no token mean in common") for note in study.notes)
 
 
 def test_a_main_models_weights_are_checked_against_the_proxys(group, proxies):

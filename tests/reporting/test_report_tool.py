@@ -72,7 +72,7 @@ def output(tool, three_runs, write_manifest, tmp_path, capsys):
 def test_comparison_writes_everything(output):
     printed, folder = output
     assert re.search(r"code +0\.6000 +0\.7000 +2\.500 +2\.750 +-0\.250", printed)
-    assert "One run of each cannot tell: main against baseline is +0.250 in the worst domain and 0.000" in printed
+    assert "One run of each cannot tell: main against baseline is +0.250 in the worst domain (noise) and" in printed
     assert "Planted domain noise lost weight in the mean over all steps (0.1400)" in printed
     written = {path.name: path for path in folder.iterdir()}
     charts = {"differences", "domain_weights", "domains_1", "held_out_loss", "held_out_over_time", "entropy"}
@@ -172,11 +172,17 @@ def test_groups_are_parsed_in_order(tool):
     assert options.output_dir == Path("x/report")
 
 
-def test_an_output_folder_that_cannot_be_written_is_found_before_the_runs_are_read(tool, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="--output-dir") as caught:
-        tool.main(["no-such-run", "--output-dir", str(tmp_path / "file" / "out")])
-    assert str(tmp_path / "file") in caught.value.faults[0].value
+def test_an_output_folder_that_cannot_be_written_is_reported_with_the_runs_faults(tool, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    with pytest.raises(ConfigError) as caught:
+        tool.main(["no-such-run", "--output-dir", "file/out"])
+    assert [fault.subject for fault in caught.value.faults] == ["--output-dir", "RUN"]
+    assert caught.value.faults[0].value == f"{tmp_path / 'file'}: not a folder"
+    # Nothing is made for a run that is missing.
+    with pytest.raises(ConfigError):
+        tool.main(["no-such-run"])
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_labels_and_numbers_fit_for_files():
