@@ -1,5 +1,7 @@
-"""Inspects a data set: prints sizes, documents or samples of a blend, or verifies the files.
+"""Inspects a data set: an overview with what looks wrong, or sizes, documents, samples of a blend, a verification.
 
+    python tools/inspect_data.py data/domains.json
+    python tools/inspect_data.py data/domains.json --tokens 1000000000 --domain-weights proxy/domain_weights.json
     python tools/inspect_data.py counts --domains data/domains.json
     python tools/inspect_data.py documents --domains data/domains.json --domain Books --first 10 --count 2
     python tools/inspect_data.py window --domains data/domains.json --number 50 --seq-length 64 --global-batch-size 48
@@ -12,8 +14,6 @@ A window is a training sample. With a global batch size of B, number n is row n 
 from __future__ import annotations
 
 import argparse
-import os
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,35 +24,57 @@ if not __package__:
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
+from megatron_doremi.console import COLUMNS, wrapped
 from megatron_doremi.data.blend import Blend, BlendState, too_short, window_count
-from megatron_doremi.data.document_bytes import bytes_path, document_bytes
-from megatron_doremi.data.indexed_dataset import IndexedDataset, paths_of
+from megatron_doremi.data.indexed_dataset import IndexedDataset
 from megatron_doremi.data.manifest import Manifest, load_manifest, print_warnings
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any, run_or_exit
 from megatron_doremi.mixture.static import Budget, resolve_weights
+from megatron_doremi.preprocessing.overview import (
+    count_duplicates,
+    duplicate_remarks,
+    pairs_of,
+    read_sizes,
+    remarks,
+    shown_domains,
+    size_table,
+)
 from megatron_doremi.preprocessing.tokenizer import Tokenizer, load_tokenizer
-from megatron_doremi.storage.files import atomic_write_text, sha256_of
+from megatron_doremi.preprocessing.verification import (
+    compare_checksums,
+    listing_faults,
+    verify_pairs,
+    write_checksums,
+)
+from megatron_doremi.progress import Progress
+from megatron_doremi.text_table import shown_text, table_lines, width_of
 
-_IDS_PER_READ = 1 << 22
 # Steps of a blend that may be replayed to find a window, which takes some hours.
 _MAX_STEPS = 100_000_000
-_CHECKSUM = re.compile(rb"[0-9a-f]{64}  .+\.(bin|idx|bytes)\r?\n?")
-_MAX_LINE_BYTES = 1 << 14
+OVERVIEW = "overview"
+COMMANDS = (OVERVIEW, "counts", "documents", "window", "verify")
+# Bytes of ids up to which an overview counts duplicates unasked: about a minute of reading and hashing.
+_AUTO_BYTES = 10 * 10**9
+# Tokens that are decoded for the sample of a domain.
+_SAMPLE_TOKENS = 80
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Builds the command-line parser."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{counts,documents,window,verify}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{" + ",".join(COMMANDS) + "}")
     for name, text in (
+        (OVERVIEW, "print the domains, a sample of each, and what looks wrong (the default command)"),
         ("counts", "print the documents, tokens and bytes per token of each domain"),
         ("documents", "print documents of a domain"),
         ("window", "print a training sample of a blend"),
         ("verify", "read all data and compare it with the manifest and, if given, checksums"),
     ):
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        if name == OVERVIEW:
+            _add_overview_options(command)
+            continue
         command.add_argument("--domains", required=True, type=Path, metavar="FILE", help="manifest of the data set")
         if name in ("counts", "documents"):
             split_help = "split to inspect (default: train)"
@@ -70,6 +92,28 @@ def build_parser() -> argparse.ArgumentParser:
             write_help = "checksum file to write, in the format of sha256sum (default: none)"
             command.add_argument("--write-checksums", type=Path, metavar="FILE", help=write_help)
     return parser
+
+
+def _add_overview_options(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("domains", type=Path, metavar="MANIFEST", help="manifest of the data set")
+    tokens_help = "tokens that a run reads, to show the epochs of each domain (default: none)"
+    add("--tokens", type=int, default=0, metavar="N", help=tokens_help)
+    add("--train-iters", type=int, default=0, metavar="N", help="instead of --tokens: steps of the run (default: none)")
+    batch_help = "samples per step, with --train-iters (default: 0)"
+    add("--global-batch-size", type=int, default=0, metavar="N", help=batch_help)
+    length_help = "tokens per sample, with --train-iters (default: 0)"
+    add("--seq-length", type=int, default=0, metavar="N", help=length_help)
+    weights_help = "domain weights of the run: a mixture or a weights file (default: natural)"
+    add("--domain-weights", metavar="WEIGHTS", help=weights_help)
+    cap_help = "--max-epochs-per-domain of the run; only unimax needs it (default: 0)"
+    add("--max-epochs-per-domain", type=float, default=0.0, metavar="E", help=cap_help)
+    add("--all", action="store_true", help="show every domain (default: of more than 40 the largest and the smallest)")
+    duplicates_help = (
+        f"count duplicate documents: auto only in data of up to {_AUTO_BYTES // 10**9} GB of ids, all in any, none "
+        "(default: auto)"
+    )
+    add("--duplicates", choices=("auto", "all", "none"), default="auto", help=duplicates_help)
 
 
 def _add_window_options(command: argparse.ArgumentParser) -> None:
@@ -122,6 +166,75 @@ def as_text(ids: NDArray[np.int64], tokenizer: Tokenizer | None) -> str:
     return " ".join(map(str, ids)) if tokenizer is None else tokenizer.decode(ids)
 
 
+def overview(args: argparse.Namespace) -> None:
+    """Prints the domains, a decoded sample of each, and what looks wrong."""
+    manifest = load_manifest(args.domains)
+    weights, budget = weights_and_budget(args, manifest)
+    tokenizer = open_tokenizer(manifest)
+    sizes = read_sizes(manifest)
+    epochs = None
+    if budget:
+        tokens = [each.train.num_tokens for each in sizes]
+        # As training counts them: in windows.
+        in_windows = [args.seq_length * window_count(count, args.seq_length) for count in tokens if args.seq_length]
+        epochs = budget * weights / np.maximum(1.0, in_windows or tokens)
+    shown = shown_domains([each.train.num_tokens for each in sizes], args.all)
+    named = f"{manifest.path}: {len(sizes):,} domains"
+    print(named + (f", tokenizer {manifest.tokenizer.type}" if manifest.tokenizer else ", no tokenizer"))
+    given = args.domain_weights is not None or budget
+    for line in size_table(sizes, shown, weights if given else None, epochs):
+        print(line)
+    print("\nA sample of each domain:")
+    for index in shown:
+        print(sample_line(sizes[index].domain.name, sizes[index].train, tokenizer), flush=True)
+    lines, note = remarks(manifest, sizes, epochs), ""
+    if args.duplicates != "none":
+        size = sum(dataset.num_tokens * dataset.dtype.itemsize for _, _, dataset in pairs_of(sizes))
+        if args.duplicates == "all" or size <= _AUTO_BYTES:
+            duplicates = count_duplicates(manifest, sizes, size)
+            lines += duplicate_remarks(manifest.names, duplicates)
+            note = (
+                f" (duplicates: estimated from {duplicates.part:.2%} of the documents)" if duplicates.part < 1 else ""
+            )
+        else:
+            note = f" (duplicates: not counted in {size / 1e9:,.0f} GB of ids; --duplicates all counts them)"
+    print(f"\nWhat looks wrong{note}:" if lines else f"\nNothing looks wrong{note}.")
+    for line in lines:
+        print("\n".join(wrapped(f"  {line}")))
+
+
+def weights_and_budget(args: argparse.Namespace, manifest: Manifest) -> tuple[NDArray[np.float64], int]:
+    """Returns the weights of `overview`, [k], and the tokens of its budget, or 0. Raises ConfigError."""
+    faults = [
+        Fault(flag, f"{value:,}", f"from 0 to {largest:,}", "give a number in that range")
+        for flag, value, largest in (
+            ("--tokens", args.tokens, 10**18),
+            ("--train-iters", args.train_iters, 10**9),
+            ("--global-batch-size", args.global_batch_size, 1 << 24),
+            ("--seq-length", args.seq_length, 1 << 31),
+        )
+        if not 0 <= value <= largest
+    ]
+    if args.train_iters and (args.tokens or not (args.global_batch_size and args.seq_length)):
+        rule = "--global-batch-size and --seq-length beside it, and no --tokens"
+        faults.append(Fault("--train-iters", f"{args.train_iters:,}", rule, "give both, or only --tokens"))
+    raise_if_any(faults)
+    tokens = args.tokens or args.train_iters * args.global_batch_size * args.seq_length
+    cap = args.max_epochs_per_domain
+    budget = Budget(tokens, [domain.tokens for domain in manifest.domains], cap) if tokens and cap else None
+    return resolve_weights(args.domain_weights or "natural", manifest, budget=budget), tokens
+
+
+def sample_line(name: str, dataset: IndexedDataset, tokenizer: Tokenizer | None) -> str:
+    """Returns a line with the beginning of the document in the middle of a pair."""
+    label = shown_text(name, 24)
+    indent = " " * (24 - width_of(label))
+    text = "no documents"
+    if dataset.num_documents:
+        text = as_text(dataset.document(dataset.num_documents // 2)[:_SAMPLE_TOKENS], tokenizer)
+    return f"  {label}{indent}  {shown_text(text, COLUMNS - 28)}"
+
+
 def open_split(manifest: Manifest, split: str) -> Iterator[tuple[str, IndexedDataset]]:
     """Yields (domain, pair) for each domain with data in a split. Reading an id checks it against the vocabulary."""
     vocab_size = manifest.tokenizer.vocab_size if manifest.tokenizer else 0
@@ -141,9 +254,7 @@ def counts(args: argparse.Namespace) -> None:
     """Prints a table of the domains."""
     manifest = open_manifest(args.domains)
     sizes = {domain.name: domain.bytes for domain in manifest.domains}
-    width = max(map(len, (*manifest.names, "domain")))
-    columns = ("documents", "tokens", "bytes/token", "shortest", "median", "longest")
-    print(f"{'domain':<{width}}" + "".join(f"{column:>16}" for column in columns))
+    rows = []
     for name, dataset in open_split(manifest, args.split):
         dataset.check_index()
         lengths = document_lengths(dataset)
@@ -151,8 +262,12 @@ def counts(args: argparse.Namespace) -> None:
         has_bytes = args.split == "train" and dataset.num_tokens
         ratio = f"{sizes[name] / dataset.num_tokens:.2f}" if has_bytes else "-"
         quantiles = [int(np.quantile(lengths, q, method="lower")) if len(lengths) else 0 for q in (0.0, 0.5, 1.0)]
-        row = (f"{dataset.num_documents:,}", f"{dataset.num_tokens:,}", ratio, *(f"{value:,}" for value in quantiles))
-        print(f"{name:<{width}}" + "".join(f"{cell:>16}" for cell in row))
+        rows.append(
+            [name, f"{dataset.num_documents:,}", f"{dataset.num_tokens:,}", ratio, *map("{:,}".format, quantiles)]
+        )
+    header = ("domain", "documents", "tokens", "bytes/token", "shortest", "median", "longest")
+    for line in table_lines(header, rows):
+        print(line)
 
 
 def documents(args: argparse.Namespace) -> None:
@@ -205,8 +320,10 @@ def window(args: argparse.Namespace) -> None:
     step, row = divmod(args.number, args.global_batch_size)
     state = BlendState.start(len(datasets))
     # The blend carries credits from step to step, so it is replayed from the first step.
-    for _ in tqdm(range(step), unit="step", leave=False, disable=step < 10_000):
-        _, state = blend.next_batch(state, weights)
+    with Progress("replaying the blend", step, "step") as progress:
+        for _ in range(step):
+            _, state = blend.next_batch(state, weights)
+            progress.update(1)
     batch, _ = blend.next_batch(state, weights)
     domain, window_index = int(batch.domains[row]), int(batch.windows[row])
     ids = datasets[domain].tokens(window_index * args.seq_length, args.seq_length + 1)
@@ -223,117 +340,31 @@ def window(args: argparse.Namespace) -> None:
 def verify(args: argparse.Namespace) -> None:
     """Reads every id of every pair, compares sizes and checksums with the expected ones, and writes checksums."""
     manifest = open_manifest(args.domains)
-    faults: list[Fault] = []
-    files: list[Path] = []
-    total = without_sizes = 0
     if args.write_checksums:
-        faults += listing_faults(args.write_checksums, manifest)
-        raise_if_any(faults)
+        raise_if_any(listing_faults(args.write_checksums, manifest))
+    verified = verify_pairs(manifest)
     try:
         open_tokenizer(manifest)
     except ConfigError as error:
-        faults += error.faults
-    for domain in manifest.domains:
-        for split, prefix in (("train", domain.train), ("valid", domain.valid)):
-            if prefix is None:
-                continue
-            try:
-                dataset = IndexedDataset(prefix, manifest.tokenizer.vocab_size if manifest.tokenizer else 0)
-                dataset.check_index()
-                for start in range(0, dataset.num_tokens, _IDS_PER_READ):
-                    dataset.tokens(start, min(_IDS_PER_READ, dataset.num_tokens - start))
-                sizes = document_bytes(prefix)
-            except ConfigError as error:
-                faults += error.faults
-                continue
-            if split == "train" and (dataset.num_tokens, dataset.num_documents) != (domain.tokens, domain.documents):
-                value = f"{dataset.num_tokens:,} tokens, {dataset.num_documents:,} documents"
-                rule = f"{domain.tokens:,} tokens, {domain.documents:,} documents, as in the manifest"
-                faults.append(Fault(str(prefix), value, rule, "make the data set again with tools/preprocess_data.py"))
-            # Megatron-LM's lists name no tokenizer and have no bytes of text.
-            if sizes is not None and manifest.tokenizer is not None:
-                faults += size_faults(prefix, sizes, domain.bytes if split == "train" else None)
-            total += dataset.num_tokens
-            without_sizes += sizes is None
-            files += [*paths_of(prefix), *([] if sizes is None else [bytes_path(prefix)])]
-    if args.checksums and not faults:
-        faults += compare_checksums(args.checksums, files)
-    raise_if_any(faults)
+        verified.faults[:0] = error.faults
+    if args.checksums and not verified.faults:
+        verified.faults += compare_checksums(args.checksums, verified.files)
+    raise_if_any(verified.faults)
     if args.write_checksums:
-        listing = args.write_checksums.resolve()
-        folder = listing.parent
-        lines = [f"{sha256_of(path)}  {os.path.relpath(path.resolve(), folder)}\n" for path in files]
-        atomic_write_text(listing, "".join(lines))
-    print(f"verified: {len(files)} files of {len(manifest.domains)} domains, {total:,} tokens")
-    if without_sizes:
-        print(f"{without_sizes} pairs have no PREFIX.bytes, so runs report no bits per byte for them")
-
-
-def size_faults(prefix: Path, sizes: NDArray[np.uint32], expected: int | None) -> list[Fault]:
-    """Returns a fault if the sizes of documents do not add up to the manifest's bytes, or one of them is 0.
-
-    Args:
-        expected: the manifest's bytes of the pair's text; None if it has none.
-    """
-    total, remedy = int(sizes.sum(dtype=np.int64)), "make the data set again with tools/preprocess_data.py"
-    if expected is not None and total != expected:
-        rule = f"{expected:,} bytes, as in the manifest"
-        return [Fault(str(bytes_path(prefix)), f"{total:,} bytes of text", rule, remedy)]
-    if not sizes.all():
-        value = f"document {int(np.argmin(sizes)):,} has 0 bytes"
-        return [Fault(str(bytes_path(prefix)), value, "documents with text", remedy)]
-    return []
-
-
-def listing_faults(listing: Path, manifest: Manifest) -> list[Fault]:
-    """Returns a fault if a checksum file cannot be written or would overwrite anything but an earlier checksum file."""
-    subject = f"--write-checksums {listing}"
-    rule, remedy = "a new file, or an earlier checksum file of .bin, .idx and .bytes files", "give another path"
-    prefixes = [prefix for domain in manifest.domains for prefix in (domain.train, domain.valid) if prefix is not None]
-    dataset_files = [manifest.path, *(path for prefix in prefixes for path in (*paths_of(prefix), bytes_path(prefix)))]
-    dataset_files += [manifest.tokenizer.file] if manifest.tokenizer else []
-    try:
-        resolved = listing.resolve()
-        if resolved in {path.resolve() for path in dataset_files}:
-            return [Fault(subject, "a file of the data set", rule, remedy)]
-        if not resolved.exists():
-            missing_folder = Fault(subject, "no such folder", "an existing folder", "create it")
-            return [] if resolved.parent.is_dir() else [missing_folder]
-        if not resolved.is_file():
-            return [Fault(subject, "not a regular file", rule, remedy)]
-        with resolved.open("rb") as file:
-            lines = iter(lambda: file.readline(_MAX_LINE_BYTES), b"")
-            first = next(lines, b"")
-            is_listing = bool(_CHECKSUM.fullmatch(first)) and all(_CHECKSUM.fullmatch(line) for line in lines)
-    except (OSError, ValueError) as error:
-        return [Fault(subject, str(error), rule, remedy)]
-    return [] if is_listing else [Fault(subject, "another file already exists", rule, remedy)]
-
-
-def compare_checksums(listing: Path, files: list[Path]) -> list[Fault]:
-    """Returns the faults of files whose SHA-256 differs from a checksum file or is missing in it."""
-    subject = f"--checksums {listing}"
-    try:
-        pairs = [line.split("  ", 1) for line in listing.read_text(encoding="utf-8").splitlines() if line]
-        digests = {(listing.parent / name).resolve(): digest for digest, name in pairs}
-    except (OSError, ValueError) as error:
-        rule = "lines 'SHA-256  path', as written by --write-checksums"
-        return [Fault(subject, str(error), rule, "give a checksum file")]
-    faults = []
-    for path in files:
-        expected = digests.get(path.resolve())
-        if expected is None:
-            faults.append(Fault(subject, f"no line for {path}", "a line for each file", "write the checksums again"))
-        elif sha256_of(path) != expected:
-            rule = f"{expected[:12]}, as in {listing}"
-            faults.append(Fault(str(path), "another SHA-256", rule, "copy the file again"))
-    return faults
+        write_checksums(args.write_checksums, verified.files)
+    print(f"verified: {len(verified.files)} files of {len(manifest.domains)} domains, {verified.tokens:,} tokens")
+    if verified.without_sizes:
+        print(f"{verified.without_sizes} pairs have no PREFIX.bytes, so runs report no bits per byte for them")
 
 
 def main() -> int:
     """Runs the command and returns the exit code."""
-    args = build_parser().parse_args()
-    {"counts": counts, "documents": documents, "window": window, "verify": verify}[args.command](args)
+    argv = sys.argv[1:]
+    if argv and argv[0] not in (*COMMANDS, "-h", "--help"):
+        argv.insert(0, OVERVIEW)
+    args = build_parser().parse_args(argv)
+    functions = {OVERVIEW: overview, "counts": counts, "documents": documents, "window": window, "verify": verify}
+    functions[args.command](args)
     return 0
 
 

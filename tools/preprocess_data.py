@@ -40,7 +40,7 @@ from megatron_doremi.preprocessing.encoding import (
     bad_lines_error,
     encode_all,
 )
-from megatron_doremi.preprocessing.file_domains import list_faults
+from megatron_doremi.preprocessing.file_domains import domain_warnings, list_faults
 from megatron_doremi.preprocessing.input_options import Inputs, add_input_options, read_input_options, with_held_out
 from megatron_doremi.preprocessing.lost_characters import describe_lost
 from megatron_doremi.preprocessing.outputs import (
@@ -277,7 +277,7 @@ def main() -> int:
             raise
         print(f"error: {error.strerror}: nothing was published; free disk space", file=sys.stderr)
         return print_resume_hint(partial)
-    print_summary(outputs)
+    print_summary(outputs, single_reported=bool(domain_warnings(inputs.files, inputs.reader)))
     return 0
 
 

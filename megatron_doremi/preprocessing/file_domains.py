@@ -90,7 +90,7 @@ def domain_warnings(files: Sequence[InputFile], reader: DocumentReader) -> list[
     if None in names:
         return []
     if len(names) == 1:
-        return [single_domain(str(*names), len(files))]
+        return [single_domain(str(*names))]
     if len(names) == len(files) > _MANY_DOMAINS:
         text = f"each of the {len(names):,} files is a domain of its own ({shown_names(map(str, names))})"
         return [f"{text}: --domain-from-file PATTERN or --domain-key can group them"]
@@ -104,10 +104,9 @@ def _by_rule(reader: DocumentReader, file: InputFile) -> str | None:
         return reader.default_domain
 
 
-def single_domain(name: str, files: int) -> str:
+def single_domain(name: str) -> str:
     """The warning that all documents belong to one domain."""
-    source = f"the {files:,} files give" if files > 1 else "the file gives"
     return (
-        f"{source} a single domain, {name!r}, so there is no mixture to learn; --domain-key, --domain-from-file "
-        "PATTERN, --domain-rules or a folder for each domain can split it"
+        f"all documents are of a single domain, {name!r}, so there is no mixture to learn; a folder for each domain, "
+        "--domain-key, --domain-from-file PATTERN or --domain-rules can split it"
     )

@@ -6,19 +6,31 @@ import sys
 
 from megatron_doremi.data.manifest import similar_names
 from megatron_doremi.preprocessing.encoding import describe_bad_lines
+from megatron_doremi.preprocessing.file_domains import shown_names, single_domain
 from megatron_doremi.preprocessing.lost_characters import describe_lost
 from megatron_doremi.preprocessing.outputs import Outputs
+from megatron_doremi.text_table import shown_text, table_lines
 
 
-def print_summary(outputs: Outputs) -> None:
-    """Prints a table of what was written, and what was skipped."""
-    names = [domain if split == "train" else f"{domain} ({split})" for domain, split in outputs.by_key]
-    width = max(map(len, [*names, "domain"]))
-    print(f"{'domain':<{width}} {'documents':>11} {'tokens':>15} {'bytes':>15} {'bytes/token':>12}")
-    for name, (_, output) in sorted(zip(names, outputs.by_key.items(), strict=True)):
+def print_summary(outputs: Outputs, single_reported: bool = False) -> None:
+    """Prints a table of what was written, what looks wrong, and what was skipped.
+
+    Args:
+        single_reported: whether the user already knows of a single domain.
+    """
+    rows = []
+    for (domain, split), output in sorted(outputs.by_key.items()):
         tokens = output.writer.num_tokens
-        per_token = output.bytes / max(1, tokens)
-        print(f"{name:<{width}} {output.documents:>11,} {tokens:>15,} {output.bytes:>15,} {per_token:>12.2f}")
+        sizes = (f"{output.documents:,}", f"{tokens:,}", f"{output.bytes:,}", f"{output.bytes / max(1, tokens):.2f}")
+        rows.append([domain if split == "train" else f"{domain} ({split})", *sizes])
+    for line in table_lines(["domain", "documents", "tokens", "bytes", "bytes/token"], rows):
+        print(line)
+    train, valid = ({domain for domain, split in outputs.by_key if split == each} for each in ("train", "valid"))
+    if len(train) == 1 and not single_reported:
+        print(f"warning: {single_domain(*train)}", file=sys.stderr)
+    if train and valid and train - valid:
+        text = f"no document is held out of {shown_text(shown_names(train - valid))}"
+        print(f"warning: {text}; more text or a larger --valid-fraction helps", file=sys.stderr)
     for group in similar_names(sorted({domain for domain, _ in outputs.by_key})):
         names_text = " and ".join(map(repr, group))
         warning = f"the domains {names_text} differ only by case or spaces; --domain-rules can merge them"
