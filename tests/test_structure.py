@@ -31,7 +31,7 @@ ROOMS = [
 ]
 # Beside the run: what no room above uses, and what they and the programs may use.
 BESIDE = {"preprocessing": ["base", "storage", "data"], "reporting": ["base", "storage", "data"]}
-TOOLS = ["base", "storage", "data", "mixture", *BESIDE]
+TOOLS = ["base", "storage", "data", "checkpoint", "mixture", *BESIDE]
 PURE = [
     "settings.py",
     "student_t.py",

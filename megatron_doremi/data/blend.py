@@ -109,15 +109,23 @@ class Blend:
 
     def next_batch(self, state: BlendState, weights: NDArray[np.float64]) -> tuple[GlobalBatch, BlendState]:
         """The global batch at `state` under sampling `weights` ([k], sum 1), and the state after it."""
+        counts, state_after = self.advance(state, weights)
+        return self.batch_of(state, counts), state_after
+
+    def advance(self, state: BlendState, weights: NDArray[np.float64]) -> tuple[NDArray[np.int64], BlendState]:
+        """[k] windows of each domain in the global batch at `state`, and the state after it."""
         counts, credits = quotas(weights, state.credits, self.batch_size)
+        return counts, BlendState(state.step + 1, credits, state.cursors + counts)
+
+    def batch_of(self, state: BlendState, counts: NDArray[np.int64]) -> GlobalBatch:
+        """The global batch at `state` that has [k] `counts` windows of the domains."""
         domains = np.repeat(np.arange(len(self.names)), counts)
         windows = np.concatenate(
             [self.windows_at(i, int(state.cursors[i]), int(counts[i])) for i in range(len(self.names))]
         )
         places = np.arange(self.batch_size, dtype=np.int64)
         order = permute(places, self.batch_size, key_of(self.seed, "batch", state.step))
-        batch = GlobalBatch(domains[order], windows[order])
-        return batch, BlendState(state.step + 1, credits, state.cursors + counts)
+        return GlobalBatch(domains[order], windows[order])
 
     def windows_at(self, domain: int, cursor: int, count: int) -> NDArray[np.int64]:
         """[count] windows of a domain, starting at position `cursor` of its sequence of epochs."""

@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 from tokenizers import Tokenizer as Tokenizers
 
+from megatron_doremi.data.manifest import Manifest
 from megatron_doremi.errors import ConfigError, Fault
 from megatron_doremi.preprocessing.byte_level import as_bytes, encode, gpt2_definition, same_encoding, tiktoken_core
 from megatron_doremi.preprocessing.lost_characters import CharacterCheck, uncovered_characters
@@ -266,6 +267,28 @@ def load_tokenizer(
     if isinstance(content, dict) and "model" not in content:
         data = as_bytes(gpt2_definition(_vocab(content, file), _merges(merges or file.with_name("merges.txt"))))
     return HuggingFaceTokenizer(data, file, kind, eod, fast, allow_special)
+
+
+def dataset_tokenizer(manifest: Manifest) -> Tokenizer | None:
+    """The tokenizer of a data set, if its manifest names one. Raises ConfigError if its file has changed."""
+    info = manifest.tokenizer
+    if info is None:
+        return None
+    tokenizer = load_tokenizer(info.type, info.file, eod=info.eod)
+    if tokenizer.sha256 == info.sha256 and (tokenizer.vocab_size, tokenizer.eod) != (info.vocab_size, info.eod):
+        value = f"vocab_size {info.vocab_size}, eod {info.eod}"
+        rule = f"those of {info.file.name}: vocab_size {tokenizer.vocab_size}, eod {tokenizer.eod}"
+        raise ConfigError(Fault(f"tokenizer of {manifest.path}", value, rule, "make the manifest again"))
+    if tokenizer.sha256 != info.sha256:
+        raise ConfigError(
+            Fault(
+                f"tokenizer {info.file}",
+                f"SHA-256 {tokenizer.sha256[:12]}",
+                f"{info.sha256[:12]}, the tokenizer that encoded the data",
+                "restore that file, or make the data set again",
+            )
+        )
+    return tokenizer
 
 
 def _vocab(content: dict[str, Any], file: Path) -> dict[str, int]:
