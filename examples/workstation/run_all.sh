@@ -58,6 +58,8 @@ if [ "$DEVICE" = gpu ]; then
     gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
     [ "$gpus" -gt 0 ] || fail "$PYTHON sees no GPU (torch.cuda.device_count() is 0); DEVICE=cpu trains on CPUs"
     NPROC=${NPROC:-$gpus}
+    # Otherwise the allocator's cache can take several GiB that no tensor uses.
+    export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 else
     gpus=0
     NPROC=${NPROC:-$((cores < 8 ? cores : 8))}

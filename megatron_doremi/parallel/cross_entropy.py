@@ -82,6 +82,9 @@ class _ChunkedLosses(torch.autograd.Function):
             if wants_weight:
                 part = _float32_product(logits_grad.t(), rows)
                 weight_grad = part if weight_grad is None else weight_grad.add_(part)
+                del part
+            # Both are as large as the next chunk's logits, or larger.
+            del logits_grad
         hidden_grad = torch.cat(hidden_grads[::-1]) if wants_hidden else None
         if weight_grad is not None:
             weight_grad = F.pad(weight_grad.to(weight.dtype), (0, 0, 0, len(weight) - len(weight_grad)))

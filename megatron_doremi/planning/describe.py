@@ -153,9 +153,10 @@ def _sizes(plan: RunPlan, alternating: bool, reference: GPTConfig | None) -> lis
         memory.append(f"{_size(held.activations)} of activations of {_count(held.held, 'micro-batch', 'es')}")
     if reference is not None:
         memory.append(f"{_size(held.reference)} of the reference's weights")
+    memory.append(f"{_size(held.loss)} while the loss is computed")
     return [
         f"parameters: {total:,} (vocabulary {gpt.vocab_size:,} tokens), at most {largest:,} per rank",
-        f"memory per rank: {', '.join(memory)} (docs/memory.md)",
+        f"memory per rank: {_size(held.total)}, of which {', '.join(memory)} (docs/memory.md)",
     ]
 
 

@@ -21,7 +21,7 @@ from megatron_doremi.planning.memory import RankMemory, parameters_by_stage, ran
 from megatron_doremi.settings import TRAINING
 
 # The share of a device's memory that the estimate may not fill.
-MARGIN = 0.1
+MARGIN = 0.15
 # Larger micro-batches make the products of a GPU no faster; they are not suggested.
 MAX_MICRO_BATCH_TOKENS = 16_384
 # Splits listed in the text.

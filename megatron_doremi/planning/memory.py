@@ -1,8 +1,8 @@
 """Parameters and bytes that a rank will hold, computed before a run starts.
 
 Activations follow the formula of docs/memory.md, measured by tests/planning/test_memory.py: all that is held for the
-backward pass. Not counted: a few numbers per token (statistics of norms and softmax, rotary angles), and temporary
-buffers of an operation.
+backward pass, and what is at work while the loss is computed. Not counted: a few numbers per token (statistics of norms
+and softmax, rotary angles), temporary buffers of other operations, and what docs/memory.md lists.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ class RankMemory:
         activations: held for backward passes; 0 without training.
         held: micro-batches whose activations are held.
         reference: weights of a proxy's online reference.
-        logits: of the tokens whose loss is being computed.
+        loss: at work while the loss is computed.
     """
 
     state: float
     activations: float
     held: int
     reference: float
-    logits: float
+    loss: float
 
     @property
     def total(self) -> float:
-        return self.state + self.activations + self.reference + self.logits
+        return self.state + self.activations + self.reference + self.loss
 
 
 def block_bytes_per_token(gpt: GPTConfig, parallel: ParallelConfig, element: int) -> float:
@@ -56,10 +56,11 @@ def block_bytes_per_token(gpt: GPTConfig, parallel: ParallelConfig, element: int
     queries = gpt.num_attention_heads * gpt.kv_channels / tensor
     keys = gpt.num_query_groups * gpt.kv_channels / tensor
     norms = 2 * (4 * residual + element * hidden)
-    # The fused projection and the heads' outputs; also rotated queries and keys, unless they are recomputed.
+    # The fused projection, and the heads' outputs as the output projection reads them.
     attention = queries + 2 * keys + queries
-    if gpt.position_embedding_type == "rope" and parallel.recompute_granularity == "none":
-        attention += queries + keys
+    if parallel.recompute_granularity == "none":
+        # The heads' outputs as the attention kernel returns them, and rotated queries and keys.
+        attention += queries + (queries + keys if gpt.position_embedding_type == "rope" else 0)
     mlp = (4 if gpt.swiglu else 2) * gpt.ffn_hidden_size / tensor
     return norms + element * (attention + mlp)
 
@@ -140,15 +141,29 @@ def held_activations(plan: RunPlan, alternating: bool) -> tuple[float, int]:
     )
 
 
-def logits_bytes(gpt: GPTConfig, parallel: ParallelConfig, tokens: int) -> float:
-    """Bytes of the logits at work: three copies of a chunk (docs/memory.md); two beside logits that are held.
+def loss_bytes(gpt: GPTConfig, parallel: ParallelConfig, tokens: int, element: int, trains: bool) -> float:
+    """Bytes at work while the loss of a micro-batch is computed, beside logits that are held for the backward pass.
+
+    With chunks, the backward pass holds four copies of a chunk's logits in float32 (logits, log-softmax, and their
+    gradients) beside the float32 sum of the output layer's gradient; or that sum, a chunk's summand and the gradient
+    of the logits; or at the end that sum and its copies in the precision of the weights.
 
     Args:
         tokens: of a micro-batch.
+        element: bytes of a weight, 2 in bfloat16, else 4.
+        trains: whether there is a backward pass.
     """
     tensor, chunk = parallel.tensor_model_parallel_size, parallel.loss_chunk_tokens
-    row = 4 * gpt.padded_vocab_size(tensor) / tensor
-    return 3 * row * min(chunk, tokens) if chunk else 2 * row * tokens
+    rows = gpt.padded_vocab_size(tensor) / tensor
+    logits = 4 * rows * min(chunk or tokens, tokens)
+    rounded = logits * element / 4
+    gradient = 4 * rows * gpt.hidden_size
+    if not trains:
+        return 2 * logits + rounded
+    if not chunk:
+        return 2 * logits + rounded + gradient * element / 4
+    summed = gradient if tokens > chunk else 0.0
+    return max(4 * logits + summed, rounded + gradient + summed, 2 * gradient)
 
 
 def rank_memory(plan: RunPlan, alternating: bool, parameters: int, reference_parameters: int) -> RankMemory:
@@ -161,7 +176,8 @@ def rank_memory(plan: RunPlan, alternating: bool, parameters: int, reference_par
     """
     config, element = plan.config, plan.dtype.itemsize
     state, activations, held = float(element), 0.0, 0
-    if config.data.phase in TRAINING:
+    trains = config.data.phase in TRAINING
+    if trains:
         state = state_bytes_per_parameter(config, plan.topology.data_size)
         activations, held = held_activations(plan, alternating)
     return RankMemory(
@@ -169,5 +185,5 @@ def rank_memory(plan: RunPlan, alternating: bool, parameters: int, reference_par
         activations=activations,
         held=held,
         reference=float(reference_parameters * element),
-        logits=logits_bytes(plan.gpt, config.parallel, math.prod(plan.batch_shape)),
+        loss=loss_bytes(plan.gpt, config.parallel, math.prod(plan.batch_shape), element, trains),
     )

@@ -11,7 +11,7 @@ from engines import build_engine, layout, make_config, small_gpt
 from ranks import on_ranks
 
 from megatron_doremi.config import ParallelConfig
-from megatron_doremi.planning.memory import held_micro_batches, micro_batch_bytes
+from megatron_doremi.planning.memory import held_micro_batches, loss_bytes, micro_batch_bytes
 
 pytestmark = pytest.mark.slow
 
@@ -98,3 +98,26 @@ def test_what_twelve_more_micro_batches_take(case):
             print(f"{case}, rank {rank}, {update}: {grown / 2**20:.1f} MiB, formula {expected / 2**20:.1f}")
             assert 0.98 * expected - late < grown < 1.08 * expected + late
             assert (after > before) == (alternating and parallel.zero_stage < 3)
+
+
+@pytest.mark.parametrize(("hidden", "chunk"), [(128, 64), (1024, 64), (128, 256), (1024, 256)])
+def test_what_the_loss_takes(hidden, chunk):
+    """The allocator's peak while a micro-batch of 256 tokens has its loss computed and differentiated."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    from megatron_doremi.parallel.cross_entropy import token_losses
+    from megatron_doremi.parallel.groups import TensorGroup
+
+    gpt = small_gpt(hidden_size=hidden, vocab_size=8192)
+    states, weight = (torch.randn(*shape, requires_grad=True) for shape in ((1, 256, hidden), (8192, hidden)))
+    targets = torch.zeros(1, 256, dtype=torch.int64)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        token_losses(states, weight, targets, 8192, TensorGroup(None, 1, 0), chunk).sum().backward()
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda e: e.start_ns())
+    peak = int(np.cumsum([e.nbytes() for e in events]).max())
+    expected = loss_bytes(gpt, ParallelConfig(loss_chunk_tokens=chunk), 256, element=4, trains=True)
+    print(f"hidden {hidden}, chunk {chunk}: {peak / 2**20:.1f} MiB, formula {expected / 2**20:.1f}")
+    # The gradients of the hidden states come on top.
+    assert expected <= peak < 1.02 * expected + 2 * 256 * hidden * 4
