@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,17 @@ def free_port() -> int:
 class Run:
     """pretrain_doremi.py on several ranks, each a process that can be killed."""
 
-    def __init__(self, world: int, phase: str, data: Path, save: Path, iters: int, *flags: str, log: Path):
+    def __init__(
+        self,
+        world: int,
+        phase: str,
+        data: Path,
+        save: Path,
+        iters: int,
+        *flags: str,
+        log: Path,
+        environ: Mapping[str, str] | None = None,
+    ):
         argv = ["--phase", phase, "--domains", str(data), "--save", str(save), "--load", str(save)]
         command = [sys.executable, str(ROOT / "pretrain_doremi.py"), *argv, "--train-iters", str(iters), *MODEL, *flags]
         port = str(free_port())
@@ -48,9 +59,9 @@ class Run:
         self.ranks = []
         for rank, path in enumerate(self.logs):
             launch = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_PORT": port}
-            environ = {**os.environ, **launch, "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+            variables = {**os.environ, **(environ or {}), **launch, "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
             with path.open("w") as file:
-                self.ranks.append(subprocess.Popen(command, env=environ, stdout=file, stderr=file, cwd=ROOT))
+                self.ranks.append(subprocess.Popen(command, env=variables, stdout=file, stderr=file, cwd=ROOT))
 
     def kill(self) -> None:
         for process in self.ranks:
@@ -99,14 +110,15 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(data, reference, tmp
 
 def test_time_limits(data, tmp_path):
     """--exit-duration-in-mins and the end of an allocation: at least one step, a checkpoint, exit code 3."""
-    for name, flags, environ in (
-        ("duration", ["--exit-duration-in-mins", "1e-6"], {}),
-        ("allocation", [], {"SLURM_JOB_END_TIME": str(int(time.time()) - 1)}),
-    ):
-        os.environ.update(environ)
-        run = Run(1, "main", data, tmp_path / name, 50, *flags, log=tmp_path / f"log-{name}")
-        for key in environ:
-            del os.environ[key]
+    cases = {
+        "duration": (["--exit-duration-in-mins", "1e-6"], {}),
+        "allocation": ([], {"SLURM_JOB_END_TIME": str(int(time.time()) - 1)}),
+    }
+    runs = {
+        name: Run(1, "main", data, tmp_path / name, 50, *flags, log=tmp_path / f"log-{name}", environ=environ)
+        for name, (flags, environ) in cases.items()
+    }
+    for name, run in runs.items():
         assert run.wait() == [3], run.text()
         assert [iteration for iteration, _ in checkpoints(tmp_path / name)] == [1]
 
@@ -161,21 +173,28 @@ def test_a_nan_loss_stops_all_ranks_and_names_the_domain(phase, model, tmp_path)
     assert all(not tensor.isnan().any() for tensor in weights.values())
 
 
-@pytest.mark.parametrize(("rank", "number"), [(1, signal.SIGSTOP), (0, signal.SIGSTOP), (1, signal.SIGKILL)])
-def test_a_rank_that_hangs_or_dies_is_named(rank, number, data, tmp_path):
-    run = Run(2, "main", data, tmp_path / "run", 100_000, "--distributed-timeout-minutes", "0.2", log=tmp_path / "log")
+def test_a_rank_that_hangs_or_dies_is_named(data, tmp_path):
+    """Three runs at once, because each waits for its timeouts most of the time; rank 0 takes longest."""
+    cases = [(0, signal.SIGSTOP), (1, signal.SIGSTOP), (1, signal.SIGKILL)]
+    flags = ["--distributed-timeout-minutes", "0.2"]
+    runs: list[Run] = []
     try:
-        wait_for((tmp_path / "run" / "config.json").exists)
-        wait_for(lambda: lines_in(tmp_path / "run") >= 1)
-        run.ranks[rank].send_signal(number)
-        assert run.ranks[1 - rank].wait(60) == 1
-        log = run.logs[1 - rank].read_text()
-        assert re.search(
-            rf"no heartbeat: rank {rank} on |rank {rank}, which hosts the rendezvous, does not answer", log
-        ), log
-        assert "Traceback" not in log
+        for case, (rank, number) in enumerate(cases):
+            save = tmp_path / str(case)
+            runs.append(Run(2, "main", data, save, 100_000, *flags, log=tmp_path / f"log-{case}"))
+            wait_for((save / "config.json").exists)
+            wait_for(lambda save=save: lines_in(save) >= 1)
+            runs[-1].ranks[rank].send_signal(number)
+        for (rank, _), run in zip(cases, runs, strict=True):
+            assert run.ranks[1 - rank].wait(60) == 1
+            log = run.logs[1 - rank].read_text()
+            assert re.search(
+                rf"no heartbeat: rank {rank} on |rank {rank}, which hosts the rendezvous, does not answer", log
+            ), log
+            assert "Traceback" not in log
     finally:
-        run.kill()
+        for run in runs:
+            run.kill()
 
 
 def train_with_a_full_disk(launch, data, save):
