@@ -202,7 +202,7 @@ def same_weights(a: dict[str, float], b: dict[str, float] | None) -> bool:
     if b is None or a.keys() != b.keys():
         return False
     totals = sum(a.values()), sum(b.values())
-    return all(abs(a[name] / totals[0] - b[name] / totals[1]) <= SAME_WEIGHTS for name in a)
+    return all(totals) and all(abs(a[name] / totals[0] - b[name] / totals[1]) <= SAME_WEIGHTS for name in a)
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -103,7 +103,7 @@ def test_comparison_writes_everything(output):
 
 def test_whatever_comes_from_files_is_escaped(tool, write_run, rows, tmp_path, capsys):
     proxy_row, evaluation_row = rows
-    lines = [proxy_row(1, {ODD: 0.4, "_a$x$": 0.6}), evaluation_row(1, {ODD: 1.0, "_a$x$": 2.0}, 1.5)]
+    lines = [proxy_row(1, {ODD: 0.4, "constructor": 0.6}), evaluation_row(1, {ODD: 1.0, "constructor": 2.0}, 1.5)]
     config = {"run": {"phase": "proxy", "domains": '"><script>alert(1)</script>'}, ODD: 1}
     path = write_run("odd", lines, config=config)
     assert tool.main([str(path)]) == 0

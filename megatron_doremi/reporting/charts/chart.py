@@ -16,6 +16,10 @@ Spec = dict[str, Any]
 Rows = list[dict[str, Any]]
 SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
 _DIGITS = 5
+_JAVASCRIPT = {
+    *("constructor", "hasOwnProperty", "isPrototypeOf", "propertyIsEnumerable", "toLocaleString", "toString"),
+    *("valueOf", "__proto__", "__defineGetter__", "__defineSetter__", "__lookupGetter__", "__lookupSetter__"),
+}
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,9 @@ def row(**fields: Any) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, str):
-        # A lone surrogate cannot be encoded.
-        return value.encode("utf-8", "backslashreplace").decode("utf-8")
+        # A lone surrogate cannot be encoded, and Vega looks names up among the properties of a JavaScript object.
+        text = value.encode("utf-8", "backslashreplace").decode("utf-8")
+        return f"{text} " if text in _JAVASCRIPT else text
     if isinstance(value, float | np.floating):
         number = float(value)
         return float(f"{number:.{_DIGITS}g}") if math.isfinite(number) else None
@@ -105,9 +110,9 @@ def plain_names(names: Iterable[str]) -> list[str]:
     return [_plain(name) for name in names]
 
 
-def spans_decades(values: Iterable[float]) -> bool:
+def spans_decades(values: Iterable[float | None]) -> bool:
     """Whether positive values differ so much that a logarithmic scale shows them better."""
-    positive = [value for value in values if value > 0 and math.isfinite(value)]
+    positive = [value for value in values if value is not None and 0 < value < math.inf]
     return bool(positive) and max(positive) / min(positive) > 30
 
 
