@@ -94,6 +94,10 @@ class RunConfig:
         bounds=RANKS_OR_NONE,
     )
     tensorboard_dir: str = setting("", "folder for TensorBoard events (default: SAVE/tensorboard)")
+    wandb_project: str = setting(
+        "",
+        "project of Weights & Biases to log to; needs the package wandb; WANDB_MODE=offline logs without a network",
+    )
     dry_run: bool = setting(
         False,
         "print the run as resolved (settings, model, layout, memory per rank, domains) and exit; nothing is written. "

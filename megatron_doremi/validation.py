@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Collection
 from os.path import realpath
 from pathlib import Path
@@ -105,6 +106,9 @@ def _required(config: Config) -> list[Fault]:
                 f"add --load {run.save} to resume it, or give another folder",
             )
         )
+    if run.wandb_project and importlib.util.find_spec("wandb") is None:
+        rule, remedy = "the Python package wandb, which is missing", "pip install wandb, or leave it out"
+        faults.append(Fault("--wandb-project", run.wandb_project, rule, remedy))
     resumes = bool(run.load) and run.load_step is None
     if resumes and run.save and data.phase != EVALUATE and realpath(run.load) != realpath(run.save):
         faults.append(

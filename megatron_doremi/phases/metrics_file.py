@@ -21,6 +21,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from megatron_doremi.phases.charts import chart_layout, scalars
 from megatron_doremi.storage.files import AppendFile
 
 _BLOCK = 1 << 20
@@ -181,11 +182,11 @@ class EventsFile:
         if iteration:
             restart = SessionLog(status=SessionLog.SessionStatus.START)
             self._append(Event(wall_time=time.time(), step=iteration + 1, session_log=restart))
+        self._append(Event(wall_time=time.time(), summary=chart_layout()))
 
     def write(self, entry: Mapping[str, Any]) -> None:
         """Appends the numbers of a metrics line. Raises OSError if they could not be written and are lost."""
-        numbers = _scalars({key: value for key, value in entry.items() if key != "iteration"})
-        values = [Summary.Value(tag=tag, simple_value=number) for tag, number in numbers]
+        values = [Summary.Value(tag=name, simple_value=number) for name, number in scalars(entry)]
         self._append(Event(wall_time=time.time(), step=entry["iteration"], summary=Summary(value=values)))
 
     def close(self) -> None:
@@ -196,15 +197,3 @@ class EventsFile:
         record = io.BytesIO()
         RecordWriter(record).write(event.SerializeToString())
         self._file.append(record.getvalue())
-
-
-def _scalars(entry: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers of a metrics line, named by their key, key/domain, and .../low and .../high for an interval."""
-    for key, value in entry.items():
-        if isinstance(value, Mapping):
-            yield from _scalars(value, f"{prefix}{key}/")
-        elif isinstance(value, list):
-            low, high = value
-            yield from _scalars({"low": low, "high": high}, f"{prefix}{key}/")
-        elif value is not None:
-            yield f"{prefix}{key}", value

@@ -151,7 +151,7 @@ class JsonLines(Sink):
 
 
 class TensorBoard(Sink):
-    """TensorBoard events: a scalar for every number, named by its key, or by key/domain."""
+    """TensorBoard events: a scalar for every number, and a chart for each kind of domain entry; see charts.py."""
 
     def __init__(self, folder: Path, iteration: int):
         """Starts a new file of events in `folder`; see `EventsFile`, also for the OSError."""
@@ -230,6 +230,7 @@ def open_log(config: Config, iteration: int, metrics_bytes: int | None, lost_to:
 
     Raises:
         RunError: on every rank, where an output cannot be opened.
+        ConfigError: on every rank, where Weights & Biases refuses the run.
     """
     save = Path(config.run.save)
     sinks: list[Sink] = []
@@ -237,6 +238,10 @@ def open_log(config: Config, iteration: int, metrics_bytes: int | None, lost_to:
     def open_sinks() -> None:
         sinks.append(JsonLines(save / "metrics.jsonl", iteration, metrics_bytes))
         sinks.append(TensorBoard(Path(config.run.tensorboard_dir or save / "tensorboard"), iteration))
+        if config.run.wandb_project:
+            from megatron_doremi.phases.wandb_sink import WeightsAndBiases
+
+            sinks.append(WeightsAndBiases(config))
         sinks.append(Console(config.data.phase, iteration, config.data.train_iters))
 
     from_rank_0(open_sinks)

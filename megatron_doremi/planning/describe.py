@@ -112,10 +112,11 @@ def _results(config: Config, learns: bool) -> str:
         return f"{run.save} (evaluations.jsonl)" if run.save else "printed only; --save DIR records them"
     if phase == SCORE:
         return f"{run.save} (scores.json, losses/)"
+    wandb = f"; W&B project {run.wandb_project}" if run.wandb_project else ""
     files = ["metrics.jsonl", *(["domain_weights.json"] if learns else []), "checkpoints/"]
     if not run.tensorboard_dir:
-        return f"{run.save} ({', '.join([*files, 'tensorboard/'])})"
-    return f"{run.save} ({', '.join(files)}), TensorBoard in {run.tensorboard_dir}"
+        return f"{run.save} ({', '.join([*files, 'tensorboard/'])}){wandb}"
+    return f"{run.save} ({', '.join(files)}), TensorBoard in {run.tensorboard_dir}{wandb}"
 
 
 def resolved_settings(plan: RunPlan, weights_setting: str) -> dict[str, dict[str, Any]]:

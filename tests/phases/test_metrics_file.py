@@ -11,8 +11,10 @@ import random
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
 from megatron_doremi.phases import metrics_file
+from megatron_doremi.phases.charts import chart_name
 from megatron_doremi.phases.metrics_file import EventsFile, MetricsFile
 from megatron_doremi.storage.files import AppendFile
 
@@ -189,5 +191,26 @@ def test_tensorboard_reads_the_events(tmp_path):
             file.write({"iteration": iteration, "loss": 1.0 / iteration, "domain_loss": {"a b": 2.0 * iteration}})
         file.close()
     events = EventAccumulator(str(tmp_path)).Reload()
-    assert set(events.Tags()["scalars"]) == {"loss", "domain_loss/a b"}
-    assert [(event.step, event.value) for event in events.Scalars("domain_loss/a b")] == [(1, 2.0), (2, 4.0), (3, 6.0)]
+    assert set(events.Tags()["scalars"]) == {"train/loss", "train/domain_loss/a b"}
+    losses = [(event.step, event.value) for event in events.Scalars("train/domain_loss/a b")]
+    assert losses == [(1, 2.0), (2, 4.0), (3, 6.0)]
+    layout, *_ = events.Tensors("custom_scalars__config__")
+    categories = {each.title: each for each in Layout.FromString(layout.tensor_proto.string_val[0]).category}
+    assert set(categories) == {"train", "eval", "mixture"}
+    assert list(categories["train"].chart[0].multiline.tag) == ["^train/domain_loss/"]
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("loss", "train/loss"),
+        ("eval", "eval/loss"),
+        ("eval_bpb", "eval/bpb"),
+        ("eval_uniform_mean", "eval/uniform_mean"),
+        ("tokens_per_second", "perf/tokens_per_second"),
+        ("domain_weights", "mixture/domain_weights"),
+        ("an_entry_of_a_new_controller", "mixture/an_entry_of_a_new_controller"),
+    ],
+)
+def test_the_names_of_charts(key, name):
+    assert chart_name(key) == name
