@@ -46,7 +46,7 @@ pretrain() {
     shift
     local command=("$PYTHON" pretrain_doremi.py --phase "$phase" --domains "$DATA/domains.json" "${FLAGS[@]}" "$@")
     if [ -n "${DRY_RUN:-}" ]; then
-        RANK=0 WORLD_SIZE=$DRY_RUN MASTER_ADDR=localhost exec "${command[@]}" --dry-run
+        exec "${command[@]}" --dry-run --dry-run-world-size "$DRY_RUN"
     fi
     # One task of an array shares its job ID with the array, so that ID alone would name all tasks.
     local job=$SLURM_JOB_ID

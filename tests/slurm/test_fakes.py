@@ -216,3 +216,44 @@ def test_options_of_an_experiment_may_be_an_array_and_an_open_quote_is_said(slur
         file.write('OPTIONS=(--domain-key "my key")\n')
     done = slurm.run("preprocess.sbatch", "train", "a", environ=task, python=python)
     assert done.stdout.rstrip().endswith("'--domain-key', 'my key']")
+
+
+DRY_EXPERIMENT = """
+DATA={data}
+OUT={folder}/run
+SMALL_MODEL=(--num-layers 2 --hidden-size 32 --num-attention-heads 4 --micro-batch-size 1)
+MAIN_MODEL=("${{SMALL_MODEL[@]}}" --tensor-model-parallel-size 4)
+WINDOWS=(--seq-length 8 --train-iters 10 --global-batch-size 32)
+TRAINING=("${{WINDOWS[@]}}") SCORE=("${{WINDOWS[@]}}") REFERENCE=() PROXY=({proxy})
+TRAIN_FILES=({folder}/a.jsonl) VALID_FILES=({folder}/b.jsonl) TOKENIZER={folder}/experiment.sh
+SMALL_JOB=(--nodes=2 --ntasks-per-node 8) MAIN_JOB=(--ntasks=16) SIGNAL=(--signal=USR1@300)
+"""
+
+
+def dry_run(slurm: Slurm, stages: str, proxy: str = "", sbatch: str = "[ $1 = --test-only ]"):
+    experiment, data = slurm.folder / "experiment.sh", ROOT / "tests/fixtures/version_0_1/data"
+    experiment.write_text(DRY_EXPERIMENT.format(folder=slurm.folder, data=data, proxy=proxy))
+    (slurm.folder / "a.jsonl").touch()
+    environ = {"DRY_RUN": "1", "PYTHON": sys.executable, "STAGES": stages}
+    done = slurm.run("run_all.sh", str(experiment), environ=environ, sbatch=sbatch)
+    assert all("--test-only" in call for call in slurm.called("sbatch"))
+    assert not (slurm.folder / "run").exists()
+    return done
+
+
+def test_a_dry_run_plans_a_stage_before_the_earlier_ones_and_submits_nothing(slurm):
+    done = dry_run(slurm, "main")
+    assert done.returncode == 0, done.stderr
+    assert "main, 16 ranks:\n  layout: tensor 4 x pipeline 1 x data 4 = 16 ranks" in done.stdout
+    assert "job main --ntasks=16 --signal=USR1@300: accepted" in done.stdout
+    assert done.stdout.endswith("all checks passed; nothing was submitted\n")
+
+
+def test_a_dry_run_collects_what_is_wrong_with_files_flags_and_jobs(slurm):
+    done = dry_run(slurm, "preprocess proxy", "--doremi-smoothing 2", "[[ $* != *merge.sbatch* ]]")
+    assert done.returncode == 2
+    assert "preprocess train: 1 files and the tokenizer can be read" in done.stdout
+    assert f"error: preprocess valid: cannot read '{slurm.folder}/b.jsonl'" in done.stderr
+    assert "error: job merge" in done.stderr
+    assert "error: proxy, 16 ranks: error: 1 fault in the input:\n  [1] --doremi-smoothing: 2" in done.stderr
+    assert done.stderr.endswith("3 of the checks failed; nothing was submitted\n")
