@@ -32,7 +32,8 @@ stage_flags() {
     esac
 }
 
-# preprocess_flags SPLIT: flags of tools/preprocess_data.py, without --input. OPTIONS adds flags, quoted as in a shell,
+# preprocess_flags SPLIT: flags of tools/preprocess_data.py, without --input; with an empty SPLIT the tool holds out a part
+# of the text. OPTIONS adds flags, quoted as in a shell,
 # or as an array in an EXPERIMENT file.
 preprocess_flags() {
     local options=() words
@@ -47,6 +48,6 @@ preprocess_flags() {
         mapfile -t options <<< "$words"
         unset 'options[-1]'
     fi
-    FLAGS=(--output-dir "$DATA" --split "$1" --tokenizer-type "${TOKENIZER_TYPE:-SentencePieceTokenizer}"
+    FLAGS=(--output-dir "$DATA" ${1:+--split "$1"} --tokenizer-type "${TOKENIZER_TYPE:-SentencePieceTokenizer}"
         --tokenizer-model "${TOKENIZER:?set it to the tokenizer file}" --append-eod "${options[@]}")
 }

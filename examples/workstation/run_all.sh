@@ -43,7 +43,6 @@ esac
 source examples/environment.sh
 use_environment requirements.txt
 cores=$(getconf _NPROCESSORS_ONLN)
-# shellcheck disable=SC2034  # read by name below, where the experiment sets it or not
 VALID_FILES=()
 # shellcheck source=examples/workstation/own_data.sh
 source "$EXPERIMENT"
@@ -106,8 +105,8 @@ plan() {
     else
         DRY_RUN=1 phase_command "$1"
     fi
-    plan_text=$(RANK=0 LOCAL_RANK=0 WORLD_SIZE=$NPROC MASTER_ADDR=localhost \
-        "$PYTHON" "${COMMAND[@]}" "${memory[@]}" --dry-run --suggest-layout 2>&1) || code=$?
+    plan_text=$("$PYTHON" "${COMMAND[@]}" "${memory[@]}" --dry-run --dry-run-world-size "$NPROC" --suggest-layout 2>&1) \
+        || code=$?
     if [ "$code" -ne 0 ]; then
         if [ ! -e "$DATA/domains.json" ] && [[ $plan_text == *"error: 1 fault in the input:"*"domains.json"* ]]; then
             echo "$1: the flags are valid; $DATA/domains.json does not exist yet, so the layout is chosen later"
@@ -180,13 +179,19 @@ for stage in $STAGES; do
         fi
         say "Data"
         touch "$DATA/unfinished"
-        for split in train valid; do
-            declare -n files="${split^^}_FILES"
-            if [ "${#files[@]}" -gt 0 ]; then
-                preprocess_flags "$split"
-                logged preprocess "$PYTHON" tools/preprocess_data.py --input "${files[@]}" \
-                    --workers "$cores" --resume "${FLAGS[@]}"
+        # Without files for evaluation, the tool holds out a part of the text.
+        splits=(train valid)
+        if [ "${#VALID_FILES[@]}" -eq 0 ]; then
+            splits=("")
+        fi
+        for split in "${splits[@]}"; do
+            preprocess_flags "$split"
+            files=("${TRAIN_FILES[@]}")
+            if [ "$split" = valid ]; then
+                files=("${VALID_FILES[@]}")
             fi
+            logged preprocess "$PYTHON" tools/preprocess_data.py --input "${files[@]}" --workers "$cores" --resume \
+                "${FLAGS[@]}"
         done
         rm "$DATA/unfinished"
         say "Plan"
