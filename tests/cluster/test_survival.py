@@ -91,9 +91,9 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(data, reference, tmp
     """SIGTERM, then SIGUSR1 to all ranks during the save: one checkpoint, exit code 3; resumed, the run equals an
     uninterrupted one."""
     flags = [*reference, *TP2_PP2[2:], "--log-interval", "1"]
-    uninterrupted = train(2, "proxy", data, tmp_path / "uninterrupted", 150, *flags)
+    uninterrupted = train(2, "proxy", data, tmp_path / "uninterrupted", 80, *flags)
     save = tmp_path / "run"
-    run = Run(2, "proxy", data, save, 150, *flags, log=tmp_path / "log")
+    run = Run(2, "proxy", data, save, 80, *flags, log=tmp_path / "log")
     wait_for(lambda: lines_in(save) >= 5)
     run.ranks[1].send_signal(signal.SIGTERM)
     time.sleep(0.01)
@@ -102,9 +102,9 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(data, reference, tmp
     assert run.wait() == [3, 3], run.text()
     assert "a signal requested it" in run.text()
     stopped = training_lines(metrics(save))[-1]["iteration"]
-    assert 5 <= stopped < 150
+    assert 5 <= stopped < 80
     assert [iteration for iteration, _ in checkpoints(save)] == [stopped]
-    resumed = train(2, "proxy", data, save, 150, *flags, "--load", str(save))
+    resumed = train(2, "proxy", data, save, 80, *flags, "--load", str(save))
     assert training_lines(resumed) == training_lines(uninterrupted)
 
 
