@@ -143,7 +143,7 @@ class Signals:
         if code >= 0:
             self._exit(code, "")
         if not can_save:
-            self._exit(EXIT_STOPPED, f"{reason} before the first step: nothing to save")
+            self._exit(EXIT_STOPPED, f"{reason} before there was anything to save")
 
     def _exit(self, code: int, message: str) -> None:
         # Nothing that blocks, such as a pipe that nobody reads, may keep the process alive or change its exit code.

@@ -129,7 +129,11 @@ def plan_text(inputs: Inputs) -> str:
         return suggestion(inputs)
     data, plan, to_come = inputs.data, inputs.plan, inputs.to_come
     setting = sampling_setting(plan.config, data.manifest)
-    held_out = data.held_out_counts(plan.config.data.seq_length)
+    # --eval-iters counts batches of the evaluated run: this one, or the one that an evaluation loads.
+    loaded = inputs.reference if plan.config.data.phase == EVALUATE else None
+    limit = plan.config.data.eval_iters * (loaded or plan).global_batch_size
+    counts = data.held_out_counts(plan.config.data.seq_length)
+    held_out = [min(count, limit) if limit else count for count in counts]
     lines = [*to_come.values(), *inputs.resumes]
     return describe_plan(plan, inputs.controller, setting, held_out, _held_reference(inputs), lines)
 

@@ -35,7 +35,7 @@ def describe_plan(
 
     Args:
         weights_setting: --domain-weights, its default resolved.
-        held_out_counts: [k] windows of each held-out stream.
+        held_out_counts: [k] held-out windows of each domain that an evaluation reads.
         reference: the model that a proxy holds beside its own; None: it holds none.
         stand_ins: lines on inputs that do not exist yet.
     """

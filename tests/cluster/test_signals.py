@@ -49,7 +49,7 @@ def test_a_signal_before_the_first_step_exits_immediately_with_3(number):
     """In version 0.1 SIGINT, SIGHUP, SIGUSR2 and SIGXCPU lost everything; SIGTERM and SIGUSR1 had no effect here."""
     code, _, stderr = end(start("starting"), number)
     assert code == 3
-    assert stderr == f"stopped by {number.name} before the first step: nothing to save\n"
+    assert stderr == f"stopped by {number.name} before there was anything to save\n"
 
 
 def test_the_same_signal_twice_within_a_second_is_one_request():

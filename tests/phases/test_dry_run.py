@@ -72,6 +72,14 @@ def test_a_main_run(data):
     assert rows(lines) == [[str(n), "0.3333", e, "37"] for n, e in zip((93, 187, 281), epochs, strict=True)]
 
 
+def test_the_held_out_windows_are_those_that_an_evaluation_reads(data, reference):
+    """--eval-iters counts batches of 8 windows, in an evaluation those of the run that it loads."""
+    limit = ["--eval-iters", "2"]
+    assert [row[-1] for row in rows(dry_run(data, "main", *limit)[1])] == ["16"] * 3
+    assert [row[-1] for row in rows(dry_run(data, "evaluate", "--load", reference[1], *limit)[1])] == ["16"] * 3
+    assert [row[-1] for row in rows(dry_run(data, "evaluate", "--load", reference[1])[1])] == ["37"] * 3
+
+
 def test_the_reference_counts(data):
     """A proxy holds an online reference's weights in addition to its state, here at 4 bytes per parameter."""
     flags = ["--reference-load", "to-come", "--model-size", "8b", "--seq-length", "16"]
