@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import math
-import sys
-import typing
 from collections.abc import Sequence
 from typing import Any
 
 from megatron_doremi.config import SECTIONS, Config, planned_world_size
 from megatron_doremi.errors import Fault, raise_if_any
+from megatron_doremi.flag_parser import FlagParser, unknown_faults
 from megatron_doremi.settings import flag_of
 from megatron_doremi.validation import find_faults, phase_faults
 from megatron_doremi.version import version_text
@@ -44,17 +42,6 @@ _METAVARS: dict[Any, str] = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser that raises its errors instead of exiting."""
-
-    def error(self, message: str) -> typing.NoReturn:
-        raise argparse.ArgumentError(None, message)
-
-    def _print_message(self, message: str, file: Any = None) -> None:
-        # argparse's own hides that nothing can be written.
-        print(message, end="", file=file or sys.stdout, flush=True)
-
-
 class _Version(argparse.Action):
     """Prints the versions and exits."""
 
@@ -65,7 +52,7 @@ class _Version(argparse.Action):
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of pretrain_doremi.py; values stay text until `parse_config` reads them."""
-    parser = _Parser(
+    parser = FlagParser(
         prog="pretrain_doremi.py",
         description="Pretrain GPTs on a mixture of domains whose weights are learned by DoReMi.",
         allow_abbrev=False,
@@ -125,7 +112,8 @@ def read_command_line(argv: Sequence[str], world_size: int | None) -> tuple[Conf
     except argparse.ArgumentError as error:
         faults.append(Fault("command line", str(error), "each flag with its value", "see --help"))
         readable = False
-    faults += _unknown_faults(unknown)
+    flags = [flag_of(field.name) for cls in SECTIONS.values() for field in dataclasses.fields(cls)]
+    faults += unknown_faults(unknown, flags)
     faults += phase_faults(getattr(known, "phase", ""), vars(known))
     unreadable: set[str] = set()
     sections = {}
@@ -145,21 +133,6 @@ def read_command_line(argv: Sequence[str], world_size: int | None) -> tuple[Conf
     ranks = planned_world_size(config.run, smallest if world_size is None else world_size)
     setting_faults = find_faults(config, ranks) if readable else []
     return config, faults + [fault for fault in setting_faults if fault.subject not in unreadable]
-
-
-def _unknown_faults(unknown: Sequence[str]) -> list[Fault]:
-    flags = [flag_of(field.name) for cls in SECTIONS.values() for field in dataclasses.fields(cls)]
-    faults = []
-    previous = ""
-    for word in unknown:
-        # The value that follows an unknown flag is part of the same fault.
-        if word.startswith("-") or not previous.startswith("-"):
-            near = difflib.get_close_matches(word.split("=")[0], flags, n=1)
-            remedy = f"did you mean {near[0]}?" if near else "see --help for all flags"
-            rule = "a flag of this version" if word.startswith("-") else "each value follows its flag"
-            faults.append(Fault("command line", word, rule, remedy))
-        previous = word
-    return faults
 
 
 def _read(field: dataclasses.Field[Any], text: Any) -> tuple[Any, list[Fault]]:

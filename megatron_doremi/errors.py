@@ -8,6 +8,8 @@ into exit code 2 without a traceback (`run_or_exit`); an `assert` always concern
 from __future__ import annotations
 
 import contextlib
+import errno
+import itertools
 import json
 import os
 import sys
@@ -21,6 +23,8 @@ from megatron_doremi.open_files import raise_open_files_limit
 
 EXIT_USER_ERROR = 2
 EXIT_BROKEN_PIPE = 141
+# Faults of one rule in a row that a message lists.
+_SHOWN_OF_A_RULE = 10
 # To print the final message and to flush both streams, which block if nobody reads them.
 _SECONDS_TO_FLUSH = 10.0
 # Errors of unpacking a value of the wrong type, structure or size.
@@ -43,9 +47,18 @@ class Fault:
     rule: str
     remedy: str
 
+    @property
+    def given(self) -> str:
+        """The subject and the value, on one line."""
+        return f"{self.subject}: {self.value}" if self.value else self.subject
+
+    @property
+    def advice(self) -> str:
+        """The rule and the remedy, on two lines."""
+        return f"      rule:   {self.rule}\n      remedy: {self.remedy}"
+
     def __str__(self) -> str:
-        given = f": {self.value}" if self.value else ""
-        return f"{self.subject}{given}\n      rule:   {self.rule}\n      remedy: {self.remedy}"
+        return f"{self.given}\n{self.advice}"
 
 
 class ConfigError(Exception):
@@ -62,8 +75,20 @@ class ConfigError(Exception):
 
     def _message(self) -> str:
         count = len(self.faults)
-        heading = "1 fault in the input:" if count == 1 else f"{count} faults in the input:"
-        return "\n".join([heading, *(f"  [{n}] {fault}" for n, fault in enumerate(self.faults, 1))])
+        lines = ["1 fault in the input:" if count == 1 else f"{count} faults in the input:"]
+        number = 1
+        for _, group in itertools.groupby(self.faults, lambda fault: (fault.rule, fault.remedy)):
+            faults = list(group)
+            shown = faults[:_SHOWN_OF_A_RULE] if len(faults) > _SHOWN_OF_A_RULE + 1 else faults
+            # A rule that several faults in a row break stands once, below the last.
+            lines += [f"  [{number + place}] {fault.given}" for place, fault in enumerate(shown[:-1])]
+            if len(shown) < len(faults):
+                last = f"  [{number + len(shown) - 1}] {shown[-1].given}"
+                lines += [last, f"  and {len(faults) - len(shown):,} more like these", shown[-1].advice]
+            else:
+                lines.append(f"  [{number + len(shown) - 1}] {shown[-1]}")
+            number += len(faults)
+        return "\n".join(lines)
 
 
 class RunError(Exception):
@@ -81,7 +106,10 @@ class ReportedElsewhere(Exception):
 def machine_failure(error: OSError) -> RunError:
     """An error of the operating system (full disk, missing file) as a message to the user."""
     names = [str(name) for name in (error.filename, error.filename2) if name is not None]
-    return RunError(": ".join([" -> ".join(names), error.strerror or str(error)] if names else [str(error)]))
+    message = ": ".join([" -> ".join(names), error.strerror or str(error)] if names else [str(error)])
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        message += "; free disk space or raise the quota there, then run the same command again"
+    return RunError(message)
 
 
 def error_to_json(error: ConfigError | RunError | OSError) -> str:

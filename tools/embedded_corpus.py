@@ -9,7 +9,6 @@ Pile's format, split into train and valid by document.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import hashlib
 import importlib.util
@@ -26,6 +25,8 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any, run_or_exit
+from megatron_doremi.flag_parser import FlagParser
+from megatron_doremi.progress import stage
 from megatron_doremi.storage.files import atomic_write_text, make_folder
 
 _MIN_DOCUMENT, _MAX_DOCUMENT = 200, 8_000  # characters
@@ -176,7 +177,7 @@ def held_out(document: str, fraction: float, seed: int) -> bool:
 
 def main() -> int:
     """Builds the corpus, splits it, shuffles it and writes it. Returns the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser = FlagParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     output_help = "folder in which to write train.jsonl and valid.jsonl"
     add("--output-dir", required=True, type=Path, metavar="DIR", help=output_help)
@@ -194,7 +195,9 @@ def main() -> int:
         value, rule = str(args.valid_fraction), "greater than 0 and less than 1"
         faults.append(Fault("--valid-fraction", value, rule, "give a number in that range"))
     raise_if_any(faults)
-    corpus = gather_all(args.domain_bytes, args.seed)
+    make_folder(args.output_dir, "--output-dir")
+    with stage("gathering text"):
+        corpus = gather_all(args.domain_bytes, args.seed)
     splits: dict[str, list[str]] = {"train": [], "valid": []}
     print(f"{'domain':<16} {'documents':>10} {'bytes':>12} {'held out':>10}")
     for name, documents in corpus.items():
@@ -205,7 +208,6 @@ def main() -> int:
             splits[split].append(json.dumps({"text": document, "meta": {"pile_set_name": name}}) + "\n")
         size = sum(len(document.encode("utf-8", "replace")) for document in documents)
         print(f"{name:<16} {len(documents):>10,} {size:>12,} {held_out_count:>10,}")
-    make_folder(args.output_dir, "--output-dir")
     for split, lines in splits.items():
         random.Random(f"{args.seed}/{split}").shuffle(lines)
         atomic_write_text(args.output_dir / f"{split}.jsonl", "".join(lines))

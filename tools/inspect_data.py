@@ -30,6 +30,7 @@ from megatron_doremi.data.blend import Blend, BlendState, too_short, window_coun
 from megatron_doremi.data.indexed_dataset import IndexedDataset
 from megatron_doremi.data.manifest import Manifest, load_manifest, print_warnings
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any, run_or_exit
+from megatron_doremi.flag_parser import FlagParser
 from megatron_doremi.mixture.static import Budget, resolve_weights
 from megatron_doremi.preprocessing.overview import (
     count_duplicates,
@@ -62,7 +63,7 @@ _SAMPLE_TOKENS = 80
 
 def build_parser() -> argparse.ArgumentParser:
     """Builds the command-line parser."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser = FlagParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="{" + ",".join(COMMANDS) + "}")
     for name, text in (
         (OVERVIEW, "print the domains, a sample of each, and what looks wrong (the default command)"),

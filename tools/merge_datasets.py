@@ -18,11 +18,11 @@ if not __package__:
     # Run as a script: the package is beside this folder.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tqdm import tqdm
 
 from megatron_doremi.data.indexed_dataset import dtype_for, paths_of
 from megatron_doremi.data.manifest import load_manifest, overwriting_faults, print_warnings
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any, run_or_exit
+from megatron_doremi.flag_parser import FlagParser
 from megatron_doremi.preprocessing.outputs import (
     Outputs,
     check_same_tokenizer,
@@ -34,12 +34,13 @@ from megatron_doremi.preprocessing.outputs import (
 )
 from megatron_doremi.preprocessing.shards import SHARDS, ignored_folders, load_shards, merge
 from megatron_doremi.preprocessing.workspace import Workspace
+from megatron_doremi.progress import Progress
 from megatron_doremi.storage.files import atomic_write_bytes, sha256_of
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Builds the command-line parser."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser = FlagParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     output_help = "folder of the data set, the same --output-dir as that of the tasks"
     parser.add_argument("--output-dir", required=True, type=Path, metavar="DIR", help=output_help)
     split_help = "split whose shards are merged (default: train)"
@@ -71,9 +72,9 @@ def main() -> int:
     id_files = [paths_of(pair.prefix)[0] for data in shards for pair in data.pairs.values()]
     size = sum(path.stat().st_size for path in id_files if path.is_file())
     with Workspace(partial, outputs, {}, resume=False) as workspace:
-        with tqdm(total=size, unit="B", unit_scale=True, desc=f"merging {args.split}", mininterval=0.5) as bar:
+        with Progress(f"merging {args.split}", size, "byte") as progress:
             for count in merge(shards, outputs):
-                bar.update(count)
+                progress.update(count)
         if not outputs.by_key:
             value, remedy = "no documents in any shard", "preprocess files that hold documents"
             raise ConfigError(Fault("--output-dir", value, "at least one document", remedy))

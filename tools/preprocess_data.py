@@ -18,7 +18,6 @@ import errno
 import itertools
 import signal
 import sys
-import time
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -28,11 +27,11 @@ if not __package__:
     # Run as a script: the package is beside this folder.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tqdm import tqdm
 
 from megatron_doremi.data.indexed_dataset import dtype_for
 from megatron_doremi.data.manifest import TokenizerInfo, load_manifest, overwriting_faults
 from megatron_doremi.errors import ConfigError, Fault, RunError, raise_if_any, run_or_exit
+from megatron_doremi.flag_parser import FlagParser
 from megatron_doremi.preprocessing.documents import Document
 from megatron_doremi.preprocessing.encoding import (
     TokenizerFiles,
@@ -58,8 +57,16 @@ from megatron_doremi.preprocessing.record_blocks import BLOCK_BYTES
 from megatron_doremi.preprocessing.shards import Pair, ShardData, load_shard, run_of, save_shard, shard_folder
 from megatron_doremi.preprocessing.sources import Shard, read_blocks, read_shard, shard_bytes
 from megatron_doremi.preprocessing.summary import describe_skipped, print_summary
-from megatron_doremi.preprocessing.tokenizer import GPT2, KINDS, SENTENCEPIECE, Tokenizer
+from megatron_doremi.preprocessing.tokenizer import (
+    GPT2,
+    HUGGING_FACE,
+    KINDS,
+    SENTENCEPIECE,
+    Tokenizer,
+    kind_of_tokenizer,
+)
 from megatron_doremi.preprocessing.workspace import Workspace
+from megatron_doremi.progress import Progress
 from megatron_doremi.storage.files import make_folder
 
 # Bytes of text that are encoded both by tiktoken and by the tokenizer's own library, to compare the ids.
@@ -68,7 +75,7 @@ _SAMPLE_BYTES = 1 << 18
 
 def build_parser() -> argparse.ArgumentParser:
     """Builds the command-line parser."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser = FlagParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add_input_options(parser)
     output_help = "folder in which to write the .bin/.idx pairs and domains.json"
@@ -80,8 +87,8 @@ def build_parser() -> argparse.ArgumentParser:
         "else 0.05, for more than 400 MB of files 20 MB of them, at least 0.001)"
     )
     add("--valid-fraction", type=float, metavar="F", help=valid_help)
-    type_help = f"type of the tokenizer: {', '.join(KINDS)} (default: {SENTENCEPIECE})"
-    add("--tokenizer-type", default=SENTENCEPIECE, metavar="KIND", help=type_help)
+    type_help = f"type of the tokenizer: {', '.join(KINDS)} (default: {HUGGING_FACE} for .json, else {SENTENCEPIECE})"
+    add("--tokenizer-type", metavar="KIND", help=type_help)
     model_help = "tokenizer file: a SentencePiece model, a tokenizer.json, or GPT-2's vocab.json"
     add("--tokenizer-model", required=True, type=Path, metavar="FILE", help=model_help)
     add("--merge-file", type=Path, metavar="FILE", help="GPT-2's merges.txt (default: the one beside vocab.json)")
@@ -201,29 +208,26 @@ def encode_into(
     blocks = read_shard(inputs.files, reader.columns, shard, outputs.blocks, reader.needed_of)
     start, end = shard_bytes([path.stat().st_size for path in inputs.paths], shard)
     max_documents = args.max_documents or sys.maxsize
-    start_time, text_bytes = time.monotonic(), 0
     # `closing` stops the workers on any error.
     with (
         closing(encode_all(blocks, files, fast, reader, args.append_eod, args.workers)) as encoded_blocks,
-        tqdm(total=end - start, unit="B", unit_scale=True, desc=f"encoding {args.split}", mininterval=0.5) as bar,
+        Progress(f"encoding {args.split}", end - start, "byte") as progress,
     ):
+        done = 0
         for encoded in encoded_blocks:
             kept = encoded.first(max_documents - outputs.documents)
             outputs.add(kept)
             workspace.save_journal()
-            text_bytes += kept.text_bytes
-            rate = text_bytes / 1e6 / (time.monotonic() - start_time)
-            bar.set_postfix_str(f"{rate:.1f} MB/s of text", refresh=False)
-            bar.update(min(encoded.progress.done, bar.total) - bar.n)
+            progress.update(min(encoded.progress.done, end - start) - done)
+            done = min(encoded.progress.done, end - start)
             if outputs.documents >= max_documents:
                 break
-        else:
-            bar.update(bar.total - bar.n)
 
 
 def main() -> int:
     """Encodes the inputs and publishes the pairs and the manifest. Returns the exit code."""
     args = build_parser().parse_args()
+    args.tokenizer_type = args.tokenizer_type or kind_of_tokenizer(args.tokenizer_model)
     inputs = read_input_options(args, args.split or "train", args.valid_fraction or 0.0, check(args))
     inputs = with_held_out(inputs, args.split, args.valid_fraction)
     args.split = args.split or "train"
@@ -275,7 +279,9 @@ def main() -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        print(f"error: {error.strerror}: nothing was published; free disk space", file=sys.stderr)
+        place = error.filename or partial
+        text = f"error: {place}: {error.strerror}; nothing was published; free disk space or raise the quota there"
+        print(text, file=sys.stderr)
         return print_resume_hint(partial)
     print_summary(outputs, single_reported=bool(domain_warnings(inputs.files, inputs.reader)))
     return 0

@@ -27,14 +27,16 @@ if not __package__:
 
 import sentencepiece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from tqdm import tqdm
 
+from megatron_doremi.console import warn
 from megatron_doremi.errors import ConfigError, Fault, run_or_exit
+from megatron_doremi.flag_parser import FlagParser
 from megatron_doremi.preprocessing.documents import Document, describe
 from megatron_doremi.preprocessing.domain_samples import DomainSamples
 from megatron_doremi.preprocessing.encoding import NAMED_BAD_LINES, bad_lines_error, describe_bad_lines
 from megatron_doremi.preprocessing.input_options import Inputs, add_input_options, read_input_options
 from megatron_doremi.preprocessing.sources import read_blocks
+from megatron_doremi.progress import Progress, stage
 from megatron_doremi.storage.files import atomic_write_bytes, make_folder
 
 # Documents are split into sentences of this length: SentencePiece skips training sentences that are too long.
@@ -43,7 +45,7 @@ _SENTENCE_CHARACTERS = 1000
 
 def build_parser() -> argparse.ArgumentParser:
     """Builds the command-line parser."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser = FlagParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add_input_options(parser)
     output_help = "file to write: a SentencePiece model if it ends in .model, a byte-level BPE if it ends in .json"
@@ -51,8 +53,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--vocab-size", type=int, default=32000, metavar="N", help="number of pieces to learn (default: 32000)")
     smaller_help = "accept fewer pieces if the text is too small for --vocab-size (default: fail)"
     add("--allow-smaller", action="store_true", help=smaller_help)
-    type_help = "training algorithm of a SentencePiece model (default: unigram)"
-    add("--model-type", choices=("unigram", "bpe"), default="unigram", help=type_help)
+    type_help = "training algorithm (default: unigram for an output .model, bpe for .json, which has no other)"
+    add("--model-type", choices=("unigram", "bpe"), help=type_help)
     sample_help = "bytes of text to train on, divided equally among the domains (default: 50000000)"
     add("--sample-bytes", type=int, default=50_000_000, metavar="N", help=sample_help)
     add(
@@ -73,8 +75,8 @@ def sample_documents(args: argparse.Namespace, inputs: Inputs) -> DomainSamples:
     size = sum(path.stat().st_size for path in inputs.paths)
     bad: dict[str, None] = {}
     bad_total = 0
-    with tqdm(total=size, unit="B", unit_scale=True, desc="reading", mininterval=0.5) as bar:
-        done = 0
+    with Progress("reading", size, "byte") as progress:
+        before = position = 0
         for file in inputs.files:
             for block in read_blocks(file, reader.columns, reader.needed_of):
                 for number, document in reader.documents(block):
@@ -89,8 +91,9 @@ def sample_documents(args: argparse.Namespace, inputs: Inputs) -> DomainSamples:
                 if bad and args.on_error == "fail":
                     remedy = "fix the input, or skip the bad lines with --on-error skip"
                     raise bad_lines_error(list(bad), bad_total, remedy)
-                bar.update(done + block.position - bar.n)
-            done += file.path.stat().st_size
+                progress.update(before + block.position - position)
+                position = before + block.position
+            before += file.path.stat().st_size
     if bad_total:
         print("skipped " + describe_bad_lines(list(bad), bad_total))
     return samples
@@ -118,13 +121,13 @@ def train_sentencepiece(args: argparse.Namespace, texts: list[bytes]) -> bytes:
                 remedy = f"give --vocab-size {needed[1]} or more" if needed else "give more text"
                 reason = "" if needed or not texts else f": {error}"
                 raise ConfigError(Fault("--vocab-size", f"{args.vocab_size}{reason}", rule, remedy)) from error
-            size = accept_smaller(args, int(largest[1]))
+            size = accept_smaller(args, int(largest[1]), sum(map(len, texts)))
 
 
-def accept_smaller(args: argparse.Namespace, size: int) -> int:
+def accept_smaller(args: argparse.Namespace, size: int, text_bytes: int) -> int:
     """Returns the vocabulary size that the text allows, with --allow-smaller. Raises ConfigError without it."""
     if not args.allow_smaller:
-        rule = f"at most {size:,} pieces, all that can be learned from {args.sample_bytes:,} bytes of this text"
+        rule = f"at most {size:,} pieces, all that can be learned from {text_bytes:,} bytes of this text"
         remedy = f"give --vocab-size {size}, more text or --sample-bytes, or --allow-smaller"
         raise ConfigError(Fault("--vocab-size", str(args.vocab_size), rule, remedy))
     print(f"the text allows only {size:,} pieces instead of {args.vocab_size:,}", flush=True)
@@ -139,7 +142,7 @@ def sentencepiece_of(args: argparse.Namespace, texts: list[bytes], size: int) ->
         sentence_iterator=(text.replace("\0", "") for text in sentences(texts)),
         model_writer=model,
         vocab_size=size,
-        model_type=args.model_type,
+        model_type=args.model_type or "unigram",
         byte_fallback=True,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
@@ -177,7 +180,7 @@ def train_byte_level(args: argparse.Namespace, texts: list[bytes]) -> bytes:
     )
     tokenizer.train_from_iterator(sentences(texts), trainer)
     if tokenizer.get_vocab_size() < args.vocab_size:
-        accept_smaller(args, tokenizer.get_vocab_size())
+        accept_smaller(args, tokenizer.get_vocab_size(), sum(map(len, texts)))
     return str(tokenizer.to_str()).encode("utf-8")
 
 
@@ -202,6 +205,9 @@ def main() -> int:
     if args.output.exists() and not is_tokenizer(args.output):
         value, rule = f"{args.output} already exists", "a new path, or an earlier tokenizer of the same kind"
         faults.append(Fault("--output", value, rule, "give another path"))
+    if args.output.suffix == ".json" and args.model_type == "unigram":
+        rule = "bpe for an --output that ends in .json"
+        faults.append(Fault("--model-type", "unigram", rule, "omit it, or give an --output that ends in .model"))
     for flag, number, largest in (
         ("--vocab-size", args.vocab_size, 10_000_000),
         ("--sample-bytes", args.sample_bytes, 1 << 40),
@@ -211,19 +217,20 @@ def main() -> int:
             faults.append(Fault(flag, str(number), f"from 1 to {largest:,}", "give a number in that range"))
     inputs = read_input_options(args, more=faults)
     make_folder(args.output.parent, "--output")
+    if args.output.exists():
+        warn(f"{args.output} already exists; this run will replace it")
     samples = sample_documents(args, inputs)
     if not samples.names:
         remedy = "give files that hold documents"
         raise ConfigError(Fault("--input", "no documents", "at least one document to train on", remedy))
     texts = list(samples.documents())
-    kind = "byte-level BPE" if args.output.suffix == ".json" else args.model_type
-    print(
-        f"training a {kind} tokenizer of {args.vocab_size:,} pieces on "
-        f"{sum(map(len, texts)) / 1e6:.1f} MB of {len(samples.names)} domains",
-        flush=True,
-    )
+    kind = "byte-level BPE" if args.output.suffix == ".json" else f"SentencePiece {args.model_type or 'unigram'}"
+    size = f"{sum(map(len, texts)) / 1e6:.1f} MB of {len(samples.names)} domains"
+    print(f"training a {kind} tokenizer of {args.vocab_size:,} pieces on {size}", flush=True)
     train = train_byte_level if args.output.suffix == ".json" else train_sentencepiece
-    atomic_write_bytes(args.output, train(args, texts))
+    with stage("training the tokenizer"):
+        content = train(args, texts)
+    atomic_write_bytes(args.output, content)
     print(f"wrote {args.output}")
     return 0
 

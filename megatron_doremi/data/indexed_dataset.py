@@ -82,7 +82,8 @@ class IndexedDataset:
     def _open(self) -> None:
         for path in (self._bin, self._idx):
             if not path.is_file():
-                raise self._error(path, "no such file", "a .bin and .idx pair")
+                remedy = "move the pair with its manifest, whose paths are relative to its folder"
+                raise self._error(path, "no such file", "a .bin and .idx pair", remedy)
         self._read_index()
         expected, actual = self.num_tokens * self.dtype.itemsize, self._bin.stat().st_size
         if actual != expected:

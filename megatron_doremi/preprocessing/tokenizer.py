@@ -66,7 +66,10 @@ class SentencePieceTokenizer:
             encoder = sentencepiece_model(self.data, allow_special=True)[0] if allow_special else text_alone
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=encoder)
         except (OSError, RuntimeError, DecodeError) as error:
-            raise _fault(file, "a SentencePiece model", "make one with tools/train_tokenizer.py") from error
+            remedy = "make one with tools/train_tokenizer.py"
+            if file.suffix == ".json":
+                remedy = f"give --tokenizer-type {HUGGING_FACE}, or {GPT2} for a vocab.json"
+            raise _fault(file, "a SentencePiece model", remedy) from error
         self.vocab_size = int(self._processor.vocab_size())
         self.eod = int(sentencepiece.SentencePieceProcessor(model_proto=text_alone).eos_id())
         if self.eod < 0:
@@ -232,6 +235,13 @@ class HuggingFaceTokenizer:
 
 
 Tokenizer = SentencePieceTokenizer | HuggingFaceTokenizer
+
+
+def kind_of_tokenizer(file: Path) -> str:
+    """The type of a tokenizer that the name of its file indicates: one of `KINDS`."""
+    if file.suffix != ".json":
+        return SENTENCEPIECE
+    return GPT2 if file.name == "vocab.json" and file.with_name("merges.txt").exists() else HUGGING_FACE
 
 
 def load_tokenizer(

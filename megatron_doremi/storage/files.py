@@ -43,6 +43,10 @@ def atomic_write_bytes(path: Path, data: bytes, may_replace: Callable[[], bool] 
         if replaces := may_replace():
             temporary.replace(path)
         return replaces
+    except OSError as error:
+        # A failed write names no file, a failed open the temporary one.
+        error.filename, error.filename2 = str(path), None
+        raise
     finally:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
@@ -125,20 +129,24 @@ def sync_and_close(file: BinaryIO) -> None:
 
 
 def make_folder(path: Path, flag: str) -> None:
-    """Creates an output folder and its parents.
+    """Creates an output folder and its parents, and a file in it, so that an unwritable folder is found before work.
 
     Raises:
-        ConfigError: the folder cannot be created; names `flag`.
+        ConfigError: the folder cannot be created or written; names `flag`.
         OSError: the disk is full or fails.
     """
+    rule = "a folder that exists or can be created"
     try:
         path.mkdir(parents=True, exist_ok=True)
+        rule = "a folder that this user can write to"
+        probe = temporary_beside(path / "probe")
+        probe.touch()
+        probe.unlink()
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             raise
-        raise ConfigError(
-            Fault(flag, str(error), "a folder that exists or can be created", "give another path")
-        ) from error
+        value = f"{path}: {error.strerror}" if rule.endswith("to") else str(error)
+        raise ConfigError(Fault(flag, value, rule, "give another path")) from error
 
 
 def sha256_of(path: Path, progress: Callable[[], None] = lambda: None) -> str:
