@@ -28,12 +28,14 @@ class ReferenceRun:
         weights: folder of the weights in its newest complete checkpoint.
         iteration: step of that checkpoint.
         global_batch_size: windows per step of that run.
+        phase: of that run; "" if it does not exist yet (a dry run).
     """
 
     gpt: GPTConfig
     weights: Path
     iteration: int
     global_batch_size: int
+    phase: str = ""
 
 
 def check_reference(

@@ -143,8 +143,9 @@ def differences(
         remedy = _REMEDIES.get(name, _REMEDY)
         if name not in FIXED and name not in _REMEDIES:
             remedy += f", or give --override-resume {name} to change it on purpose"
-        given = f"{name} {for_message(before[name], value)}"
-        faults.append(Fault(subject, given, f"this run's {name}, {for_message(value, before[name])}", remedy))
+        was, now_is = for_message(before[name], value), for_message(value, before[name])
+        given = f"{name} was {was}, and is {now_is} in this start"
+        faults.append(Fault(subject, given, f"one {name} from a run's first step to its last", remedy))
     return faults, overridden
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -25,7 +25,13 @@ from megatron_doremi.phases.run_data import RunData, open_data
 from megatron_doremi.phases.score import missing_losses, open_reference_losses
 from megatron_doremi.phases.selected_domains import sampling_setting
 from megatron_doremi.phases.to_come import LOSSES, WEIGHTS, inputs_to_come
-from megatron_doremi.phases.trained_run import read_loaded, read_reference, reads_reference_losses, scores_online
+from megatron_doremi.phases.trained_run import (
+    read_loaded,
+    read_reference,
+    reads_reference_losses,
+    reference_warnings,
+    scores_online,
+)
 from megatron_doremi.plan import RunPlan, make_plan
 from megatron_doremi.planning.describe import describe_plan, start_lines
 from megatron_doremi.planning.epochs import check_repetition
@@ -85,6 +91,7 @@ def open_inputs(config: Config, topology: Topology) -> Inputs:
         raise_if_any(faults)
         assert loaded is not None
         plan = plan_run(config, topology, data, weights, loaded.gpt)
+        data = _with_warnings(data, reference_warnings(config, loaded.gpt, loaded))
         return Inputs(data, plan, make_controller(plan), "", loaded, None, to_come)
     plan = plan_run(config, topology, data, weights)
     controller = make_controller(plan)
@@ -104,9 +111,13 @@ def open_inputs(config: Config, topology: Topology) -> Inputs:
         resumes = collect(lambda: planned_resume(plan, run_identity(plan, data, controller), controller, unknown))
     faults += mixture_faults(plan, controller, data.held_out_counts(config.data.seq_length))
     raise_if_any(faults)
-    warnings = (*data.manifest.warnings, *mixture_warnings(plan, controller))
-    data = replace(data, manifest=replace(data.manifest, warnings=warnings))
+    warnings = [*mixture_warnings(plan, controller), *reference_warnings(config, plan.gpt, reference)]
+    data = _with_warnings(data, warnings)
     return Inputs(data, plan, controller, repeated or "", reference, reference_losses, to_come, tuple(resumes or ()))
+
+
+def _with_warnings(data: RunData, warnings: Sequence[str]) -> RunData:
+    return replace(data, manifest=replace(data.manifest, warnings=(*data.manifest.warnings, *warnings)))
 
 
 def plan_run(

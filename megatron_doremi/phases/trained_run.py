@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_doremi.checkpoint.folder import newest_checkpoint, read_state
 from megatron_doremi.checkpoint.run_config import read_run_config
-from megatron_doremi.config import Config, gpt_config, states_shape
+from megatron_doremi.config import Config, GPTConfig, gpt_config, states_shape
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any
 from megatron_doremi.layout_rules import misfits
 from megatron_doremi.mixture.controller import MixtureController
@@ -18,7 +18,7 @@ from megatron_doremi.phases.load_target import checkpoint_at
 from megatron_doremi.phases.run_data import RunData
 from megatron_doremi.phases.to_come import LOADED_RUN, REFERENCE_RUN
 from megatron_doremi.plan import RunPlan
-from megatron_doremi.settings import EVALUATE
+from megatron_doremi.settings import EVALUATE, PROXY
 
 
 def scores_online(config: Config, controller: MixtureController) -> bool:
@@ -68,7 +68,7 @@ def read_trained(
         faults.append(Fault(f"{flag} {folder}", value, "a finished run", remedy))
     raise_if_any(faults)
     batch = recorded.get("global_batch_size", run_config.global_batch_size)
-    return ReferenceRun(gpt, checkpoint / "weights", state.iteration, batch)
+    return ReferenceRun(gpt, checkpoint / "weights", state.iteration, batch, run_config.phase)
 
 
 def read_reference(config: Config, data: RunData, to_come: Collection[str] = ()) -> ReferenceRun:
@@ -81,6 +81,31 @@ def read_reference(config: Config, data: RunData, to_come: Collection[str] = ())
     if REFERENCE_RUN in to_come:
         return _stand_in(config, data, folder, REFERENCE_RUN)
     return read_trained(folder, REFERENCE_RUN, data, config, needs_all_steps=True)
+
+
+def reference_warnings(config: Config, gpt: GPTConfig, reference: ReferenceRun | None) -> list[str]:
+    """Warnings about a reference that differs from the DoReMi paper's: one of the proxy's own shape that was trained on
+    a fixed mixture.
+
+    Args:
+        gpt: shape of the proxy; of scoring, that of the reference.
+    """
+    if reference is None or config.data.phase == EVALUATE:
+        return []
+    subject, lines = f"{REFERENCE_RUN} {config.doremi.reference_load}", list[str]()
+    if reference.phase == PROXY:
+        lines.append(f"{subject} is a proxy, which DRO trained: DoReMi's reference is a run of --phase reference")
+    # Of the shape, what decides how good the model can be.
+    names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels")
+    differing = [
+        f"{name} {getattr(reference.gpt, name):,} (proxy: {getattr(gpt, name):,})"
+        for name in names
+        if getattr(reference.gpt, name) != getattr(gpt, name)
+    ]
+    if differing:
+        effect = "the excess loss then measures the difference in size as well"
+        lines.append(f"{subject} has another shape than the proxy, {', '.join(differing)}: {effect}")
+    return lines
 
 
 def read_loaded(config: Config, data: RunData, to_come: Collection[str] = ()) -> ReferenceRun:

@@ -126,7 +126,7 @@ def test_a_dry_run_checks_the_folders_of_the_run(run, data, tmp_path):
     assert "resume: from iteration 8 of 8" in plan_text(planned(data, *FLAGS, *resumes))
     branches = ["--save", str(tmp_path / "new"), "--load", f"{run}@6"]
     assert f"resume: from iteration 6 of 8, branched from {run}" in plan_text(planned(data, *FLAGS, *branches))
-    assert "seed 11" in refused(*resumes, "--seed", "12")
+    assert "seed was 11" in refused(*resumes, "--seed", "12")
     assert "holds a run" in refused("--save", str(run))
     (tmp_path / "file").write_text("")
     assert "is not a folder" in refused("--save", str(tmp_path / "file" / "run"))

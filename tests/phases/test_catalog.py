@@ -252,13 +252,13 @@ WEIGHTS = {
     },
 }
 CHECKPOINTS = {
-    "another phase": Case(("phase main", "this run's phase, reference"), phase="reference", flags=RUN),
-    "another shape": Case(("gpt {'num_layers': 2}", "{'num_layers': 3}"), flags=f"{RUN} --num-layers 3"),
-    "another seed": Case(("seed 11", "this run's seed, 12"), flags=f"{RUN} --seed 12"),
-    "another batch": Case(("global_batch_size 8", "give --global-batch-size"), flags=f"{RUN} --global-batch-size 4"),
-    "another length": Case(("seq_length 16", "seq_length, 8"), flags=f"{RUN} --seq-length 8"),
+    "another phase": Case(("phase was main, and is reference",), phase="reference", flags=RUN),
+    "another shape": Case(("gpt was {'num_layers': 2}, and is {'num_layers': 3}",), flags=f"{RUN} --num-layers 3"),
+    "another seed": Case(("seed was 11, and is 12 in this start",), flags=f"{RUN} --seed 12"),
+    "another batch": Case(("global_batch_size was 8", "--global-batch-size"), flags=f"{RUN} --global-batch-size 4"),
+    "another length": Case(("seq_length was 16, and is 8",), flags=f"{RUN} --seq-length 8"),
     "another mixture": Case(
-        ("sampling_weights {'domain 0'", "--change-domain-weights"), flags=f"{RUN} --domain-weights uniform"
+        ("sampling_weights was {'domain 0'", "--change-domain-weights"), flags=f"{RUN} --domain-weights uniform"
     ),
     "another tokenizer": Case(
         ("data_fingerprint",), flags=RUN, damage=manifest(lambda e: e["tokenizer"].update(sha256="1" * 64))
@@ -284,7 +284,7 @@ CHECKPOINTS = {
     ),
     **{
         f"another {flag}": Case(
-            (f"{name} {before}", f"this run's {name}, {now}", f"--override-resume {name}"),
+            (f"{name} was {before}, and is {now}", f"--override-resume {name}"),
             flags=f"{RUN} --{flag} {now}",
         )
         for flag, name, before, now in (
@@ -294,7 +294,7 @@ CHECKPOINTS = {
             ("clip-grad", "clip_grad", 1.0, 2.0),
         )
     },
-    "another precision": Case(("precision float32", "bfloat16"), flags=f"{RUN} --bf16 --zero-stage 1"),
+    "another precision": Case(("precision was float32, and is bfloat16",), flags=f"{RUN} --bf16 --zero-stage 1"),
     "other text of the same size": Case(
         ("data_content", "--override-resume data_content"),
         flags=RUN,

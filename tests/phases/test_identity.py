@@ -133,7 +133,7 @@ def test_a_checkpoint_of_version_0_1_resumes(data, tmp_path):
     del state["overrides"], state["checksums"], state["sha256"]
     early = ("phase", "gpt", "data_fingerprint", "sampling_weights", "seq_length", "global_batch_size", "seed")
     path.write_text(json.dumps({**state, **{key: identity[key] for key in early}}))
-    with pytest.raises(AssertionError, match="seed 11"):
+    with pytest.raises(AssertionError, match="seed was 11"):
         resume(data, save, 8, "--seed", "12")
     lines, printed = resume(data, save, 8)
     assert lines == undisturbed
@@ -145,7 +145,10 @@ def test_differences_and_overrides():
     now = {"phase": "proxy", "lr": 2.0, "gpt": {"a": 1, "b": 3}, "seed": 1, "train_iters": 6}
     faults, overridden = differences(before, now, "c", ["lr", "phase"])
     assert overridden == ["lr"]
-    assert [fault.value for fault in faults] == ["phase main", "gpt {'b': 2}"]
+    assert [fault.value for fault in faults] == [
+        "phase was main, and is proxy in this start",
+        "gpt was {'b': 2}, and is {'b': 3} in this start",
+    ]
     assert [fault.value for fault in override_faults(["lr", "phase", "nonsense"], now)] == ["phase", "nonsense"]
     assert identity_hash(before) == identity_hash(dict(reversed(before.items()))) != identity_hash(now)
 

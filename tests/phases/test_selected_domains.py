@@ -6,6 +6,8 @@ Run alone: python -m pytest tests/phases/test_selected_domains.py
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 from phases.small import MODEL, read_by
@@ -19,6 +21,20 @@ from megatron_doremi.phases.inputs import open_inputs
 def opened(data, *extra, phase="main"):
     base = ["--phase", phase, "--domains", str(data), "--save", "unused", "--train-iters", "5", "--dry-run"]
     return open_inputs(parse_config([*read_by(phase, [*base, *MODEL]), *extra], 1), Topology())
+
+
+def test_a_reference_of_another_kind_or_shape_is_warned_of(data, reference, tmp_path):
+    """A proxy as a reference, and another width; a reference of the proxy's shape gets no line."""
+    assert opened(data, *reference, phase="proxy").data.manifest.warnings == ()
+    (line,) = opened(data, *reference, "--ffn-hidden-size", "96", phase="proxy").data.manifest.warnings
+    assert "has another shape than the proxy, ffn_hidden_size 64 (proxy: 96)" in line
+    run = Path(reference[1])
+    shutil.copytree(run, tmp_path / "proxy")
+    config = json.loads((run / "config.json").read_text())
+    (tmp_path / "proxy" / "config.json").write_text(json.dumps({**config, "phase": "proxy"}))
+    for phase in ("proxy", "score"):
+        (line,) = opened(data, "--reference-load", str(tmp_path / "proxy"), phase=phase).data.manifest.warnings
+        assert "is a proxy, which DRO trained" in line
 
 
 def test_excluded_domains_are_not_read_and_not_part_of_the_data(data):
