@@ -19,6 +19,7 @@ from megatron_doremi.model.pipeline import GPTPipeline
 from megatron_doremi.model.sizes import parameters_by_layer
 from megatron_doremi.model.unpipelined import GPT, GPTModel
 from megatron_doremi.parallel.context import ParallelContext
+from megatron_doremi.parallel.deepspeed_internals import silence_memory_reports
 from megatron_doremi.plan import RunPlan
 
 
@@ -54,6 +55,7 @@ def make_engine(plan: RunPlan, objective: Objective, context: ParallelContext) -
         objective: the loss that it minimizes.
     """
     deepspeed_logger.setLevel(logging.WARNING)
+    silence_memory_reports()
     config, gpt, parallel = plan.config, plan.gpt, plan.config.parallel
     parameters = sum(parameters_by_layer(gpt, context.topology.tensor_size))
     entry = deepspeed_config(plan, parameters)

@@ -15,6 +15,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.pipe import PipelineModule
+from deepspeed.runtime import bf16_optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass, PipeInstruction, PipeSchedule, ReduceGrads
@@ -27,6 +28,11 @@ def disable_shared_memory_all_reduce() -> None:
     `deepspeed.init_distributed` builds that op if `__compatible_ops__` marks it as compatible; no setting disables it.
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def silence_memory_reports() -> None:
+    """Keeps the bfloat16 optimizer from printing memory statistics while it is built; no setting disables them."""
+    bf16_optimizer.see_memory_usage = lambda *_, **__: None
 
 
 # Parameters under ZeRO 3.

@@ -176,11 +176,13 @@ def _mixture(plan: RunPlan, controller: MixtureController, weights_setting: str)
     if phase == EVALUATE:
         return []
     if phase == SCORE:
-        total = f"{sum(plan.windows_needed):,}"
+        total, doremi = sum(plan.windows_needed), plan.config.doremi
+        tasks = doremi.num_shards
+        share = f"; task {doremi.shard} of {tasks:,}: about {-(-total // tasks):,} of them" if tasks > 1 else ""
         if not plan.config.data.train_iters:
-            return [f"to record: all {total} windows"]
+            return [f"to record: all {total:,} windows{share}"]
         steps = f"{plan.config.data.train_iters:,} steps under sampling weights {weights_setting}"
-        return [f"to record: the windows that a proxy reads in {steps}, at most {total}"]
+        return [f"to record: the windows that a proxy reads in {steps}, at most {total:,}{share}"]
     start = "sampling weights" if controller.samples_ahead else "sampling weights of the first step"
     return [f"mixture: {controller.method}; {start}: {weights_setting}"]
 

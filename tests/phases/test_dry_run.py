@@ -80,6 +80,12 @@ def test_the_held_out_windows_are_those_that_an_evaluation_reads(data, reference
     assert [row[-1] for row in rows(dry_run(data, "evaluate", "--load", reference[1])[1])] == ["37"] * 3
 
 
+def test_a_task_of_an_array_shows_its_share(data, reference):
+    """A proxy's 56 windows need at most 20 of each of three domains."""
+    _, lines = dry_run(data, "score", *reference, "--domain-weights", "uniform", "--shard", "1", "--num-shards", "4")
+    assert "at most 60; task 1 of 4: about 15 of them" in " ".join(" ".join(lines).split())
+
+
 def test_the_reference_counts(data):
     """A proxy holds an online reference's weights in addition to its state, here at 4 bytes per parameter."""
     flags = ["--reference-load", "to-come", "--model-size", "8b", "--seq-length", "16"]
