@@ -130,9 +130,16 @@ def _row(row: Row, columns: Sequence[Column]) -> str:
     for value, column in zip(row, columns, strict=True):
         text = escape(column.text(value))
         if isinstance(value, str) or value is None:
-            parts.append(f"<td{_words(column)}>{text}</td>")
-            continue
-        sign = {"-": "better", "+": "worse"}.get(text[:1]) if column.signed and len(text) > 1 else None
-        name = f' class="{sign}"' if sign else ""
-        parts.append(f'<td{name} data-value="{value:.6g}">{text}</td>')
+            names = " ".join([*(["words"] if column.is_text else []), *_visible(value)])
+            parts.append(f'<td class="{names}">{text}</td>' if names else f"<td>{text}</td>")
+        else:
+            parts.append(f'<td data-value="{value:.6g}">{text}</td>')
     return f"<tr>{''.join(parts)}</tr>"
+
+
+def _visible(value: str | None) -> list[str]:
+    """The class of a reading, or of an interval of differences that excludes 0: only what can be seen has a color."""
+    found = re.fullmatch(r"(better|worse)|\[([+-])[0-9.]+, \2[0-9.]+\]", value or "")
+    if found is None:
+        return []
+    return [found[1] or {"-": "better", "+": "worse"}[found[2]]]

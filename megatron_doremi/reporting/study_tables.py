@@ -62,7 +62,7 @@ def difference_table(study: Study) -> Table:
         Column("figure"),
         Column(study.subject or "", format_loss),
         Column("rival", format_loss),
-        Column("difference", format_difference, signed=True),
+        Column("difference", format_difference),
         Column("SD over seeds", format_loss),
         Column("95 % interval"),
         Column("pairs", format_count),
@@ -100,7 +100,7 @@ def held_out_table(study: Study) -> Table:
     before = len(columns)
     for comparison in study.comparisons:
         places[f"vs {comparison.pairing.rival}"] = len(columns)
-        columns.append(Column(f"vs {comparison.pairing.rival}", format_difference, signed=True))
+        columns.append(Column(f"vs {comparison.pairing.rival}", format_difference))
         paired = {name: each.paired for name, each in comparison.domains.items()}
         _append(rows, [paired[name].mean if name in paired else None for name in study.names])
         if len(comparison.pairing.pairs) > 1:
@@ -164,7 +164,7 @@ def domain_table(study: Study, comparison: RivalComparison) -> Table:
         Column("weight ratio", format_epochs),
         Column(subject, format_loss),
         Column(rival, format_loss),
-        Column("difference", format_difference, signed=True),
+        Column("difference", format_difference),
         Column("SD over seeds", format_loss),
         Column("95 % interval"),
         Column("pairs better"),

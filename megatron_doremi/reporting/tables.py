@@ -21,12 +21,10 @@ class Column:
     Attributes:
         name: its heading.
         format: makes the text of a number; a string is shown as it is, None and NaN as NOT_MEASURED.
-        signed: whether negative numbers are good news and positive ones bad (a difference of losses).
     """
 
     name: str
     format: Callable[[float], str] | None = None
-    signed: bool = False
 
     @property
     def is_text(self) -> bool:

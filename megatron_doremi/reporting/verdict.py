@@ -106,7 +106,7 @@ def findings(study: Study) -> list[str]:
     sentences = [sentence for comparison in study.comparisons for sentence in _domain_sentences(comparison)]
     if any(len(comparison.pairing.pairs) == 1 for comparison in study.comparisons):
         sentences.append("One pair has no interval: the variation between seeds was not measured. Train more seeds.")
-    return [*sentences, *_planted_sentences(study), *study.notes]
+    return [*sentences, *study.notes, *_planted_sentences(study)]
 
 
 def _domain_sentences(comparison: RivalComparison) -> list[str]:

@@ -21,6 +21,7 @@ import pytest
 
 from megatron_doremi.console import escape_unencodable_characters
 from megatron_doremi.errors import ConfigError
+from megatron_doremi.reporting.html import _visible as visible
 from megatron_doremi.reporting.sections import plain_numbers, unique_labels
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "report.py"
@@ -130,6 +131,12 @@ def test_numbers_at_their_edges_are_reported(tool, write_run, rows, tmp_path, ca
     assert tool.main([str(path), str(other), f"--output-dir={tmp_path / 'out'}"]) == 0
     assert "Domain names that differ only by case or spaces: 'Code', 'code'." in capsys.readouterr().out
     json.loads((tmp_path / "out" / "results.json").read_text())
+
+
+def test_only_a_visible_difference_has_a_color():
+    cells = {"better": "better", "[-0.2, -0.1]": "better", "[+0.100, +0.200]": "worse", "[-0.1, +0.1]": None}
+    cells |= {"[0.000, +0.100]": None, "[0.376, 0.395]": None, "no difference seen": None, "-": None}
+    assert {text: (visible(text) or [None])[0] for text in cells} == cells
 
 
 def test_several_runs_stand_side_by_side(tool, three_runs, tmp_path, capsys):

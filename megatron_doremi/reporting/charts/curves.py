@@ -59,7 +59,7 @@ def training_loss(study: Study) -> Chart | None:
             "width": layout.width,
             "height": 300,
             "params": [toggle("pick", "group")],
-            "mark": {"type": "line", "strokeWidth": 1.6, "clip": True},
+            "mark": {"type": "line", "strokeWidth": 1.6},
             "encoding": {
                 "x": {
                     "field": "step",
