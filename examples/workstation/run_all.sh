@@ -2,7 +2,8 @@
 # Runs all of DoReMi on the GPUs of this machine: tokenizer, data, reference, proxy, main model, report.
 #
 #     bash examples/workstation/run_all.sh examples/workstation/own_data.sh
-#     DRY_RUN=1 bash examples/workstation/run_all.sh EXPERIMENT    # plans all stages and starts none
+#     DRY_RUN=1 bash examples/workstation/run_all.sh EXPERIMENT    # plans all stages and starts none; with NPROC and
+#                                                                  # DEVICE_MEMORY_GIB for another machine
 #
 # The same command resumes an interrupted run. For each stage the dry run chooses the layout that fits the GPUs
 # (--suggest-layout) and prints why. Environment variables:
@@ -53,14 +54,17 @@ done
 source examples/stages.sh
 
 # One process per GPU.
-if [ "$DEVICE" = gpu ]; then
+gpus=0
+if [ "$DEVICE" = gpu ] && [ -n "$DRY_RUN" ] && [ -n "${NPROC:-}" ] && [ -n "${DEVICE_MEMORY_GIB:-}" ]; then
+    # The plan of another machine.
+    DEVICE="$NPROC GPUs of $DEVICE_MEMORY_GIB GiB"
+elif [ "$DEVICE" = gpu ]; then
     gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
     [ "$gpus" -gt 0 ] || fail "$PYTHON sees no GPU (torch.cuda.device_count() is 0); DEVICE=cpu trains on CPUs"
     NPROC=${NPROC:-$gpus}
     # Otherwise the allocator's cache can take several GiB that no tensor uses.
     export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 else
-    gpus=0
     NPROC=${NPROC:-$((cores < 8 ? cores : 8))}
 fi
 [[ $NPROC =~ ^[1-9][0-9]*$ ]] || fail "NPROC=$NPROC: give a number of processes"
@@ -140,7 +144,10 @@ logged() {
     local name=$1 code=0
     shift
     "$@" 2>&1 | tee -a -i "$OUT/logs/$name.log" || code=$?
-    if [ "$code" -ne 0 ]; then
+    if [ "$code" -eq 3 ]; then
+        echo "$name was stopped and has saved; the same command resumes it" >&2
+        exit 3
+    elif [ "$code" -ne 0 ]; then
         echo "error: $name did not finish (exit code $code); see above or $OUT/logs/$name.log" >&2
         echo "       the same command resumes it" >&2
         exit "$code"
