@@ -89,7 +89,7 @@ def warn(text: str) -> None:
 
 def _try_print(stream: TextIO, line: str) -> bool:
     try:
-        with _above_bars(stream):
+        with above_bars(stream):
             # One write, so that lines of several threads do not mix.
             stream.write(f"{line}\n")
             stream.flush()
@@ -105,7 +105,12 @@ def is_terminal(stream: TextIO | None) -> bool:
     return False
 
 
-def _above_bars(stream: TextIO) -> AbstractContextManager[None]:
+def below_bars() -> str:
+    """What to print before the last message of a process, which cannot wait for its progress bars to be removed."""
+    return "\n" if is_terminal(sys.stderr) and "tqdm" in sys.modules else ""
+
+
+def above_bars(stream: TextIO) -> AbstractContextManager[None]:
     """Removes progress bars from a terminal while a line is printed, and draws them again below it."""
     tqdm = sys.modules.get("tqdm")
     if tqdm is None or not is_terminal(stream):

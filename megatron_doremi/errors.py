@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
-from megatron_doremi.console import CONSOLE_ERRORS, escape_unencodable_characters, flush_streams
+from megatron_doremi.console import CONSOLE_ERRORS, above_bars, escape_unencodable_characters, flush_streams
 from megatron_doremi.open_files import raise_open_files_limit
 
 EXIT_USER_ERROR = 2
@@ -181,7 +181,7 @@ def run_or_exit(main: Callable[[], int | None], skip_cleanup: bool = False) -> N
 
 def _print_and_flush(message: str) -> None:
     """Prints the final message, if any, to stderr and flushes both streams."""
-    if message:
-        with contextlib.suppress(*CONSOLE_ERRORS):
+    if message and sys.stderr is not None:
+        with contextlib.suppress(*CONSOLE_ERRORS), above_bars(sys.stderr):
             print(message, file=sys.stderr, flush=True)
     flush_streams()
