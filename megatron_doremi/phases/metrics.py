@@ -88,12 +88,13 @@ def rate_entries(seconds: float, tokens: int, flops: float, world_size: int) -> 
 def step_summary(entry: Mapping[str, Any], train_iters: int, time_left: str) -> str:
     """A training line as text for people; `time_left` is "" at the last step."""
     text = f"step {entry['iteration']:>{len(f'{train_iters:,}')},}/{train_iters:,} | loss {entry['loss']:.4f} | lr "
-    text += f"{entry['lr']:.2e} | grad norm {entry['grad_norm']:.3f} | {entry['tokens_per_second']:,.0f} tokens/s"
+    text += f"{entry['lr']:.1e} | grad {entry['grad_norm']:.3f} | {entry['tokens_per_second']:,.0f} tokens/s"
     text += f" | {time_left} left" if time_left else ""
     if "domain_weights" in entry:
         name, weight = max(entry["domain_weights"].items(), key=lambda item: item[1])
         # With the time of day before it, the line is at most COLUMNS long.
-        text += f" | top {shortened(name, max(8, COLUMNS - 9 - len(text) - len(' | top  0.123')))} {weight:.3f}"
+        room = COLUMNS - len("HH:MM:SS ") - len(text) - len(" | top  0.123")
+        text += f" | top {shortened(name, room)} {weight:.3f}" if room >= min(6, len(name)) else ""
     return text
 
 
