@@ -201,7 +201,7 @@ def _without_bytes(
     if not lacking:
         return []
     named = ", ".join(map(repr, lacking[:3])) + (f" and {len(lacking) - 3} more" if len(lacking) > 3 else "")
-    return [f"no bits per byte for {named}: no .bytes file beside the held-out pair (from version 0.1 or Megatron-LM)"]
+    return [f"no bits per byte for {named}: no .bytes file beside the held-out pair (made by version 0.1?)"]
 
 
 def held_out(data: RunData, seq_length: int, max_windows: int) -> HeldOut:
