@@ -17,7 +17,8 @@ from megatron_doremi.preprocessing.parquet_rows import slices
 _FILE_MAGIC = b"ARROW1"
 # What ends a stream: a reader of pyarrow also accepts a stream that is cut off between two batches.
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
-_ARROW_ERRORS = (pyarrow.ArrowException, OSError, ValueError, OverflowError)
+# A damaged size asks for more memory than there is.
+_ARROW_ERRORS = (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError)
 
 
 @contextlib.contextmanager
@@ -74,8 +75,10 @@ def _stream_batches(
 
 def _fault(error: Exception) -> Exception:
     """The exception to raise for one of pyarrow's: itself if the machine failed, else a BrokenFile."""
-    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None):
+    if isinstance(error, OSError) and error.errno is not None:
         return error
+    if isinstance(error, MemoryError):
+        return BrokenFile(f"{DAMAGED}, or a batch of its rows does not fit into memory")
     message = " ".join(str(error).split())
     if "Expected to be able to read" in message or "Expected to read" in message:
         return BrokenFile(TRUNCATED)

@@ -6,7 +6,9 @@ Run alone: python -m pytest tests/preprocessing/test_inputs.py
 from __future__ import annotations
 
 import gzip
+import io
 import json
+import random
 import re
 import tracemalloc
 from pathlib import Path
@@ -15,6 +17,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
+from data.file_mutations import mutated_bytes
 from input_files import compressed, lines, long_window, options, parquet, pile, put, read, records, table
 
 from megatron_doremi.errors import ConfigError, RunError
@@ -489,3 +492,23 @@ def test_all_inputs_that_cannot_be_opened_are_reported_together(tmp_path, monkey
         values[2].split(": ")[-1],
         "Permission denied",
     ]
+
+
+def test_damaged_arrow_files_never_end_in_a_traceback(tmp_path):
+    """A damaged size asks for more memory than there is; Arrow has no checksums, so a damaged text may be read."""
+    rows = pyarrow.Table.from_pylist(ROWS)
+    out = io.BytesIO()
+    with pyarrow.ipc.new_stream(out, rows.schema) as writer:
+        writer.write_table(rows, max_chunksize=10)
+    dice = random.Random(5)
+    outcomes = set()
+    for _ in range(60):
+        path = put(tmp_path / "d.arrow", mutated_bytes(out.getvalue(), dice))
+        try:
+            documents, bad = read(path, "--domain-key", "domain")
+        except ConfigError:
+            outcomes.add("refused")
+        else:
+            outcomes.add(bool(bad))
+            assert bad or len(documents) == len(ROWS)
+    assert outcomes >= {True, False}
