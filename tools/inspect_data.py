@@ -41,7 +41,7 @@ from megatron_doremi.preprocessing.overview import (
     shown_domains,
     size_table,
 )
-from megatron_doremi.preprocessing.tokenizer import Tokenizer, load_tokenizer
+from megatron_doremi.preprocessing.tokenizer import Tokenizer, dataset_tokenizer
 from megatron_doremi.preprocessing.verification import (
     compare_checksums,
     listing_faults,
@@ -140,28 +140,6 @@ def open_manifest(path: Path) -> Manifest:
     return manifest
 
 
-def open_tokenizer(manifest: Manifest) -> Tokenizer | None:
-    """Loads the manifest's tokenizer, if it has one. Raises ConfigError if its file has changed."""
-    info = manifest.tokenizer
-    if info is None:
-        return None
-    tokenizer = load_tokenizer(info.type, info.file, eod=info.eod)
-    if tokenizer.sha256 == info.sha256 and (tokenizer.vocab_size, tokenizer.eod) != (info.vocab_size, info.eod):
-        value = f"vocab_size {info.vocab_size}, eod {info.eod}"
-        rule = f"those of {info.file.name}: vocab_size {tokenizer.vocab_size}, eod {tokenizer.eod}"
-        raise ConfigError(Fault(f"tokenizer of {manifest.path}", value, rule, "make the manifest again"))
-    if tokenizer.sha256 != info.sha256:
-        raise ConfigError(
-            Fault(
-                f"tokenizer {info.file}",
-                f"SHA-256 {tokenizer.sha256[:12]}",
-                f"{info.sha256[:12]}, the tokenizer that encoded the data",
-                "restore that file, or make the data set again",
-            )
-        )
-    return tokenizer
-
-
 def as_text(ids: NDArray[np.int64], tokenizer: Tokenizer | None) -> str:
     """Returns the text of ids, or the ids as text if there is no tokenizer."""
     return " ".join(map(str, ids)) if tokenizer is None else tokenizer.decode(ids)
@@ -171,7 +149,7 @@ def overview(args: argparse.Namespace) -> None:
     """Prints the domains, a decoded sample of each, and what looks wrong."""
     manifest = load_manifest(args.domains)
     weights, budget = weights_and_budget(args, manifest)
-    tokenizer = open_tokenizer(manifest)
+    tokenizer = dataset_tokenizer(manifest)
     sizes = read_sizes(manifest)
     epochs = None
     if budget:
@@ -283,7 +261,7 @@ def documents(args: argparse.Namespace) -> None:
     if args.first < 0 or args.count < 1 or end > dataset.num_documents:
         value, rule = f"{args.first} to {end - 1}", f"documents 0 to {dataset.num_documents - 1:,}"
         raise ConfigError(Fault("--first, --count", value, rule, "give numbers in that range"))
-    tokenizer = open_tokenizer(manifest)
+    tokenizer = dataset_tokenizer(manifest)
     for number in range(args.first, end):
         ids = dataset.document(number)
         print(f"== {args.domain}, {args.split}, document {number:,}: {len(ids):,} tokens")
@@ -335,7 +313,7 @@ def window(args: argparse.Namespace) -> None:
         f"== sample {args.number:,}: step {step + 1:,}, row {row}; {manifest.names[domain]}, window {window_index:,} "
         f"of {sizes[domain]:,}, epoch {epoch + 1}"
     )
-    print(as_text(ids, open_tokenizer(manifest)))
+    print(as_text(ids, dataset_tokenizer(manifest)))
 
 
 def verify(args: argparse.Namespace) -> None:
@@ -345,7 +323,7 @@ def verify(args: argparse.Namespace) -> None:
         raise_if_any(listing_faults(args.write_checksums, manifest))
     verified = verify_pairs(manifest)
     try:
-        open_tokenizer(manifest)
+        dataset_tokenizer(manifest)
     except ConfigError as error:
         verified.faults[:0] = error.faults
     if args.checksums and not verified.faults:

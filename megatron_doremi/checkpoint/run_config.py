@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import ConfigDict, Field, model_validator
 
 from megatron_doremi.config import GPTConfig
+from megatron_doremi.errors import ConfigError, Fault
 from megatron_doremi.settings import MAX_LAYERS, MAX_WIDTH
 from megatron_doremi.storage.formats import Count, Name, Positive, Schema, read_checked
 
@@ -106,5 +107,8 @@ class RunConfigFile(Schema):
 
 def read_run_config(folder: Path, flag: str) -> RunConfigFile:
     """Reads config.json of a run's folder. Raises ConfigError with every fault, each naming `flag`."""
+    if not folder.is_dir():
+        rule, remedy = "the --save folder of a run", "correct the path, or train the run first"
+        raise ConfigError(Fault(f"{flag} {folder}", "no such folder", rule, remedy))
     subject = f"{flag} {folder}: config.json"
     return read_checked(folder / "config.json", subject, RunConfigFile, "give the --save folder of a run, unchanged")

@@ -19,6 +19,7 @@ from megatron_doremi.mixture.reference import ReferenceRun
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.phases.early_checks import reference_faults
 from megatron_doremi.phases.identity import run_identity
+from megatron_doremi.phases.load_target import checkpoint_to_resume
 from megatron_doremi.phases.output_checks import planned_output_faults
 from megatron_doremi.phases.resume import planned_resume
 from megatron_doremi.phases.run_data import RunData, open_data
@@ -105,6 +106,9 @@ def open_inputs(config: Config, topology: Topology) -> Inputs:
         # A run checks this after its ranks have joined.
         faults += missing_losses(reference_losses, plan)
     resumes: list[str] | None = None
+    if config.run.load_step is not None and not config.run.dry_run:
+        # A step that does not exist is a fault before anything is written; the run searches again under its lock.
+        collect(lambda: checkpoint_to_resume(config.run, lambda skipped: None))
     if config.run.dry_run:
         # The reference's weights are not read.
         unknown = ["reference", *(["sampling_weights"] if WEIGHTS in to_come else [])]

@@ -90,6 +90,9 @@ def test_steps_and_folders_that_do_not_fit_are_refused(run, data, tmp_path):
     text = refused("--save", str(tmp_path / "new"), "--load", f"{run}@5")
     assert "no checkpoint of step 5" in text
     assert "2, 4, 6, 8" in text
+    with pytest.raises(AssertionError, match="no checkpoint of step 5"):
+        train(1, "main", data, tmp_path / "new", 8, *FLAGS, "--load", f"{run}@5")
+    assert not (tmp_path / "new").exists()
     assert "there is none" in refused("--save", str(tmp_path / "new"), "--load", f"{tmp_path}/nowhere@5")
     text = refused("--save", str(run), "--load", f"{run}@4")
     assert "iter_0000008" in text

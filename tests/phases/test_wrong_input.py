@@ -214,7 +214,7 @@ def test_a_reference_of_before_a_field_existed(reference, tmp_path):
 
 def test_a_reference_that_is_none(reference, tmp_path):
     data = reference / "domains.json"
-    assert "config.json" in reference_faults(tmp_path, data)
+    assert "no such folder" in reference_faults(tmp_path, data)
     shutil.copytree(reference, tmp_path / "copy")
     shutil.rmtree(tmp_path / "copy" / "run" / "checkpoints")
     assert "no complete checkpoint" in reference_faults(tmp_path / "copy", data)
