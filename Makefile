@@ -1,11 +1,13 @@
 # Shortcuts. The two that matter also run without make: bash examples/quickstart.sh, bash tests/run.sh.
-.PHONY: test quick quickstart format
+.PHONY: help quickstart test quick format
 
-test:        ## every check and test
+help:        ## this list (the default)
+	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+): *## *(.*)/make \1\t\2/' | expand -t 18
+quickstart:  ## the whole of DoReMi on this machine, in some minutes
+	bash examples/quickstart.sh
+test:        ## every check and test, in about a quarter of an hour
 	bash tests/run.sh
 quick:       ## every check and the fast tests
 	bash tests/run.sh -m "not slow"
-quickstart:  ## the whole of DoReMi on this machine
-	bash examples/quickstart.sh
 format:      ## rewrite the sources in the house format
 	bash -c 'source examples/environment.sh; use_environment requirements-dev.txt; $$PYTHON -m ruff check --fix . ; $$PYTHON -m ruff format .'

@@ -30,45 +30,61 @@ def quickstart(out: Path, *arguments: object, **variables: object) -> subprocess
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
+    """A folder of folders of texts, a domain each."""
     folder = tmp_path_factory.mktemp("corpus")
-    command = [sys.executable, "tools/embedded_corpus.py", "--output-dir", str(folder), "--domain-bytes", "60000"]
-    subprocess.run([*command, "--valid-fraction", "0.3"], cwd=ROOT, check=True, capture_output=True)
+    for domain, words in (("Letters", "ab"), ("Numbers", "12"), ("Signs", "+-")):
+        (folder / domain).mkdir()
+        for number in range(40):
+            text = "".join(words[(number * n) % 7 % 2] + " " * (n % 3 == 0) for n in range(200))
+            (folder / domain / f"{number}.txt").write_text(f"{domain} {number}: {text}\n")
     return folder
 
 
 @pytest.mark.slow
 def test_the_whole_of_doremi_on_ones_own_files(corpus, tmp_path):
     out = tmp_path / "out"
-    small = {"TRAIN_ITERS": 6, "VOCAB_SIZE": 400, "SEQ_LENGTH": 16, "HIDDEN": 32, "MAIN_HIDDEN": 32, "EVAL_ITERS": 1}
-    arguments = (corpus / "train.jsonl", corpus / "valid.jsonl")
-    done = quickstart(out, *arguments, **small)
+    small = {"SEEDS": 2, "TRAIN_ITERS": 6, "SEQ_LENGTH": 16, "HIDDEN": 16, "LAYERS": 1, "GLOBAL_BATCH_SIZE": 6}
+    done = quickstart(out, corpus, **small)
     assert done.returncode == 0, done.stderr[-3000:]
-    for word in ("learned", "boilerplate", "uniform mean", "One run of each cannot tell", "Planted domain noise"):
-        assert word in done.stdout
-    names = set(json.loads((out / "proxy" / "domain_weights.json").read_text())["weights"])
-    assert len(names) == 8
-    config = json.loads((out / "proxy" / "config.json").read_text())
-    assert config["topology"] == {"pipe_size": 2, "data_size": 1, "tensor_size": 1}
-    lines = [json.loads(line) for line in (out / "proxy" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["iteration"] for line in lines if "loss" in line] == list(range(1, 7))
-    main = json.loads((out / "main" / "config.json").read_text())["sampling_weights"]
-    learned = json.loads((out / "proxy" / "domain_weights.json").read_text())["weights"]
-    assert main == pytest.approx(learned, rel=1e-12)
-    assert list(out.glob("*/tensorboard/events*"))
-    assert list((out / "report").glob("*.png"))
+    assert "Over 2 paired seeds" in done.stdout
+    printed = [line for line in done.stdout.splitlines() if str(tmp_path) not in line]
+    assert max(map(len, printed)) <= 120
+    assert len(printed) < 100
+    for seed in (1, 2):
+        runs = {run.name: run for run in (out / f"seed-{seed}").iterdir()}
+        assert runs.keys() == {"uniform", "natural", "proxy", "doremi"}
+        configs = {name: json.loads((run / "config.json").read_text()) for name, run in runs.items()}
+        assert {config["settings"]["data"]["seed"] for config in configs.values()} == {seed}
+        learned = json.loads((runs["proxy"] / "domain_weights.json").read_text())["weights"]
+        assert learned.keys() == {"Letters", "Numbers", "Signs"}
+        assert configs["doremi"]["sampling_weights"] == pytest.approx(learned, rel=1e-12)
+        assert configs["uniform"]["sampling_weights"] == pytest.approx(dict.fromkeys(learned, 1 / 3))
+        for run in runs.values():
+            lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+            assert lines[-1]["iteration"] == 6
+            assert lines[-1]["eval_bpb"].keys() == learned.keys()
+    results = json.loads((out / "report" / "results.json").read_text())
+    assert results["unit"] == "bits per byte"
     assert (out / "report" / "report.html").stat().st_size > 10_000
 
     # Started again it finds everything done; with other settings it refuses to mix two runs.
-    before = (out / "proxy" / "metrics.jsonl").read_text()
-    other = quickstart(out, *arguments, **{**small, "VOCAB_SIZE": 500})
+    before = (out / "seed-1" / "proxy" / "metrics.jsonl").read_text()
+    other = quickstart(out, corpus, **{**small, "VOCAB_SIZE": 500})
     assert other.returncode == 2
     assert "other settings" in other.stderr
-    assert (out / "proxy" / "metrics.jsonl").read_text() == before
+    assert (out / "seed-1" / "proxy" / "metrics.jsonl").read_text() == before
 
 
-def test_usage():
-    done = subprocess.run(
-        ["bash", "examples/quickstart.sh", "one.jsonl"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+@pytest.mark.parametrize(
+    ("arguments", "variables", "expected"),
+    [
+        (("1", "2", "3"), {}, "usage:"),
+        ((), {"NPROC": 3, "TP": 2}, "NPROC must be a multiple of TP x PP"),
+        ((), {"NPROC": 5}, "GLOBAL_BATCH_SIZE a multiple of NPROC"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_written(tmp_path, arguments, variables, expected):
+    done = quickstart(tmp_path / "out", *arguments, **variables)
     assert done.returncode == 2
-    assert "usage:" in done.stderr
+    assert expected in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -2,9 +2,9 @@
 
     python tools/embedded_corpus.py --output-dir runs/quickstart/corpus
 
-Six natural domains come from Python's standard library and the packages in requirements.txt. Two planted domains test
-DoReMi: noise, which cannot be learned, and boilerplate, which is learned within a few steps. The output is in The
-Pile's format, split into train and valid by document.
+Six domains come from Python's standard library and the packages in requirements.txt, in the sizes in which they are
+found, up to a limit. Two planted domains test DoReMi: noise, which cannot be learned, and boilerplate, which is learned
+within a few steps. The output is in The Pile's format, split into train and valid by document.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from megatron_doremi.flag_parser import FlagParser
 from megatron_doremi.progress import stage
 from megatron_doremi.storage.files import atomic_write_text, make_folder
 
-_MIN_DOCUMENT, _MAX_DOCUMENT = 200, 8_000  # characters
+_MIN_DOCUMENT, _MAX_DOCUMENT = 200, 4_000  # characters
 _MIN_DOMAIN_BYTES = 1_000_000
 NOISE, BOILERPLATE = "noise", "boilerplate"
 
@@ -154,8 +154,11 @@ def boilerplate(target_bytes: int, seed: int) -> list[str]:
     return documents
 
 
-def gather_all(domain_bytes: int, seed: int) -> dict[str, list[str]]:
-    """Returns the documents of every domain. Raises ConfigError if this machine has too little text for one."""
+def gather_all(domain_bytes: int, seed: int, planted: bool) -> dict[str, list[str]]:
+    """Returns the documents of every domain, of at most about `domain_bytes`.
+
+    Raises ConfigError if this machine has too little text for one.
+    """
     corpus, faults = {}, []
     for name, texts in natural_domains(seed).items():
         corpus[name] = gather(texts, domain_bytes)
@@ -165,7 +168,9 @@ def gather_all(domain_bytes: int, seed: int) -> dict[str, list[str]]:
             remedy = "give the quickstart your own text: bash examples/quickstart.sh TRAIN VALID"
             faults.append(Fault(f"domain {name!r}", value, rule, remedy))
     raise_if_any(faults)
-    corpus[NOISE], corpus[BOILERPLATE] = noise(domain_bytes, seed), boilerplate(domain_bytes, seed)
+    if planted:
+        size = domain_bytes // 2
+        corpus[NOISE], corpus[BOILERPLATE] = noise(size, seed), boilerplate(size, seed)
     return corpus
 
 
@@ -181,10 +186,11 @@ def main() -> int:
     add = parser.add_argument
     output_help = "folder in which to write train.jsonl and valid.jsonl"
     add("--output-dir", required=True, type=Path, metavar="DIR", help=output_help)
-    bytes_help = "bytes of text per domain, in both splits together (default: 1500000)"
-    add("--domain-bytes", type=int, default=1_500_000, metavar="N", help=bytes_help)
-    fraction_help = "fraction of the documents in the valid split (default: 0.06)"
-    add("--valid-fraction", type=float, default=0.06, metavar="F", help=fraction_help)
+    bytes_help = "largest size of a domain in bytes of text, both splits together (default: 6000000)"
+    add("--domain-bytes", type=int, default=6_000_000, metavar="N", help=bytes_help)
+    fraction_help = "fraction of the documents in the valid split (default: 0.05)"
+    add("--valid-fraction", type=float, default=0.05, metavar="F", help=fraction_help)
+    add("--without-planted", action="store_true", help="leave out noise and boilerplate (default: add them)")
     seed_help = "seed that selects, splits and shuffles the documents (default: 1234)"
     add("--seed", type=int, default=1234, metavar="N", help=seed_help)
     args = parser.parse_args()
@@ -197,7 +203,7 @@ def main() -> int:
     raise_if_any(faults)
     make_folder(args.output_dir, "--output-dir")
     with stage("gathering text"):
-        corpus = gather_all(args.domain_bytes, args.seed)
+        corpus = gather_all(args.domain_bytes, args.seed, not args.without_planted)
     splits: dict[str, list[str]] = {"train": [], "valid": []}
     print(f"{'domain':<16} {'documents':>10} {'bytes':>12} {'held out':>10}")
     for name, documents in corpus.items():

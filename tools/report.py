@@ -29,7 +29,7 @@ from megatron_doremi.data.manifest import load_manifest
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any, run_or_exit
 from megatron_doremi.progress import stage
 from megatron_doremi.reporting.charts.render import png
-from megatron_doremi.reporting.comparison import Study, compare, list_runs
+from megatron_doremi.reporting.comparison import compare, list_runs, with_controls
 from megatron_doremi.reporting.console import console_text
 from megatron_doremi.reporting.groups import PROXY, REFERENCE, Group
 from megatron_doremi.reporting.runs import Run, read_all, read_run, read_runs
@@ -45,7 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder: Path = options.output_dir
     named: list[tuple[str, list[Path]]] = options.groups
     with stage("reading the runs"):
-        study = _read_study(named, options.runs, options.domains, _unwritable(folder))
+        groups, tokens = _read(named, options.runs, options.domains, _unwritable(folder))
+        groups = with_controls(groups, options.control_domains)
+        study = compare(groups, tokens) if named else list_runs(groups, tokens)
     _make_writable(folder)
     print(console_text(study), flush=True)
     with stage("drawing the charts"):
@@ -68,6 +70,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", nargs="+", action=_Group, metavar="DIR", dest="groups", help=short_help)
     domains_help = "manifest (domains.json) of the runs: adds natural weights and epochs"
     parser.add_argument("--domains", type=Path, metavar="FILE", help=domains_help)
+    control_help = "domains that are shown but left out of mean and worst domain, such as one that cannot be learned"
+    parser.add_argument("--control-domains", nargs="+", default=[], metavar="NAME", help=control_help)
     output_help = "folder for the report (default: report/ in the first folder given)"
     parser.add_argument("--output-dir", type=Path, metavar="DIR", help=output_help)
     options = parser.parse_args(arguments)
@@ -137,10 +141,10 @@ def _output_fault(value: str) -> Fault:
     return Fault("--output-dir", value, "a folder that can be written", remedy)
 
 
-def _read_study(
+def _read(
     named: Sequence[tuple[str, Sequence[Path]]], runs: Sequence[Path], domains: Path | None, faults: list[Fault]
-) -> Study:
-    """Reads manifest and runs. Raises ConfigError with `faults` and every fault of the files, or of the comparison."""
+) -> tuple[list[Group], dict[str, int]]:
+    """Reads the runs, and the tokens by domain. Raises ConfigError with `faults` and every fault of the files."""
     tokens: dict[str, int] = {}
     groups: list[Group] = []
     try:
@@ -153,7 +157,7 @@ def _read_study(
     except ConfigError as error:
         faults += error.faults
     raise_if_any(faults)
-    return compare(groups, tokens) if named else list_runs(groups, tokens)
+    return groups, tokens
 
 
 def _read_groups(named: Sequence[tuple[str, Sequence[Path]]]) -> list[Group]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from megatron_doremi.errors import Fault, raise_if_any
+from megatron_doremi.errors import ConfigError, Fault, raise_if_any
 from megatron_doremi.reporting.differences import differences, similar_names_note
 from megatron_doremi.reporting.evaluations import HeldOut, Unit
 from megatron_doremi.reporting.groups import (
@@ -121,6 +121,27 @@ class Study:
         if not run.evaluations or (self.unit is Unit.BITS and run.evaluations[-1].bits is None):
             return None
         return run.evaluations[-1].held_out(self.unit)
+
+
+def with_controls(groups: Sequence[Group], controls: Sequence[str]) -> list[Group]:
+    """The groups with control domains: shown, but left out of every mean and worst domain.
+
+    Raises:
+        ConfigError: no run was evaluated on a domain of that name, or every domain is a control.
+    """
+    evaluated = {name for g in groups for run in g.runs for each in run.evaluations for name in each.nats.losses}
+    listed = ", ".join(sorted(evaluated))
+    unknown = [name for name in controls if name not in evaluated]
+    if unknown:
+        raise ConfigError(Fault("--control-domains", ", ".join(unknown), f"among {listed}", "correct the names"))
+    if evaluated and evaluated <= set(controls):
+        raise ConfigError(Fault("--control-domains", listed, "at least one other domain", "leave one out"))
+    known = frozenset(controls)
+
+    def changed(run: Run) -> Run:
+        return replace(run, evaluations=tuple(each.with_controls(known) for each in run.evaluations))
+
+    return [replace(group, runs=tuple(map(changed, group.runs))) for group in groups]
 
 
 def compare(groups: Sequence[Group], domain_tokens: Mapping[str, int] | None = None) -> Study:
@@ -286,6 +307,11 @@ def _common_notes(groups: Sequence[Group], names: Sequence[str]) -> Iterable[str
             note = weights_file_note(run, group.label(run)) if run.has_weights else None
             if note is not None:
                 yield note
+    evaluations = [run.evaluations[-1].nats for group in groups for run in group.runs if run.evaluations]
+    controls = sorted({name for each in evaluations for name in each.controls})
+    if controls:
+        verb = "is a control" if len(controls) == 1 else "are controls"
+        yield f"{', '.join(controls)} {verb}: left out of worst domain and uniform mean, not of the token mean."
     similar = similar_names_note(names)
     if similar is not None:
         yield similar

@@ -41,23 +41,31 @@ class HeldOut:
         token_mean: mean over text that has the domains in their natural shares; None if the line has none.
         by_shares: false for a line of version 0.1, whose token mean weighted domains by held-out windows instead.
         intervals: 95 % intervals over held-out documents, by domain; empty if the line has none.
+        controls: domains that mean and worst domain leave out, unless there is no other.
     """
 
     losses: dict[str, float]
     token_mean: float | None = None
     by_shares: bool = True
     intervals: dict[str, Interval] = field(default_factory=dict)
+    controls: frozenset[str] = frozenset()
+
+    @property
+    def counted(self) -> dict[str, float]:
+        """The losses that are not of controls; all of them if there are only controls."""
+        return {name: loss for name, loss in self.losses.items() if name not in self.controls} or self.losses
 
     @property
     def uniform_mean(self) -> float:
         """Unweighted mean over domains; NaN if any domain's loss is."""
-        return sum(self.losses.values()) / len(self.losses)
+        return sum(self.counted.values()) / len(self.counted)
 
     @property
     def worst(self) -> tuple[str, float]:
         """The domain with the highest loss, and that loss; NaN only if every loss is."""
-        name = max(self.losses, key=lambda domain: -math.inf if math.isnan(loss := self.losses[domain]) else loss)
-        return name, self.losses[name]
+        counted = self.counted
+        name = max(counted, key=lambda domain: -math.inf if math.isnan(loss := counted[domain]) else loss)
+        return name, counted[name]
 
     def restricted_to(self, names: Iterable[str]) -> HeldOut:
         """The losses of `names` alone; the token mean, which is of all domains, stays."""
@@ -80,6 +88,11 @@ class Evaluation:
     nats: HeldOut
     bits: HeldOut | None = None
     windows: dict[str, int] | None = None
+
+    def with_controls(self, controls: frozenset[str]) -> Evaluation:
+        """The evaluation with these control domains."""
+        bits = None if self.bits is None else replace(self.bits, controls=controls)
+        return replace(self, nats=replace(self.nats, controls=controls), bits=bits)
 
     def held_out(self, unit: Unit) -> HeldOut:
         """The losses in a unit. Raises ValueError for bits per byte that were not recorded."""

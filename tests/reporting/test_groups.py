@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_doremi.errors import ConfigError
-from megatron_doremi.reporting.comparison import TOKEN_MEAN, UNIFORM_MEAN, WORST, compare, list_runs
+from megatron_doremi.reporting.comparison import TOKEN_MEAN, UNIFORM_MEAN, WORST, compare, list_runs, with_controls
 from megatron_doremi.reporting.console import console_text
 from megatron_doremi.reporting.evaluations import Unit
 from megatron_doremi.reporting.groups import Group, check_learned_weights
@@ -65,6 +65,21 @@ def proxies(write_run, rows):
 
 MAIN = {1: (1.0, 2.0, 1.2), 2: (1.25, 2.0, 1.2), 3: (1.5, 2.0, 1.2)}
 NATURAL = {1: (1.5, 3.0, 1.0), 2: (1.5, 3.5, 1.2), 3: (1.5, 4.0, 1.4)}
+
+
+def test_control_domains_are_left_out_of_worst_domain_and_mean(group):
+    """web, the worst domain of every run, is a control: both figures are those of code, -.5, -.25, 0."""
+    groups = with_controls([group("main", MAIN), group("natural", NATURAL)], ["web"])
+    study = compare(groups)
+    summary = study.comparisons[0].summary
+    assert summary[WORST].differences == summary[UNIFORM_MEAN].differences == (-0.5, -0.25, 0.0)
+    assert summary[TOKEN_MEAN].differences == pytest.approx((0.2, 0.0, -0.2))
+    assert study.comparisons[0].domains.keys() == {"code", "web"}
+    assert "web is a control: left out of worst domain and uniform mean, not of the token mean." in findings(study)
+    for names, wrong in ((["noise"], "noise"), (["code", "web"], "code, web")):
+        with pytest.raises(ConfigError) as error:
+            with_controls(groups, names)
+        assert error.value.faults[0].value == wrong
 
 
 def test_figures_by_hand(group):
