@@ -141,3 +141,9 @@ def test_the_exported_names_exist_and_importing_the_package_loads_no_torch():
         "assert all(hasattr(megatron_doremi, name) for name in megatron_doremi.__all__)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_test_files_have_different_names():
+    """pytest imports them by name alone, and the whole suite would not start."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert len(names) == len(set(names))

@@ -1,6 +1,6 @@
 """--suggest-layout: what fits a device, by hand, and in which order.
 
-Run alone: python -m pytest tests/planning/test_layouts.py
+Run alone: python -m pytest tests/planning/test_suggested_layouts.py
 """
 
 from __future__ import annotations

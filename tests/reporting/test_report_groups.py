@@ -1,6 +1,6 @@
 """Groups of seeds: figures by hand, what a pair shares, whose weights a main model samples by, and the verdict.
 
-Run alone: python -m pytest tests/reporting/test_groups.py
+Run alone: python -m pytest tests/reporting/test_report_groups.py
 """
 
 from __future__ import annotations
