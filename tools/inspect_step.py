@@ -32,6 +32,7 @@ from megatron_doremi.data.given_weights import did_you_mean
 from megatron_doremi.data.manifest import Manifest, load_manifest, manifest_of_words
 from megatron_doremi.data.token_stream import TokenStream
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any, run_or_exit
+from megatron_doremi.flag_parser import FlagParser
 from megatron_doremi.preprocessing.tokenizer import Tokenizer, dataset_tokenizer
 
 # Characters of a document's part that are shown without --json.
@@ -56,7 +57,7 @@ class RunFiles:
 
 def build_parser() -> argparse.ArgumentParser:
     """Builds the command-line parser."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser = FlagParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("--run", required=True, type=Path, metavar="DIR", help="folder of the run (its --save folder)")
     add("--step", required=True, type=int, metavar="N", help="number of the step, from 1")

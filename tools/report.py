@@ -27,6 +27,7 @@ if not __package__:
 from megatron_doremi import __version__
 from megatron_doremi.data.manifest import load_manifest
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any, run_or_exit
+from megatron_doremi.flag_parser import FlagParser
 from megatron_doremi.progress import stage
 from megatron_doremi.reporting.charts.render import png
 from megatron_doremi.reporting.comparison import compare, list_runs, with_controls
@@ -59,8 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the command line; `groups` are (name, folders), in order. Raises ConfigError for what does not fit."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS
+    parser = FlagParser(
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=argparse.SUPPRESS,
     )
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="--save folders of runs to show side by side")
     group_help = "--save folders of the runs of a group, one for each seed; give it once for each group"

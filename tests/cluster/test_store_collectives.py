@@ -87,7 +87,7 @@ def test_a_machine_error_on_rank_0_is_raised_on_every_rank():
 
     store = dist.HashStore()
     for rank in (0, 1):
-        with pytest.raises(RunError, match=r"^scores.json: No space left on device$"):
+        with pytest.raises(RunError, match=r"^scores.json: No space left on device; free disk space"):
             run_on_rank_0_via_store(store, "folder", rank, full)
 
 
