@@ -159,10 +159,10 @@ if unimax=$(plan unimax --max-epochs-per-domain "$EPOCHS" 2> "$OUT/logs/unimax-p
         unimax_note="UniMax's weights are the uniform ones here: at most $EPOCHS epoch of a domain is read"
     fi
 else
-    unimax_note="no UniMax: the text is less than $EPOCHS epoch of the budget"
+    unimax_note="no UniMax: the runs read more than $EPOCHS epoch of all text"
 fi
 names+=(proxy doremi)
-say "3. ${#names[@]} runs for each of $SEEDS seeds, $JOBS at a time: ${names[*]}"
+say "3. Runs, $JOBS at a time: ${names[*]}; seeds 1 to $SEEDS"
 if [ -n "$unimax_note" ]; then
     echo "$unimax_note"
 fi
@@ -185,7 +185,8 @@ stop() {
     for pid in "${running[@]}"; do
         kill -TERM -- "-$pid" 2> /dev/null || true
     done
-    wait
+    # Bash would name each run that it ends.
+    { wait; } 2> /dev/null
     if [ "$1" -ne 0 ]; then
         echo "stopped; the same command resumes" >&2
     fi
