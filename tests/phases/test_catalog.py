@@ -364,7 +364,9 @@ CHECKPOINTS = {
     ),
 }
 REFERENCES = {
-    "no run": Case(("config.json",), phase="proxy", flags="--reference-load @/nowhere"),
+    "no run": Case(
+        ("nowhere: no such folder", "train the run first"), phase="proxy", flags="--reference-load @/nowhere"
+    ),
     "no checkpoint": Case(
         ("no complete checkpoint",),
         phase="proxy",
