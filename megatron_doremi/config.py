@@ -283,6 +283,10 @@ class OptimizerConfig:
     bf16: bool = setting(False, "bfloat16 weights and activations, float32 master weights and gradients", phases=PHASES)
 
 
+# The settings that, with the number of steps, decide what the optimizer does. bf16 is the run's precision.
+OPTIMIZER_NAMES = tuple(field.name for field in dataclasses.fields(OptimizerConfig) if field.name != "bf16")
+
+
 @dataclass(frozen=True)
 class Config:
     """All settings of a run."""

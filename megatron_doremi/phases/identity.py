@@ -18,7 +18,7 @@ import torch
 
 from megatron_doremi import __version__
 from megatron_doremi.checkpoint.run_config import RunConfigFile
-from megatron_doremi.config import Config
+from megatron_doremi.config import OPTIMIZER_NAMES, Config
 from megatron_doremi.engine.optimizer import make_learning_rate
 from megatron_doremi.errors import ConfigError, Fault
 from megatron_doremi.mixture.controller import MixtureController
@@ -30,19 +30,6 @@ from megatron_doremi.storage.files import atomic_write_text, make_folder
 
 # Entries that no --override-resume can change: with another value the trained parameters would be useless.
 FIXED = ("phase", "gpt", "domains", "tokenizer_sha256", "seq_length")
-_OPTIMIZER = (
-    "lr",
-    "min_lr",
-    "lr_decay_style",
-    "lr_warmup_fraction",
-    "lr_warmup_iters",
-    "lr_wsd_decay_fraction",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_eps",
-    "clip_grad",
-)
 _REMEDY = "resume with the settings and data that the run began with, or start a new folder"
 _REMEDIES = {
     "global_batch_size": "give --global-batch-size; its default follows from the number of ranks",
@@ -72,7 +59,7 @@ def run_identity(plan: RunPlan, data: RunData, controller: MixtureController, re
         "global_batch_size": plan.global_batch_size,
         "seed": config.data.seed,
         "train_iters": config.data.train_iters,
-        **{name: getattr(config.optimizer, name) for name in _OPTIMIZER},
+        **{name: getattr(config.optimizer, name) for name in OPTIMIZER_NAMES},
     }
     identity |= controller.identity()
     if config.data.phase == PROXY:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_doremi.config import OPTIMIZER_NAMES
 from megatron_doremi.data.manifest import similar_names
 from megatron_doremi.reporting.runs import Run, flatten
 from megatron_doremi.shapes import with_defaults
@@ -13,18 +14,6 @@ from megatron_doremi.shapes import with_defaults
 SEED = "seed"
 # Also records where a run branched from another.
 OVERRIDES = "settings changed on resuming"
-_OPTIMIZER = (
-    "lr",
-    "min_lr",
-    "lr_decay_style",
-    "lr_warmup_fraction",
-    "lr_warmup_iters",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_eps",
-    "clip_grad",
-)
 # The names of values of config.json, by the last part of the key.
 PROPERTIES = {
     "seq_length": "sequence length",
@@ -38,7 +27,7 @@ PROPERTIES = {
     "train_iters": "training steps",
     "init_from": "initial weights",
     "overrides": OVERRIDES,
-    **{name: name for name in _OPTIMIZER},
+    **{name: name for name in OPTIMIZER_NAMES},
 }
 WINDOWS = "held-out windows"
 # Runs that differ in one of these were evaluated on different text.
