@@ -301,7 +301,7 @@ def window(args: argparse.Namespace) -> None:
     # The blend carries credits from step to step, so it is replayed from the first step.
     with Progress("replaying the blend", step, "step") as progress:
         for _ in range(step):
-            _, state = blend.next_batch(state, weights)
+            _, state = blend.advance(state, weights)
             progress.update(1)
     batch, _ = blend.next_batch(state, weights)
     domain, window_index = int(batch.domains[row]), int(batch.windows[row])

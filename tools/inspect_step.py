@@ -22,7 +22,6 @@ if not __package__:
     # Run as a script: the package is beside this folder.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tqdm import tqdm
 
 from megatron_doremi.checkpoint.recorded_steps import RecordedStep, recorded_step, setting_at
 from megatron_doremi.checkpoint.run_config import RunConfigFile, read_run_config
@@ -183,8 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rule = f"a step of the run, which has {files.config.train_iters():,}"
         raise ConfigError(Fault("--step", f"{args.step:,}", rule, "give an earlier step"))
     counts = tuple(window_count(stream.num_tokens, files.seq_length) for stream in files.streams)
-    with tqdm(unit="step", desc="replay", delay=2.0, leave=False) as bar:
-        found = recorded_step(args.run, files.config, counts, args.step, bar.update)
+    found = recorded_step(args.run, files.config, counts, args.step)
     wanted = None if args.domain is None else names.index(args.domain)
     rows = [row for row, domain in enumerate(found.batch.domains.tolist()) if wanted in (None, domain)]
     shown = rows if args.json or not args.limit else rows[: args.limit]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from megatron_doremi.checkpoint.folder import checkpoints, incompleteness, read_
 from megatron_doremi.checkpoint.run_config import RunConfigFile
 from megatron_doremi.data.blend import Blend, BlendState, GlobalBatch
 from megatron_doremi.errors import ConfigError, Fault
+from megatron_doremi.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -64,21 +65,14 @@ def setting_at(config: RunConfigFile, name: str, step: int, now: Any) -> Any:
     return min(later, key=lambda entry: entry["iteration"])["before"] if later else now
 
 
-def recorded_step(
-    run: Path,
-    config: RunConfigFile,
-    window_counts: tuple[int, ...],
-    step: int,
-    progress: Callable[[], None] = lambda: None,
-) -> RecordedStep:
-    """Replays a run up to a step.
+def recorded_step(run: Path, config: RunConfigFile, window_counts: tuple[int, ...], step: int) -> RecordedStep:
+    """Replays a run up to a step; shows its progress.
 
     Args:
         run: the run's folder.
         config: its config.json.
         window_counts: [k] windows of each domain's training stream.
         step: number of the step; the first is 1.
-        progress: called for each step that is replayed.
 
     Raises:
         ConfigError: the run has not recorded enough, or the replay contradicts metrics.jsonl.
@@ -103,12 +97,13 @@ def recorded_step(
         return np.array([int(tokens.get(name, 0)) // seq_length for name in config.domains], dtype=np.int64)
 
     state = start
-    for number in range(start.step + 1, step):
-        progress()
-        if learned:
-            state = BlendState(number, state.credits, state.cursors + counts_of(number))
-        else:
-            state = blend_at(number).advance(state, _weights_at(config, number))[1]
+    with Progress("replaying the blend", step - 1 - start.step, "step") as progress:
+        for number in range(start.step + 1, step):
+            if learned:
+                state = BlendState(number, state.credits, state.cursors + counts_of(number))
+            else:
+                state = blend_at(number).advance(state, _weights_at(config, number))[1]
+            progress.update(1)
     blend = blend_at(step)
     counts = counts_of(step) if learned else blend.advance(state, _weights_at(config, step))[0]
     line = lines.get(step)

@@ -75,7 +75,8 @@ def evaluate(
     """
     topology, device = context.topology, context.device
     shape, k = (micro_batch_size, text.seq_length), len(text.datasets)
-    batch = pad_to(text.windows(), micro_batch_size * topology.data_size)
+    windows, each = text.windows(), micro_batch_size * topology.data_size
+    batch = pad_to(windows, each)
     parts = rank_slice(batch, micro_batch_size, topology.data_rank, topology.data_size)
     before = rank_slice(windows_before(batch), micro_batch_size, topology.data_rank, topology.data_size)
     stats, documents = DomainStats.zeros(k, device), DocumentSums(text)
@@ -83,7 +84,7 @@ def evaluate(
     held: list[tuple[Sequence[DocumentParts], Tensor]] = []
     # Enough micro-batches to fill the pipeline, few enough to bound the memory for windows.
     stride = 4 * topology.pipe_size
-    total, each = len(text.windows().domains), micro_batch_size * topology.data_size
+    total = len(windows.domains)
     shown = Progress(f"evaluating {subject}", total, "window", topology.rank == 0)
     for first in range(0, len(parts), stride):
         progress()

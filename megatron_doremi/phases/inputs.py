@@ -183,8 +183,8 @@ def suggestion(inputs: Inputs) -> str:
     else:
         rule = "the memory of the device that a rank will have; this machine has no GPU that could tell"
         raise ConfigError(Fault("--device-memory-gib", "not given", rule, "give it, such as --device-memory-gib 80"))
-    reference = inputs.reference.gpt if inputs.reference and inputs.plan.config.data.phase in TRAINING else None
-    ranked = suggest_layouts(inputs.plan, inputs.controller.before_backward, reference, device_bytes)
+    before_backward = inputs.controller.before_backward
+    ranked = suggest_layouts(inputs.plan, before_backward, _held_reference(inputs), device_bytes)
     return suggestion_text(ranked, device_bytes)
 
 

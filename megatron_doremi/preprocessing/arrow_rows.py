@@ -15,7 +15,7 @@ from megatron_doremi.preprocessing.parquet_rows import slices
 
 # The IPC file format starts with this; the stream format, which `datasets` writes, with the size of its schema.
 _FILE_MAGIC = b"ARROW1"
-# What ends a stream: a reader of pyarrow also accepts a stream that is cut off between two batches.
+# What ends a stream: a reader of pyarrow also accepts a stream truncated between two batches.
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 # A damaged size asks for more memory than there is.
 _ARROW_ERRORS = (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from megatron_doremi.reporting.charts.chart import (
@@ -68,12 +70,7 @@ def training_loss(study: Study) -> Chart | None:
                     "axis": {"grid": False, "tickCount": 6},
                 },
                 "y": y,
-                "color": {
-                    "field": "group",
-                    "title": None,
-                    "scale": series_scale(groups, plain_names(study.color_order)),
-                    "legend": {"orient": "bottom", "columns": 2 if layout.narrow else 6},
-                },
+                "color": _group_color(study, groups, {"orient": "bottom", "columns": 2 if layout.narrow else 6}),
                 "detail": {"field": "run"},
                 "opacity": shown_if("pick", 0.85),
                 "tooltip": [{"field": "run"}, {"field": "step"}, {"field": "value"}],
@@ -132,12 +129,7 @@ def training_loss_by_domain(study: Study) -> Chart | None:
                         "scale": {"zero": False},
                         "axis": axis,
                     },
-                    "color": {
-                        "field": "group",
-                        "title": None,
-                        "scale": series_scale(groups, plain_names(study.color_order)),
-                        "legend": top_legend(layout),
-                    },
+                    "color": _group_color(study, groups, top_legend(layout)),
                     "detail": {"field": "run"},
                     "opacity": shown_if("pick", 0.85),
                     "tooltip": [{"field": "run"}, {"field": "domain"}, {"field": "step"}, {"field": "value"}],
@@ -191,12 +183,7 @@ def losses_over_time(study: Study) -> Chart | None:
                         "title": study.unit.value,
                         "scale": {"zero": False},
                     },
-                    "color": {
-                        "field": "group",
-                        "title": None,
-                        "scale": series_scale(names, plain_names(study.color_order)),
-                        "legend": top_legend(layout),
-                    },
+                    "color": _group_color(study, names, top_legend(layout)),
                     "detail": {"field": "run"},
                     "opacity": shown_if("pick"),
                     "tooltip": [{"field": "run"}, {"field": "step"}, {"field": "value"}],
@@ -207,3 +194,13 @@ def losses_over_time(study: Study) -> Chart | None:
 
     caption = "One line for each run."
     return Chart("held_out_over_time", "Held-out loss over the steps", caption, rows, make)
+
+
+def _group_color(study: Study, groups: Sequence[str], legend: Spec) -> Spec:
+    """The color of each run's group, the same in every chart."""
+    return {
+        "field": "group",
+        "title": None,
+        "scale": series_scale(groups, plain_names(study.color_order)),
+        "legend": legend,
+    }
