@@ -38,6 +38,7 @@ _METAVARS: dict[Any, str] = {
     "data_path": "WORD",
     "split": "SHARES",
     "domain_weights": "MIXTURE",
+    "wandb_project": "NAME",
     "reference_losses": "{online,DIR}",
 }
 
@@ -78,7 +79,7 @@ def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field[Any]) -> 
     choices = field.metadata["choices"]
     metavar = "{" + ",".join(map(str, choices)) + "}" if choices else _METAVARS.get(field.name, _METAVARS[field.type])
     # A 0 whose meaning the help text does not give is no value, but stands for "not given".
-    shown = field.default or (0 if choices or "0:" in text else "")
+    shown = field.default or (0 if field.default == 0 and (choices or "0:" in text) else "")
     default = "" if shown in ("", ()) or "(default: " in text else f" (default: {shown})"
     group.add_argument(name, metavar=metavar, help=text + default)
 

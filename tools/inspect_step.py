@@ -25,6 +25,7 @@ if not __package__:
 
 from megatron_doremi.checkpoint.recorded_steps import RecordedStep, recorded_step, setting_at
 from megatron_doremi.checkpoint.run_config import RunConfigFile, read_run_config
+from megatron_doremi.console import wrapped
 from megatron_doremi.data.blend import window_count
 from megatron_doremi.data.content_hash import content_hash
 from megatron_doremi.data.given_weights import did_you_mean
@@ -147,7 +148,7 @@ def summary(run: Path, step: int, files: RunFiles, found: RecordedStep) -> list[
     by_domain = (line or {}).get("domain_loss", {})
     if by_domain:
         worst = sorted(by_domain.items(), key=lambda item: -item[1])
-        lines.append("loss by domain: " + ", ".join(f"{name} {loss:.3f}" for name, loss in worst[:10]))
+        lines += wrapped("loss by domain: " + ", ".join(f"{name} {loss:.3f}" for name, loss in worst[:10]))
     return lines
 
 
@@ -196,7 +197,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for entry in entries:
         print("\n".join(entry_lines(entry)))
     if len(shown) < len(rows):
-        print(f"{len(rows) - len(shown):,} more windows: --limit 0 shows all")
+        left = len(rows) - len(shown)
+        print(f"{left:,} more window{'s' if left > 1 else ''}: --limit 0 shows all")
     return 0
 
 

@@ -29,6 +29,12 @@ for stage in $STAGES; do
     esac
 done
 
+if [[ " $STAGES " == *" preprocess "* ]] && { [ -z "${TRAIN_FILES[*]:+1}" ] || [ -z "${VALID_FILES[*]:+1}" ]; }; then
+    echo "error: the stage preprocess takes TRAIN_FILES and VALID_FILES, and $EXPERIMENT sets only one of them" >&2
+    echo "       set both, or run tools/preprocess_data.py, which can hold out a part, and leave preprocess out of STAGES" >&2
+    exit 2
+fi
+
 # tasks_of OPTIONS...: prints the number of tasks that options of sbatch request.
 tasks_of() {
     local nodes=1 tasks="" per_node=1
@@ -164,7 +170,7 @@ submit() {
     previous=${numbers##*$'\n'}
     previous=${previous%%;*}
     submitted+=("$previous")
-    echo "$name $*: job $previous"
+    echo "$name${*:+ $*}: job $previous"
 }
 
 for stage in $STAGES; do

@@ -1,6 +1,8 @@
 # shellcheck shell=bash disable=SC2034  # read by the scripts that source it
 # DoReMi on your own text, on one to eight GPUs: 150m reference and proxy, 280m main model (shapes of Xie et al. 2023).
 # Sourced by run_all.sh. Environment variables override every setting that is written as NAME=${NAME:-...}.
+# With examples/slurm, which chooses no layout, give ZERO=1 or more; without VALID_FILES preprocess the text first, and
+# leave preprocess out of STAGES.
 
 DATA=${DATA:-data/own}
 OUT=${OUT:-runs/own}
@@ -29,6 +31,7 @@ WINDOWS=(
 TRAINING=(
     "${WINDOWS[@]}"
     --lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine --weight-decay 0.01 --clip-grad 1.0
+    ${ZERO:+--zero-stage "$ZERO"}
     --save-interval 1000 --keep-checkpoints 2 --eval-interval 1000 --eval-iters 1
 )
 SMALL_MODEL=(--model-size "$SMALL_SIZE")

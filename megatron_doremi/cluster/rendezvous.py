@@ -7,6 +7,7 @@ all of its peers at once.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -269,14 +270,28 @@ class Rendezvous:
         texts = dict(zip(ranks, get_keys(store, [f"{name}/{rank}" for rank in ranks]), strict=True))
         return [json.loads(texts[rank]) if rank in texts else None for rank in range(launch.world_size)]
 
-    def reply(self, name: str, value: Any) -> None:
-        """Sends rank 0's reply to the values that it has gathered."""
+    def reply(self, name: str, value: Any, seconds: float = 0.0) -> None:
+        """Sends rank 0's reply to the values that it has gathered.
+
+        Args:
+            seconds: to wait until the others have read it. A rank 0 that ends takes the store with it: a rank that
+                finds no store would report its error once more.
+        """
         self.store.set(f"{name}/reply", json.dumps(value))
+        if seconds:
+            self._wait_for_key(f"{name}/read", seconds)
 
     def read_reply(self, name: str) -> Any:
         """Rank 0's reply; None if there is none."""
         key = f"{name}/reply"
-        return json.loads(self.store.get(key)) if self.store.check([key]) else None
+        if not self.store.check([key]):
+            return None
+        value = json.loads(self.store.get(key))
+        # Rank 0 may have ended after its own seconds.
+        with contextlib.suppress(RuntimeError):
+            if self.store.add(f"{name}/readers", 1) == self.launch.world_size - 1:
+                self.store.set(f"{name}/read", "1")
+        return value
 
 
 def reject_command_line(launch: Launch, argv: Sequence[str], faults: Sequence[Fault]) -> bool:

@@ -31,8 +31,10 @@ from megatron_doremi.storage.files import atomic_write_text, make_folder
 # Entries that no --override-resume can change: with another value the trained parameters would be useless.
 FIXED = ("phase", "gpt", "domains", "tokenizer_sha256", "seq_length")
 _REMEDY = "resume with the settings and data that the run began with, or start a new folder"
+# Entries that differ wherever the domains do.
+_OF_THE_DOMAINS = ("data_fingerprint", "data_content", "sampling_weights")
 _REMEDIES = {
-    "global_batch_size": "give --global-batch-size; its default follows from the number of ranks",
+    "global_batch_size": "give the --global-batch-size that the run began with; its default follows from the ranks",
     "sampling_weights": "give the weights that the run began with, or --change-domain-weights to resume with these",
 }
 Identity = dict[str, Any]
@@ -121,8 +123,13 @@ def differences(
         the faults, and the names of entries that differ and are allowed to.
     """
     faults, overridden = [], []
+    other_domains = "domains" in before and "domains" in now and before["domains"] != now["domains"]
+    if other_domains:
+        faults.append(_domains_fault(before["domains"], now["domains"], subject))
     for name, value in now.items():
-        if name not in before or before[name] == value or name == "train_iters":
+        if name not in before or before[name] == value or name in ("train_iters", "domains"):
+            continue
+        if other_domains and name in _OF_THE_DOMAINS:
             continue
         if name in allowed and name not in FIXED:
             overridden.append(name)
@@ -134,6 +141,18 @@ def differences(
         given = f"{name} was {was}, and is {now_is} in this start"
         faults.append(Fault(subject, given, f"one {name} from a run's first step to its last", remedy))
     return faults, overridden
+
+
+def _domains_fault(before: Sequence[str], now: Sequence[str], subject: str) -> Fault:
+    """The fault of a resume with other domains."""
+    left_out = ", ".join(repr(name) for name in before if name not in now)
+    added = ", ".join(repr(name) for name in now if name not in before)
+    value = "; ".join([f"without {left_out}"] * bool(left_out) + [f"with {added} in addition"] * bool(added))
+    remedy = _REMEDY
+    if left_out and not added:
+        remedy = "give a small weight, such as 1e-6, in place of 0 and of --exclude-domains, or start a new folder"
+    value = f"domains: {value or 'in another order'}"
+    return Fault(subject, value, "the same domains from a run's first step to its last", remedy)
 
 
 def override_faults(allowed: Sequence[str], now: Mapping[str, Any]) -> list[Fault]:
@@ -152,9 +171,10 @@ def override_faults(allowed: Sequence[str], now: Mapping[str, Any]) -> list[Faul
 
 
 def for_message(value: Any, other: Any) -> Any:
-    """A value for a message: of two mappings only the entries that differ, of a hash only its start."""
+    """A value for a message: of two mappings only the entries that differ, with 6 digits; of a hash only its start."""
     if isinstance(value, Mapping) and isinstance(other, Mapping):
-        return {key: entry for key, entry in value.items() if other.get(key) != entry}
+        differing = {key: entry for key, entry in value.items() if other.get(key) != entry}
+        return {key: float(f"{x:.6g}") if isinstance(x, float) else x for key, x in differing.items()}
     return value[:12] if isinstance(value, str) and len(value) == 64 else value
 
 

@@ -144,7 +144,8 @@ def _matching_state(
         learned = _controller_state(checkpoint, state, controller)
     except ConfigError as error:
         faults += error.faults
-    faults += _domain_faults(state, learned, controller.state_name, names, subject)
+    if state.recorded_identity().get("domains", list(names)) == list(names):
+        faults += _domain_faults(state, learned, controller.state_name, names, subject)
     raise_if_any(faults)
     return state, learned, overridden
 

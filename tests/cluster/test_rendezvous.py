@@ -299,6 +299,29 @@ def test_rank_0_reports_an_error_of_all_ranks_and_a_single_rank_its_own(monkeypa
     assert re.fullmatch(r"rank 1 on \S+: the disk is full", str(alone))
 
 
+def test_rank_0_does_not_end_before_its_reply_is_read(monkeypatch):
+    """Otherwise the store is gone when a slow rank looks for the reply, and the same error is printed twice."""
+    places = launches(2)
+    met = on_threads(2, lambda rank: Rendezvous(places[rank], 1.0))
+    seconds = []
+
+    def slow_read(name, read=met[1].read_reply):
+        time.sleep(0.5)
+        return read(name)
+
+    monkeypatch.setattr(met[1], "read_reply", slow_read)
+
+    def report(rank):
+        start = time.monotonic()
+        error = merged_error(met[rank], RunError("the disk is full"))
+        seconds.append((time.monotonic() - start, rank))
+        return error
+
+    results = on_threads(2, report)
+    assert isinstance(results[1], ReportedElsewhere)
+    assert min(seconds)[0] >= 0.5, seconds
+
+
 def test_a_rank_without_peers_reports_machine_errors_and_the_first_of_a_node_also_faults(monkeypatch):
     """srun gives all ranks of a node the same flags; a RunError may concern one rank: that of local rank 3 was lost."""
     monkeypatch.setattr(error_report, "_SECONDS_FOR_RANK_0", 0.0)

@@ -52,6 +52,18 @@ def test_an_unchanged_branch_takes_the_same_steps_and_resumes_as_itself(run, dat
     assert "resume: from iteration 8 of 8" in plan_text(planned(data, "--save", str(branch), *flags)).splitlines()
 
 
+@pytest.mark.parametrize(
+    "flags", [["--domain-weights", "domain 0=1,domain 1=1,domain 2=0"], ["--exclude-domains", "domain 2"]]
+)
+def test_a_branch_keeps_the_domains_of_its_run(run, data, tmp_path, flags):
+    argv = ["--save", str(tmp_path), "--load", f"{run}@4", "--change-domain-weights", *FLAGS, *flags]
+    with pytest.raises(ConfigError) as error:
+        planned(data, *argv)
+    (fault,) = error.value.faults
+    assert fault.value == "domains: without 'domain 2'"
+    assert "1e-6" in fault.remedy
+
+
 def test_a_branch_under_other_weights_repeats_and_skips_no_window(run, data, tmp_path):
     """Annealing: from step 4 on uniform weights; a window is read again only when its domain's epoch is over."""
     branch = tmp_path / "branch"

@@ -172,7 +172,7 @@ def test_jobs_are_chained_by_their_numbers(sbatch, slurm):
         "run_all.sh", str(slurm.folder / "experiment.sh"), environ={"STAGES": "proxy main"}, sbatch=numbered
     )
     assert done.returncode == 0, done.stderr
-    assert "proxy : job 11" in done.stdout
+    assert "proxy: job 11" in done.stdout
     first, second = slurm.called("sbatch")
     assert "--dependency" not in first
     assert "--dependency=afterok:11 " in second
