@@ -1,8 +1,8 @@
 # shellcheck shell=bash disable=SC2034  # read by the scripts that source it
 # DoReMi on your own text, on one to eight GPUs: 150m reference and proxy, 280m main model (shapes of Xie et al. 2023).
 # Sourced by run_all.sh. Environment variables override every setting that is written as NAME=${NAME:-...}.
-# With examples/slurm, which chooses no layout, give ZERO=1 or more; without VALID_FILES preprocess the text first, and
-# leave preprocess out of STAGES.
+# With examples/slurm, which chooses no layout, give ZERO=1 or more and MICRO_BATCH_SIZE; without VALID_FILES preprocess
+# the text first, and leave preprocess out of STAGES.
 
 DATA=${DATA:-data/own}
 OUT=${OUT:-runs/own}
@@ -26,7 +26,7 @@ fi
 
 WINDOWS=(
     --seq-length "$SEQ_LENGTH" --global-batch-size "$GLOBAL_BATCH_SIZE" --train-iters "$STEPS" --seed 1234
-    "${PRECISION[@]}"
+    "${PRECISION[@]}" ${MICRO_BATCH_SIZE:+--micro-batch-size "$MICRO_BATCH_SIZE"}
 )
 TRAINING=(
     "${WINDOWS[@]}"

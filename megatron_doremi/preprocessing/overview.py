@@ -181,5 +181,5 @@ def duplicate_remarks(names: Sequence[str], duplicates: Duplicates) -> list[str]
         more = int((counts > 0).sum()) - len(worst)
         listed += f" and {more:,} more domains" if more else ""
         share = 100 * counts.sum() / max(1, totals.sum())
-        lines.append(f"{counts.sum():,} {text} ({share:.3g} %): {shown_text(listed)}")
+        lines.append(f"{text}: {counts.sum():,} ({share:.3g} %): {shown_text(listed)}")
     return lines

@@ -106,8 +106,9 @@ def test_a_part_of_the_hashes_keeps_all_copies_together(tmp_path, monkeypatch):
     assert found.counted.tolist() == [2 * found.held_out[1], 0]
     assert (found.within[0], found.leaked[1]) == (found.held_out[1], found.held_out[1])
     lines = duplicate_remarks(["A", "B"], found)
-    assert lines[0].endswith("repeat an earlier one of their domain (50 %): A 50 %")
-    assert lines[1].endswith("held-out documents that are in the training data (100 %): B 100 %")
+    leaked = f"{found.leaked[1]:,}"
+    assert lines[0] == f"training documents that repeat an earlier one of their domain: {leaked} (50 %): A 50 %"
+    assert lines[1] == f"held-out documents that are in the training data: {leaked} (100 %): B 100 %"
 
 
 # --- the table and the remarks
@@ -141,7 +142,7 @@ def test_an_overview_says_what_looks_wrong(tmp_path, monkeypatch, capsys):
         "no held-out data, so no evaluation: web",
         "fewer than 2,000 held-out tokens, so the held-out loss is mostly noise: Web",
         "more than 4 epochs in this budget: Web, web",
-        "1,216 training documents that repeat an earlier one of their domain (94.9 %): Web 95 %",
+        "training documents that repeat an earlier one of their domain: 1,216 (94.9 %): Web 95 %",
     ):
         assert words in text, text
     assert "training documents" not in "\n".join(
