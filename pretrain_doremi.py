@@ -213,14 +213,14 @@ def run_phase(
         # If sampling depends on what the mixture learns, the windows are not known yet: reading reports a missing one.
         if inputs.reference_losses is not None and inputs.controller.samples_ahead:
             check_reference_losses(inputs.reference_losses, inputs.plan, rendezvous.store, watchdog)
-        reference_sha256 = reference_hash(inputs.reference, inputs.reference_losses, topology, watchdog)
+        reference_sha256 = reference_hash(inputs.loaded, inputs.reference_losses, topology, watchdog)
     # Nothing is written before every input has been checked.
     from_rank_0(lambda: check_outputs(config, inputs.controller.learns))
     if topology.rank == 0:
         say(f"{date.today()}, Megatron-DoReMi {__version__}, {start_text(inputs, device_name(device))}")
     if phase == EVALUATE:
-        assert inputs.reference is not None
-        evaluate_run(inputs.plan, data, inputs.reference, context, watchdog)
+        assert inputs.loaded is not None
+        evaluate_run(inputs.plan, data, inputs.loaded, context, watchdog)
         return False
     kind = f"shard-{config.doremi.shard}" if phase == SCORE else "run"
     lock = held.enter_context(
@@ -232,10 +232,10 @@ def run_phase(
         )
     )
     if phase == SCORE:
-        assert inputs.reference is not None
+        assert inputs.loaded is not None
         if any_rank(signals.begin(), device):
             return True
-        return score(inputs.plan, data, inputs.reference, context, control)
+        return score(inputs.plan, data, inputs.loaded, context, control)
     trainer = make_trainer(inputs, reference_sha256, context, control, lock)
     # Runs before the lock is released: the checkpoint thread may be publishing.
     held.callback(trainer.checkpoints.close)
@@ -272,7 +272,7 @@ def make_trainer(
     with stage("building the model and its optimizer", is_rank_0):
         engine = make_engine(plan, make_objective(plan, inputs.controller, context), context)
     with stage("loading the reference", is_rank_0):
-        reference = make_reference(plan, inputs.reference, context)
+        reference = make_reference(plan, inputs.loaded, context)
     return Trainer(inputs, identity, resume, engine, reference, context, control, lock)
 
 

@@ -3,7 +3,7 @@
 #
 #   bash benchmarks/gpu_smoke.sh [--cpu] [--only NAME,...] [--seconds N] [--output FILE]
 #
-# WHEELS=DIR: a folder of wheels that Python lacks here; they are unpacked, nothing is installed or downloaded.
+# WHEELS=DIR: a folder of wheels that are missing from this Python; they are unpacked, nothing is installed or downloaded.
 # OUT=DIR: where gpu_smoke.jsonl goes (default: the current folder). PYTHON: the interpreter (default: python3).
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

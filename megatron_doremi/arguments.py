@@ -127,7 +127,7 @@ def read_command_line(argv: Sequence[str], world_size: int | None) -> tuple[Conf
                 faults += fault
                 unreadable |= {each.subject for each in fault}
         sections[section] = cls(**values)
-    config = Config(**sections)
+    config = Config(**sections, given=frozenset(vars(known)))
     # A flag whose value cannot be parsed has its default here; faults that follow from that default are not the user's.
     parallel = config.parallel
     smallest = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size

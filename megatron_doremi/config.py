@@ -14,7 +14,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from megatron_doremi.run_settings import RunConfig
+from megatron_doremi.run_settings import RunConfig, folder_and_step
 from megatron_doremi.settings import (
     DECAY,
     EVALUATE,
@@ -217,7 +217,12 @@ class DoReMiConfig:
 
     default_phases: ClassVar[tuple[str, ...]] = (PROXY,)
 
-    reference_load: str = setting("", "folder of the reference run (its --save folder)", phases=(SCORE, PROXY))
+    reference_load: str = setting(
+        "",
+        "folder of the reference run (its --save folder), whose newest checkpoint is used. DIR@STEP: the checkpoint of "
+        "this step, of a finished run or not",
+        phases=(SCORE, PROXY),
+    )
     reference_losses: str = setting(
         "online",
         "source of the reference's token losses: online (a forward pass), or a folder that --phase score wrote",
@@ -254,6 +259,16 @@ class DoReMiConfig:
         """Whether the reference scores a proxy's batches as they come; else its losses are read from disk."""
         return self.reference_losses == "online"
 
+    @property
+    def reference_folder(self) -> str:
+        """The folder of --reference-load, without @STEP."""
+        return folder_and_step(self.reference_load)[0]
+
+    @property
+    def reference_step(self) -> int | None:
+        """STEP of --reference-load DIR@STEP; None without it."""
+        return folder_and_step(self.reference_load)[1]
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -289,7 +304,11 @@ OPTIMIZER_NAMES = tuple(field.name for field in dataclasses.fields(OptimizerConf
 
 @dataclass(frozen=True)
 class Config:
-    """All settings of a run."""
+    """All settings of a run.
+
+    Attributes:
+        given: names of the settings that the command line states, even if with their default values.
+    """
 
     data: DataConfig
     model: ModelConfig
@@ -297,10 +316,11 @@ class Config:
     doremi: DoReMiConfig
     optimizer: OptimizerConfig
     run: RunConfig
+    given: frozenset[str] = dataclasses.field(default=frozenset(), compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings by group, as config.json holds them."""
-        return dataclasses.asdict(self)
+        return {section: dataclasses.asdict(getattr(self, section)) for section in SECTIONS}
 
 
 SECTIONS: dict[str, type] = {

@@ -11,7 +11,7 @@ import select
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import TextIO
 
@@ -49,7 +49,7 @@ def wrapped(line: str, width: int = COLUMNS) -> list[str]:
     if len(line) <= width:
         return [line]
     indent = " " * (len(line) - len(line.lstrip()) + 4)
-    return textwrap.wrap(
+    parts = textwrap.wrap(
         line,
         width,
         subsequent_indent=indent,
@@ -58,6 +58,20 @@ def wrapped(line: str, width: int = COLUMNS) -> list[str]:
         replace_whitespace=False,
         drop_whitespace=True,
     )
+    return parts or [""]
+
+
+def command_lines(words: Iterable[str]) -> list[str]:
+    """Words of a command line on lines of at most `COLUMNS` characters; a backslash continues a line."""
+    lines = [""]
+    for word in words:
+        longer = f"{lines[-1]} {word}" if lines[-1] else word
+        if len(longer) + len(" \\") <= COLUMNS:
+            lines[-1] = longer
+        else:
+            lines[-1] += " \\"
+            lines.append(f"    {word}")
+    return lines
 
 
 def shortened(text: str, width: int) -> str:
@@ -68,16 +82,21 @@ def shortened(text: str, width: int) -> str:
     return text[: kept - kept // 2] + "..." + text[len(text) - kept // 2 :]
 
 
+def wrapped_lines(text: str) -> str:
+    """A text whose lines are `wrapped`."""
+    return "\n".join(part for line in text.split("\n") for part in wrapped(line))
+
+
 def print_stdout(text: str) -> None:
-    """Prints a line to stdout; silently drops it if that fails."""
-    if sys.stdout is not None and not _try_print(sys.stdout, text):
+    """Prints lines to stdout, wrapped; silently drops them if that fails."""
+    if sys.stdout is not None and not _try_print(sys.stdout, wrapped_lines(text)):
         flush_streams()
 
 
 def print_stderr(text: str) -> None:
-    """Prints a line to stderr, or to stdout if that fails; silently drops it if both fail."""
+    """Prints lines to stderr, wrapped, or to stdout if that fails; silently drops them if both fail."""
     for stream in (sys.stderr, sys.stdout):
-        if stream is not None and _try_print(stream, text):
+        if stream is not None and _try_print(stream, wrapped_lines(text)):
             return
     flush_streams()
 
@@ -85,6 +104,11 @@ def print_stderr(text: str) -> None:
 def warn(text: str) -> None:
     """Prints a warning by `print_stderr`."""
     print_stderr(f"warning: {text}")
+
+
+def note(text: str) -> None:
+    """Prints what a user may want to know by `print_stderr`."""
+    print_stderr(f"note: {text}")
 
 
 def _try_print(stream: TextIO, line: str) -> bool:

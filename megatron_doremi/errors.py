@@ -18,7 +18,13 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
-from megatron_doremi.console import CONSOLE_ERRORS, above_bars, escape_unencodable_characters, flush_streams
+from megatron_doremi.console import (
+    CONSOLE_ERRORS,
+    above_bars,
+    escape_unencodable_characters,
+    flush_streams,
+    wrapped_lines,
+)
 from megatron_doremi.open_files import raise_open_files_limit
 
 EXIT_USER_ERROR = 2
@@ -157,7 +163,7 @@ def run_or_exit(main: Callable[[], int | None], skip_cleanup: bool = False) -> N
         code = EXIT_BROKEN_PIPE
     except (ConfigError, RunError, OSError) as error:
         kept_errors.append(error)
-        message = f"error: {machine_failure(error) if isinstance(error, OSError) else error}"
+        message = wrapped_lines(f"error: {machine_failure(error) if isinstance(error, OSError) else error}")
         code = EXIT_USER_ERROR if isinstance(error, ConfigError) else 1
     except ReportedElsewhere as error:
         kept_errors.append(error)

@@ -44,13 +44,14 @@ def misfits(gpt: GPTConfig, parallel: ParallelConfig) -> list[tuple[str, int, st
 def possible_splits(config: Config, gpt: GPTConfig, world_size: int) -> tuple[list[Split], list[str]]:
     """The splits of `world_size` ranks that model and batch can be divided by, and why others are none of them.
 
-    A tensor or pipeline parallel size, a micro-batch size or --sequence-parallel that differs from its default is kept.
+    A tensor or pipeline parallel size that the command line gives is kept.
     """
     parallel, data = config.parallel, config.data
-    tensor_sizes, pipe_sizes = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    only_tensor = parallel.tensor_model_parallel_size if "tensor_model_parallel_size" in config.given else None
+    only_pipe = parallel.pipeline_model_parallel_size if "pipeline_model_parallel_size" in config.given else None
     splits, excluded = list[Split](), list[str]()
     for tensor in divisors(world_size):
-        if tensor_sizes not in (1, tensor) or (tensor > MAX_SUGGESTED_TENSOR and tensor != tensor_sizes):
+        if only_tensor not in (None, tensor) or (tensor > MAX_SUGGESTED_TENSOR and only_tensor is None):
             continue
         sized = replace(parallel, tensor_model_parallel_size=tensor, pipeline_model_parallel_size=1)
         broken = [f"{name} {value} {rule}" for name, value, rule in misfits(gpt, sized)]
@@ -61,7 +62,7 @@ def possible_splits(config: Config, gpt: GPTConfig, world_size: int) -> tuple[li
             continue
         for pipe in divisors(world_size // tensor):
             split = Split(tensor, pipe, world_size // tensor // pipe)
-            if pipe_sizes not in (1, pipe) or pipe > gpt.num_layers:
+            if only_pipe not in (None, pipe) or pipe > gpt.num_layers:
                 continue
             windows = data.micro_batch_size * split.data
             if data.global_batch_size % windows:
@@ -113,7 +114,7 @@ def zero_faults(config: Config) -> list[Fault]:
 
     --suggest-layout chooses a stage where none is given.
     """
-    parallel, chosen = config.parallel, config.run.suggest_layout and not config.parallel.zero_stage
+    parallel, chosen = config.parallel, config.run.suggest_layout and "zero_stage" not in config.given
     faults: list[Fault] = []
     if parallel.zero_stage >= 2 and parallel.pipeline_model_parallel_size > 1:
         faults.append(

@@ -113,8 +113,7 @@ class RunConfig:
     suggest_layout: bool = setting(
         False,
         "with --dry-run: rank the layouts (tensor x pipeline x data, ZeRO, recomputation, micro-batch) that fit a "
-        "device, and print the flags of the best one on the last line; layout flags with values other than their "
-        "defaults are kept",
+        "device, and print the flags of the best one at the end; layout flags that are given are kept",
         phases=NO_EVALUATION,
     )
     device_memory_gib: float = setting(
@@ -127,15 +126,17 @@ class RunConfig:
     @property
     def load_folder(self) -> str:
         """The folder of --load, without @STEP."""
-        return self._load_target()[0]
+        return folder_and_step(self.load)[0]
 
     @property
     def load_step(self) -> int | None:
         """STEP of --load DIR@STEP; None without it."""
-        return self._load_target()[1]
+        return folder_and_step(self.load)[1]
 
-    def _load_target(self) -> tuple[str, int | None]:
-        match = re.fullmatch(r"(.+)@([0-9]{1,12})", self.load)
-        if match is None or os.path.isdir(self.load):
-            return self.load, None
-        return match.group(1), int(match.group(2))
+
+def folder_and_step(target: str) -> tuple[str, int | None]:
+    """The folder and the step of DIR@STEP; of a folder alone, or one whose name ends like that, the step is None."""
+    match = re.fullmatch(r"(.+)@([0-9]{1,12})", target)
+    if match is None or os.path.isdir(target):
+        return target, None
+    return match.group(1), int(match.group(2))

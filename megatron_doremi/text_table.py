@@ -7,6 +7,11 @@ import sys
 import unicodedata
 from collections.abc import Sequence
 
+from megatron_doremi.console import COLUMNS
+
+# At least and at most, of a table's names.
+_NAME_COLUMNS = (16, 40)
+
 
 def shown_text(text: str, columns: int = 0, encoding: str | None = None) -> str:
     """Text on one line, as a console of this encoding prints it; truncated to a number of columns, unless 0.
@@ -25,6 +30,17 @@ def shown_text(text: str, columns: int = 0, encoding: str | None = None) -> str:
     return kept + "..."
 
 
+def shown_name(name: str, columns: int) -> str:
+    """A name as `shown_text` shows it; the middle of one that is too long is left out, since names differ at both
+    ends."""
+    line = kept = shown_text(name)
+    length = columns - len("...")
+    while width_of(kept) > columns:
+        kept = line[: length - length // 2] + "..." + line[len(line) - length // 2 :]
+        length -= 1
+    return kept
+
+
 def width_of(text: str) -> int:
     """Columns of text at a terminal: two for a wide character, none for a combining one."""
     if text.isascii():
@@ -33,12 +49,18 @@ def width_of(text: str) -> int:
     return len(text) + wide - sum(unicodedata.combining(character) > 0 for character in text)
 
 
-def table_lines(header: Sequence[str], rows: Sequence[Sequence[str]], name_columns: int = 40) -> list[str]:
-    """The lines of a table: the first column to the left, truncated to `name_columns`; the others to the right."""
-    cells = [[shown_text(row[0], name_columns), *row[1:]] for row in (header, *rows)]
-    widths = [max(width_of(row[column]) for row in cells) for column in range(len(header))]
+def table_lines(header: Sequence[str], rows: Sequence[Sequence[str]], columns: int = COLUMNS) -> list[str]:
+    """The lines of a table: the first column, of names, to the left; the others to the right.
+
+    Args:
+        columns: of the widest line. Names have at most 40, at least 16.
+    """
+    widths = [max(width_of(row[column]) for row in (header, *rows)) for column in range(len(header))]
+    room = columns - sum(width + 2 for width in widths[1:])
+    names = [shown_name(row[0], min(_NAME_COLUMNS[1], max(_NAME_COLUMNS[0], room))) for row in (header, *rows)]
+    widths[0] = max(map(width_of, names))
     lines = []
-    for first, *others in cells:
+    for first, (_, *others) in zip(names, (header, *rows), strict=True):
         padded = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
         lines.append("  ".join([first + " " * (widths[0] - width_of(first)), *padded]).rstrip())
     return lines

@@ -12,15 +12,24 @@ from megatron_doremi import __version__
 
 def version_text() -> str:
     """One line: this version, its commit if this is a checkout, and the versions of Python, PyTorch and DeepSpeed."""
-    commit = checked_out_commit(Path(__file__).resolve().parents[1])
-    parts = [f"Megatron-DoReMi {__version__}" + (f" (commit {commit[:12]})" if commit else "")]
-    parts.append(f"Python {platform.python_version()}")
-    for name in ("torch", "deepspeed"):
-        try:
-            parts.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            parts.append(f"{name} is missing")
+    numbers = versions()
+    parts = [f"Megatron-DoReMi {__version__}" + (f" (commit {numbers['commit'][:12]})" if "commit" in numbers else "")]
+    parts.append(f"Python {numbers['python']}")
+    parts += [f"{name} {numbers.get(name, 'is missing')}" for name in ("torch", "deepspeed")]
     return ", ".join(parts)
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python, PyTorch, DeepSpeed and NumPy, and the commit of this program, where it is a checkout.
+
+    Files of a checkout may have been edited since its commit.
+    """
+    numbers = {"python": platform.python_version()}
+    for name in ("torch", "deepspeed", "numpy"):
+        with contextlib.suppress(PackageNotFoundError):
+            numbers[name] = version(name)
+    commit = checked_out_commit(Path(__file__).resolve().parents[1])
+    return numbers | ({"commit": commit} if commit else {})
 
 
 def checked_out_commit(root: Path) -> str:

@@ -19,6 +19,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from megatron_doremi.console import COLUMNS
+
 ROOT = Path(__file__).resolve().parent.parent
 
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -114,3 +116,19 @@ def program(launch: Any, argv: list[str]) -> int:
 def run_program(world_size: int, argv: list[str], timeout: float = 240.0) -> None:
     """Runs pretrain_doremi.py with these arguments on `world_size` ranks."""
     on_ranks(world_size, program, argv, timeout=timeout)
+
+
+def unwrapped(output: str) -> str:
+    """What a program printed, with the lines that `console.wrapped` made of one joined again."""
+    lines: list[str] = []
+    previous, indent = "", -1
+    for line in output.split("\n"):
+        words = line.split()
+        own_indent = len(line) - len(line.lstrip())
+        if words and own_indent == indent + 4 and len(previous) + 1 + len(words[0]) > COLUMNS:
+            lines[-1] += " " + line.lstrip()
+        else:
+            lines.append(line)
+            indent = own_indent
+        previous = line
+    return "\n".join(lines)

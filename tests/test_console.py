@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from megatron_doremi.console import CONSOLE_ERRORS, BestEffortWriter
+from megatron_doremi.console import CONSOLE_ERRORS, BestEffortWriter, command_lines, print_stdout, warn
 
 PROGRAM = """
 import sys
@@ -107,3 +107,19 @@ def test_best_effort_writes_suppress_only_the_given_errors(capsys):
     assert capsys.readouterr().err.count("cannot be written") == 2
     with pytest.raises(ValueError, match="closed file"):
         metrics(closed)
+
+
+def test_no_line_is_longer_than_120_columns(capsys):
+    """Words, such as paths and flags, are never split; what is shorter is printed as it is."""
+    path = "/data/" + "long-name/" * 12 + "domains.json"
+    words = "a rule of a fault, with many words --tensor-model-parallel-size 2 " * 4
+    print_stdout(f"  {words}\n\ttable   with   spaces")
+    warn(f"{path} is missing; {words}")
+    printed = capsys.readouterr()
+    for text, message in ((printed.out, words), (printed.err, f"warning: {path} is missing; {words}")):
+        lines = text.splitlines()
+        assert all(len(line) <= 120 or path in line for line in lines)
+        assert message.split() == text.split()[: len(message.split())]
+    assert printed.out.splitlines()[1].startswith("      ")
+    assert printed.out.endswith("\n\ttable   with   spaces\n")
+    assert command_lines(["--a", *["--bcdefgh 1"] * 10]) == ["--a" + " --bcdefgh 1" * 9 + " \\", "    --bcdefgh 1"]

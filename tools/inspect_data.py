@@ -25,7 +25,7 @@ if not __package__:
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_doremi.console import COLUMNS, wrapped
+from megatron_doremi.console import COLUMNS, print_stdout
 from megatron_doremi.data.blend import Blend, BlendState, too_short, window_count
 from megatron_doremi.data.indexed_dataset import IndexedDataset
 from megatron_doremi.data.manifest import Manifest, load_manifest, print_warnings
@@ -159,7 +159,7 @@ def overview(args: argparse.Namespace) -> None:
         epochs = budget * weights / np.maximum(1.0, in_windows or tokens)
     shown = shown_domains([each.train.num_tokens for each in sizes], args.all)
     named = f"{manifest.path}: {len(sizes):,} domains"
-    print(named + (f", tokenizer {manifest.tokenizer.type}" if manifest.tokenizer else ", no tokenizer"))
+    print_stdout(named + (f", tokenizer {manifest.tokenizer.type}" if manifest.tokenizer else ", no tokenizer"))
     given = args.domain_weights is not None or budget
     for line in size_table(sizes, shown, weights if given else None, epochs):
         print(line)
@@ -179,7 +179,7 @@ def overview(args: argparse.Namespace) -> None:
             note = f" (duplicates: not counted in {size / 1e9:,.0f} GB of ids; --duplicates all counts them)"
     print(f"\nWhat looks wrong{note}:" if lines else f"\nNothing looks wrong{note}.")
     for line in lines:
-        print("\n".join(wrapped(f"  {line}")))
+        print_stdout(f"  {line}")
 
 
 def weights_and_budget(args: argparse.Namespace, manifest: Manifest) -> tuple[NDArray[np.float64], int]:
@@ -309,7 +309,7 @@ def window(args: argparse.Namespace) -> None:
     cursor = int(state.cursors[domain])
     batch_windows = blend.windows_at(domain, cursor, int((batch.domains == domain).sum()))
     epoch = (cursor + int(np.argmax(batch_windows == window_index))) // sizes[domain]
-    print(
+    print_stdout(
         f"== sample {args.number:,}: step {step + 1:,}, row {row}; {manifest.names[domain]}, window {window_index:,} "
         f"of {sizes[domain]:,}, epoch {epoch + 1}"
     )

@@ -25,7 +25,7 @@ if not __package__:
 
 from megatron_doremi.checkpoint.recorded_steps import RecordedStep, recorded_step, setting_at
 from megatron_doremi.checkpoint.run_config import RunConfigFile, read_run_config
-from megatron_doremi.console import wrapped
+from megatron_doremi.console import print_stdout, wrapped
 from megatron_doremi.data.blend import window_count
 from megatron_doremi.data.content_hash import content_hash
 from megatron_doremi.data.given_weights import did_you_mean
@@ -104,11 +104,11 @@ def _check_content(config: RunConfigFile, streams: Sequence[TokenStream], step: 
         raise ConfigError(Fault("training data", "other tokens", rule, remedy))
 
 
-def window_entries(files: RunFiles, found: RecordedStep, rows: Sequence[int], tokenizer: Tokenizer | None) -> Any:
+def window_entries(files: RunFiles, recorded: RecordedStep, rows: Sequence[int], tokenizer: Tokenizer | None) -> Any:
     """Yields an entry for each of the batch's rows; without a tokenizer it has ids in place of text."""
-    epochs = found.epochs()
+    epochs = recorded.epochs()
     for row in rows:
-        domain, window = int(found.batch.domains[row]), int(found.batch.windows[row])
+        domain, window = int(recorded.batch.domains[row]), int(recorded.batch.windows[row])
         stream, start = files.streams[domain], window * files.seq_length
         ids = stream.tokens(start, files.seq_length + 1)
         spans = stream.documents_at(start, start + len(ids))
@@ -130,32 +130,32 @@ def window_entries(files: RunFiles, found: RecordedStep, rows: Sequence[int], to
             "domain": files.config.domains[domain],
             "file": str(stream.prefix),
             "window": window,
-            "windows": found.blend.window_counts[domain],
+            "windows": recorded.blend.window_counts[domain],
             "epoch": int(epochs[row]) + 1,
             "documents": documents,
         }
 
 
-def summary(run: Path, step: int, files: RunFiles, found: RecordedStep) -> list[str]:
+def summary(run: Path, step: int, files: RunFiles, recorded: RecordedStep) -> list[str]:
     """The lines above the windows: the step's losses, and how far the replay is confirmed."""
-    line = found.line
-    size = f"{len(found.batch.domains):,} windows of {files.seq_length:,} tokens"
+    line = recorded.line
+    size = f"{len(recorded.batch.domains):,} windows of {files.seq_length:,} tokens"
     losses = f"; loss {line['loss']:.4f}, gradient norm {line.get('grad_norm', float('nan')):.3f}" if line else ""
     lines = [f"step {step:,} of {run} ({files.config.phase}): {size}{losses}"]
-    origin = f"replayed from iteration {found.replayed_from:,}"
+    origin = f"replayed from iteration {recorded.replayed_from:,}"
     confirmed = "metrics.jsonl has the same windows by domain" if line else "metrics.jsonl has no line of this step"
     lines.append(f"{origin}; {confirmed}")
     by_domain = (line or {}).get("domain_loss", {})
     if by_domain:
         worst = sorted(by_domain.items(), key=lambda item: -item[1])
-        lines += wrapped("loss by domain: " + ", ".join(f"{name} {loss:.3f}" for name, loss in worst[:10]))
+        lines.append("loss by domain: " + ", ".join(f"{name} {loss:.3f}" for name, loss in worst[:10]))
     return lines
 
 
 def entry_lines(entry: dict[str, Any]) -> list[str]:
     """A window as text for people."""
     head = f"== row {entry['row']}: {entry['domain']}, window {entry['window']:,} of {entry['windows']:,}, "
-    lines = [head + f"epoch {entry['epoch']}, {entry['file']}"]
+    lines = wrapped(head + f"epoch {entry['epoch']}, {entry['file']}")
     for part in entry["documents"]:
         place = f"tokens {part['first']:,} to {part['last']:,} of {part['tokens']:,}"
         lines.append(f"-- document {part['document']:,}, {place}")
@@ -183,17 +183,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rule = f"a step of the run, which has {files.config.train_iters():,}"
         raise ConfigError(Fault("--step", f"{args.step:,}", rule, "give an earlier step"))
     counts = tuple(window_count(stream.num_tokens, files.seq_length) for stream in files.streams)
-    found = recorded_step(args.run, files.config, counts, args.step)
+    recorded = recorded_step(args.run, files.config, counts, args.step)
     wanted = None if args.domain is None else names.index(args.domain)
-    rows = [row for row, domain in enumerate(found.batch.domains.tolist()) if wanted in (None, domain)]
+    rows = [row for row, domain in enumerate(recorded.batch.domains.tolist()) if wanted in (None, domain)]
     shown = rows if args.json or not args.limit else rows[: args.limit]
     tokenizer = None if args.ids else dataset_tokenizer(files.manifest)
-    entries = window_entries(files, found, shown, tokenizer)
+    entries = window_entries(files, recorded, shown, tokenizer)
     if args.json:
         for entry in entries:
             print(json.dumps({"step": args.step, **entry}))
         return 0
-    print("\n".join(summary(args.run, args.step, files, found)))
+    for line in summary(args.run, args.step, files, recorded):
+        print_stdout(line)
     for entry in entries:
         print("\n".join(entry_lines(entry)))
     if len(shown) < len(rows):

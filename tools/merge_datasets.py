@@ -19,6 +19,7 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
+from megatron_doremi.console import print_stdout, warn
 from megatron_doremi.data.indexed_dataset import dtype_for, paths_of
 from megatron_doremi.data.manifest import load_manifest, overwriting_faults, print_warnings
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any, run_or_exit
@@ -52,7 +53,7 @@ def main() -> int:
     """Checks the shards, copies them and publishes the manifest. Returns the exit code."""
     args = build_parser().parse_args()
     for path in ignored_folders(args.output_dir, args.split):
-        print(f"warning: ignoring {path}, which is not the folder of a task", file=sys.stderr)
+        warn(f"ignoring {path}, which is not the folder of a task")
     shards = load_shards(args.output_dir, args.split)
     source = shards[0].tokenizer
     if not source.file.is_file() or sha256_of(source.file) != source.sha256:
@@ -85,10 +86,10 @@ def main() -> int:
         workspace.remove()
     print_warnings(load_manifest(manifest_path))
     for note in (*map(describe_kept_in_train, moved), *describe_without_sizes(outputs)):
-        print(note)
+        print_stdout(note)
     documents = sum(output.documents for output in outputs.by_key.values())
     print(f"merged {len(shards)} shards: {len(outputs.by_key)} pairs, {documents:,} documents")
-    print(f"{args.output_dir / SHARDS} is no longer needed; check the result, then delete it")
+    print_stdout(f"{args.output_dir / SHARDS} is no longer needed; check the result, then delete it")
     return 0
 
 

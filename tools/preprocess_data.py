@@ -5,17 +5,17 @@
     python tools/preprocess_data.py --input train.jsonl.zst --output-dir data --split train ...
     python tools/preprocess_data.py --input valid.jsonl.zst --output-dir data --split valid ...
 
-Without --split, a hash of each text selects the held-out documents. The train split creates the manifest,
-data/domains.json; the valid split adds its pairs to it. Documents keep the order of the input, regardless of the number
-of workers. Files get their final names only when all of them are complete; an interrupted run resumes with --resume. In
-an array job each task takes --shard I of --num-shards N, and tools/merge_datasets.py merges their output.
+Without --split, folders that hold a validation or test split give both splits; of other input a hash of each text
+selects the held-out documents. The train split creates the manifest, data/domains.json; the valid split adds its pairs.
+Documents keep the order of the input, regardless of the number of workers. Files get their final names only when all of
+them are complete; an interrupted run resumes with --resume. In an array job each task takes --shard I of --num-shards
+N, and tools/merge_datasets.py merges their output.
 """
 
 from __future__ import annotations
 
 import argparse
 import errno
-import itertools
 import signal
 import sys
 from contextlib import closing
@@ -28,11 +28,11 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
+from megatron_doremi.console import print_stderr, print_stdout, warn
 from megatron_doremi.data.indexed_dataset import dtype_for
 from megatron_doremi.data.manifest import TokenizerInfo, load_manifest, overwriting_faults
 from megatron_doremi.errors import ConfigError, Fault, RunError, raise_if_any, run_or_exit
 from megatron_doremi.flag_parser import FlagParser
-from megatron_doremi.preprocessing.documents import Document
 from megatron_doremi.preprocessing.encoding import (
     TokenizerFiles,
     WorkerDied,
@@ -40,7 +40,13 @@ from megatron_doremi.preprocessing.encoding import (
     encode_all,
 )
 from megatron_doremi.preprocessing.file_domains import domain_warnings, list_faults
-from megatron_doremi.preprocessing.input_options import Inputs, add_input_options, read_input_options, with_held_out
+from megatron_doremi.preprocessing.input_options import (
+    Inputs,
+    add_input_options,
+    read_input_options,
+    sample,
+    with_held_out,
+)
 from megatron_doremi.preprocessing.lost_characters import describe_lost
 from megatron_doremi.preprocessing.outputs import (
     Outputs,
@@ -55,7 +61,7 @@ from megatron_doremi.preprocessing.outputs import (
 )
 from megatron_doremi.preprocessing.record_blocks import BLOCK_BYTES
 from megatron_doremi.preprocessing.shards import Pair, ShardData, load_shard, run_of, save_shard, shard_folder
-from megatron_doremi.preprocessing.sources import Shard, read_blocks, read_shard, shard_bytes
+from megatron_doremi.preprocessing.sources import Shard, read_shard, shard_bytes
 from megatron_doremi.preprocessing.summary import describe_skipped, print_summary
 from megatron_doremi.preprocessing.tokenizer import (
     GPT2,
@@ -69,9 +75,6 @@ from megatron_doremi.preprocessing.workspace import Workspace
 from megatron_doremi.progress import Progress
 from megatron_doremi.storage.files import make_folder
 
-# Bytes of text that are encoded both by tiktoken and by the tokenizer's own library, to compare the ids.
-_SAMPLE_BYTES = 1 << 18
-
 
 def build_parser() -> argparse.ArgumentParser:
     """Builds the command-line parser."""
@@ -80,7 +83,10 @@ def build_parser() -> argparse.ArgumentParser:
     add_input_options(parser)
     output_help = "folder in which to write the .bin/.idx pairs and domains.json"
     add("--output-dir", required=True, type=Path, metavar="DIR", help=output_help)
-    split_help = "split of the input files (default: train, of which --valid-fraction is held out)"
+    split_help = (
+        "split of the input files (default: both, of folders that hold a validation or test split; of others train, of "
+        "which --valid-fraction is held out)"
+    )
     add("--split", choices=("train", "valid"), help=split_help)
     valid_help = (
         "fraction of the documents to hold out as the valid split, by a hash of the text (default: 0 with --split; "
@@ -163,23 +169,6 @@ def check_tokenizer(args: argparse.Namespace, tokenizer: Tokenizer, expected: To
     return [Fault("--tokenizer-model", value, rule, "give that tokenizer, or make the train split again")]
 
 
-def sample(inputs: Inputs) -> list[str]:
-    """Returns texts from the beginnings of up to 15 input files."""
-    texts: list[str] = []
-    files, reader = inputs.files, inputs.reader
-    # Not from every file: each costs the decompression of a block.
-    for file in files[:: max(1, len(files) // 8)]:
-        left = _SAMPLE_BYTES // min(8, len(files))
-        for block in itertools.islice(read_blocks(file, reader.columns, reader.needed_of), 1):
-            for _, document in reader.documents(block):
-                if left <= 0:
-                    break
-                if isinstance(document, Document):
-                    texts.append(document.text[:left])
-                    left -= document.size
-    return texts
-
-
 def settings_of(args: argparse.Namespace, inputs: Inputs, tokenizer: Tokenizer) -> dict[str, Any]:
     """Returns everything that the result depends on, as JSON values. A run resumes only if they are equal; for
     array jobs see `run_of`."""
@@ -225,12 +214,26 @@ def encode_into(
 
 
 def main() -> int:
-    """Encodes the inputs and publishes the pairs and the manifest. Returns the exit code."""
+    """Encodes the inputs, of one split or of both. Returns the exit code."""
     args = build_parser().parse_args()
     args.tokenizer_type = args.tokenizer_type or kind_of_tokenizer(args.tokenizer_model)
     inputs = read_input_options(args, args.split or "train", args.valid_fraction or 0.0, check(args))
-    inputs = with_held_out(inputs, args.split, args.valid_fraction)
+    inputs = with_held_out(inputs, args.split, args.valid_fraction, args.num_shards)
+    folders = list(inputs.with_held_out) if args.split is None and args.valid_fraction is None else []
     args.split = args.split or "train"
+    if args.num_shards > 1 or not folders:
+        return encode_split(args, inputs)
+    # The valid split is begun when the train split is complete.
+    if not (args.resume and (args.output_dir / ".partial-valid").is_dir()):
+        code = encode_split(args, inputs)
+        if code:
+            return code
+    args.input, args.split = folders, "valid"
+    return encode_split(args, read_input_options(args, "valid"))
+
+
+def encode_split(args: argparse.Namespace, inputs: Inputs) -> int:
+    """Encodes the inputs of `args.split` and publishes the pairs and the manifest. Returns the exit code."""
     shard = Shard(args.shard, args.num_shards)
     files = TokenizerFiles(
         args.tokenizer_type, args.tokenizer_model, args.merge_file, args.eod_token, args.allow_special_tokens
@@ -270,18 +273,17 @@ def main() -> int:
         print_resume_hint(partial)
         return 130
     except WorkerDied:
-        message = "error: a worker was killed, probably because memory ran out; try fewer --workers"
-        print(message, file=sys.stderr)
+        print_stderr("error: a worker was killed, probably because memory ran out; try fewer --workers")
         return print_resume_hint(partial)
     except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_stderr(f"error: {error}")
         return print_resume_hint(partial)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         place = error.filename or partial
-        text = f"error: {place}: {error.strerror}; nothing was published; free disk space or raise the quota there"
-        print(text, file=sys.stderr)
+        text = f"{place}: {error.strerror}; nothing was published; free disk space or raise the quota there"
+        print_stderr(f"error: {text}")
         return print_resume_hint(partial)
     print_summary(outputs, single_reported=bool(domain_warnings(inputs.files, inputs.reader)))
     return 0
@@ -294,8 +296,7 @@ def warn_of_replacement(path: Path) -> None:
     except ConfigError:
         return
     shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-    text = f"warning: {path} already contains a train split ({shown}); this run will replace it"
-    print(text, file=sys.stderr, flush=True)
+    warn(f"{path} already contains a train split ({shown}); this run will replace it")
 
 
 def warn_of_lost_characters(args: argparse.Namespace, tokenizer: Tokenizer, texts: list[str]) -> None:
@@ -303,7 +304,7 @@ def warn_of_lost_characters(args: argparse.Namespace, tokenizer: Tokenizer, text
     lost, characters = tokenizer.lost_characters(texts), sum(map(len, texts))
     if lost.total() > args.max_dropped_share * characters:
         loss = f"in a sample of the input, the tokenizer loses {describe_lost(lost, characters)}"
-        print(f"warning: {loss}; see --max-dropped-share", file=sys.stderr, flush=True)
+        warn(f"{loss}; see --max-dropped-share")
 
 
 def load_train_split(path: Path) -> Any:
@@ -322,7 +323,7 @@ def is_done(folder: Path, settings: dict[str, Any], shard: Shard) -> bool:
 def print_resume_hint(partial: Path) -> int:
     """Prints how to resume. Returns 1, the exit code of a machine's failure."""
     if partial.is_dir():
-        print(f"Encoded data is kept in {partial}; run the same command with --resume to continue.", file=sys.stderr)
+        print_stderr(f"Encoded data is kept in {partial}; run the same command with --resume to continue.")
     return 1
 
 
@@ -362,7 +363,7 @@ def finish(
         save_tokenizer(tokenizer, info)
         publish(outputs, manifest, args.split)
         for domain in moved:
-            print(describe_kept_in_train(domain))
+            print_stdout(describe_kept_in_train(domain))
     else:
         save_tokenizer(tokenizer, info)
         outputs.publish(lambda: (outputs.folder / "shard.json").unlink(missing_ok=True))
@@ -372,7 +373,7 @@ def finish(
         }
         save_shard(ShardData(outputs.folder, shard, args.split, run_of(settings), info, pairs, order))
     for note in describe_without_sizes(outputs):
-        print(note)
+        print_stdout(note)
     workspace.remove()
 
 

@@ -25,6 +25,7 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_doremi import __version__
+from megatron_doremi.console import print_stdout
 from megatron_doremi.data.manifest import load_manifest
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any, run_or_exit
 from megatron_doremi.flag_parser import FlagParser
@@ -54,7 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with stage("drawing the charts"):
         report = make_report(study, __version__)
         write_report(report, folder)
-    print(f"\nwrote {folder / 'report.html'}, results.json and {len(report.charts)} PNG files in the same folder")
+    print_stdout(
+        f"\nwrote {folder / 'report.html'}, results.json and {len(report.charts)} PNG files in the same folder"
+    )
     return 0
 
 
@@ -175,7 +178,7 @@ def _read_groups(named: Sequence[tuple[str, Sequence[Path]]]) -> list[Group]:
 
 def _read_list(paths: Sequence[Path]) -> list[Group]:
     """A group for each run, named by its folder."""
-    runs = [run for found in read_all([partial(read_runs, path) for path in paths]) for run in found]
+    runs = [run for evaluations in read_all([partial(read_runs, path) for path in paths]) for run in evaluations]
     labels = unique_labels([run.path.resolve().name for run in runs])
     return [Group(label, (run,)) for label, run in zip(labels, runs, strict=True)]
 

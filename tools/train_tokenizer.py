@@ -28,7 +28,7 @@ if not __package__:
 import sentencepiece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from megatron_doremi.console import warn
+from megatron_doremi.console import print_stdout, warn
 from megatron_doremi.errors import ConfigError, Fault, run_or_exit
 from megatron_doremi.flag_parser import FlagParser
 from megatron_doremi.preprocessing.documents import Document, describe
@@ -95,7 +95,7 @@ def sample_documents(args: argparse.Namespace, inputs: Inputs) -> DomainSamples:
                 position = before + block.position
             before += file.path.stat().st_size
     if bad_total:
-        print("skipped " + describe_bad_lines(list(bad), bad_total))
+        print_stdout("skipped " + describe_bad_lines(list(bad), bad_total))
     return samples
 
 

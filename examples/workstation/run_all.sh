@@ -10,7 +10,7 @@
 #
 #     NPROC=4             processes; default: the visible GPUs
 #     DEVICE=cpu          train on CPUs
-#     TP=2 PP=2 ZERO=2    tensor and pipeline parallel size, ZeRO stage; those above their default are kept
+#     TP=1 PP=2 ZERO=2    tensor and pipeline parallel size, ZeRO stage: what is given is kept, the rest is chosen
 #     MICRO_BATCH_SIZE=4  windows in a forward pass; default: what fits, from the global batch
 #     DEVICE_MEMORY_GIB   memory of a device; default: that of the GPU
 #     STAGES="proxy main" the stages to run. With `score` between reference and proxy the reference's losses are
@@ -119,7 +119,9 @@ plan() {
         printf '%s: %s\n' "$1" "$plan_text" >&2
         exit "$code"
     fi
-    LAYOUT[$1]=${plan_text##*$'\n'}
+    # The lines below the last "flags of the best layout (...):", which backslashes continue.
+    local flags=${plan_text##*$'\n'flags of the best layout*:$'\n'}
+    LAYOUT[$1]=${flags//\\$'\n'/ }
     printf '\n%s:\n' "$1"
     if [ -n "$DRY_RUN" ]; then
         printf '%s\n' "$plan_text"

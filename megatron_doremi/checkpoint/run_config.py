@@ -87,6 +87,7 @@ class RunConfigFile(Schema):
     FORMAT_OPTIONAL: ClassVar[bool] = True
 
     program: str = ""
+    versions: dict[str, str] = Field(default_factory=dict)
     phase: Name
     gpt: GPTEntry
     domains: Annotated[list[Name], Field(min_length=1)]

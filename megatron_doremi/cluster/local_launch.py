@@ -46,8 +46,12 @@ def launch_ranks(command: Sequence[str], ranks: int, environ: Mapping[str, str],
         shared = rank_environment(environ, ranks, listener.getsockname()[1])
         for rank in range(ranks):
             os.set_inheritable(listener.fileno(), rank == 0)
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), LISTENER: str(listener.fileno() if rank == 0 else -1)}
-            pids.append(os.posix_spawn(command[0], list(command), {**shared, **own}))
+            of_rank = {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                LISTENER: str(listener.fileno() if rank == 0 else -1),
+            }
+            pids.append(os.posix_spawn(command[0], list(command), {**shared, **of_rank}))
     for number in received:
         pass_on(number)
     codes = _wait(pids)

@@ -32,6 +32,7 @@ from safetensors.numpy import save
 
 from megatron_doremi.errors import ConfigError, Fault, RunError
 from megatron_doremi.storage.files import atomic_write_bytes, make_folder
+from megatron_doremi.storage.folder_lock import open_locked
 from megatron_doremi.storage.formats import Count, Schema
 
 CHUNK_WINDOWS = 4096
@@ -322,19 +323,12 @@ def add_windows(
 @contextlib.contextmanager
 def _only_writer(path: Path) -> Iterator[None]:
     """Holds a lock file, and removes it afterward. Does nothing on a file system without locks."""
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
+
+    def take(descriptor: int) -> None:
+        with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-            # The previous holder removes the file when it is done: a lock on a removed file protects nothing.
-            if _is_version(path, os.fstat(descriptor)):
-                break
-        except OSError:
-            break
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
+
+    descriptor = open_locked(path, take)
     try:
         yield
     finally:

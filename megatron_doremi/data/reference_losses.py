@@ -76,7 +76,7 @@ def read_scores_file(folder: Path, flag: str) -> tuple[ScoresFile, dict[str, Any
 
 
 def differences(entry: Mapping[str, Any], expected: Mapping[str, Any], subject: str) -> list[Fault]:
-    """A fault for each value in scores.json that differs from `expected`. Ignores keys that older versions lack."""
+    """A fault for each value in scores.json that differs from `expected`. Keys may be missing from an older version."""
     return [
         Fault(subject, f"{key} {str(entry[key])[:60]}", f"{key} {str(value)[:60]}", _OWN_FOLDER)
         for key, value in expected.items()

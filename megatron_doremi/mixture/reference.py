@@ -20,12 +20,12 @@ from megatron_doremi.parallel.context import ParallelContext
 
 
 @dataclass(frozen=True)
-class ReferenceRun:
+class TrainedRun:
     """A run of this program whose model is loaded.
 
     Attributes:
         gpt: shape of the model.
-        weights: folder of the weights in its newest complete checkpoint.
+        weights: folder of the weights in the checkpoint that is loaded.
         iteration: step of that checkpoint.
         global_batch_size: windows per step of that run.
         phase: of that run; "" if it does not exist yet (a dry run).
@@ -103,7 +103,7 @@ class OnlineReference:
 
     def __init__(
         self,
-        run: ReferenceRun,
+        run: TrainedRun,
         context: ParallelContext,
         dtype: torch.dtype,
         shape: tuple[int, int],

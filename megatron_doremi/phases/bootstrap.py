@@ -104,9 +104,9 @@ def interval(loss: float, resampled: Floats, degrees: float) -> list[float] | No
         return None
     low, high = np.quantile(resampled, _QUANTILES)
     # Interpolated, so that rounding of `degrees` changes an interval by rounding only.
-    whole = max(1, int(degrees))
-    part = max(0.0, degrees - whole)
-    stretch = ((1 - part) * student_t_quantile(whole) + part * student_t_quantile(whole + 1)) / _NORMAL
+    integer = max(1, int(degrees))
+    part = max(0.0, degrees - integer)
+    stretch = ((1 - part) * student_t_quantile(integer) + part * student_t_quantile(integer + 1)) / _NORMAL
     return [max(0.0, float(loss - stretch * (loss - low))), float(loss + stretch * (high - loss))]
 
 

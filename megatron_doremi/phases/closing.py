@@ -5,13 +5,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_doremi.console import shortened
 from megatron_doremi.plan import RunPlan
 from megatron_doremi.planning.describe import table
 from megatron_doremi.progress import duration
 
 _LISTED_DOMAINS = 12
-_LONGEST_NAME = 40
 
 
 def end_lines(plan: RunPlan, iteration: int, steps: int, seconds: float, last_loss: float | None) -> list[str]:
@@ -46,7 +44,7 @@ def weights_table(
     order = np.argsort(-learned, kind="stable")
     shown, uniform = order[:_LISTED_DOMAINS], 1.0 / len(names)
     columns = {
-        "domain": [shortened(names[i], _LONGEST_NAME) for i in shown],
+        "domain": [names[i] for i in shown],
         "learned": [f"{learned[i]:.4f}" for i in shown],
         "natural": [f"{natural[i]:.4f}" for i in shown],
         "uniform": [f"{uniform:.4f}" for _ in shown],

@@ -30,7 +30,7 @@ def reference_faults(config: Config) -> list[Fault]:
         _collect(faults, lambda: read_run_config(Path(config.run.load_folder), LOADED_RUN))
     needed = phase == SCORE or (phase == PROXY and config.doremi.online)
     if needed and config.doremi.reference_load and REFERENCE_RUN not in to_come:
-        _collect(faults, lambda: read_run_config(Path(config.doremi.reference_load), REFERENCE_RUN))
+        _collect(faults, lambda: read_run_config(Path(config.doremi.reference_folder), REFERENCE_RUN))
     return faults
 
 

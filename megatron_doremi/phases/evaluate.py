@@ -25,7 +25,7 @@ from megatron_doremi.data.loader import MicroBatch, rank_slice, read_windows
 from megatron_doremi.errors import RunError
 from megatron_doremi.mixture.non_finite import NonFinite, windows_by_domain
 from megatron_doremi.mixture.objective import reduce_stats, reduce_sums
-from megatron_doremi.mixture.reference import ReferenceRun
+from megatron_doremi.mixture.reference import TrainedRun
 from megatron_doremi.mixture.statistics import DomainStats, domain_stats, finite_windows
 from megatron_doremi.model.forward import forward_only
 from megatron_doremi.model.unpipelined import GPT
@@ -132,7 +132,7 @@ def _explain(
 def evaluate_run(
     plan: RunPlan,
     data: RunData,
-    run: ReferenceRun,
+    run: TrainedRun,
     context: ParallelContext,
     watchdog: Watchdog,
 ) -> None:

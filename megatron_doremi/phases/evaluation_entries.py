@@ -14,8 +14,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from megatron_doremi.console import COLUMNS
 from megatron_doremi.mixture.statistics import DomainStats
 from megatron_doremi.phases.bootstrap import Floats, degrees_of_sum, interval, resample
+from megatron_doremi.text_table import table_lines
 
 NATS, BITS = "eval", "eval_bpb"
 
@@ -142,12 +144,7 @@ def evaluation_table(entries: Mapping[str, Any]) -> list[str]:
         for key, _ in units:
             row += [_number(entries.get(f"{key}_{figure}")), _range(entries.get(f"{key}_{figure}_interval"))]
         rows.append([*row, "", ""])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *cells in rows:
-        others = [f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True)]
-        lines.append("  ".join([f"{first:<{widths[0]}}", *others]).rstrip())
-    return lines
+    return table_lines(rows[0], rows[1:], COLUMNS - len("HH:MM:SS   "))
 
 
 def _number(value: float | None) -> str:

@@ -27,6 +27,7 @@ from megatron_doremi.phases.run_data import RunData
 from megatron_doremi.plan import RunPlan
 from megatron_doremi.settings import PROXY, flag_of
 from megatron_doremi.storage.files import atomic_write_text, make_folder
+from megatron_doremi.version import versions
 
 # Entries that no --override-resume can change: with another value the trained parameters would be useless.
 FIXED = ("phase", "gpt", "domains", "tokenizer_sha256", "seq_length")
@@ -87,6 +88,8 @@ def write_run_config(
     entry = {
         "format": RunConfigFile.FORMAT,
         "program": f"megatron-doremi {__version__}",
+        # Of this start. Not part of the identity: a run may resume under other versions.
+        "versions": versions(),
         "phase": plan.config.data.phase,
         "gpt": asdict(plan.gpt),
         "domains": list(plan.names),

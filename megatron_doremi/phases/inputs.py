@@ -15,7 +15,7 @@ from megatron_doremi.data.reference_losses import ReferenceLosses
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any
 from megatron_doremi.mixture.controller import MixtureController
 from megatron_doremi.mixture.controllers import make_controller
-from megatron_doremi.mixture.reference import ReferenceRun
+from megatron_doremi.mixture.reference import TrainedRun
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.phases.early_checks import reference_faults
 from megatron_doremi.phases.identity import run_identity
@@ -52,7 +52,7 @@ class Inputs:
         plan: the resolved run.
         controller: what decides the mixture.
         repeated: a line that lists the domains that repeat; "" if none does.
-        reference: the model that scoring, an evaluation, or a proxy with an online reference loads; else None.
+        loaded: the run whose model scoring, an evaluation, or a proxy with an online reference loads; else None.
         reference_losses: of a proxy that reads them from disk; else None.
         to_come: see `inputs_to_come`; empty unless the run is a dry run.
         resumes: of a dry run, what the run would say about its resume; empty if it would start.
@@ -62,7 +62,7 @@ class Inputs:
     plan: RunPlan
     controller: MixtureController
     repeated: str
-    reference: ReferenceRun | None
+    loaded: TrainedRun | None
     reference_losses: ReferenceLosses | None
     to_come: Mapping[str, str]
     resumes: tuple[str, ...] = ()
@@ -145,8 +145,8 @@ def plan_text(inputs: Inputs) -> str:
     data, plan, to_come = inputs.data, inputs.plan, inputs.to_come
     setting = sampling_setting(plan.config, data.manifest)
     # --eval-iters counts batches of the evaluated run: this one, or the one that an evaluation loads.
-    loaded = inputs.reference if plan.config.data.phase == EVALUATE else None
-    limit = plan.config.data.eval_iters * (loaded or plan).global_batch_size
+    evaluated = inputs.loaded if plan.config.data.phase == EVALUATE else None
+    limit = plan.config.data.eval_iters * (evaluated or plan).global_batch_size
     counts = data.held_out_counts(plan.config.data.seq_length)
     held_out = [min(count, limit) if limit else count for count in counts]
     lines = [*to_come.values(), *inputs.resumes]
@@ -166,7 +166,7 @@ def start_text(inputs: Inputs, device: str) -> str:
 
 def _held_reference(inputs: Inputs) -> GPTConfig | None:
     """The model that a proxy holds beside its own. Scoring and an evaluation hold one model, the plan's."""
-    return inputs.reference.gpt if inputs.reference and inputs.plan.config.data.phase in TRAINING else None
+    return inputs.loaded.gpt if inputs.loaded and inputs.plan.config.data.phase in TRAINING else None
 
 
 def suggestion(inputs: Inputs) -> str:
@@ -190,7 +190,7 @@ def suggestion(inputs: Inputs) -> str:
 
 def what_is_read(inputs: Inputs) -> dict[str, Any]:
     """Hashes of the files that decide a run, as this rank sees them: a node may hold a stale copy."""
-    data, reference, reference_losses = inputs.data, inputs.reference, inputs.reference_losses
+    data, loaded, reference_losses = inputs.data, inputs.loaded, inputs.reference_losses
     entry: dict[str, Any] = {
         "domains": list(data.names),
         "tokenizer_sha256": data.tokenizer_sha256,
@@ -199,9 +199,9 @@ def what_is_read(inputs: Inputs) -> dict[str, Any]:
         "held_out_content": data.held_out_content,
         "sampling weights": inputs.plan.sampling_weights.tolist(),
     }
-    if reference is not None:
+    if loaded is not None:
         # Not the weights, which may be gigabytes, but the state.json that holds their checksums.
-        entry["checkpoint of the reference"] = sha256_of(reference.weights.parent / "state.json")
+        entry["checkpoint of the loaded run"] = sha256_of(loaded.weights.parent / "state.json")
     if reference_losses is not None:
         entry["scores.json of the reference losses"] = sha256_of(reference_losses.folder / "scores.json")
     return entry

@@ -22,9 +22,9 @@ from megatron_doremi.run_settings import RunConfig
 BRANCH = "branch"
 
 
-def checkpoint_at(folder: Path, step: int) -> Path:
-    """The checkpoint of DIR@STEP. Raises ConfigError if there is no such checkpoint, or if it is not complete."""
-    subject, path = f"--load {folder}@{step}", checkpoints_folder(folder) / checkpoint_name(step)
+def checkpoint_at(folder: Path, step: int, flag: str = "--load") -> Path:
+    """The checkpoint of DIR@STEP, which `flag` names. Raises ConfigError if it is missing or incomplete."""
+    subject, path = f"{flag} {folder}@{step}", checkpoints_folder(folder) / checkpoint_name(step)
     if not path.is_dir():
         steps = [f"{iteration:,}" for iteration, other in checkpoints(folder) if incompleteness(other) is None]
         rule = f"a step of a checkpoint in {folder}: {', '.join(steps) or 'there is none'}"
@@ -59,14 +59,14 @@ def checkpoint_to_resume(run: RunConfig, report: Callable[[str], None]) -> Path 
             remedy = f"give another folder to --save to branch from this step, or --load {folder} to resume"
             raise ConfigError(Fault("--load", run.load, rule, remedy))
         return newest
-    own = _newest(save, report) if run.save else None
-    if own is None:
+    newest = _newest(save, report) if run.save else None
+    if newest is None:
         return checkpoint_at(folder, run.load_step)
-    if run.load_step not in [entry.get("iteration") for entry in read_state(own).overrides if is_branch(entry)]:
+    if run.load_step not in [entry.get("iteration") for entry in read_state(newest).overrides if is_branch(entry)]:
         rule = f"an empty folder, or a branch of {run.load}"
         remedy = f"give --load {save} to resume the run that it holds, or another --save"
         raise ConfigError(Fault(f"--save {save}", "holds another run", rule, remedy))
-    return own
+    return newest
 
 
 def is_branch(entry: dict[str, Any]) -> bool:

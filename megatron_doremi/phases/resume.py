@@ -77,10 +77,10 @@ def resume_point(
     if not config.run.load:
         return None
     # Rank 0 decides: on a shared file system ranks may see different files.
-    found = from_rank_0(lambda: _path_text(checkpoint_to_resume(config.run, print_stderr)))
-    if found is None:
+    path = from_rank_0(lambda: _path_text(checkpoint_to_resume(config.run, print_stderr)))
+    if path is None:
         return None
-    checkpoint = Path(found)
+    checkpoint = Path(path)
     state, learned, overridden = _matching_state(checkpoint, plan, identity, controller)
     before = state.recorded_identity()
     check_files(checkpoint)

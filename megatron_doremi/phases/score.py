@@ -40,7 +40,7 @@ from megatron_doremi.data.reference_loss_file import (
 )
 from megatron_doremi.data.reference_losses import ReferenceLosses, ReferenceLossFolder
 from megatron_doremi.errors import ConfigError, Fault, RunError, error_from_json, error_to_json, raise_if_any
-from megatron_doremi.mixture.reference import ReferenceRun
+from megatron_doremi.mixture.reference import TrainedRun
 from megatron_doremi.model.forward import forward_only
 from megatron_doremi.model.pipeline import GPTPipeline
 from megatron_doremi.parallel import exchange
@@ -60,7 +60,7 @@ T = TypeVar("T")
 
 
 def data_fingerprint(config: Config, data: RunData) -> dict[str, Any]:
-    """What recorded losses depend on, except the reference. Folders of an older version may lack keys."""
+    """What recorded losses depend on, except the reference. Keys may be missing from folders of an older version."""
     return {
         "tokenizer_sha256": data.tokenizer_sha256,
         "data_fingerprint": data.manifest.fingerprint(),
@@ -91,7 +91,7 @@ def weights_hash(folder: Path, watchdog: Watchdog) -> str:
 
 
 def reference_hash(
-    run: ReferenceRun | None, reference_losses: ReferenceLosses | None, topology: Topology, watchdog: Watchdog
+    run: TrainedRun | None, reference_losses: ReferenceLosses | None, topology: Topology, watchdog: Watchdog
 ) -> str | None:
     """A hash of the weights of a proxy's reference; None without a reference. A collective call."""
     if reference_losses is not None:
@@ -158,7 +158,7 @@ def check_reference_losses(
     run_on_rank_0_via_store(store, "reference losses", plan.topology.rank, check)
 
 
-def score(plan: RunPlan, data: RunData, run: ReferenceRun, context: ParallelContext, control: RunControl) -> bool:
+def score(plan: RunPlan, data: RunData, run: TrainedRun, context: ParallelContext, control: RunControl) -> bool:
     """Scores this task's share of the windows that are not recorded yet; a collective call.
 
     Returns:

@@ -27,11 +27,11 @@ def inputs_to_come(config: Config) -> dict[str, str]:
     if phase in NO_EVALUATION and is_weights_file(weights) and not similar_mixture(weights):
         stand_ins[WEIGHTS] = (weights, "uniform weights stand in; no cap on epochs is checked")
     if phase == PROXY and doremi.online:
-        stand_ins[REFERENCE_RUN] = (doremi.reference_load, "a reference of the proxy's own shape stands in")
+        stand_ins[REFERENCE_RUN] = (doremi.reference_folder, "a reference of the proxy's own shape stands in")
     elif phase == PROXY and not get_close_matches(doremi.reference_losses, ["online"], cutoff=0.8):
         stand_ins[LOSSES] = (doremi.reference_losses, "its losses are not checked")
     if phase == SCORE:
-        stand_ins[REFERENCE_RUN] = (doremi.reference_load, "the shape of the model flags stands in")
+        stand_ins[REFERENCE_RUN] = (doremi.reference_folder, "the shape of the model flags stands in")
     if phase == EVALUATE:
         stand_ins[LOADED_RUN] = (config.run.load_folder, "the shape of the model flags stands in")
     return {

@@ -123,8 +123,6 @@ class Trainer:
             stop = flags.stop
             self._log_step(lr, timer, log)
             with timer.paused():
-                if self._due(config.run.check_ranks_interval):
-                    check_replicas(self.engine.module, self._replicated_state(), self.topology, self.iteration)
                 for_controller = self.controller.evaluates_at(self.iteration)
                 if for_controller or self._due(config.data.eval_interval) or self.iteration == total:
                     self._evaluate(log, for_controller)
@@ -136,6 +134,8 @@ class Trainer:
                 regular = self._due(config.run.save_interval) or leave or self.iteration == total
                 if regular or (flags.save_due and not flags.writing):
                     self._save(log, ephemeral=not regular)
+                elif self._due(config.run.check_ranks_interval):
+                    self._check_replicas(self._replicated_state())
             if leave:
                 break
             self.watchdog.mark(f"reading the data of iteration {self.iteration + 1}")
@@ -268,13 +268,17 @@ class Trainer:
             state[self.controller.state_name] = self.controller.state_dict(self.plan.names)
         return state
 
+    def _check_replicas(self, replicated_state: dict[str, Any]) -> None:
+        """Raises ReplicaMismatch if ranks that must be identical are not; a collective call."""
+        check_replicas(self.engine.module, replicated_state, self.topology, self.iteration)
+
     def _save(self, log: RunLog, ephemeral: bool) -> None:
         """Starts a checkpoint; an ephemeral one is deleted when a newer one is complete."""
         self.save_timer.restart()
         self.watchdog.mark(f"saving iteration {self.iteration}")
         replicated_state = self._replicated_state()
         # A resumed run would take one rank's wrong state for all ranks.
-        check_replicas(self.engine.module, replicated_state, self.topology, self.iteration)
+        self._check_replicas(replicated_state)
         state = {
             "identity": self.identity,
             "overrides": self.overrides,

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 
 from megatron_doremi.config import SECTIONS, Config, GPTConfig
-from megatron_doremi.console import shortened, wrapped
+from megatron_doremi.console import COLUMNS, wrapped
 from megatron_doremi.engine.optimizer import make_learning_rate
 from megatron_doremi.mixture.controller import MixtureController
 from megatron_doremi.model.sizes import parameters_by_layer
 from megatron_doremi.plan import RunPlan
 from megatron_doremi.planning.memory import parameters_by_stage, rank_memory
 from megatron_doremi.settings import EVALUATE, NO_EVALUATION, SCORE, TRAINING, phases_of
+from megatron_doremi.text_table import shown_name, table_lines
 
 # Characters of the domains that a run lists at its start.
 _LISTED_CHARACTERS = 200
@@ -43,7 +44,7 @@ def describe_plan(
         json.dumps(resolved_settings(plan, weights_setting), indent=2),
         *(part for line in plan_lines(plan, controller, weights_setting, reference) for part in wrapped(line)),
         *table(_columns(plan, controller, held_out_counts)),
-        *stand_ins,
+        *(part for line in stand_ins for part in wrapped(line)),
     ]
     return "\n".join(lines)
 
@@ -99,7 +100,7 @@ def _domains(plan: RunPlan, controller: MixtureController) -> tuple[str, int]:
     listed: list[str] = []
     for i in order:
         epochs = f" ({plan.epochs[i]:,.2f} epochs)" if controller.samples_ahead else ""
-        listed.append(f"{shortened(plan.names[i], _LONGEST_NAME)} {plan.sampling_weights[i]:.4f}{epochs}")
+        listed.append(f"{shown_name(plan.names[i], _LONGEST_NAME)} {plan.sampling_weights[i]:.4f}{epochs}")
         if len(", ".join(listed)) > _LISTED_CHARACTERS:
             break
     return ", ".join(listed), len(order) - len(listed)
@@ -190,7 +191,7 @@ def _mixture(plan: RunPlan, controller: MixtureController, weights_setting: str)
 def _columns(plan: RunPlan, controller: MixtureController, held_out_counts: Sequence[int]) -> dict[str, list[str]]:
     """The columns of the table of domains: a header and [k] cells each."""
     phase = plan.config.data.phase
-    columns = {"domain": [json.dumps(name, ensure_ascii=False)[1:-1] for name in plan.names]}
+    columns = {"domain": list(plan.names)}
     if phase != EVALUATE:
         columns["windows"] = [f"{count:,}" for count in plan.window_counts]
     if phase in TRAINING or (phase == SCORE and plan.config.data.train_iters):
@@ -214,10 +215,7 @@ def _count(number: int, noun: str, plural: str = "s") -> str:
 
 
 def table(columns: dict[str, list[str]]) -> list[str]:
-    """Lines of a table: its headers, and a row for each cell of the columns, the first of which is aligned left."""
-    rows = list(zip(*([header, *cells] for header, cells in columns.items()), strict=True))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  " + "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]
+    """Lines of a table: its headers, and a row for each cell of the columns, as `table_lines` aligns them."""
+    rows = list(zip(*columns.values(), strict=True))
+    # Below the time of day, where a run prints it.
+    return [f"  {line}" for line in table_lines(list(columns), rows, COLUMNS - len("HH:MM:SS   "))]

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_doremi.config import Config, GPTConfig
+from megatron_doremi.console import command_lines, wrapped_lines
 from megatron_doremi.errors import ConfigError, Fault
 from megatron_doremi.layout_rules import Split, divisors, possible_splits
 from megatron_doremi.parallel.topology import Topology
@@ -98,7 +99,7 @@ def suggest_layouts(plan: RunPlan, alternating: bool, reference: GPTConfig | Non
     """Ranks the layouts of the plan's ranks that fit a device.
 
     Args:
-        plan: of any layout of the same number of ranks. Layout settings that differ from their defaults are kept.
+        plan: of any layout of the same number of ranks. Layout settings that the command line gives are kept.
         alternating: all forward passes of a step come before its first backward pass.
         reference: the model that a proxy holds beside its own; None: it holds none.
         device_bytes: memory of the device of each rank.
@@ -132,7 +133,7 @@ def _candidates(plan: RunPlan, split: Split, alternating: bool, reference: GPTCo
     reference_parameters = max(parameters_by_stage(reference, *layout)) if reference else 0
     trains = config.data.phase in TRAINING
     granularity = config.parallel.recompute_granularity
-    granularities = GRANULARITIES if trains and granularity == "none" else (granularity,)
+    granularities = GRANULARITIES if trains and "recompute_granularity" not in config.given else (granularity,)
     sequence_parallel = split.tensor > 1 and config.data.seq_length % split.tensor == 0
     topology = Topology(split.pipe, split.data, split.tensor)
     for micro_batch in _micro_batch_sizes(config, split.data):
@@ -156,7 +157,7 @@ def _candidates(plan: RunPlan, split: Split, alternating: bool, reference: GPTCo
 def _micro_batch_sizes(config: Config, replicas: int) -> list[int]:
     """The given micro-batch, or without one, those that divide a replica's share of the global batch."""
     data = config.data
-    if data.micro_batch_size > 1 or not data.global_batch_size:
+    if "micro_batch_size" in config.given or not data.global_batch_size:
         return [data.micro_batch_size]
     share = data.global_batch_size // replicas
     return [size for size in divisors(share) if size == 1 or size * data.seq_length <= MAX_MICRO_BATCH_TOKENS]
@@ -164,7 +165,7 @@ def _micro_batch_sizes(config: Config, replicas: int) -> list[int]:
 
 def _zero_stages(config: Config, split: Split) -> tuple[int, ...]:
     """The given ZeRO stage; without one, those that shard anything under this precision, pipeline and offload."""
-    if config.parallel.zero_stage:
+    if "zero_stage" in config.given:
         stages: tuple[int, ...] = (config.parallel.zero_stage,)
     elif config.parallel.cpu_offload:
         stages = (2, 3)
@@ -191,12 +192,12 @@ def arithmetic(plan: RunPlan, alternating: bool) -> float:
 
 def _reason(chosen: Candidate, earlier: Sequence[Candidate]) -> str:
     """Why a candidate was not taken with less recomputation, a lower ZeRO stage or a larger micro-batch."""
-    own = chosen.plan.config.parallel
+    taken = chosen.plan.config.parallel
     settings = [each.plan.config.parallel for each in earlier]
-    granularity = GRANULARITIES.index(own.recompute_granularity)
+    granularity = GRANULARITIES.index(taken.recompute_granularity)
     for name, rejected in (
         ("recomputation", [GRANULARITIES.index(each.recompute_granularity) < granularity for each in settings]),
-        ("ZeRO", [each.zero_stage < own.zero_stage for each in settings]),
+        ("ZeRO", [each.zero_stage < taken.zero_stage for each in settings]),
         ("micro-batch", [True] * len(earlier)),
     ):
         larger = [each for each, is_rejected in zip(earlier, rejected, strict=True) if is_rejected]
@@ -255,7 +256,7 @@ def gib(candidate: Candidate) -> str:
 
 
 def suggestion_text(suggestion: Suggestion, device_bytes: float) -> str:
-    """What --suggest-layout prints. The last line is the flags of the best layout."""
+    """What --suggest-layout prints. It ends with the flags of the best layout, on lines that a shell continues."""
     shown, limit = suggestion.fitting[:MAX_LISTED], (1 - MARGIN) * device_bytes / 2**30
     plans = [candidate.plan for candidate in shown]
     world_size = plans[0].topology.world_size
@@ -271,16 +272,18 @@ def suggestion_text(suggestion: Suggestion, device_bytes: float) -> str:
         columns["recompute"] = [each.recompute_granularity for each in parallel]
     reasons = ["  instead of", *(f"  {reason}" for reason in suggestion.reasons)]
     left = len(suggestion.fitting) - len(shown)
-    return "\n".join(
-        [
-            f"layouts of {world_size:,} rank{'s' if world_size > 1 else ''}, best first; at most {limit:.1f} of "
-            f"{device_bytes / 2**30:.1f} GiB per rank are planned, {MARGIN:.0%} is left for what is not estimated",
-            "(buffers of collectives, layers gathered by ZeRO 3, operations at work, the device's context).",
-            "Arithmetic: recomputation and pipeline bubble relative to none; time of communication is not estimated.",
-            *(row + reason for row, reason in zip(table(columns), reasons, strict=False)),
-            *([f"  and {left:,} more that fit"] if left else []),
-            *(["rejected:", *(f"  {line}" for line in suggestion.rejected)] if suggestion.rejected else []),
-            f"flags of the best layout ({_sizes(shown[0])}):",
-            " ".join(suggestion.flags),
-        ]
+    return wrapped_lines(
+        "\n".join(
+            [
+                f"layouts of {world_size:,} rank{'s' if world_size > 1 else ''}, best first; at most {limit:.1f} of "
+                f"{device_bytes / 2**30:.1f} GiB per rank are planned, {MARGIN:.0%} is left for what is not estimated",
+                "(buffers of collectives, layers gathered by ZeRO 3, operations at work, the device's context).",
+                "Arithmetic: recomputation and pipeline bubble relative to none; communication time is not estimated.",
+                *(row + reason for row, reason in zip(table(columns), reasons, strict=False)),
+                *([f"  and {left:,} more that fit"] if left else []),
+                *(["rejected:", *(f"  {line}" for line in suggestion.rejected)] if suggestion.rejected else []),
+                f"flags of the best layout ({_sizes(shown[0])}):",
+                *command_lines(suggestion.flags),
+            ]
+        )
     )

@@ -33,7 +33,7 @@ def named(file: InputFile) -> InputFile:
     return file if file.domain is not None else replace(file, domain=domain_of_name(file.path))
 
 
-def lack_domains(files: Sequence[InputFile]) -> bool:
+def have_no_domains(files: Sequence[InputFile]) -> bool:
     """Whether the first records of a sample of the files can be read, and none carries the default key."""
     without = [file for file in files if file.domain is None and file.kind != TEXT]
     key, records = DomainKey(DOMAIN_KEY), 0

@@ -4,13 +4,15 @@ of a document are."""
 from __future__ import annotations
 
 import argparse
-import sys
+import itertools
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megatron_doremi.console import note, warn
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any
 from megatron_doremi.preprocessing.columns import check_text_column
 from megatron_doremi.preprocessing.documents import (
+    Document,
     DocumentReader,
     DomainKey,
     DomainRules,
@@ -22,13 +24,14 @@ from megatron_doremi.preprocessing.documents import (
 from megatron_doremi.preprocessing.file_domains import (
     DOMAIN_KEY,
     domain_warnings,
-    lack_domains,
+    have_no_domains,
     list_faults,
     named,
     pattern_faults,
     shown_names,
 )
 from megatron_doremi.preprocessing.inputs import FORMATS, InputFile, find_inputs
+from megatron_doremi.preprocessing.sources import read_blocks
 from megatron_doremi.settings import flag_of
 
 # Value of --domain-from-file without a pattern.
@@ -36,6 +39,8 @@ BY_NAME = ""
 _DOMAIN_FLAGS = ("domain_key", "domain_rules", "domain_from_file")
 # Files are no longer checked after this many faults.
 _MAX_FAULTS = 10
+# Bytes of text that `sample` returns.
+_SAMPLE_BYTES = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -46,13 +51,13 @@ class Inputs:
         files: in the order in which they are read.
         reader: turns their records into documents.
         order: the allowed domain names, in the order of --domain-list; () allows any.
-        has_valid: whether a folder of --input holds a held-out split that is not read.
+        with_held_out: the folders of --input that hold a held-out split of their own.
     """
 
     files: tuple[InputFile, ...]
     reader: DocumentReader
     order: tuple[str, ...]
-    has_valid: bool = False
+    with_held_out: tuple[Path, ...] = ()
 
     @property
     def paths(self) -> list[Path]:
@@ -129,7 +134,7 @@ def read_input_options(
     inputs = find_inputs(args.input, domain_of_records=bool(domain_flags), domain_of_text=by_rule, split=split)
     faults += inputs.faults
     notes = list(inputs.ignored)
-    if not faults and (by_name or (not domain_flags and default is None and lack_domains(inputs.files))):
+    if not faults and (by_name or (not domain_flags and default is None and have_no_domains(inputs.files))):
         inputs.files = [named(file) for file in inputs.files]
         if not by_name:
             names = shown_names({file.domain for file in inputs.files if file.domain is not None})
@@ -150,25 +155,45 @@ def read_input_options(
         faults += file_faults
     raise_if_any(faults)
     for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    for note in notes:
-        print(f"note: {note}", file=sys.stderr)
-    return Inputs(tuple(inputs.files), reader, order, inputs.has_valid)
+        warn(warning)
+    for text in notes:
+        note(text)
+    return Inputs(tuple(inputs.files), reader, order, tuple(inputs.with_held_out))
 
 
-def with_held_out(inputs: Inputs, split: str | None, valid_fraction: float | None) -> Inputs:
+def sample(inputs: Inputs) -> list[str]:
+    """Returns texts from the beginnings of up to 15 input files, on which two encoders of a tokenizer are compared."""
+    texts: list[str] = []
+    files, reader = inputs.files, inputs.reader
+    # Not from every file: each costs the decompression of a block.
+    for file in files[:: max(1, len(files) // 8)]:
+        left = _SAMPLE_BYTES // min(8, len(files))
+        for block in itertools.islice(read_blocks(file, reader.columns, reader.needed_of), 1):
+            for _, document in reader.documents(block):
+                if left <= 0:
+                    break
+                if isinstance(document, Document):
+                    texts.append(document.text[:left])
+                    left -= document.size
+    return texts
+
+
+def with_held_out(inputs: Inputs, split: str | None, valid_fraction: float | None, tasks: int) -> Inputs:
     """Returns the inputs with the default of --valid-fraction; prints it, and what looks wrong about the domains.
 
     Args:
         split, valid_fraction: the values of the flags; None where they are not given.
+        tasks: of the array job, whose tasks read one split.
     """
     if split != "valid":
         for text in domain_warnings(inputs.files, inputs.reader):
-            print(f"warning: {text}", file=sys.stderr)
+            warn(text)
     if split is not None or valid_fraction is not None:
         return inputs
-    if inputs.has_valid:
-        print("note: the same command with --split valid adds the held-out files", file=sys.stderr)
+    if inputs.with_held_out:
+        folders = " ".join(map(str, inputs.with_held_out))
+        then = f"the same command with --split valid --input {folders} adds" if tasks > 1 else "this run then adds"
+        note(f"{then} the held-out files of {folders}")
         return inputs
     fraction = held_out_fraction(sum(path.stat().st_size for path in inputs.paths))
     print(f"holding out a fraction of {fraction:g} of the documents as the valid split (--valid-fraction)", flush=True)

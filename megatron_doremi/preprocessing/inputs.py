@@ -79,13 +79,13 @@ class FoundInputs:
         files: in the order given; the files of a folder are sorted by name.
         faults: faults of the paths.
         ignored: notes on the files in folders that are not read.
-        has_valid: whether a folder holds a held-out split of its own.
+        with_held_out: the folders that hold a held-out split of their own.
     """
 
     files: list[InputFile] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
-    has_valid: bool = False
+    with_held_out: list[Path] = field(default_factory=list)
 
 
 def kind_of(path: Path) -> str:
@@ -211,7 +211,8 @@ def _add_folder(inputs: FoundInputs, folder: Path, domain_of_records: bool, doma
         chosen = _of_split(by_split, split)
         skipped = ", ".join(each for each in named if each not in {by_split[path] for path in chosen})
         inputs.ignored.append(f"{folder} holds several splits: reading {len(chosen)} files of {split}, not {skipped}")
-        inputs.has_valid = inputs.has_valid or bool({"valid", "test"} & set(named))
+        if {"valid", "test"} & set(named):
+            inputs.with_held_out.append(folder)
     if not chosen:
         rule, remedy = f"files of the split {split}", "give the files themselves"
         inputs.faults.append(Fault("--input", f"{folder} holds only {', '.join(named)}", rule, remedy))

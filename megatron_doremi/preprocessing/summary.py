@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-
+from megatron_doremi.console import print_stdout, warn
 from megatron_doremi.data.manifest import similar_names
 from megatron_doremi.preprocessing.encoding import describe_bad_lines
 from megatron_doremi.preprocessing.file_domains import shown_names, single_domain
@@ -27,16 +26,15 @@ def print_summary(outputs: Outputs, single_reported: bool = False) -> None:
         print(line)
     train, valid = ({domain for domain, split in outputs.by_key if split == each} for each in ("train", "valid"))
     if len(train) == 1 and not single_reported:
-        print(f"warning: {single_domain(*train)}", file=sys.stderr)
+        warn(single_domain(*train))
     if train and valid and train - valid:
         text = f"no document is held out of {shown_text(shown_names(train - valid))}"
-        print(f"warning: {text}; more text or a larger --valid-fraction helps", file=sys.stderr)
+        warn(f"{text}; more text or a larger --valid-fraction helps")
     for group in similar_names(sorted({domain for domain, _ in outputs.by_key})):
         names_text = " and ".join(map(repr, group))
-        warning = f"the domains {names_text} differ only by case or spaces; --domain-rules can merge them"
-        print(f"warning: {warning}", file=sys.stderr)
+        warn(f"the domains {names_text} differ only by case or spaces; --domain-rules can merge them")
     if skipped := describe_skipped(outputs):
-        print("; ".join(skipped))
+        print_stdout("; ".join(skipped))
 
 
 def describe_skipped(outputs: Outputs) -> list[str]:

@@ -189,8 +189,8 @@ def list_runs(groups: Sequence[Group], domain_tokens: Mapping[str, int] | None =
     evaluated = {group.label(run): run for group in groups for run in group.runs if run.evaluations}
     unit, unit_note = choose_unit(list(evaluated.values()))
     names = _domain_names(groups, tokens)
-    found = [each.sentence() for each in differences(evaluated)]
-    notes = (*found, *unit_note, *_common_notes(groups, names))
+    sentences = [each.sentence() for each in differences(evaluated)]
+    notes = (*sentences, *unit_note, *_common_notes(groups, names))
     return Study(tuple(groups), None, (), unit, names, tokens, True, notes)
 
 
@@ -209,7 +209,7 @@ def _against(pairing: Pairing, unit: Unit, order: Sequence[str]) -> RivalCompari
     pairs = [tuple(run.evaluations[-1].held_out(unit) for run in runs) for runs in pairing.pairs]
     common = set.intersection(*(set(each.losses) for both in pairs for each in both))
     names = [name for name in order if name in common]
-    subject = [own.restricted_to(names) for own, _ in pairs]
+    subject = [each.restricted_to(names) for each, _ in pairs]
     rival = [other.restricted_to(names) for _, other in pairs]
     domains = {name: _contrast((a.losses[name] for a in subject), (b.losses[name] for b in rival)) for name in names}
     summary = {

@@ -27,6 +27,8 @@ PROPERTIES = {
     "train_iters": "training steps",
     "init_from": "initial weights",
     "overrides": OVERRIDES,
+    "torch": "version of torch",
+    "deepspeed": "version of deepspeed",
     **{name: name for name in OPTIMIZER_NAMES},
 }
 WINDOWS = "held-out windows"

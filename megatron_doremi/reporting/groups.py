@@ -142,19 +142,19 @@ def pair(subject: Group, rival: Group) -> Pairing:
     if len(subject.runs) == len(rival.runs) == 1:
         seeds, pairs, unpaired = [subject.runs[0].seed], [(subject.runs[0], rival.runs[0])], []
     else:
-        own = {run.seed: run for run in subject.runs if run.seed is not None}
+        by_seed = {run.seed: run for run in subject.runs if run.seed is not None}
         other = {run.seed: run for run in rival.runs if run.seed is not None}
-        common = sorted(own.keys() & other.keys())
-        seeds, pairs = list(common), [(own[seed], other[seed]) for seed in common]
-        unpaired = sorted(own.keys() ^ other.keys())
-    found: dict[tuple[str, str], Difference] = {}
+        common = sorted(by_seed.keys() & other.keys())
+        seeds, pairs = list(common), [(by_seed[seed], other[seed]) for seed in common]
+        unpaired = sorted(by_seed.keys() ^ other.keys())
+    differing: dict[tuple[str, str], Difference] = {}
     for left, right in pairs:
         for each in differences({subject.name: left, rival.name: right}):
-            found.setdefault((each.name, str(each.values)), each)
+            differing.setdefault((each.name, str(each.values)), each)
     recorded = {name for runs in pairs for run in runs for name in properties(run)}
     unrecorded = tuple(name for name in SHARED if name not in recorded)
     return Pairing(
-        subject.name, rival.name, tuple(seeds), tuple(pairs), tuple(found.values()), unrecorded, tuple(unpaired)
+        subject.name, rival.name, tuple(seeds), tuple(pairs), tuple(differing.values()), unrecorded, tuple(unpaired)
     )
 
 

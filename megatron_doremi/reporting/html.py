@@ -139,7 +139,7 @@ def _row(row: Row, columns: Sequence[Column]) -> str:
 
 def _visible(value: str | None) -> list[str]:
     """The class of a reading, or of an interval of differences that excludes 0: only what can be seen has a color."""
-    found = re.fullmatch(r"(better|worse)|\[([+-])[0-9.]+, \2[0-9.]+\]", value or "")
-    if found is None:
+    match = re.fullmatch(r"(better|worse)|\[([+-])[0-9.]+, \2[0-9.]+\]", value or "")
+    if match is None:
         return []
-    return [found[1] or {"-": "better", "+": "worse"}[found[2]]]
+    return [match[1] or {"-": "better", "+": "worse"}[match[2]]]

@@ -35,7 +35,8 @@ from megatron_doremi.reporting.verdict import findings, verdict
 RESULTS_FORMAT = "megatron-doremi-results/2"
 # Keys of config.json, without groups, prefixes and units, that a reader needs to interpret a run's numbers.
 CONFIG_KEYS = (
-    *("program", "version", "phase", "seed", "domains", "domain_weights", "seq_length", "micro_batch_size"),
+    *("program", "python", "torch", "deepspeed", "numpy", "commit"),
+    *("version", "phase", "seed", "domains", "domain_weights", "seq_length", "micro_batch_size"),
     *("global_batch_size", "train_iters", "model_size", "num_layers", "hidden_size", "ffn_hidden_size"),
     *("num_attention_heads", "num_query_groups", "vocab_size", "tokenizer_sha256", "data_fingerprint"),
     *("data_content", "held_out_content", "step_size", "smoothing", "update", "weighting", "objective"),
@@ -74,12 +75,12 @@ def make_report(study: Study, version: str) -> Report:
         title = f"Training report: {_listed([group.name for group in study.groups])}"
     else:
         title = f"{study.subject} against {_listed([each.pairing.rival for each in study.comparisons]) or 'nothing'}"
-    sentence, said = verdict(study), findings(study)
-    html = page(title, sentence, said, sections, f"Made by megatron-doremi {version}, tools/report.py.")
+    sentence, sentences = verdict(study), findings(study)
+    html = page(title, sentence, sentences, sections, f"Made by megatron-doremi {version}, tools/report.py.")
     results = {
         "format": RESULTS_FORMAT,
         "verdict": sentence,
-        "findings": said,
+        "findings": sentences,
         "unit": study.unit.value,
         "comparisons": [comparison_as_data(each) for each in study.comparisons],
         "groups": {group.name: [group.label(run) for run in group.runs] for group in study.groups},

@@ -113,13 +113,13 @@ def fitted(table: Table, width: int) -> tuple[Table, int]:
     """Drops columns from the right until the text is at most `width` columns wide; returns the number dropped."""
     dropped = 0
     while len(table.columns) > 2 and max(map(len, format_text(table).split("\n")[1:])) > width:
-        cut = -1
+        end = -1
         dropped += 1
         table = replace(
             table,
-            columns=table.columns[:cut],
-            rows=tuple(row[:cut] for row in table.rows),
-            summary=tuple(row[:cut] for row in table.summary),
+            columns=table.columns[:end],
+            rows=tuple(row[:end] for row in table.rows),
+            summary=tuple(row[:end] for row in table.summary),
         )
     return table, dropped
 

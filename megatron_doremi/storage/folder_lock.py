@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron_doremi.errors import ConfigError, Fault
@@ -39,27 +40,15 @@ class FolderLock:
     def __init__(self, folder: Path, flag: str):
         """Takes the lock. Raises ConfigError, naming `flag`, if another run holds it."""
         self._path = folder / LOCK
-        while True:
-            self._file = self._path.open("a+b")
-            try:
-                self._take(flag)
-                # The previous owner removes the file on release: a lock on a removed file protects nothing.
-                if os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._path)):
-                    break
-            except FileNotFoundError:
-                pass
-            except BaseException:
-                self._file.close()
-                raise
-            self._file.close()
+        self._file = os.fdopen(open_locked(self._path, lambda descriptor: self._take(descriptor, flag)), "r+b")
         owner = Owner(host=socket.gethostname(), process=os.getpid(), job=os.environ.get("SLURM_JOB_ID", ""))
         self._file.truncate(0)
         self._file.write(json.dumps(owner.model_dump()).encode("ascii"))
         self._file.flush()
 
-    def _take(self, flag: str) -> None:
+    def _take(self, descriptor: int, flag: str) -> None:
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise self._fault(flag) from error
         except OSError as error:
@@ -89,6 +78,34 @@ class FolderLock:
             with contextlib.suppress(OSError):
                 self._path.unlink()
             self._file.close()
+
+
+def open_locked(path: Path, take: Callable[[int], object]) -> int:
+    """Opens a lock file, creating it, and returns its descriptor with the lock taken.
+
+    Args:
+        take: takes the lock of a descriptor, or raises. Called again if the previous owner has removed the file on
+            release: a lock on a removed file protects nothing.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            take(descriptor)
+            if _is_file_at(path, descriptor):
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _is_file_at(path: Path, descriptor: int) -> bool:
+    """Whether an open file is still the one at `path`. A network file system asks its server when a file is opened."""
+    try:
+        with path.open("rb") as file:
+            return os.path.samestat(os.fstat(file.fileno()), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def _is_alive(process: int) -> bool:

@@ -111,12 +111,12 @@ def mutated(text, way, dice):
 def read_all(prefix):
     """Everything that a pair holds, read in every way; ids outside the vocabulary may not come out."""
     dataset = IndexedDataset(prefix, VOCAB)
-    whole = dataset.tokens(0, dataset.num_tokens)
-    assert len(whole) == dataset.num_tokens == int(dataset.sequence_lengths.sum(dtype=np.int64))
-    assert len(whole) == 0 or (whole.min() >= 0 and whole.max() < VOCAB)
+    ids = dataset.tokens(0, dataset.num_tokens)
+    assert len(ids) == dataset.num_tokens == int(dataset.sequence_lengths.sum(dtype=np.int64))
+    assert len(ids) == 0 or (ids.min() >= 0 and ids.max() < VOCAB)
     parts = [dataset.document(number) for number in range(dataset.num_documents)]
-    assert np.array_equal(np.concatenate(parts) if parts else np.empty(0), whole)
-    return whole
+    assert np.array_equal(np.concatenate(parts) if parts else np.empty(0), ids)
+    return ids
 
 
 def replaced(path, data):
@@ -133,15 +133,15 @@ def fuzz_pair(folder, cases, dice, suffix, dtype):
     for _ in range(cases):
         replaced(path, mutated_bytes(original, dice))
         try:
-            found = read_all(prefix)
+            ids = read_all(prefix)
         except ConfigError:
             yield REFUSED
             continue
         # What is accepted is all of the .bin, whose ids may have changed but not their number; a changed index may give
         # them another width or cut them into other documents.
-        assert suffix == "idx" or len(found) == len(right)
-        assert suffix == "bin" or len(found) * IndexedDataset(prefix).dtype.itemsize == bin_size
-        yield SAME if np.array_equal(found, right) else OTHER
+        assert suffix == "idx" or len(ids) == len(right)
+        assert suffix == "bin" or len(ids) * IndexedDataset(prefix).dtype.itemsize == bin_size
+        yield SAME if np.array_equal(ids, right) else OTHER
 
 
 def fuzz_manifest(folder, cases, dice, way):
@@ -286,13 +286,13 @@ def fuzz_inspect(folder, cases, dice):
     commands = (inspect_data.counts, inspect_data.documents, inspect_data.verify, inspect_data.overview)
 
     def answers():
-        with contextlib.redirect_stdout(io.StringIO()) as said:
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
             for command in commands:
                 try:
                     command(args)
                 except ConfigError:
                     print(REFUSED)
-        return said.getvalue()
+        return printed.getvalue()
 
     right = answers()
     assert REFUSED not in right.splitlines()
@@ -301,8 +301,8 @@ def fuzz_inspect(folder, cases, dice):
         path = folder / dice.choice(files)
         before = path.read_bytes()
         replaced(path, mutated_bytes(before, dice))
-        said = answers()
-        yield REFUSED if REFUSED in said.splitlines() else SAME if said == right else OTHER
+        printed = answers()
+        yield REFUSED if REFUSED in printed.splitlines() else SAME if printed == right else OTHER
         replaced(path, before)
 
 

@@ -67,16 +67,16 @@ def fuzz(folder, file, old, way, cases, seed=0):
         try:
             reference_losses = ReferenceLosses(folder, FINGERPRINT["domains"], FINGERPRINT)
             faults = reference_losses.check([chunks_of([WINDOWS], 5000)])
-            found = reference_losses.losses(np.zeros(len(WINDOWS), np.int64), WINDOWS).numpy()
+            read = reference_losses.losses(np.zeros(len(WINDOWS), np.int64), WINDOWS).numpy()
         except ConfigError:
             refused += 1
             continue
         assert not faults, "a file that the check refuses cannot be read"
         if old and file == "losses":
             # float16 files have no checksums: only the range of the values can be checked.
-            assert found.shape == expected.shape
-            assert np.isfinite(found).all()
-            assert (found >= 0).all()
+            assert read.shape == expected.shape
+            assert np.isfinite(read).all()
+            assert (read >= 0).all()
         else:
-            assert np.array_equal(found, expected), data
+            assert np.array_equal(read, expected), data
     return refused

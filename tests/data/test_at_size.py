@@ -77,19 +77,19 @@ def proxy(launch, folder):
 
 
 def test_a_proxy_starts_and_reads(folder):
-    [found] = on_ranks(1, proxy, folder)
-    print(found)
-    assert sum(found["windows"]) > 290e6
-    assert found["rows"] == 1024
+    [report] = on_ranks(1, proxy, folder)
+    print(report)
+    assert sum(report["windows"]) > 290e6
+    assert report["rows"] == 1024
     # One sign of progress a domain at least.
-    assert found["marks"] >= 22
+    assert report["marks"] >= 22
     # Text, header, checksum and row of losses; version 0.1 read whole files of up to 8.4 MB.
-    assert found["bytes a row"] < 10_000
-    assert found["files"] < 300
-    assert found["chunks"] == (-(-80_635_815 // 4096), 200_000 * 512 // 22 + 2)
+    assert report["bytes a row"] < 10_000
+    assert report["files"] < 300
+    assert report["chunks"] == (-(-80_635_815 // 4096), 200_000 * 512 // 22 + 2)
     # Of 628 MB.
-    assert found["metrics"] < 2e6
-    assert found["peak"] < 1024
+    assert report["metrics"] < 2e6
+    assert report["peak"] < 1024
 
 
 def test_one_file_of_thousands_is_missing(folder):
@@ -118,12 +118,14 @@ def start(launch, folder):
 def test_four_processes_start_at_once(folder):
     """They use little memory and write nothing beside the data."""
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    found = on_ranks(4, start, folder)
+    by_rank = on_ranks(4, start, folder)
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
-    for grown, domains, windows, ids in found:
+    for grown, domains, windows, ids in by_rank:
         assert grown < 200
-        assert (domains, windows, ids) == (*found[0][1:3], 0)
+        assert (domains, windows, ids) == (*by_rank[0][1:3], 0)
     # Windows from all over the 80 million of the largest domain.
-    flat = [w for row, d in zip(found[0][2], found[0][1], strict=True) for w, n in zip(row, d, strict=True) if n == 0]
+    flat = [
+        w for row, d in zip(by_rank[0][2], by_rank[0][1], strict=True) for w, n in zip(row, d, strict=True) if n == 0
+    ]
     assert len(set(flat)) == len(flat) > 100
     assert max(flat) > 70e6

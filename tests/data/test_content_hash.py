@@ -12,7 +12,7 @@ from megatron_doremi.data.indexed_dataset import IndexedDataset, IndexedDatasetW
 
 
 def test_the_sample_hash_tells_data_of_the_same_size_apart(tmp_path):
-    """Small files are hashed whole; of large ones the first, the last and blocks between them."""
+    """Small files are hashed completely; of large ones the first, the last and blocks between them."""
 
     def sample(name, ids):
         with IndexedDatasetWriter(tmp_path / name, np.dtype("<u2")) as writer:

@@ -283,7 +283,7 @@ def test_a_file_cut_off_after_it_was_opened(tmp_path):
 
 
 def test_a_long_index_is_checked_where_it_is_used(tmp_path, monkeypatch):
-    """Only the ends of an index are read on opening where it is long; `check_index` reads it whole, in parts."""
+    """Only the ends of an index are read on opening where it is long; `check_index` reads all of it, in parts."""
     from megatron_doremi.data import indexed_dataset
 
     monkeypatch.setattr(indexed_dataset, "_CHECKED_ON_OPENING", 2)
@@ -312,34 +312,34 @@ def test_a_long_index_is_checked_where_it_is_used(tmp_path, monkeypatch):
 def test_pairs_are_joined_with_their_sequences_and_documents(tmp_path):
     """Documents of several sequences, of none, and a pair without any."""
     documents = [[[1, 2], [3]], [], [[4]], [[], [5, 6, 7]]]
-    with IndexedDatasetWriter(tmp_path / "whole", np.dtype("<u2")) as whole:
+    with IndexedDatasetWriter(tmp_path / "expected", np.dtype("<u2")) as expected:
         for part in range(3):
             with IndexedDatasetWriter(tmp_path / f"part{part}", np.dtype("<u2")) as writer:
                 for document in documents[: 4 - 4 * (part == 1)]:
                     writer.add_document(*document)
-                    whole.add_document(*document)
+                    expected.add_document(*document)
     with IndexedDatasetWriter(tmp_path / "joined", np.dtype("<u2")) as joined:
         for part in range(3):
             assert sum(joined.add_dataset(IndexedDataset(tmp_path / f"part{part}"))) == (0 if part == 1 else 14)
     for suffix in (".bin", ".idx"):
-        assert (tmp_path / f"joined{suffix}").read_bytes() == (tmp_path / f"whole{suffix}").read_bytes()
+        assert (tmp_path / f"joined{suffix}").read_bytes() == (tmp_path / f"expected{suffix}").read_bytes()
 
 
-def test_a_writer_goes_on_where_an_earlier_one_stood(tmp_path):
-    """What that one wrote later is cut off; what it has not got is said."""
-    with IndexedDatasetWriter(tmp_path / "whole", np.dtype("<i4")) as whole:
+def test_a_writer_resumes_where_an_earlier_one_stopped(tmp_path):
+    """What that one wrote later is truncated; what is missing from it is named."""
+    with IndexedDatasetWriter(tmp_path / "expected", np.dtype("<i4")) as expected:
         first = IndexedDatasetWriter(tmp_path / "set", np.dtype("<i4"), tmp_path / "partial")
-        for writer in (first, whole):
+        for writer in (first, expected):
             writer.add_documents(np.array([1, 70000, 3], dtype="<i4"), np.array([2, 1], dtype=np.int32))
         stood = first.flush()
         first.add_document([4, 5, 6])
         first.close()
         second = IndexedDatasetWriter(tmp_path / "set", np.dtype("<i4"), tmp_path / "partial", stood)
-        for writer in (second, whole):
+        for writer in (second, expected):
             writer.add_document([9], [8, 7])
         second.finalize()
     for suffix in (".bin", ".idx"):
-        assert (tmp_path / f"set{suffix}").read_bytes() == (tmp_path / f"whole{suffix}").read_bytes()
+        assert (tmp_path / f"set{suffix}").read_bytes() == (tmp_path / f"expected{suffix}").read_bytes()
     (tmp_path / "partial.bin.tmp").write_bytes(b"123")
     (tmp_path / "partial.lengths.tmp").write_bytes(b"")
     (tmp_path / "partial.bounds.tmp").write_bytes(b"")

@@ -66,17 +66,17 @@ def test_slices_are_disjoint_and_together_the_batch(micro, data_size):
     st.data(),
 )
 @settings(max_examples=60, deadline=None)
-def test_any_layout_reads_the_same_batches_and_goes_on_at_any_step(counts, micro, ranks, accumulation, seed, data):
+def test_any_layout_reads_the_same_batches_and_resumes_at_any_step(counts, micro, ranks, accumulation, seed, data):
     """Weights change at every step; windows are named, not read, so that sizes can be any."""
     size = micro * ranks * accumulation
     blend = Blend(tuple(f"domain {n}" for n in range(len(counts))), tuple(counts), size, seed)
     names = st.lists(st.floats(0.01, 1.0), min_size=len(counts), max_size=len(counts))
     mixes = [np.array(mix) / sum(mix) for mix in data.draw(st.lists(names, min_size=1, max_size=6))]
-    state, states, whole = BlendState.start(len(counts)), [], []
+    state, states, batches = BlendState.start(len(counts)), [], []
     for mix in mixes:
         states.append(state)
         batch, state = blend.next_batch(state, mix)
-        whole.append(list(zip(batch.domains.tolist(), batch.windows.tolist(), strict=True)))
+        batches.append(list(zip(batch.domains.tolist(), batch.windows.tolist(), strict=True)))
         # Every rank computes the batch by itself, in micro-batches of any size that fits.
         parts = [rank_slice(batch, micro, rank, ranks) for rank in range(ranks)]
         assert all(len(part) == accumulation for part in parts)
@@ -86,18 +86,18 @@ def test_any_layout_reads_the_same_batches_and_goes_on_at_any_step(counts, micro
             for part in turn
             for window in zip(part.domains.tolist(), part.windows.tolist(), strict=True)
         ]
-        assert read == whole[-1]
+        assert read == batches[-1]
         one = rank_slice(batch, size, 0, 1)
         assert [len(part.domains) for part in one] == [size]
         assert one[0].domains.tolist() == batch.domains.tolist()
     # Each window once an epoch, however the weights moved.
     for domain, count in enumerate(counts):
-        taken = [window for batch in whole for where, window in batch if where == domain]
+        taken = [window for batch in batches for where, window in batch if where == domain]
         times = np.bincount(taken, minlength=count) if taken else np.zeros(count)
         assert times.max() - times.min() <= 1
     at = data.draw(st.integers(0, len(mixes) - 1))
     state = BlendState.from_dict(json.loads(json.dumps(states[at].to_dict(blend.names))), blend.names)
-    for mix, expected in zip(mixes[at:], whole[at:], strict=True):
+    for mix, expected in zip(mixes[at:], batches[at:], strict=True):
         batch, state = blend.next_batch(state, mix)
         assert list(zip(batch.domains.tolist(), batch.windows.tolist(), strict=True)) == expected
 

@@ -82,17 +82,17 @@ def test_duplicates_are_those_of_a_plain_count(tmp_path, monkeypatch):
             write(tmp_path / f"{domain}{held_out}", documents)
             pairs.append((domain, held_out, tmp_path / f"{domain}{held_out}"))
             content[domain, held_out] = [text for text in texts if text]
-    found = counted(pairs, 3, 360, monkeypatch)
+    duplicates = counted(pairs, 3, 360, monkeypatch)
     train = {domain: Counter(content[domain, False]) for domain in range(3)}
-    assert found.part == 1.0
+    assert duplicates.part == 1.0
     for domain in range(3):
         others = set().union(*(train[other] for other in range(3) if other != domain))
-        assert found.counted[domain] == train[domain].total()
-        assert found.within[domain] == train[domain].total() - len(train[domain])
-        assert found.across[domain] == sum(count for text, count in train[domain].items() if text in others)
+        assert duplicates.counted[domain] == train[domain].total()
+        assert duplicates.within[domain] == train[domain].total() - len(train[domain])
+        assert duplicates.across[domain] == sum(count for text, count in train[domain].items() if text in others)
         held_out = content[domain, True]
-        assert found.held_out[domain] == len(held_out)
-        assert found.leaked[domain] == sum(any(text in each for each in train.values()) for text in held_out)
+        assert duplicates.held_out[domain] == len(held_out)
+        assert duplicates.leaked[domain] == sum(any(text in each for each in train.values()) for text in held_out)
 
 
 def test_a_part_of_the_hashes_keeps_all_copies_together(tmp_path, monkeypatch):
@@ -100,13 +100,15 @@ def test_a_part_of_the_hashes_keeps_all_copies_together(tmp_path, monkeypatch):
     texts = [[number // 250, number % 250] for number in range(4000)]
     write(tmp_path / "a", texts + texts)
     write(tmp_path / "b", texts)
-    found = counted([(0, False, tmp_path / "a"), (1, True, tmp_path / "b")], 2, 12_000, monkeypatch, max_hashes=2000)
-    assert found.part == 0.125
-    assert 300 < found.held_out[1] < 700
-    assert found.counted.tolist() == [2 * found.held_out[1], 0]
-    assert (found.within[0], found.leaked[1]) == (found.held_out[1], found.held_out[1])
-    lines = duplicate_remarks(["A", "B"], found)
-    leaked = f"{found.leaked[1]:,}"
+    duplicates = counted(
+        [(0, False, tmp_path / "a"), (1, True, tmp_path / "b")], 2, 12_000, monkeypatch, max_hashes=2000
+    )
+    assert duplicates.part == 0.125
+    assert 300 < duplicates.held_out[1] < 700
+    assert duplicates.counted.tolist() == [2 * duplicates.held_out[1], 0]
+    assert (duplicates.within[0], duplicates.leaked[1]) == (duplicates.held_out[1], duplicates.held_out[1])
+    lines = duplicate_remarks(["A", "B"], duplicates)
+    leaked = f"{duplicates.leaked[1]:,}"
     assert lines[0] == f"training documents that repeat an earlier one of their domain: {leaked} (50 %): A 50 %"
     assert lines[1] == f"held-out documents that are in the training data: {leaked} (100 %): B 100 %"
 

@@ -10,6 +10,7 @@ import os
 
 import numpy as np
 import pytest
+from ranks import unwrapped
 
 from megatron_doremi.data.indexed_dataset import IndexedDatasetWriter
 from megatron_doremi.data.manifest import load_manifest, print_warnings
@@ -97,9 +98,9 @@ def test_prefixes_are_relative_to_the_working_directory_and_else_to_the_list(fol
     manifest = load(folder, "1 x/a 1 x/d")
     assert [domain.tokens for domain in manifest.domains] == [10, 30]
     pair(folder / "lists" / "x" / "a", 11)
-    said = refused(folder, "1 x/a 1 x/d")
-    assert "x/a is a pair in the working directory and a different pair in" in said
-    assert "absolute path" in said
+    message = refused(folder, "1 x/a 1 x/d")
+    assert "x/a is a pair in the working directory and a different pair in" in message
+    assert "absolute path" in message
     # The same pair by both ways is no contradiction.
     os.symlink(folder / "y", folder / "lists" / "y")
     assert load(folder, "1 y/a").domains[0].tokens == 20
@@ -158,16 +159,16 @@ def test_two_domains_with_the_same_data_are_refused_however_it_is_spelled(folder
         os.link(folder / "x" / f"a.{suffix}", folder / f"hard.{suffix}")
     first, second = {"name": "A", "train": "../x/b"}, {"name": "B", "train": "../y/a"}
     first[split], second[split] = "../x/a", spelling.format(folder=folder)
-    said = refused(folder, manifest_of(folder, first, second))
-    assert f"'A' and 'B' have the same {split} data" in said
+    message = refused(folder, manifest_of(folder, first, second))
+    assert f"'A' and 'B' have the same {split} data" in message
 
 
 def test_held_out_data_that_are_train_data_and_names_that_look_alike_are_warned_of(folder, capsys):
     first = {"name": "Web", "train": "../x/a", "valid": "../x/b"}
     second = {"name": " WEB ", "train": "../x/deep/../b", "valid": None}
     print_warnings(load(folder, manifest_of(folder, first, second)))
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 2
-    assert "the held-out data of 'Web' is the training data of ' WEB '" in said[0]
-    assert "'Web', ' WEB ' differ only by case or spaces" in said[1]
+    warnings = unwrapped(capsys.readouterr().err).splitlines()
+    assert len(warnings) == 2
+    assert "the held-out data of 'Web' is the training data of ' WEB '" in warnings[0]
+    assert "'Web', ' WEB ' differ only by case or spaces" in warnings[1]
     assert load(folder, manifest_of(folder, first)).warnings == ()

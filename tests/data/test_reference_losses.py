@@ -92,8 +92,8 @@ def test_rows_come_back_whatever_was_added_when(tmp_path):
             target.add(1, int(window) // CHUNK_WINDOWS, np.array([window]), row_of(1, window)[None])
     on_disk = opened(tmp_path)
     order = np.random.default_rng(0).permutation(len(windows))
-    found = on_disk.losses(np.full(len(windows), 1), windows[order])
-    assert np.array_equal(found.numpy(), rows_of(1, windows[order]))
+    read = on_disk.losses(np.full(len(windows), 1), windows[order])
+    assert np.array_equal(read.numpy(), rows_of(1, windows[order]))
     with LossFile.open(tmp_path, 1, 0, SEQ) as file:
         assert file.windows().tolist() == [0, 1, 4095]
 
@@ -171,11 +171,11 @@ def test_windows_are_split_into_chunks_as_by_hand():
     for size in (1, 4095, 4096, 4097, 20_000):
         windows = generator.permutation(size)[: max(1, size // 3)]
         expected = {c: np.sort(windows[windows // CHUNK_WINDOWS == c]) for c in np.unique(windows // CHUNK_WINDOWS)}
-        found = {
+        by_chunk = {
             c: c * CHUNK_WINDOWS + np.flatnonzero(unpack(b)) for c, b in chunks_of(np.array_split(windows, 3), size)
         }
-        assert list(found) == list(expected)
-        assert all(np.array_equal(found[chunk], expected[chunk]) for chunk in expected)
+        assert list(by_chunk) == list(expected)
+        assert all(np.array_equal(by_chunk[chunk], expected[chunk]) for chunk in expected)
         every = [c * CHUNK_WINDOWS + np.flatnonzero(unpack(bits)) for c, bits in all_chunks(size)]
         assert np.array_equal(np.concatenate(every), np.arange(size))
 
@@ -249,8 +249,8 @@ def test_folders_of_version_0_1_are_read(tmp_path):
     losses = np.array([[0.0, 0.25, 4.0, 11.5, 40.0], [1, 2, 3, 4, 5], [6, 7, 8, 9, 10]], np.float16)
     write_old(tmp_path, [3, 70, 4095], losses)
     on_disk = opened(tmp_path)
-    found = on_disk.losses(np.array([0, 0, 0]), np.array([4095, 3, 70]))
-    assert found.tolist() == losses[[2, 0, 1]].tolist()
+    read = on_disk.losses(np.array([0, 0, 0]), np.array([4095, 3, 70]))
+    assert read.tolist() == losses[[2, 0, 1]].tolist()
     assert on_disk.check([chunks_of([np.array([3, 4095])], 5000)]) == []
     assert on_disk.check([chunks_of([np.array([3, 4])], 5000)])[0].value == "window 4 of domain 'code' is missing"
     # Nothing is added to it.

@@ -113,7 +113,7 @@ def test_a_controller_of_held_out_losses_and_a_history_resumes_to_the_last_bit(t
     assert len({json.dumps(line["domain_tokens"]) for line in lines}) > 2
 
 
-def test_what_a_method_cannot_resume_from_or_lacks_is_refused(tmp_path):
+def test_what_a_method_cannot_resume_from_or_misses_is_refused(tmp_path):
     """A checkpoint without the controller's state, and data without held-out text."""
     data, save = write_data(tmp_path, tokens=1500), tmp_path / "run"
     flags = ["--exit-interval", "1"]

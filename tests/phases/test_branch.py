@@ -19,6 +19,7 @@ from megatron_doremi.errors import ConfigError
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.phases.inputs import open_inputs, plan_text
 from megatron_doremi.phases.load_target import checkpoint_to_resume
+from megatron_doremi.version import versions
 
 pytestmark = pytest.mark.slow
 FLAGS = ["--log-interval", "1", "--domain-weights", "natural"]
@@ -29,6 +30,8 @@ def run(data, tmp_path_factory):
     """A main run of 8 steps with checkpoints of steps 2, 4, 6 and 8."""
     folder = tmp_path_factory.mktemp("run") / "main"
     train(1, "main", data, folder, 8, *FLAGS, "--save-interval", "2")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["versions"].items() <= versions().items()
     return folder
 
 
@@ -129,6 +132,19 @@ def test_an_evaluation_loads_the_step(run, data, tmp_path):
     assert lines[0]["eval"] != lines[1]["eval"]
     with pytest.raises(ConfigError, match="no checkpoint of step 3"):
         planned(data, "--load", f"{run}@3", phase="evaluate")
+
+
+def test_a_reference_of_an_earlier_step(run, data):
+    """The step says that the run need not be finished."""
+    for phase in ("score", "proxy"):
+        inputs = planned(data, "--save", "s", "--reference-load", f"{run}@4", phase=phase)
+        assert inputs.loaded.weights == run / "checkpoints" / "iter_0000004" / "weights"
+        with pytest.raises(ConfigError, match=r"--reference-load .*@5: no checkpoint of step 5\n.* 2, 4, 6, 8\n"):
+            planned(data, "--save", "s", "--reference-load", f"{run}@5", phase=phase)
+    argv = ["--phase", "score", "--domains", str(data), "--save", "s", "--reference-load", "nowhere@4"]
+    config = parse_config(argv, 1)
+    with pytest.raises(ConfigError, match="--reference-load nowhere: no such folder"):
+        open_inputs(config, Topology())
 
 
 def test_a_dry_run_checks_the_folders_of_the_run(run, data, tmp_path):

@@ -13,7 +13,7 @@ import struct
 import pytest
 from phases.small import MODEL, read_by, train, write_data
 from phases.wrong_input import Case, edit, patch, run_case, truncate
-from ranks import run_program
+from ranks import run_program, unwrapped
 
 from megatron_doremi.storage.formats import sealed
 
@@ -114,7 +114,7 @@ def same_size(path):
 FLAGS = {
     "a number that is none": Case(("--lr: fast", "a finite number"), flags="--lr fast"),
     "infinity": Case(("--lr: inf", "a finite number"), flags="--lr inf"),
-    "no number of epochs": Case(("--max-epochs-per-domain", "nan"), flags="--max-epochs-per-domain nan"),
+    "NaN epochs": Case(("--max-epochs-per-domain", "nan"), flags="--max-epochs-per-domain nan"),
     "an unknown flag": Case(("--no-such", "see --help"), flags="--no-such 3"),
     "a misspelled flag": Case(("did you mean --micro-batch-size?",), flags="--micro-batchsize 3"),
     "a choice that is none": Case(
@@ -146,7 +146,7 @@ FLAGS = {
     "a name and sizes at once": Case(("in place of --num-layers",), flags="--model-size 280m"),
     "no data": Case(("--domains", "not given"), without=("--domains",)),
     "nowhere to save": Case(("--save", "training writes its results to a folder"), without=("--save",)),
-    "to go on elsewhere": Case(("the same folder to --load and --save",), flags="--load @/main"),
+    "to resume elsewhere": Case(("the same folder to --load and --save",), flags="--load @/main"),
     "over another run": Case(("holds a run", "to resume it"), flags="--save @/main"),
     "a shard too many": Case(("--shard: 3", "from 0 to --num-shards - 1"), flags="--shard 3 --num-shards 3"),
     "too many epochs": Case(("at most --max-epochs-per-domain",), flags="--max-epochs-per-domain 0.01"),
@@ -216,7 +216,7 @@ WEIGHTS = {
             ("zero for all", dict.fromkeys(THIRDS, 0), ("0 for every domain",)),
             ("below zero", {**THIRDS, "domain 0": -1}, ("weights.domain 0: -1",)),
             ("a word", {**THIRDS, "domain 0": "much"}, ("weights.domain 0: 'much'",)),
-            ("no number", '{"domain 0": NaN, "domain 1": 1, "domain 2": 1}', ("weights.domain 0: nan",)),
+            ("NaN", '{"domain 0": NaN, "domain 1": 1, "domain 2": 1}', ("weights.domain 0: nan",)),
             ("infinity", '{"domain 0": 1e999, "domain 1": 1, "domain 2": 1}', ("weights.domain 0: inf",)),
             ("true", {**THIRDS, "domain 0": True}, ("weights.domain 0: True",)),
             ("a vanishing share", {**THIRDS, "domain 0": 1e-30}, ("shares of at least",)),
@@ -502,7 +502,7 @@ def test_a_mistake(name, setup, tmp_path):
     assert code == "2", output
     assert "Traceback" not in output
     for words in (*case.words, "rule:", "remedy:"):
-        assert words in output, output
+        assert words in unwrapped(output), output
     assert not changed
 
 

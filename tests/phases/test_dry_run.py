@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from phases.small import MODEL, read_by
+from ranks import unwrapped
 
 from megatron_doremi.arguments import parse_config
 from megatron_doremi.data.reference_losses import ReferenceLossFolder
@@ -36,7 +37,7 @@ def dry_run(data: Path, phase: str, *flags: str, world_size: int = 1) -> tuple[d
     argv = ["--phase", phase, "--domains", str(data), *steps, *read_by(phase, MODEL), *flags, "--dry-run"]
     inputs = open_inputs(parse_config(argv, world_size), Topology(data_size=world_size))
     settings, _, rest = plan_text(inputs).partition("\nlayout: ")
-    return json.loads(settings), rest.splitlines()
+    return json.loads(settings), unwrapped(rest).splitlines()
 
 
 def rows(lines: list[str]) -> list[list[str]]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from phases.small import MODEL, metrics, read_by, train, training_lines
-from ranks import on_ranks, program
+from ranks import on_ranks, program, unwrapped
 
 from megatron_doremi.arguments import parse_config
 from megatron_doremi.checkpoint.folder import checkpoints, incompleteness
@@ -150,7 +150,7 @@ def unwritable_logs(launch, argv, full_after, room_after):
     stderr = io.StringIO()
     with contextlib.redirect_stderr(stderr):
         program(launch, argv)
-    return stderr.getvalue()
+    return unwrapped(stderr.getvalue())
 
 
 def test_logs_that_cannot_be_written_are_warnings(data, tmp_path):

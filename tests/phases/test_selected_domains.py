@@ -64,7 +64,7 @@ def test_a_weight_of_zero_leaves_a_domain_out_and_says_so(data, tmp_path):
         assert line == "--domain-weights: left out, because their weight is 0: 'domain 1'"
 
 
-def test_what_a_dropped_domain_lacks_is_no_fault(data, tmp_path):
+def test_what_is_missing_from_a_dropped_domain_is_no_fault(data, tmp_path):
     entry = json.loads(data.read_text())
     for domain in entry["domains"]:
         domain |= {split: str(data.parent / domain[split]) for split in ("train", "valid")}

@@ -86,6 +86,8 @@ def test_tensor_parallel_only_where_the_model_needs_it():
     assert settings_of(found.fitting[0])[:4] == (2, 1, 2, 1)
     assert "--sequence-parallel" in found.flags
     assert any(line.startswith("tensor 1 x pipeline 1 x data 4: at least ") for line in found.rejected)
+    with pytest.raises(ConfigError, match="nothing fits; the smallest, tensor 1 x pipeline 1 x data 4"):
+        suggest(f"main {shape} --zero-stage 1 --tensor-model-parallel-size 1", 4)
     # At 640 GiB it fits without.
     assert settings_of(suggest(f"main {shape} --zero-stage 1", 4, gib=640).fitting[0])[:4] == (1, 1, 4, 1)
 
@@ -116,6 +118,13 @@ def test_given_flags_are_kept():
     found = suggest("main --model-size 280m --tensor-model-parallel-size 2 --micro-batch-size 4 --zero-stage 2", 8)
     assert {each.split.tensor for each in found.fitting} == {2}
     assert settings_of(found.fitting[0]) == (2, 1, 4, 2, "none", 4)
+    # So are values that are the defaults.
+    given = "--pipeline-model-parallel-size 1 --recompute-granularity none --micro-batch-size 1"
+    found = suggest(f"main --model-size 280m {given}", 4)
+    assert {settings_of(each)[4:] for each in found.fitting} == {("none", 1)}
+    assert {each.split.pipe for each in found.fitting} == {1}
+    with pytest.raises(ConfigError, match="DeepSpeed would accumulate gradients in bfloat16"):
+        suggest("main --model-size 280m --zero-stage 0", 4)
     with pytest.raises(ConfigError, match="start 2 or 4 processes, or give two sizes whose product is 1 or 3"):
         suggest("main --model-size 280m --tensor-model-parallel-size 2", 3)
 
@@ -134,8 +143,10 @@ def test_nothing_fits():
 def test_the_text_ends_with_the_flags():
     found = suggest("main --model-size 8b", 8)
     lines = suggestion_text(found, 80 * GIB).splitlines()
-    assert lines[-1] == " ".join(found.flags)
-    assert max(map(len, lines[:-1])) <= 120
+    # A shell reads both lines as one.
+    assert lines[-2].endswith(" \\")
+    assert shlex.split("\n".join(lines[-2:]).replace("\\\n", "")) == " ".join(found.flags).split()
+    assert max(map(len, lines)) <= 120
     assert len(lines) <= 20
     # Layout and micro-batch of the best one.
     assert next(line for line in lines if "tensor 1 x pipeline 1 x data 8 " in line).split()[8] == "2"
@@ -146,7 +157,8 @@ def test_the_dry_run_prints_it(data, monkeypatch):
     argv += ["--suggest-layout"]
     text = plan_text(open_inputs(parse_config([*argv, "--device-memory-gib", "1"], 2), Topology(data_size=2)))
     # float32 needs no ZeRO; the given micro-batch is kept.
-    assert text.splitlines()[-1].endswith("--micro-batch-size 2 --zero-stage 0 --recompute-granularity none")
+    assert "--micro-batch-size 2 --zero-stage 0 " in text.splitlines()[-2]
+    assert text.splitlines()[-1] == "    --recompute-granularity none"
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ConfigError, match="give it, such as --device-memory-gib 80"):
         plan_text(open_inputs(parse_config(argv, 2), Topology(data_size=2)))

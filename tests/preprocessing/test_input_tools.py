@@ -17,7 +17,9 @@ from pathlib import Path
 import pytest
 import zstandard
 from input_files import lines, parquet, pile, put, records, table
+from ranks import unwrapped
 
+from megatron_doremi.data.indexed_dataset import IndexedDataset
 from megatron_doremi.data.manifest import load_manifest
 from megatron_doremi.preprocessing.documents import share_of
 from megatron_doremi.preprocessing.input_options import held_out_fraction
@@ -34,7 +36,9 @@ def run(tool, *words, limit=None, **environment):
 
     command = [sys.executable, os.fsencode(TOOLS / tool), *(os.fsencode(str(word)) for word in words)]
     environment = os.environ | environment
-    return subprocess.run(command, capture_output=True, timeout=120, env=environment, preexec_fn=limited)
+    done = subprocess.run(command, capture_output=True, timeout=120, env=environment, preexec_fn=limited)
+    done.stdout, done.stderr = (os.fsencode(unwrapped(os.fsdecode(text))) for text in (done.stdout, done.stderr))
+    return done
 
 
 @pytest.fixture(scope="module")
@@ -156,3 +160,27 @@ def test_without_a_split_a_part_of_the_documents_is_held_out(tokenizer, tmp_path
     done = run("preprocess_data.py", "--input", tmp_path / "in" / "Web", *given, tmp_path / "one", "--workers", 1)
     assert done.stderr.count(b"all documents are of a single domain, 'Web'") == 1
     assert [held_out_fraction(size) for size in (0, 4 * 10**8, 2 * 10**9, 10**12)] == [0.05, 0.05, 0.01, 0.001]
+
+
+def test_one_command_writes_both_splits_of_a_folder_that_has_them(tokenizer, tmp_path):
+    """Of a folder without splits beside it nothing is held out: its documents are not read a second time."""
+    for split, count in (("train", 3), ("validation", 2), ("test", 1)):
+        put(tmp_path / "in" / "web" / f"{split}.jsonl", lines([{"text": f"{split} {n}"} for n in range(count)]))
+    put(tmp_path / "plain" / "law" / "a.jsonl", lines([{"text": "law"}]))
+    words = ["--input", tmp_path / "in", tmp_path / "plain", "--tokenizer-model", tokenizer, "--workers", 1]
+    words += ["--output-dir", tmp_path / "out", "--resume"]
+    done = run("preprocess_data.py", *words)
+    assert done.returncode == 0, done.stderr
+    assert b"this run then adds the held-out files of" in done.stderr
+    manifest = load_manifest(tmp_path / "out" / "domains.json")
+    documents = {
+        domain.name: [
+            IndexedDataset(prefix).num_documents if prefix else None for prefix in (domain.train, domain.valid)
+        ]
+        for domain in manifest.domains
+    }
+    assert documents == {"law": [1, None], "web": [3, 2]}
+    # An interrupted valid split is resumed: the train split is complete.
+    (tmp_path / "out" / ".partial-valid").mkdir()
+    again = run("preprocess_data.py", *words)
+    assert (again.returncode, again.stdout.count(b"encoding with")) == (0, 1), again.stderr

@@ -19,6 +19,7 @@ import pytest
 import zstandard
 from data.file_mutations import mutated_bytes
 from input_files import compressed, lines, long_window, options, parquet, pile, put, read, records, table
+from ranks import unwrapped
 
 from megatron_doremi.errors import ConfigError, RunError
 from megatron_doremi.preprocessing import decompression, record_blocks
@@ -301,7 +302,7 @@ def test_the_default_domain(tmp_path, capsys):
     assert read(parquet(tmp_path / "d.parquet", [{"text": "x"}]), "--default-domain", "R") == ([("x", "R")], [])
     # If --domain-key names a missing column, it may be a typo, so there is a warning.
     options(parquet(tmp_path / "e.parquet", [{"text": "x", "domain": "Web"}]), "--domain-key", "domian", *DEFAULT)
-    assert "e.parquet has no column 'domian': all of its documents go to 'R'" in capsys.readouterr().err
+    assert "e.parquet has no column 'domian': all of its documents go to 'R'" in unwrapped(capsys.readouterr().err)
     options(tmp_path / "e.parquet", "--domain-key", "domain", *DEFAULT)
     assert capsys.readouterr().err == ""
     rules = {"format": "megatron-doremi-domain-rules/1", "rules": [{"key": "u", "pattern": "w", "domain": "W"}]}
@@ -353,7 +354,7 @@ def test_ignored_files_in_folders_are_reported(tmp_path, capsys):
     put(tmp_path / "d" / "README.md", b"x")
     put(tmp_path / "d" / "picture.png", b"x")
     options(tmp_path / "d")
-    assert "ignoring 2 of 3 files, of other kinds: README.md, picture.png" in capsys.readouterr().err
+    assert "ignoring 2 of 3 files, of other kinds: README.md, picture.png" in unwrapped(capsys.readouterr().err)
     put(tmp_path / "none" / "picture.png", b"x")
     for split in ("train", "test"):
         parquet(tmp_path / "splits" / f"{split}-00000-of-00001.parquet", [{"text": "x"}])
@@ -374,7 +375,7 @@ def test_the_name_of_a_file_gives_the_domain_of_records_without_one(tmp_path, ca
     expected = [(row["text"], name) for name, n in (("code", 40), ("law", 40), ("web", 41)) for row in (ROWS * 2)[:n]]
     documents, bad = read(tmp_path / "a")
     assert ([name for _, name in documents], bad) == ([name for _, name in expected], [])
-    assert "the file's name gives the domain (code, law, web)" in capsys.readouterr().err
+    assert "the file's name gives the domain (code, law, web)" in unwrapped(capsys.readouterr().err)
     assert read(tmp_path / "a", "--domain-from-file") == (documents, [])
     assert read(tmp_path / "a" / "*.jsonl")[0] == [pair for pair in documents if pair[1] != "law"]
     assert read(tmp_path / "a", "--default-domain", "R")[0][0][1] == "R"
@@ -393,7 +394,7 @@ def test_the_files_of_one_split_are_read(tmp_path, capsys):
     assert read(tmp_path / "wiki") == ([("a", "wiki")], [])
     assert read(tmp_path / "flat") == ([("d", "code"), ("a", "web")], [])
     assert read(tmp_path / "deep") == ([("a", "law")], [])
-    assert "holds several splits: reading 1 files of train, not test, valid" in capsys.readouterr().err
+    assert "holds several splits: reading 1 files of train, not test, valid" in unwrapped(capsys.readouterr().err)
     assert [file.path.parent.name for file in find_inputs([tmp_path / "wiki"], split="valid").files] == ["validation"]
     # Folders named like splits beside others are domains.
     put(tmp_path / "wiki" / "web" / "0.jsonl", lines([{"text": "e"}]))

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zstandard
+from ranks import unwrapped
 
 from megatron_doremi.data.document_bytes import document_bytes
 from megatron_doremi.data.indexed_dataset import IndexedDataset
@@ -33,7 +34,9 @@ DOMAINS = ("Books", "Ubuntu IRC", "Wikipedia (en)")
 
 def run(tool, *words):
     command = [sys.executable, str(TOOLS / tool), *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done.stdout, done.stderr = unwrapped(done.stdout), unwrapped(done.stderr)
+    return done
 
 
 def text_of(generator):

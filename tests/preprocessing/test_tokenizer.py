@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks import unwrapped
 
 from megatron_doremi.errors import ConfigError
 from megatron_doremi.preprocessing.domain_samples import DomainSamples
@@ -42,7 +43,9 @@ def sample_lines():
 def train(folder, *options, name="tokenizer.model", vocabulary=VOCABULARY, source="sample.jsonl"):
     command = [sys.executable, TOOL, "--input", folder / source, "--output", folder / name]
     command += ["--vocab-size", vocabulary, *options]
-    return subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=120)
+    done.stderr = unwrapped(done.stderr)
+    return done
 
 
 @pytest.fixture(scope="module")

@@ -95,10 +95,12 @@ def test_figures_by_hand(group):
         "the mean (-0.875 [-1.186, -0.564]) (nats per token)."
     )
     assert summary[TOKEN_MEAN].paired.sign == 0
-    said = findings(study)
-    assert said[0].startswith("Of 2 domains, main against natural is better on 1 (web -1.500) and worse on 0 beyond")
+    sentences = findings(study)
+    assert sentences[0].startswith(
+        "Of 2 domains, main against natural is better on 1 (web -1.500) and worse on 0 beyond"
+    )
     shared = "The 3 pairs of main and natural share seed, initial weights, training windows, steps and held-out text."
-    assert shared in said
+    assert shared in sentences
 
 
 def test_no_difference_and_one_seed_are_said(group):

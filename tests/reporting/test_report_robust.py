@@ -40,11 +40,11 @@ def evaluated(iteration, windows=(5, 5, 5), losses=(2.0, 5.0, 1.0)):
     return {**line, "eval_windows": dict(zip(NAMES, windows, strict=True))}
 
 
-def evaluation_line(run, iteration, own, **changes):
+def evaluation_line(run, iteration, of_own_folder, **changes):
     line = {
         "format": "megatron-doremi-evaluation/1",
         "run": str(run),
-        "of_this_folder": own,
+        "of_this_folder": of_own_folder,
         "checkpoint": f"iter_{iteration:07d}",
         **evaluated(iteration),
         "seq_length": 64,
@@ -82,9 +82,9 @@ def shown(*folders):
 def test_a_report_on_several_runs_lists_the_differences_too(write_run):
     paths = [write_run(name, [evaluated(2, losses=(x, x, x))], config=config()) for name, x in (("a", 1.0), ("b", 2.0))]
     longer = {"data": {"seq_length": 128}, "optimizer": {"bf16": True}}
-    said = shown(*paths, write_run("c", [evaluated(2)], config=config(settings=longer)))
-    assert "The runs differ in sequence length: a 64, b 64, c 128. Their held-out losses cannot be compared." in said
-    assert "The runs differ in bfloat16: a False, b False, c True." in said
+    text = shown(*paths, write_run("c", [evaluated(2)], config=config(settings=longer)))
+    assert "The runs differ in sequence length: a 64, b 64, c 128. Their held-out losses cannot be compared." in text
+    assert "The runs differ in bfloat16: a False, b False, c True." in text
 
 
 def test_what_an_older_run_did_not_record_is_no_difference(write_run):
@@ -95,8 +95,10 @@ def test_what_an_older_run_did_not_record_is_no_difference(write_run):
     for normalization, values in (("RMSNorm", {}), ("LayerNorm", {"new": "RMSNorm", "later": "LayerNorm"})):
         shape = {**config()["gpt"], "normalization": normalization}
         later = read_run(write_run(normalization, [evaluated(2)], config=config(gpt=shape)))
-        found = {difference.name: difference.values for difference in differences({"new": runs["new"], "later": later})}
-        assert found == ({"normalization": values} if values else {})
+        differing = {
+            difference.name: difference.values for difference in differences({"new": runs["new"], "later": later})
+        }
+        assert differing == ({"normalization": values} if values else {})
 
 
 def test_similar_names_are_reported():
@@ -114,8 +116,8 @@ def test_evaluations_of_several_runs(write_run):
     lines = evaluation_line(path, 2, True, eval=dict.fromkeys(NAMES, 1.5)) + '{"torn\n'
     lines += evaluation_line("/other/x", 4, False) + evaluation_line("/other/x", 8, False)
     (path / "evaluations.jsonl").write_text(lines)
-    own, other = read_runs(path)
-    assert [each.nats.uniform_mean for each in own.evaluations] == [1.5]
+    self_evaluated, other = read_runs(path)
+    assert [each.nats.uniform_mean for each in self_evaluated.evaluations] == [1.5]
     assert (str(other.path), [each.iteration for each in other.evaluations]) == ("/other/x", [4, 8])
     assert read_run(path).path == path
     assert "x @8" in shown(path)

@@ -105,12 +105,17 @@ def test_comparison_writes_everything(output):
 def test_whatever_comes_from_files_is_escaped(tool, write_run, rows, tmp_path, capsys):
     proxy_row, evaluation_row = rows
     lines = [proxy_row(1, {ODD: 0.4, "constructor": 0.6}), evaluation_row(1, {ODD: 1.0, "constructor": 2.0}, 1.5)]
-    config = {"run": {"phase": "proxy", "domains": '"><script>alert(1)</script>'}, ODD: 1}
+    config = {
+        "run": {"phase": "proxy", "domains": '"><script>alert(1)</script>'},
+        ODD: 1,
+        "versions": {"torch": "2.9.1"},
+    }
     path = write_run("odd", lines, config=config)
     assert tool.main([str(path)]) == 0
     assert ODD in capsys.readouterr().out
     html = (path / "report" / "report.html").read_text()
     assert "&lt;b&gt;&amp;&lt;/script&gt;</td>" in html
+    assert re.search(r"versions\.torch</td>\s*<td[^>]*>all runs</td>\s*<td[^>]*>2\.9\.1</td>", html)
     page = Page(html)
     assert "b" not in page.tags
     assert page.tags.count("script") == 2

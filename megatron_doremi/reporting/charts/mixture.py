@@ -147,7 +147,7 @@ def trajectories(name: str, label: str, run: Run) -> Chart:
 
 def driving_losses(name: str, label: str, run: Run) -> Chart | None:
     """The excess losses, or the scores, that drive a proxy's weights; None if the run does not record them."""
-    series, what = (run.excess, "excess loss") if run.excess.values.size else (run.score, "score")
+    series, quantity = (run.excess, "excess loss") if run.excess.values.size else (run.score, "score")
     if not series.values.size:
         return None
     shown = [domain for domain in _shown_domains(run) if domain in series.names]
@@ -155,10 +155,10 @@ def driving_losses(name: str, label: str, run: Run) -> Chart | None:
     log = spans_decades(smoothed.ravel().tolist())
     strong = np.where(smoothed > 0, smoothed, np.nan) if log else smoothed
     rows = _line_rows(run.iterations, np.full_like(strong, np.nan), strong, shown)
-    source = "of the proxy over the reference" if what == "excess loss" else "of the proxy"
-    caption = f"Smoothed {what} {source} in nats per token, which drives the weights."
-    title = f"{what.capitalize()} over the steps ({label})"
-    return Chart(name, title, caption, rows, _lines(f"{what} (nats per token)", shown, log, [], False))
+    source = "of the proxy over the reference" if quantity == "excess loss" else "of the proxy"
+    caption = f"Smoothed {quantity} {source} in nats per token, which drives the weights."
+    title = f"{quantity.capitalize()} over the steps ({label})"
+    return Chart(name, title, caption, rows, _lines(f"{quantity} (nats per token)", shown, log, [], False))
 
 
 def effective_domains(proxies: Mapping[str, Run]) -> Chart:
@@ -166,9 +166,9 @@ def effective_domains(proxies: Mapping[str, Run]) -> Chart:
     rows: Rows = []
     for label, run in proxies.items():
         points = thinned(len(run.iterations), 2 * _POINTS)
-        own, mean = (np.exp(entropy(each[points])) for each in (run.weights.values, running_mean(run.weights.values)))
+        raw, mean = (np.exp(entropy(each[points])) for each in (run.weights.values, running_mean(run.weights.values)))
         for place, index in enumerate(points):
-            rows.append(row(line=label, step=int(run.iterations[index]), raw=own[place], value=mean[place]))
+            rows.append(row(line=label, step=int(run.iterations[index]), raw=raw[place], value=mean[place]))
     k = max(len(run.weights.names) for run in proxies.values())
     rules = [_rule("y", k, [4, 3])]
     caption = (
