@@ -285,7 +285,8 @@ def encode_split(args: argparse.Namespace, inputs: Inputs) -> int:
         text = f"{place}: {error.strerror}; nothing was published; free disk space or raise the quota there"
         print_stderr(f"error: {text}")
         return print_resume_hint(partial)
-    print_summary(outputs, single_reported=bool(domain_warnings(inputs.files, inputs.reader)))
+    single_reported = bool(domain_warnings(inputs.files, inputs.reader))
+    print_summary(outputs, inputs.reader.valid_fraction > 0, single_reported)
     return 0
 
 

@@ -159,6 +159,9 @@ def test_without_a_split_a_part_of_the_documents_is_held_out(tokenizer, tmp_path
     assert {domain.name: 60 - domain.documents for domain in domains} == Counter(row["domain"] for row in held_out)
     done = run("preprocess_data.py", "--input", tmp_path / "in" / "Web", *given, tmp_path / "one", "--workers", 1)
     assert done.stderr.count(b"all documents are of a single domain, 'Web'") == 1
+    few = put(tmp_path / "few.csv", table([{"text": "a"}, {"text": "b"}]))
+    done = run("preprocess_data.py", "--input", few, *given, tmp_path / "few", "--workers", 1)
+    assert b"warning: no document is held out of few; more text or" in done.stderr
     assert [held_out_fraction(size) for size in (0, 4 * 10**8, 2 * 10**9, 10**12)] == [0.05, 0.05, 0.01, 0.001]
 
 
