@@ -5,11 +5,11 @@
     python tools/preprocess_data.py --input train.jsonl.zst --output-dir data --split train ...
     python tools/preprocess_data.py --input valid.jsonl.zst --output-dir data --split valid ...
 
-Without --split, folders that hold a validation or test split give both splits; of other input a hash of each text
-selects the held-out documents. The train split creates the manifest, data/domains.json; the valid split adds its pairs.
-Documents keep the order of the input, regardless of the number of workers. Files get their final names only when all of
-them are complete; an interrupted run resumes with --resume. In an array job each task takes --shard I of --num-shards
-N, and tools/merge_datasets.py merges their output.
+Without --split, folders and files named like splits (train, validation, test) give both; of other input a hash of each
+text selects the held-out documents. The train split creates the manifest, data/domains.json; the valid split adds its
+pairs. Documents keep the order of the input, regardless of the number of workers. Files get their final names only when
+all of them are complete; an interrupted run resumes with --resume. In an array job each task takes --shard I of
+--num-shards N, and tools/merge_datasets.py merges their output.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
-from megatron_doremi.console import print_stderr, print_stdout, warn
+from megatron_doremi.console import note, print_stderr, print_stdout, warn
 from megatron_doremi.data.indexed_dataset import dtype_for
 from megatron_doremi.data.manifest import TokenizerInfo, load_manifest, overwriting_faults
 from megatron_doremi.errors import ConfigError, Fault, RunError, raise_if_any, run_or_exit
@@ -47,6 +47,7 @@ from megatron_doremi.preprocessing.input_options import (
     sample,
     with_held_out,
 )
+from megatron_doremi.preprocessing.inputs import split_by_name
 from megatron_doremi.preprocessing.lost_characters import describe_lost
 from megatron_doremi.preprocessing.outputs import (
     Outputs,
@@ -84,8 +85,8 @@ def build_parser() -> argparse.ArgumentParser:
     output_help = "folder in which to write the .bin/.idx pairs and domains.json"
     add("--output-dir", required=True, type=Path, metavar="DIR", help=output_help)
     split_help = (
-        "split of the input files (default: both, of folders that hold a validation or test split; of others train, of "
-        "which --valid-fraction is held out)"
+        "split of the input files (default: both, where names of folders or files tell them apart, such as train and "
+        "validation; else train, of which --valid-fraction is held out)"
     )
     add("--split", choices=("train", "valid"), help=split_help)
     valid_help = (
@@ -217,18 +218,23 @@ def main() -> int:
     """Encodes the inputs, of one split or of both. Returns the exit code."""
     args = build_parser().parse_args()
     args.tokenizer_type = args.tokenizer_type or kind_of_tokenizer(args.tokenizer_model)
+    by_name, held_out, notes = args.split is None and args.valid_fraction is None, list[Path](), list[str]()
+    if by_name:
+        args.input, held_out, notes = split_by_name(args.input)
     inputs = read_input_options(args, args.split or "train", args.valid_fraction or 0.0, check(args))
+    for text in notes:
+        note(text)
+    inputs = replace(inputs, with_held_out=(*inputs.with_held_out, *held_out))
     inputs = with_held_out(inputs, args.split, args.valid_fraction, args.num_shards)
-    folders = list(inputs.with_held_out) if args.split is None and args.valid_fraction is None else []
     args.split = args.split or "train"
-    if args.num_shards > 1 or not folders:
+    if args.num_shards > 1 or not (by_name and inputs.with_held_out):
         return encode_split(args, inputs)
     # The valid split is begun when the train split is complete.
     if not (args.resume and (args.output_dir / ".partial-valid").is_dir()):
         code = encode_split(args, inputs)
         if code:
             return code
-    args.input, args.split = folders, "valid"
+    args.input, args.split = list(inputs.with_held_out), "valid"
     return encode_split(args, read_input_options(args, "valid"))
 
 
@@ -285,7 +291,8 @@ def encode_split(args: argparse.Namespace, inputs: Inputs) -> int:
         text = f"{place}: {error.strerror}; nothing was published; free disk space or raise the quota there"
         print_stderr(f"error: {text}")
         return print_resume_hint(partial)
-    print_summary(outputs, single_reported=bool(domain_warnings(inputs.files, inputs.reader)))
+    single_reported = bool(domain_warnings(inputs.files, inputs.reader))
+    print_summary(outputs, inputs.reader.valid_fraction > 0, single_reported)
     return 0
 
 
@@ -372,8 +379,8 @@ def finish(
             for key, output in outputs.by_key.items()
         }
         save_shard(ShardData(outputs.folder, shard, args.split, run_of(settings), info, pairs, order))
-    for note in describe_without_sizes(outputs):
-        print_stdout(note)
+    for text in describe_without_sizes(outputs):
+        print_stdout(text)
     workspace.remove()
 
 

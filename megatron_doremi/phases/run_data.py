@@ -121,14 +121,11 @@ def open_data(
         except ConfigError as error:
             faults += error.faults
     if not training and not faults and not any(dataset is not None for dataset in valid):
-        faults.append(
-            Fault(
-                config.data.source,
-                "no held-out text that fills a window" if warnings else "no held-out text",
-                "an evaluation reads the valid split",
-                _HELD_OUT_REMEDY,
-            )
-        )
+        value, remedy = "no held-out text", _HELD_OUT_REMEDY
+        if warnings:
+            value += f" that fills a window of {config.data.seq_length:,} tokens"
+            remedy = "give the --seq-length that the model was trained with, or hold out more text"
+        faults.append(Fault(config.data.source, value, "an evaluation reads the valid split", remedy))
     if config.data.phase in TRAINING and not any(domain.valid is not None for domain in manifest.domains):
         warnings.append(f"{config.data.source}: no held-out text, so the run is not evaluated; {_HELD_OUT_REMEDY}")
     valid_bytes = [None if each is None else _document_bytes(each, faults) for each in valid]

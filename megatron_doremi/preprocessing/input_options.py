@@ -51,7 +51,7 @@ class Inputs:
         files: in the order in which they are read.
         reader: turns their records into documents.
         order: the allowed domain names, in the order of --domain-list; () allows any.
-        with_held_out: the folders of --input that hold a held-out split of their own.
+        with_held_out: the paths of --input that hold, or are, held-out files.
     """
 
     files: tuple[InputFile, ...]
@@ -191,9 +191,9 @@ def with_held_out(inputs: Inputs, split: str | None, valid_fraction: float | Non
     if split is not None or valid_fraction is not None:
         return inputs
     if inputs.with_held_out:
-        folders = " ".join(map(str, inputs.with_held_out))
-        then = f"the same command with --split valid --input {folders} adds" if tasks > 1 else "this run then adds"
-        note(f"{then} the held-out files of {folders}")
+        paths = " ".join(map(str, inputs.with_held_out))
+        then = f"the same command with --split valid --input {paths} adds" if tasks > 1 else "this run then adds"
+        note(f"{then} the held-out files of {paths}")
         return inputs
     fraction = held_out_fraction(sum(path.stat().st_size for path in inputs.paths))
     print(f"holding out a fraction of {fraction:g} of the documents as the valid split (--valid-fraction)", flush=True)

@@ -140,6 +140,30 @@ def _expanded(path: Path) -> list[Path]:
     return sorted(map(Path, glob.glob(str(path), recursive=True))) or [path]
 
 
+def split_by_name(paths: Sequence[Path]) -> tuple[list[Path], list[Path], list[str]]:
+    """Divides the paths of --input into those of the train and of the held-out split, where names tell both, such as
+    data/train and data/validation; the held-out split is the one called validation, or else test.
+
+    Returns:
+        the paths of the train split (all, if the names do not tell both), those of the held-out split, and notes on
+        paths that are in neither.
+    """
+    expanded = [path for given in paths for path in _expanded(given)]
+    splits = {path: _split_of_path(path) for path in expanded}
+    if not {"train", "valid"} <= set(splits.values()) and not {"train", "test"} <= set(splits.values()):
+        return list(paths), [], []
+    chosen = {split: _of_split(splits, split) for split in ("train", "valid")}
+    skipped = [str(path) for path in splits if path not in (*chosen["train"], *chosen["valid"])]
+    notes = [f"not read, beside a validation split: {', '.join(skipped)}"] if skipped else []
+    return chosen["train"], chosen["valid"], notes
+
+
+def _split_of_path(path: Path) -> str:
+    """The split that the name of a folder, or of a file, gives; "" if it gives none."""
+    words = [path.name.lower()] if path.is_dir() else _split_words(path)
+    return next((_SPLITS[word] for word in reversed(words) if word in _SPLITS), "")
+
+
 def domain_of_name(path: Path) -> str:
     """The domain that the name of a file gives: without suffix, numbers and split (arxiv-train-00012.jsonl.zst: arxiv).
 
@@ -257,11 +281,15 @@ def _starts_with_splits(folder: Path, paths: Sequence[Path]) -> bool:
 
 def _domain_of(folder: Path, path: Path, is_text: bool, below_splits: bool) -> str | None:
     """Returns the name of the subfolder of `folder`, or of its split, that contains a file. A text file directly there
-    takes the name of `folder`; a file of records there has no domain of its own (None)."""
+    takes the name of `folder`, or of the one that holds it if it is named like a split; a file of records there has no
+    domain of its own (None)."""
     parts = _folders(folder, path)[below_splits:]
     if parts:
         return parts[0]
-    return folder.resolve().name if is_text else None
+    if not is_text:
+        return None
+    named = folder.resolve()
+    return named.parent.name if named.name.lower() in _SPLITS and named.parent.name else named.name
 
 
 def _splits_of(folder: Path, paths: Sequence[Path]) -> dict[Path, str]:
@@ -269,9 +297,14 @@ def _splits_of(folder: Path, paths: Sequence[Path]) -> dict[Path, str]:
     below_splits = _starts_with_splits(folder, paths)
     splits: dict[Path, str] = {}
     for path in paths:
-        words = re.split(r"[-_.]", _stem(path).lower())
-        last = [word for word in words[1:] if word in ("train", "validation", "valid", "test")][-1:]
         folders = [part.lower() for part in _folders(folder, path)[0 if below_splits else 1 :]]
-        named = [_SPLITS[word] for word in (*folders, words[0], *last) if word in _SPLITS]
+        named = [_SPLITS[word] for word in (*folders, *_split_words(path)) if word in _SPLITS]
         splits[path] = named[-1] if named else ""
     return splits
+
+
+def _split_words(path: Path) -> list[str]:
+    """The words of a file's name that may be the name of its split: the first, and the last of the usual names."""
+    words = re.split(r"[-_.]", _stem(path).lower())
+    last = [word for word in words[1:] if word in ("train", "validation", "valid", "test")][-1:]
+    return [words[0], *last]

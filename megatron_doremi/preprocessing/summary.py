@@ -11,10 +11,11 @@ from megatron_doremi.preprocessing.outputs import Outputs
 from megatron_doremi.text_table import shown_text, table_lines
 
 
-def print_summary(outputs: Outputs, single_reported: bool = False) -> None:
+def print_summary(outputs: Outputs, holds_out: bool, single_reported: bool = False) -> None:
     """Prints a table of what was written, what looks wrong, and what was skipped.
 
     Args:
+        holds_out: whether a part of the documents should be in the valid split.
         single_reported: whether the user already knows of a single domain.
     """
     rows = []
@@ -27,7 +28,7 @@ def print_summary(outputs: Outputs, single_reported: bool = False) -> None:
     train, valid = ({domain for domain, split in outputs.by_key if split == each} for each in ("train", "valid"))
     if len(train) == 1 and not single_reported:
         warn(single_domain(*train))
-    if train and valid and train - valid:
+    if holds_out and train - valid:
         text = f"no document is held out of {shown_text(shown_names(train - valid))}"
         warn(f"{text}; more text or a larger --valid-fraction helps")
     for group in similar_names(sorted({domain for domain, _ in outputs.by_key})):

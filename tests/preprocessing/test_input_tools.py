@@ -159,6 +159,9 @@ def test_without_a_split_a_part_of_the_documents_is_held_out(tokenizer, tmp_path
     assert {domain.name: 60 - domain.documents for domain in domains} == Counter(row["domain"] for row in held_out)
     done = run("preprocess_data.py", "--input", tmp_path / "in" / "Web", *given, tmp_path / "one", "--workers", 1)
     assert done.stderr.count(b"all documents are of a single domain, 'Web'") == 1
+    few = put(tmp_path / "few.csv", table([{"text": "a"}, {"text": "b"}]))
+    done = run("preprocess_data.py", "--input", few, *given, tmp_path / "few", "--workers", 1)
+    assert b"warning: no document is held out of few; more text or" in done.stderr
     assert [held_out_fraction(size) for size in (0, 4 * 10**8, 2 * 10**9, 10**12)] == [0.05, 0.05, 0.01, 0.001]
 
 
@@ -180,6 +183,19 @@ def test_one_command_writes_both_splits_of_a_folder_that_has_them(tokenizer, tmp
         for domain in manifest.domains
     }
     assert documents == {"law": [1, None], "web": [3, 2]}
+    # The same where the splits are paths of their own.
+    put(tmp_path / "text" / "train" / "0.txt", b"train")
+    put(tmp_path / "text" / "validation" / "0.txt", b"valid")
+    files = [tmp_path / "in" / "web" / f"{name}.jsonl" for name in ("train", "validation", "test")]
+    given = ["--input", *files, tmp_path / "text" / "train", tmp_path / "text" / "validation", *words[3:-2]]
+    done = run("preprocess_data.py", *given, tmp_path / "paths")
+    assert done.returncode == 0, done.stderr
+    assert b"not read, beside a validation split: " + os.fsencode(files[2]) in done.stderr
+    domains = load_manifest(tmp_path / "paths" / "domains.json").domains
+    sizes = {
+        each.name: [IndexedDataset(prefix).num_documents for prefix in (each.train, each.valid)] for each in domains
+    }
+    assert sizes == {"text": [1, 1], "web": [3, 2]}
     # An interrupted valid split is resumed: the train split is complete.
     (tmp_path / "out" / ".partial-valid").mkdir()
     again = run("preprocess_data.py", *words)
