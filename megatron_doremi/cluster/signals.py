@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from megatron_doremi.cluster.launch import DEEPSPEED, LOCAL, NO_LAUNCHER, TORCHRUN, launcher_of, rank_of, stop_marker
-from megatron_doremi.console import below_bars
+from megatron_doremi.console import below_bars, wrapped_lines
 
 EXIT_STOPPED = 3
 STOP_SIGNALS = tuple(
@@ -157,7 +157,8 @@ class Signals:
     def _prepare_exit(self, code: int, message: str) -> None:
         if message and not self._rank:
             with contextlib.suppress(OSError):
-                os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"{below_bars()}{message}\n".encode())
+                text = f"{below_bars()}{wrapped_lines(message)}\n"
+                os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
         self._create_marker()
         with contextlib.suppress(Exception):
             self.before_exit(code)

@@ -35,7 +35,7 @@ from megatron_doremi.cluster.heartbeat import (
 from megatron_doremi.cluster.rendezvous import Rendezvous
 from megatron_doremi.cluster.signals import EXIT_STOPPED
 from megatron_doremi.cluster.store import call_with_timeout, read_heartbeats
-from megatron_doremi.console import CONSOLE_ERRORS, below_bars
+from megatron_doremi.console import CONSOLE_ERRORS, below_bars, wrapped_lines
 from megatron_doremi.errors import EXIT_USER_ERROR, ConfigError, ReportedElsewhere, RunError
 
 EXIT_HUNG = 1
@@ -252,6 +252,6 @@ class Watchdog:
             return
         if reports:
             with contextlib.suppress(*CONSOLE_ERRORS):
-                print(below_bars() + text, file=sys.stderr, flush=True)
+                print(below_bars() + wrapped_lines(text), file=sys.stderr, flush=True)
         # Not sys.exit: the main thread is blocked in a collective.
         os._exit(EXIT_HUNG)

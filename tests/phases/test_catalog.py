@@ -264,7 +264,7 @@ CHECKPOINTS = {
         ("data_fingerprint",), flags=RUN, damage=manifest(lambda e: e["tokenizer"].update(sha256="1" * 64))
     ),
     "domains in another order": Case(
-        ("data_fingerprint",), flags=RUN, damage=manifest(lambda e: e["domains"].reverse())
+        ("domains: in another order",), flags=RUN, damage=manifest(lambda e: e["domains"].reverse())
     ),
     "one that was cut off, and no other": Case(
         ("no complete one", "model-pipe000", "delete"), flags=RUN, damage=lambda f: truncate(only_one(f), 1)
