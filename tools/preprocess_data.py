@@ -291,7 +291,8 @@ def encode_split(args: argparse.Namespace, inputs: Inputs) -> int:
         text = f"{place}: {error.strerror}; nothing was published; free disk space or raise the quota there"
         print_stderr(f"error: {text}")
         return print_resume_hint(partial)
-    single_reported = bool(domain_warnings(inputs.files, inputs.reader))
+    # A task of an array job may see a single domain of many.
+    single_reported = shard.count > 1 or bool(domain_warnings(inputs.files, inputs.reader))
     print_summary(outputs, inputs.reader.valid_fraction > 0, single_reported)
     return 0
 

@@ -192,8 +192,10 @@ def with_held_out(inputs: Inputs, split: str | None, valid_fraction: float | Non
         return inputs
     if inputs.with_held_out:
         paths = " ".join(map(str, inputs.with_held_out))
-        then = f"the same command with --split valid --input {paths} adds" if tasks > 1 else "this run then adds"
-        note(f"{then} the held-out files of {paths}")
+        if tasks > 1:
+            note(f"the same command with --split valid --input {paths} adds the held-out files")
+        else:
+            note(f"this run then adds the held-out files of {paths}")
         return inputs
     fraction = held_out_fraction(sum(path.stat().st_size for path in inputs.paths))
     print(f"holding out a fraction of {fraction:g} of the documents as the valid split (--valid-fraction)", flush=True)
