@@ -21,6 +21,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import dropwhile, takewhile
 from pathlib import Path
@@ -218,11 +219,20 @@ def check_outputs(blocks: list[Block], printed: list[str]) -> None:
 
 
 @pytest.fixture(scope="module")
-def after_readme(tmp_path_factory):
-    """The blocks of README.md, what they printed, and the folder that they leave."""
-    folder = copy_repository(tmp_path_factory.mktemp("readme") / "repository")
-    blocks = runnable(README)
-    return blocks, run_blocks(blocks, folder), folder
+def scripts(tmp_path_factory):
+    """{path of a document: its folder, and a future of what its blocks print}. README.md and the documents that do not
+    need it run two at a time."""
+
+    def run(path: Path, folder: Path) -> list[str]:
+        return run_blocks(runnable(path), copy_repository(folder))
+
+    with ThreadPoolExecutor(2) as pool:
+        futures = {}
+        for path in documents():
+            if runnable(path) and not read_blocks(path.read_text()).after_readme:
+                folder = tmp_path_factory.mktemp("document") / "repository"
+                futures[path] = folder, pool.submit(run, path, folder)
+        yield futures
 
 
 @pytest.mark.parametrize(
@@ -270,24 +280,18 @@ def test_every_block_is_marked(path):
 
 
 @pytest.mark.slow
-def test_the_blocks_of_the_readme(after_readme):
-    blocks, printed, _ = after_readme
-    check_outputs(blocks, printed)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    "path",
-    [path for path in documents() if path != README and runnable(path)],
-    ids=lambda path: str(path.relative_to(ROOT)),
+    "path", [path for path in documents() if runnable(path)], ids=lambda path: str(path.relative_to(ROOT))
 )
-def test_the_blocks_of_a_document(path, tmp_path, request):
-    folder = tmp_path / "repository"
-    if read_blocks(path.read_text()).after_readme:
-        source = request.getfixturevalue("after_readme")[2]
-        shutil.copytree(source, folder, symlinks=True)
-        shutil.copy2(f"{source}.variables", f"{folder}.variables")
-    else:
-        copy_repository(folder)
+def test_the_blocks_of_a_document(path, tmp_path, scripts):
     blocks = runnable(path)
-    check_outputs(blocks, run_blocks(blocks, folder))
+    if path in scripts:
+        printed = scripts[path][1].result()
+    else:
+        before, script = scripts[README]
+        script.result()
+        folder = tmp_path / "repository"
+        shutil.copytree(before, folder, symlinks=True)
+        shutil.copy2(f"{before}.variables", f"{folder}.variables")
+        printed = run_blocks(blocks, folder)
+    check_outputs(blocks, printed)

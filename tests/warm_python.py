@@ -17,10 +17,12 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
+from multiprocessing.connection import wait
 from pathlib import Path
 
 from ranks import _CONTEXT
 
+_COLLECTING = threading.Lock()
 CLIENT = Path(__file__).resolve().with_name("warm_python_client.py")
 SHIM = """#!/bin/sh
 case "$1" in
@@ -54,8 +56,12 @@ def _accept(server: socket.socket) -> None:
 def _serve(client: socket.socket) -> None:
     with client:
         process = _CONTEXT.Process(target=_run, args=(client,))
-        process.start()
-        process.join()
+        # A start and a join both collect exit codes of any process; two threads at once would lose one.
+        with _COLLECTING:
+            process.start()
+        wait([process.sentinel])
+        with _COLLECTING:
+            process.join()
         code = process.exitcode or 0
         client.sendall(str(code if code >= 0 else 128 - code).encode())
 
