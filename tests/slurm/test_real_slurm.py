@@ -143,6 +143,19 @@ def test_all_stages_of_doremi(slurm, folder):
     assert (folder / "run" / "main" / "metrics.jsonl").read_text() == before
 
 
+def test_a_dry_run_asks_slurm_about_every_job_and_submits_none(slurm, folder, tmp_path):
+    (tmp_path / "site.sh").write_text(SITE.format(python="true") + "MAIN_JOB=(--partition=nowhere)\n")
+    variables = {**slurm, "SITE": str(tmp_path / "site.sh"), "DRY_RUN": "1"}
+    words = ["bash", "examples/slurm/run_all.sh", str(experiment(folder, "dry", 40))]
+    done = subprocess.run(words, env=variables, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    accepted = [line.split()[1] for line in done.stdout.splitlines() if line.endswith(": accepted")]
+    assert accepted == ["preprocess", "merge", "reference", "score", "proxy"]
+    assert "error: job main --partition=nowhere" in done.stderr
+    assert "error: 1 of the checks failed; nothing was submitted" in done.stderr
+    assert stdout_of(["squeue", "--noheader"], slurm) == ""
+
+
 def test_a_job_that_is_told_to_stop_saves_requeues_and_finishes(slurm, folder):
     """Its metrics equal those of an undisturbed run, and the dependent job keeps waiting."""
     if not (folder / "data" / "domains.json").exists():
