@@ -9,4 +9,5 @@ use_environment requirements-dev.txt
 "$PYTHON" -m mypy
 "$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')/shellcheck" --external-sources \
     examples/*.sh examples/*/*.s* benchmarks/*.sh tests/*.sh
-"$PYTHON" -m pytest "$@"
+# Two files of tests at a time: half of the time is waiting for other processes.
+"$PYTHON" -m pytest --numprocesses 2 --dist loadfile "$@"

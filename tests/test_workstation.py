@@ -60,7 +60,8 @@ def test_a_dry_run_plans_and_writes_nothing(workstation, tmp_path):
     done = workstation(NPROC="2", TP="2", DRY_RUN="1", STAGES="proxy main")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("--tensor-model-parallel-size 2 ") == 2
-    assert max(map(len, (done.stdout + done.stderr).splitlines())) <= 120
+    lines = (done.stdout + done.stderr).splitlines()
+    assert [line for line in lines if len(line) > 120 and str(tmp_path) not in line] == []
     assert not (tmp_path / "run").exists()
 
 

@@ -69,7 +69,7 @@ def read_as_reference(run: Path, folder: Path) -> tuple:
     """The shape, iteration and batch size that a proxy reads from a run's config.json and newest checkpoint."""
     flags = ["--phase", "proxy", "--domains", str(folder / "domains.json"), "--save", "s", "--train-iters", "1"]
     config = parse_config([*flags, *MODEL, "--reference-load", str(run)], 1)
-    reference = read_trained(run, "--reference-load", open_data(config, training=True)[0], config)
+    reference = read_trained(run, "--reference-load", open_data(config, training=True)[0], config, step=None)
     return reference.gpt, reference.iteration, reference.global_batch_size
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from phases.small import MODEL, train, training_lines
-from ranks import on_ranks, program
+from ranks import on_ranks, program, unwrapped
 
 from megatron_doremi.checkpoint import publishing
 from megatron_doremi.checkpoint.folder import checkpoint_name, checkpoints
@@ -99,7 +99,7 @@ def test_incomplete_checkpoints_are_neither_counted_nor_deleted(tmp_path, capsys
     for iteration, remaining in ((4, [3, 4, 5]), (6, [4, 5, 6]), (7, [5, 6, 7])):
         publish(tmp_path, iteration, retention=retention)
         assert iterations(tmp_path) == remaining
-    assert capsys.readouterr().err.count("iter_0000005 is incomplete (") == 1
+    assert unwrapped(capsys.readouterr().err).count("iter_0000005 is incomplete (") == 1
 
 
 def test_links_are_deleted_but_not_followed(tmp_path):
@@ -131,7 +131,7 @@ def test_a_deletion_that_fails_is_a_warning(tmp_path, monkeypatch, capsys):
         # A restart fails to delete the same folders, and starts nevertheless.
         clear_leftovers(tmp_path)
     assert iterations(tmp_path) == [3]
-    assert capsys.readouterr().err.count("cannot be deleted: [Errno 13]") == 4
+    assert unwrapped(capsys.readouterr().err).count("cannot be deleted: [Errno 13]") == 4
     clear_leftovers(tmp_path)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["iter_0000003", "latest"]
 

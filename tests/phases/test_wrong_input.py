@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from phases.small import MODEL, read_by, train, unseal, write_data
+from ranks import unwrapped
 
 from megatron_doremi.arguments import parse_config
 from megatron_doremi.errors import ConfigError
@@ -113,7 +114,7 @@ def test_short_held_out_text_is_left_out_of_evaluation_and_never_blocks_training
         _, opened, _ = open_with(data, *flags, phase=phase)
         assert [dataset is None for dataset in opened.valid] == [True, False, True]
     print_warnings(opened.manifest)
-    stderr = capsys.readouterr().err
+    stderr = unwrapped(capsys.readouterr().err)
     assert stderr.count("warning: ") == 2
     assert "domain 'domain 0'" in stderr
     assert "has 16 tokens" in stderr

@@ -25,6 +25,7 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks import unwrapped
 from test_preprocess import DOMAINS, TOOLS, contents, documents_of, fails, jsonl_of, put, run
 
 from megatron_doremi.data.indexed_dataset import IndexedDataset
@@ -237,8 +238,11 @@ def stopped(folder, output, how, *words):
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_an_interrupted_run_resumes_to_the_same_output(folder, single_run, tmp_path, how):
-    out = tmp_path / "out"
-    code, output = stopped(folder, out, how)
+    for attempt in range(5):  # on a busy machine a run may be near its end before the test sees its journal
+        out = tmp_path / f"out{attempt}"
+        code, output = stopped(folder, out, how)
+        if contents(out) == {}:
+            break
     assert code == (-how if how == signal.SIGKILL else 130), output
     assert how == signal.SIGKILL or "--resume" in output
     assert contents(out) == {}
@@ -311,7 +315,7 @@ def test_a_full_disk_is_reported_and_the_run_resumes_later(folder, single_run, t
         timeout=120,
     )
     assert done.returncode == 1
-    assert "No space left on device" in done.stderr
+    assert "No space left on device" in unwrapped(done.stderr)
     assert "--resume" in done.stderr
     assert "Traceback" not in done.stderr
     assert contents(out) == {}
