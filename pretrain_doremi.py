@@ -280,7 +280,7 @@ def dry_run(config: Config, topology: Topology) -> None:
     """Prints the run as resolved; touches no other process and writes nothing."""
     # No device is used, and DeepSpeed would say on standard output that it found none.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from megatron_doremi.console import print_stdout, wrapped
+    from megatron_doremi.console import print_stdout
     from megatron_doremi.data.manifest import print_warnings
     from megatron_doremi.phases.inputs import open_inputs, plan_text
 
@@ -290,7 +290,7 @@ def dry_run(config: Config, topology: Topology) -> None:
         print_warnings(inputs.data.manifest)
         print(plan_text(inputs))
         if inputs.repeated and not config.run.suggest_layout:
-            print_stdout("\n".join(wrapped(inputs.repeated)))
+            print_stdout(inputs.repeated)
 
 
 def command() -> None:

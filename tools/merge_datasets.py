@@ -34,7 +34,7 @@ from megatron_doremi.preprocessing.outputs import (
     train_prefixes,
 )
 from megatron_doremi.preprocessing.shards import SHARDS, ignored_folders, load_shards, merge
-from megatron_doremi.preprocessing.workspace import Workspace
+from megatron_doremi.preprocessing.workspace import Workspace, partial_folder
 from megatron_doremi.progress import Progress
 from megatron_doremi.storage.files import atomic_write_bytes, sha256_of
 
@@ -68,7 +68,7 @@ def main() -> int:
         train = load_manifest(manifest_path)
         check_same_tokenizer(train, tokenizer)
         known = train_prefixes(train, args.output_dir)
-    partial = args.output_dir / f".partial-{args.split}"
+    partial = partial_folder(args.output_dir, args.split)
     outputs = Outputs(args.output_dir, partial, dtype_for(tokenizer.vocab_size), known)
     id_files = [paths_of(pair.prefix)[0] for data in shards for pair in data.pairs.values()]
     size = sum(path.stat().st_size for path in id_files if path.is_file())

@@ -63,7 +63,7 @@ from megatron_doremi.preprocessing.outputs import (
 from megatron_doremi.preprocessing.record_blocks import BLOCK_BYTES
 from megatron_doremi.preprocessing.shards import Pair, ShardData, load_shard, run_of, save_shard, shard_folder
 from megatron_doremi.preprocessing.sources import Shard, read_shard, shard_bytes
-from megatron_doremi.preprocessing.summary import describe_skipped, print_summary
+from megatron_doremi.preprocessing.summary import describe_skipped, print_summary, warn_of_lost_characters
 from megatron_doremi.preprocessing.tokenizer import (
     GPT2,
     HUGGING_FACE,
@@ -72,7 +72,7 @@ from megatron_doremi.preprocessing.tokenizer import (
     Tokenizer,
     kind_of_tokenizer,
 )
-from megatron_doremi.preprocessing.workspace import Workspace
+from megatron_doremi.preprocessing.workspace import Workspace, partial_folder
 from megatron_doremi.progress import Progress
 from megatron_doremi.storage.files import make_folder
 
@@ -229,13 +229,18 @@ def main() -> int:
     args.split = args.split or "train"
     if args.num_shards > 1 or not (by_name and inputs.with_held_out):
         return encode_split(args, inputs)
+    valid_args = argparse.Namespace(**{**vars(args), "input": list(inputs.with_held_out), "split": "valid"})
+    # Before the train split is encoded, so that faults of the held-out files are found first.
+    valid_inputs = read_input_options(valid_args, "valid")
+    unfinished = {split for split in ("train", "valid") if partial_folder(args.output_dir, split).is_dir()}
     # The valid split is begun when the train split is complete.
-    if not (args.resume and (args.output_dir / ".partial-valid").is_dir()):
+    if not (args.resume and unfinished == {"valid"}):
         code = encode_split(args, inputs)
         if code:
             return code
-    args.input, args.split = list(inputs.with_held_out), "valid"
-    return encode_split(args, read_input_options(args, "valid"))
+        # What an earlier run left of the valid split belongs to an earlier train split.
+        valid_args.resume = False
+    return encode_split(valid_args, valid_inputs)
 
 
 def encode_split(args: argparse.Namespace, inputs: Inputs) -> int:
@@ -263,10 +268,10 @@ def encode_split(args: argparse.Namespace, inputs: Inputs) -> int:
         return 0
     texts = sample(inputs)
     tokenizer.choose_encoder(texts)
-    warn_of_lost_characters(args, tokenizer, texts)
+    warn_of_lost_characters(tokenizer, texts, args.max_dropped_share)
     setup = f"{tokenizer.encoder}, vocabulary size {tokenizer.vocab_size:,}, {args.workers} worker processes"
     print(f"encoding with {setup}", flush=True)
-    partial = folder / f".partial-{args.split}"
+    partial = partial_folder(folder, args.split)
     outputs = Outputs(folder, partial, dtype_for(tokenizer.vocab_size), known)
     try:
         with Workspace(partial, outputs, settings, args.resume, args.journal_seconds) as workspace:
@@ -305,14 +310,6 @@ def warn_of_replacement(path: Path) -> None:
         return
     shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
     warn(f"{path} already contains a train split ({shown}); this run will replace it")
-
-
-def warn_of_lost_characters(args: argparse.Namespace, tokenizer: Tokenizer, texts: list[str]) -> None:
-    """Warns, before anything is encoded, that the tokenizer loses too many characters of `texts` to be published."""
-    lost, characters = tokenizer.lost_characters(texts), sum(map(len, texts))
-    if lost.total() > args.max_dropped_share * characters:
-        loss = f"in a sample of the input, the tokenizer loses {describe_lost(lost, characters)}"
-        warn(f"{loss}; see --max-dropped-share")
 
 
 def load_train_split(path: Path) -> Any:

@@ -30,7 +30,7 @@ for stage in $STAGES; do
 done
 
 if [[ " $STAGES " == *" preprocess "* ]] && { [ -z "${TRAIN_FILES[*]:+1}" ] || [ -z "${VALID_FILES[*]:+1}" ]; }; then
-    echo "error: the stage preprocess takes TRAIN_FILES and VALID_FILES, and $EXPERIMENT sets only one of them" >&2
+    echo "error: the stage preprocess takes TRAIN_FILES and VALID_FILES, and $EXPERIMENT does not set both" >&2
     echo "       set both, or run tools/preprocess_data.py, which can hold out a part, and leave preprocess out of STAGES" >&2
     exit 2
 fi

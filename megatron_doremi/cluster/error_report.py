@@ -19,8 +19,6 @@ _SECONDS_FOR_OTHERS = 60.0
 # For other ranks that fail as well.
 _SECONDS_FOR_PEER_ERRORS = 8.0
 _SECONDS_FOR_RANK_0 = 5.0
-# For the others to read rank 0's reply before rank 0 ends.
-_SECONDS_TO_READ = 3.0
 
 
 def command_line_error(launch: Launch, argv: Sequence[str], faults: Sequence[Fault]) -> Exception:
@@ -60,7 +58,7 @@ def raise_faults_of_all_ranks(rendezvous: Rendezvous, faults: Sequence[Fault], s
     reports = rendezvous.gather("faults", report, timeout)
     if rendezvous.launch.rank == 0:
         merged = merge_faults(reports)
-        rendezvous.reply("faults", len(merged), _SECONDS_TO_READ if merged else 0.0)
+        rendezvous.reply("faults", len(merged), _others(reports) if merged else 0)
         if merged:
             raise ConfigError(merged)
         return
@@ -73,6 +71,11 @@ def raise_faults_of_all_ranks(rendezvous: Rendezvous, faults: Sequence[Fault], s
         raise RunError(
             f"rank {rendezvous.launch.rank} on {rendezvous.host}: rank 0 did not confirm that the run may start"
         )
+
+
+def _others(reports: Sequence[Any]) -> int:
+    """The number of ranks other than rank 0 that have sent a report."""
+    return sum(report is not None for report in reports[1:])
 
 
 def merge_faults(reports: Sequence[tuple[str, list[dict[str, str]]] | None]) -> list[Fault]:
@@ -124,7 +127,7 @@ def merged_error(rendezvous: Rendezvous, error: ConfigError | RunError) -> Excep
         gathered = rendezvous.gather("errors", report, _SECONDS_FOR_PEER_ERRORS)
         if launch.rank:
             return rendezvous.read_reply("errors")
-        rendezvous.reply("errors", 1, _SECONDS_TO_READ)
+        rendezvous.reply("errors", 1, _others(gathered))
         return gathered
 
     try:

@@ -229,10 +229,8 @@ class Rendezvous:
             if lost["by"] != launch.rank or (0 in self._arrived and not store.check(["complete"])):
                 raise ReportedElsewhere(1)
         elif not launch.hosted:
-            end = time.monotonic() + _SECONDS_FOR_PEERS_TO_READ
             # All ranks that arrived, except this one and the lost one.
-            while store.add("lost/read", 0) < len(self._arrived) - 2 and time.monotonic() < end:
-                time.sleep(0.1)
+            self._wait_for_readers("lost/read", len(self._arrived) - 2)
         raise RunError(lost["text"])
 
     def _raise_rejection(self) -> None:
@@ -270,16 +268,21 @@ class Rendezvous:
         texts = dict(zip(ranks, get_keys(store, [f"{name}/{rank}" for rank in ranks]), strict=True))
         return [json.loads(texts[rank]) if rank in texts else None for rank in range(launch.world_size)]
 
-    def reply(self, name: str, value: Any, seconds: float = 0.0) -> None:
+    def reply(self, name: str, value: Any, readers: int = 0) -> None:
         """Sends rank 0's reply to the values that it has gathered.
 
         Args:
-            seconds: to wait until the others have read it. A rank 0 that ends takes the store with it: a rank that
-                finds no store would report its error once more.
+            readers: the number of ranks to wait for until they have read it. A rank 0 that ends takes the store with
+                it: a rank that finds no store would report its error once more.
         """
         self.store.set(f"{name}/reply", json.dumps(value))
-        if seconds:
-            self._wait_for_key(f"{name}/read", seconds)
+        self._wait_for_readers(f"{name}/read", readers)
+
+    def _wait_for_readers(self, key: str, readers: int) -> None:
+        """Waits, for a limited time, until so many ranks have counted themselves in `key`."""
+        end = time.monotonic() + _SECONDS_FOR_PEERS_TO_READ
+        while readers > 0 and self.store.add(key, 0) < readers and time.monotonic() < end:
+            time.sleep(0.1)
 
     def read_reply(self, name: str) -> Any:
         """Rank 0's reply; None if there is none."""
@@ -289,8 +292,7 @@ class Rendezvous:
         value = json.loads(self.store.get(key))
         # Rank 0 may have ended after its own seconds.
         with contextlib.suppress(RuntimeError):
-            if self.store.add(f"{name}/readers", 1) == self.launch.world_size - 1:
-                self.store.set(f"{name}/read", "1")
+            self.store.add(f"{name}/read", 1)
         return value
 
 

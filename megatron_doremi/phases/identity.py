@@ -153,7 +153,10 @@ def _domains_fault(before: Sequence[str], now: Sequence[str], subject: str) -> F
     value = "; ".join([f"without {left_out}"] * bool(left_out) + [f"with {added} in addition"] * bool(added))
     remedy = _REMEDY
     if left_out and not added:
-        remedy = "give a small weight, such as 1e-6, in place of 0 and of --exclude-domains, or start a new folder"
+        remedy = (
+            "if the data still hold them, give a small weight, such as 1e-6, in place of 0 and of --exclude-domains, "
+            "and --change-domain-weights; else start a new folder"
+        )
     value = f"domains: {value or 'in another order'}"
     return Fault(subject, value, "the same domains from a run's first step to its last", remedy)
 
@@ -173,11 +176,17 @@ def override_faults(allowed: Sequence[str], now: Mapping[str, Any]) -> list[Faul
     return faults
 
 
+def _short(value: Any, other: Any) -> Any:
+    """A number with 6 digits, if the other one differs in them."""
+    if not isinstance(value, float) or not isinstance(other, float):
+        return value
+    return value if f"{value:.6g}" == f"{other:.6g}" else float(f"{value:.6g}")
+
+
 def for_message(value: Any, other: Any) -> Any:
     """A value for a message: of two mappings only the entries that differ, with 6 digits; of a hash only its start."""
     if isinstance(value, Mapping) and isinstance(other, Mapping):
-        differing = {key: entry for key, entry in value.items() if other.get(key) != entry}
-        return {key: float(f"{x:.6g}") if isinstance(x, float) else x for key, x in differing.items()}
+        return {key: _short(entry, other.get(key)) for key, entry in value.items() if other.get(key) != entry}
     return value[:12] if isinstance(value, str) and len(value) == 64 else value
 
 

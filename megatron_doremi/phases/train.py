@@ -123,6 +123,12 @@ class Trainer:
             stop = flags.stop
             self._log_step(lr, timer, log)
             with timer.paused():
+                leave = self._due(config.run.exit_interval) or stop != KEEP_RUNNING
+                regular = self._due(config.run.save_interval) or leave or self.iteration == total
+                saves = regular or (flags.save_due and not flags.writing)
+                # A save checks them itself.
+                if self._due(config.run.check_ranks_interval) and not saves:
+                    self._check_replicas(self._replicated_state())
                 for_controller = self.controller.evaluates_at(self.iteration)
                 if for_controller or self._due(config.data.eval_interval) or self.iteration == total:
                     self._evaluate(log, for_controller)
@@ -130,12 +136,8 @@ class Trainer:
                     self.checkpoints.finish()
                 if not flags.writing:
                     self.checkpoints.all_written()
-                leave = self._due(config.run.exit_interval) or stop != KEEP_RUNNING
-                regular = self._due(config.run.save_interval) or leave or self.iteration == total
-                if regular or (flags.save_due and not flags.writing):
+                if saves:
                     self._save(log, ephemeral=not regular)
-                elif self._due(config.run.check_ranks_interval):
-                    self._check_replicas(self._replicated_state())
             if leave:
                 break
             self.watchdog.mark(f"reading the data of iteration {self.iteration + 1}")

@@ -8,6 +8,7 @@ from megatron_doremi.preprocessing.encoding import describe_bad_lines
 from megatron_doremi.preprocessing.file_domains import shown_names, single_domain
 from megatron_doremi.preprocessing.lost_characters import describe_lost
 from megatron_doremi.preprocessing.outputs import Outputs
+from megatron_doremi.preprocessing.tokenizer import Tokenizer
 from megatron_doremi.text_table import shown_text, table_lines
 
 
@@ -48,3 +49,11 @@ def describe_skipped(outputs: Outputs) -> list[str]:
     if outputs.lost:
         messages.append(f"the tokenizer lost {describe_lost(outputs.lost, outputs.characters)}")
     return messages
+
+
+def warn_of_lost_characters(tokenizer: Tokenizer, texts: list[str], max_dropped_share: float) -> None:
+    """Warns, before anything is encoded, that the tokenizer loses too many characters of `texts` to be published."""
+    lost, characters = tokenizer.lost_characters(texts), sum(map(len, texts))
+    if lost.total() > max_dropped_share * characters:
+        loss = f"in a sample of the input, the tokenizer loses {describe_lost(lost, characters)}"
+        warn(f"{loss}; see --max-dropped-share")

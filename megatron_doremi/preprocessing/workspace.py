@@ -59,6 +59,11 @@ class Journal(Schema):
         return self
 
 
+def partial_folder(folder: Path, split: str) -> Path:
+    """The hidden folder of an unfinished split in an output folder."""
+    return folder / f".partial-{split}"
+
+
 class Workspace:
     """The hidden folder of an unfinished run, and its journal. Locks the output folder: one run at a time writes there.
 

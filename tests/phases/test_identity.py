@@ -16,7 +16,7 @@ from ranks import on_ranks, program
 
 from megatron_doremi.config import OptimizerConfig
 from megatron_doremi.engine.optimizer import make_learning_rate
-from megatron_doremi.phases.identity import differences, identity_hash, override_faults
+from megatron_doremi.phases.identity import differences, for_message, identity_hash, override_faults
 
 pytestmark = pytest.mark.slow
 
@@ -151,6 +151,12 @@ def test_differences_and_overrides():
     ]
     assert [fault.value for fault in override_faults(["lr", "phase", "nonsense"], now)] == ["phase", "nonsense"]
     assert identity_hash(before) == identity_hash(dict(reversed(before.items()))) != identity_hash(now)
+
+
+def test_weights_are_shown_with_as_many_digits_as_tell_them_apart():
+    before, now = {"A": 0.3333333, "B": 0.6666667, "C": 0.0}, {"A": 1 / 3, "B": 0.5, "C": 0.0}
+    assert for_message(before, now) == {"A": 0.3333333, "B": 0.666667}
+    assert for_message(now, before) == {"A": 1 / 3, "B": 0.5}
 
 
 def test_metrics_of_a_refused_resume_stay(data, tmp_path):

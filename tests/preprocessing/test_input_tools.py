@@ -200,3 +200,13 @@ def test_one_command_writes_both_splits_of_a_folder_that_has_them(tokenizer, tmp
     (tmp_path / "out" / ".partial-valid").mkdir()
     again = run("preprocess_data.py", *words)
     assert (again.returncode, again.stdout.count(b"encoding with")) == (0, 1), again.stderr
+    # Beside an unfinished train split, what is left of a valid split is older.
+    for split in ("train", "valid"):
+        (tmp_path / "out" / f".partial-{split}").mkdir()
+    again = run("preprocess_data.py", *words)
+    assert (again.returncode, again.stdout.count(b"encoding with")) == (0, 2), again.stderr
+    # Faults of the held-out files are found before the train split is encoded.
+    without_text = put(tmp_path / "validation.csv", b"a,b\n1,2\n")
+    done = run("preprocess_data.py", "--input", files[0], without_text, *words[3:-2], tmp_path / "none")
+    assert (done.returncode, done.stdout.count(b"encoding with")) == (2, 0), done.stderr
+    assert b"validation.csv" in done.stderr
