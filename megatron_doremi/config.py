@@ -162,6 +162,8 @@ class ModelConfig:
         1e-5, "added to the variance in a normalization", bounds=Bounds(0.0, 1.0, above_low=True)
     )
     swiglu: bool = setting(False, "gated SiLU feed-forward in place of GELU")
+    openai_gelu: bool = setting(False, "GELU by its tanh approximation, as in GPT-2")
+    qk_layernorm: bool = setting(False, "normalize the queries and keys of each head before they are rotated")
     position_embedding_type: str = setting("rope", "position embedding", ("rope", "learned_absolute"))
     rotary_base: float = setting(10000.0, "base of the rotary frequencies", bounds=Bounds(0.0, 1e12, above_low=True))
     untie_embeddings_and_output_weights: bool = setting(False, "give the output layer its own weights")
@@ -355,6 +357,8 @@ def gpt_config(model: ModelConfig, seq_length: int, vocab_size: int) -> GPTConfi
         normalization=model.normalization,
         norm_epsilon=model.norm_epsilon,
         swiglu=model.swiglu,
+        openai_gelu=model.openai_gelu,
+        qk_layernorm=model.qk_layernorm,
         position_embedding_type=model.position_embedding_type,
         rotary_base=model.rotary_base,
         tied_embeddings=not model.untie_embeddings_and_output_weights,

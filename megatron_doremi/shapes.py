@@ -37,6 +37,8 @@ class GPTConfig:
     normalization: str = "RMSNorm"
     norm_epsilon: float = 1e-5
     swiglu: bool = False
+    openai_gelu: bool = False
+    qk_layernorm: bool = False
     position_embedding_type: str = "rope"
     rotary_base: float = 10000.0
     tied_embeddings: bool = True

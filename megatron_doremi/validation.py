@@ -222,7 +222,9 @@ def _model_faults(model: ModelConfig, parallel: ParallelConfig) -> list[Fault]:
     )
     if faults or wrong:
         return faults
-    return _shape_faults(gpt_config(model, seq_length=1, vocab_size=1), model, parallel)
+    if model.swiglu and model.openai_gelu:
+        faults.append(_without_effect("--openai-gelu", "--swiglu replaces GELU"))
+    return [*faults, *_shape_faults(gpt_config(model, seq_length=1, vocab_size=1), model, parallel)]
 
 
 def _shape_faults(gpt: GPTConfig, model: ModelConfig, parallel: ParallelConfig) -> list[Fault]:

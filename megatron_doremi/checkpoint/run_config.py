@@ -32,6 +32,8 @@ class GPTEntry(Schema):
     normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
     norm_epsilon: Annotated[float, Field(gt=0)] = GPTConfig.norm_epsilon
     swiglu: bool = GPTConfig.swiglu
+    openai_gelu: bool = GPTConfig.openai_gelu
+    qk_layernorm: bool = GPTConfig.qk_layernorm
     position_embedding_type: Literal["rope", "learned_absolute"] = "rope"
     rotary_base: Annotated[float, Field(gt=0)] = GPTConfig.rotary_base
     tied_embeddings: bool = GPTConfig.tied_embeddings

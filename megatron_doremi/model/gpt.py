@@ -41,7 +41,8 @@ class Attention(nn.Module):
     """Causal self-attention with grouped queries; heads are sharded over the tensor-parallel group by key-value group.
 
     The fused projection holds, for each key-value group, its query heads, its key and its value, so that each shard
-    of its rows holds complete groups.
+    of its rows holds complete groups. With qk_layernorm a norm over the channels of each head, shared by all heads,
+    precedes the rotation (Dehghani et al. 2023, section 2; as in Qwen3).
     """
 
     def __init__(self, gpt: GPTConfig, tp: TensorParallel, recompute: bool):
@@ -54,6 +55,10 @@ class Attention(nn.Module):
         heads = gpt.num_attention_heads * gpt.kv_channels
         self.qkv = ColumnParallelLinear(gpt.hidden_size, fused, gpt.bias_linear, gpt.init_method_std, tp)
         self.proj = RowParallelLinear(heads, gpt.hidden_size, gpt.bias_linear, residual_std(gpt), tp)
+        self.q_norm = self.k_norm = None
+        if gpt.qk_layernorm:
+            norm = (gpt.kv_channels, gpt.normalization, gpt.norm_epsilon, tp, True)
+            self.q_norm, self.k_norm = Norm(*norm), Norm(*norm)
 
     def forward(self, x: Tensor, rotary: RotaryTable | None) -> Tensor:
         qkv = self.qkv(x)
@@ -67,6 +72,8 @@ class Attention(nn.Module):
         q, k, v = qkv.split([self.queries_per_group, 1, 1], dim=3)
         q = q.reshape(b, s, self.groups * self.queries_per_group, self.width).transpose(1, 2)
         k, v = (part.reshape(b, s, self.groups, self.width).transpose(1, 2) for part in (k, v))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.queries_per_group > 1)
@@ -74,11 +81,12 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Feed-forward layer: GELU, or SwiGLU with gate and up projection fused."""
+    """Feed-forward layer: GELU (exact, or its tanh approximation), or SwiGLU with gate and up projection fused."""
 
     def __init__(self, gpt: GPTConfig, tp: TensorParallel):
         super().__init__()
         self.swiglu = gpt.swiglu
+        self.approximate = "tanh" if gpt.openai_gelu else "none"
         blocks = 2 if gpt.swiglu else 1
         inner, std = gpt.ffn_hidden_size, gpt.init_method_std
         self.fc1 = ColumnParallelLinear(gpt.hidden_size, blocks * inner, gpt.bias_linear, std, tp, blocks)
@@ -89,7 +97,7 @@ class MLP(nn.Module):
         if self.swiglu:
             gate, up = x.chunk(2, dim=-1)
             return self.fc2(F.silu(gate) * up)
-        return self.fc2(F.gelu(x))
+        return self.fc2(F.gelu(x, approximate=self.approximate))
 
 
 class Block(nn.Module):

@@ -104,20 +104,27 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class Norm(nn.Module):
-    """RMSNorm or LayerNorm over the hidden dimension, computed in float32."""
+    """RMSNorm or LayerNorm over the last dimension, computed in float32."""
 
-    def __init__(self, hidden: int, kind: str, epsilon: float, tp: TensorParallel):
+    def __init__(self, hidden: int, kind: str, epsilon: float, tp: TensorParallel, over_heads: bool = False):
+        """Args:
+        over_heads: the input holds this rank's heads; else it is the residual stream.
+        """
         super().__init__()
-        self.kind, self.epsilon, self.tp = kind, epsilon, tp
+        self.kind, self.epsilon, self.tp, self.over_heads = kind, epsilon, tp, over_heads
         self.weight = make_parameter(ParameterSpec((hidden,), constant=1.0), tp.group)
         self.bias = make_parameter(ParameterSpec((hidden,)), tp.group) if kind == "LayerNorm" else None
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.tp.replicated(self.weight).float()
+        weight = self._replicated(self.weight).float()
         if self.bias is None:
             return F.rms_norm(x.float(), weight.shape, weight, self.epsilon).to(x.dtype)
-        bias = self.tp.replicated(self.bias).float()
+        bias = self._replicated(self.bias).float()
         return F.layer_norm(x.float(), weight.shape, weight, bias, self.epsilon).to(x.dtype)
+
+    def _replicated(self, parameter: Tensor) -> Tensor:
+        """Each rank's heads, like each rank's positions, contribute a part of the gradient."""
+        return copy_to_tp_group(parameter, self.tp.group) if self.over_heads else self.tp.replicated(parameter)
 
 
 class LearnedPositions(nn.Module):

@@ -61,6 +61,9 @@ def block_bytes_per_token(gpt: GPTConfig, parallel: ParallelConfig, element: int
     if parallel.recompute_granularity == "none":
         # The heads' outputs as the attention kernel returns them, and rotated queries and keys.
         attention += queries + (queries + keys if gpt.position_embedding_type == "rope" else 0)
+        if gpt.qk_layernorm and element < 4:
+            # In float32 the norms' inputs are views of the fused projection.
+            norms += 4 * (queries + keys)
     mlp = (4 if gpt.swiglu else 2) * gpt.ffn_hidden_size / tensor
     return norms + element * (attention + mlp)
 

@@ -30,6 +30,8 @@ OTHER = {
     "normalization": "LayerNorm",
     "norm_epsilon": 1e-6,
     "swiglu": True,
+    "openai_gelu": True,
+    "qk_layernorm": True,
     "position_embedding_type": "learned_absolute",
     "rotary_base": 5e5,
     "tied_embeddings": False,

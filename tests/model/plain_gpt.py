@@ -39,10 +39,14 @@ def attention(x, w, name, gpt):
     outputs = []
     for group in range(groups):
         key, value = qkv[:, group, per_group], qkv[:, group, per_group + 1]
+        if gpt.qk_layernorm:
+            key = norm(key, w, f"{name}.k_norm", gpt.normalization)
         if gpt.position_embedding_type == "rope":
             key = rope(key, gpt.rotary_base)
         for head in range(per_group):
             query = qkv[:, group, head]
+            if gpt.qk_layernorm:
+                query = norm(query, w, f"{name}.q_norm", gpt.normalization)
             if gpt.position_embedding_type == "rope":
                 query = rope(query, gpt.rotary_base)
             outputs.append(torch.softmax(query @ key.T / width**0.5 + mask, dim=-1) @ value)
@@ -54,7 +58,11 @@ def mlp(x, w, name, gpt):
     if gpt.swiglu:
         gate, up = x[:, : gpt.ffn_hidden_size], x[:, gpt.ffn_hidden_size :]
         return linear(gate * torch.sigmoid(gate) * up, w, f"{name}.fc2")
-    return linear(0.5 * x * (1 + torch.erf(x / 2**0.5)), w, f"{name}.fc2")
+    if gpt.openai_gelu:
+        gate = torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))
+    else:
+        gate = torch.erf(x / 2**0.5)
+    return linear(0.5 * x * (1 + gate), w, f"{name}.fc2")
 
 
 def token_losses(w, gpt, tokens, targets):

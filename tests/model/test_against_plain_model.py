@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 GPT = small_gpt(max_positions=12)
 VARIANTS = {
     "rope, RMSNorm, SwiGLU, grouped queries, tied": GPT,
-    "learned, LayerNorm, GELU, biases, untied": replace(
+    "learned, LayerNorm, GELU (tanh), biases, untied": replace(
         GPT,
         num_query_groups=4,
         normalization="LayerNorm",
@@ -28,9 +28,10 @@ VARIANTS = {
         position_embedding_type="learned_absolute",
         tied_embeddings=False,
         bias_linear=True,
+        openai_gelu=True,
     ),
-    "learned, LayerNorm, SwiGLU, biases, tied": replace(
-        GPT, normalization="LayerNorm", position_embedding_type="learned_absolute", bias_linear=True
+    "rope, LayerNorm, SwiGLU, biases, tied, normalized queries": replace(
+        GPT, normalization="LayerNorm", bias_linear=True, qk_layernorm=True
     ),
 }
 

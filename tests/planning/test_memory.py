@@ -5,6 +5,8 @@ Run alone: python -m pytest tests/planning/test_memory.py -s
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from engines import build_engine, layout, make_config, small_gpt
@@ -30,16 +32,16 @@ GPT = small_gpt(
 WINDOWS, SEQ, K = 2, 128, 3
 
 
-def peak_bytes(launch, pipe, tensor, parallel, bf16):
+def peak_bytes(launch, pipe, tensor, parallel, gpt, bf16):
     """This rank's peak of allocated bytes in a step, over what was there before: {update: [by micro-batches]}."""
     context = layout(launch, pipe, tensor, parallel.get("sequence_parallel", False))
     return {
-        update: [peak_of_a_step(context, parallel, bf16, update, count) for count in MICRO_BATCHES]
+        update: [peak_of_a_step(context, parallel, gpt, bf16, update, count) for count in MICRO_BATCHES]
         for update in ("alternating", "simultaneous")
     }
 
 
-def peak_of_a_step(context, parallel, bf16, update, count):
+def peak_of_a_step(context, parallel, gpt, bf16, update, count):
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -49,7 +51,7 @@ def peak_of_a_step(context, parallel, bf16, update, count):
     batch = count * WINDOWS * topology.data_size
     data = {"phase": "proxy", "seq_length": SEQ, "micro_batch_size": WINDOWS, "global_batch_size": batch}
     config = make_config(topology, data, parallel, {"doremi_update": update}, bf16=bf16)
-    engine = build_engine(config, GPT, np.full(K, 1 / K), context)
+    engine = build_engine(config, gpt, np.full(K, 1 / K), context)
     ids = torch.zeros(WINDOWS, SEQ, dtype=torch.int64)
     batches = [MicroBatch(ids, ids, ids[:, 0], ids[:, 0], torch.zeros(WINDOWS, SEQ)) for _ in range(count)]
     targets = torch.tensor([batch * SEQ, 0, 0], dtype=torch.float64)
@@ -69,6 +71,7 @@ CASES = {
     "full": (1, 1, 1, {"recompute_granularity": "full"}),
     "all logits": (1, 1, 1, {"loss_chunk_tokens": 0}),
     "bfloat16": (1, 1, 1, {"zero_stage": 1}),
+    "normalized queries, bfloat16": (1, 1, 1, {"zero_stage": 1}),
     "TP2 sequence parallel": (2, 1, 2, {"sequence_parallel": True}),
     "PP3": (3, 3, 1, {}),
     "DP2 ZeRO2": (2, 1, 1, {"zero_stage": 2}),
@@ -84,11 +87,12 @@ def test_what_twelve_more_micro_batches_take(case):
     """The peak grows from 4 to 16 micro-batches by what the formula says, and by nothing where one is held."""
     world, pipe, tensor, flags = CASES[case]
     flags = {"loss_chunk_tokens": 64, **flags}
-    parallel, bf16 = ParallelConfig(tensor, pipe, **flags), case == "bfloat16"
+    parallel, bf16 = ParallelConfig(tensor, pipe, **flags), "bfloat16" in case
+    gpt = replace(GPT, qk_layernorm=case.startswith("normalized"))
     late = LATE if world > 1 else 100_000
-    for rank, peaks in enumerate(on_ranks(world, peak_bytes, pipe, tensor, flags, bf16)):
+    for rank, peaks in enumerate(on_ranks(world, peak_bytes, pipe, tensor, flags, gpt, bf16)):
         stage = rank // (world // pipe)
-        one = micro_batch_bytes(GPT, parallel, WINDOWS * SEQ, 2 if bf16 else 4, GPT.num_layers // pipe, stage)
+        one = micro_batch_bytes(gpt, parallel, WINDOWS * SEQ, 2 if bf16 else 4, gpt.num_layers // pipe, stage)
         for update, (few, many) in peaks.items():
             alternating = update == "alternating"
             before, after = (
