@@ -24,6 +24,7 @@ ROOMS = [
     "model",
     "cluster",
     "checkpoint",
+    "hugging_face",
     "mixture",
     "engine",
     "planning",
@@ -31,7 +32,7 @@ ROOMS = [
 ]
 # Beside the run: what no room above uses, and what they and the programs may use.
 BESIDE = {"preprocessing": ["base", "storage", "data"], "reporting": ["base", "storage", "data"]}
-TOOLS = ["base", "storage", "data", "checkpoint", "mixture", *BESIDE]
+TOOLS = ["base", "storage", "data", "checkpoint", "hugging_face", "mixture", *BESIDE]
 PURE = [
     "settings.py",
     "student_t.py",

@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -23,11 +25,10 @@ from megatron_doremi.parallel.deepspeed_internals import gathered
 from megatron_doremi.parallel.parameters import ParameterSpec, spec_of
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.storage.formats import check_entry
-from megatron_doremi.storage.tensor_file import TensorFile, to_host
+from megatron_doremi.storage.tensor_file import DTYPES, TensorFile, to_host
 
 # Key of the header's metadata that holds {parameter name: ShardingEntry}, as JSON.
 _SHARDING = "cut"
-_DTYPES = ("F32", "BF16", "F16")
 
 
 def weights_file(module: GPT, topology: Topology) -> TensorFile | None:
@@ -50,6 +51,23 @@ def weights_file(module: GPT, topology: Topology) -> TensorFile | None:
     return TensorFile(name, tensors, {_SHARDING: json.dumps(sharding)})
 
 
+def sharding_metadata(specs: Mapping[str, ParameterSpec]) -> dict[str, str]:
+    """The metadata of a weights file that holds parameters unsharded and without padding."""
+    entries = {}
+    for name, spec in specs.items():
+        padded = spec.shape[spec.dim] if spec.padded and spec.dim is not None else 0
+        entries[name] = {
+            "shape": list(spec.shape),
+            "dim": spec.dim,
+            "blocks": spec.blocks,
+            "padded": padded,
+            "std": spec.std,
+            "constant": spec.constant,
+            "size": 1,
+        }
+    return {_SHARDING: json.dumps(entries)}
+
+
 class WeightsFolder(ShardedFolder):
     """The files that `weights_file` of every rank left in a folder, at any layout."""
 
@@ -58,6 +76,7 @@ class WeightsFolder(ShardedFolder):
         super().__init__(folder, "weights", "take another checkpoint, or copy the folder again")
         # Names of the files that hold each parameter's shards, in the order of tensor ranks.
         self._files: dict[str, list[str]] = defaultdict(list)
+        self._dtypes: dict[str, torch.dtype] = {}
         for path in sorted(folder.glob("*.safetensors")):
             self._read_header(path.name)
         if not self._files:
@@ -75,9 +94,10 @@ class WeightsFolder(ShardedFolder):
                     raise self._error(f"{file_name}: {name}", "the same sharding as in the other files")
                 self._files[name].append(file_name)
                 stored, shape = file.get_slice(name), sharding.local_shape()
-                if stored.get_dtype() not in _DTYPES or tuple(stored.get_shape()) != shape:
+                if stored.get_dtype() not in DTYPES or tuple(stored.get_shape()) != shape:
                     value = f"{file_name}: {name} is {stored.get_dtype()} of shape {stored.get_shape()}"
-                    raise self._error(value, f"one of {', '.join(_DTYPES)}, of shape {list(shape)}")
+                    raise self._error(value, f"one of {', '.join(DTYPES)}, of shape {list(shape)}")
+                self._dtypes[name] = DTYPES[stored.get_dtype()]
 
     def names(self) -> set[str]:
         """Names of the parameters in the folder."""
@@ -86,6 +106,15 @@ class WeightsFolder(ShardedFolder):
     def spec(self, name: str) -> ParameterSpec:
         """A parameter as the layout that wrote it sharded it."""
         return self._sharding[name].spec()
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type in which a parameter is stored."""
+        return self._dtypes[name]
+
+    def full(self, name: str) -> Tensor:
+        """A parameter, unsharded and without padding."""
+        spec = self.spec(name)
+        return self.local_shard(name, replace(spec, padded=0), Topology())
 
     def local_shard(self, name: str, spec: ParameterSpec, topology: Topology) -> Tensor:
         """This rank's shard of a parameter. Raises ConfigError if the parameter is missing or of another shape."""

@@ -1,14 +1,17 @@
-"""Number of parameters of each layer, counted on the meta device."""
+"""The parameters of the model and their number by layer, on the meta device."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 
 from megatron_doremi.config import GPTConfig
 from megatron_doremi.model.gpt import Block
-from megatron_doremi.model.pipeline import layer_names
+from megatron_doremi.model.pipeline import layer_names, layer_specs
 from megatron_doremi.parallel.groups import TensorGroup
 from megatron_doremi.parallel.layers import LearnedPositions, Norm, TensorParallel, VocabParallelEmbedding
+from megatron_doremi.parallel.parameters import ParameterSpec, spec_of
 
 
 def parameters_by_layer(gpt: GPTConfig, tensor_size: int) -> list[int]:
@@ -30,3 +33,17 @@ def parameters_by_layer(gpt: GPTConfig, tensor_size: int) -> list[int]:
     if gpt.tied_embeddings:
         counts[-1] = 0
     return counts
+
+
+def parameter_specs(gpt: GPTConfig) -> dict[str, ParameterSpec]:
+    """The parameters of the full model by name, in the order of its layers, unsharded and without padding."""
+    tp, names = TensorParallel(), layer_names(gpt)
+    specs: dict[str, ParameterSpec] = {}
+    for name, layer in zip(names, layer_specs(replace(gpt, make_vocab_size_divisible_by=1), tp, "none"), strict=True):
+        if name == "embedding" and specs:
+            # The tied output layer.
+            continue
+        with torch.device("meta"):
+            module = layer.build()
+        specs |= {f"{name}.{parameter}": spec_of(value) for parameter, value in module.named_parameters()}
+    return specs

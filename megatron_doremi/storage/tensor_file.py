@@ -1,8 +1,11 @@
-"""A rank's tensors for one file: copied to host memory first, written later in the background."""
+"""Writing tensors: those of a rank, copied to host memory first and written later; or many, one at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import math
+import struct
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_doremi.storage.files import make_durable
+from megatron_doremi.storage.files import make_durable, sync_and_close
 
 
 @dataclass(frozen=True)
@@ -40,3 +43,45 @@ def to_host(tensor: Tensor) -> Tensor:
     # Copies to pinned memory run at full bus bandwidth; torch caches freed pinned memory for the next copy.
     copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
     return copy.copy_(tensor, non_blocking=True)
+
+
+# safetensors' names of the types that models are stored in.
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def tensor_bytes(dtype: torch.dtype, shape: Sequence[int]) -> int:
+    """Bytes of a tensor in a file."""
+    return math.prod(shape) * dtype.itemsize
+
+
+def write_tensors(
+    path: Path,
+    entries: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+    tensors: Iterable[Tensor],
+    metadata: Mapping[str, str],
+) -> None:
+    """Writes a safetensors file one tensor after the other, so that memory holds one at a time.
+
+    The library's own writer takes all tensors of a file at once.
+
+    Args:
+        entries: dtype and shape of each tensor by name, in the order of `tensors`.
+        tensors: made when their turn comes; each is cast to the dtype of its entry.
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, (dtype, shape) in entries.items():
+        start, end = end, end + tensor_bytes(dtype, shape)
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode("utf-8")
+    # The data begin at a multiple of 8 bytes.
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)))
+        file.write(text)
+        for (name, (dtype, shape)), tensor in zip(entries.items(), tensors, strict=True):
+            assert tuple(tensor.shape) == tuple(shape), (name, tensor.shape, shape)
+            flat = tensor.detach().to("cpu", dtype).contiguous().view(-1)
+            file.write(flat.view(torch.uint8).numpy().data)
+        sync_and_close(file)

@@ -1,0 +1,188 @@
+"""config.json of a Hugging Face folder: the shape that it describes, and the entry that describes a shape.
+
+A value with which the class computes something that our model does not is a fault, never ignored. What has no effect on
+a forward pass without dropout (dropout rates, caches, ids of tokens) is ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_doremi.checkpoint.run_config import GPTEntry
+from megatron_doremi.errors import ConfigError, Fault, raise_if_any
+from megatron_doremi.hugging_face.architectures import ARCHITECTURES, Architecture, activation_names, flag_for
+from megatron_doremi.shapes import GPTConfig
+from megatron_doremi.storage.files import read_json_object
+from megatron_doremi.storage.formats import check_entry
+
+_REMEDY = "convert another model"
+# Why known classes of dense models cannot be expressed.
+_OTHERS = {
+    "olmo": "its norms have no weights",
+    "olmo2": "it normalizes the outputs of attention and feed-forward layer, and queries over all heads together",
+    "olmo3": "it normalizes the outputs of attention and feed-forward layer, and uses sliding windows",
+    "qwen2": "it has biases in the projections of queries, keys and values alone",
+    "phi": "attention and feed-forward layer are parallel",
+    "gemma": "its norms add 1 to their weights, and it scales the embedding",
+    "gpt_neo": "it has local attention",
+    "opt": "its positions start at 2",
+}
+
+
+def is_hugging_face(entry: Mapping[str, Any]) -> bool:
+    """Whether the object in a config.json is Hugging Face's description of a model."""
+    return "model_type" in entry or "architectures" in entry
+
+
+def read_config(folder: Path, flag: str) -> tuple[Architecture, GPTConfig]:
+    """Reads config.json of a Hugging Face folder.
+
+    Args:
+        flag: the flag or argument that names the folder, for messages.
+
+    Raises:
+        ConfigError: with all faults: no such file, a class or a value that our model cannot express.
+    """
+    subject = f"{flag} {folder}: config.json"
+    entry = read_json_object(folder / "config.json", subject, "give a Hugging Face folder with its config.json")
+    architecture = _architecture(entry, subject)
+    values = {**architecture.defaults, **entry}
+    shape: dict[str, Any] = {ours: values[theirs] for theirs, ours in architecture.sizes.items() if theirs in values}
+    faults = _unsupported(architecture, values, subject)
+    shape |= architecture.needs
+    if architecture.has_rope:
+        base, rope_faults = _rotary_base(values, subject)
+        shape["rotary_base"] = base
+        faults += rope_faults
+    activation = values.get(architecture.activation, "silu" if shape["swiglu"] else "gelu")
+    shape["openai_gelu"] = not shape["swiglu"] and activation in activation_names(False, openai_gelu=True)
+    if activation not in activation_names(shape["swiglu"], shape["openai_gelu"]):
+        known = activation_names(True, False) if shape["swiglu"] else ("gelu", "gelu_new", "gelu_pytorch_tanh")
+        faults.append(_fault(subject, architecture.activation, activation, " or ".join(map(repr, known))))
+    if architecture.biases:
+        biases = {name: values.get(name) for name in architecture.biases}
+        shape["bias_linear"] = values.get(architecture.biases[0])
+        if len(set(map(repr, biases.values()))) > 1:
+            value = ", ".join(f"{name}: {value!r}" for name, value in biases.items())
+            faults.append(Fault(subject, value, "biases in all linear layers or in none", _REMEDY))
+    raise_if_any(faults)
+    return architecture, check_entry(_complete(shape), subject, GPTEntry, _REMEDY).gpt()
+
+
+def _architecture(entry: Mapping[str, Any], subject: str) -> Architecture:
+    model_type = entry.get("model_type")
+    if isinstance(model_type, str) and model_type in ARCHITECTURES:
+        return ARCHITECTURES[model_type]
+    reason = f" ({_OTHERS[model_type]})" if isinstance(model_type, str) and model_type in _OTHERS else ""
+    rule = f"one of {', '.join(ARCHITECTURES)}"
+    raise ConfigError(Fault(subject, f"model_type: {model_type!r}{reason}", rule, _REMEDY))
+
+
+def _fault(subject: str, name: str, value: Any, rule: str) -> Fault:
+    return Fault(subject, f"{name}: {value!r}", f"{rule}: this program's model has nothing else", _REMEDY)
+
+
+def _unsupported(architecture: Architecture, values: Mapping[str, Any], subject: str) -> list[Fault]:
+    """Faults of entries with which the class computes something else."""
+    faults = []
+    for name, allowed in architecture.requires.items():
+        value = values.get(name)
+        if name == "sliding_window" and _covers(value, values.get("max_position_embeddings")):
+            continue
+        if value not in allowed or isinstance(value, bool) != isinstance(allowed[0], bool):
+            faults.append(_fault(subject, name, value, f"{name} {allowed[0]!r}"))
+    if values.get("quantization_config") is not None:
+        rule, remedy = "weights in float32, bfloat16 or float16", "convert the model that was not quantized"
+        faults.append(Fault(subject, "quantization_config", rule, remedy))
+    return faults
+
+
+def _covers(window: Any, positions: Any) -> bool:
+    """Whether a sliding window is as long as the model's context, and so has no effect."""
+    return isinstance(window, int) and isinstance(positions, int) and window >= positions
+
+
+def _rotary_base(values: Mapping[str, Any], subject: str) -> tuple[Any, list[Fault]]:
+    """The base of the rotary frequencies, from any of the places where versions of Transformers write it."""
+    faults = []
+    # Version 5 writes rope_parameters; earlier ones rope_theta (GPT-NeoX: rotary_emb_base) and rope_scaling.
+    nested = values.get("rope_parameters") or {}
+    scaling = values.get("rope_scaling") or {}
+    for name, entry in (("rope_parameters", nested), ("rope_scaling", scaling)):
+        if not isinstance(entry, Mapping):
+            faults.append(_fault(subject, name, entry, "an object"))
+            return None, faults
+        kind = entry.get("rope_type", entry.get("type", "default"))
+        if kind != "default":
+            faults.append(_fault(subject, name, dict(entry), "rope_type 'default'"))
+    shares = [values.get("partial_rotary_factor", 1.0), values.get("rotary_pct"), nested.get("partial_rotary_factor")]
+    # The class's default counts only where no other entry states the share.
+    stated = [share for share in shares[1:] if share is not None] or [shares[0]]
+    if any(share != 1.0 for share in stated):
+        faults.append(_fault(subject, "partial_rotary_factor", stated[0], "1: all channels of a head rotate"))
+    theta = nested.get("rope_theta", values.get("rope_theta", values.get("rotary_emb_base", 10000.0)))
+    return float(theta) if isinstance(theta, int) and not isinstance(theta, bool) else theta, faults
+
+
+def _complete(shape: dict[str, Any]) -> dict[str, Any]:
+    """Fills in the sizes that follow from others where an entry is missing or null."""
+    hidden, heads = shape.get("hidden_size"), shape.get("num_attention_heads")
+    if shape.get("num_query_groups") is None:
+        shape["num_query_groups"] = heads
+    if isinstance(hidden, int) and isinstance(heads, int) and heads > 0 and shape.get("kv_channels") is None:
+        shape["kv_channels"] = hidden // heads
+    if isinstance(hidden, int) and shape.get("ffn_hidden_size") is None:
+        shape["ffn_hidden_size"] = 4 * hidden
+    # Padding is not part of the model, and there is none in a Hugging Face folder.
+    return {**shape, "make_vocab_size_divisible_by": GPTConfig.make_vocab_size_divisible_by}
+
+
+def choose_architecture(gpt: GPTConfig, model_type: str = "") -> Architecture:
+    """The class that holds a shape: the one of `model_type`, or else the first that has the shape.
+
+    Raises:
+        ConfigError: the class, or every class, lacks the shape; names the flags of the run that make it so.
+    """
+    candidates = [ARCHITECTURES[model_type]] if model_type else list(ARCHITECTURES.values())
+    for architecture in candidates:
+        if not architecture.misfits(gpt):
+            return architecture
+    nearest = sorted(candidates, key=lambda each: len(each.misfits(gpt)))[:3]
+    rule = "; ".join(f"{each.class_name} has only {', '.join(each.misfits(gpt))}" for each in nearest)
+    remedy = "train a model with flags that a class has"
+    subject = "--to hf: no class of Transformers has this shape"
+    if model_type:
+        subject, remedy = f"--architecture {model_type}", f"{remedy}, or give another --architecture"
+    raise ConfigError(Fault(subject, ", ".join(_stated(gpt)), rule, remedy))
+
+
+def _stated(gpt: GPTConfig) -> list[str]:
+    names = ("position_embedding_type", "normalization", "swiglu", "openai_gelu", "qk_layernorm", "bias_linear")
+    return [flag_for(name, getattr(gpt, name)) for name in names]
+
+
+def config_entry(architecture: Architecture, gpt: GPTConfig, dtype: str, eod: int | None) -> dict[str, Any]:
+    """The content of config.json of an exported model.
+
+    Args:
+        dtype: of the weights, such as "float32".
+        eod: id of the end-of-document token, which becomes the class's eos; None if it is unknown.
+    """
+    entry: dict[str, Any] = {"architectures": [architecture.class_name], "model_type": architecture.model_type}
+    entry |= {theirs: getattr(gpt, ours) for theirs, ours in architecture.sizes.items()}
+    entry[architecture.activation] = activation_names(gpt.swiglu, gpt.openai_gelu, architecture.model_type)[0]
+    entry |= dict.fromkeys(architecture.biases, gpt.bias_linear)
+    entry |= {name: allowed[0] for name, allowed in architecture.requires.items()}
+    if architecture.has_rope:
+        # Version 5 of Transformers reads the first, earlier ones the others.
+        entry["rope_parameters"] = {"rope_type": "default", "rope_theta": gpt.rotary_base, "partial_rotary_factor": 1.0}
+        entry |= {"rope_theta": gpt.rotary_base, "partial_rotary_factor": 1.0}
+        if architecture.model_type == "gpt_neox":
+            entry |= {"rotary_emb_base": gpt.rotary_base, "rotary_pct": 1.0}
+    else:
+        entry |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    # The defaults of every class are ids of other tokenizers.
+    entry |= {"bos_token_id": None, "eos_token_id": eod, "pad_token_id": None}
+    return entry | {"torch_dtype": dtype, "use_cache": True}

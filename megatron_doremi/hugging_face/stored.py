@@ -1,0 +1,74 @@
+"""How a parameter of this program is stored in a Hugging Face class: under one name or several, and in which layout.
+
+Linear weights are [out, in] in both; GPT-2's four `Conv1D` matrices are [in, out]. Rope pairs the same channels in both
+(i with i + width / 2), so nothing is permuted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_doremi.config import GPTConfig
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The tensors that hold one parameter of this program, at its full shape.
+
+    Attributes:
+        names: of the tensors there.
+        split: the parameter -> those tensors, in the order of `names`.
+        join: those tensors -> the parameter. The inverse of `split`, bit for bit.
+    """
+
+    names: tuple[str, ...]
+    split: Callable[[Tensor], list[Tensor]] = lambda full: [full]
+    join: Callable[[Sequence[Tensor]], Tensor] = lambda parts: parts[0]
+
+
+def transposed(name: str) -> Stored:
+    """A matrix of a `Conv1D` layer."""
+    return Stored((name,), lambda full: [full.T], lambda parts: parts[0].T)
+
+
+def gate_and_up(gate: str, up: str) -> Stored:
+    """The fused projection of SwiGLU, whose first half of rows is the gate."""
+    return Stored((gate, up), lambda full: list(full.chunk(2)), lambda parts: torch.cat(list(parts)))
+
+
+def separate_heads(names: Sequence[str], gpt: GPTConfig) -> Stored:
+    """The fused projection, [heads + 2 groups, width, ...] by key-value group, as one matrix (or bias) each for
+    queries, keys and values.
+    """
+    groups, width = gpt.num_query_groups, gpt.kv_channels
+    queries = gpt.num_attention_heads // groups
+
+    def split(full: Tensor) -> list[Tensor]:
+        by_group = full.view(groups, queries + 2, width, *full.shape[1:])
+        parts = by_group.split([queries, 1, 1], dim=1)
+        return [part.reshape(-1, *full.shape[1:]) for part in parts]
+
+    def join(parts: Sequence[Tensor]) -> Tensor:
+        rest = parts[0].shape[1:]
+        by_group = [part.view(groups, -1, width, *rest) for part in parts]
+        return torch.cat(by_group, dim=1).view(-1, *rest)
+
+    return Stored(tuple(names), split, join)
+
+
+def stacked_heads(name: str, gpt: GPTConfig, is_weight: bool) -> Stored:
+    """GPT-2's fused projection: all queries, then all keys, then all values, as a `Conv1D`."""
+    separate = separate_heads(("q", "k", "v"), gpt)
+
+    def split(full: Tensor) -> list[Tensor]:
+        stacked = torch.cat(separate.split(full))
+        return [stacked.T if is_weight else stacked]
+
+    def join(parts: Sequence[Tensor]) -> Tensor:
+        return separate.join((parts[0].T if is_weight else parts[0]).contiguous().chunk(3))
+
+    return Stored((name,), split, join)

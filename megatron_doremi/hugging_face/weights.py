@@ -1,0 +1,145 @@
+"""The weights of a Hugging Face folder, read as this program's parameters at any layout."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_doremi.config import GPTConfig
+from megatron_doremi.errors import MALFORMED, ConfigError, Fault, raise_if_any
+from megatron_doremi.hugging_face.architectures import Architecture
+from megatron_doremi.model.sizes import parameter_specs
+from megatron_doremi.parallel.parameters import ParameterSpec, shard
+from megatron_doremi.parallel.topology import Topology
+from megatron_doremi.storage.formats import FileName, Name, Schema, read_checked
+from megatron_doremi.storage.tensor_file import DTYPES
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# Buffers that versions of Transformers stored among the weights; they follow from the shape.
+_BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
+_REMEDY = "download the folder again, or save it again with Transformers' save_pretrained"
+_SHOWN = 5
+
+
+class IndexEntry(Schema):
+    """model.safetensors.index.json: the file that holds each tensor."""
+
+    weight_map: dict[Name, FileName] = Field(min_length=1)
+
+
+class HuggingFaceWeights:
+    """The safetensors files of a Hugging Face folder."""
+
+    def __init__(self, folder: Path, architecture: Architecture, gpt: GPTConfig, flag: str):
+        """Reads the headers.
+
+        Args:
+            flag: the flag or argument that names the folder, for messages.
+
+        Raises:
+            ConfigError: with all faults: a tensor is missing or has another shape, or the folder holds tensors that
+                our model does not have.
+        """
+        self.folder, self._architecture, self._gpt, self._flag = folder, architecture, gpt, flag
+        self._specs = parameter_specs(gpt)
+        # Their name -> file. Some folders of GPT-2 omit the prefix that its class has.
+        self._files: dict[str, str] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
+        found: dict[str, tuple[str, tuple[int, ...], str]] = {}
+        for file_name in self._file_names():
+            with self._opened(file_name) as file:
+                for name in file.keys():  # noqa: SIM118
+                    stored = file.get_slice(name)
+                    found[name] = (file_name, tuple(stored.get_shape()), stored.get_dtype())
+        raise_if_any(self._faults(found))
+
+    def _file_names(self) -> list[str]:
+        if (self.folder / INDEX).is_file():
+            index = read_checked(self.folder / INDEX, f"{self._flag} {self.folder}: {INDEX}", IndexEntry, _REMEDY)
+            return sorted(set(index.weight_map.values()))
+        if (self.folder / SINGLE).is_file():
+            return [SINGLE]
+        pickles = any(self.folder.glob("*.bin"))
+        value = "holds pickled weights (*.bin) alone" if pickles else f"no {SINGLE} and no {INDEX}"
+        remedy = "save it as safetensors with Transformers' save_pretrained" if pickles else "give a complete folder"
+        raise ConfigError(
+            Fault(f"{self._flag} {self.folder}", value, "weights as safetensors, which run no code", remedy)
+        )
+
+    @contextlib.contextmanager
+    def _opened(self, file_name: str) -> Iterator[Any]:
+        try:
+            with safe_open(self.folder / file_name, framework="pt") as file:
+                yield file
+        except (SafetensorError, OSError, RuntimeError, *MALFORMED) as error:
+            rule = "a complete safetensors file"
+            raise ConfigError(Fault(f"{self._flag} {self.folder}: {file_name}", str(error), rule, _REMEDY)) from error
+
+    def _faults(self, found: dict[str, tuple[str, tuple[int, ...], str]]) -> list[Fault]:
+        """Compares the headers with the tensors that the shape has; fills `_files`."""
+        architecture, prefix = self._architecture, self._architecture.prefix
+        if found and not any(name.startswith(prefix) for name in found):
+            outside = architecture.modules["output"] + "."
+            found = {name if name.startswith(outside) else prefix + name: entry for name, entry in found.items()}
+            self._added = prefix
+        else:
+            self._added = ""
+        faults, known = [], set()
+        for name, spec in self._specs.items():
+            stored = architecture.stored(name, self._gpt)
+            with torch.device("meta"):
+                parts = stored.split(torch.empty(spec.shape))
+            for theirs, part in zip(stored.names, parts, strict=True):
+                known.add(theirs)
+                file_name, shape, dtype = found.get(theirs, ("", (), ""))
+                if shape != tuple(part.shape) or dtype not in DTYPES:
+                    value = f"{theirs}: {dtype} {list(shape)}" if file_name else f"{theirs}: missing"
+                    rule = f"{list(part.shape)}, as config.json describes it, in one of {', '.join(DTYPES)}"
+                    faults.append(Fault(f"{self._flag} {self.folder}", value, rule, _REMEDY))
+                else:
+                    self._files[theirs], self._dtypes[theirs] = file_name, DTYPES[dtype]
+        extra = sorted(name for name in found if name not in known and not name.endswith(_BUFFERS))
+        if self._gpt.tied_embeddings:
+            extra = [name for name in extra if name != f"{architecture.modules['output']}.weight"]
+        if extra:
+            value = ", ".join(extra[:_SHOWN]) + (f" and {len(extra) - _SHOWN} more" if len(extra) > _SHOWN else "")
+            rule = f"no parameters but those of {architecture.class_name} with this config.json"
+            faults.append(Fault(f"{self._flag} {self.folder}", value, rule, "convert another model"))
+        if len(faults) > _SHOWN:
+            rule = "the tensors that config.json describes"
+            more = Fault(f"{self._flag} {self.folder}", f"{len(faults) - _SHOWN} more such tensors", rule, _REMEDY)
+            faults = [*faults[:_SHOWN], more]
+        return faults
+
+    def names(self) -> set[str]:
+        """Names of our parameters in the folder."""
+        return set(self._specs)
+
+    def spec(self, name: str) -> ParameterSpec:
+        """A parameter, unsharded and without padding."""
+        return self._specs[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type in which a parameter is stored; of several tensors, the first's."""
+        return self._dtypes[self._architecture.stored(name, self._gpt).names[0]]
+
+    def full(self, name: str) -> Tensor:
+        """A parameter of ours, unsharded."""
+        stored = self._architecture.stored(name, self._gpt)
+        return stored.join([self._read(theirs) for theirs in stored.names])
+
+    def _read(self, name: str) -> Tensor:
+        with self._opened(self._files[name]) as file:
+            tensor: Tensor = file.get_tensor(name.removeprefix(self._added))
+        return tensor
+
+    def local_shard(self, name: str, spec: ParameterSpec, topology: Topology) -> Tensor:
+        """This rank's shard of a parameter; see `WeightsFolder.local_shard`."""
+        return shard(self.full(name), spec, topology.tensor_size, topology.tensor_rank)
