@@ -36,7 +36,7 @@ from megatron_doremi.data.indexed_dataset import IndexedDataset
 from megatron_doremi.data.manifest import load_manifest
 from megatron_doremi.preprocessing.documents import Document, DocumentReader, DomainKey
 from megatron_doremi.preprocessing.sources import read_blocks
-from megatron_doremi.preprocessing.tokenizer import HUGGING_FACE, SENTENCEPIECE, HuggingFaceTokenizer, load_tokenizer
+from megatron_doremi.tokenization.tokenizer import HUGGING_FACE, SENTENCEPIECE, HuggingFaceTokenizer, load_tokenizer
 
 # SentencePiece returns lists of ints by default; the tool requests arrays.
 ARRAYS = "  into arrays"

@@ -20,6 +20,7 @@ ROOMS = [
     "storage",
     "parallel",
     "data",
+    "tokenization",
     "plan",
     "model",
     "cluster",
@@ -31,8 +32,8 @@ ROOMS = [
     "phases",
 ]
 # Beside the run: what no room above uses, and what they and the programs may use.
-BESIDE = {"preprocessing": ["base", "storage", "data"], "reporting": ["base", "storage", "data"]}
-TOOLS = ["base", "storage", "data", "checkpoint", "hugging_face", "mixture", *BESIDE]
+BESIDE = {"preprocessing": ["base", "storage", "data", "tokenization"], "reporting": ["base", "storage", "data"]}
+TOOLS = ["base", "storage", "data", "tokenization", "checkpoint", "hugging_face", "mixture", *BESIDE]
 PURE = [
     "settings.py",
     "student_t.py",

@@ -41,7 +41,6 @@ from megatron_doremi.preprocessing.overview import (
     shown_domains,
     size_table,
 )
-from megatron_doremi.preprocessing.tokenizer import Tokenizer, dataset_tokenizer
 from megatron_doremi.preprocessing.verification import (
     compare_checksums,
     listing_faults,
@@ -50,6 +49,7 @@ from megatron_doremi.preprocessing.verification import (
 )
 from megatron_doremi.progress import Progress
 from megatron_doremi.text_table import shown_text, table_lines, width_of
+from megatron_doremi.tokenization.tokenizer import Tokenizer, dataset_tokenizer
 
 # Steps of a blend that may be replayed to find a window, which takes some hours.
 _MAX_STEPS = 100_000_000

@@ -33,7 +33,7 @@ from megatron_doremi.data.manifest import Manifest, load_manifest, manifest_of_w
 from megatron_doremi.data.token_stream import TokenStream
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any, run_or_exit
 from megatron_doremi.flag_parser import FlagParser
-from megatron_doremi.preprocessing.tokenizer import Tokenizer, dataset_tokenizer
+from megatron_doremi.tokenization.tokenizer import Tokenizer, dataset_tokenizer
 
 # Characters of a document's part that are shown without --json.
 _SHOWN = 300

@@ -48,7 +48,6 @@ from megatron_doremi.preprocessing.input_options import (
     with_held_out,
 )
 from megatron_doremi.preprocessing.inputs import split_by_name
-from megatron_doremi.preprocessing.lost_characters import describe_lost
 from megatron_doremi.preprocessing.outputs import (
     Outputs,
     describe_kept_in_train,
@@ -64,7 +63,11 @@ from megatron_doremi.preprocessing.record_blocks import BLOCK_BYTES
 from megatron_doremi.preprocessing.shards import Pair, ShardData, load_shard, run_of, save_shard, shard_folder
 from megatron_doremi.preprocessing.sources import Shard, read_shard, shard_bytes
 from megatron_doremi.preprocessing.summary import describe_skipped, print_summary, warn_of_lost_characters
-from megatron_doremi.preprocessing.tokenizer import (
+from megatron_doremi.preprocessing.workspace import Workspace, partial_folder
+from megatron_doremi.progress import Progress
+from megatron_doremi.storage.files import make_folder
+from megatron_doremi.tokenization.lost_characters import describe_lost
+from megatron_doremi.tokenization.tokenizer import (
     GPT2,
     HUGGING_FACE,
     KINDS,
@@ -72,9 +75,6 @@ from megatron_doremi.preprocessing.tokenizer import (
     Tokenizer,
     kind_of_tokenizer,
 )
-from megatron_doremi.preprocessing.workspace import Workspace, partial_folder
-from megatron_doremi.progress import Progress
-from megatron_doremi.storage.files import make_folder
 
 
 def build_parser() -> argparse.ArgumentParser:

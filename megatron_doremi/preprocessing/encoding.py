@@ -20,7 +20,7 @@ from megatron_doremi.data.indexed_dataset import dtype_for
 from megatron_doremi.errors import ConfigError, Fault
 from megatron_doremi.preprocessing.documents import Document, DocumentReader, SlowRule, count_timeouts, describe
 from megatron_doremi.preprocessing.sources import BadFile, Block, Progress
-from megatron_doremi.preprocessing.tokenizer import Tokenizer, load_tokenizer
+from megatron_doremi.tokenization.tokenizer import Tokenizer, load_tokenizer
 
 # Bad lines that messages list; the others are only counted.
 NAMED_BAD_LINES = 10

@@ -23,8 +23,8 @@ from megatron_doremi.data.manifest import Domain, Manifest, TokenizerInfo, load_
 from megatron_doremi.errors import ConfigError, Fault
 from megatron_doremi.open_files import open_files_limit
 from megatron_doremi.preprocessing.encoding import NAMED_BAD_LINES, EncodedBlock
-from megatron_doremi.preprocessing.tokenizer import Tokenizer
 from megatron_doremi.storage.files import atomic_write_bytes
+from megatron_doremi.tokenization.tokenizer import Tokenizer
 
 # Characters of a domain name that its file names contain at most; file systems allow 255 bytes.
 _SLUG_CHARACTERS = 100

@@ -6,10 +6,10 @@ from megatron_doremi.console import print_stdout, warn
 from megatron_doremi.data.manifest import similar_names
 from megatron_doremi.preprocessing.encoding import describe_bad_lines
 from megatron_doremi.preprocessing.file_domains import shown_names, single_domain
-from megatron_doremi.preprocessing.lost_characters import describe_lost
 from megatron_doremi.preprocessing.outputs import Outputs
-from megatron_doremi.preprocessing.tokenizer import Tokenizer
 from megatron_doremi.text_table import shown_text, table_lines
+from megatron_doremi.tokenization.lost_characters import describe_lost
+from megatron_doremi.tokenization.tokenizer import Tokenizer
 
 
 def print_summary(outputs: Outputs, holds_out: bool, single_reported: bool = False) -> None:

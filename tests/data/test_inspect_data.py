@@ -19,7 +19,7 @@ from megatron_doremi.data.loader import StepReader, steps
 from megatron_doremi.data.manifest import load_manifest
 from megatron_doremi.mixture.static import Budget, resolve_weights
 from megatron_doremi.parallel.topology import Topology
-from megatron_doremi.preprocessing.tokenizer import SentencePieceTokenizer
+from megatron_doremi.tokenization.tokenizer import SentencePieceTokenizer
 
 TRAIN = documents_of(2, 90)
 

@@ -24,9 +24,9 @@ from megatron_doremi.data.indexed_dataset import IndexedDataset
 from megatron_doremi.data.manifest import load_manifest
 from megatron_doremi.preprocessing.documents import DocumentReader, DomainKey
 from megatron_doremi.preprocessing.sources import BadLine, Block, parse_block, read_blocks
-from megatron_doremi.preprocessing.tokenizer import SentencePieceTokenizer
 from megatron_doremi.storage.files import sha256_of
 from megatron_doremi.storage.folder_lock import LOCK
+from megatron_doremi.tokenization.tokenizer import SentencePieceTokenizer
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 DOMAINS = ("Books", "Ubuntu IRC", "Wikipedia (en)")

@@ -22,7 +22,7 @@ import zstandard
 
 from megatron_doremi.data.indexed_dataset import IndexedDataset
 from megatron_doremi.data.manifest import load_manifest
-from megatron_doremi.preprocessing.tokenizer import SentencePieceTokenizer
+from megatron_doremi.tokenization.tokenizer import SentencePieceTokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCABULARY = 1000

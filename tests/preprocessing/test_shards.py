@@ -33,9 +33,9 @@ from megatron_doremi.data.manifest import load_manifest
 from megatron_doremi.preprocessing import decompression, parquet_rows, record_blocks
 from megatron_doremi.preprocessing.documents import share_of
 from megatron_doremi.preprocessing.sources import Shard, Text, parse_block, read_blocks, read_shard
-from megatron_doremi.preprocessing.tokenizer import load_tokenizer
 from megatron_doremi.storage.folder_lock import LOCK
 from megatron_doremi.storage.formats import sealed
+from megatron_doremi.tokenization.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")

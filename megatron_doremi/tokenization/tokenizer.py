@@ -18,9 +18,9 @@ from tokenizers import Tokenizer as Tokenizers
 
 from megatron_doremi.data.manifest import Manifest
 from megatron_doremi.errors import ConfigError, Fault
-from megatron_doremi.preprocessing.byte_level import as_bytes, encode, gpt2_definition, same_encoding, tiktoken_core
-from megatron_doremi.preprocessing.lost_characters import CharacterCheck, uncovered_characters
-from megatron_doremi.preprocessing.special_tokens import (
+from megatron_doremi.tokenization.byte_level import as_bytes, encode, gpt2_definition, same_encoding, tiktoken_core
+from megatron_doremi.tokenization.lost_characters import CharacterCheck, uncovered_characters
+from megatron_doremi.tokenization.special_tokens import (
     EOD_TOKENS,
     sentencepiece_model,
     unknown_token,

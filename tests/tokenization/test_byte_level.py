@@ -1,6 +1,6 @@
 """Byte-level BPE: both encoders give the ids of the tokenizers library, and special tokens in text stay text.
 
-Run alone: python -m pytest tests/preprocessing/test_byte_level.py
+Run alone: python -m pytest tests/tokenization/test_byte_level.py
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_tokenizer import AWKWARD, sample_lines, train
+from tokenization.test_tokenizer import AWKWARD, sample_lines, train
 from tokenizers import Regex, Tokenizer
 
 from megatron_doremi.errors import ConfigError
-from megatron_doremi.preprocessing import byte_level
-from megatron_doremi.preprocessing.tokenizer import GPT2, HUGGING_FACE, HuggingFaceTokenizer, load_tokenizer
+from megatron_doremi.tokenization import byte_level
+from megatron_doremi.tokenization.tokenizer import GPT2, HUGGING_FACE, HuggingFaceTokenizer, load_tokenizer
 
 SPECIAL = "<|endoftext|>"
 

@@ -1,6 +1,6 @@
 """Tokenizers from tools/train_tokenizer.py are lossless; wrong input is refused.
 
-Run alone: python -m pytest tests/preprocessing/test_tokenizer.py
+Run alone: python -m pytest tests/tokenization/test_tokenizer.py
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from ranks import unwrapped
 
 from megatron_doremi.errors import ConfigError
 from megatron_doremi.preprocessing.domain_samples import DomainSamples
-from megatron_doremi.preprocessing.tokenizer import SentencePieceTokenizer, load_tokenizer
 from megatron_doremi.storage.files import sha256_of
+from megatron_doremi.tokenization.tokenizer import SentencePieceTokenizer, load_tokenizer
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "train_tokenizer.py"
 VOCABULARY = 400

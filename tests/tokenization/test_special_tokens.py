@@ -1,6 +1,6 @@
 """Text that spells special tokens, and characters that a tokenizer does not know, for every kind of tokenizer.
 
-Run alone: python -m pytest tests/preprocessing/test_special_tokens.py
+Run alone: python -m pytest tests/tokenization/test_special_tokens.py
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from collections import Counter
 
 import pytest
 import sentencepiece
+from preprocessing.test_preprocess import contents, fails, jsonl_of, put, run
 from sentencepiece import sentencepiece_model_pb2
-from test_preprocess import contents, fails, jsonl_of, put, run
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from megatron_doremi.data.indexed_dataset import IndexedDataset
 from megatron_doremi.data.manifest import load_manifest
 from megatron_doremi.errors import ConfigError
-from megatron_doremi.preprocessing.byte_level import byte_alphabet
-from megatron_doremi.preprocessing.lost_characters import CharacterCheck, describe_lost
-from megatron_doremi.preprocessing.tokenizer import GPT2, HUGGING_FACE, SENTENCEPIECE, load_tokenizer
+from megatron_doremi.tokenization.byte_level import byte_alphabet
+from megatron_doremi.tokenization.lost_characters import CharacterCheck, describe_lost
+from megatron_doremi.tokenization.tokenizer import GPT2, HUGGING_FACE, SENTENCEPIECE, load_tokenizer
 
 END = "<|endoftext|>"
 LETTERS = "abcdefghijklmnopqrstuvwxyz<>|/[]_"
