@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,16 +141,24 @@ def summary(run: Path, step: int, files: RunFiles, recorded: RecordedStep) -> li
     """The lines above the windows: the step's losses, and how far the replay is confirmed."""
     line = recorded.line
     size = f"{len(recorded.batch.domains):,} windows of {files.seq_length:,} tokens"
-    losses = f"; loss {line['loss']:.4f}, gradient norm {line.get('grad_norm', float('nan')):.3f}" if line else ""
+    losses = f"; loss {_number(line, 'loss'):.4f}, gradient norm {_number(line, 'grad_norm'):.3f}" if line else ""
     lines = [f"step {step:,} of {run} ({files.config.phase}): {size}{losses}"]
     origin = f"replayed from iteration {recorded.replayed_from:,}"
     confirmed = "metrics.jsonl has the same windows by domain" if line else "metrics.jsonl has no line of this step"
     lines.append(f"{origin}; {confirmed}")
-    by_domain = (line or {}).get("domain_loss", {})
-    if by_domain:
-        worst = sorted(by_domain.items(), key=lambda item: -item[1])
+    recorded_losses = (line or {}).get("domain_loss")
+    if isinstance(recorded_losses, dict) and recorded_losses:
+        # NaN first: it is what a user looks for.
+        by_domain = {name: _number(recorded_losses, name) for name in recorded_losses}
+        worst = sorted(by_domain.items(), key=lambda item: (not math.isnan(item[1]), -item[1]))
         lines.append("loss by domain: " + ", ".join(f"{name} {loss:.3f}" for name, loss in worst[:10]))
     return lines
+
+
+def _number(values: Mapping[str, Any], name: str) -> float:
+    """A number of metrics.jsonl; NaN if it is missing or null."""
+    value = values.get(name)
+    return float(value) if isinstance(value, int | float) else math.nan
 
 
 def entry_lines(entry: dict[str, Any]) -> list[str]:

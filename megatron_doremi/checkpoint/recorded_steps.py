@@ -89,11 +89,14 @@ def recorded_step(run: Path, config: RunConfigFile, window_counts: tuple[int, ..
         return Blend(tuple(config.domains), window_counts, int(batch), int(seed))
 
     def counts_of(number: int) -> NDArray[np.int64]:
-        if number not in lines or "domain_tokens" not in lines[number]:
-            rule = f"lines of all steps from {start.step + 1:,} to {step:,}: the run learned its sampling weights"
+        tokens = lines.get(number, {}).get("domain_tokens")
+        if not isinstance(tokens, dict) or not all(isinstance(count, int) for count in tokens.values()):
+            rule = "domain_tokens by domain, as the program writes them"
+            if learned:
+                rule = f"lines of all steps from {start.step + 1:,} to {step:,}: the run learned its sampling weights"
             remedy = "restore metrics.jsonl, or give a step after a checkpoint that has its lines"
-            raise ConfigError(Fault(f"{run / 'metrics.jsonl'}", f"no line of step {number:,}", rule, remedy))
-        tokens = lines[number]["domain_tokens"]
+            value = f"no line of step {number:,} with its domain_tokens"
+            raise ConfigError(Fault(f"{run / 'metrics.jsonl'}", value, rule, remedy))
         return np.array([int(tokens.get(name, 0)) // seq_length for name in config.domains], dtype=np.int64)
 
     state = start

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ def checkpoint_at(folder: Path, step: int, flag: str = "--load") -> Path:
     if not path.is_dir():
         steps = [f"{iteration:,}" for iteration, other in checkpoints(folder) if incompleteness(other) is None]
         rule = f"a step of a checkpoint in {folder}: {', '.join(steps) or 'there is none'}"
-        raise ConfigError(Fault(subject, f"no checkpoint of step {step:,}", rule, "give one of these steps"))
+        remedy = "give one of these steps" if steps else "correct the path, or train the run first"
+        raise ConfigError(Fault(subject, f"no checkpoint of step {step:,}", rule, remedy))
     reason = incompleteness(path)
     if reason is not None:
         raise ConfigError(Fault(subject, reason, "a complete checkpoint", "copy it again, or give another step"))
@@ -62,7 +63,7 @@ def checkpoint_to_resume(run: RunConfig, report: Callable[[str], None]) -> Path 
     newest = _newest(save, report) if run.save else None
     if newest is None:
         return checkpoint_at(folder, run.load_step)
-    if run.load_step not in [entry.get("iteration") for entry in read_state(newest).overrides if is_branch(entry)]:
+    if not _branched_from(read_state(newest).overrides, folder, run.load_step):
         rule = f"an empty folder, or a branch of {run.load}"
         remedy = f"give --load {save} to resume the run that it holds, or another --save"
         raise ConfigError(Fault(f"--save {save}", "holds another run", rule, remedy))
@@ -72,6 +73,16 @@ def checkpoint_to_resume(run: RunConfig, report: Callable[[str], None]) -> Path 
 def is_branch(entry: dict[str, Any]) -> bool:
     """Whether an entry of a run's overrides records where the run branched from another."""
     return entry.get("name") == BRANCH
+
+
+def _branched_from(overrides: Sequence[dict[str, Any]], folder: Path, step: int) -> bool:
+    """Whether a run branched last from `step` of the run in `folder`, which may have been moved since."""
+    branches = [entry for entry in overrides if is_branch(entry)]
+    if not branches or branches[-1].get("iteration") != step:
+        return False
+    recorded = Path(str(branches[-1].get("before")))
+    moved = not recorded.exists() and recorded.name == folder.name
+    return moved or os.path.realpath(recorded) == os.path.realpath(folder)
 
 
 def branch_entry(run: RunConfig, checkpoint: Path, iteration: int) -> list[dict[str, Any]]:

@@ -50,6 +50,10 @@ def test_an_unchanged_branch_takes_the_same_steps_and_resumes_as_itself(run, dat
     assert training_lines(lines) == training_lines(metrics(run))[4:]
     state = json.loads((branch / "checkpoints" / "iter_0000008" / "state.json").read_text())
     assert state["overrides"] == [{"iteration": 4, "name": "branch", "before": str(run), "now": str(branch)}]
+    # The branch is not resumed in the name of another run with a checkpoint of that step.
+    shutil.copytree(run, tmp_path / "twin")
+    with pytest.raises(ConfigError, match="holds another run"):
+        planned(data, "--save", str(branch), *FLAGS, "--load", f"{tmp_path / 'twin'}@4")
     # What it branched from is unchanged.
     assert len(training_lines(metrics(run))) == 8
     assert "resume: from iteration 8 of 8" in plan_text(planned(data, "--save", str(branch), *flags)).splitlines()
@@ -116,6 +120,7 @@ def test_steps_and_folders_that_do_not_fit_are_refused(run, data, tmp_path):
     assert "--load " + str(run) + "@STEP to branch" in refused("--save", str(tmp_path / "new"), "--load", str(run))
     shutil.copytree(run, tmp_path / "other")
     assert "holds another run" in refused("--save", str(tmp_path / "other"), "--load", f"{run}@4")
+    assert "train the run first" in refused("--save", str(tmp_path / "new"), "--load", f"{tmp_path}/nowhere@5")
     # A folder whose own name ends like a step.
     shutil.copytree(run, tmp_path / "run@4")
     config = parse_config(["--phase", "evaluate", "--domains", str(data), "--load", str(tmp_path / "run@4")], 1)

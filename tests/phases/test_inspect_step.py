@@ -88,6 +88,18 @@ def test_a_static_mixture_with_and_without_checkpoints_between(data, tmp_path, c
     assert "more windows: --limit 0 shows all" in text
     assert text.count("== row") == 2
     assert "domain 1, window" not in text
+    # A line that a person or another program has edited.
+    lines = (save / "metrics.jsonl").read_text().splitlines()
+    edited = {**json.loads(lines[0]), "loss": None, "grad_norm": None}
+    edited["domain_loss"]["domain 2"] = None
+    (save / "metrics.jsonl").write_text("\n".join([json.dumps(edited), *lines[1:]]))
+    assert inspect_step.main(["--run", str(save), "--step", "5", "--ids"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "loss nan, gradient norm nan replayed" in text
+    assert "loss by domain: domain 2 nan, " in text
+    (save / "metrics.jsonl").write_text(json.dumps({**edited, "domain_tokens": 7}))
+    with pytest.raises(ConfigError, match="no line of step 5 with its domain_tokens"):
+        inspect_step.main(["--run", str(save), "--step", "5", "--ids"])
 
 
 def test_a_run_that_changed_its_weights_and_batch_size(data, tmp_path, capsys):
