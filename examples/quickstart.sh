@@ -7,6 +7,7 @@
 # Environment variables override every setting below: SEEDS=5 OUT=runs/longer bash examples/quickstart.sh
 # The same command resumes an interrupted run.
 set -euo pipefail
+called_from=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 OUT=${OUT:-runs/quickstart}
@@ -19,7 +20,6 @@ VOCAB_SIZE=${VOCAB_SIZE:-257}                 # 257: bytes, and the end of a doc
 TRAIN_ITERS=${TRAIN_ITERS:-2400}              # steps of every run
 SEQ_LENGTH=${SEQ_LENGTH:-64}                  # tokens per window
 GLOBAL_BATCH_SIZE=${GLOBAL_BATCH_SIZE:-24}    # windows per step
-MICRO_BATCH_SIZE=${MICRO_BATCH_SIZE:-$((GLOBAL_BATCH_SIZE * TP * PP / NPROC))}
 LAYERS=${LAYERS:-2}
 HIDDEN=${HIDDEN:-48}                          # hidden size of every model
 LR=${LR:-3e-3}
@@ -33,20 +33,28 @@ fi
 # fail MESSAGE...: prints a user's mistake and ends the script.
 fail() {
     printf 'error: %s\n' "$1" >&2
-    printf '       %s\n' "${@:2}" >&2
+    [ $# -eq 1 ] || printf '       %s\n' "${@:2}" >&2
     exit 2
 }
 if [ $# -gt 2 ]; then
     fail "usage: bash examples/quickstart.sh [TRAIN [VALID]]"
 fi
+for name in SEEDS NPROC TP PP VOCAB_SIZE TRAIN_ITERS SEQ_LENGTH GLOBAL_BATCH_SIZE; do
+    [[ ${!name} =~ ^[1-9][0-9]*$ ]] || fail "$name=${!name}" "give a whole number of 1 or more"
+done
 if [ $((NPROC % (TP * PP))) -ne 0 ] || [ $((GLOBAL_BATCH_SIZE % (NPROC / (TP * PP)))) -ne 0 ]; then
     fail "NPROC=$NPROC TP=$TP PP=$PP GLOBAL_BATCH_SIZE=$GLOBAL_BATCH_SIZE do not divide" \
         "NPROC must be a multiple of TP x PP, GLOBAL_BATCH_SIZE a multiple of NPROC / (TP x PP)"
 fi
+MICRO_BATCH_SIZE=${MICRO_BATCH_SIZE:-$((GLOBAL_BATCH_SIZE * TP * PP / NPROC))}
 TRAIN=${1:-$OUT/corpus/train.jsonl}
 VALID=${2:-}
 if [ $# -eq 0 ]; then
     VALID=$OUT/corpus/valid.jsonl
+elif [ "$called_from" != "$PWD" ]; then
+    # Paths are those of the folder in which the script was called.
+    [[ $TRAIN == /* ]] || TRAIN=$called_from/$TRAIN
+    [[ -z $VALID || $VALID == /* ]] || VALID=$called_from/$VALID
 fi
 
 source examples/environment.sh
@@ -87,6 +95,10 @@ if [ ! -e "$OUT/data/complete" ]; then
         index "$VALID" --split valid
     else
         index "$TRAIN"
+    fi
+    if ! grep -q '"valid": "' "$OUT/data/domains.json"; then
+        fail "no document is held out, so the runs cannot be compared" \
+            "give more text, or held-out text of your own as VALID, and another OUT"
     fi
     touch "$OUT/data/complete"
 fi
@@ -149,11 +161,14 @@ plan() {
     pretrain --phase main --save "$OUT/plan" --dry-run --domain-weights "$@" | sed -e '1,/^mixture/d'
 }
 
+# Data and settings on which a run could not start are found before the first one.
+pretrain --phase proxy --save "$OUT/plan" --reference-load "$OUT/plan" --dry-run > /dev/null
+
 mkdir -p "$OUT/logs"
 names=(uniform natural)
 unimax_note=""
 if unimax=$(plan unimax --max-epochs-per-domain "$EPOCHS" 2> "$OUT/logs/unimax-plan.log"); then
-    if [ "$unimax" != "$(plan uniform)" ]; then
+    if [ "$unimax" != "$(plan uniform 2> /dev/null)" ]; then
         names+=(unimax)
     else
         unimax_note="UniMax's weights are the uniform ones here: at most $EPOCHS epoch of a domain is read"

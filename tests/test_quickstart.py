@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def quickstart(out: Path, *arguments: object, **variables: object) -> subprocess.CompletedProcess:
+def quickstart(out: Path, *arguments: object, cwd: Path = ROOT, **variables: object) -> subprocess.CompletedProcess:
     environment = {
         **os.environ,
         "PYTHON": sys.executable,
@@ -24,8 +24,8 @@ def quickstart(out: Path, *arguments: object, **variables: object) -> subprocess
         "OMP_NUM_THREADS": "1",
         **{name: str(value) for name, value in variables.items()},
     }
-    command = ["bash", "examples/quickstart.sh", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    command = ["bash", str(ROOT / "examples/quickstart.sh"), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=400, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +81,7 @@ def test_the_whole_of_doremi_on_ones_own_files(corpus, tmp_path):
         (("1", "2", "3"), {}, "usage:"),
         ((), {"NPROC": 3, "TP": 2}, "NPROC must be a multiple of TP x PP"),
         ((), {"NPROC": 5}, "GLOBAL_BATCH_SIZE a multiple of NPROC"),
+        ((), {"SEEDS": "two"}, "SEEDS=two"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_written(tmp_path, arguments, variables, expected):
@@ -88,3 +89,19 @@ def test_mistakes_are_found_before_anything_is_written(tmp_path, arguments, vari
     assert done.returncode == 2
     assert expected in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("domains", "expected"),
+    [({"Web": 40, "Code": 1}, "domain 'Code'"), ({"A": 1, "B": 1}, "held out")],
+)
+def test_data_that_no_run_can_use_are_found_before_the_first_run(tmp_path, domains, expected):
+    # Relative to the folder in which the script is called.
+    for domain, documents in domains.items():
+        (tmp_path / "texts" / domain).mkdir(parents=True)
+        for number in range(documents):
+            (tmp_path / "texts" / domain / f"{number}.txt").write_text(f"{number} " * (20 if documents > 1 else 1))
+    done = quickstart(tmp_path / "out", "texts", cwd=tmp_path)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert expected in done.stderr
+    assert "3. Runs" not in done.stdout
