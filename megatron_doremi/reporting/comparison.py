@@ -18,6 +18,7 @@ from megatron_doremi.reporting.groups import (
     check_learned_weights,
     group_faults,
     pair,
+    unlike_members,
 )
 from megatron_doremi.reporting.mixture import trained_tokens, weights_file_note
 from megatron_doremi.reporting.paired_difference import PairedDifference, paired_difference
@@ -175,6 +176,7 @@ def compare(groups: Sequence[Group], domain_tokens: Mapping[str, int] | None = N
     notes = [
         *weight_notes,
         *(sentence for pairing in pairings for sentence in pairing.sentences()),
+        *(sentence for group in compared for sentence in unlike_members(group)),
         *(note for comparison in comparisons for note in _limits(comparison, names)),
         *unit_note,
         *_common_notes(groups, names),
@@ -280,15 +282,10 @@ def _pairing_faults(pairings: Sequence[Pairing]) -> list[Fault]:
 def _limits(comparison: RivalComparison, names: Sequence[str]) -> Iterable[str]:
     pairing = comparison.pairing
     for left, right in pairing.pairs:
-        steps = left.evaluations[-1].iteration, right.evaluations[-1].iteration
         tokens = trained_tokens(left), trained_tokens(right)
         sides = f"for {pairing.subject}, {{}} for {pairing.rival}"
-        if steps[0] != steps[1]:
-            yield (
-                f"The budgets differ: {pairing.subject} was evaluated at step {steps[0]:,}, "
-                f"{pairing.rival} at step {steps[1]:,}."
-            )
-        elif tokens[0] is not None and tokens[1] is not None and tokens[0] != tokens[1]:
+        same_step = left.evaluations[-1].iteration == right.evaluations[-1].iteration
+        if same_step and tokens[0] is not None and tokens[1] is not None and tokens[0] != tokens[1]:
             yield f"The budgets differ: {tokens[0]:,.0f} tokens {sides.format(f'{tokens[1]:,.0f}')}."
     if TOKEN_MEAN not in comparison.summary:
         yield (

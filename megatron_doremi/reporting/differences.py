@@ -32,6 +32,7 @@ PROPERTIES = {
     **{name: name for name in OPTIMIZER_NAMES},
 }
 WINDOWS = "held-out windows"
+STEP = "evaluated step"
 # Runs that differ in one of these were evaluated on different text.
 DECISIVE = ("held-out text", WINDOWS, "sequence length", "tokenizer")
 _SHOWN_DOMAINS = 3
@@ -54,11 +55,11 @@ class Difference:
         """Whether the runs were evaluated on different text."""
         return self.name in DECISIVE
 
-    def sentence(self) -> str:
+    def sentence(self, subject: str = "The runs") -> str:
         """The difference as a sentence of the report."""
         listed = ", ".join(f"{label} {value}" for label, value in self.values.items())
         warning = " Their held-out losses cannot be compared." if self.decisive else ""
-        return f"The runs differ in {self.name}: {listed}.{warning}"
+        return f"{subject} differ in {self.name}: {listed}.{warning}"
 
 
 def differences(runs: Mapping[str, Run]) -> tuple[Difference, ...]:
@@ -71,6 +72,14 @@ def differences(runs: Mapping[str, Run]) -> tuple[Difference, ...]:
         if any(value != next(iter(values.values())) for value in values.values()):
             differing.append(Difference(name, {label: _shortened(value) for label, value in values.items()}))
     return (*differing, *_window_differences(runs))
+
+
+def step_differences(runs: Mapping[str, Run]) -> tuple[Difference, ...]:
+    """The steps of the last evaluations, if they differ: a run was killed, or has not ended yet."""
+    steps = {label: run.evaluations[-1].iteration for label, run in runs.items() if run.evaluations}
+    if len(set(steps.values())) < 2:
+        return ()
+    return (Difference(STEP, {label: f"{step:,}" for label, step in steps.items()}),)
 
 
 def similar_names_note(names: Sequence[str]) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,10 +12,12 @@ from megatron_doremi.reporting.differences import (
     OVERRIDES,
     PROPERTIES,
     SEED,
+    STEP,
     WINDOWS,
     Difference,
     differences,
     properties,
+    step_differences,
 )
 from megatron_doremi.reporting.runs import Run
 
@@ -85,7 +88,7 @@ class Pairing:
         verb = "shares" if count == 1 else "share"
         sentences = []
         names = {each.name for each in self.differing}
-        if any(name != WINDOWS and name not in PROPERTIES.values() for name in names):
+        if any(name not in (WINDOWS, STEP, *PROPERTIES.values()) for name in names):
             names.add(SHAPE)
         unknown = names.union(self.unrecorded)
         shared = [
@@ -94,7 +97,7 @@ class Pairing:
                 ("seed", (SEED,)),
                 ("initial weights", (SEED, SHAPE, "initial weights", OVERRIDES)),
                 ("training windows", (SEED, "training text", "sequence length")),
-                ("steps", ("training steps",)),
+                ("steps", ("training steps", STEP)),
                 ("held-out text", ("held-out text", WINDOWS)),
             )
             if not unknown & set(parts)
@@ -111,8 +114,15 @@ class Pairing:
 
 
 def group_faults(groups: Sequence[Group]) -> list[Fault]:
-    """Faults of the groups: repeated names, repeated seeds, seeds that are not recorded."""
+    """Faults of the groups: repeated names, repeated seeds, seeds that are not recorded, runs in two groups."""
     faults = []
+    places: dict[str, str] = {}
+    for group in groups:
+        for run in group.runs if group.compared else ():
+            other = places.setdefault(os.path.realpath(run.path), group.name)
+            if other != group.name:
+                rule = f"a run of one group; it is in {other} as well, where its difference to itself is 0"
+                faults.append(Fault(f"--group {group.name}", str(run.path), rule, "leave it out of one of the two"))
     for name, count in Counter(group.name for group in groups).items():
         if count > 1:
             faults.append(Fault("--group", f"{name} is given {count} times", "each name once", "give one of them"))
@@ -149,13 +159,23 @@ def pair(subject: Group, rival: Group) -> Pairing:
         unpaired = sorted(by_seed.keys() ^ other.keys())
     differing: dict[tuple[str, str], Difference] = {}
     for left, right in pairs:
-        for each in differences({subject.name: left, rival.name: right}):
+        runs = {subject.name: left, rival.name: right}
+        for each in (*differences(runs), *step_differences(runs)):
             differing.setdefault((each.name, str(each.values)), each)
     recorded = {name for runs in pairs for run in runs for name in properties(run)}
     unrecorded = tuple(name for name in SHARED if name not in recorded)
     return Pairing(
         subject.name, rival.name, tuple(seeds), tuple(pairs), tuple(differing.values()), unrecorded, tuple(unpaired)
     )
+
+
+def unlike_members(group: Group) -> list[str]:
+    """A sentence for each property but the seed in which the runs of a group differ."""
+    if len(group.runs) == 1:
+        return []
+    runs = {f"seed {run.seed}": run for run in group.runs}
+    found = [each for each in (*differences(runs), *step_differences(runs)) if each.name != SEED]
+    return [each.sentence(f"The runs of {group.name}") for each in found]
 
 
 def check_learned_weights(group: Group, proxies: Group) -> tuple[bool, list[str]]:

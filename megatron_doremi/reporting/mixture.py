@@ -84,20 +84,48 @@ def trained_tokens(run: Run) -> float | None:
 
 
 def epochs(run: Run, domain_tokens: Mapping[str, int]) -> dict[str, float]:
-    """Returns how often a run that samples by fixed weights has read each domain; {} if that is not recorded.
+    """Returns how often a run that samples by given weights has read each domain; {} if that is not recorded.
 
     Args:
         domain_tokens: training tokens of each domain.
     """
-    weights, tokens = run.sampling_weights, trained_tokens(run)
-    if weights is None or tokens is None:
+    weights, tokens = mean_sampling_weights(run), trained_tokens(run)
+    if not weights or tokens is None:
         return {}
-    total = sum(weights.values())
-    return {
-        name: weights[name] / total * tokens / count
-        for name, count in domain_tokens.items()
-        if count and name in weights
-    }
+    return {name: weights[name] * tokens / count for name, count in domain_tokens.items() if count and name in weights}
+
+
+def mean_sampling_weights(run: Run) -> dict[str, float]:
+    """Returns the mean over a run's steps of its sampling weights, which --change-domain-weights changes on the way.
+
+    {} if config.json does not record them.
+    """
+    now = run.sampling_weights
+    if now is None or not run.iterations.size:
+        return {}
+    last, begun, parts = int(run.iterations[-1]), 0, []
+    for iteration, before in sorted(_changes(run), key=lambda change: change[0]):
+        parts.append((min(iteration, last) - begun, before))
+        begun = min(iteration, last)
+    parts.append((last - begun, now))
+    means = dict.fromkeys(now, 0.0)
+    for steps, weights in parts:
+        total = sum(weights.values())
+        for name in means if steps and total else ():
+            means[name] += steps / last * weights.get(name, 0.0) / total
+    return means
+
+
+def _changes(run: Run) -> list[tuple[int, dict[str, float]]]:
+    """(last step, weights) of each mixture that was changed after it, from the overrides in config.json."""
+    entries = run.config.get("overrides")
+    changes = []
+    for entry in entries if isinstance(entries, list) else ():
+        if isinstance(entry, dict) and entry.get("name") == "sampling_weights":
+            iteration, before = entry.get("iteration"), entry.get("before")
+            if isinstance(iteration, int) and isinstance(before, dict):
+                changes.append((iteration, {name: x for name, x in before.items() if isinstance(x, int | float)}))
+    return changes
 
 
 def natural_weights(domain_tokens: Mapping[str, int]) -> dict[str, float]:

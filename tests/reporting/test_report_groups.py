@@ -15,6 +15,7 @@ from megatron_doremi.reporting.comparison import TOKEN_MEAN, UNIFORM_MEAN, WORST
 from megatron_doremi.reporting.console import console_text
 from megatron_doremi.reporting.evaluations import Unit
 from megatron_doremi.reporting.groups import Group, check_learned_weights
+from megatron_doremi.reporting.mixture import epochs
 from megatron_doremi.reporting.runs import read_run
 from megatron_doremi.reporting.study_tables import held_out_table, weights_table
 from megatron_doremi.reporting.verdict import findings, verdict
@@ -137,7 +138,7 @@ def test_what_a_pair_does_not_share_is_named(group):
     named = [each.name for each in compare([pair[0], other_parent]).comparisons[0].pairing.differing]
     assert named == ["settings changed on resuming"]
     old = Group("old", (replace(other.runs[0], config={"settings": {"data": {"seed": 1}}}),))
-    notes = compare([replace(old, name="new"), old]).notes
+    notes = compare([Group("new", (replace(old.runs[0], path=old.runs[0].path / "new"),)), old]).notes
     assert any(note.startswith("Not recorded by new and old, and so not checked: hidden_size, train") for note in notes)
 
 
@@ -192,6 +193,37 @@ def test_weights_and_epochs_by_hand(group, proxies):
         *("training tokens", "natural", "learned", "lowest", "highest", "at the end", "main epochs")
     ]
     assert table.rows[0] == ("code", 300.0, 0.75, 0.5, 0.25, 0.75, 0.5, 2.5)
+
+
+def test_epochs_of_a_branch_count_both_mixtures(group):
+    """5 steps of 200 tokens: 4 by (.25, .75), the last by (.75, .25), of 100 tokens each."""
+    change = {"iteration": 4, "name": "sampling_weights", "before": {"code": 0.25, "web": 0.75}}
+    branch = group("main", {1: MAIN[1]}, weights=(0.75, 0.25), overrides=[{"name": "branch", "iteration": 4}, change])
+    assert epochs(branch.runs[0], {"code": 100, "web": 100}) == pytest.approx({"code": 3.5, "web": 6.5})
+
+
+def test_a_run_that_was_killed_is_named_in_the_verdict(group):
+    main, natural = group("main", MAIN), group("natural", NATURAL)
+    killed = replace(natural.runs[1], evaluations=(replace(natural.runs[1].evaluations[0], iteration=4),))
+    study = compare([main, replace(natural, runs=(natural.runs[0], killed, natural.runs[2]))])
+    assert verdict(study).endswith("[-1.186, -0.564]) (they also differ in evaluated step) (nats per token).")
+    assert "The 3 pairs of main and natural share seed, initial weights, training windows and held-out text." in (
+        study.notes
+    )
+    assert "The runs differ in evaluated step: main 9, natural 4." in study.notes
+    assert "The runs of natural differ in evaluated step: seed 1 9, seed 2 4, seed 3 9." in study.notes
+
+
+def test_runs_of_a_group_that_are_not_of_one_configuration_are_named(group):
+    mixed = Group("main", (*group("a", {1: MAIN[1]}).runs, *group("b", {2: MAIN[2]}, lr=0.5).runs))
+    slow = replace(mixed, runs=(replace(mixed.runs[0], config={**mixed.runs[0].config, "lr": 0.1}), mixed.runs[1]))
+    assert "The runs of main differ in lr: seed 1 0.1, seed 2 0.5." in compare([slow]).notes
+
+
+def test_a_run_in_two_groups_is_refused(group):
+    natural = group("natural", NATURAL)
+    with pytest.raises(ConfigError, match="its difference to itself is 0"):
+        compare([Group("main", (natural.runs[0], *group("main", MAIN).runs[1:])), natural])
 
 
 def test_faults_of_groups_are_reported_at_once(group, write_run, rows):
