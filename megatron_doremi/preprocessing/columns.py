@@ -44,7 +44,10 @@ def check_columns(path: Path, names: Sequence[str], needed: Sequence[str]) -> No
     if missing:
         shown = ", ".join(map(repr, names[:20])) + (" ..." if len(names) > 20 else "")
         value, rule = f"no column {', '.join(map(repr, missing))}", f"keys that name columns of the file: {shown}"
-        raise ConfigError(Fault(f"--input {path}", value, rule, "give other keys"))
+        remedy = "name columns of the file: --text-key, --domain-key"
+        if len(names) == 1 and any(mark in names[0] for mark in ";\t|"):
+            remedy = "separate the columns by commas: the file seems to have another separator"
+        raise ConfigError(Fault(f"--input {path}", value, rule, remedy))
     if duplicated:
         value = f"two columns {', '.join(map(repr, duplicated))}"
         raise ConfigError(Fault(f"--input {path}", value, "unique column names", "rename one of them"))

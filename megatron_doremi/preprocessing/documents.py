@@ -42,6 +42,10 @@ class NoDomain(BadLine):
     """A line without a domain; --default-domain gives it one."""
 
 
+class NoText(BadLine):
+    """A line without the field of the text."""
+
+
 # preprocess_data.py hashes the repr of these classes and of DocumentReader to decide whether a run may resume: renaming
 # a class or a field would orphan unfinished runs and array jobs.
 @dataclass(frozen=True)
@@ -357,9 +361,9 @@ def _domain_name(value: Any) -> str | None:
 def _text_at(record: Any, key: str) -> str:
     value = _value_at(record, key)
     if value is _MISSING:
-        raise BadLine(f"no key {key!r}")
+        raise NoText(f"no key {key!r}")
     if not isinstance(value, str):
-        raise BadLine(f"{key!r} is not text")
+        raise BadLine(f"{key!r} is {'null' if value is None else 'not text'}")
     return value
 
 

@@ -31,6 +31,7 @@ from megatron_doremi.preprocessing.file_domains import (
     shown_names,
 )
 from megatron_doremi.preprocessing.inputs import FORMATS, InputFile, find_inputs
+from megatron_doremi.preprocessing.key_checks import key_faults
 from megatron_doremi.preprocessing.sources import read_blocks
 from megatron_doremi.settings import flag_of
 
@@ -153,6 +154,8 @@ def read_input_options(
             column = args.domain_key.split(".")[0]
             warnings.append(f"{file.path} has no column {column!r}: all of its documents go to {default!r}")
         faults += file_faults
+    if not faults:
+        faults += key_faults(inputs.files, reader, args.on_error)
     raise_if_any(faults)
     for warning in warnings:
         warn(warning)

@@ -235,7 +235,7 @@ def test_rows_of_a_parquet_file_are_documents(tmp_path):
     blocks = list(read_blocks(tmp_path / "d.parquet", reader.columns))
     documents = [pair for block in blocks for pair in reader.documents(block)]
     assert [number for number, _ in documents] == list(range(1, 1001))
-    assert str(documents[7][1]) == "'text' is not text"
+    assert str(documents[7][1]) == "'text' is null"
     del documents[7], rows[7]
     assert [(d.text, d.domain, d.size) for _, d in documents] == [
         (row["text"], row["meta"]["name"], len(row["text"].encode())) for row in rows

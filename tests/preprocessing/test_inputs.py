@@ -381,8 +381,24 @@ def test_the_name_of_a_file_gives_the_domain_of_records_without_one(tmp_path, ca
     assert read(tmp_path / "a", "--default-domain", "R")[0][0][1] == "R"
     put(tmp_path / "a" / "with_key.jsonl", RAW)
     (tmp_path / "a" / "law.parquet").unlink()
-    documents, bad = read(tmp_path / "a")
+    with pytest.raises(ConfigError, match=r"in its first 40 records(?s:.*)--default-domain"):
+        read(tmp_path / "a")
+    documents, bad = read(tmp_path / "a", "--on-error", "skip")
     assert (documents, len(bad)) == (PLAIN, 81)
+
+
+def test_records_without_the_fields_are_found_before_they_are_read(tmp_path):
+    rows = [{"content": "a", "meta": {"source": "Web"}}] * 3
+    file = put(tmp_path / "a.jsonl", lines([*rows, *ROWS]))
+    with pytest.raises(ConfigError, match=r"--text-key KEY"):
+        read(put(tmp_path / "b.jsonl", lines(rows)))
+    with pytest.raises(ConfigError, match=r"'content', 'meta.source'(?s:.*)--domain-key KEY"):
+        read(tmp_path / "b.jsonl", "--text-key", "content", "--domain-key", "source")
+    with pytest.raises(ConfigError, match=r"an object with fields"):
+        read(put(tmp_path / "c.json", b'["a", "b"]'))
+    with pytest.raises(ConfigError, match="separate the columns by commas"):
+        read(put(tmp_path / "d.csv", b"text;domain\na;Web\n"), "--domain-key", "domain")
+    assert len(read(file)[1]) == 3
 
 
 def test_the_files_of_one_split_are_read(tmp_path, capsys):

@@ -293,7 +293,7 @@ BAD_LINES = {
     "a list": (b'["text"]', "no key 'text'"),
     "a number": (b"5", "no key 'text'"),
     "text a number": (b'{"text": 5, "meta": {"pile_set_name": "Books"}}', "'text' is not text"),
-    "text null": (b'{"text": null, "meta": {"pile_set_name": "Books"}}', "'text' is not text"),
+    "text null": (b'{"text": null, "meta": {"pile_set_name": "Books"}}', "'text' is null"),
     "domain a list": (b'{"text": "ta", "meta": {"pile_set_name": ["Books"]}}', "'meta.pile_set_name' is not text"),
     "a lone surrogate": (
         b'{"text": "\\ud800", "meta": {"pile_set_name": "Books"}}',
