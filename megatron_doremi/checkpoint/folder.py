@@ -140,6 +140,21 @@ def newest_checkpoint(save: Path, report: Callable[[str], None] = lambda _: None
     return None
 
 
+def checkpoint_at(folder: Path, step: int, flag: str = "--load") -> Path:
+    """The checkpoint of DIR@STEP, which `flag` names. Raises ConfigError if it is missing or incomplete."""
+    subject, path = f"{flag} {folder}@{step}", checkpoints_folder(folder) / checkpoint_name(step)
+    if not path.is_dir():
+        steps = [f"{iteration:,}" for iteration, other in checkpoints(folder) if incompleteness(other) is None]
+        rule = f"a step of a checkpoint in {folder}: {', '.join(steps) or 'there is none'}"
+        remedy = "give one of these steps" if steps else "correct the path, or train the run first"
+        raise ConfigError(Fault(subject, f"no checkpoint of step {step:,}", rule, remedy))
+    reason = incompleteness(path)
+    if reason is not None:
+        raise ConfigError(Fault(subject, reason, "a complete checkpoint", "copy it again, or give another step"))
+    read_state(path)
+    return path
+
+
 def unchecked_state(checkpoint: Path) -> Any:
     """The content of state.json as JSON, not validated. Raises one of `UNREADABLE`."""
     return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))

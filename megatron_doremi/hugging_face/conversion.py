@@ -51,14 +51,14 @@ def write_hugging_face(
     gpt: GPTConfig,
     architecture: Architecture,
     dtype: torch.dtype | None,
-    progress: Callable[[int], None],
+    progress: Callable[[], None],
     largest_file: int = LARGEST_FILE,
 ) -> None:
     """Writes the safetensors files of a Hugging Face folder and, for several, their index.
 
     Args:
         dtype: of the tensors; None keeps that of each parameter.
-        progress: called with the bytes of each parameter that is written.
+        progress: called after each parameter that is written.
         largest_file: bytes of a file's tensors; a larger parameter has a file of its own.
     """
     files = _files(weights, gpt, lambda name: architecture.stored(name, gpt), dtype, largest_file)
@@ -78,7 +78,7 @@ def write_native(
     weights: Weights,
     gpt: GPTConfig,
     dtype: torch.dtype | None,
-    progress: Callable[[int], None],
+    progress: Callable[[], None],
     largest_file: int = LARGEST_FILE,
 ) -> None:
     """Writes weights files of this program, unsharded; see `write_hugging_face` for the arguments."""
@@ -116,7 +116,7 @@ def _write(
     weights: Weights,
     units: Sequence[_Unit],
     metadata: dict[str, str],
-    progress: Callable[[int], None],
+    progress: Callable[[], None],
 ) -> None:
     entries = {
         name: (unit.dtype, shape) for unit in units for name, shape in zip(unit.stored.names, unit.shapes, strict=True)
@@ -125,6 +125,6 @@ def _write(
     def tensors() -> Iterator[Tensor]:
         for unit in units:
             yield from unit.stored.split(weights.full(unit.name))
-            progress(unit.bytes)
+            progress()
 
     write_tensors(path, entries, tensors(), metadata)

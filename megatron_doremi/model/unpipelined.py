@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_doremi.config import GPTConfig
@@ -43,7 +44,7 @@ class GPTModel(NamedLayers, nn.Module):
         self,
         gpt: GPTConfig,
         context: ParallelContext,
-        seed: int,
+        seed: int | None,
         recompute: str = "none",
         loss_chunk_tokens: int = 0,
         partition: Callable[[nn.Module], None] | None = None,
@@ -51,6 +52,7 @@ class GPTModel(NamedLayers, nn.Module):
         """Builds and initializes the layers one by one.
 
         Args:
+            seed: None leaves the parameters uninitialized, for weights that are about to be loaded.
             recompute: see `Block`.
             loss_chunk_tokens: see `token_losses` in parallel/cross_entropy.py.
             partition: called with each layer once it is initialized; partitions its parameters over the data-parallel
@@ -68,7 +70,8 @@ class GPTModel(NamedLayers, nn.Module):
             layer = spec.build()
             if isinstance(layer, OutputLayer):
                 layer = LossHead(layer.weight, gpt, tp, loss_chunk_tokens)
-            initialize(layer, name, seed, tp.group)
+            if seed is not None:
+                initialize(layer, name, seed, tp.group)
             mark_for_gradient_norm(layer.parameters(), context.topology)
             if partition is not None:
                 partition(layer)
@@ -84,6 +87,12 @@ class GPTModel(NamedLayers, nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """[batch, seq] ids and targets -> [batch, seq] losses in nats, float32."""
         return self.layers[-1](self._through(self.layers[:-1], tokens), targets)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """[batch, seq] ids -> [batch, seq, vocab] logits, on one tensor-parallel rank."""
+        assert self.tp.size == 1
+        hidden = self._through(self.layers[:-1], tokens)
+        return F.linear(hidden, self.layers[-1].get_parameter("weight")[: self.gpt.vocab_size])
 
     def run(self, x: Tensor, targets: Tensor | None) -> Tensor:
         assert targets is not None

@@ -7,34 +7,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_doremi.checkpoint.folder import (
-    checkpoint_name,
-    checkpoints,
-    checkpoints_folder,
-    incompleteness,
-    newest_checkpoint,
-    read_state,
-)
+from megatron_doremi.checkpoint.folder import checkpoint_at, newest_checkpoint, read_state
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any
 from megatron_doremi.run_settings import RunConfig
 
 # The name, in the overrides of a run's identity, of the checkpoint from which the run branched.
 BRANCH = "branch"
-
-
-def checkpoint_at(folder: Path, step: int, flag: str = "--load") -> Path:
-    """The checkpoint of DIR@STEP, which `flag` names. Raises ConfigError if it is missing or incomplete."""
-    subject, path = f"{flag} {folder}@{step}", checkpoints_folder(folder) / checkpoint_name(step)
-    if not path.is_dir():
-        steps = [f"{iteration:,}" for iteration, other in checkpoints(folder) if incompleteness(other) is None]
-        rule = f"a step of a checkpoint in {folder}: {', '.join(steps) or 'there is none'}"
-        remedy = "give one of these steps" if steps else "correct the path, or train the run first"
-        raise ConfigError(Fault(subject, f"no checkpoint of step {step:,}", rule, remedy))
-    reason = incompleteness(path)
-    if reason is not None:
-        raise ConfigError(Fault(subject, reason, "a complete checkpoint", "copy it again, or give another step"))
-    read_state(path)
-    return path
 
 
 def checkpoint_to_resume(run: RunConfig, report: Callable[[str], None]) -> Path | None:

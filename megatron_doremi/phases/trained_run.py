@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 
-from megatron_doremi.checkpoint.folder import newest_checkpoint, read_state
+from megatron_doremi.checkpoint.folder import checkpoint_at, newest_checkpoint, read_state
 from megatron_doremi.checkpoint.run_config import read_run_config
 from megatron_doremi.config import Config, GPTConfig, gpt_config, states_shape
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any
@@ -14,7 +14,6 @@ from megatron_doremi.layout_rules import misfits
 from megatron_doremi.mixture.controller import MixtureController
 from megatron_doremi.mixture.reference import OnlineReference, TrainedRun, check_reference
 from megatron_doremi.parallel.context import ParallelContext
-from megatron_doremi.phases.load_target import checkpoint_at
 from megatron_doremi.phases.run_data import RunData
 from megatron_doremi.phases.to_come import LOADED_RUN, REFERENCE_RUN
 from megatron_doremi.plan import RunPlan

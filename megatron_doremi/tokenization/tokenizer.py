@@ -95,6 +95,10 @@ class SentencePieceTokenizer:
         """Returns the text of ids."""
         return str(self._decoder.decode([int(i) for i in ids]))
 
+    def pieces(self) -> dict[int, str]:
+        """The piece of each id."""
+        return {number: str(self._decoder.id_to_piece(number)) for number in range(self.vocab_size)}
+
     def lost_characters(self, texts: list[str]) -> Counter[str]:
         """Counts the occurrences of each character that is dropped or unknown."""
         if self.lossless:
@@ -216,6 +220,10 @@ class HuggingFaceTokenizer:
     def decode(self, ids: NDArray | Sequence[int]) -> str:
         """Returns the text of ids, including special tokens."""
         return str(self._decoder.decode([int(i) for i in ids], skip_special_tokens=False))
+
+    def pieces(self) -> dict[int, str]:
+        """The piece of each id."""
+        return {number: piece for piece, number in self._decoder.get_vocab(with_added_tokens=True).items()}
 
     def lost_characters(self, texts: list[str]) -> Counter[str]:
         """Counts the occurrences of each character that is dropped or unknown."""
