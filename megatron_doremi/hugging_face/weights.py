@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,25 @@ class IndexEntry(Schema):
     weight_map: dict[Name, FileName] = Field(min_length=1)
 
 
+@dataclass(frozen=True)
+class _Entry:
+    """A tensor's place, from a file's header; `name` is the one in the file."""
+
+    file: str
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def _class_name(name: str, found: Collection[str], architecture: Architecture) -> str:
+    """The name in the class of a tensor in a file: some folders of GPT-2 omit the prefix of the class, and version 5 of
+    Transformers calls GPT-NeoX's output layer lm_head."""
+    output = f"{architecture.modules['output']}.weight"
+    if name in (output, "lm_head.weight"):
+        return output
+    return name if any(other.startswith(architecture.prefix) for other in found) else architecture.prefix + name
+
+
 class HuggingFaceWeights:
     """The safetensors files of a Hugging Face folder."""
 
@@ -49,16 +69,14 @@ class HuggingFaceWeights:
         """
         self.folder, self._architecture, self._gpt, self._flag = folder, architecture, gpt, flag
         self._specs = parameter_specs(gpt)
-        # Their name -> file. Some folders of GPT-2 omit the prefix that its class has.
-        self._files: dict[str, str] = {}
-        self._dtypes: dict[str, torch.dtype] = {}
-        found: dict[str, tuple[str, tuple[int, ...], str]] = {}
+        found: dict[str, _Entry] = {}
         for file_name in self._file_names():
             with self._opened(file_name) as file:
                 for name in file.keys():  # noqa: SIM118
                     stored = file.get_slice(name)
-                    found[name] = (file_name, tuple(stored.get_shape()), stored.get_dtype())
-        raise_if_any(self._faults(found))
+                    found[name] = _Entry(file_name, name, tuple(stored.get_shape()), stored.get_dtype())
+        self._entries = {_class_name(name, found, architecture): entry for name, entry in found.items()}
+        raise_if_any(self._faults())
 
     def _file_names(self) -> list[str]:
         if (self.folder / INDEX).is_file():
@@ -82,15 +100,9 @@ class HuggingFaceWeights:
             rule = "a complete safetensors file"
             raise ConfigError(Fault(f"{self._flag} {self.folder}: {file_name}", str(error), rule, _REMEDY)) from error
 
-    def _faults(self, found: dict[str, tuple[str, tuple[int, ...], str]]) -> list[Fault]:
-        """Compares the headers with the tensors that the shape has; fills `_files`."""
-        architecture, prefix = self._architecture, self._architecture.prefix
-        if found and not any(name.startswith(prefix) for name in found):
-            outside = architecture.modules["output"] + "."
-            found = {name if name.startswith(outside) else prefix + name: entry for name, entry in found.items()}
-            self._added = prefix
-        else:
-            self._added = ""
+    def _faults(self) -> list[Fault]:
+        """Compares the headers with the tensors that the shape has."""
+        architecture, subject = self._architecture, f"{self._flag} {self.folder}"
         faults, known = [], set()
         for name, spec in self._specs.items():
             stored = architecture.stored(name, self._gpt)
@@ -98,23 +110,22 @@ class HuggingFaceWeights:
                 parts = stored.split(torch.empty(spec.shape))
             for theirs, part in zip(stored.names, parts, strict=True):
                 known.add(theirs)
-                file_name, shape, dtype = found.get(theirs, ("", (), ""))
-                if shape != tuple(part.shape) or dtype not in DTYPES:
-                    value = f"{theirs}: {dtype} {list(shape)}" if file_name else f"{theirs}: missing"
+                entry = self._entries.get(theirs)
+                if entry is None or entry.shape != tuple(part.shape) or entry.dtype not in DTYPES:
+                    value = f"{theirs}: {f'{entry.dtype} {list(entry.shape)}' if entry else 'missing'}"
                     rule = f"{list(part.shape)}, as config.json describes it, in one of {', '.join(DTYPES)}"
-                    faults.append(Fault(f"{self._flag} {self.folder}", value, rule, _REMEDY))
-                else:
-                    self._files[theirs], self._dtypes[theirs] = file_name, DTYPES[dtype]
-        extra = sorted(name for name in found if name not in known and not name.endswith(_BUFFERS))
+                    faults.append(Fault(subject, value, rule, _REMEDY))
+        extra = sorted(name for name in self._entries if name not in known and not name.endswith(_BUFFERS))
         if self._gpt.tied_embeddings:
+            # Transformers ignores it, too.
             extra = [name for name in extra if name != f"{architecture.modules['output']}.weight"]
         if extra:
             value = ", ".join(extra[:_SHOWN]) + (f" and {len(extra) - _SHOWN} more" if len(extra) > _SHOWN else "")
             rule = f"no parameters but those of {architecture.class_name} with this config.json"
-            faults.append(Fault(f"{self._flag} {self.folder}", value, rule, "convert another model"))
+            faults.append(Fault(subject, value, rule, "convert another model"))
         if len(faults) > _SHOWN:
             rule = "the tensors that config.json describes"
-            more = Fault(f"{self._flag} {self.folder}", f"{len(faults) - _SHOWN} more such tensors", rule, _REMEDY)
+            more = Fault(subject, f"{len(faults) - _SHOWN} more such tensors", rule, _REMEDY)
             faults = [*faults[:_SHOWN], more]
         return faults
 
@@ -128,7 +139,7 @@ class HuggingFaceWeights:
 
     def dtype(self, name: str) -> torch.dtype:
         """The type in which a parameter is stored; of several tensors, the first's."""
-        return self._dtypes[self._architecture.stored(name, self._gpt).names[0]]
+        return DTYPES[self._entries[self._architecture.stored(name, self._gpt).names[0]].dtype]
 
     def full(self, name: str) -> Tensor:
         """A parameter of ours, unsharded."""
@@ -136,8 +147,9 @@ class HuggingFaceWeights:
         return stored.join([self._read(theirs) for theirs in stored.names])
 
     def _read(self, name: str) -> Tensor:
-        with self._opened(self._files[name]) as file:
-            tensor: Tensor = file.get_tensor(name.removeprefix(self._added))
+        entry = self._entries[name]
+        with self._opened(entry.file) as file:
+            tensor: Tensor = file.get_tensor(entry.name)
         return tensor
 
     def local_shard(self, name: str, spec: ParameterSpec, topology: Topology) -> Tensor:

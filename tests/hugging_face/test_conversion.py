@@ -139,3 +139,35 @@ def test_transformers_computes_our_logits(saved, tmp_path, layout, shape):
     again = open_model(tmp_path / "again", "--load")
     assert again.gpt == opened.gpt
     assert all(torch.equal(again.weights.full(name), weights.full(name)) for name in weights.names())
+
+
+@pytest.mark.slow
+def test_folders_of_other_versions(saved, tmp_path):
+    """GPT-2 without the prefix of its class and with its masks stored; Llama with its rotary frequencies stored and the
+    base of version 4; GPT-NeoX with version 5's name of the output layer."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from megatron_doremi.checkpoint.weights import WeightsFolder
+    from megatron_doremi.hugging_face.model_folder import open_model
+
+    for shape in ("gpt2", "llama untied", "gpt_neox untied"):
+        folder, gpt = tmp_path / shape, SHAPES[shape]
+        weights = WeightsFolder(saved("TP2-PP2") / shape)
+        export(folder, weights, gpt, shape.split()[0])
+        tensors = load_file(folder / "model.safetensors")
+        entry = json.loads((folder / "config.json").read_text())
+        if shape == "gpt2":
+            tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+            tensors["h.0.attn.bias"] = torch.ones(1, 1, 32, 32)
+        elif shape == "llama untied":
+            tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+            del entry["rope_parameters"]
+        else:
+            tensors["lm_head.weight"] = tensors.pop("embed_out.weight")
+            del entry["rope_parameters"], entry["partial_rotary_factor"], entry["rope_theta"]
+        save_file(tensors, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps(entry))
+        opened = open_model(folder, "--load")
+        assert replace(opened.gpt, make_vocab_size_divisible_by=8) == gpt
+        assert all(torch.equal(opened.weights.full(name), weights.full(name)) for name in weights.names())
