@@ -104,6 +104,12 @@ def _by_rule(reader: DocumentReader, file: InputFile) -> str | None:
         return reader.default_domain
 
 
+def without_documents(files: Sequence[InputFile], written: Iterable[tuple[str, str]]) -> set[str]:
+    """The domains that folders or names of files give, and of which no document is among the (domain, split) pairs."""
+    found = {domain for domain, _ in written}
+    return {file.domain for file in files if file.domain is not None and not {file.domain, file.domain.strip()} & found}
+
+
 def single_domain(name: str) -> str:
     """The warning that all documents belong to one domain."""
     return (

@@ -220,12 +220,16 @@ def _add_folder(inputs: FoundInputs, folder: Path, domain_of_records: bool, doma
     if any(kind_of(path) == ARROW for path in records):
         records = [path for path in records if path.name not in _ABOUT and not _CACHE.fullmatch(path.name)]
     text = [path for path in paths if kind_of(path) == TEXT]
-    # Text beside records is documentation, such as the README.md of a data set.
-    chosen = records or text
+    chosen = [*records, *_domains_of_text(folder, records, text)] if records else text
     if not chosen:
         inputs.faults.append(Fault("--input", f"{folder} holds no input files", FORMATS, "check the path"))
         return
-    ignored = [path for path in paths if path not in set(chosen) and path.name not in _ABOUT]
+    empty = [path for path in chosen if path.stat().st_size == 0]
+    if empty:
+        names = ", ".join(str(path) for path in empty[:3]) + (" ..." if len(empty) > 3 else "")
+        inputs.ignored.append(f"{len(empty):,} empty file{'' if len(empty) == 1 else 's'}: {names}")
+    read = set(chosen)
+    ignored = [path for path in paths if path not in read and path.name not in _ABOUT]
     if ignored:
         names = ", ".join(str(path.relative_to(folder)) for path in ignored[:3]) + (" ..." if len(ignored) > 3 else "")
         inputs.ignored.append(f"{folder}: ignoring {len(ignored)} of {len(paths)} files, of other kinds: {names}")
@@ -245,6 +249,20 @@ def _add_folder(inputs: FoundInputs, folder: Path, domain_of_records: bool, doma
         is_text = kind_of(path) == TEXT
         by_record = domain_of_text if is_text else domain_of_records
         inputs.files.append(InputFile(path, None if by_record else _domain_of(folder, path, is_text, below_splits)))
+
+
+def _domains_of_text(folder: Path, records: Sequence[Path], text: Sequence[Path]) -> list[Path]:
+    """The text files in subfolders without records, where each record file is in the subfolder of its domain as well.
+    Other text beside records is documentation, such as the README.md of a data set."""
+
+    def subfolder(path: Path) -> str:
+        parts = path.relative_to(folder).parts
+        return parts[0] if len(parts) > 1 else ""
+
+    of_records = {subfolder(path) for path in records}
+    if any(name in ("", *_NO_DOMAIN) or name.lower() in _SPLITS for name in of_records):
+        return []
+    return [path for path in text if subfolder(path) not in ("", *of_records)]
 
 
 def _of_split(by_split: dict[Path, str], split: str) -> list[Path]:
@@ -296,11 +314,24 @@ def _splits_of(folder: Path, paths: Sequence[Path]) -> dict[Path, str]:
     """Returns the split that each file's folders or name give, as in Hugging Face data sets; "" if they give none."""
     below_splits = _starts_with_splits(folder, paths)
     splits: dict[Path, str] = {}
+    words = {path: [word for word in _split_words(path) if word in _SPLITS] for path in paths}
+    # The splits of text files whose names differ by the split alone: train.txt and valid.txt, but not test-plan.txt.
+    alike: dict[tuple[Path, tuple[str, ...]], set[str]] = {}
+    for path in paths:
+        alike.setdefault((path.parent, _other_words(path)), set()).update(_SPLITS[word] for word in words[path])
     for path in paths:
         folders = [part.lower() for part in _folders(folder, path)[0 if below_splits else 1 :]]
-        named = [_SPLITS[word] for word in (*folders, *_split_words(path)) if word in _SPLITS]
+        if kind_of(path) == TEXT and len(alike[path.parent, _other_words(path)]) < 2:
+            words[path] = []
+        named = [_SPLITS[word] for word in (*folders, *words[path]) if word in _SPLITS]
         splits[path] = named[-1] if named else ""
     return splits
+
+
+def _other_words(path: Path) -> tuple[str, ...]:
+    """The words of a file's name that are neither numbers nor names of splits."""
+    words = re.split(r"[-_.]", _stem(path).lower())
+    return tuple(word for word in words if word not in _SPLITS and not word.isdigit())
 
 
 def _split_words(path: Path) -> list[str]:

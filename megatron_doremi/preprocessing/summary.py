@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from megatron_doremi.console import print_stdout, warn
 from megatron_doremi.data.manifest import similar_names
 from megatron_doremi.preprocessing.encoding import describe_bad_lines
-from megatron_doremi.preprocessing.file_domains import shown_names, single_domain
+from megatron_doremi.preprocessing.file_domains import shown_names, single_domain, without_documents
+from megatron_doremi.preprocessing.inputs import InputFile
 from megatron_doremi.preprocessing.outputs import Outputs
 from megatron_doremi.text_table import shown_text, table_lines
 from megatron_doremi.tokenization.lost_characters import describe_lost
 from megatron_doremi.tokenization.tokenizer import Tokenizer
 
 
-def print_summary(outputs: Outputs, holds_out: bool, single_reported: bool = False) -> None:
+def print_summary(
+    outputs: Outputs, holds_out: bool, single_reported: bool = False, files: Sequence[InputFile] = ()
+) -> None:
     """Prints a table of what was written, what looks wrong, and what was skipped.
 
     Args:
         holds_out: whether a part of the documents should be in the valid split.
         single_reported: whether the user already knows of a single domain.
+        files: those that were read in full.
     """
     rows = []
     for (domain, split), output in sorted(outputs.by_key.items()):
@@ -32,6 +38,8 @@ def print_summary(outputs: Outputs, holds_out: bool, single_reported: bool = Fal
     if holds_out and train - valid:
         text = f"no document is held out of {shown_text(shown_names(train - valid))}"
         warn(f"{text}; more text or a larger --valid-fraction helps")
+    if without := without_documents(files, outputs.by_key):
+        warn(f"domains without a document, since their files are empty: {shown_text(shown_names(without))}")
     for group in similar_names(sorted({domain for domain, _ in outputs.by_key})):
         names_text = " and ".join(map(repr, group))
         warn(f"the domains {names_text} differ only by case or spaces; --domain-rules can merge them")

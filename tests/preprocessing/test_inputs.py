@@ -24,7 +24,7 @@ from ranks import unwrapped
 from megatron_doremi.errors import ConfigError, RunError
 from megatron_doremi.preprocessing import decompression, record_blocks
 from megatron_doremi.preprocessing.decompression import DAMAGED, TRUNCATED
-from megatron_doremi.preprocessing.file_domains import domain_warnings
+from megatron_doremi.preprocessing.file_domains import domain_warnings, without_documents
 from megatron_doremi.preprocessing.inputs import find_inputs
 from megatron_doremi.preprocessing.sources import read_blocks
 
@@ -385,6 +385,33 @@ def test_the_name_of_a_file_gives_the_domain_of_records_without_one(tmp_path, ca
         read(tmp_path / "a")
     documents, bad = read(tmp_path / "a", "--on-error", "skip")
     assert (documents, len(bad)) == (PLAIN, 81)
+
+
+def test_text_files_named_by_words_of_splits_are_documents(tmp_path):
+    for name in ("web/test_plan.txt", "web/dev-guide.md", "law/validation.txt", "law/a.txt"):
+        put(tmp_path / "a" / name, b"a")
+    found = find_inputs([tmp_path / "a"])
+    assert (len(found.files), found.with_held_out) == (4, [])
+    # Names that differ by the split alone are splits.
+    for name in ("web/wiki-train.txt", "web/wiki-valid.txt"):
+        put(tmp_path / "a" / name, b"a")
+    found = find_inputs([tmp_path / "a"])
+    assert (len(found.files), found.with_held_out) == (5, [tmp_path / "a"])
+
+
+def test_a_folder_of_text_beside_folders_of_records_is_a_domain(tmp_path):
+    put(tmp_path / "a" / "code" / "0.jsonl", lines(ROWS[:2]))
+    put(tmp_path / "a" / "code" / "README.md", b"about")
+    put(tmp_path / "a" / "README.md", b"about")
+    put(tmp_path / "a" / "web" / "0.txt", b"a")
+    put(tmp_path / "a" / "web" / "1.txt", b"")
+    found = find_inputs([tmp_path / "a"])
+    assert [file.domain for file in found.files] == ["code", "web", "web"]
+    assert any("1 empty file: " in note for note in found.ignored)
+    assert without_documents(found.files, [("code", "train"), ("other", "train")]) == {"web"}
+    # Beside splits, it is documentation.
+    (tmp_path / "a" / "code").rename(tmp_path / "a" / "train")
+    assert [file.path.name for file in find_inputs([tmp_path / "a"]).files] == ["0.jsonl"]
 
 
 def test_records_without_the_fields_are_found_before_they_are_read(tmp_path):
