@@ -39,7 +39,7 @@ fail() {
 if [ $# -gt 2 ]; then
     fail "usage: bash examples/quickstart.sh [TRAIN [VALID]]"
 fi
-for name in SEEDS NPROC TP PP VOCAB_SIZE TRAIN_ITERS SEQ_LENGTH GLOBAL_BATCH_SIZE; do
+for name in SEEDS NPROC TP PP ${JOBS:+JOBS} VOCAB_SIZE TRAIN_ITERS SEQ_LENGTH GLOBAL_BATCH_SIZE; do
     [[ ${!name} =~ ^[1-9][0-9]*$ ]] || fail "$name=${!name}" "give a whole number of 1 or more"
 done
 if [ $((NPROC % (TP * PP))) -ne 0 ] || [ $((GLOBAL_BATCH_SIZE % (NPROC / (TP * PP)))) -ne 0 ]; then
@@ -63,12 +63,19 @@ cores=$(env -u OMP_NUM_THREADS nproc)
 JOBS=${JOBS:-$((cores > NPROC ? cores / NPROC : 1))}
 SECONDS=0
 
-# Fails before anything is written if OUT holds a run of other settings.
-settings="TRAIN=$TRAIN VALID=$VALID VOCAB_SIZE=$VOCAB_SIZE TRAIN_ITERS=$TRAIN_ITERS SEQ_LENGTH=$SEQ_LENGTH"
-settings+=" GLOBAL_BATCH_SIZE=$GLOBAL_BATCH_SIZE LAYERS=$LAYERS HIDDEN=$HIDDEN LR=$LR EPOCHS=$EPOCHS"
-if [ -e "$OUT/settings" ] && [ "$(cat "$OUT/settings")" != "$settings" ]; then
-    fail "$OUT holds a run of other settings" "there: $(cat "$OUT/settings")" "here:  $settings" \
-        "set another OUT, or remove that folder"
+# Fails before anything is written if OUT holds a run of other settings; without runs, the data can still be used.
+settings=$(printf '%s\n' "TRAIN=$TRAIN" "VALID=$VALID" "VOCAB_SIZE=$VOCAB_SIZE" "TRAIN_ITERS=$TRAIN_ITERS" \
+    "SEQ_LENGTH=$SEQ_LENGTH" "GLOBAL_BATCH_SIZE=$GLOBAL_BATCH_SIZE" "LAYERS=$LAYERS" "HIDDEN=$HIDDEN" "LR=$LR" \
+    "EPOCHS=$EPOCHS")
+if [ -e "$OUT/settings" ]; then
+    lines=10
+    compgen -G "$OUT/seed-*" > /dev/null || lines=3
+    changed=$(diff <(head -n "$lines" "$OUT/settings") <(head -n "$lines" <<< "$settings") || true)
+    changed=$(sed -n -e 's/^< /there: /p' -e 's/^> /here:  /p' <<< "$changed")
+    if [ -n "$changed" ]; then
+        mapfile -t changed <<< "$changed"
+        fail "$OUT holds a run of other settings" "${changed[@]}" "set another OUT, or remove that folder"
+    fi
 fi
 
 say() { printf '\n== %s (%d s)\n' "$*" "$SECONDS"; }

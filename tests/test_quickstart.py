@@ -43,6 +43,10 @@ def corpus(tmp_path_factory):
 @pytest.mark.slow
 def test_the_whole_of_doremi_on_ones_own_files(corpus, tmp_path):
     out = tmp_path / "out"
+    # A mistake that the dry run finds does not hold the folder: nothing was trained there yet.
+    wrong = quickstart(out, corpus, LR="fast")
+    assert wrong.returncode == 2
+    assert "--lr: fast" in wrong.stderr
     small = {"SEEDS": 2, "TRAIN_ITERS": 6, "SEQ_LENGTH": 16, "HIDDEN": 16, "LAYERS": 1, "GLOBAL_BATCH_SIZE": 6}
     done = quickstart(out, corpus, **small)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -71,7 +75,7 @@ def test_the_whole_of_doremi_on_ones_own_files(corpus, tmp_path):
     before = (out / "seed-1" / "proxy" / "metrics.jsonl").read_text()
     other = quickstart(out, corpus, **{**small, "VOCAB_SIZE": 500})
     assert other.returncode == 2
-    assert "other settings" in other.stderr
+    assert "other settings\n       there: VOCAB_SIZE=257\n       here:  VOCAB_SIZE=500\n" in other.stderr
     assert (out / "seed-1" / "proxy" / "metrics.jsonl").read_text() == before
 
 
@@ -82,6 +86,7 @@ def test_the_whole_of_doremi_on_ones_own_files(corpus, tmp_path):
         ((), {"NPROC": 3, "TP": 2}, "NPROC must be a multiple of TP x PP"),
         ((), {"NPROC": 5}, "GLOBAL_BATCH_SIZE a multiple of NPROC"),
         ((), {"SEEDS": "two"}, "SEEDS=two"),
+        ((), {"JOBS": 0}, "JOBS=0"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_written(tmp_path, arguments, variables, expected):
