@@ -27,3 +27,8 @@ def __getattr__(name: str) -> Any:
         if name in names:
             return getattr(import_module(module), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Lists the names of `__all__` for completion before they are imported."""
+    return sorted({*globals(), *__all__})

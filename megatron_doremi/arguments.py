@@ -17,7 +17,6 @@ from megatron_doremi.errors import Fault, raise_if_any
 from megatron_doremi.flag_parser import FlagParser, unknown_faults
 from megatron_doremi.settings import flag_of
 from megatron_doremi.validation import find_faults, phase_faults
-from megatron_doremi.version import version_text
 
 _TITLES = {
     "data": "phase and data",
@@ -43,14 +42,6 @@ _METAVARS: dict[Any, str] = {
 }
 
 
-class _Version(argparse.Action):
-    """Prints the versions and exits."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        print(version_text(), flush=True)
-        parser.exit()
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The parser of pretrain_doremi.py; values stay text until `parse_config` reads them."""
     parser = FlagParser(
@@ -59,7 +50,6 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("--version", action=_Version, nargs=0, help="print the versions and exit")
     for section, cls in SECTIONS.items():
         group = parser.add_argument_group(_TITLES[section])
         for field in dataclasses.fields(cls):

@@ -9,10 +9,24 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from megatron_doremi.errors import Fault, raise_if_any
+from megatron_doremi.version import version_text
+
+
+class _Version(argparse.Action):
+    """Prints the versions and exits."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(version_text(), flush=True)
+        parser.exit()
 
 
 class FlagParser(argparse.ArgumentParser):
-    """A parser whose `parse_args` raises ConfigError, and whose `parse_known_args` raises argparse.ArgumentError."""
+    """A parser with --version, whose `parse_args` raises ConfigError, and `parse_known_args` argparse.ArgumentError."""
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        help_text = "print the versions and exit"
+        self.add_argument("--version", action=_Version, nargs=0, default=argparse.SUPPRESS, help=help_text)
 
     def error(self, message: str) -> NoReturn:
         raise argparse.ArgumentError(None, message)

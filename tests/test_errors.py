@@ -15,6 +15,7 @@ import pytest
 from megatron_doremi.errors import ConfigError, Fault, machine_failure, raise_if_any
 from megatron_doremi.flag_parser import FlagParser
 from megatron_doremi.storage.files import atomic_write_text, make_folder
+from megatron_doremi.version import version_text
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = """
@@ -82,7 +83,7 @@ def test_a_folder_that_cannot_be_written_is_found_at_once(tmp_path):
     assert list((tmp_path / "a" / "b").iterdir()) == []
 
 
-def test_a_parser_suggests_flags_and_collects_unknown_ones():
+def test_a_parser_suggests_flags_and_collects_unknown_ones(capsys):
     parser = FlagParser(prog="tool")
     parser.add_argument("--input", required=True)
     command = parser.add_subparsers(dest="command").add_parser("show")
@@ -96,7 +97,10 @@ def test_a_parser_suggests_flags_and_collects_unknown_ones():
         with pytest.raises(ConfigError) as caught:
             parser.parse_args(words)
         assert [f"{fault.value}: {fault.remedy}" for fault in caught.value.faults] == faults
-    assert parser.parse_args(["--input", "a"]).input == "a"
+    assert vars(parser.parse_args(["--input", "a"])) == {"input": "a", "command": None}
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--version"])
+    assert capsys.readouterr().out == f"{version_text()}\n"
 
 
 def test_the_program_exits_with_2_and_without_a_traceback():

@@ -140,7 +140,8 @@ def test_text_is_ascii():
 def test_the_exported_names_exist_and_importing_the_package_loads_no_torch():
     code = (
         "import sys, megatron_doremi; assert 'torch' not in sys.modules; "
-        "assert all(hasattr(megatron_doremi, name) for name in megatron_doremi.__all__)"
+        "assert all(hasattr(megatron_doremi, name) for name in megatron_doremi.__all__); "
+        "assert set(megatron_doremi.__all__) <= set(dir(megatron_doremi))"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 

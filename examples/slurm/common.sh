@@ -5,6 +5,13 @@
 # a training script does not train: it checks flags and files and prints the resolved plan for N ranks. It needs neither
 # SLURM nor the earlier stages, only the data.
 
+for file in "${SITE:-examples/slurm/site.sh}" "${EXPERIMENT:-examples/pile/pile.sh}"; do
+    if [ ! -f "$file" ] || [ ! -r "$file" ]; then
+        echo "error: $file is missing: SITE names the file of the cluster, EXPERIMENT that of the run" >&2
+        echo "       correct the path; it is relative to the root of the repository" >&2
+        exit 2
+    fi
+done
 # shellcheck source=examples/slurm/site.sh
 source "${SITE:-examples/slurm/site.sh}"
 # shellcheck source=examples/pile/pile.sh

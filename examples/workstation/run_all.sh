@@ -29,7 +29,7 @@ fail() {
 }
 
 [ $# -le 1 ] || fail "usage: bash examples/workstation/run_all.sh [EXPERIMENT]"
-[ -r "$EXPERIMENT" ] || fail "the experiment $EXPERIMENT is missing; see examples/workstation/own_data.sh"
+{ [ -f "$EXPERIMENT" ] && [ -r "$EXPERIMENT" ]; } || fail "the experiment $EXPERIMENT is missing; see examples/workstation/own_data.sh"
 for stage in $STAGES; do
     case $stage in
     tokenizer | preprocess | reference | score | proxy | main | report) ;;
@@ -151,7 +151,11 @@ logged() {
         exit 3
     elif [ "$code" -ne 0 ]; then
         echo "error: $name did not finish (exit code $code); see above or $OUT/logs/$name.log" >&2
-        echo "       the same command resumes it" >&2
+        if [ "$code" -eq 2 ]; then
+            echo "       correct the input first; the same command resumes it" >&2
+        else
+            echo "       the same command resumes it" >&2
+        fi
         exit "$code"
     fi
 }

@@ -136,6 +136,9 @@ def test_what_is_wrong_is_said(small, tmp_path):
     done = script("run_all.sh")
     assert done.returncode != 0
     assert "give the experiment" in done.stderr
+    for done in (script("run_all.sh", "no.sh"), script("run_all.sh", str(small / "small.sh"), SITE="no.sh")):
+        assert done.returncode == 2
+        assert "error: no.sh is missing" in done.stderr
     done = script("run_all.sh", str(small / "small.sh"), STAGES="train", OUT=tmp_path)
     assert done.returncode == 2
     assert "unknown stage 'train' in STAGES" in done.stderr
