@@ -48,6 +48,6 @@ preprocess_flags() {
         mapfile -t options <<< "$words"
         unset 'options[-1]'
     fi
-    FLAGS=(--output-dir "$DATA" ${1:+--split "$1"} --tokenizer-type "${TOKENIZER_TYPE:-SentencePieceTokenizer}"
+    FLAGS=(--output-dir "$DATA" ${1:+--split "$1"} ${TOKENIZER_TYPE:+--tokenizer-type "$TOKENIZER_TYPE"}
         --tokenizer-model "${TOKENIZER:?set it to the tokenizer file}" --append-eod "${options[@]}")
 }

@@ -115,6 +115,8 @@ def machine_failure(error: OSError) -> RunError:
     message = ": ".join([" -> ".join(names), error.strerror or str(error)] if names else [str(error)])
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         message += "; free disk space or raise the quota there, then run the same command again"
+    if error.errno == errno.EFBIG:
+        message += "; raise the limit of file sizes (ulimit -f), then run the same command again"
     return RunError(message)
 
 

@@ -14,6 +14,7 @@ A window is a training sample. With a global batch size of B, number n is row n 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,6 +62,15 @@ _AUTO_BYTES = 10 * 10**9
 _SAMPLE_TOKENS = 80
 
 
+def whole_number(text: str) -> int:
+    """Parses 2000000000, 2_000_000_000 or 2e9. Raises ValueError."""
+    with contextlib.suppress(ValueError):
+        return int(text)
+    if not float(text).is_integer():
+        raise ValueError(text)
+    return int(float(text))
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Builds the command-line parser."""
     parser = FlagParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
@@ -99,7 +109,7 @@ def _add_overview_options(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("domains", type=Path, metavar="MANIFEST", help="manifest of the data set")
     tokens_help = "tokens that a run reads, to show the epochs of each domain (default: none)"
-    add("--tokens", type=int, default=0, metavar="N", help=tokens_help)
+    add("--tokens", type=whole_number, default=0, metavar="N", help=tokens_help)
     add("--train-iters", type=int, default=0, metavar="N", help="instead of --tokens: steps of the run (default: none)")
     batch_help = "samples per step, with --train-iters (default: 0)"
     add("--global-batch-size", type=int, default=0, metavar="N", help=batch_help)
@@ -339,7 +349,7 @@ def verify(args: argparse.Namespace) -> None:
 def main() -> int:
     """Runs the command and returns the exit code."""
     argv = sys.argv[1:]
-    if argv and argv[0] not in (*COMMANDS, "-h", "--help"):
+    if argv and argv[0] not in (*COMMANDS, "-h", "--help", "--version"):
         argv.insert(0, OVERVIEW)
     args = build_parser().parse_args(argv)
     functions = {OVERVIEW: overview, "counts": counts, "documents": documents, "window": window, "verify": verify}

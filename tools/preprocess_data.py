@@ -290,10 +290,11 @@ def encode_split(args: argparse.Namespace, inputs: Inputs) -> int:
         print_stderr(f"error: {error}")
         return print_resume_hint(partial)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         place = error.filename or partial
-        text = f"{place}: {error.strerror}; nothing was published; free disk space or raise the quota there"
+        remedy = "raise ulimit -f" if error.errno == errno.EFBIG else "free disk space or raise the quota there"
+        text = f"{place}: {error.strerror}; nothing was published; {remedy}"
         print_stderr(f"error: {text}")
         return print_resume_hint(partial)
     # A task of an array job may see a single domain of many.

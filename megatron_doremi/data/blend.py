@@ -41,7 +41,7 @@ def too_short(name: str, prefix: object, num_tokens: int, seq_length: int) -> Fa
         f"domain {name!r} ({prefix})",
         size,
         f"a window takes --seq-length + 1 = {seq_length + 1} tokens",
-        "give the domain more text, leave it out of the manifest, or lower --seq-length",
+        "give the domain more text, leave it out with --exclude-domains, or lower --seq-length",
     )
 
 

@@ -192,7 +192,8 @@ def load_manifest(path: Path, split: tuple[float, ...] | None = None) -> Manifes
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(Fault(subject, str(error), "a readable manifest", "give --domains its path")) from error
+        remedy = f"give {path / 'domains.json'}" if path.is_dir() else "give the path of domains.json"
+        raise ConfigError(Fault(subject, str(error), "a readable manifest", remedy)) from error
     if text.lstrip()[:1] not in ("{", "["):
         return _checked(_from_list(path, *read_words(path, text, subject), split), subject)
     entry = read_json_object(path, subject)

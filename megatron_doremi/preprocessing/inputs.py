@@ -130,7 +130,21 @@ def find_inputs(
         except (OSError, ValueError) as error:
             inputs.faults.append(_unreadable(path, error))
     inputs.faults += _faults_of_files(inputs.files)
+    for name in sorted({file.domain for file in inputs.files if file.domain is not None and _not_utf8(file.domain)}):
+        rule, remedy = (
+            "a name in UTF-8, since it is that of a domain",
+            "rename it, or give --domain-key or --domain-rules",
+        )
+        inputs.faults.append(Fault("--input", f"the folder {name!r}", rule, remedy))
     return inputs
+
+
+def _not_utf8(name: str) -> bool:
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _expanded(path: Path) -> list[Path]:
@@ -188,7 +202,9 @@ def _stem(path: Path) -> str:
 
 def _unreadable(path: Path, error: OSError | ValueError) -> Fault:
     reason = error.strerror if isinstance(error, OSError) else str(error)
-    name = str(path) if len(str(path)) <= 300 else str(path)[:300] + "..."
+    # A folder below may be what cannot be read.
+    name = str(error.filename or path) if isinstance(error, OSError) else str(path)
+    name = name if len(name) <= 300 else name[:300] + "..."
     return Fault("--input", f"{name}: {reason}", "a readable file or folder", "check the path and its permissions")
 
 

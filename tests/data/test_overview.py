@@ -57,6 +57,16 @@ def overview(monkeypatch, capsys, *words):
     return capsys.readouterr().out.splitlines()
 
 
+def test_numbers_of_tokens_and_the_version(monkeypatch, capsys):
+    assert [inspect_data.whole_number(text) for text in ("2000", "2e3", "2_000")] == [2000] * 3
+    for text in ("1e400", "nan", "2.5", "1B"):
+        with pytest.raises(ValueError):
+            inspect_data.whole_number(text)
+    with pytest.raises(SystemExit):
+        overview(monkeypatch, capsys, "--version")
+    assert capsys.readouterr().out.startswith("Megatron-DoReMi ")
+
+
 # --- duplicates
 
 

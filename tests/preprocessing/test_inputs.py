@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import random
 import re
 import tracemalloc
@@ -412,6 +413,14 @@ def test_a_folder_of_text_beside_folders_of_records_is_a_domain(tmp_path):
     # Beside splits, it is documentation.
     (tmp_path / "a" / "code").rename(tmp_path / "a" / "train")
     assert [file.path.name for file in find_inputs([tmp_path / "a"]).files] == ["0.jsonl"]
+
+
+def test_a_folder_whose_name_is_not_utf8_is_a_fault(tmp_path):
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/a/caf\xe9"))
+    put(folder / "0.txt", b"a")
+    assert [fault.remedy for fault in find_inputs([tmp_path / "a"]).faults] == [
+        "rename it, or give --domain-key or --domain-rules"
+    ]
 
 
 def test_records_without_the_fields_are_found_before_they_are_read(tmp_path):
