@@ -146,6 +146,9 @@ def summary(run: Path, step: int, files: RunFiles, recorded: RecordedStep) -> li
     origin = f"replayed from iteration {recorded.replayed_from:,}"
     confirmed = "metrics.jsonl has the same windows by domain" if line else "metrics.jsonl has no line of this step"
     lines.append(f"{origin}; {confirmed}")
+    if step > recorded.newest:
+        taken = f"the last that is recorded is {recorded.newest:,}" if recorded.newest else "none is recorded"
+        lines.append(f"the run may not have taken this step yet: {taken}; below is what the step reads")
     recorded_losses = (line or {}).get("domain_loss")
     if isinstance(recorded_losses, dict) and recorded_losses:
         # NaN first: it is what a user looks for.

@@ -55,9 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with stage("drawing the charts"):
         report = make_report(study, __version__)
         write_report(report, folder)
-    print_stdout(
-        f"\nwrote {folder / 'report.html'}, results.json and {len(report.charts)} PNG files in the same folder"
-    )
+    pictures = f"{len(report.charts)} PNG file{'s' if len(report.charts) != 1 else ''}"
+    print_stdout(f"\nwrote {folder / 'report.html'}, results.json and {pictures} in the same folder")
     return 0
 
 

@@ -33,6 +33,7 @@ class RecordedStep:
         blend: of the run at this step.
         replayed_from: the iteration at which the replay began: a checkpoint's, or 0.
         line: the step's line of metrics.jsonl; None if it has none. Its counts by domain are those of `batch`.
+        newest: the last step that metrics.jsonl or a checkpoint records: a later one may not have been taken yet.
     """
 
     batch: GlobalBatch
@@ -40,6 +41,7 @@ class RecordedStep:
     blend: Blend
     replayed_from: int
     line: Mapping[str, Any] | None
+    newest: int
 
     def epochs(self) -> NDArray[np.int64]:
         """[B] epoch, from 0, in which each row of the batch reads its window."""
@@ -80,7 +82,8 @@ def recorded_step(run: Path, config: RunConfigFile, window_counts: tuple[int, ..
     identity = config.identity.entries() if config.identity is not None else {}
     start = _state_before(run, tuple(config.domains), step)
     learned = identity.get("doremi_weighting") == "resample"
-    lines = _lines(run / "metrics.jsonl", start.step if learned else step - 1, step)
+    lines, newest = _lines(run / "metrics.jsonl", start.step if learned else step - 1, step)
+    newest = max([newest, *(iteration for iteration, _ in checkpoints(run))])
     seq_length = _entry(config, identity, "seq_length")
 
     def blend_at(number: int) -> Blend:
@@ -114,7 +117,7 @@ def recorded_step(run: Path, config: RunConfigFile, window_counts: tuple[int, ..
         value = f"{counts_of(step).tolist()} windows by domain at step {step:,}"
         rule = f"those of the replay, {counts.tolist()}"
         raise ConfigError(Fault(str(run / "metrics.jsonl"), value, rule, "is it the metrics.jsonl of this run?"))
-    return RecordedStep(blend.batch_of(state, counts), state.cursors, blend, start.step, line)
+    return RecordedStep(blend.batch_of(state, counts), state.cursors, blend, start.step, line, newest)
 
 
 def _weights_at(config: RunConfigFile, step: int) -> NDArray[np.float64]:
@@ -140,9 +143,9 @@ def _state_before(run: Path, names: tuple[str, ...], step: int) -> BlendState:
     return BlendState.start(len(names))
 
 
-def _lines(path: Path, after: int, last: int) -> dict[int, dict[str, Any]]:
-    """The training lines of metrics.jsonl after one step, up to another; damaged lines are skipped."""
-    lines = {}
+def _lines(path: Path, after: int, last: int) -> tuple[dict[int, dict[str, Any]], int]:
+    """The training lines of metrics.jsonl after one step, up to another, and its last step; skips damaged lines."""
+    lines, newest = {}, 0
     with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
         for text in file:
             try:
@@ -150,6 +153,8 @@ def _lines(path: Path, after: int, last: int) -> dict[int, dict[str, Any]]:
                 iteration = line["iteration"]
             except (ValueError, KeyError, TypeError, RecursionError):
                 continue
-            if isinstance(iteration, int) and after < iteration <= last and "loss" in line:
-                lines[iteration] = line
-    return lines
+            if isinstance(iteration, int) and "loss" in line:
+                newest = max(newest, iteration)
+                if after < iteration <= last:
+                    lines[iteration] = line
+    return lines, newest

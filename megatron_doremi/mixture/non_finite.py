@@ -10,10 +10,6 @@ from megatron_doremi.mixture.objective import Objective
 from megatron_doremi.parallel.exchange import gather_json
 
 _SHOWN_WINDOWS = 20
-_REMEDY = (
-    "      nothing was saved after the last checkpoint; look at the text with tools/inspect_data.py, or resume from\n"
-    "      the checkpoint with a lower --lr or --clip-grad"
-)
 
 
 class NonFinite(RunError):
@@ -39,17 +35,24 @@ def explain_loss(
             parts.append(f"the {subject}'s loss of iteration {iteration} is NaN or Inf in {listed}")
     if not any(not window[2] for window in windows):
         parts.append(f"the {model}'s own losses are finite: check the reference or its recorded losses")
-    return NonFinite("\n      ".join([*parts, _batch(windows, names)]) + "\n" + _REMEDY)
+    return NonFinite("\n      ".join([*parts, _batch(windows, names), *_remedy(iteration)]))
 
 
 def explain_gradient(
     objective: Objective, micro_batches: Sequence[MicroBatch], names: Sequence[str], iteration: int
 ) -> NonFinite:
     """The error for a step whose gradient is NaN or Inf although its losses are finite; a collective call."""
-    return NonFinite(
-        f"the gradient of iteration {iteration} is NaN or Inf, although every loss is finite; the step was not taken\n"
-        f"      {_batch(_windows(objective, micro_batches), names)}\n{_REMEDY}"
+    first = (
+        f"the gradient of iteration {iteration} is NaN or Inf, although every loss is finite; the step was not taken"
     )
+    return NonFinite("\n      ".join([first, _batch(_windows(objective, micro_batches), names), *_remedy(iteration)]))
+
+
+def _remedy(iteration: int) -> list[str]:
+    return [
+        f"nothing was saved after the last checkpoint; tools/inspect_step.py --step {iteration} shows the batch,",
+        "or resume from the checkpoint with a lower --lr or --clip-grad",
+    ]
 
 
 def _windows(objective: Objective, micro_batches: Sequence[MicroBatch]) -> list[tuple[int, int, bool, bool]]:

@@ -185,7 +185,7 @@ def read_runs(path: Path, flag: str = "RUN") -> list[Run]:
         remedy = "give the --save folder of a run of pretrain_doremi.py"
         raise ConfigError(Fault(flag, str(path), "must be an existing folder", remedy))
     lines = read_evaluations(path)
-    after_training = [line.evaluation() for line in lines if line.of_this_folder]
+    after_training = [line for line in lines if line.of_this_folder]
     others: dict[str, list[EvaluationLine]] = {}
     for line in lines:
         if not line.of_this_folder:
@@ -207,7 +207,7 @@ def read_run(path: Path, flag: str = "RUN") -> Run:
 
 def _evaluated(path: Path, lines: Sequence[EvaluationLine]) -> Run:
     """A run of which only the evaluations are known."""
-    newest = max(lines, key=lambda line: line.iteration)
+    newest = _newest(lines)
     config = {key: getattr(newest, key) for key in ("checkpoint", "seq_length", "held_out_content", "bf16")}
     evaluations = {line.iteration: line.evaluation() for line in lines}
     empty = Series((), np.empty((0, 0)))
@@ -215,11 +215,20 @@ def _evaluated(path: Path, lines: Sequence[EvaluationLine]) -> Run:
     return Run(path, "evaluate", config, np.empty(0, np.int64), {}, empty, empty, empty, empty, history, None, {})
 
 
-def _read_trained(path: Path, after_training: Sequence[Evaluation]) -> Run:
+def _newest(lines: Sequence[EvaluationLine]) -> EvaluationLine:
+    """The evaluation that counts: of the last step, and of several at that step the last line."""
+    return max(reversed(lines), key=lambda line: line.iteration)
+
+
+def _read_trained(path: Path, after_training: Sequence[EvaluationLine]) -> Run:
     """A run's own folder; evaluations `after_training` replace those that training wrote at the same step."""
     config = read_object(path / "config.json", "give the --save folder of a run")
     metrics = _read_metrics(path / "metrics.jsonl")
-    history = {evaluation.iteration: evaluation for evaluation in (*metrics.evaluations, *after_training)}
+    later = [line.evaluation() for line in after_training]
+    history = {evaluation.iteration: evaluation for evaluation in (*metrics.evaluations, *later)}
+    if after_training and _newest(after_training).iteration == max(history):
+        # The text that was read may be another one than that of training.
+        config = {**config, "held_out_content": _newest(after_training).held_out_content}
     weights_file = path / "domain_weights.json"
     recorded, provenance = (None, {}) if not weights_file.is_file() else _read_weights(weights_file)
     return Run(

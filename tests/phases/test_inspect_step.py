@@ -88,6 +88,13 @@ def test_a_static_mixture_with_and_without_checkpoints_between(data, tmp_path, c
     assert "more windows: --limit 0 shows all" in text
     assert text.count("== row") == 2
     assert "domain 1, window" not in text
+    assert "may not have taken this step" not in text
+    (save / "checkpoints").rename(save / "away")
+    lines = (save / "metrics.jsonl").read_text().splitlines()
+    (save / "metrics.jsonl").write_text("\n".join(lines[:2]))
+    assert inspect_step.main(["--run", str(save), "--step", "11", "--ids", "--limit", "1"]) == 0
+    assert "may not have taken this step yet: the last that is recorded is 10;" in capsys.readouterr().out
+    (save / "metrics.jsonl").write_text("\n".join(lines))
     # A line that a person or another program has edited.
     lines = (save / "metrics.jsonl").read_text().splitlines()
     edited = {**json.loads(lines[0]), "loss": None, "grad_norm": None}

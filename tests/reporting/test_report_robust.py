@@ -121,6 +121,14 @@ def test_evaluations_of_several_runs(write_run):
     assert (str(other.path), [each.iteration for each in other.evaluations]) == ("/other/x", [4, 8])
     assert read_run(path).path == path
     assert "x @8" in shown(path)
+    # The text of the evaluation that counts: the last line of the newest step.
+    assert self_evaluated.config["held_out_content"] == "c" * 64
+    with (path / "evaluations.jsonl").open("a") as file:
+        file.write(evaluation_line("/other/x", 8, False, held_out_content="d" * 64, seq_length=32))
+        file.write(evaluation_line(path, 1, True, held_out_content="e" * 64))
+    self_evaluated, other = read_runs(path)
+    assert self_evaluated.config["held_out_content"] == "c" * 64
+    assert (other.config["held_out_content"], other.config["seq_length"]) == ("d" * 64, 32)
 
 
 def test_a_folder_of_evaluations_alone(tmp_path):
