@@ -300,7 +300,8 @@ def encode_split(args: argparse.Namespace, inputs: Inputs) -> int:
     # A task of an array job may see a single domain of many.
     single_reported = shard.count > 1 or bool(domain_warnings(inputs.files, inputs.reader))
     read_in_full = () if shard.count > 1 or args.max_documents else inputs.files
-    print_summary(outputs, inputs.reader.valid_fraction > 0, single_reported, read_in_full)
+    extended = load_manifest(args.output_dir / "domains.json") if args.split == "valid" and shard.count == 1 else None
+    print_summary(outputs, inputs.reader.valid_fraction > 0, single_reported, read_in_full, extended)
     return 0
 
 

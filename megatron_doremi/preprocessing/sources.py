@@ -258,7 +258,8 @@ def _parsed(line: bytes) -> Any:
     except UnicodeDecodeError:
         return _bad_encoding(line)
     except (ValueError, RecursionError):
-        return BadLine("not JSON")
+        # Pretty-printed objects span lines.
+        return BadLine("not JSON on one line: jq -c . FILE > NEW" if line.strip() == b"{" else "not JSON")
 
 
 def _bad_encoding(data: bytes) -> BadLine:

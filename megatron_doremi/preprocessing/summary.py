@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_doremi.console import print_stdout, warn
-from megatron_doremi.data.manifest import similar_names
+from megatron_doremi.data.manifest import Manifest, similar_names
 from megatron_doremi.preprocessing.encoding import describe_bad_lines
 from megatron_doremi.preprocessing.file_domains import shown_names, single_domain, without_documents
 from megatron_doremi.preprocessing.inputs import InputFile
@@ -16,7 +16,11 @@ from megatron_doremi.tokenization.tokenizer import Tokenizer
 
 
 def print_summary(
-    outputs: Outputs, holds_out: bool, single_reported: bool = False, files: Sequence[InputFile] = ()
+    outputs: Outputs,
+    holds_out: bool,
+    single_reported: bool = False,
+    files: Sequence[InputFile] = (),
+    extended: Manifest | None = None,
 ) -> None:
     """Prints a table of what was written, what looks wrong, and what was skipped.
 
@@ -24,6 +28,7 @@ def print_summary(
         holds_out: whether a part of the documents should be in the valid split.
         single_reported: whether the user already knows of a single domain.
         files: those that were read in full.
+        extended: the manifest to which the valid split was added.
     """
     rows = []
     for (domain, split), output in sorted(outputs.by_key.items()):
@@ -38,6 +43,8 @@ def print_summary(
     if holds_out and train - valid:
         text = f"no document is held out of {shown_text(shown_names(train - valid))}"
         warn(f"{text}; more text or a larger --valid-fraction helps")
+    if extended and (lacking := [domain.name for domain in extended.domains if domain.valid is None]):
+        warn(f"no held-out documents of {shown_text(shown_names(lacking))}: runs are not evaluated on them")
     if without := without_documents(files, outputs.by_key):
         warn(f"domains without a document, since their files are empty: {shown_text(shown_names(without))}")
     for group in similar_names(sorted({domain for domain, _ in outputs.by_key})):

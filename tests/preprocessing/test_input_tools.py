@@ -183,6 +183,7 @@ def test_one_command_writes_both_splits_of_a_folder_that_has_them(tokenizer, tmp
         for domain in manifest.domains
     }
     assert documents == {"law": [1, None], "web": [3, 2]}
+    assert b"warning: no held-out documents of law: runs are not evaluated on them" in done.stderr
     # The same where the splits are paths of their own.
     put(tmp_path / "text" / "train" / "0.txt", b"train")
     put(tmp_path / "text" / "validation" / "0.txt", b"valid")

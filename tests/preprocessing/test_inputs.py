@@ -435,6 +435,9 @@ def test_records_without_the_fields_are_found_before_they_are_read(tmp_path):
     with pytest.raises(ConfigError, match="separate the columns by commas"):
         read(put(tmp_path / "d.csv", b"text;domain\na;Web\n"), "--domain-key", "domain")
     assert len(read(file)[1]) == 3
+    assert read(put(tmp_path / "e.json", b'{\n "text": "a"\n}\n'))[1][0].endswith(
+        "line 1: not JSON on one line: jq -c . FILE > NEW"
+    )
 
 
 def test_the_files_of_one_split_are_read(tmp_path, capsys):
