@@ -37,6 +37,7 @@ _METAVARS: dict[Any, str] = {
     "data_path": "WORD",
     "split": "SHARES",
     "domain_weights": "MIXTURE",
+    "domain_names": "MAP",
     "wandb_project": "NAME",
     "reference_losses": "{online,DIR}",
 }

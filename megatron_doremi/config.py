@@ -63,9 +63,12 @@ class DataConfig:
         "",
         "sampling weights of the domains: uniform, natural (by token count N), temperature:T (by N^(1/T)), unimax (as "
         "uniform as --max-epochs-per-domain allows), given (those of a Megatron-LM list), weights by name as in "
-        "A=0.5,B=0.5 (0 leaves a domain out) or a weights file (default: uniform for a proxy, else given if the list "
-        "has weights, else natural)",
+        "A=0.5,B=0.5 (0 leaves a domain out) or a weights file: JSON, YAML, or FILE.csv@RUN (default: uniform for a "
+        "proxy, else given if the list has weights, else natural)",
         phases=NO_EVALUATION,
+    )
+    domain_names: str = setting(
+        "", "JSON file {name in the weights file: name in the manifest}; other names stay", phases=NO_EVALUATION
     )
     exclude_domains: tuple[str, ...] = setting(
         (), "domains of the manifest to leave out, as A,B or as separate words; names are those of the manifest"

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from megatron_doremi.console import COLUMNS, print_stdout
 from megatron_doremi.data.blend import Blend, BlendState, too_short, window_count
+from megatron_doremi.data.domain_names import read_domain_names
 from megatron_doremi.data.indexed_dataset import IndexedDataset
 from megatron_doremi.data.manifest import Manifest, load_manifest, print_warnings
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any, run_or_exit
@@ -117,6 +118,7 @@ def _add_overview_options(command: argparse.ArgumentParser) -> None:
     add("--seq-length", type=int, default=0, metavar="N", help=length_help)
     weights_help = "domain weights of the run: a mixture or a weights file (default: natural)"
     add("--domain-weights", metavar="WEIGHTS", help=weights_help)
+    _add_weights_options(command)
     cap_help = "--max-epochs-per-domain of the run; only unimax needs it (default: 0)"
     add("--max-epochs-per-domain", type=float, default=0.0, metavar="E", help=cap_help)
     add("--all", action="store_true", help="show every domain (default: of more than 40 the largest and the smallest)")
@@ -127,13 +129,19 @@ def _add_overview_options(command: argparse.ArgumentParser) -> None:
     add("--duplicates", choices=("auto", "all", "none"), default="auto", help=duplicates_help)
 
 
+def _add_weights_options(command: argparse.ArgumentParser) -> None:
+    names_help = "JSON file {name in the weights file: name in the manifest} (default: names are the manifest's)"
+    command.add_argument("--domain-names", type=Path, metavar="MAP", help=names_help)
+    mismatch_help = "accept weights that were learned with another tokenizer (default: refuse them)"
+    command.add_argument("--allow-tokenizer-mismatch", action="store_true", help=mismatch_help)
+
+
 def _add_window_options(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--number", required=True, type=int, metavar="N", help="index of the sample in training, from 0")
     weights_help = "domain weights of the training run: a mixture or a weights file (default: uniform)"
     add("--domain-weights", default="uniform", metavar="WEIGHTS", help=weights_help)
-    mismatch_help = "accept weights that were learned with another tokenizer (default: refuse them)"
-    add("--allow-tokenizer-mismatch", action="store_true", help=mismatch_help)
+    _add_weights_options(command)
     iters_help = "--train-iters of the training run; only unimax needs it (default: 0)"
     add("--train-iters", type=int, default=0, metavar="N", help=iters_help)
     epochs_help = "--max-epochs-per-domain of the training run; only unimax needs it (default: 0)"
@@ -211,7 +219,14 @@ def weights_and_budget(args: argparse.Namespace, manifest: Manifest) -> tuple[ND
     tokens = args.tokens or args.train_iters * args.global_batch_size * args.seq_length
     cap = args.max_epochs_per_domain
     budget = Budget(tokens, [domain.tokens for domain in manifest.domains], cap) if tokens and cap else None
-    return resolve_weights(args.domain_weights or "natural", manifest, budget=budget), tokens
+    return _weights(args, manifest, budget), tokens
+
+
+def _weights(args: argparse.Namespace, manifest: Manifest, budget: Budget | None) -> NDArray[np.float64]:
+    """Returns the weights of --domain-weights, [k]. Raises ConfigError."""
+    renames = read_domain_names(args.domain_names) if args.domain_names else None
+    setting = args.domain_weights or "natural"
+    return resolve_weights(setting, manifest, args.allow_tokenizer_mismatch, budget=budget, renames=renames)
 
 
 def sample_line(name: str, dataset: IndexedDataset, tokenizer: Tokenizer | None) -> str:
@@ -304,7 +319,7 @@ def window(args: argparse.Namespace) -> None:
     if args.train_iters and args.max_epochs_per_domain:
         windows = args.train_iters * args.global_batch_size
         budget = Budget(windows * args.seq_length, [n * args.seq_length for n in sizes], args.max_epochs_per_domain)
-    weights = resolve_weights(args.domain_weights, manifest, args.allow_tokenizer_mismatch, budget=budget)
+    weights = _weights(args, manifest, budget)
     blend = Blend(manifest.names, sizes, args.global_batch_size, args.seed)
     step, row = divmod(args.number, args.global_batch_size)
     state = BlendState.start(len(datasets))

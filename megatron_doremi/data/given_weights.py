@@ -16,13 +16,25 @@ from collections.abc import Iterator, Sequence
 from megatron_doremi.errors import Fault
 
 _ENTRY = re.compile(r"\s*(.+?)\s*=\s*([^=,]*?)\s*(?:,|$)", re.DOTALL)
+_TABLE_ROW = re.compile(r"\.csv@", re.IGNORECASE)
+_FILE = re.compile(r"\.(json|yaml|yml|csv)$|\.csv@", re.IGNORECASE)
+# The shortest name that is recognized at the end of a longer one.
+_SHORTEST_ENDING = 3
 _RULE = "NAME=WEIGHT,NAME=WEIGHT,... with a weight of 0 or more for each domain"
 _REMEDY = 'write for example --domain-weights "A=0.5,B=0.5"; a weight of 0 leaves a domain out'
 
 
 def is_inline(setting: str) -> bool:
     """Whether --domain-weights holds weights rather than a keyword or a path."""
-    return "=" in setting and not setting.endswith(".json") and not os.path.lexists(setting)
+    return "=" in setting and not _FILE.search(setting) and not os.path.lexists(setting)
+
+
+def file_and_row(setting: str) -> tuple[str, str | None]:
+    """The path in --domain-weights, and RUN of FILE.csv@RUN; None without it."""
+    match = _TABLE_ROW.search(setting)
+    if match is None or os.path.lexists(setting):
+        return setting, None
+    return setting[: match.end() - 1], setting[match.end() :]
 
 
 def read_inline(setting: str, subject: str) -> tuple[dict[str, float], list[Fault]]:
@@ -62,7 +74,19 @@ def split_names(words: Sequence[str], known: Sequence[str]) -> Iterator[str]:
 
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:
-    """`did you mean 'Books'?` for the domain name that is most like `name`; "" if none is."""
+    """`did you mean 'Books'?` for the domain name that is most like `name`; "" if none is.
+
+    A name that `name` ends with, but for case and punctuation, comes first: 'train_the_pile_arxiv' is 'ArXiv'.
+    """
+    plain = _letters(name)
+    endings = [other for other in known if len(_letters(other)) >= _SHORTEST_ENDING and plain.endswith(_letters(other))]
+    if endings:
+        return f"did you mean {max(endings, key=lambda other: len(_letters(other)))!r}?"
     folded = {other.casefold(): other for other in known}
     near = difflib.get_close_matches(name.casefold().strip(), folded, n=1)
     return f"did you mean {folded[near[0]]!r}?" if near else ""
+
+
+def _letters(name: str) -> str:
+    """Letters and digits only, without case."""
+    return "".join(character for character in name.casefold() if character.isalnum())

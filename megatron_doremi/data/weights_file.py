@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -11,11 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from megatron_doremi.data.given_weights import did_you_mean, read_inline
+from megatron_doremi.data.domain_names import match_names
+from megatron_doremi.data.given_weights import read_inline
 from megatron_doremi.data.manifest import Manifest
 from megatron_doremi.data.prefix_list import LARGEST_WEIGHT
+from megatron_doremi.data.weights_formats import read_weights_file, weights_within
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any
-from megatron_doremi.storage.files import atomic_write_text, read_json_object
+from megatron_doremi.storage.files import atomic_write_text
 from megatron_doremi.storage.formats import Count, Name, Schema, check_entry, format_fault
 
 WEIGHTS_FORMAT = "megatron-doremi-weights/1"
@@ -27,8 +29,8 @@ WeightByHand = Annotated[float, Field(ge=0.0, lt=LARGEST_WEIGHT)]
 
 
 class WeightsByHand(Schema):
-    """Weights by domain name that a person wrote: inline, in a bare file, or in the DoReMi authors' format. A weight of
-    0 leaves a domain out."""
+    """Weights by domain name that a person or another program wrote: inline, in a bare file, or in a format of
+    weights_formats.py. A weight of 0 leaves a domain out."""
 
     weights: dict[Name, WeightByHand]
 
@@ -63,31 +65,38 @@ def save_weights(
 
 
 def load_weights(
-    path: Path, manifest: Manifest, allow_tokenizer_mismatch: bool, allow_unfinished: bool = True
+    setting: str | Path,
+    manifest: Manifest,
+    allow_tokenizer_mismatch: bool,
+    allow_unfinished: bool = True,
+    renames: Mapping[str, str] | None = None,
 ) -> NDArray[np.float64]:
     """Reads [k] weights for the manifest's domains, in its order, normalized to sum 1. Weights of 0 are kept.
 
-    Accepts this program's file, a bare {name: weight}, and the format of the DoReMi authors' repository,
-    {"train_domain_weights": {name: weight}, ...}.
+    Accepts this program's file, a bare {name: weight}, and the formats of weights_formats.py. Only this program's names
+    a tokenizer; the weights of the others are taken as they are.
 
     Args:
+        setting: path, or FILE.csv@RUN.
         allow_tokenizer_mismatch: accept weights that were learned with another tokenizer.
         allow_unfinished: accept weights of a proxy that has not finished all of its steps.
+        renames: the manifest's names for names in the file.
 
     Raises:
         ConfigError: with all faults, including unknown or missing names and another tokenizer.
     """
-    subject = f"--domain-weights {path}"
-    entry = read_json_object(path, subject, _unreadable_remedy(path))
+    subject, renames = f"--domain-weights {setting}", renames or {}
+    domains = {*manifest.names, *manifest.excluded, *renames}
+    entry = read_weights_file(str(setting), subject, _unreadable_remedy(Path(setting)), domains)
     # A domain may be named "format"; its value is then a number.
     if "format" not in entry or isinstance(entry["format"], int | float):
-        key = "train_domain_weights"
-        bare = key not in entry or key in manifest.names
-        return weights_by_hand(subject, entry if bare else entry[key], manifest)
+        return weights_by_hand(subject, weights_within(entry, subject, domains), manifest, renames)
     raise_if_any([fault for fault in [format_fault(entry, subject, WeightsEntry, "give a weights file")] if fault])
     faults = _tokenizer_faults(subject, entry.get("tokenizer_sha256"), manifest, allow_tokenizer_mismatch)
-    if isinstance(entry.get("weights"), dict):
-        faults += _name_faults(subject, entry["weights"], manifest, learned=True)
+    weights, matches = entry.get("weights"), dict[str, str]()
+    if isinstance(weights, dict):
+        matches, name_faults = match_names(subject, list(weights), manifest, renames, learned=True)
+        faults += name_faults
     try:
         checked = check_entry(entry, subject, WeightsEntry, _REMEDY)
     except ConfigError as error:
@@ -95,21 +104,22 @@ def load_weights(
     if not allow_unfinished:
         faults += _unfinished_faults(subject, checked.provenance)
     raise_if_any(faults)
-    return shares_of(subject, manifest, [checked.weights[name] for name in manifest.names])
+    return shares_of(subject, manifest, [checked.weights[matches[name]] for name in manifest.names])
 
 
-def inline_weights(setting: str, manifest: Manifest) -> NDArray[np.float64]:
+def inline_weights(setting: str, manifest: Manifest, renames: Mapping[str, str] | None = None) -> NDArray[np.float64]:
     """[k] weights of `A=0.5,B=0.5`, in the manifest's order, normalized to sum 1. Raises ConfigError."""
     subject = "--domain-weights"
     weights, faults = read_inline(setting, subject)
     if faults:
-        raise ConfigError([*faults, *_name_faults(subject, weights, manifest)])
-    return weights_by_hand(subject, weights, manifest)
+        raise ConfigError([*faults, *match_names(subject, list(weights), manifest, renames or {})[1]])
+    return weights_by_hand(subject, weights, manifest, renames or {})
 
 
-def weights_by_hand(subject: str, weights: Any, manifest: Manifest) -> NDArray[np.float64]:
-    """[k] weights that a person wrote, by name, normalized to sum 1; at least one is positive."""
-    faults = _name_faults(subject, weights, manifest) if isinstance(weights, dict) else []
+def weights_by_hand(subject: str, weights: Any, manifest: Manifest, renames: Mapping[str, str]) -> NDArray[np.float64]:
+    """[k] weights that a person or another program wrote, by name, normalized to sum 1; at least one is positive."""
+    names = list(weights) if isinstance(weights, dict) else []
+    matches, faults = match_names(subject, names, manifest, renames) if isinstance(weights, dict) else ({}, [])
     try:
         checked = check_entry({"weights": weights}, subject, WeightsByHand, _REMEDY)
     except ConfigError as error:
@@ -117,7 +127,7 @@ def weights_by_hand(subject: str, weights: Any, manifest: Manifest) -> NDArray[n
     if not faults and not any(checked.weights.values()):
         faults.append(Fault(subject, "0 for every domain", "at least one positive weight", "give one"))
     raise_if_any(faults)
-    return shares_of(subject, manifest, [checked.weights[name] for name in manifest.names])
+    return shares_of(subject, manifest, [checked.weights[matches[name]] for name in manifest.names])
 
 
 def _unreadable_remedy(path: Path) -> str:
@@ -160,38 +170,10 @@ def _tokenizer_faults(subject: str, sha256: Any, manifest: Manifest, allowed: bo
     return [
         Fault(
             subject,
-            f"learned with tokenizer {str(sha256)[:12]}",
+            f"learned with tokenizer {str(sha256)[:12]}"
+            if sha256
+            else "learned with a tokenizer that it does not name",
             f"the manifest's tokenizer, {str(ours)[:12]}",
             "learn weights with this tokenizer (they do not transfer), or give --allow-tokenizer-mismatch",
         )
     ]
-
-
-def _name_faults(subject: str, weights: Mapping[str, Any], manifest: Manifest, learned: bool = False) -> list[Fault]:
-    """Faults of names that are missing or unknown: weights are never spread over other domains than were named.
-
-    Args:
-        learned: the weights were learned together, by a proxy.
-    """
-    faults = []
-    excluded = [name for name in weights if name in manifest.excluded]
-    unknown = [name for name in weights if name not in manifest.names and name not in excluded]
-    missing = [name for name in manifest.names if name not in weights]
-    if excluded:
-        rule, remedy = "weights of the domains that the run reads", "remove these entries"
-        if learned:
-            remedy = "learn weights without these domains: what was learned with them is no mixture of the others"
-        faults.append(Fault(subject, f"excluded: {_listed(excluded)}", rule, remedy))
-    if unknown:
-        rule = "the manifest's names exactly: " + _listed(manifest.names)
-        guess = did_you_mean(unknown[0], missing)
-        faults.append(Fault(subject, "unknown: " + _listed(unknown), rule, guess or "rename or remove these entries"))
-    if missing:
-        remedy = "give --exclude-domains to train without them, and weights learned so" if learned else "add them"
-        remedy += "" if learned else "; a weight of 0 leaves a domain out"
-        faults.append(Fault(subject, "missing: " + _listed(missing), "a weight for each domain", remedy))
-    return faults
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(map(repr, names))

@@ -8,14 +8,14 @@ With N_i the tokens of domain i, B the tokens that a run reads, and E the maximu
     unimax         as uniform as the caps E N_i allow (UniMax, Chung et al. 2023, arXiv 2304.09151, Algorithm 1)
     given          the weights in a list 'weight prefix weight prefix ...'
     A=0.5,B=0.5    these weights, by domain name; 0 leaves a domain out
-    FILE           the weights in a weights file
+    FILE           the weights in a weights file; FILE.csv@RUN: in a table's row of this run
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -124,6 +124,7 @@ def resolve_weights(
     allow_tokenizer_mismatch: bool = False,
     allow_unfinished: bool = True,
     budget: Budget | None = None,
+    renames: Mapping[str, str] | None = None,
 ) -> NDArray[np.float64]:
     """[k] sampling weights, sum 1, for --domain-weights. A weight of 0 was given by hand and leaves the domain out.
 
@@ -131,6 +132,7 @@ def resolve_weights(
         setting: one of the names in the module's docstring, or a file.
         allow_tokenizer_mismatch, allow_unfinished: see `load_weights`.
         budget: of the run; read for `unimax` only.
+        renames: the manifest's names for names in weights that are given by name.
 
     Raises:
         ConfigError: `given` for a manifest without weights, unknown domain sizes, a temperature that is not a positive
@@ -156,12 +158,12 @@ def resolve_weights(
             return manifest.natural_weights()
         return _checked_temperature(subject, manifest, temperature)
     if is_inline(setting):
-        return inline_weights(setting, manifest)
+        return inline_weights(setting, manifest, renames)
     similar = similar_mixture(setting)
     if similar and not Path(setting).exists():
         rule = f"{_NAMES}, given, or a weights file that exists"
         raise ConfigError(Fault("--domain-weights", setting, rule, f"did you mean {similar}?"))
-    return load_weights(Path(setting), manifest, allow_tokenizer_mismatch, allow_unfinished)
+    return load_weights(setting, manifest, allow_tokenizer_mismatch, allow_unfinished, renames)
 
 
 def _temperature(setting: str) -> float:

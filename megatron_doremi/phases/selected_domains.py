@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_doremi.config import Config
+from megatron_doremi.data.domain_names import read_domain_names
 from megatron_doremi.data.manifest import Manifest, exclude_domains, load_manifest, manifest_of_words
 from megatron_doremi.errors import ConfigError, Fault
 from megatron_doremi.mixture.static import names_domains, resolve_weights
@@ -34,7 +35,7 @@ def select_domains(
 
     Args:
         to_come: see `inputs_to_come`.
-        faults: of the weights; appended to.
+        faults: of the weights and of --domain-names; appended to.
 
     Returns:
         the manifest, and [k] sampling weights, sum 1, if they are given by name, else None.
@@ -49,11 +50,24 @@ def select_domains(
         else manifest_of_words(data.data_path, data.split_shares)
     )
     manifest = exclude_domains(manifest, data.exclude_domains)
-    setting = config.data.domain_weights
+    setting, renames = config.data.domain_weights, dict[str, str]()
+    if data.domain_names:
+        try:
+            if not names_domains(setting):
+                rule = "weights by name in --domain-weights, whose names it translates"
+                raise ConfigError(
+                    Fault("--domain-names", data.domain_names, rule, "leave it out, or give such weights")
+                )
+            renames = read_domain_names(Path(data.domain_names))
+        except ConfigError as error:
+            faults += error.faults
+            return manifest, None
     if config.data.phase not in NO_EVALUATION or WEIGHTS in to_come or not names_domains(setting):
         return manifest, None
     try:
-        weights = resolve_weights(setting, manifest, config.data.allow_tokenizer_mismatch, config.run.allow_unfinished)
+        weights = resolve_weights(
+            setting, manifest, data.allow_tokenizer_mismatch, config.run.allow_unfinished, renames=renames
+        )
     except ConfigError as error:
         faults += error.faults
         return manifest, None

@@ -8,6 +8,7 @@ import os
 from difflib import get_close_matches
 
 from megatron_doremi.config import Config
+from megatron_doremi.data.given_weights import file_and_row
 from megatron_doremi.mixture.static import is_weights_file, similar_mixture
 from megatron_doremi.settings import EVALUATE, NO_EVALUATION, PROXY, SCORE
 
@@ -25,7 +26,7 @@ def inputs_to_come(config: Config) -> dict[str, str]:
     phase, doremi, weights = config.data.phase, config.doremi, config.data.domain_weights
     stand_ins: dict[str, tuple[str, str]] = {}
     if phase in NO_EVALUATION and is_weights_file(weights) and not similar_mixture(weights):
-        stand_ins[WEIGHTS] = (weights, "uniform weights stand in; no cap on epochs is checked")
+        stand_ins[WEIGHTS] = (file_and_row(weights)[0], "uniform weights stand in; no cap on epochs is checked")
     if phase == PROXY and doremi.online:
         stand_ins[REFERENCE_RUN] = (doremi.reference_folder, "a reference of the proxy's own shape stands in")
     elif phase == PROXY and not get_close_matches(doremi.reference_losses, ["online"], cutoff=0.8):

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 from megatron_doremi.errors import ConfigError, Fault
 
 _HASH_BLOCK = 1 << 22
+_ONE_OBJECT = "a readable file that holds one JSON object"
 
 
 def atomic_write_text(path: Path, text: str) -> None:
@@ -167,8 +168,24 @@ def read_json_object(path: Path, subject: str, remedy: str = "give such a file")
         remedy: what the user should do if the file cannot be read.
 
     Raises:
-        ConfigError: the file cannot be read, is not JSON, is not an object, or has a duplicate key (the json module
-            silently keeps the last value, and a domain's weight would be lost).
+        ConfigError: the file holds another JSON value, or see `read_json`.
+    """
+    return json_object(read_json(path, subject, remedy), subject, remedy)
+
+
+def json_object(content: Any, subject: str, remedy: str) -> dict[str, Any]:
+    """A JSON value that must be an object. Raises ConfigError."""
+    if not isinstance(content, dict):
+        raise ConfigError(Fault(subject, f"a JSON {type(content).__name__}", _ONE_OBJECT, remedy))
+    return content
+
+
+def read_json(path: Path, subject: str, remedy: str = "give such a file") -> Any:
+    """Reads a file that holds one JSON value.
+
+    Raises:
+        ConfigError: the file cannot be read, is not JSON, or has a duplicate key (the json module silently keeps the
+            last value, and a domain's weight would be lost).
     """
 
     def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -179,10 +196,6 @@ def read_json_object(path: Path, subject: str, remedy: str = "give such a file")
         return json_object
 
     try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text, object_pairs_hook=unique_keys)
-        if not isinstance(content, dict):
-            raise ValueError(f"a JSON {type(content).__name__}")
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(Fault(subject, str(error), "a readable file that holds one JSON object", remedy)) from error
-    return content
+        raise ConfigError(Fault(subject, str(error), _ONE_OBJECT, remedy)) from error

@@ -190,10 +190,17 @@ def fuzz_list(folder, cases, dice, way):
 
 def fuzz_weights(folder, cases, dice, way, form):
     manifest = write_manifest(folder)
-    path, weights = folder / "weights.json", {"a": 0.25, "b": 0.25, "c": 0.5}
+    suffix = {"YAML": "yaml", "table": "csv"}.get(form, "json")
+    path, weights = folder / f"weights.{suffix}", {"a": 0.25, "b": 0.25, "c": 0.5}
     save_weights(path, weights, "0" * 64, {"steps": 3})
+    texts = {
+        "bare": json.dumps(weights),
+        "authors": json.dumps({"train_domain_weights": weights}),
+        "YAML": 'train:\n  "a": 0.25\n  b: 25.0e-2\n  c: .5\n' if way == "bytes" else json.dumps({"train": weights}),
+        "table": "index,b,a,c\n7,0.25,0.25,0.5\n",
+    }
     if form != "ours":
-        path.write_text(json.dumps(weights if form == "bare" else {"train_domain_weights": weights}))
+        path.write_text(texts[form])
     text = path.read_text()
     for _ in range(cases):
         path.write_bytes(mutated(text, way, dice))
@@ -321,8 +328,9 @@ FUZZERS = {
     **{
         f"weights {way} {form}": (fuzz_weights, (way, form))
         for way in ("bytes", "values")
-        for form in ("ours", "bare", "authors")
+        for form in ("ours", "bare", "authors", "YAML")
     },
+    "weights bytes table": (fuzz_weights, ("bytes", "table")),
     "inspect": (fuzz_inspect, ()),
 }
 

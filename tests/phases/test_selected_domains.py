@@ -76,3 +76,24 @@ def test_what_is_missing_from_a_dropped_domain_is_no_fault(data, tmp_path):
     assert len(opened(moved, "--vocab-size", "61", "--exclude-domains", "domain 1").plan.names) == 2
     weights = "domain 0=1,domain 1=0,domain 2=1"
     assert len(opened(moved, "--vocab-size", "61", "--domain-weights", weights).plan.names) == 2
+
+
+def test_weights_of_other_programs_reach_the_plan_by_name(data, tmp_path):
+    """Through the map of --domain-names, which the settings record; a table to come has a stand-in in a dry run."""
+    table, names = tmp_path / "runs.csv", tmp_path / "names.json"
+    table.write_text("index,zero,one,two\n1,1,0,0\n2,0.75,0.0,0.25\n")
+    names.write_text(json.dumps({"zero": "domain 0", "one": "domain 1", "two": "domain 2"}))
+    inputs = opened(data, "--domain-weights", f"{table}@2", "--domain-names", str(names))
+    assert inputs.plan.names == ("domain 0", "domain 2")
+    assert inputs.plan.sampling_weights.tolist() == [0.75, 0.25]
+    assert inputs.plan.config.to_dict()["data"]["domain_names"] == str(names)
+    to_come = opened(data, "--domain-weights", f"{tmp_path}/later.csv@2", "--domain-names", str(names)).to_come
+    assert next(iter(to_come.values())).startswith(f"--domain-weights {tmp_path}/later.csv does not exist yet")
+    for setting, path, words in (
+        ("uniform", names, "weights by name in --domain-weights"),
+        (f"{table}@2", tmp_path / "nowhere.json", "--domain-names"),
+        (f"{table}@2", table, "a readable file that holds one JSON object"),
+    ):
+        with pytest.raises(ConfigError, match=words) as error:
+            opened(data, "--domain-weights", setting, "--domain-names", str(path))
+        assert len(error.value.faults) == 1
