@@ -32,10 +32,9 @@ from megatron_doremi.flag_parser import FlagParser
 from megatron_doremi.hugging_face.architectures import ARCHITECTURES, Architecture
 from megatron_doremi.hugging_face.config_file import choose_architecture, config_entry
 from megatron_doremi.hugging_face.conversion import LARGEST_FILE, write_hugging_face, write_native
+from megatron_doremi.hugging_face.model_config import HUGGING_FACE, RUN
 from megatron_doremi.hugging_face.model_folder import (
     GENERATION,
-    HUGGING_FACE,
-    RUN,
     WEIGHTS,
     OpenedModel,
     copy_companions,

@@ -10,6 +10,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
 from megatron_doremi.checkpoint.optimizer_state import MASTER, OptimizerFolder, owned_state, start_state
+from megatron_doremi.checkpoint.source import Weights
 from megatron_doremi.checkpoint.weights import WeightsFolder
 from megatron_doremi.config import GPTConfig
 from megatron_doremi.model.pipeline import GPTPipeline
@@ -64,9 +65,35 @@ def load_training(
             tensor.copy_(read(owned.name, key, spec_of(owned.parameter), owned.start, owned.count))
 
 
+@torch.no_grad()
+def load_weights(
+    engine: DeepSpeedEngine, weights: Weights, topology: Topology, progress: Callable[[], None] = lambda: None
+) -> None:
+    """Fills the model of a new run, master weights included, with those of another; its moments stay zero.
+
+    Args:
+        progress: called before each parameter.
+
+    Raises:
+        ConfigError: a file is damaged or belongs to another model.
+    """
+    start_state(engine, 0)
+    for name, parameter in engine.module.model_parameters():
+        progress()
+        values = weights.local_shard(name, spec_of(parameter), topology)
+        with writable(parameter):
+            parameter.copy_(values)
+    for owned in owned_state(engine, topology.data_rank):
+        progress()
+        if MASTER in owned.tensors:
+            values = weights.local_shard(owned.name, spec_of(owned.parameter), topology)
+            owned.tensors[MASTER].copy_(values.reshape(-1).narrow(0, owned.start, owned.count))
+
+
+@torch.no_grad()
 def load_frozen(
     gpt: GPTConfig,
-    weights: Path,
+    weights: Weights,
     context: ParallelContext,
     dtype: torch.dtype,
     loss_chunk_tokens: int = 0,
@@ -74,11 +101,12 @@ def load_frozen(
     """This rank's stage of a trained model, for forward passes only.
 
     Args:
-        weights: folder of the files of `weights_file`, at any layout.
+        weights: of any layout.
         loss_chunk_tokens: see `token_losses` in parallel/cross_entropy.py.
     """
     # Drawing the initial values of an 8B model takes minutes, and the weights overwrite them.
     module = GPTPipeline(gpt, context, seed=None, loss_chunk_tokens=loss_chunk_tokens)
-    WeightsFolder(weights).load_into(module, context.topology)
+    for name, parameter in module.model_parameters():
+        parameter.copy_(weights.local_shard(name, spec_of(parameter), context.topology))
     module.to(dtype).requires_grad_(False).eval()
     return module

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from megatron_doremi.checkpoint.resharding import ShardedFolder, ShardingEntry, sharding_entry, writes_parameter
-from megatron_doremi.model.pipeline import GPTPipeline
 from megatron_doremi.model.unpipelined import GPT
 from megatron_doremi.parallel.deepspeed_internals import gathered
-from megatron_doremi.parallel.parameters import ParameterSpec, spec_of
+from megatron_doremi.parallel.parameters import ParameterSpec
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.storage.formats import check_entry
 from megatron_doremi.storage.tensor_file import DTYPES, TensorFile, to_host
@@ -129,9 +128,3 @@ class WeightsFolder(ShardedFolder):
         if tuple(stored.shape) != shape:
             raise self._error(f"{file_name}: {name} of shape {tuple(stored.shape)}", f"shape {shape}")
         return stored.view(-1).narrow(0, start, count)
-
-    @torch.no_grad()
-    def load_into(self, module: GPTPipeline, topology: Topology) -> None:
-        """Fills this rank's parameters. Raises ConfigError if names or shapes differ."""
-        for name, parameter in module.model_parameters():
-            parameter.copy_(self.local_shard(name, spec_of(parameter), topology))

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_doremi.checkpoint.source import Weights
 from megatron_doremi.checkpoint.weights import sharding_metadata
 from megatron_doremi.config import GPTConfig
 from megatron_doremi.hugging_face.architectures import Architecture
-from megatron_doremi.hugging_face.source import Weights
 from megatron_doremi.hugging_face.stored import Stored
 from megatron_doremi.hugging_face.weights import INDEX, SINGLE
 from megatron_doremi.model.sizes import parameter_specs

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from megatron_doremi.checkpoint.source import Weights
 from megatron_doremi.config import GPTConfig
-from megatron_doremi.hugging_face.source import Weights
 from megatron_doremi.model.unpipelined import GPTModel
 from megatron_doremi.parallel.context import unsharded
 from megatron_doremi.parallel.parameters import spec_of

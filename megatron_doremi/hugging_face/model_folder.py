@@ -13,26 +13,28 @@ from __future__ import annotations
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
-
-from pydantic import Field
+from typing import Any
 
 from megatron_doremi.checkpoint.folder import checkpoint_at, newest_checkpoint, read_state
-from megatron_doremi.checkpoint.run_config import GPTEntry, RunConfigFile, read_run_config
+from megatron_doremi.checkpoint.run_config import RunConfigFile, read_run_config
+from megatron_doremi.checkpoint.source import Weights
 from megatron_doremi.checkpoint.weights import WeightsFolder
 from megatron_doremi.config import GPTConfig
 from megatron_doremi.errors import ConfigError, Fault
-from megatron_doremi.hugging_face.architectures import ARCHITECTURES
-from megatron_doremi.hugging_face.config_file import is_hugging_face, read_config
-from megatron_doremi.hugging_face.source import Weights
+from megatron_doremi.hugging_face.config_file import read_config
+from megatron_doremi.hugging_face.model_config import (
+    HUGGING_FACE,
+    MODEL,
+    MODEL_FORMAT,
+    RUN,
+    kind_of_model,
+    read_model_entry,
+)
 from megatron_doremi.hugging_face.weights import HuggingFaceWeights
 from megatron_doremi.storage.files import read_json_object
-from megatron_doremi.storage.formats import Count, Name, Schema, check_entry
 
-MODEL_FORMAT = "megatron-doremi-model/1"
 WEIGHTS = "weights"
 GENERATION = "generation_config.json"
-RUN, MODEL, HUGGING_FACE = "run", "model", "hf"
 # What belongs to a model beside its weights and config.json; copied as it is.
 _COMPANIONS = (
     "tokenizer.json",
@@ -45,17 +47,6 @@ _COMPANIONS = (
     "chat_template.jinja",
     GENERATION,
 )
-
-
-class ModelEntry(Schema):
-    """config.json of a model folder."""
-
-    FORMAT: ClassVar[str] = MODEL_FORMAT
-    gpt: GPTEntry
-    # Class of Transformers from which the model was converted, and to which it is converted back.
-    model_type: Name
-    eod: Count | None = None
-    source: dict[str, Any] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -79,18 +70,6 @@ class OpenedModel:
     model_type: str = ""
     eod: int | None = None
     run: RunConfigFile | None = None
-
-
-def kind_of_model(folder: Path, flag: str) -> str:
-    """What a folder holds: RUN, MODEL or HUGGING_FACE. Raises ConfigError, naming `flag`, if it has no config.json."""
-    if not folder.is_dir():
-        rule, remedy = "the folder of a run or of a Hugging Face model", "correct the path, or train the run first"
-        raise ConfigError(Fault(f"{flag} {folder}", "no such folder", rule, remedy))
-    remedy = "give the --save folder of a run, or a Hugging Face folder"
-    entry = read_json_object(folder / "config.json", f"{flag} {folder}: config.json", remedy)
-    if str(entry.get("format", "")).startswith(MODEL_FORMAT.split("/")[0] + "/"):
-        return MODEL
-    return HUGGING_FACE if is_hugging_face(entry) else RUN
 
 
 def open_model(folder: Path, flag: str, step: int | None = None) -> OpenedModel:
@@ -125,16 +104,6 @@ def open_model(folder: Path, flag: str, step: int | None = None) -> OpenedModel:
     return OpenedModel(kind, folder, run.gpt.gpt(), WeightsFolder(checkpoint / WEIGHTS), iteration, run=run)
 
 
-def read_model_entry(folder: Path, flag: str) -> ModelEntry:
-    """Reads config.json of a model folder. Raises ConfigError with every fault."""
-    subject, remedy = f"{flag} {folder}: config.json", "convert the model again"
-    entry = check_entry(read_json_object(folder / "config.json", subject, remedy), subject, ModelEntry, remedy)
-    if entry.model_type not in ARCHITECTURES:
-        rule = f"one of {', '.join(ARCHITECTURES)}"
-        raise ConfigError(Fault(subject, f"model_type: {entry.model_type!r}", rule, remedy))
-    return entry
-
-
 def _eod(entry: dict[str, Any], vocab_size: int) -> int | None:
     """The end-of-text id in config.json of a Hugging Face folder, the first if it lists several."""
     given = entry.get("eos_token_id")
@@ -142,6 +111,11 @@ def _eod(entry: dict[str, Any], vocab_size: int) -> int | None:
     if isinstance(eod, int) and not isinstance(eod, bool) and 0 <= eod < vocab_size:
         return eod
     return None
+
+
+def files_of(folder: Path) -> Path:
+    """Where the weights files of a model folder or a Hugging Face folder are."""
+    return folder / WEIGHTS if (folder / WEIGHTS).is_dir() else folder
 
 
 def model_entry(opened: OpenedModel, source: dict[str, Any]) -> dict[str, Any]:

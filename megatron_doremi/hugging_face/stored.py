@@ -2,17 +2,20 @@
 
 Linear weights are [out, in] in both; GPT-2's four `Conv1D` matrices are [in, out]. Rope pairs the same channels in both
 (i with i + width / 2), so nothing is permuted.
+
+torch is imported where tensors are joined: the config.json of a folder is checked before a program imports torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from megatron_doremi.config import GPTConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,13 @@ def transposed(name: str) -> Stored:
 
 def gate_and_up(gate: str, up: str) -> Stored:
     """The fused projection of SwiGLU, whose first half of rows is the gate."""
-    return Stored((gate, up), lambda full: list(full.chunk(2)), lambda parts: torch.cat(list(parts)))
+    return Stored((gate, up), lambda full: list(full.chunk(2)), _joined)
+
+
+def _joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    import torch
+
+    return torch.cat(list(parts), dim)
 
 
 def separate_heads(names: Sequence[str], gpt: GPTConfig) -> Stored:
@@ -55,7 +64,7 @@ def separate_heads(names: Sequence[str], gpt: GPTConfig) -> Stored:
     def join(parts: Sequence[Tensor]) -> Tensor:
         rest = parts[0].shape[1:]
         by_group = [part.view(groups, -1, width, *rest) for part in parts]
-        return torch.cat(by_group, dim=1).view(-1, *rest)
+        return _joined(by_group, dim=1).view(-1, *rest)
 
     return Stored(tuple(names), split, join)
 
@@ -65,7 +74,7 @@ def stacked_heads(name: str, gpt: GPTConfig, is_weight: bool) -> Stored:
     separate = separate_heads(("q", "k", "v"), gpt)
 
     def split(full: Tensor) -> list[Tensor]:
-        stacked = torch.cat(separate.split(full))
+        stacked = _joined(separate.split(full))
         return [stacked.T if is_weight else stacked]
 
     def join(parts: Sequence[Tensor]) -> Tensor:

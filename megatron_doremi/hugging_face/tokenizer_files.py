@@ -133,3 +133,14 @@ def vocabulary_difference(ours: Tokenizer, theirs: Tokenizer) -> str:
             found = repr(pieces[number]) if number in pieces else "missing"
             return f"id {number:,} is {found} in place of {piece!r}"
     return ""
+
+
+def tokenizer_difference(ours: Tokenizer, theirs: Tokenizer, texts: Iterable[str]) -> str:
+    """How `theirs` acts differently on ids or text of `ours`; "" if it does not, whatever files they are from.
+
+    Args:
+        texts: samples of the data, beside `SAMPLE`.
+    """
+    if ours.sha256 == theirs.sha256:
+        return ""
+    return vocabulary_difference(ours, theirs) or encoding_difference(ours, theirs, (*SAMPLE, *texts))

@@ -2,100 +2,50 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from megatron_doremi.checkpoint.reader import load_frozen
-from megatron_doremi.checkpoint.run_config import RunConfigFile
+from megatron_doremi.checkpoint.source import Weights
 from megatron_doremi.config import GPTConfig
 from megatron_doremi.data.loader import MicroBatch
-from megatron_doremi.data.manifest import Manifest
-from megatron_doremi.errors import Fault, raise_if_any
 from megatron_doremi.model.forward import forward_only
 from megatron_doremi.parallel.context import ParallelContext
 
 
 @dataclass(frozen=True)
-class TrainedRun:
-    """A run of this program whose model is loaded.
+class TrainedModel:
+    """A model to score, to evaluate or to start from: of a run of this program, or of a folder.
 
     Attributes:
-        gpt: shape of the model.
-        weights: folder of the weights in the checkpoint that is loaded.
-        iteration: step of that checkpoint.
-        global_batch_size: windows per step of that run.
-        phase: of that run; "" if it does not exist yet (a dry run).
+        gpt: its shape.
+        weights: None if the model does not exist yet (a dry run).
+        path: of the checkpoint or the folder, for messages.
+        files: folder of the files of the weights.
+        checksums: SHA-256 of these files by name, as recorded; empty where none are.
+        stamp: a small file that changes with the model.
+        iteration: steps that the model was trained; 0 if it is not a run's.
+        global_batch_size: windows per step of the run; 1 if it is not a run's.
+        phase: of the run; "" if it is not a run's.
     """
 
     gpt: GPTConfig
-    weights: Path
-    iteration: int
-    global_batch_size: int
+    weights: Weights | None
+    path: Path
+    files: Path
+    checksums: Mapping[str, str]
+    stamp: Path
+    iteration: int = 0
+    global_batch_size: int = 1
     phase: str = ""
 
-
-def check_reference(
-    run_config: RunConfigFile, flag: str, folder: Path, manifest: Manifest, seq_length: int, vocab_size: int
-) -> GPTConfig:
-    """Checks that a run's model can score this data set, and returns its shape.
-
-    Args:
-        flag: the flag that names the run, for messages.
-        folder: folder of the run, for messages.
-        vocab_size: token ids of the data are below this.
-
-    Raises:
-        ConfigError: the run used other domains, another tokenizer, a smaller vocabulary or a shorter window.
-    """
-    subject, faults = f"{flag} {folder}", []
-    gpt = run_config.gpt.gpt()
-    ours = manifest.tokenizer.sha256 if manifest.tokenizer else None
-    if run_config.tokenizer_sha256 != ours:
-        faults.append(
-            Fault(
-                subject,
-                f"tokenizer {str(run_config.tokenizer_sha256)[:12]}",
-                f"the manifest's tokenizer, {str(ours)[:12]}",
-                "train the model on this data set: losses of other tokens cannot be compared",
-            )
-        )
-    if gpt.vocab_size < vocab_size:
-        faults.append(
-            Fault(
-                subject,
-                f"a vocabulary of {gpt.vocab_size:,}",
-                f"at least the data's {vocab_size:,} ids",
-                "train the model on this data set",
-            )
-        )
-    if run_config.domains != list(manifest.names):
-        extra = [name for name in manifest.names if name not in run_config.domains]
-        remedy = "train the model on this manifest"
-        if extra and [name for name in manifest.names if name not in extra] == run_config.domains:
-            remedy = f"give --exclude-domains {shlex.quote(','.join(extra))}, or {remedy}"
-        faults.append(
-            Fault(
-                subject,
-                f"domains {', '.join(run_config.domains)}",
-                f"the manifest's, in its order: {', '.join(manifest.names)}",
-                remedy,
-            )
-        )
-    if gpt.position_embedding_type == "learned_absolute" and gpt.max_positions < seq_length:
-        faults.append(
-            Fault(
-                subject,
-                f"learned positions up to {gpt.max_positions}",
-                f"--seq-length {seq_length}",
-                "train the model with this --seq-length",
-            )
-        )
-    raise_if_any(faults)
-    return gpt
+    def opened_weights(self) -> Weights:
+        """The weights of a model that exists."""
+        assert self.weights is not None, self.path
+        return self.weights
 
 
 class OnlineReference:
@@ -103,7 +53,7 @@ class OnlineReference:
 
     def __init__(
         self,
-        run: TrainedRun,
+        model: TrainedModel,
         context: ParallelContext,
         dtype: torch.dtype,
         shape: tuple[int, int],
@@ -116,7 +66,7 @@ class OnlineReference:
             loss_chunk_tokens: see `token_losses` in parallel/cross_entropy.py.
         """
         self.context, self.shape = context, shape
-        self.module = load_frozen(run.gpt, run.weights, context, dtype, loss_chunk_tokens)
+        self.module = load_frozen(model.gpt, model.opened_weights(), context, dtype, loss_chunk_tokens)
 
     def score(self, micro_batches: Sequence[MicroBatch], count: int) -> tuple[MicroBatch, ...]:
         """Adds the reference's losses to micro-batches; a collective call.

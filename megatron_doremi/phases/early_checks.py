@@ -6,9 +6,9 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from megatron_doremi.checkpoint.run_config import read_run_config
 from megatron_doremi.config import Config
 from megatron_doremi.errors import ConfigError, Fault
+from megatron_doremi.hugging_face.model_config import check_model_config
 from megatron_doremi.mixture.static import resolve_weights
 from megatron_doremi.phases.selected_domains import select_domains
 from megatron_doremi.phases.to_come import LOADED_RUN, REFERENCE_RUN, WEIGHTS, inputs_to_come
@@ -27,10 +27,10 @@ def reference_faults(config: Config) -> list[Fault]:
     """Faults of the config.json of the run that this run loads; needs no data."""
     phase, faults, to_come = config.data.phase, list[Fault](), inputs_to_come(config)
     if phase == EVALUATE and config.run.load and LOADED_RUN not in to_come:
-        _collect(faults, lambda: read_run_config(Path(config.run.load_folder), LOADED_RUN))
+        _collect(faults, lambda: check_model_config(Path(config.run.load_folder), LOADED_RUN))
     needed = phase == SCORE or (phase == PROXY and config.doremi.online)
     if needed and config.doremi.reference_load and REFERENCE_RUN not in to_come:
-        _collect(faults, lambda: read_run_config(Path(config.doremi.reference_folder), REFERENCE_RUN))
+        _collect(faults, lambda: check_model_config(Path(config.doremi.reference_folder), REFERENCE_RUN))
     return faults
 
 

@@ -25,7 +25,7 @@ from megatron_doremi.data.loader import MicroBatch, rank_slice, read_windows
 from megatron_doremi.errors import RunError
 from megatron_doremi.mixture.non_finite import NonFinite, windows_by_domain
 from megatron_doremi.mixture.objective import reduce_stats, reduce_sums
-from megatron_doremi.mixture.reference import TrainedRun
+from megatron_doremi.mixture.reference import TrainedModel
 from megatron_doremi.mixture.statistics import DomainStats, domain_stats, finite_windows
 from megatron_doremi.model.forward import forward_only
 from megatron_doremi.model.unpipelined import GPT
@@ -132,7 +132,7 @@ def _explain(
 def evaluate_run(
     plan: RunPlan,
     data: RunData,
-    run: TrainedRun,
+    model: TrainedModel,
     context: ParallelContext,
     watchdog: Watchdog,
 ) -> None:
@@ -145,33 +145,32 @@ def evaluate_run(
     """
     config = plan.config
     data_config, save = config.data, Path(config.run.save) if config.run.save else None
-    with stage(f"checking the weights in {run.weights}", context.topology.rank == 0):
-        from_rank_0(lambda: weights_hash(run.weights, watchdog))
+    with stage(f"checking the weights in {model.files}", context.topology.rank == 0):
+        from_rank_0(lambda: weights_hash(model, watchdog))
     if save is not None:
         # Finds out before the evaluation whether the file can be written.
         from_rank_0(lambda: append_line(save, ""))
-    with stage(f"loading {run.weights}", context.topology.rank == 0):
-        module = load_frozen(run.gpt, run.weights, context, plan.dtype, config.parallel.loss_chunk_tokens)
+    with stage(f"loading {model.files}", context.topology.rank == 0):
+        module = load_frozen(model.gpt, model.opened_weights(), context, plan.dtype, config.parallel.loss_chunk_tokens)
     # --eval-iters counts batches of the run, so that the windows do not depend on this layout or batch size.
-    max_windows = data_config.eval_iters * run.global_batch_size
-    checkpoint = run.weights.parent
+    max_windows = data_config.eval_iters * model.global_batch_size
     entries = evaluate(
         module,
         held_out(data, data_config.seq_length, max_windows),
         data_config.micro_batch_size,
         context,
-        str(checkpoint),
+        str(model.path),
         lambda: watchdog.mark("evaluating"),
     )
     if context.topology.rank == 0:
-        say("\n".join([f"held-out loss of {checkpoint}", *(f"  {row}" for row in evaluation_table(entries))]))
+        say("\n".join([f"held-out loss of {model.path}", *(f"  {row}" for row in evaluation_table(entries))]))
     if save is not None:
         line = {
             "format": EVALUATION_FORMAT,
             "run": str(Path(config.run.load_folder).resolve()),
             "of_this_folder": Path(config.run.load_folder).resolve() == save.resolve(),
-            "checkpoint": checkpoint.name,
-            "iteration": run.iteration,
+            "checkpoint": model.path.name,
+            "iteration": model.iteration,
             **entries,
             "seq_length": data_config.seq_length,
             "held_out_content": data.held_out_content,

@@ -15,7 +15,7 @@ from megatron_doremi.data.reference_losses import ReferenceLosses
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any
 from megatron_doremi.mixture.controller import MixtureController
 from megatron_doremi.mixture.controllers import make_controller
-from megatron_doremi.mixture.reference import TrainedRun
+from megatron_doremi.mixture.reference import TrainedModel
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.phases.early_checks import reference_faults
 from megatron_doremi.phases.identity import run_identity
@@ -62,7 +62,7 @@ class Inputs:
     plan: RunPlan
     controller: MixtureController
     repeated: str
-    loaded: TrainedRun | None
+    loaded: TrainedModel | None
     reference_losses: ReferenceLosses | None
     to_come: Mapping[str, str]
     resumes: tuple[str, ...] = ()
@@ -201,7 +201,7 @@ def what_is_read(inputs: Inputs) -> dict[str, Any]:
     }
     if loaded is not None:
         # Not the weights, which may be gigabytes, but the state.json that holds their checksums.
-        entry["checkpoint of the loaded run"] = sha256_of(loaded.weights.parent / "state.json")
+        entry["checkpoint of the loaded run"] = sha256_of(loaded.stamp)
     if reference_losses is not None:
         entry["scores.json of the reference losses"] = sha256_of(reference_losses.folder / "scores.json")
     return entry

@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from megatron_doremi.checkpoint.folder import read_state
 from megatron_doremi.checkpoint.reader import load_frozen
 from megatron_doremi.cluster.control import RunControl
 from megatron_doremi.cluster.preemption import KEEP_RUNNING, StopRequest
@@ -40,7 +39,7 @@ from megatron_doremi.data.reference_loss_file import (
 )
 from megatron_doremi.data.reference_losses import ReferenceLosses, ReferenceLossFolder
 from megatron_doremi.errors import ConfigError, Fault, RunError, error_from_json, error_to_json, raise_if_any
-from megatron_doremi.mixture.reference import TrainedRun
+from megatron_doremi.mixture.reference import TrainedModel
 from megatron_doremi.model.forward import forward_only
 from megatron_doremi.model.pipeline import GPTPipeline
 from megatron_doremi.parallel import exchange
@@ -71,11 +70,10 @@ def data_fingerprint(config: Config, data: RunData) -> dict[str, Any]:
     }
 
 
-def weights_hash(folder: Path, watchdog: Watchdog) -> str:
-    """A hash of a checkpoint's weights files. Raises ConfigError if a file was changed after it was written."""
-    checksums = read_state(folder.parent).checksums
+def weights_hash(model: TrainedModel, watchdog: Watchdog) -> str:
+    """A hash of a model's weights files. Raises ConfigError if a file was changed after it was written."""
     lines, faults = [], []
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(model.files.glob("*.safetensors")):
 
         def progress(doing: str = f"reading {path}") -> None:
             watchdog.mark(doing)
@@ -83,7 +81,7 @@ def weights_hash(folder: Path, watchdog: Watchdog) -> str:
         progress()
         checksum = sha256_of(path, progress)
         lines.append(f"{path.name} {checksum}\n")
-        if checksums.get(f"weights/{path.name}", checksum) != checksum:
+        if model.checksums.get(path.name, checksum) != checksum:
             value, rule = "changed after it was written", "the checksum in state.json"
             faults.append(Fault(str(path), value, rule, "copy the checkpoint again, or take another"))
     raise_if_any(faults)
@@ -91,16 +89,16 @@ def weights_hash(folder: Path, watchdog: Watchdog) -> str:
 
 
 def reference_hash(
-    run: TrainedRun | None, reference_losses: ReferenceLosses | None, topology: Topology, watchdog: Watchdog
+    model: TrainedModel | None, reference_losses: ReferenceLosses | None, topology: Topology, watchdog: Watchdog
 ) -> str | None:
     """A hash of the weights of a proxy's reference; None without a reference. A collective call."""
     if reference_losses is not None:
         return reference_losses.scores_file.reference
-    if run is None:
+    if model is None:
         return None
     # Read on one rank only: a reference may be gigabytes.
-    with stage(f"checking the weights in {run.weights}", topology.rank == 0):
-        return str(exchange.from_rank_0(lambda: weights_hash(run.weights, watchdog)))
+    with stage(f"checking the weights in {model.files}", topology.rank == 0):
+        return str(exchange.from_rank_0(lambda: weights_hash(model, watchdog)))
 
 
 def windows_needed(plan: RunPlan, progress: Callable[[str], None] = lambda doing: None) -> Iterator[Chunks]:
@@ -158,7 +156,7 @@ def check_reference_losses(
     run_on_rank_0_via_store(store, "reference losses", plan.topology.rank, check)
 
 
-def score(plan: RunPlan, data: RunData, run: TrainedRun, context: ParallelContext, control: RunControl) -> bool:
+def score(plan: RunPlan, data: RunData, model: TrainedModel, context: ParallelContext, control: RunControl) -> bool:
     """Scores this task's share of the windows that are not recorded yet; a collective call.
 
     Returns:
@@ -171,17 +169,17 @@ def score(plan: RunPlan, data: RunData, run: TrainedRun, context: ParallelContex
     store = dist.PrefixStore("score", control.store)
 
     def start() -> dict[str, Any]:
-        fingerprint = {**data_fingerprint(config, data), "reference": weights_hash(run.weights, watchdog)}
-        fingerprint["reference_iteration"] = run.iteration
+        fingerprint = {**data_fingerprint(config, data), "reference": weights_hash(model, watchdog)}
+        fingerprint["reference_iteration"] = model.iteration
         ReferenceLossFolder(Path(config.run.save), fingerprint)
         return fingerprint
 
-    with stage(f"checking the weights in {run.weights}", topology.rank == 0):
+    with stage(f"checking the weights in {model.files}", topology.rank == 0):
         fingerprint = run_on_rank_0_via_store(store, "folder", topology.rank, start)
     # Only one rank of each replica reads and writes files of losses.
     folder = ReferenceLossFolder(Path(config.run.save), fingerprint) if topology.rank == topology.loss_rank() else None
-    with stage(f"loading {run.weights}", topology.rank == 0):
-        module = load_frozen(run.gpt, run.weights, context, plan.dtype, config.parallel.loss_chunk_tokens)
+    with stage(f"loading {model.files}", topology.rank == 0):
+        module = load_frozen(model.gpt, model.opened_weights(), context, plan.dtype, config.parallel.loss_chunk_tokens)
     replica = _Replica(plan, data, module, context, watchdog, store, folder)
     replica.score(control.stop)
     barrier_via_store(store, "done", topology.rank, topology.world_size, lambda: replica.poll(control.stop))

@@ -6,14 +6,12 @@ from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 
-from megatron_doremi.checkpoint.folder import checkpoint_at, newest_checkpoint, read_state
-from megatron_doremi.checkpoint.run_config import read_run_config
 from megatron_doremi.config import Config, GPTConfig, gpt_config, states_shape
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any
-from megatron_doremi.layout_rules import misfits
 from megatron_doremi.mixture.controller import MixtureController
-from megatron_doremi.mixture.reference import OnlineReference, TrainedRun, check_reference
+from megatron_doremi.mixture.reference import OnlineReference, TrainedModel
 from megatron_doremi.parallel.context import ParallelContext
+from megatron_doremi.phases.model_checks import read_model
 from megatron_doremi.phases.run_data import RunData
 from megatron_doremi.phases.to_come import LOADED_RUN, REFERENCE_RUN
 from megatron_doremi.plan import RunPlan
@@ -30,47 +28,7 @@ def reads_reference_losses(config: Config, controller: MixtureController) -> boo
     return controller.needs_reference and not config.doremi.online
 
 
-def read_trained(
-    folder: Path, flag: str, data: RunData, config: Config, step: int | None, needs_all_steps: bool = False
-) -> TrainedRun:
-    """Finds the checkpoint of the run in `folder`, which `flag` names, and checks that it fits data and layout.
-
-    Args:
-        step: of the checkpoint; None: the newest.
-        needs_all_steps: the run must be finished, unless --allow-unfinished or the step is given.
-    """
-    run_config = read_run_config(folder, flag)
-    gpt = check_reference(run_config, flag, folder, data.manifest, config.data.seq_length, data.vocab_size)
-    faults = [
-        Fault(f"{flag} {folder}", f"{name} {value}", rule, "choose another layout, or train another model")
-        for name, value, rule in misfits(gpt, config.parallel)
-    ]
-    checkpoint = newest_checkpoint(folder) if step is None else checkpoint_at(folder, step, flag)
-    if checkpoint is None:
-        rule = "a run that was trained to its end"
-        raise ConfigError([*faults, Fault(f"{flag} {folder}", "no complete checkpoint", rule, "train it first")])
-    state = read_state(checkpoint)
-    # config.json can be edited; the checkpoint records what was trained.
-    recorded = state.recorded_identity()
-    stated = {"domains": run_config.domains, "tokenizer_sha256": run_config.tokenizer_sha256, **asdict(gpt)}
-    trained = {name: recorded[name] for name in ("domains", "tokenizer_sha256") if name in recorded}
-    trained |= recorded.get("gpt", {})
-    names = [name for name, value in trained.items() if stated[name] != value]
-    if names:
-        value = ", ".join(f"{name} {stated.get(name)!r}" for name in names)
-        rule = "as in its checkpoint: " + ", ".join(f"{name} {trained[name]!r}" for name in names)
-        faults.append(Fault(f"{flag} {folder}: config.json", value, rule, "restore config.json, or train it again"))
-    planned = recorded.get("train_iters", run_config.train_iters())
-    if needs_all_steps and step is None and state.iteration < planned and not config.run.allow_unfinished:
-        value = f"{state.iteration:,} of its {planned:,} steps taken"
-        remedy = f"finish it, or give --allow-unfinished, or {folder}@STEP, to use it as it is"
-        faults.append(Fault(f"{flag} {folder}", value, "a finished run", remedy))
-    raise_if_any(faults)
-    batch = recorded.get("global_batch_size", run_config.global_batch_size)
-    return TrainedRun(gpt, checkpoint / "weights", state.iteration, batch, run_config.phase)
-
-
-def read_reference(config: Config, data: RunData, to_come: Collection[str] = ()) -> TrainedRun:
+def read_reference(config: Config, data: RunData, to_come: Collection[str] = ()) -> TrainedModel:
     """Finds and checks the reference of a proxy or of scoring.
 
     Args:
@@ -79,10 +37,10 @@ def read_reference(config: Config, data: RunData, to_come: Collection[str] = ())
     folder = Path(config.doremi.reference_folder)
     if REFERENCE_RUN in to_come:
         return _stand_in(config, data, folder, REFERENCE_RUN)
-    return read_trained(folder, REFERENCE_RUN, data, config, config.doremi.reference_step, needs_all_steps=True)
+    return read_model(folder, REFERENCE_RUN, data, config, config.doremi.reference_step, needs_all_steps=True)
 
 
-def reference_warnings(config: Config, gpt: GPTConfig, reference: TrainedRun | None) -> list[str]:
+def reference_warnings(config: Config, gpt: GPTConfig, reference: TrainedModel | None) -> list[str]:
     """Warnings about a reference that differs from the DoReMi paper's: one of the proxy's own shape that was trained on
     a fixed mixture.
 
@@ -107,7 +65,7 @@ def reference_warnings(config: Config, gpt: GPTConfig, reference: TrainedRun | N
     return lines
 
 
-def read_loaded(config: Config, data: RunData, to_come: Collection[str] = ()) -> TrainedRun:
+def read_loaded(config: Config, data: RunData, to_come: Collection[str] = ()) -> TrainedModel:
     """Finds and checks the model of scoring or of an evaluation; `to_come`: see `inputs_to_come`.
 
     The model flags apply only in a dry run: they give the shape of a run that does not exist yet.
@@ -119,22 +77,22 @@ def read_loaded(config: Config, data: RunData, to_come: Collection[str] = ()) ->
         if flag in to_come:
             loaded = _stand_in(config, data, folder, flag)
         else:
-            loaded = read_trained(folder, flag, data, config, config.run.load_step)
+            loaded = read_model(folder, flag, data, config, config.run.load_step)
     if states_shape(config.model):
         raise_if_any(_shape_differences(config, loaded, flag))
     return loaded
 
 
-def _stand_in(config: Config, data: RunData, folder: Path, flag: str) -> TrainedRun:
+def _stand_in(config: Config, data: RunData, folder: Path, flag: str) -> TrainedModel:
     """The stand-in of a dry run for a run that does not exist yet; its weights are never read."""
     if not states_shape(config.model):
         rule, remedy = "a run, or for a dry run the shape of one to come", "train it first, or give its model flags"
         raise ConfigError(Fault(f"{flag} {folder}", "does not exist", rule, remedy))
     shape = gpt_config(config.model, config.data.seq_length, data.vocab_size)
-    return TrainedRun(shape, folder, 0, config.data.global_batch_size)
+    return TrainedModel(shape, None, folder, folder, {}, folder, 0, config.data.global_batch_size)
 
 
-def _shape_differences(config: Config, loaded: TrainedRun, flag: str) -> list[Fault]:
+def _shape_differences(config: Config, loaded: TrainedModel, flag: str) -> list[Fault]:
     """Faults of model flags that contradict the loaded model; its vocabulary and window length are not compared."""
     stated = asdict(gpt_config(config.model, loaded.gpt.max_positions, loaded.gpt.vocab_size))
     rule, remedy = f"the shape of the run of {flag}", "leave out the model flags, or name another run"
@@ -145,7 +103,7 @@ def _shape_differences(config: Config, loaded: TrainedRun, flag: str) -> list[Fa
     ]
 
 
-def make_reference(plan: RunPlan, run: TrainedRun | None, context: ParallelContext) -> OnlineReference | None:
+def make_reference(plan: RunPlan, run: TrainedModel | None, context: ParallelContext) -> OnlineReference | None:
     """The frozen reference on the proxy's layout and in its precision; None if the losses are on disk or not needed."""
     if run is None:
         return None

@@ -21,8 +21,8 @@ from megatron_doremi.checkpoint.optimizer_state import OptimizerFolder
 from megatron_doremi.checkpoint.weights import WeightsFolder
 from megatron_doremi.errors import ConfigError, Fault
 from megatron_doremi.parallel.topology import Topology
+from megatron_doremi.phases.model_checks import read_model
 from megatron_doremi.phases.run_data import open_data
-from megatron_doremi.phases.trained_run import read_trained
 
 CASES = int(os.environ.get("MEGATRON_DOREMI_FUZZ", "600"))
 VALUES = (None, -1, 0, 2**70, 1.5, float("nan"), "x", "../../etc/passwd", [], [1], {}, {"a": 1}, True)
@@ -69,7 +69,7 @@ def read_as_reference(run: Path, folder: Path) -> tuple:
     """The shape, iteration and batch size that a proxy reads from a run's config.json and newest checkpoint."""
     flags = ["--phase", "proxy", "--domains", str(folder / "domains.json"), "--save", "s", "--train-iters", "1"]
     config = parse_config([*flags, *MODEL, "--reference-load", str(run)], 1)
-    reference = read_trained(run, "--reference-load", open_data(config, training=True)[0], config, step=None)
+    reference = read_model(run, "--reference-load", open_data(config, training=True)[0], config, step=None)
     return reference.gpt, reference.iteration, reference.global_batch_size
 
 

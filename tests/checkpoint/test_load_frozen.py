@@ -17,7 +17,7 @@ def load(launch, gpt, folder):
     import torch
 
     from megatron_doremi.checkpoint.reader import load_frozen
-    from megatron_doremi.checkpoint.weights import weights_file
+    from megatron_doremi.checkpoint.weights import WeightsFolder, weights_file
     from megatron_doremi.cluster.process_group import join
     from megatron_doremi.model.pipeline import GPTPipeline
     from megatron_doremi.parallel import parameters
@@ -35,7 +35,7 @@ def load(launch, gpt, folder):
         raise AssertionError("initial values were drawn")
 
     parameters.initial_values = fail
-    frozen = load_frozen(gpt, folder, context, torch.float32)
+    frozen = load_frozen(gpt, WeightsFolder(folder), context, torch.float32)
     loaded = dict(frozen.model_parameters())
     return [name for name, parameter in trained.model_parameters() if not torch.equal(parameter, loaded[name])]
 
