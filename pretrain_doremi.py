@@ -184,7 +184,7 @@ def run_phase(
     from megatron_doremi.phases.identity import check_ranks_start_alike
     from megatron_doremi.phases.inputs import open_inputs, start_text, what_is_read
     from megatron_doremi.phases.output_checks import check_outputs
-    from megatron_doremi.phases.score import check_reference_losses, reference_hash, score
+    from megatron_doremi.phases.score import check_reference_losses, model_hash, reference_hash, score
     from megatron_doremi.settings import EVALUATE, SCORE, TRAINING
 
     phase, minutes = config.data.phase, config.run.distributed_timeout_minutes
@@ -208,12 +208,14 @@ def run_phase(
         device = join_group(rendezvous, minutes)
     check_ranks_start_alike(config, what_is_read(inputs))
     context = make_context(topology, device, config.parallel.sequence_parallel)
-    reference_sha256 = None
+    reference_sha256 = initial_sha256 = None
     if phase in TRAINING:
         # If sampling depends on what the mixture learns, the windows are not known yet: reading reports a missing one.
         if inputs.reference_losses is not None and inputs.controller.samples_ahead:
             check_reference_losses(inputs.reference_losses, inputs.plan, rendezvous.store, watchdog)
         reference_sha256 = reference_hash(inputs.loaded, inputs.reference_losses, topology, watchdog)
+        if inputs.initial is not None:
+            initial_sha256 = model_hash(inputs.initial, topology, watchdog)
     # Nothing is written before every input has been checked.
     from_rank_0(lambda: check_outputs(config, inputs.controller.learns))
     if topology.rank == 0:
@@ -236,7 +238,7 @@ def run_phase(
         if any_rank(signals.begin(), device):
             return True
         return score(inputs.plan, data, inputs.loaded, context, control)
-    trainer = make_trainer(inputs, reference_sha256, context, control, lock)
+    trainer = make_trainer(inputs, (reference_sha256, initial_sha256), context, control, lock)
     # Runs before the lock is released: the checkpoint thread may be publishing.
     held.callback(trainer.checkpoints.close)
     # From now on there is something to save. If any rank received a stop request before, all ranks stop here.
@@ -246,9 +248,17 @@ def run_phase(
 
 
 def make_trainer(
-    inputs: Inputs, reference_sha256: str | None, context: ParallelContext, control: RunControl, lock: HeldLock
+    inputs: Inputs,
+    model_hashes: tuple[str | None, str | None],
+    context: ParallelContext,
+    control: RunControl,
+    lock: HeldLock,
 ) -> Trainer:
-    """Cleans up the run's folder, finds the checkpoint to resume from, writes config.json and builds the trainer."""
+    """Cleans up the run's folder, finds the checkpoint to resume from, writes config.json and builds the trainer.
+
+    Args:
+        model_hashes: of the weights of the reference and of the model of --init-from; None without one.
+    """
     from megatron_doremi.checkpoint.publishing import clear_leftovers
     from megatron_doremi.engine.build import make_engine
     from megatron_doremi.mixture.controllers import make_objective
@@ -259,7 +269,7 @@ def make_trainer(
     from megatron_doremi.phases.trained_run import make_reference
 
     plan = inputs.plan
-    identity = run_identity(plan, inputs.data, inputs.controller, reference_sha256)
+    identity = run_identity(plan, inputs.data, inputs.controller, *model_hashes)
     # Before the search: this may restore the newest checkpoint.
     from_rank_0(lambda: clear_leftovers(Path(plan.config.run.save)))
     with stage("checking the checkpoint to resume from", context.topology.rank == 0):

@@ -224,8 +224,8 @@ class DoReMiConfig:
 
     reference_load: str = setting(
         "",
-        "folder of the reference run (its --save folder), whose newest checkpoint is used. DIR@STEP: the checkpoint of "
-        "this step, of a finished run or not",
+        "the reference: a run (its --save folder; the newest checkpoint, or with DIR@STEP the one of this step, of a "
+        "finished run or not), a model folder or a Hugging Face folder",
         phases=(SCORE, PROXY),
     )
     reference_losses: str = setting(

@@ -29,9 +29,15 @@ class RunConfig:
     save: str = setting("", "folder for the results: config, metrics, checkpoints, domain weights", phases=PHASES)
     load: str = setting(
         "",
-        "resume from this folder's newest complete checkpoint, or start if it has none; evaluate: the run to load. "
-        "DIR@STEP: branch from the checkpoint of this step into another --save; evaluate: load this step",
+        "resume from this folder's newest complete checkpoint, or start if it has none; evaluate: the run, or "
+        "Hugging Face folder, to load. DIR@STEP: branch from the checkpoint of this step into another --save; "
+        "evaluate: load this step",
         phases=(*TRAINING, EVALUATE),
+    )
+    init_from: str = setting(
+        "",
+        "start a new run from the weights of another model, with a fresh optimizer: a run (DIR, or DIR@STEP), a model "
+        "folder or a Hugging Face folder. The model flags may be left out",
     )
     override_resume: tuple[str, ...] = setting(
         (),
@@ -122,6 +128,16 @@ class RunConfig:
         phases=NO_EVALUATION,
         bounds=Bounds(0.0, 1e6),
     )
+
+    @property
+    def init_folder(self) -> str:
+        """The folder of --init-from, without @STEP."""
+        return folder_and_step(self.init_from)[0]
+
+    @property
+    def init_step(self) -> int | None:
+        """STEP of --init-from DIR@STEP; None without it."""
+        return folder_and_step(self.init_from)[1]
 
     @property
     def load_folder(self) -> str:

@@ -43,8 +43,11 @@ def find_faults(config: Config, world_size: int) -> list[Fault]:
 
 
 def _reads_shape(config: Config) -> bool:
-    """Whether the model flags apply: score and evaluate read them in a dry run only, and only where given."""
-    return config.data.phase not in (SCORE, EVALUATE) or (config.run.dry_run and states_shape(config.model))
+    """Whether the model flags apply: a run that starts from another model, score and evaluate take its shape; they read
+    the flags only where given, score and evaluate only in a dry run."""
+    if config.data.phase in (SCORE, EVALUATE):
+        return config.run.dry_run and states_shape(config.model)
+    return not config.run.init_from or states_shape(config.model)
 
 
 def _without_effect(flag: str, rule: str) -> Fault:
@@ -109,6 +112,9 @@ def _required(config: Config) -> list[Fault]:
     if run.wandb_project and importlib.util.find_spec("wandb") is None:
         rule, remedy = "the Python package wandb, which is missing", "pip install wandb, or leave it out"
         faults.append(Fault("--wandb-project", run.wandb_project, rule, remedy))
+    if run.init_from and run.load_step is not None:
+        rule = f"one source of weights; --load {run.load} branches with weights and optimizer"
+        faults.append(Fault("--init-from", run.init_from, rule, "give one of the two"))
     resumes = bool(run.load) and run.load_step is None
     if resumes and run.save and data.phase != EVALUATE and realpath(run.load) != realpath(run.save):
         faults.append(

@@ -11,8 +11,8 @@ from megatron_doremi.errors import ConfigError, Fault
 from megatron_doremi.hugging_face.model_config import check_model_config
 from megatron_doremi.mixture.static import resolve_weights
 from megatron_doremi.phases.selected_domains import select_domains
-from megatron_doremi.phases.to_come import LOADED_RUN, REFERENCE_RUN, WEIGHTS, inputs_to_come
-from megatron_doremi.settings import EVALUATE, NO_EVALUATION, PROXY, SCORE, UNIMAX
+from megatron_doremi.phases.to_come import INITIAL_MODEL, LOADED_RUN, REFERENCE_RUN, WEIGHTS, inputs_to_come
+from megatron_doremi.settings import EVALUATE, NO_EVALUATION, PROXY, SCORE, TRAINING, UNIMAX
 
 
 def file_faults(config: Config) -> list[Fault]:
@@ -28,6 +28,8 @@ def reference_faults(config: Config) -> list[Fault]:
     phase, faults, to_come = config.data.phase, list[Fault](), inputs_to_come(config)
     if phase == EVALUATE and config.run.load and LOADED_RUN not in to_come:
         _collect(faults, lambda: check_model_config(Path(config.run.load_folder), LOADED_RUN))
+    if phase in TRAINING and config.run.init_from and INITIAL_MODEL not in to_come:
+        _collect(faults, lambda: check_model_config(Path(config.run.init_folder), INITIAL_MODEL))
     needed = phase == SCORE or (phase == PROXY and config.doremi.online)
     if needed and config.doremi.reference_load and REFERENCE_RUN not in to_come:
         _collect(faults, lambda: check_model_config(Path(config.doremi.reference_folder), REFERENCE_RUN))

@@ -41,12 +41,19 @@ _REMEDIES = {
 Identity = dict[str, Any]
 
 
-def run_identity(plan: RunPlan, data: RunData, controller: MixtureController, reference: str | None = None) -> Identity:
+def run_identity(
+    plan: RunPlan,
+    data: RunData,
+    controller: MixtureController,
+    reference: str | None = None,
+    initial: str | None = None,
+) -> Identity:
     """The identity of a training run.
 
     Args:
         controller: of the mixture; gives the settings of its method.
         reference: hash of the weights of a proxy's reference; None without a reference.
+        initial: hash of the weights of --init-from; None without it.
     """
     config = plan.config
     identity: Identity = {
@@ -68,6 +75,8 @@ def run_identity(plan: RunPlan, data: RunData, controller: MixtureController, re
     if config.data.phase == PROXY:
         source = "online" if config.doremi.online else "recorded"
         identity |= {"reference": reference, "reference_losses": source}
+    if config.run.init_from:
+        identity["init_from"] = initial
     return identity
 
 

@@ -27,6 +27,8 @@ from megatron_doremi.phases.score import missing_losses, open_reference_losses
 from megatron_doremi.phases.selected_domains import sampling_setting
 from megatron_doremi.phases.to_come import LOSSES, WEIGHTS, inputs_to_come
 from megatron_doremi.phases.trained_run import (
+    initial_shape,
+    read_initial,
     read_loaded,
     read_reference,
     reads_reference_losses,
@@ -53,6 +55,7 @@ class Inputs:
         controller: what decides the mixture.
         repeated: a line that lists the domains that repeat; "" if none does.
         loaded: the run whose model scoring, an evaluation, or a proxy with an online reference loads; else None.
+        initial: the model whose weights a new run starts from (--init-from); else None.
         reference_losses: of a proxy that reads them from disk; else None.
         to_come: see `inputs_to_come`; empty unless the run is a dry run.
         resumes: of a dry run, what the run would say about its resume; empty if it would start.
@@ -63,6 +66,7 @@ class Inputs:
     controller: MixtureController
     repeated: str
     loaded: TrainedModel | None
+    initial: TrainedModel | None
     reference_losses: ReferenceLosses | None
     to_come: Mapping[str, str]
     resumes: tuple[str, ...] = ()
@@ -93,8 +97,15 @@ def open_inputs(config: Config, topology: Topology) -> Inputs:
         assert loaded is not None
         plan = plan_run(config, topology, data, weights, loaded.gpt)
         data = _with_warnings(data, reference_warnings(config, loaded.gpt, loaded))
-        return Inputs(data, plan, make_controller(plan), "", loaded, None, to_come)
-    plan = plan_run(config, topology, data, weights)
+        return Inputs(data, plan, make_controller(plan), "", loaded, None, None, to_come)
+    initial = None
+    try:
+        initial = read_initial(config, data, to_come)
+    except ConfigError as error:
+        # Without its shape there is no plan.
+        raise ConfigError([*faults, *error.faults, *reference_faults(config)]) from error
+    shape = initial_shape(config, initial) if initial is not None else None
+    plan = plan_run(config, topology, data, weights, shape)
     controller = make_controller(plan)
     repeated = None if WEIGHTS in to_come else collect(lambda: check_repetition(plan, controller))
     reference = reference_losses = None
@@ -111,13 +122,15 @@ def open_inputs(config: Config, topology: Topology) -> Inputs:
         collect(lambda: checkpoint_to_resume(config.run, lambda skipped: None))
     if config.run.dry_run:
         # The reference's weights are not read.
-        unknown = ["reference", *(["sampling_weights"] if WEIGHTS in to_come else [])]
+        unknown = ["reference", "init_from", *(["sampling_weights"] if WEIGHTS in to_come else [])]
         resumes = collect(lambda: planned_resume(plan, run_identity(plan, data, controller), controller, unknown))
     faults += mixture_faults(plan, controller, data.held_out_counts(config.data.seq_length))
     raise_if_any(faults)
     warnings = [*mixture_warnings(plan, controller), *reference_warnings(config, plan.gpt, reference)]
     data = _with_warnings(data, warnings)
-    return Inputs(data, plan, controller, repeated or "", reference, reference_losses, to_come, tuple(resumes or ()))
+    return Inputs(
+        data, plan, controller, repeated or "", reference, initial, reference_losses, to_come, tuple(resumes or ())
+    )
 
 
 def _with_warnings(data: RunData, warnings: Sequence[str]) -> RunData:
@@ -131,7 +144,7 @@ def plan_run(
 
     Args:
         weights: [k] sampling weights, sum 1.
-        gpt: shape of the loaded model; None: the shape of the model flags.
+        gpt: shape of a loaded model; None: the shape of the model flags.
     """
     shape = gpt or gpt_config(config.model, config.data.seq_length, data.vocab_size)
     counts = data.window_counts(config.data.seq_length)
@@ -202,6 +215,8 @@ def what_is_read(inputs: Inputs) -> dict[str, Any]:
     if loaded is not None:
         # Not the weights, which may be gigabytes, but the state.json that holds their checksums.
         entry["checkpoint of the loaded run"] = sha256_of(loaded.stamp)
+    if inputs.initial is not None:
+        entry["model of --init-from"] = sha256_of(inputs.initial.stamp)
     if reference_losses is not None:
         entry["scores.json of the reference losses"] = sha256_of(reference_losses.folder / "scores.json")
     return entry

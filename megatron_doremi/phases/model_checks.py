@@ -23,7 +23,13 @@ from megatron_doremi.tokenization.tokenizer import Tokenizer, dataset_tokenizer
 
 
 def read_model(
-    folder: Path, flag: str, data: RunData, config: Config, step: int | None, needs_all_steps: bool = False
+    folder: Path,
+    flag: str,
+    data: RunData,
+    config: Config,
+    step: int | None,
+    needs_all_steps: bool = False,
+    same_domains: bool = True,
 ) -> TrainedModel:
     """Finds the model in `folder`, which `flag` names, and checks that it fits data and layout.
 
@@ -31,12 +37,13 @@ def read_model(
         folder: of a run of this program, or a model folder, or a Hugging Face folder.
         step: of a run's checkpoint; None: the newest.
         needs_all_steps: a run must be finished, unless --allow-unfinished or the step is given.
+        same_domains: a run must have trained on the data's domains.
 
     Raises:
         ConfigError: with all faults, including another tokenizer than the data's.
     """
     if kind_of_model(folder, flag) == RUN:
-        return _read_run(folder, flag, data, config, step, needs_all_steps)
+        return _read_run(folder, flag, data, config, step, needs_all_steps, same_domains)
     opened = open_model(folder, flag, step)
     faults = _shape_faults(opened.gpt, f"{flag} {folder}", data, config)
     try:
@@ -49,12 +56,20 @@ def read_model(
 
 
 def _read_run(
-    folder: Path, flag: str, data: RunData, config: Config, step: int | None, needs_all_steps: bool
+    folder: Path,
+    flag: str,
+    data: RunData,
+    config: Config,
+    step: int | None,
+    needs_all_steps: bool,
+    same_domains: bool,
 ) -> TrainedModel:
     run_config = read_run_config(folder, flag)
     gpt = run_config.gpt.gpt()
     subject = f"{flag} {folder}"
-    faults = [*_run_data_faults(run_config, subject, data.manifest), *_shape_faults(gpt, subject, data, config)]
+    faults = _run_tokenizer_faults(run_config, subject, data.manifest)
+    faults += _domain_faults(run_config, subject, data.manifest) if same_domains else []
+    faults += _shape_faults(gpt, subject, data, config)
     checkpoint = newest_checkpoint(folder) if step is None else checkpoint_at(folder, step, flag)
     if checkpoint is None:
         rule = "a run that was trained to its end"
@@ -98,25 +113,29 @@ def _shape_faults(gpt: GPTConfig, subject: str, data: RunData, config: Config) -
     ]
 
 
-def _run_data_faults(run_config: RunConfigFile, subject: str, manifest: Manifest) -> list[Fault]:
-    """Faults of a run that used other domains or another tokenizer."""
-    faults = []
+def _domain_faults(run_config: RunConfigFile, subject: str, manifest: Manifest) -> list[Fault]:
+    """A fault of a run that trained on other domains."""
+    if run_config.domains == list(manifest.names):
+        return []
+    extra = [name for name in manifest.names if name not in run_config.domains]
+    remedy = "train the model on this manifest"
+    if extra and [name for name in manifest.names if name not in extra] == run_config.domains:
+        remedy = f"give --exclude-domains {shlex.quote(','.join(extra))}, or {remedy}"
+    rule = f"the manifest's, in its order: {', '.join(manifest.names)}"
+    return [Fault(subject, f"domains {', '.join(run_config.domains)}", rule, remedy)]
+
+
+def _run_tokenizer_faults(run_config: RunConfigFile, subject: str, manifest: Manifest) -> list[Fault]:
+    """A fault of a run whose tokenizer gives other ids than the data's."""
     ours = manifest.tokenizer.sha256 if manifest.tokenizer else None
-    if run_config.tokenizer_sha256 != ours:
-        difference = _run_tokenizer_difference(run_config, manifest)
-        if difference is not None:
-            rule = f"the manifest's tokenizer, {str(ours)[:12]}"
-            remedy = "train the model on this data set: losses of other tokens cannot be compared"
-            value = f"tokenizer {str(run_config.tokenizer_sha256)[:12]}" + difference
-            faults.append(Fault(subject, value, rule, remedy))
-    if run_config.domains != list(manifest.names):
-        extra = [name for name in manifest.names if name not in run_config.domains]
-        remedy = "train the model on this manifest"
-        if extra and [name for name in manifest.names if name not in extra] == run_config.domains:
-            remedy = f"give --exclude-domains {shlex.quote(','.join(extra))}, or {remedy}"
-        rule = f"the manifest's, in its order: {', '.join(manifest.names)}"
-        faults.append(Fault(subject, f"domains {', '.join(run_config.domains)}", rule, remedy))
-    return faults
+    if run_config.tokenizer_sha256 == ours:
+        return []
+    difference = _run_tokenizer_difference(run_config, manifest)
+    if difference is None:
+        return []
+    rule = f"the manifest's tokenizer, {str(ours)[:12]}"
+    remedy = "train the model on this data set: losses of other tokens cannot be compared"
+    return [Fault(subject, f"tokenizer {str(run_config.tokenizer_sha256)[:12]}{difference}", rule, remedy)]
 
 
 def _run_tokenizer_difference(run_config: RunConfigFile, manifest: Manifest) -> str | None:

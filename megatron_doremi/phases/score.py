@@ -96,7 +96,12 @@ def reference_hash(
         return reference_losses.scores_file.reference
     if model is None:
         return None
-    # Read on one rank only: a reference may be gigabytes.
+    return model_hash(model, topology, watchdog)
+
+
+def model_hash(model: TrainedModel, topology: Topology, watchdog: Watchdog) -> str:
+    """A hash of a model's weights. A collective call."""
+    # Read on one rank only: a model may be gigabytes.
     with stage(f"checking the weights in {model.files}", topology.rank == 0):
         return str(exchange.from_rank_0(lambda: weights_hash(model, watchdog)))
 

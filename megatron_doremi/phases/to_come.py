@@ -10,9 +10,10 @@ from difflib import get_close_matches
 from megatron_doremi.config import Config
 from megatron_doremi.data.given_weights import file_and_row
 from megatron_doremi.mixture.static import is_weights_file, similar_mixture
-from megatron_doremi.settings import EVALUATE, NO_EVALUATION, PROXY, SCORE
+from megatron_doremi.settings import EVALUATE, NO_EVALUATION, PROXY, SCORE, TRAINING
 
-WEIGHTS, LOSSES, REFERENCE_RUN, LOADED_RUN = "--domain-weights", "--reference-losses", "--reference-load", "--load"
+WEIGHTS, LOSSES = "--domain-weights", "--reference-losses"
+REFERENCE_RUN, LOADED_RUN, INITIAL_MODEL = "--reference-load", "--load", "--init-from"
 
 
 def inputs_to_come(config: Config) -> dict[str, str]:
@@ -31,6 +32,8 @@ def inputs_to_come(config: Config) -> dict[str, str]:
         stand_ins[REFERENCE_RUN] = (doremi.reference_folder, "a reference of the proxy's own shape stands in")
     elif phase == PROXY and not get_close_matches(doremi.reference_losses, ["online"], cutoff=0.8):
         stand_ins[LOSSES] = (doremi.reference_losses, "its losses are not checked")
+    if phase in TRAINING:
+        stand_ins[INITIAL_MODEL] = (config.run.init_folder, "the shape of the model flags stands in")
     if phase == SCORE:
         stand_ins[REFERENCE_RUN] = (doremi.reference_folder, "the shape of the model flags stands in")
     if phase == EVALUATE:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_doremi.checkpoint.reader import load_training
+from megatron_doremi.checkpoint.reader import load_training, load_weights
 from megatron_doremi.checkpoint.writer import Checkpointer, SaveTimer
 from megatron_doremi.cluster.control import RunControl
 from megatron_doremi.cluster.preemption import KEEP_RUNNING, REASONS
@@ -24,7 +25,7 @@ from megatron_doremi.data.loader import Step, StepReader, steps
 from megatron_doremi.engine.engines import TrainingEngine
 from megatron_doremi.engine.optimizer import make_learning_rate
 from megatron_doremi.mixture.non_finite import explain_gradient, explain_loss
-from megatron_doremi.mixture.reference import OnlineReference
+from megatron_doremi.mixture.reference import OnlineReference, TrainedModel
 from megatron_doremi.parallel.context import ParallelContext
 from megatron_doremi.phases.closing import end_lines, weights_table
 from megatron_doremi.phases.evaluate import evaluate
@@ -93,6 +94,8 @@ class Trainer:
         self.vanished = VanishedWeights(self.controller.vanishing_remedy)
         if resume is not None:
             self._resume(resume)
+        elif inputs.initial is not None:
+            self._start_from(inputs.initial)
 
     def _resume(self, resume: ResumePoint) -> None:
         def progress() -> None:
@@ -104,6 +107,11 @@ class Trainer:
         self.metrics_bytes = resume.metrics_bytes
         if resume.controller_state is not None:
             self.controller.load_state_dict(resume.controller_state, self.plan.names)
+
+    def _start_from(self, model: TrainedModel) -> None:
+        with self._stage(f"loading {model.path}"):
+            mark = partial(self.watchdog.mark, f"loading {model.path}")
+            load_weights(self.engine, model.opened_weights(), self.topology, mark)
 
     def train(self) -> bool:
         """Trains to the last iteration, or to the exit interval.

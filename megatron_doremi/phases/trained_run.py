@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from megatron_doremi.config import Config, GPTConfig, gpt_config, states_shape
@@ -13,9 +13,12 @@ from megatron_doremi.mixture.reference import OnlineReference, TrainedModel
 from megatron_doremi.parallel.context import ParallelContext
 from megatron_doremi.phases.model_checks import read_model
 from megatron_doremi.phases.run_data import RunData
-from megatron_doremi.phases.to_come import LOADED_RUN, REFERENCE_RUN
+from megatron_doremi.phases.to_come import INITIAL_MODEL, LOADED_RUN, REFERENCE_RUN
 from megatron_doremi.plan import RunPlan
 from megatron_doremi.settings import EVALUATE, PROXY
+
+# Fields of a shape that a run chooses although it starts from a model.
+_OF_A_NEW_RUN = ("make_vocab_size_divisible_by", "init_method_std")
 
 
 def scores_online(config: Config, controller: MixtureController) -> bool:
@@ -83,6 +86,26 @@ def read_loaded(config: Config, data: RunData, to_come: Collection[str] = ()) ->
     return loaded
 
 
+def read_initial(config: Config, data: RunData, to_come: Collection[str] = ()) -> TrainedModel | None:
+    """Finds and checks the model of --init-from; None without the flag. `to_come`: see `inputs_to_come`."""
+    if not config.run.init_from:
+        return None
+    folder = Path(config.run.init_folder)
+    if INITIAL_MODEL in to_come:
+        return _stand_in(config, data, folder, INITIAL_MODEL)
+    model = read_model(folder, INITIAL_MODEL, data, config, config.run.init_step, same_domains=False)
+    if states_shape(config.model):
+        raise_if_any(_shape_differences(config, model, INITIAL_MODEL, _OF_A_NEW_RUN))
+    return model
+
+
+def initial_shape(config: Config, model: TrainedModel) -> GPTConfig:
+    """The shape of a run that starts from a model: the model's, at this run's window length and padding."""
+    gpt = replace(model.gpt, make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by)
+    # A table of learned positions keeps its length.
+    return replace(gpt, max_positions=config.data.seq_length) if gpt.position_embedding_type == "rope" else gpt
+
+
 def _stand_in(config: Config, data: RunData, folder: Path, flag: str) -> TrainedModel:
     """The stand-in of a dry run for a run that does not exist yet; its weights are never read."""
     if not states_shape(config.model):
@@ -92,14 +115,14 @@ def _stand_in(config: Config, data: RunData, folder: Path, flag: str) -> Trained
     return TrainedModel(shape, None, folder, folder, {}, folder, 0, config.data.global_batch_size)
 
 
-def _shape_differences(config: Config, loaded: TrainedModel, flag: str) -> list[Fault]:
+def _shape_differences(config: Config, loaded: TrainedModel, flag: str, ignored: Collection[str] = ()) -> list[Fault]:
     """Faults of model flags that contradict the loaded model; its vocabulary and window length are not compared."""
     stated = asdict(gpt_config(config.model, loaded.gpt.max_positions, loaded.gpt.vocab_size))
     rule, remedy = f"the shape of the run of {flag}", "leave out the model flags, or name another run"
     return [
         Fault("model flags", f"{name} {stated[name]}", f"{rule}: {name} {value}", remedy)
         for name, value in asdict(loaded.gpt).items()
-        if stated[name] != value
+        if stated[name] != value and name not in ignored
     ]
 
 

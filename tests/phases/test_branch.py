@@ -143,7 +143,7 @@ def test_a_reference_of_an_earlier_step(run, data):
     """The step says that the run need not be finished."""
     for phase in ("score", "proxy"):
         inputs = planned(data, "--save", "s", "--reference-load", f"{run}@4", phase=phase)
-        assert inputs.loaded.weights == run / "checkpoints" / "iter_0000004" / "weights"
+        assert inputs.loaded.files == run / "checkpoints" / "iter_0000004" / "weights"
         with pytest.raises(ConfigError, match=r"--reference-load .*@5: no checkpoint of step 5\n.* 2, 4, 6, 8\n"):
             planned(data, "--save", "s", "--reference-load", f"{run}@5", phase=phase)
     argv = ["--phase", "score", "--domains", str(data), "--save", "s", "--reference-load", "nowhere@4"]
