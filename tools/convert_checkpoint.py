@@ -26,7 +26,6 @@ if not __package__:
 import torch
 
 from megatron_doremi.console import print_stdout
-from megatron_doremi.data.manifest import load_manifest
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any, run_or_exit
 from megatron_doremi.flag_parser import FlagParser
 from megatron_doremi.hugging_face.architectures import ARCHITECTURES, Architecture
@@ -41,12 +40,12 @@ from megatron_doremi.hugging_face.model_folder import (
     model_entry,
     open_model,
 )
-from megatron_doremi.hugging_face.tokenizer_files import sample_texts, write_tokenizer
+from megatron_doremi.hugging_face.tokenizer_files import run_tokenizer, sample_texts, write_tokenizer
 from megatron_doremi.progress import Progress
 from megatron_doremi.run_settings import folder_and_step
 from megatron_doremi.storage.files import atomic_write_text, make_durable, make_folder
 from megatron_doremi.storage.folder_lock import LOCK, FolderLock
-from megatron_doremi.tokenization.tokenizer import Tokenizer, dataset_tokenizer
+from megatron_doremi.tokenization.tokenizer import Tokenizer
 from megatron_doremi.version import version_text
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -93,7 +92,7 @@ def main() -> int:
         tokenizer = None
     else:
         architecture = choose_architecture(opened.gpt, args.architecture or opened.model_type)
-        tokenizer = None if args.without_tokenizer else _run_tokenizer(opened, args.domains)
+        tokenizer = None if args.without_tokenizer else _tokenizer(opened, args.domains)
     partial = args.out.with_name(f".{args.out.name}.partial")
     make_folder(partial, "OUT")
     lock = FolderLock(partial, "OUT")
@@ -135,21 +134,12 @@ def _clear(partial: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _run_tokenizer(opened: OpenedModel, domains: Path | None) -> tuple[Tokenizer, list[str]] | None:
-    """The tokenizer of a run, and text that it encoded; None for a model whose folder has the tokenizer's files."""
+def _tokenizer(opened: OpenedModel, domains: Path | None) -> tuple[Tokenizer, list[str]] | None:
+    """A run's tokenizer, and text that it encoded; None for a model whose folder has the tokenizer's files."""
     if opened.run is None:
         return None
     remedy = "give --domains the manifest, or --without-tokenizer to write the model alone"
-    path = domains or Path(str(opened.run.settings.get("data", {}).get("domains", "")))
-    if not path.is_file():
-        rule = "the run's manifest, which names its tokenizer"
-        raise ConfigError(Fault("tokenizer of the model", f"no manifest {path}", rule, remedy))
-    manifest = load_manifest(path)
-    tokenizer = dataset_tokenizer(manifest)
-    if tokenizer is None or tokenizer.sha256 != opened.run.tokenizer_sha256:
-        found = tokenizer.sha256[:12] if tokenizer else "none"
-        rule = f"the run's tokenizer, {str(opened.run.tokenizer_sha256)[:12]}"
-        raise ConfigError(Fault("tokenizer of the model", f"{found} in {path}", rule, remedy))
+    tokenizer, manifest = run_tokenizer(opened.run, domains, remedy)
     return tokenizer, sample_texts(manifest, tokenizer)
 
 

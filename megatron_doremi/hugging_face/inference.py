@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
+from torch import Tensor
 
 from megatron_doremi.checkpoint.source import Weights
 from megatron_doremi.config import GPTConfig
@@ -19,3 +22,57 @@ def load_model(gpt: GPTConfig, weights: Weights, device: torch.device, dtype: to
     for name, parameter in module.model_parameters():
         parameter.copy_(weights.local_shard(name, spec_of(parameter), context.topology))
     return module.requires_grad_(False).eval()
+
+
+def probabilities(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """The distribution that the next token is drawn from.
+
+    Args:
+        logits: [vocab].
+        temperature: divides the logits; 0 puts all probability on the most likely token.
+        top_k: only this many most likely tokens remain; 0: all.
+        top_p: of those, only the most likely ones whose probabilities first sum to this remain (Holtzman et al. 2020);
+            1: all.
+
+    Returns:
+        [vocab], float32, sum 1.
+    """
+    values = logits.float()
+    if temperature == 0.0:
+        return torch.nn.functional.one_hot(values.argmax(), len(values)).float()
+    values = values / temperature
+    order = values.argsort(descending=True, stable=True)
+    ranked = values[order].softmax(-1)
+    keep = torch.ones_like(ranked, dtype=torch.bool)
+    if top_k:
+        keep[top_k:] = False
+    # A token remains if those before it have not reached the sum yet; the first always does.
+    share = ranked * keep / (ranked * keep).sum()
+    keep &= share.cumsum(-1) - share < top_p
+    keep[0] = True
+    result = torch.zeros_like(values)
+    result[order] = ranked * keep / (ranked * keep).sum()
+    return result
+
+
+@torch.no_grad()
+def generate(
+    module: GPTModel,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    generator: torch.Generator,
+) -> Iterator[int]:
+    """Yields one token id after the other. The model sees the last `max_positions` tokens of prompt and text.
+
+    Every token is one forward pass over all of them: there is no cache of keys and values.
+    """
+    device = next(module.parameters()).device
+    ids = list(prompt)
+    for _ in range(max_new_tokens):
+        tokens = torch.tensor([ids[-module.gpt.max_positions :]], device=device)
+        chosen = probabilities(module.logits(tokens)[0, -1], temperature, top_k, top_p).cpu()
+        ids.append(int(torch.multinomial(chosen, 1, generator=generator)))
+        yield ids[-1]

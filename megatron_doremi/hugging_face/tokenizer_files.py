@@ -9,7 +9,8 @@ from typing import Any
 
 from google.protobuf.message import DecodeError
 
-from megatron_doremi.data.manifest import Manifest
+from megatron_doremi.checkpoint.run_config import RunConfigFile
+from megatron_doremi.data.manifest import Manifest, load_manifest
 from megatron_doremi.errors import ConfigError, Fault
 from megatron_doremi.storage.files import atomic_write_bytes, atomic_write_text
 from megatron_doremi.tokenization.sentencepiece_definition import sentencepiece_definition
@@ -20,6 +21,7 @@ from megatron_doremi.tokenization.tokenizer import (
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
     Tokenizer,
+    dataset_tokenizer,
     load_tokenizer,
 )
 
@@ -94,6 +96,31 @@ def sample_texts(manifest: Manifest, tokenizer: Tokenizer) -> list[str]:
         ids = manifest.open_train(domain, tokenizer.vocab_size).tokens(0, count)
         texts.append(tokenizer.decode(ids[ids != tokenizer.eod]))
     return texts
+
+
+def run_tokenizer(run: RunConfigFile, domains: Path | None, remedy: str) -> tuple[Tokenizer, Manifest]:
+    """The tokenizer of a run, and the manifest that names it.
+
+    Args:
+        domains: the manifest, if it was moved; None: the run's.
+        remedy: what the user can do without it, for messages.
+
+    Raises:
+        ConfigError: the manifest is missing, or names another tokenizer.
+    """
+    path = domains or Path(str(run.settings.get("data", {}).get("domains", "")))
+    subject = "tokenizer of the model"
+    if not path.is_file():
+        raise ConfigError(
+            Fault(subject, f"no manifest {path}", "the run's manifest, which names its tokenizer", remedy)
+        )
+    manifest = load_manifest(path)
+    tokenizer = dataset_tokenizer(manifest)
+    if tokenizer is None or tokenizer.sha256 != run.tokenizer_sha256:
+        found = tokenizer.sha256[:12] if tokenizer else "none"
+        rule = f"the run's tokenizer, {str(run.tokenizer_sha256)[:12]}"
+        raise ConfigError(Fault(subject, f"{found} in {path}", rule, remedy))
+    return tokenizer, manifest
 
 
 def load_folder_tokenizer(folder: Path, flag: str, eod: int) -> Tokenizer:

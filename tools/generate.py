@@ -1,0 +1,129 @@
+"""Writes text with a model: to look at what it says.
+
+    python tools/generate.py --load runs/main --prompt "Once upon a time"
+    python tools/generate.py --load runs/main@2000 --prompt "def main(" --temperature 0 --max-new-tokens 50
+    echo "The law" | python tools/generate.py --load llama-folder --prompt - --samples 3 --seed 7
+
+--load takes a run (its newest checkpoint, or RUN@STEP), a model folder or a Hugging Face folder. One process, a CPU or
+one GPU. Every token is a forward pass over the text so far; tools/convert_checkpoint.py exports a model to serve it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+if not __package__:
+    # Run as a script: the package is beside this folder.
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+import torch
+
+from megatron_doremi.errors import ConfigError, Fault, raise_if_any, run_or_exit
+from megatron_doremi.flag_parser import FlagParser
+from megatron_doremi.hugging_face.inference import generate, load_model
+from megatron_doremi.hugging_face.model_folder import OpenedModel, open_model
+from megatron_doremi.hugging_face.tokenizer_files import load_folder_tokenizer, run_tokenizer
+from megatron_doremi.progress import stage
+from megatron_doremi.run_settings import folder_and_step
+from megatron_doremi.text_table import shown_text
+from megatron_doremi.tokenization.tokenizer import Tokenizer
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Builds the command-line parser."""
+    parser = FlagParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    add = parser.add_argument
+    load_help = "a run (RUN@STEP for another step than the newest), a model folder or a Hugging Face folder"
+    add("--load", required=True, metavar="MODEL", help=load_help)
+    add(
+        "--prompt",
+        default="",
+        metavar="TEXT",
+        help="text to continue; - reads standard input (default: a new document)",
+    )
+    add("--max-new-tokens", type=int, default=100, metavar="N", help="tokens to write at most (default: 100)")
+    add("--samples", type=int, default=1, metavar="N", help="number of texts (default: 1)")
+    temperature_help = "divides the logits; 0: always the most likely token (default: 1)"
+    add("--temperature", type=float, default=1.0, metavar="T", help=temperature_help)
+    add("--top-k", type=int, default=0, metavar="K", help="draw from the K most likely tokens; 0: all (default: 0)")
+    top_p_help = "draw from the most likely tokens that sum to P (default: 1, all)"
+    add("--top-p", type=float, default=1.0, metavar="P", help=top_p_help)
+    add("--seed", type=int, default=0, metavar="N", help="seed of the draws (default: 0)")
+    add("--bf16", action="store_true", help="compute in bfloat16 (default: float32)")
+    add("--domains", type=Path, metavar="FILE", help="manifest that names a run's tokenizer, if it was moved")
+    return parser
+
+
+def main() -> int:
+    """Loads the model and prints the texts as they are written. Returns the exit code."""
+    args = build_parser().parse_args()
+    raise_if_any(_faults(args))
+    folder, step = folder_and_step(args.load)
+    opened = open_model(Path(folder), "--load", step)
+    tokenizer = _tokenizer(opened, args.domains)
+    prompt = sys.stdin.read().removesuffix("\n") if args.prompt == "-" else args.prompt
+    ids = tokenizer.encode(prompt).tolist() if prompt else [tokenizer.eod]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with stage(f"loading {folder}"):
+        module = load_model(opened.gpt, opened.weights, device, torch.bfloat16 if args.bf16 else torch.float32)
+    generator = torch.Generator().manual_seed(args.seed)
+    for number in range(args.samples):
+        if args.samples > 1:
+            print(f"{'' if number == 0 else chr(10)}--- {number + 1} of {args.samples}")
+        print(shown_lines(prompt), end="", flush=True)
+        written: list[int] = []
+        shown = ""
+        settings = (args.max_new_tokens, args.temperature, args.top_k, args.top_p, generator)
+        for token in generate(module, ids, *settings):
+            if token == tokenizer.eod:
+                break
+            written.append(token)
+            text = tokenizer.decode(written)
+            # The bytes of a character may be several tokens: it is printed once it is whole.
+            if not text.endswith("\ufffd"):
+                print(shown_lines(text[len(shown) :]), end="", flush=True)
+                shown = text
+        print(shown_lines(tokenizer.decode(written)[len(shown) :]))
+    return 0
+
+
+def shown_lines(text: str) -> str:
+    """A text whose control characters, but for tabs and ends of lines, do nothing to a terminal."""
+    return "".join(part if part in ("\n", "\t") else shown_text(part) for part in re.split(r"([\n\t])", text))
+
+
+def _faults(args: argparse.Namespace) -> list[Fault]:
+    faults = []
+    for flag, value, low, high in (
+        ("--max-new-tokens", args.max_new_tokens, 1, 1_000_000),
+        ("--samples", args.samples, 1, 1_000_000),
+        ("--temperature", args.temperature, 0.0, 1e6),
+        ("--top-k", args.top_k, 0, 1 << 31),
+        ("--top-p", args.top_p, 1e-6, 1.0),
+        ("--seed", args.seed, 0, (1 << 63) - 1),
+    ):
+        if not low <= value <= high:
+            faults.append(Fault(flag, str(value), f"from {low} to {high}", "give a number in that range"))
+    return faults
+
+
+def _tokenizer(opened: OpenedModel, domains: Path | None) -> Tokenizer:
+    if opened.run is not None:
+        return run_tokenizer(opened.run, domains, "give --domains the manifest")[0]
+    if opened.eod is None:
+        rule, remedy = "an eos_token_id, which ends a text", "add it to config.json"
+        raise ConfigError(Fault(f"--load {opened.folder}: config.json", "eos_token_id is missing", rule, remedy))
+    return load_folder_tokenizer(opened.folder, "--load", opened.eod)
+
+
+def command() -> None:
+    """Runs `main` as a program."""
+    run_or_exit(main)
+
+
+if __name__ == "__main__":
+    command()
