@@ -1,4 +1,4 @@
-"""Runs that load a Hugging Face folder: as the model to start from, as a reference, to score, to evaluate.
+"""Runs of pretrain_doremi.py that load a Hugging Face folder: to start from, as a reference, to score, to evaluate.
 
 Run alone: python -m pytest tests/hugging_face/test_models_in.py
 """
