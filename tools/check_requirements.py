@@ -27,9 +27,13 @@ def supported() -> list[str]:
 
 
 def pinned(path: Path) -> Iterator[str]:
-    """Yields the requirements of a file, such as 'numpy==2.4.6'; not those of the files that it includes."""
+    """Yields the requirements of a file, such as 'lm_eval==0.4.13', and of the files that it includes, but for those of
+    requirements.txt, which pyproject.toml gives as ranges."""
     for line in path.read_text(encoding="utf-8").splitlines():
         requirement = line.split("#")[0].strip()
+        included = requirement.removeprefix("-r ").strip()
+        if requirement.startswith("-r ") and included != "requirements.txt":
+            yield from pinned(path.with_name(included))
         if requirement and not requirement.startswith("-"):
             yield requirement
 
