@@ -259,3 +259,4 @@ if [ $# -eq 0 ]; then
 fi
 "$PYTHON" tools/report.py "${groups[@]}" --domains "$OUT/data/domains.json" --output-dir "$OUT/report"
 say "Done. Open $OUT/report/report.html; the logs of the runs are in $OUT/logs"
+echo "Learned weights, of each seed: --domain-weights $OUT/seed-1/proxy/domain_weights.json$([ "$SEEDS" = 1 ] || echo ' ...')"

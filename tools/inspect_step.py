@@ -34,6 +34,7 @@ from megatron_doremi.data.manifest import Manifest, load_manifest, manifest_of_w
 from megatron_doremi.data.token_stream import TokenStream
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any, run_or_exit
 from megatron_doremi.flag_parser import FlagParser
+from megatron_doremi.text_table import shown_text
 from megatron_doremi.tokenization.tokenizer import Tokenizer, dataset_tokenizer
 
 # Characters of a document's part that are shown without --json.
@@ -173,7 +174,9 @@ def entry_lines(entry: dict[str, Any]) -> list[str]:
         lines.append(f"-- document {part['document']:,}, {place}")
         text = " ".join(map(str, part["ids"])) if "ids" in part else part["text"]
         more = f" [{len(text) - _SHOWN:,} more characters]" if len(text) > _SHOWN else ""
-        lines.append(text[:_SHOWN] + more)
+        # A document may hold control characters, which a terminal would obey.
+        lines += [shown_text(line) for line in text[:_SHOWN].split("\n")]
+        lines[-1] += more
     return lines
 
 

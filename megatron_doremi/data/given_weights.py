@@ -16,6 +16,8 @@ from collections.abc import Iterator, Sequence
 from megatron_doremi.errors import Fault
 
 _ENTRY = re.compile(r"\s*(.+?)\s*=\s*([^=,]*?)\s*(?:,|$)", re.DOTALL)
+# Of files of weights.
+WEIGHTS_SUFFIXES = (".json", ".yaml", ".yml", ".csv")
 _TABLE_ROW = re.compile(r"\.csv@", re.IGNORECASE)
 _FILE = re.compile(r"\.(json|yaml|yml|csv)$|\.csv@", re.IGNORECASE)
 # The shortest name that is recognized at the end of a longer one.

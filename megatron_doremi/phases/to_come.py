@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import os
 from difflib import get_close_matches
+from pathlib import Path
 
 from megatron_doremi.config import Config
-from megatron_doremi.data.given_weights import file_and_row
+from megatron_doremi.data.given_weights import WEIGHTS_SUFFIXES, file_and_row
 from megatron_doremi.mixture.static import is_weights_file, similar_mixture
 from megatron_doremi.settings import EVALUATE, NO_EVALUATION, PROXY, SCORE, TRAINING
+from megatron_doremi.storage.files import similar_path
 
 WEIGHTS, LOSSES = "--domain-weights", "--reference-losses"
 REFERENCE_RUN, LOADED_RUN, INITIAL_MODEL = "--reference-load", "--load", "--init-from"
@@ -26,7 +28,9 @@ def inputs_to_come(config: Config) -> dict[str, str]:
         return {}
     phase, doremi, weights = config.data.phase, config.doremi, config.data.domain_weights
     stand_ins: dict[str, tuple[str, str]] = {}
-    if phase in NO_EVALUATION and is_weights_file(weights) and not similar_mixture(weights):
+    # Anything that ends in no known suffix is no file that a proxy is to write.
+    is_file = is_weights_file(weights) and Path(file_and_row(weights)[0]).suffix.lower() in WEIGHTS_SUFFIXES
+    if phase in NO_EVALUATION and is_file and not similar_mixture(weights):
         stand_ins[WEIGHTS] = (file_and_row(weights)[0], "uniform weights stand in; no cap on epochs is checked")
     if phase == PROXY and doremi.online:
         stand_ins[REFERENCE_RUN] = (doremi.reference_folder, "a reference of the proxy's own shape stands in")
@@ -38,8 +42,10 @@ def inputs_to_come(config: Config) -> dict[str, str]:
         stand_ins[REFERENCE_RUN] = (doremi.reference_folder, "the shape of the model flags stands in")
     if phase == EVALUATE:
         stand_ins[LOADED_RUN] = (config.run.load_folder, "the shape of the model flags stands in")
-    return {
-        flag: f"{flag} {path} does not exist yet: {line}"
-        for flag, (path, line) in stand_ins.items()
-        if path and not os.path.lexists(path)
-    }
+    missing = {flag: entry for flag, entry in stand_ins.items() if entry[0] and not os.path.lexists(entry[0])}
+    return {flag: f"{flag} {path} does not exist yet{_like(path)}: {line}" for flag, (path, line) in missing.items()}
+
+
+def _like(path: str) -> str:
+    near = similar_path(Path(path))
+    return f" (did you mean {near}?)" if near else ""

@@ -156,8 +156,10 @@ def _sizes(plan: RunPlan, alternating: bool, reference: GPTConfig | None) -> lis
     if reference is not None:
         memory.append(f"{_size(held.reference)} of the reference's weights")
     memory.append(f"{_size(held.loss)} while the loss is computed")
+    padded = gpt.padded_vocab_size(1)
+    vocabulary = f"{gpt.vocab_size:,} tokens" + (f", padded to {padded:,}" if padded != gpt.vocab_size else "")
     return [
-        f"parameters: {total:,} (vocabulary {gpt.vocab_size:,} tokens), at most {largest:,} per rank",
+        f"parameters: {total:,} (vocabulary {vocabulary}), at most {largest:,} per rank",
         f"memory per rank: {_size(held.total)}, of which {', '.join(memory)} (docs/memory.md)",
     ]
 

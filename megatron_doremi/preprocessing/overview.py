@@ -19,6 +19,7 @@ from megatron_doremi.text_table import shown_text, table_lines
 # A domain with fewer documents, or a smaller share of the tokens, is called tiny.
 _FEW_DOCUMENTS, _SMALL_SHARE = 20, 0.0005
 # Tokens of held-out data below which a domain's loss is mostly noise.
+_FEW_HELD_OUT_DOCUMENTS = 5
 _FEW_HELD_OUT = 2_000
 # Passes over a domain beyond which more of them teach little (Muennighoff et al. 2023, arXiv 2305.16264).
 _MANY_EPOCHS = 4.0
@@ -145,6 +146,10 @@ def remarks(manifest: Manifest, sizes: Sequence[DomainSizes], epochs: NDArray[np
         (
             f"fewer than {_FEW_HELD_OUT:,} held-out tokens, so the held-out loss is mostly noise",
             [each.valid is not None and each.valid.num_tokens < _FEW_HELD_OUT for each in sizes],
+        ),
+        (
+            f"fewer than {_FEW_HELD_OUT_DOCUMENTS} held-out documents, so a wide interval, or none",
+            [each.valid is not None and each.valid.num_documents < _FEW_HELD_OUT_DOCUMENTS for each in sizes],
         ),
         ("no PREFIX.bytes beside the held-out pair, so no bits per byte", [not each.has_sizes for each in sizes]),
         ("bytes per token below half the median: the tokenizer does not fit", badly_encoded),

@@ -199,7 +199,12 @@ def list_runs(groups: Sequence[Group], domain_tokens: Mapping[str, int] | None =
 def choose_unit(runs: Sequence[Run]) -> tuple[Unit, list[str]]:
     """Bits per byte if every run's last evaluation has them for every domain, else nats, with a sentence if some do."""
     newest = [run.evaluations[-1] for run in runs if run.evaluations]
-    known = [each.bits is not None and each.bits.losses.keys() == each.nats.losses.keys() for each in newest]
+    known = [
+        each.bits is not None
+        and each.bits.losses.keys() == each.nats.losses.keys()
+        and all(map(math.isfinite, each.bits.losses.values()))
+        for each in newest
+    ]
     if newest and all(known):
         return Unit.BITS, []
     some = any(evaluation.bits is not None for evaluation in newest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import hashlib
 import json
@@ -196,6 +197,30 @@ def read_json(path: Path, subject: str, remedy: str = "give such a file") -> Any
         return json_object
 
     try:
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
+        # People's editors may begin a file with a byte order mark.
+        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=unique_keys)
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(Fault(subject, str(error), _ONE_OBJECT, remedy)) from error
+        value, remedy = unreadable(path, error, remedy)
+        raise ConfigError(Fault(subject, value, _ONE_OBJECT, remedy)) from error
+
+
+def unreadable(path: Path, error: Exception, remedy: str) -> tuple[str, str]:
+    """Why a file cannot be read, in plain words, and the remedy: an existing path like it, or else `remedy`."""
+    if isinstance(error, FileNotFoundError):
+        near = similar_path(path)
+        return "no such file", f"did you mean {near}?" if near else remedy
+    return ("a folder" if isinstance(error, IsADirectoryError) else str(error)), remedy
+
+
+def similar_path(path: Path) -> Path | None:
+    """The existing path that differs from a missing one in the spelling of one part; None if there is none."""
+    missing = next((each for each in [*reversed(path.parents), path] if not each.exists()), None)
+    if missing is None or not missing.parent.is_dir():
+        return None
+    try:
+        names = os.listdir(missing.parent)
+    except OSError:
+        return None
+    rest = path.relative_to(missing)
+    candidates = (missing.parent / name / rest for name in difflib.get_close_matches(missing.name, names, cutoff=0.7))
+    return next((each for each in candidates if each.exists()), None)

@@ -162,6 +162,14 @@ def test_an_overview_says_what_looks_wrong(tmp_path, monkeypatch, capsys):
     )
 
 
+def test_a_few_long_held_out_documents_are_named(tmp_path, monkeypatch, capsys):
+    """An interval over documents needs several, however many tokens they have."""
+    domains = {"Web": ([[1, 2]] * 30, [[5] * 700] * 4), "Law": ([[1, 2]] * 30, [[5] * 700] * 5)}
+    text = "\n".join(overview(monkeypatch, capsys, manifest_of(tmp_path, domains)))
+    assert "fewer than 5 held-out documents, so a wide interval, or none: Web" in text
+    assert "held-out tokens" not in text
+
+
 def test_hundreds_of_domains_stay_readable(tmp_path, monkeypatch, capsys):
     names = {f"domain {number:03}": ([[number]] * (1 + number), []) for number in range(120)}
     lines = overview(monkeypatch, capsys, manifest_of(tmp_path, names))

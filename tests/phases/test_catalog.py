@@ -152,8 +152,8 @@ FLAGS = {
     "too many epochs": Case(("at most --max-epochs-per-domain",), flags="--max-epochs-per-domain 0.01"),
 }
 MANIFESTS = {
-    "missing": Case(("nowhere.json", "No such file"), flags="--domains @/nowhere.json"),
-    "a folder": Case(("Is a directory",), flags="--domains @/data"),
+    "missing": Case(("nowhere.json", "no such file"), flags="--domains @/nowhere.json"),
+    "a folder": Case(("a folder",), flags="--domains @/data"),
     "no JSON": Case(("one JSON object",), damage=lambda f: (f / "data" / "domains.json").write_text("{")),
     "bytes": Case(("a readable manifest",), damage=lambda f: (f / "data" / "domains.json").write_bytes(b"\xff\xfe{")),
     "nested deeply": Case(
@@ -204,7 +204,7 @@ FILES = {
     "documents out of order": Case(("documents out of order",), damage=index(34 + 7 * 12, struct.pack("<q", 5))),
 }
 WEIGHTS = {
-    "missing": Case(("weights.json", "No such file"), flags="--domain-weights @/weights.json"),
+    "missing": Case(("weights.json", "no such file"), flags="--domain-weights @/weights.json"),
     "no word for weights": Case(("nothing",), flags="--domain-weights nothing"),
     **{
         name: Case(words, flags="--domain-weights @/weights.json", damage=weights(content))
@@ -405,7 +405,7 @@ REFERENCES = {
             ("an unknown norm", ("gpt.normalization: 'Foo'", "RMSNorm"), gpt(normalization="Foo")),
             ("unknown positions", ("gpt.position_embedding_type: 'alibi'",), gpt(position_embedding_type="alibi")),
             ("no epsilon", ("gpt.norm_epsilon: None",), gpt(norm_epsilon=None)),
-            ("what this version cannot build", ("gpt.qk_layernorm: True",), gpt(qk_layernorm=True)),
+            ("what this version cannot build", ("gpt.sliding_window: True",), gpt(sliding_window=True)),
             ("another shape than trained", ("rotary_base 500.0", "rotary_base 10000.0"), gpt(rotary_base=500.0)),
             ("layers without end", ("gpt.num_layers: 1000000000",), gpt(num_layers=10**9)),
             ("a vocabulary in words", ("gpt.vocab_size: 'many'",), gpt(vocab_size="many")),

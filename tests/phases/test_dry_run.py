@@ -51,7 +51,8 @@ def test_it_prints_and_writes_nothing(data, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("{\n")
-    assert f"parameters: {PARAMETERS:,} (vocabulary 61 tokens), at most {PARAMETERS:,} per rank" in done.stdout
+    vocabulary = "vocabulary 61 tokens, padded to 64"
+    assert f"parameters: {PARAMETERS:,} ({vocabulary}), at most {PARAMETERS:,} per rank" in done.stdout
     assert not list(tmp_path.iterdir())
 
 
@@ -94,6 +95,22 @@ def test_the_reference_counts(data):
     text = plan_text(open_inputs(parse_config(argv, 1), Topology()))
     count = int(text.partition("parameters: ")[2].split()[0].replace(",", ""))
     assert f", {4 * count / 2**30:.2f} GiB of the reference's weights" in " ".join(text.split())
+
+
+def test_only_a_file_of_weights_can_be_to_come(data, tmp_path):
+    """A path that is misspelled is named; text that is no path is a fault."""
+    (tmp_path / "proxy").mkdir()
+    (tmp_path / "proxy" / "domain_weights.json").write_text("{}")
+    argv = ["--phase", "main", "--domains", str(data), "--train-iters", "7", *SHAPE, "--seq-length", "16", "--dry-run"]
+
+    def opened(weights):
+        return open_inputs(parse_config([*argv, "--domain-weights", weights], 1), Topology())
+
+    to_come = opened(f"{tmp_path}/prxy/domain_weights.json").to_come
+    assert f"(did you mean {tmp_path}/proxy/domain_weights.json?)" in to_come["--domain-weights"]
+    for weights in ("web 0.5, code 0.5", f"{tmp_path}/prxy/domain_weights"):
+        with pytest.raises(ConfigError, match=r"weights as in A=0\.5,B=0\.5"):
+            opened(weights)
 
 
 def test_a_chain_is_planned_as_it_will_run(data, reference, tmp_path):

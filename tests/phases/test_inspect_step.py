@@ -162,6 +162,10 @@ def test_what_cannot_be_shown_is_refused(data, tmp_path, capsys, monkeypatch):
     documents = json.loads(capsys.readouterr().out.splitlines()[0])["documents"]
     assert "".join(part["text"] for part in documents)[:-1] == Letters().decode(loaded[2])
 
+    part = {"document": 0, "first": 0, "last": 1, "tokens": 2, "text": "a\x1b[2J\nb"}
+    window = {"row": 0, "domain": "x", "window": 0, "windows": 1, "epoch": 0, "file": "f", "documents": [part]}
+    assert inspect_step.entry_lines(window)[-2:] == ["a\\x1b[2J", "b"]
+
     path = data.parent / "domain1_train.bin"
     original = path.read_bytes()
     path.write_bytes(bytes([original[0] ^ 1]) + original[1:])

@@ -71,7 +71,7 @@ THIRD = {"domain 0": 0.2, "domain 1": 0.3, "domain 2": 0.5}
         (lambda d: truncate(d.parent / "domain1_train.idx", 4), "domain1_train.idx"),
         (lambda d: (d.parent / "domain1_train.idx").write_bytes(b"no index at all"), "starts with MMIDIDX"),
         (lambda d: (d.parent / "domain2_valid.bin").unlink(), "no such file"),
-        (lambda d: d.unlink(), "No such file"),
+        (lambda d: d.unlink(), "no such file"),
         (lambda d: d.write_text("{"), "one JSON object"),
         (lambda d: edit(d, lambda e: e.update(format="other/1")), "megatron-doremi-domains/1"),
         (lambda d: edit(d, lambda e: e["domains"][1].update(name="domain 0")), "unique names"),
@@ -128,7 +128,7 @@ def test_short_held_out_text_is_left_out_of_evaluation_and_never_blocks_training
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (lambda d: ["--domain-weights", "nowhere.json"], "No such file"),
+        (lambda d: ["--domain-weights", "nowhere.json"], "no such file"),
         (lambda d: weights_file(d, {"domain 0": 1.0}), "missing: 'domain 1', 'domain 2'"),
         (lambda d: weights_file(d, {**THIRD, "Books": 1.0}), "unknown: 'Books'"),
         (lambda d: weights_file(d, {**THIRD, "domain 0": -0.1}), "greater than or equal to 0"),

@@ -151,6 +151,10 @@ def test_bits_per_byte_are_preferred_and_never_mixed_with_nats(group):
     mixed = compare([bits, nats])
     assert mixed.unit is Unit.NATS
     assert any("not every run knows the bytes" in note for note in mixed.notes)
+    # A domain of 0 bytes has no finite bits per byte.
+    evaluation = bits.runs[0].evaluations[0]
+    unknown = replace(evaluation, bits=replace(evaluation.bits, losses={"code": float("nan"), "web": 1.0}))
+    assert list_runs([Group("x", (replace(bits.runs[0], evaluations=(unknown,)),))]).unit is Unit.NATS
     single = list_runs([Group("x", bits.runs[:1])])
     assert held_out_table(single).rows == (("code", 0.5, "[0.500, 0.750]"), ("web", 1.0, ""))
 

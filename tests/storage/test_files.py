@@ -1,12 +1,17 @@
-"""Names of temporary files, which processes of several hosts write into one folder.
+"""Names of temporary files, which processes of several hosts write into one folder; files that cannot be read.
 
 Run alone: python -m pytest tests/storage/test_files.py
 """
 
 from __future__ import annotations
 
+import re
+
+import pytest
+
+from megatron_doremi.errors import ConfigError
 from megatron_doremi.storage import files
-from megatron_doremi.storage.files import atomic_write_text, temporary_beside
+from megatron_doremi.storage.files import atomic_write_text, read_json_object, temporary_beside
 
 
 def test_no_two_writers_share_a_temporary_name(tmp_path, monkeypatch):
@@ -28,3 +33,17 @@ def test_long_names_fit_the_file_system(tmp_path):
     atomic_write_text(path, "text")
     assert path.read_text() == "text"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_missing_file_is_named_with_what_is_like_it(tmp_path):
+    (tmp_path / "proxy").mkdir()
+    file = tmp_path / "proxy" / "domain_weights.json"
+    file.write_text("\ufeff{}", encoding="utf-8")
+    assert read_json_object(file, "weights") == {}
+    for wrong in (tmp_path / "prxy" / file.name, file.with_name("domain_weight.json")):
+        with pytest.raises(ConfigError, match="no such file\n.*\n.*" + re.escape(f"did you mean {file}?")):
+            read_json_object(wrong, "weights")
+    with pytest.raises(ConfigError, match="remedy: make one"):
+        read_json_object(tmp_path / "x" / "y.json", "weights", "make one")
+    with pytest.raises(ConfigError, match="weights: a folder"):
+        read_json_object(tmp_path, "weights")
