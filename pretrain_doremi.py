@@ -208,20 +208,19 @@ def run_phase(
         device = join_group(rendezvous, minutes)
     check_ranks_start_alike(config, what_is_read(inputs))
     context = make_context(topology, device, config.parallel.sequence_parallel)
-    reference_sha256 = initial_sha256 = None
+    model_hashes: tuple[str | None, str | None] = (None, None)
     if phase in TRAINING:
         # If sampling depends on what the mixture learns, the windows are not known yet: reading reports a missing one.
         if inputs.reference_losses is not None and inputs.controller.samples_ahead:
             check_reference_losses(inputs.reference_losses, inputs.plan, rendezvous.store, watchdog)
-        reference_sha256 = reference_hash(inputs.loaded, inputs.reference_losses, topology, watchdog)
-        if inputs.initial is not None:
-            initial_sha256 = model_hash(inputs.initial, topology, watchdog)
+        initial = None if inputs.initial is None else model_hash(inputs.initial, topology, watchdog)
+        model_hashes = reference_hash(inputs.loaded, inputs.reference_losses, topology, watchdog), initial
     # Nothing is written before every input has been checked.
     from_rank_0(lambda: check_outputs(config, inputs.controller.learns))
-    if topology.rank == 0:
-        say(f"{date.today()}, Megatron-DoReMi {__version__}, {start_text(inputs, device_name(device))}")
+    started = f"{date.today()}, Megatron-DoReMi {__version__}, {start_text(inputs, device_name(device))}"
     if phase == EVALUATE:
         assert inputs.loaded is not None
+        say_on_rank_0(topology, started)
         evaluate_run(inputs.plan, data, inputs.loaded, context, watchdog)
         return False
     kind = f"shard-{config.doremi.shard}" if phase == SCORE else "run"
@@ -235,10 +234,11 @@ def run_phase(
     )
     if phase == SCORE:
         assert inputs.loaded is not None
+        say_on_rank_0(topology, started)
         if any_rank(signals.begin(), device):
             return True
         return score(inputs.plan, data, inputs.loaded, context, control)
-    trainer = make_trainer(inputs, (reference_sha256, initial_sha256), context, control, lock)
+    trainer = make_trainer(inputs, model_hashes, context, control, lock, started)
     # Runs before the lock is released: the checkpoint thread may be publishing.
     held.callback(trainer.checkpoints.close)
     # From now on there is something to save. If any rank received a stop request before, all ranks stop here.
@@ -247,17 +247,25 @@ def run_phase(
     return trainer.train()
 
 
+def say_on_rank_0(topology: Topology, text: str) -> None:
+    """Prints a message of the run once."""
+    if topology.rank == 0:
+        say(text)
+
+
 def make_trainer(
     inputs: Inputs,
     model_hashes: tuple[str | None, str | None],
     context: ParallelContext,
     control: RunControl,
     lock: HeldLock,
+    started: str,
 ) -> Trainer:
     """Cleans up the run's folder, finds the checkpoint to resume from, writes config.json and builds the trainer.
 
     Args:
         model_hashes: of the weights of the reference and of the model of --init-from; None without one.
+        started: what to say once nothing stands in the way of the run.
     """
     from megatron_doremi.checkpoint.publishing import clear_leftovers
     from megatron_doremi.engine.build import make_engine
@@ -277,6 +285,7 @@ def make_trainer(
     overrides = resume.overrides if resume else ()
     from_rank_0(lambda: write_run_config(plan, inputs.data, identity, overrides))
     is_rank_0 = context.topology.rank == 0
+    say_on_rank_0(context.topology, started)
     for line in resume.statements if resume and is_rank_0 else ():
         say(line)
     with stage("building the model and its optimizer", is_rank_0):

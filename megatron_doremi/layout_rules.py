@@ -31,9 +31,11 @@ def misfits(gpt: GPTConfig, parallel: ParallelConfig) -> list[tuple[str, int, st
     """Sizes of a model that a layout cannot shard: (field of the shape, its value, the rule that it breaks)."""
     tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     rule = f"must be a multiple of --tensor-model-parallel-size {tensor}"
+    # Without grouped queries there are as many groups as heads, and nobody gave their number.
+    heads = "num_query_groups" if gpt.num_query_groups != gpt.num_attention_heads else "num_attention_heads"
     broken = [
         (name, getattr(gpt, name), rule)
-        for name in ("num_query_groups", "ffn_hidden_size")
+        for name in (heads, "ffn_hidden_size")
         if tensor > 0 and getattr(gpt, name) % tensor
     ]
     if stages > gpt.num_layers:

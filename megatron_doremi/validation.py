@@ -115,13 +115,17 @@ def _required(config: Config) -> list[Fault]:
     if run.init_from and run.load_step is not None:
         rule = f"one source of weights; --load {run.load} branches with weights and optimizer"
         faults.append(Fault("--init-from", run.init_from, rule, "give one of the two"))
+    if "domain_weights" in config.given and not data.domain_weights:
+        rule, remedy = "a mixture, or weights by name", "leave the flag out, or check the variable that it came from"
+        faults.append(Fault("--domain-weights", "empty", rule, remedy))
     resumes = bool(run.load) and run.load_step is None
     if resumes and run.save and data.phase != EVALUATE and realpath(run.load) != realpath(run.save):
         faults.append(
             Fault(
                 "--load",
                 run.load,
-                f"a run resumes in its own folder, --save {run.save}",
+                f"a run resumes in its own folder, --save {run.save}"
+                + ("" if Path(run.load).is_dir() else "; and this folder does not exist"),
                 f"give the same folder to --load and --save, or --load {run.load}@STEP to branch from a step",
             )
         )
@@ -243,7 +247,7 @@ def _shape_faults(gpt: GPTConfig, model: ModelConfig, parallel: ParallelConfig) 
                     flag_of(name),
                     str(value),
                     f"must be a multiple of {flag_of(by_name)} {by}",
-                    "change one of the two",
+                    f"give for example {-(-value // by) * by}, or change {flag_of(by_name)}",
                 )
             )
 

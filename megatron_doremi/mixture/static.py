@@ -51,7 +51,8 @@ def similar_mixture(path: str) -> str | None:
     if "." in name or os.sep in path:
         return None
     matches = get_close_matches(name, [*_WITHOUT_PARAMETER, "temperature"], n=1, cutoff=0.7)
-    return matches[0] if matches else None
+    similar = matches[0] if matches else None
+    return "temperature:T, for example temperature:3" if similar == "temperature" else similar
 
 
 @dataclass(frozen=True)

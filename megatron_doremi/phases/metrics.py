@@ -99,15 +99,20 @@ def step_summary(entry: Mapping[str, Any], train_iters: int, time_left: str) -> 
 
 
 def evaluation_summary(entry: Mapping[str, Any]) -> str:
-    """An evaluation line as text for people: means, each with half its 95 % interval; in bits per byte if known."""
+    """An evaluation line as text for people: means, each with half its 95 % interval; in bits per byte if known.
+
+    A mean over a domain with one held-out document has no interval.
+    """
     key, unit = ("eval_bpb", "bits/byte") if "eval_bpb_worst" in entry else ("eval", "nats/token")
-    figures = []
+    figures, missing = [], False
     for label in ("uniform mean", "worst", "token mean"):
         figure = f"{key}_{label.replace(' ', '_')}"
         bounds = entry.get(f"{figure}_interval")
-        margin = "n/a" if bounds is None else f"{(bounds[1] - bounds[0]) / 2:.3f}"
-        figures.append(f"{label} {entry[figure]:.3f} +- {margin}")
-    return f"step {entry['iteration']:,} | held-out {unit}: {', '.join(figures)}"
+        margin = "" if bounds is None else f" +- {(bounds[1] - bounds[0]) / 2:.3f}"
+        figures.append(f"{label} {entry[figure]:.3f}{margin}")
+        missing |= bounds is None
+    why = " (one document)" if missing else ""
+    return f"step {entry['iteration']:,} | held-out {unit}: {', '.join(figures)}{why}"
 
 
 class VanishedWeights:

@@ -146,6 +146,7 @@ FLAGS = {
     "a name and sizes at once": Case(("in place of --num-layers",), flags="--model-size 280m"),
     "no data": Case(("--domains", "not given"), without=("--domains",)),
     "nowhere to save": Case(("--save", "training writes its results to a folder"), without=("--save",)),
+    "to resume nothing elsewhere": Case(("this folder does not exist", "--save"), flags="--load @/nowhere"),
     "to resume elsewhere": Case(("the same folder to --load and --save",), flags="--load @/main"),
     "over another run": Case(("holds a run", "to resume it"), flags="--save @/main"),
     "a shard too many": Case(("--shard: 3", "from 0 to --num-shards - 1"), flags="--shard 3 --num-shards 3"),
@@ -205,6 +206,8 @@ FILES = {
 }
 WEIGHTS = {
     "missing": Case(("weights.json", "no such file"), flags="--domain-weights @/weights.json"),
+    "empty variable": Case(("--domain-weights: empty",), flags="--domain-weights="),
+    "temperature alone": Case(("temperature:T, for example temperature:3",), flags="--domain-weights temperature"),
     "no word for weights": Case(("nothing",), flags="--domain-weights nothing"),
     **{
         name: Case(words, flags="--domain-weights @/weights.json", damage=weights(content))

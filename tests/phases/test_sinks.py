@@ -23,7 +23,7 @@ EVALUATION = {"iteration": 2, "eval": {"a": 1.5}, "eval_uniform_mean": 1.5, "eva
 EVALUATION |= {"eval_interval": {"a": [1.4, 1.6], "b": None}, "eval_worst_interval": [1.25, 1.75]}
 LINES = [
     "step 2/9 | loss 2.0000 | lr 1.0e-03 | grad 0.500 | 10,000 tokens/s | LEFT left | top b 0.750",
-    "step 2 | held-out nats/token: uniform mean 1.500 +- n/a, worst 1.500 +- 0.250, token mean 1.500 +- n/a",
+    "step 2 | held-out nats/token: uniform mean 1.500, worst 1.500 +- 0.250, token mean 1.500 (one document)",
     "the last word",
 ]
 

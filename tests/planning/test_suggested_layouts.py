@@ -105,7 +105,7 @@ def test_what_cannot_be_divided_is_said():
     found = suggest("main --model-size 280m --global-batch-size 12", 8)
     assert found.rejected == (
         "tensor 1 x pipeline 1 x data 8: --global-batch-size 12 is not a multiple of 8",
-        "tensor 8: num_query_groups 12 must be a multiple of --tensor-model-parallel-size 8",
+        "tensor 8: num_attention_heads 12 must be a multiple of --tensor-model-parallel-size 8",
     )
     assert settings_of(found.fitting[0])[:3] == (1, 2, 4)
     with pytest.raises(
