@@ -3,15 +3,17 @@
 # set the array FLAGS.
 
 # stage_flags STAGE: flags of pretrain_doremi.py for a phase, without --phase and --domains. The proxy reads the losses
-# in OUT/scores, or with REFERENCE_SOURCE=online it runs the reference on each batch.
+# in OUT/scores, or with REFERENCE_SOURCE=online it runs the reference on each batch, or with REFERENCE_SOURCE=none it has
+# none. REFERENCE_OUT is another folder for reference and scores, MAIN_WEIGHTS other weights for the main model.
 stage_flags() {
+    local shared=${REFERENCE_OUT:-$OUT}
     case $1 in
     reference)
-        FLAGS=(--save "$OUT/reference" --load "$OUT/reference" "${TRAINING[@]}" "${SMALL_MODEL[@]}" "${REFERENCE[@]}")
+        FLAGS=(--save "$shared/reference" --load "$shared/reference" "${TRAINING[@]}" "${SMALL_MODEL[@]}" "${REFERENCE[@]}")
         ;;
     score)
         : "${SCORE[@]?EXPERIMENT must set SCORE, the flags for data, precision and layout (see examples/pile/pile.sh)}"
-        FLAGS=(--save "$OUT/scores" --reference-load "$OUT/reference" "${SCORE[@]}")
+        FLAGS=(--save "$shared/scores" --reference-load "$shared/reference" "${SCORE[@]}")
         # In a dry run the reference may not be trained yet, so its shape is given.
         if [ -n "${DRY_RUN:-}" ]; then
             FLAGS+=("${SMALL_MODEL[@]}")
@@ -19,15 +21,15 @@ stage_flags() {
         ;;
     proxy)
         FLAGS=(--save "$OUT/proxy" --load "$OUT/proxy" "${TRAINING[@]}" "${SMALL_MODEL[@]}" "${PROXY[@]}")
-        if [ "${REFERENCE_SOURCE:-scores}" = online ]; then
-            FLAGS+=(--reference-load "$OUT/reference")
-        else
-            FLAGS+=(--reference-losses "$OUT/scores")
-        fi
+        case ${REFERENCE_SOURCE:-scores} in
+        online) FLAGS+=(--reference-load "$shared/reference") ;;
+        none) ;;
+        *) FLAGS+=(--reference-losses "$shared/scores") ;;
+        esac
         ;;
     main)
         FLAGS=(--save "$OUT/main" --load "$OUT/main" "${TRAINING[@]}" "${MAIN_MODEL[@]}"
-            --domain-weights "$OUT/proxy/domain_weights.json")
+            --domain-weights "${MAIN_WEIGHTS:-$OUT/proxy/domain_weights.json}")
         ;;
     esac
 }

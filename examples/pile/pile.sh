@@ -3,7 +3,8 @@
 # 280M proxy and an 8B main model, each trained for 200,000 steps of 512 windows of 1,024 tokens.
 #
 # Differences from the paper: AdamW instead of Adafactor, one domain per window, and the parallel layout.
-# Sourced by the scripts in ../slurm. Environment variables override DATA, OUT, PILE and TOKENIZER.
+# Sourced by the scripts in ../slurm. Environment variables override DATA, OUT, PILE, TOKENIZER,
+# SMALL_SIZE (reference and proxy), OBJECTIVE and MAIN_SIZE.
 
 DATA=${DATA:-data/pile}
 OUT=${OUT:-runs/pile}
@@ -24,12 +25,16 @@ TRAINING=(
 )
 # The reference and the proxy, for one node of eight GPUs. Only the shape and the micro-batch size belong here, because
 # a dry run of the score stage reads these flags too. The paper's 280M model has a tied embedding of 256k rows.
-SMALL_MODEL=(--model-size 280m --micro-batch-size 8)
+SMALL_MODEL=(--model-size "${SMALL_SIZE:-280m}" --micro-batch-size 8)
 SCORE=("${WINDOWS[@]}" --micro-batch-size 8)
 REFERENCE=(--domain-weights natural)
-PROXY=(--doremi-step-size 1.0 --doremi-smoothing 1e-3)
+PROXY=(--doremi-step-size 1.0 --doremi-smoothing 1e-3 --doremi-objective "${OBJECTIVE:-excess}")
 # For eight nodes of eight 80 GB GPUs: TP 4, PP 2 and DP 8, with 16 micro-batches per replica in a step.
 MAIN_MODEL=(
     --model-size 8b --micro-batch-size 4 --tensor-model-parallel-size 4 --sequence-parallel
     --pipeline-model-parallel-size 2 --recompute-granularity selective
 )
+if [ "${MAIN_SIZE:-8b}" != 8b ]; then
+    # On one node, as the small models.
+    MAIN_MODEL=(--model-size "$MAIN_SIZE" --micro-batch-size 8)
+fi

@@ -42,7 +42,7 @@ def script(name: str, *words: str, **environ: object) -> subprocess.CompletedPro
 def test_bash_parses_it_and_stops_at_errors(path):
     subprocess.run(["bash", "-n", path], check=True)
     text = path.read_text()
-    sourced = path.name in ("site.sh", "common.sh", "stages.sh", "environment.sh", "pile.sh", "own_data.sh")
+    sourced = path.name in ("site.sh", "common.sh", "stages.sh", "environment.sh", "pile.sh", "own_data.sh", "study.sh")
     assert sourced != ("set -euo pipefail" in text)
 
 
@@ -130,6 +130,54 @@ def test_the_papers_hyperparameters(phase, ranks, shape, layout, pile):
         assert (doremi["doremi_update"], doremi["doremi_normalization"]) == ("alternating", "domain")
     assert layout_lines.startswith(layout)
     assert "512 windows = 524,288 tokens" in layout_lines
+
+
+def chains_of(name: str, tmp_path: Path, **environ: object) -> list[dict[str, str]]:
+    """The variables of each call of run_all.sh by a script of examples/pile, in order."""
+    record = tmp_path / "run_all.sh"
+    names = (
+        "OUT",
+        "STAGES",
+        "SMALL_SIZE",
+        "MAIN_SIZE",
+        "OBJECTIVE",
+        "REFERENCE_OUT",
+        "REFERENCE_SOURCE",
+        "MAIN_WEIGHTS",
+    )
+    entries = " ".join(f'"{each}=${{{each}:-}}"' for each in names)
+    record.write_text(f'printf "%s\\n" {entries} "EXPERIMENT=$1" END >> {tmp_path}/calls\n')
+    done = script(f"../pile/{name}", RUN_ALL=record, OUT="runs/x", **environ)
+    assert done.returncode == 0, done.stderr
+    assert "--group natural=runs/x/natural/main" in done.stdout
+    calls = (tmp_path / "calls").read_text().split("END\n")[:-1]
+    return [{k: v for k, v in (line.split("=", 1) for line in call.splitlines()) if v} for call in calls]
+
+
+def test_the_papers_proxies_by_size(tmp_path):
+    pile = {"EXPERIMENT": "examples/pile/pile.sh"}
+    chains = chains_of("sizes.sh", tmp_path, SIZES="70m 1b")
+    assert chains[0] == {"OUT": "runs/x/natural", "STAGES": "main", "MAIN_WEIGHTS": "natural", **pile}
+    for chain, size in zip(chains[1:], ("70m", "1b"), strict=True):
+        assert chain == {"OUT": f"runs/x/{size}", "STAGES": "reference score proxy main", "SMALL_SIZE": size, **pile}
+
+
+def test_the_ablation_of_the_objective(tmp_path, pile):
+    shared = {"SMALL_SIZE": "280m", "MAIN_SIZE": "280m", "REFERENCE_OUT": "runs/x/shared"}
+    shared |= {"EXPERIMENT": "examples/pile/pile.sh"}
+    natural, *chains = chains_of("objectives.sh", tmp_path)
+    assert natural == {"OUT": "runs/x/natural", "STAGES": "main", "MAIN_WEIGHTS": "natural", **shared}
+    assert [chain["OBJECTIVE"] for chain in chains] == ["excess", "easiest", "hardest"]
+    assert [chain.get("REFERENCE_SOURCE") for chain in chains] == [None, None, "none"]
+    assert all(chain["STAGES"] == "proxy main" for chain in chains)
+    # What the last proxy and the main models are told.
+    variables = {**chains[-1], "DATA": pile, "DRY_RUN": 8}
+    settings, _ = settings_of(script("proxy.sbatch", **variables))
+    assert settings["doremi"]["doremi_objective"] == "hardest"
+    assert (settings["doremi"]["reference_load"], settings["doremi"]["reference_losses"]) == ("", "online")
+    settings, layout_lines = settings_of(script("main.sbatch", **{**natural, "DATA": pile, "DRY_RUN": 8}))
+    assert settings["data"]["domain_weights"] == "natural"
+    assert layout_lines.startswith("tensor 1 x pipeline 1 x data 8 ")
 
 
 def test_what_is_wrong_is_said(small, tmp_path):
