@@ -288,7 +288,13 @@ def fuzz_inspect(folder, cases, dice):
     flags = {"domains": manifest.path, "split": "train", "domain": "a", "first": 0, "count": 3}
     flags |= {"checksums": None, "write_checksums": None}
     flags |= {"tokens": 1000, "train_iters": 0, "global_batch_size": 0, "seq_length": 0, "max_epochs_per_domain": 0.0}
-    flags |= {"domain_weights": None, "all": False, "duplicates": "all"}
+    flags |= {
+        "domain_weights": None,
+        "domain_names": None,
+        "allow_tokenizer_mismatch": False,
+        "all": False,
+        "duplicates": "all",
+    }
     args = argparse.Namespace(**flags)
     commands = (inspect_data.counts, inspect_data.documents, inspect_data.verify, inspect_data.overview)
 

@@ -55,6 +55,7 @@ def micro_batches():
 def whole_step(device, phase, zero_stage, bf16, chunk, doremi):
     """A step, its flags, its metrics, a comparison of ranks, the copies for a checkpoint and an evaluation's pass."""
     from megatron_doremi.checkpoint.optimizer_state import optimizer_file, owned_state, start_state
+    from megatron_doremi.checkpoint.reader import load_weights
     from megatron_doremi.checkpoint.resharding import ShardingEntry, sharding_entry
     from megatron_doremi.checkpoint.weights import WeightsFolder, weights_file
     from megatron_doremi.cluster.replica_check import digest
@@ -93,7 +94,7 @@ def whole_step(device, phase, zero_stage, bf16, chunk, doremi):
         def _read(self, name, tensor_rank, start, count):
             return torch.zeros(count)
 
-    Zeros().load_into(module, topology)
+    load_weights(engine, Zeros(), topology)
     start_state(engine, 1)
     for owned in owned_state(engine, 0):
         for tensor in owned.tensors.values():

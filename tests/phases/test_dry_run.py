@@ -156,7 +156,7 @@ def test_what_exists_is_checked(data, reference, tmp_path):
     ("phase", "flags", "rule"),
     [
         ("main", "--domain-weights unifrom", "did you mean uniform?"),
-        ("main", "--domain-weights temperatur:2", "did you mean temperature?"),
+        ("main", "--domain-weights temperatur:2", "did you mean temperature:T, for example temperature:3?"),
         ("proxy", "--reference-losses onlin", "scores.json"),
         ("proxy", "--reference-losses", "--reference-losses: empty"),
         ("proxy", "--doremi-objective hardest --reference-losses losses", "hardest reads no reference"),
