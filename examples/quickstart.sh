@@ -217,6 +217,8 @@ stop() {
 trap 'stop $?' EXIT
 trap 'stop 130' INT
 trap 'stop 143' TERM
+# In a log file a line of progress comes often at first, then rarely: runs that finish have lines of their own.
+began=$SECONDS
 due=$((SECONDS + 20))
 while [ ${#queue[@]} -gt 0 ] || [ ${#running[@]} -gt 0 ]; do
     while [ ${#queue[@]} -gt 0 ] && [ ${#running[@]} -lt "$JOBS" ]; do
@@ -237,7 +239,9 @@ while [ ${#queue[@]} -gt 0 ] || [ ${#running[@]} -gt 0 ]; do
     running=("${left[@]}")
     if [ -t 1 ] || [ "$SECONDS" -ge "$due" ]; then
         progress
-        due=$((SECONDS + 20))
+        pause=$(((SECONDS - began) / 2))
+        pause=$((pause < 20 ? 20 : pause > 180 ? 180 : pause))
+        due=$((SECONDS + pause))
     fi
 done
 set +m
