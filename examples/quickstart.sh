@@ -99,7 +99,13 @@ index() {
 if [ ! -e "$OUT/data/complete" ]; then
     if [ -n "$VALID" ]; then
         index "$TRAIN" --split train
-        index "$VALID" --split valid
+        if [ $# -eq 0 ]; then
+            # The corpus has said what it holds out.
+            mkdir -p "$OUT/logs"
+            index "$VALID" --split valid > "$OUT/logs/preprocess-valid.log"
+        else
+            index "$VALID" --split valid
+        fi
     else
         index "$TRAIN"
     fi
@@ -219,7 +225,7 @@ trap 'stop 130' INT
 trap 'stop 143' TERM
 # In a log file a line of progress comes often at first, then rarely: runs that finish have lines of their own.
 began=$SECONDS
-due=$((SECONDS + 20))
+due=$((SECONDS + 30))
 while [ ${#queue[@]} -gt 0 ] || [ ${#running[@]} -gt 0 ]; do
     while [ ${#queue[@]} -gt 0 ] && [ ${#running[@]} -lt "$JOBS" ]; do
         # shellcheck disable=SC2086  # two words
@@ -240,7 +246,7 @@ while [ ${#queue[@]} -gt 0 ] || [ ${#running[@]} -gt 0 ]; do
     if [ -t 1 ] || [ "$SECONDS" -ge "$due" ]; then
         progress
         pause=$(((SECONDS - began) / 2))
-        pause=$((pause < 20 ? 20 : pause > 180 ? 180 : pause))
+        pause=$((pause < 30 ? 30 : pause > 300 ? 300 : pause))
         due=$((SECONDS + pause))
     fi
 done
