@@ -5,7 +5,7 @@ help:        ## this list (the default)
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+): *## *(.*)/make \1\t\2/' | expand -t 18
 quickstart:  ## the whole of DoReMi on this machine, in some minutes
 	bash examples/quickstart.sh
-test:        ## every check and test, in about 14 minutes
+test:        ## every check and test, in 14 to 20 minutes
 	bash tests/run.sh
 quick:       ## every check and the fast tests
 	bash tests/run.sh -m "not slow"

@@ -32,7 +32,8 @@ use_environment requirements-eval.txt
 if [ -f "$MODEL/config.json" ] && grep -q '"model_type"' "$MODEL/config.json" && ! grep -q '"megatron-doremi' "$MODEL/config.json"; then
     folder=$MODEL
 else
-    folder=$OUT/model
+    # A folder that only this script writes, and may replace.
+    folder=$OUT/exported-for-lm-eval
     rm -rf "$folder"
     mkdir -p "$OUT"
     "$PYTHON" "$root/tools/convert_checkpoint.py" --to hf "$MODEL" "$folder"

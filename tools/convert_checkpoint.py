@@ -154,7 +154,7 @@ def _write(
     folder: Path,
 ) -> None:
     """Writes the weights, the tokenizer and, last, config.json."""
-    dtype, largest = _dtype(args, opened), round(args.max_file_gb * 1e9)
+    dtype, largest = _DTYPES.get(args.dtype), round(args.max_file_gb * 1e9)
     names = opened.weights.names()
     with Progress(f"writing {args.out}", len(names), "parameter") as progress:
         if architecture is None:
@@ -172,22 +172,22 @@ def _write(
         entry = model_entry(opened, {"folder": str(opened.folder), "converted by": version_text()})
     else:
         eod = tokenizer[0].eod if tokenizer else opened.eod
-        entry = config_entry(architecture, opened.gpt, str(dtype).removeprefix("torch."), eod)
+        entry = config_entry(architecture, opened.gpt, _dtype_name(args, opened), eod)
         if not (folder / GENERATION).exists():
             generation = {"bos_token_id": None, "eos_token_id": eod, "pad_token_id": eod}
             atomic_write_text(folder / GENERATION, json.dumps(generation, indent=2) + "\n")
     atomic_write_text(folder / "config.json", json.dumps(entry, indent=2) + "\n")
 
 
-def _dtype(args: argparse.Namespace, opened: OpenedModel) -> torch.dtype:
-    """The type of the written weights: as given, or the one of the first parameter."""
-    return _DTYPES[args.dtype] if args.dtype else opened.weights.dtype("embedding.weight")
+def _dtype_name(args: argparse.Namespace, opened: OpenedModel) -> str:
+    """The type of the written weights: as given, or that of the embedding, since each parameter keeps its own."""
+    return args.dtype or str(opened.weights.dtype("embedding.weight")).removeprefix("torch.")
 
 
 def _summary(args: argparse.Namespace, opened: OpenedModel, architecture: Architecture | None) -> list[str]:
     """What was written, for the user."""
     total = sum(math.prod(opened.weights.spec(name).shape) for name in opened.weights.names())
-    dtype = str(_dtype(args, opened)).removeprefix("torch.")
+    dtype = _dtype_name(args, opened)
     model = architecture.class_name if architecture else "model of this program"
     step = f" at step {opened.iteration:,}" if opened.kind == RUN else ""
     lines = [f"wrote {args.out}: {model}, {total:,} parameters in {dtype}, from {opened.folder}{step}"]

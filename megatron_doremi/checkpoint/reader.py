@@ -14,6 +14,7 @@ from megatron_doremi.checkpoint.source import Weights
 from megatron_doremi.checkpoint.weights import WeightsFolder
 from megatron_doremi.config import GPTConfig
 from megatron_doremi.model.pipeline import GPTPipeline
+from megatron_doremi.model.unpipelined import GPT
 from megatron_doremi.parallel.context import ParallelContext
 from megatron_doremi.parallel.deepspeed_internals import writable
 from megatron_doremi.parallel.parameters import ParameterSpec, spec_of
@@ -90,6 +91,12 @@ def load_weights(
             owned.tensors[MASTER].copy_(values.reshape(-1).narrow(0, owned.start, owned.count))
 
 
+def copy_weights(module: GPT, weights: Weights, topology: Topology) -> None:
+    """Fills this rank's parameters. Raises ConfigError if a file is damaged or belongs to another model."""
+    for name, parameter in module.model_parameters():
+        parameter.copy_(weights.local_shard(name, spec_of(parameter), topology))
+
+
 @torch.no_grad()
 def load_frozen(
     gpt: GPTConfig,
@@ -106,7 +113,6 @@ def load_frozen(
     """
     # Drawing the initial values of an 8B model takes minutes, and the weights overwrite them.
     module = GPTPipeline(gpt, context, seed=None, loss_chunk_tokens=loss_chunk_tokens)
-    for name, parameter in module.model_parameters():
-        parameter.copy_(weights.local_shard(name, spec_of(parameter), context.topology))
+    copy_weights(module, weights, context.topology)
     module.to(dtype).requires_grad_(False).eval()
     return module

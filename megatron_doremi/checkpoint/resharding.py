@@ -57,8 +57,12 @@ class ShardingEntry(Schema):
 
 
 def sharding_entry(parameter: nn.Parameter, topology: Topology) -> dict[str, Any]:
-    """The record of a parameter in a file: a `ShardingEntry`, and how the parameter was initialized."""
-    spec = spec_of(parameter)
+    """The record of a parameter in a file; see `spec_entry`."""
+    return spec_entry(spec_of(parameter), topology.tensor_size)
+
+
+def spec_entry(spec: ParameterSpec, tensor_size: int) -> dict[str, Any]:
+    """A `ShardingEntry` of a parameter on `tensor_size` ranks, and how the parameter was initialized."""
     return {
         "shape": list(spec.shape),
         "dim": spec.dim,
@@ -66,7 +70,7 @@ def sharding_entry(parameter: nn.Parameter, topology: Topology) -> dict[str, Any
         "padded": spec.padded,
         "std": spec.std,
         "constant": spec.constant,
-        "size": topology.tensor_size,
+        "size": tensor_size,
     }
 
 

@@ -18,7 +18,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_doremi.checkpoint.resharding import ShardedFolder, ShardingEntry, sharding_entry, writes_parameter
+from megatron_doremi.checkpoint.resharding import (
+    ShardedFolder,
+    ShardingEntry,
+    sharding_entry,
+    spec_entry,
+    writes_parameter,
+)
 from megatron_doremi.model.unpipelined import GPT
 from megatron_doremi.parallel.deepspeed_internals import gathered
 from megatron_doremi.parallel.parameters import ParameterSpec
@@ -52,19 +58,7 @@ def weights_file(module: GPT, topology: Topology) -> TensorFile | None:
 
 def sharding_metadata(specs: Mapping[str, ParameterSpec]) -> dict[str, str]:
     """The metadata of a weights file that holds parameters unsharded and without padding."""
-    entries = {}
-    for name, spec in specs.items():
-        padded = spec.shape[spec.dim] if spec.padded and spec.dim is not None else 0
-        entries[name] = {
-            "shape": list(spec.shape),
-            "dim": spec.dim,
-            "blocks": spec.blocks,
-            "padded": padded,
-            "std": spec.std,
-            "constant": spec.constant,
-            "size": 1,
-        }
-    return {_SHARDING: json.dumps(entries)}
+    return {_SHARDING: json.dumps({name: spec_entry(replace(spec, padded=0), 1) for name, spec in specs.items()})}
 
 
 class WeightsFolder(ShardedFolder):

@@ -19,7 +19,7 @@ _ENTRY = re.compile(r"\s*(.+?)\s*=\s*([^=,]*?)\s*(?:,|$)", re.DOTALL)
 # Of files of weights.
 WEIGHTS_SUFFIXES = (".json", ".yaml", ".yml", ".csv")
 _TABLE_ROW = re.compile(r"\.csv@", re.IGNORECASE)
-_FILE = re.compile(r"\.(json|yaml|yml|csv)$|\.csv@", re.IGNORECASE)
+_FILE = re.compile(f"({'|'.join(map(re.escape, WEIGHTS_SUFFIXES))})$|{_TABLE_ROW.pattern}", re.IGNORECASE)
 # The shortest name that is recognized at the end of a longer one.
 _SHORTEST_ENDING = 3
 _RULE = "NAME=WEIGHT,NAME=WEIGHT,... with a weight of 0 or more for each domain"

@@ -100,9 +100,7 @@ def _files(
     size = 0
     for name, spec in parameter_specs(gpt).items():
         stored = stored_as(name)
-        with torch.device("meta"):
-            shapes = tuple(tuple(part.shape) for part in stored.split(torch.empty(spec.shape)))
-        unit = _Unit(name, stored, shapes, dtype or weights.dtype(name))
+        unit = _Unit(name, stored, tuple(stored.shapes(spec.shape)), dtype or weights.dtype(name))
         if not files or size + unit.bytes > largest_file:
             files.append([])
             size = 0

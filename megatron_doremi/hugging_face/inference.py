@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from megatron_doremi.checkpoint.reader import copy_weights
 from megatron_doremi.checkpoint.source import Weights
 from megatron_doremi.config import GPTConfig
 from megatron_doremi.model.unpipelined import GPTModel
 from megatron_doremi.parallel.context import unsharded
-from megatron_doremi.parallel.parameters import spec_of
 
 
 @torch.no_grad()
@@ -19,8 +19,7 @@ def load_model(gpt: GPTConfig, weights: Weights, device: torch.device, dtype: to
     """A model with its weights, for forward passes only."""
     context = unsharded(device)
     module = GPTModel(gpt, context, seed=None).to(device, dtype)
-    for name, parameter in module.model_parameters():
-        parameter.copy_(weights.local_shard(name, spec_of(parameter), context.topology))
+    copy_weights(module, weights, context.topology)
     return module.requires_grad_(False).eval()
 
 

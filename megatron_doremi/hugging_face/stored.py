@@ -32,6 +32,13 @@ class Stored:
     split: Callable[[Tensor], list[Tensor]] = lambda full: [full]
     join: Callable[[Sequence[Tensor]], Tensor] = lambda parts: parts[0]
 
+    def shapes(self, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """Shapes of those tensors for a parameter of this shape; nothing is allocated."""
+        import torch
+
+        with torch.device("meta"):
+            return [tuple(part.shape) for part in self.split(torch.empty(shape))]
+
 
 def transposed(name: str) -> Stored:
     """A matrix of a `Conv1D` layer."""

@@ -106,14 +106,12 @@ class HuggingFaceWeights:
         faults, known = [], set()
         for name, spec in self._specs.items():
             stored = architecture.stored(name, self._gpt)
-            with torch.device("meta"):
-                parts = stored.split(torch.empty(spec.shape))
-            for theirs, part in zip(stored.names, parts, strict=True):
+            for theirs, shape in zip(stored.names, stored.shapes(spec.shape), strict=True):
                 known.add(theirs)
                 entry = self._entries.get(theirs)
-                if entry is None or entry.shape != tuple(part.shape) or entry.dtype not in DTYPES:
+                if entry is None or entry.shape != shape or entry.dtype not in DTYPES:
                     value = f"{theirs}: {f'{entry.dtype} {list(entry.shape)}' if entry else 'missing'}"
-                    rule = f"{list(part.shape)}, as config.json describes it, in one of {', '.join(DTYPES)}"
+                    rule = f"{list(shape)}, as config.json describes it, in one of {', '.join(DTYPES)}"
                     faults.append(Fault(subject, value, rule, _REMEDY))
         extra = sorted(name for name in self._entries if name not in known and not name.endswith(_BUFFERS))
         if self._gpt.tied_embeddings:

@@ -10,11 +10,16 @@ from megatron_doremi.checkpoint.folder import checkpoint_at, newest_checkpoint, 
 from megatron_doremi.checkpoint.run_config import RunConfigFile, read_run_config
 from megatron_doremi.checkpoint.weights import WeightsFolder
 from megatron_doremi.config import Config
-from megatron_doremi.data.manifest import Manifest, load_manifest
+from megatron_doremi.data.manifest import Manifest
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any
 from megatron_doremi.hugging_face.model_config import RUN, kind_of_model
 from megatron_doremi.hugging_face.model_folder import WEIGHTS, files_of, open_model
-from megatron_doremi.hugging_face.tokenizer_files import load_folder_tokenizer, sample_texts, tokenizer_difference
+from megatron_doremi.hugging_face.tokenizer_files import (
+    load_folder_tokenizer,
+    run_tokenizer,
+    sample_texts,
+    tokenizer_difference,
+)
 from megatron_doremi.layout_rules import misfits
 from megatron_doremi.mixture.reference import TrainedModel
 from megatron_doremi.phases.run_data import RunData
@@ -140,14 +145,11 @@ def _run_tokenizer_faults(run_config: RunConfigFile, subject: str, manifest: Man
 
 def _run_tokenizer_difference(run_config: RunConfigFile, manifest: Manifest) -> str | None:
     """How the tokenizer of a run differs from that of a manifest, for a message; None if only their files differ."""
-    path = Path(str(run_config.settings.get("data", {}).get("domains", "")))
-    if not path.is_file():
-        return ""
     try:
-        ours, theirs = dataset_tokenizer(manifest), dataset_tokenizer(load_manifest(path))
+        ours, (theirs, _) = dataset_tokenizer(manifest), run_tokenizer(run_config, None, remedy="")
     except ConfigError:
         return ""
-    if ours is None or theirs is None or theirs.sha256 != run_config.tokenizer_sha256:
+    if ours is None:
         return ""
     difference = tokenizer_difference(ours, theirs, sample_texts(manifest, ours))
     return f": {difference}" if difference else None

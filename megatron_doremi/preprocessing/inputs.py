@@ -242,12 +242,11 @@ def _add_folder(inputs: FoundInputs, folder: Path, domain_of_records: bool, doma
         return
     empty = [path for path in chosen if path.stat().st_size == 0]
     if empty:
-        names = ", ".join(str(path) for path in empty[:3]) + (" ..." if len(empty) > 3 else "")
-        inputs.ignored.append(f"{len(empty):,} empty file{'' if len(empty) == 1 else 's'}: {names}")
+        inputs.ignored.append(f"{len(empty):,} empty file{'' if len(empty) == 1 else 's'}: {_first_names(empty)}")
     read = set(chosen)
     ignored = [path for path in paths if path not in read and path.name not in _ABOUT]
     if ignored:
-        names = ", ".join(str(path.relative_to(folder)) for path in ignored[:3]) + (" ..." if len(ignored) > 3 else "")
+        names = _first_names([path.relative_to(folder) for path in ignored])
         inputs.ignored.append(f"{folder}: ignoring {len(ignored)} of {len(paths)} files, of other kinds: {names}")
     by_split = _splits_of(folder, chosen)
     named = sorted(set(by_split.values()) - {""})
@@ -279,6 +278,10 @@ def _domains_of_text(folder: Path, records: Sequence[Path], text: Sequence[Path]
     if any(name in ("", *_NO_DOMAIN) or name.lower() in _SPLITS for name in of_records):
         return []
     return [path for path in text if subfolder(path) not in ("", *of_records)]
+
+
+def _first_names(paths: Sequence[Path]) -> str:
+    return ", ".join(map(str, paths[:3])) + (" ..." if len(paths) > 3 else "")
 
 
 def _of_split(by_split: dict[Path, str], split: str) -> list[Path]:

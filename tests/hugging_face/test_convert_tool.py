@@ -130,6 +130,24 @@ def test_an_earlier_step_in_another_type(run, tmp_path, monkeypatch, capsys):
         assert torch.equal(earlier.weights.full(name).bfloat16(), exported.weights.full(name))
 
 
+def test_each_parameter_keeps_its_type(run, tmp_path, monkeypatch, capsys):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from megatron_doremi.hugging_face.model_folder import open_model
+
+    convert(monkeypatch, capsys, "--to", "hf", run[1], tmp_path / "hf")
+    file = tmp_path / "hf" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].bfloat16()
+    save_file(tensors, file)
+    convert(monkeypatch, capsys, "--to", "native", tmp_path / "hf", tmp_path / "native")
+    weights = open_model(tmp_path / "native", "--load").weights
+    assert weights.dtype("embedding.weight") == torch.bfloat16
+    assert weights.dtype("final_norm.weight") == torch.float32
+    assert torch.equal(weights.full("final_norm.weight"), tensors["model.norm.weight"])
+
+
 def test_a_shape_without_a_class_is_refused_with_its_flags(run, tmp_path, monkeypatch):
     flags = [*MODEL, "--position-embedding-type", "learned_absolute"]
     train(1, "main", run[0], tmp_path / "learned", 1, model=flags)

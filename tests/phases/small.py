@@ -105,11 +105,9 @@ def metrics(save: Path) -> list[dict[str, Any]]:
 def full_weights(checkpoint: Path) -> dict[str, Any]:
     """{name: unsharded parameter, without padding} of a checkpoint that any layout wrote."""
     from megatron_doremi.checkpoint.weights import WeightsFolder
-    from megatron_doremi.parallel.topology import Topology
 
     weights = WeightsFolder(checkpoint / "weights")
-    specs = {name: dataclasses.replace(weights.spec(name), padded=0) for name in weights.names()}
-    return {name: weights.local_shard(name, spec, Topology()) for name, spec in specs.items()}
+    return {name: weights.full(name) for name in weights.names()}
 
 
 def training_lines(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
