@@ -28,6 +28,10 @@ def on_the_device(launch, work, *arguments):
     with fake_device() as device:
         import deepspeed
 
+        from megatron_doremi.parallel.deepspeed_internals import disable_shared_memory_all_reduce
+
+        # As in a run. DeepSpeed would compile it for a minute.
+        disable_shared_memory_all_reduce()
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
         deepspeed.init_distributed(dist_backend="fake", dist_init_required=False)
         return work(device, *arguments)
