@@ -12,6 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 # Processes that tests start find the repository too.
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+# They compile it once, not each.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 # Ranks of a test outnumber the GPUs of a machine and talk over gloo. Tests marked `gpu` start processes of their own.
 os.environ.setdefault("MEGATRON_DOREMI_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))

@@ -226,8 +226,8 @@ def test_a_run_that_is_killed_repeatedly_equals_an_uninterrupted_one(data, refer
     MEGATRON_DOREMI_KILLS sets the number of kills (default 6).
     """
     kills = int(os.environ.get("MEGATRON_DOREMI_KILLS", "6"))
-    iters = 12 * kills
-    flags = [*reference, *TP2_PP2, "--save-interval", "1", "--keep-checkpoints", "2", "--eval-interval", "20"]
+    iters = 6 * kills
+    flags = [*reference, *TP2_PP2, "--save-interval", "1", "--keep-checkpoints", "2", "--eval-interval", "10"]
     uninterrupted = train(4, "proxy", data, tmp_path / "uninterrupted", iters, *flags)
     save, generator = tmp_path / "run", random.Random(5)
     argv = ["--phase", "proxy", "--domains", str(data), "--save", str(save), "--load", str(save)]

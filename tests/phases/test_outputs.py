@@ -204,7 +204,7 @@ def test_learned_weights_that_cannot_be_written_lose_no_checkpoint(data, referen
 def test_a_pipe_that_is_closed_changes_nothing(data, tmp_path):
     """Fault 25, `pretrain_doremi.py | head -n 1`, on real processes and pipes."""
     save = tmp_path / "run"
-    argv = ["--phase", "main", "--domains", str(data), "--save", str(save), "--train-iters", "300", *MODEL]
+    argv = ["--phase", "main", "--domains", str(data), "--save", str(save), "--train-iters", "60", *MODEL]
     command = [sys.executable, str(ROOT / "pretrain_doremi.py"), *argv, "--log-interval", "1"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
     process.stdout.readline()
@@ -212,8 +212,8 @@ def test_a_pipe_that_is_closed_changes_nothing(data, tmp_path):
     process.stderr.readline()
     process.stderr.close()
     assert process.wait(120) == 0
-    assert [iteration for iteration, _ in checkpoints(save)] == [300]
-    assert metrics(save)[-2]["iteration"] == 300
+    assert [iteration for iteration, _ in checkpoints(save)] == [60]
+    assert metrics(save)[-2]["iteration"] == 60
 
 
 @pytest.mark.slow
