@@ -1,15 +1,17 @@
 # shellcheck shell=bash
-# Sourced by slurm/common.sh and workstation/run_all.sh: the flags of each stage of an EXPERIMENT file. Both functions
-# set the array FLAGS.
+# Sourced by slurm/common.sh and workstation/run_all.sh: the flags of each stage of an EXPERIMENT file. The functions named
+# *_flags set the array FLAGS.
 
 # stage_flags STAGE: flags of pretrain_doremi.py for a phase, without --phase and --domains. The proxy reads the losses
 # in OUT/scores, or with REFERENCE_SOURCE=online it runs the reference on each batch, or with REFERENCE_SOURCE=none it has
-# none. REFERENCE_OUT is another folder for reference and scores, MAIN_WEIGHTS other weights for the main model.
+# none. REFERENCE_OUT is another folder for reference and scores, REFERENCE_WEIGHTS and MAIN_WEIGHTS are other weights for
+# the reference and the main model, RUN_SEED is another seed.
 stage_flags() {
     local shared=${REFERENCE_OUT:-$OUT}
     case $1 in
     reference)
-        FLAGS=(--save "$shared/reference" --load "$shared/reference" "${TRAINING[@]}" "${SMALL_MODEL[@]}" "${REFERENCE[@]}")
+        FLAGS=(--save "$shared/reference" --load "$shared/reference" "${TRAINING[@]}" "${SMALL_MODEL[@]}" "${REFERENCE[@]}"
+            ${REFERENCE_WEIGHTS:+--domain-weights "$REFERENCE_WEIGHTS"})
         ;;
     score)
         : "${SCORE[@]?EXPERIMENT must set SCORE, the flags for data, precision and layout (see examples/pile/pile.sh)}"
@@ -32,6 +34,8 @@ stage_flags() {
             --domain-weights "${MAIN_WEIGHTS:-$OUT/proxy/domain_weights.json}")
         ;;
     esac
+    # The last value of a flag counts.
+    FLAGS+=(${RUN_SEED:+--seed "$RUN_SEED"})
 }
 
 # preprocess_flags SPLIT: flags of tools/preprocess_data.py, without --input; with an empty SPLIT the tool holds out a part
@@ -52,4 +56,16 @@ preprocess_flags() {
     fi
     FLAGS=(--output-dir "$DATA" ${1:+--split "$1"} ${TOKENIZER_TYPE:+--tokenizer-type "$TOKENIZER_TYPE"}
         --tokenizer-model "${TOKENIZER:?set it to the tokenizer file}" --append-eod "${options[@]}")
+}
+
+# require_free_out EXPERIMENT: exits unless the experiment's OUT can be set from outside, as chains of experiments do.
+require_free_out() {
+    local out
+    # shellcheck source=examples/pile/pile.sh
+    out=$(OUT=elsewhere && source "$1" && echo "$OUT")
+    if [ "$out" != elsewhere ]; then
+        echo "error: $1 sets OUT=$out whatever the environment says, so every chain would write to that folder" >&2
+        echo "       let it say OUT=\${OUT:-$out}" >&2
+        exit 2
+    fi
 }

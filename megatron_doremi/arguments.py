@@ -43,7 +43,7 @@ _METAVARS: dict[Any, str] = {
 }
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> FlagParser:
     """The parser of pretrain_doremi.py; values stay text until `parse_config` reads them."""
     parser = FlagParser(
         prog="pretrain_doremi.py",

@@ -43,7 +43,7 @@ class FlagParser(argparse.ArgumentParser):
         argv = sys.argv[1:] if args is None else list(args)
         faults: list[Fault] = []
         known, unknown = namespace, []
-        flags = self._flags(argv)
+        flags = self.flags(argv)
         try:
             known, unknown = self.parse_known_args(argv, namespace)
         except argparse.ArgumentError as error:
@@ -54,7 +54,7 @@ class FlagParser(argparse.ArgumentParser):
         raise_if_any(faults + unknown_faults(unknown, flags))
         return known
 
-    def _flags(self, argv: Sequence[str]) -> list[str]:
+    def flags(self, argv: Sequence[str]) -> list[str]:
         """The flags of this parser and of the subcommand that the command line names."""
         flags: list[str] = []
         for action in self._actions:

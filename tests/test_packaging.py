@@ -46,7 +46,10 @@ def test_versions_compare_as_numbers(installed, ranges, expected):
 
 def test_each_tool_is_a_command_and_each_room_is_packaged():
     tools = {path.stem for path in (ROOT / "tools").glob("*.py")} - {"__init__", "check_requirements"}
-    commands = {f"doremi-{name.replace('_', '-')}": f"megatron_doremi.tools.{name}:command" for name in tools}
+    commands = {
+        f"doremi-{name.removeprefix('doremi_').replace('_', '-')}": f"megatron_doremi.tools.{name}:command"
+        for name in tools
+    }
     assert PROJECT["project"]["scripts"] == {"pretrain-doremi": "pretrain_doremi:command", **commands}
     for path in [ROOT / "pretrain_doremi.py", *(ROOT / "tools" / f"{name}.py" for name in tools)]:
         assert "\ndef command() -> None:" in path.read_text(), path

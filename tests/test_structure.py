@@ -32,8 +32,12 @@ ROOMS = [
     "phases",
 ]
 # Beside the run: what no room above uses, and what they and the programs may use.
-BESIDE = {"preprocessing": ["base", "storage", "data", "tokenization"], "reporting": ["base", "storage", "data"]}
-TOOLS = ["base", "storage", "data", "tokenization", "checkpoint", "hugging_face", "mixture", *BESIDE]
+BESIDE = {
+    "preprocessing": ["base", "storage", "data", "tokenization"],
+    "reporting": ["base", "storage", "data"],
+    "rounds": ["base", "storage", "data", "reporting"],
+}
+TOOLS = ["base", "storage", "data", "tokenization", "cluster", "checkpoint", "hugging_face", "mixture", *BESIDE]
 PURE = [
     "settings.py",
     "student_t.py",
@@ -56,6 +60,8 @@ PURE = [
     "cluster/launch.py",
     "engine/optimizer.py",
     "phases/bootstrap.py",
+    "rounds/stages.py",
+    "rounds/stop_rule.py",
     "phases/held_out.py",
 ]
 

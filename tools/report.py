@@ -3,10 +3,12 @@ as PNG, and results.json to a folder.
 
   python tools/report.py --group NAME=DIR... [--group NAME=DIR...]... [--domains domains.json] [--output-dir DIR]
   python tools/report.py RUN... [--domains domains.json] [--output-dir DIR]
+  python tools/report.py --rounds DIR [RUN... or groups]
 
 A group is one configuration trained with several seeds. The first group is compared with each other one, paired by
 seed; groups named proxy and reference are not compared: a proxy's weights are shown, and those of the first group are
 checked against them. --proxy, --main, --baseline and --reference DIR... are short for --group proxy=DIR... and so on.
+--rounds adds the weights over the rounds of tools/doremi_rounds.py; alone, it shows their proxies.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,8 +36,10 @@ from megatron_doremi.reporting.charts.render import png
 from megatron_doremi.reporting.comparison import compare, list_runs, with_controls
 from megatron_doremi.reporting.console import console_text
 from megatron_doremi.reporting.groups import PROXY, REFERENCE, Group
+from megatron_doremi.reporting.rounds import RoundsEntry, read_rounds
 from megatron_doremi.reporting.runs import Run, read_all, read_run, read_runs
 from megatron_doremi.reporting.sections import Report, make_report, unique_labels
+from megatron_doremi.rounds.folder import RoundsFolder
 from megatron_doremi.storage.files import atomic_write_bytes, atomic_write_text, temporary_beside
 
 SHORT_FLAGS = (PROXY, "main", "baseline", REFERENCE)
@@ -47,13 +51,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder: Path = options.output_dir
     named: list[tuple[str, list[Path]]] = options.groups
     with stage("reading the runs"):
-        groups, tokens = _read(named, options.runs, options.domains, _unwritable(folder))
+        rounds = _rounds(options.rounds)
+        paths: dict[str, Path] | list[Path] = options.runs
+        if rounds is not None and not named and not paths:
+            paths = _proxies(options.rounds, rounds)
+        groups, tokens = _read(named, paths, options.domains, _unwritable(folder))
         groups = with_controls(groups, options.control_domains)
         study = compare(groups, tokens) if named else list_runs(groups, tokens)
     _make_writable(folder)
-    print(console_text(study), flush=True)
+    print(console_text(study, rounds), flush=True)
     with stage("drawing the charts"):
-        report = make_report(study, __version__)
+        report = make_report(study, __version__, rounds)
         write_report(report, folder)
     pictures = f"{len(report.charts)} PNG file{'s' if len(report.charts) != 1 else ''}"
     print_stdout(f"\nwrote {folder / 'report.html'}, results.json and {pictures} in the same folder")
@@ -74,6 +82,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     for name in SHORT_FLAGS:
         short_help = f"short for --group {name}=DIR..."
         parser.add_argument(f"--{name}", nargs="+", action=_Group, metavar="DIR", dest="groups", help=short_help)
+    rounds_help = "--save folder of tools/doremi_rounds.py: adds the weights over its rounds"
+    parser.add_argument("--rounds", type=Path, metavar="DIR", help=rounds_help)
     domains_help = "manifest (domains.json) of the runs: adds natural weights and epochs"
     parser.add_argument("--domains", type=Path, metavar="FILE", help=domains_help)
     control_help = "domains that are shown but left out of mean and worst domain, such as one that cannot be learned"
@@ -84,8 +94,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options.groups = options.groups or []
     raise_if_any(_faults(options))
     if options.output_dir is None:
-        first = options.groups[0][1][0] if options.groups else options.runs[0]
-        options.output_dir = first / "report"
+        folders = [*(path for _, paths in options.groups for path in paths), *options.runs]
+        options.output_dir = (options.rounds or folders[0]) / "report"
     return options
 
 
@@ -147,8 +157,31 @@ def _output_fault(value: str) -> Fault:
     return Fault("--output-dir", value, "a folder that can be written", remedy)
 
 
+def _rounds(path: Path | None) -> RoundsEntry | None:
+    """The rounds of a folder. Raises ConfigError, also if none has ended."""
+    if path is None:
+        return None
+    rounds = read_rounds(path, "--rounds")
+    if not rounds.rounds:
+        raise ConfigError(Fault("--rounds", str(path), "a folder with a finished round", "wait for the first one"))
+    return rounds
+
+
+def _proxies(path: Path, rounds: RoundsEntry) -> dict[str, Path]:
+    """The folders of the proxies of all rounds, by label."""
+    folder, seeds = RoundsFolder(path), range(1, rounds.seeds + 1)
+    return {
+        f"round {each.round}" + (f" seed {seed}" if rounds.seeds > 1 else ""): folder.run(each.round, seed, PROXY)
+        for each in rounds.rounds
+        for seed in seeds
+    }
+
+
 def _read(
-    named: Sequence[tuple[str, Sequence[Path]]], runs: Sequence[Path], domains: Path | None, faults: list[Fault]
+    named: Sequence[tuple[str, Sequence[Path]]],
+    runs: Mapping[str, Path] | Sequence[Path],
+    domains: Path | None,
+    faults: list[Fault],
 ) -> tuple[list[Group], dict[str, int]]:
     """Reads the runs, and the tokens by domain. Raises ConfigError with `faults` and every fault of the files."""
     tokens: dict[str, int] = {}
@@ -175,8 +208,11 @@ def _read_groups(named: Sequence[tuple[str, Sequence[Path]]]) -> list[Group]:
     return [Group(name, tuple(members)) for name, members in by_name.items()]
 
 
-def _read_list(paths: Sequence[Path]) -> list[Group]:
-    """A group for each run, named by its folder."""
+def _read_list(paths: Mapping[str, Path] | Sequence[Path]) -> list[Group]:
+    """A group for each run, named by its folder unless `paths` names it."""
+    if isinstance(paths, Mapping):
+        named = read_all([partial(read_run, path, "--rounds") for path in paths.values()])
+        return [Group(label, (run,)) for label, run in zip(paths, named, strict=True)]
     runs = [run for evaluations in read_all([partial(read_runs, path) for path in paths]) for run in evaluations]
     labels = unique_labels([run.path.resolve().name for run in runs])
     return [Group(label, (run,)) for label, run in zip(labels, runs, strict=True)]
@@ -187,7 +223,7 @@ def _faults(options: argparse.Namespace) -> list[Fault]:
     if options.runs and names:
         value = f"{len(options.runs)} given in addition to the groups {', '.join(names)}"
         return [Fault("RUN", value, "either RUN... or groups", "put every folder into a group, or give folders alone")]
-    if not options.runs and not names:
+    if not options.runs and not names and options.rounds is None:
         remedy = "give run folders, or --group NAME=DIR... for each group; --help shows both forms"
         return [Fault("RUN", "missing", "at least one run or group", remedy)]
     faults = []

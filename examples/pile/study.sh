@@ -4,6 +4,9 @@
 EXPERIMENT=${EXPERIMENT:-examples/pile/pile.sh}
 RUN_ALL=${RUN_ALL:-examples/slurm/run_all.sh}
 failed=0
+# shellcheck source=examples/stages.sh
+source examples/stages.sh
+require_free_out "$EXPERIMENT"
 
 # chain NAME STAGES [VARIABLE=VALUE...]: the stages of a chain in the folder OUT/NAME.
 chain() {

@@ -122,6 +122,7 @@ class Signals:
 
     def _handle(self, number: int) -> None:
         if self.pass_on is not None:
+            self.requested_by = self.requested_by or number
             self.pass_on(number)
             return
         name = signal.Signals(number).name

@@ -40,6 +40,7 @@ class Provenance(Schema):
 
     steps: Count | None = None
     train_iters: Count | None = None
+    seed: Count | None = None
 
 
 class WeightsEntry(Schema):
@@ -102,7 +103,7 @@ def load_weights(
     except ConfigError as error:
         raise ConfigError([*faults, *error.faults]) from error
     if not allow_unfinished:
-        faults += _unfinished_faults(subject, checked.provenance)
+        faults += unfinished_faults(subject, checked.provenance)
     raise_if_any(faults)
     return shares_of(subject, manifest, [checked.weights[matches[name]] for name in manifest.names])
 
@@ -137,7 +138,8 @@ def _unreadable_remedy(path: Path) -> str:
     return "give a weights file, uniform, natural, or weights as in A=0.5,B=0.5"
 
 
-def _unfinished_faults(subject: str, provenance: Provenance) -> list[Fault]:
+def unfinished_faults(subject: str, provenance: Provenance) -> list[Fault]:
+    """A fault if the weights are those of a proxy that has not finished all of its steps."""
     steps, planned = provenance.steps, provenance.train_iters
     if steps is None or planned is None or steps >= planned:
         return []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 
 from megatron_doremi.reporting.comparison import Study
+from megatron_doremi.reporting.rounds import RoundsEntry, rounds_table, verdict_of_round
 from megatron_doremi.reporting.study_tables import difference_table, held_out_table, weights_table
 from megatron_doremi.reporting.tables import Table, excerpt, fitted, format_text
 from megatron_doremi.reporting.verdict import findings, verdict
@@ -14,11 +15,18 @@ LINES = 37
 _ROWS = 10
 
 
-def console_text(study: Study) -> str:
-    """Returns at most LINES lines of at most WIDTH columns: the table, the differences, the verdict, the findings."""
-    lines = []
+def console_text(study: Study, rounds: RoundsEntry | None = None) -> str:
+    """Returns at most LINES lines of at most WIDTH columns: the table, the differences, the verdict, the findings.
+
+    Args:
+        rounds: shown in place of the table, if given.
+    """
+    lines: list[str] = []
     tables: list[Table] = []
-    if study.compared:
+    if rounds is not None:
+        tables.append(rounds_table(rounds))
+        lines += ["", *_wrapped(verdict_of_round(rounds), "")]
+    elif study.compared:
         tables.append(held_out_table(study))
     else:
         weights = weights_table(study)

@@ -15,10 +15,12 @@ from megatron_doremi.reporting.charts.chart import Chart
 from megatron_doremi.reporting.charts.curves import curves
 from megatron_doremi.reporting.charts.held_out import held_out_charts
 from megatron_doremi.reporting.charts.mixture import mixture_charts
+from megatron_doremi.reporting.charts.rounds import rounds_chart
 from megatron_doremi.reporting.comparison import Study, comparison_as_data
 from megatron_doremi.reporting.evaluations import HeldOut
 from megatron_doremi.reporting.html import Section, page
 from megatron_doremi.reporting.mixture import last_weights, learned_weights
+from megatron_doremi.reporting.rounds import RoundsEntry, round_table, rounds_table, verdict_of_round
 from megatron_doremi.reporting.runs import Run, flatten
 from megatron_doremi.reporting.study_tables import (
     cost_table,
@@ -63,19 +65,24 @@ class Report:
     results: dict[str, Any]
 
 
-def make_report(study: Study, version: str) -> Report:
+def make_report(study: Study, version: str, rounds: RoundsEntry | None = None) -> Report:
     """Builds the report.
 
     Args:
         version: of this program, for the footer.
+        rounds: the rounds whose trajectory is shown; at least one has ended.
     """
-    sections = make_sections(study)
+    sections = [*([] if rounds is None else [_rounds_section(rounds)]), *make_sections(study)]
     charts = tuple(chart for section in sections for chart in section.charts)
-    if study.subject is None:
+    if study.subject is None and rounds is not None:
+        title = "Rounds of DoReMi"
+    elif study.subject is None:
         title = f"Training report: {_listed([group.name for group in study.groups])}"
     else:
         title = f"{study.subject} against {_listed([each.pairing.rival for each in study.comparisons]) or 'nothing'}"
     sentence, sentences = verdict(study), findings(study)
+    if rounds is not None:
+        sentences = [verdict_of_round(rounds), *sentences]
     html = page(title, sentence, sentences, sections, f"Made by megatron-doremi {version}, tools/report.py.")
     results = {
         "format": RESULTS_FORMAT,
@@ -85,6 +92,7 @@ def make_report(study: Study, version: str) -> Report:
         "comparisons": [comparison_as_data(each) for each in study.comparisons],
         "groups": {group.name: [group.label(run) for run in group.runs] for group in study.groups},
         "runs": {label: run_as_data(run) for label, run in study.runs.items()},
+        **({} if rounds is None else {"rounds": rounds.model_dump()["rounds"], "rounds_ended": rounds.ended}),
     }
     return Report(html, charts, plain_numbers(results))
 
@@ -118,6 +126,11 @@ def make_sections(study: Study) -> list[Section]:
         _provenance_section(study.runs),
     ]
     return [each for each in sections if each.charts or each.tables or each.values or each.more]
+
+
+def _rounds_section(rounds: RoundsEntry) -> Section:
+    tables = [rounds_table(rounds), *(round_table(each) for each in rounds.rounds)]
+    return Section("Rounds", charts=[rounds_chart(rounds)], tables=tables)
 
 
 def _provenance_section(runs: Mapping[str, Run]) -> Section:

@@ -178,6 +178,36 @@ def test_jobs_are_chained_by_their_numbers(sbatch, slurm):
     assert "--dependency=afterok:11 " in second
 
 
+def test_the_jobs_of_a_round_are_judged_by_one_that_waits_for_all_proxies(slurm):
+    experiment = slurm.folder / "experiment.sh"
+    text = experiment.read_text().replace(f"OUT={slurm.folder}/run", "OUT=${OUT:-" + f"{slurm.folder}/run" + "}")
+    numbered = f"echo $(($(wc -l < {slurm.calls}) + 10)); echo $OUT $RUN_SEED $REFERENCE_WEIGHTS >> {slurm.calls}.env"
+    done = slurm.run("rounds.sh", str(experiment), sbatch=numbered)
+    assert done.returncode == 2
+    assert "so every chain would write to that folder" in done.stderr
+    experiment.write_text(text)
+    rounds = slurm.folder / "run" / "rounds"
+    (rounds / "round-2").mkdir(parents=True)
+    (rounds / "round-2" / "reference_weights.json").touch()
+    done = slurm.run("rounds.sh", str(experiment), environ={"SEEDS": "2"}, sbatch=numbered)
+    assert done.returncode == 0, done.stderr
+    jobs = slurm.called("sbatch")
+    assert [job.split("examples/slurm/")[1] for job in jobs] == [
+        *("reference.sbatch", "score.sbatch", "proxy.sbatch"),
+        *("reference.sbatch", "score.sbatch", "proxy.sbatch"),
+        "judge.sbatch",
+    ]
+    assert "--dependency=afterok:13:16 --kill-on-invalid-dep=yes" in jobs[-1]
+    assert "--dependency" not in jobs[3]
+    weights = rounds / "round-2" / "reference_weights.json"
+    given = [line.split() for line in (slurm.folder / "calls.env").read_text().splitlines()]
+    assert given[:6:3] == [[f"{rounds}/round-2/seed-{n}", str(1233 + n), str(weights)] for n in (1, 2)]
+    (rounds / "domain_weights.json").touch()
+    done = slurm.run("rounds.sh", str(experiment), sbatch=numbered, python="echo judged")
+    assert "the rounds have ended" in done.stdout
+    assert len(slurm.called("sbatch")) == 7
+
+
 @pytest.mark.parametrize("failure", ["echo 'sbatch: error: no such partition' >&2; exit 1", "echo queued, thank you"])
 def test_a_failed_sbatch_names_what_was_submitted(failure, slurm):
     third = f"[ $(wc -l < {slurm.calls}) -lt 3 ] && echo $((10 + $(wc -l < {slurm.calls}))) || {{ {failure}; }}"

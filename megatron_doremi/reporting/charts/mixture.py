@@ -39,7 +39,7 @@ from megatron_doremi.reporting.runs import Floats, Integers, Run
 MOST_LINES = 10
 _POINTS = 150
 # Labels and grid lines of a logarithmic axis; those outside its range are not drawn.
-_DECADES = [10.0**power for power in range(-9, 4)]
+DECADES = [10.0**power for power in range(-9, 4)]
 
 
 def mixture_charts(study: Study) -> list[Chart]:
@@ -91,7 +91,7 @@ def weights_by_domain(study: Study) -> Chart | None:
         legend = {"orient": "top", "columns": 2 if layout.narrow else 6}
         axis = {"labelLimit": layout.label_limit, "grid": True, "ticks": False, "domain": False}
         title = "weight (logarithmic)" if "type" in scale else "weight"
-        axis_x = {"values": _DECADES, "format": "~g"} if "type" in scale else {"tickCount": 6}
+        axis_x = {"values": DECADES, "format": "~g"} if "type" in scale else {"tickCount": 6}
         x = {"field": "value", "type": "quantitative", "title": title, "scale": scale, "axis": axis_x}
         return {
             "width": layout.width,
@@ -216,7 +216,7 @@ def _lines(title: str, names: Sequence[str], log: bool, rules: Sequence[Spec], b
         legend = {"orient": "bottom", "columns": 2 if layout.narrow else 5, "labelLimit": 135 if layout.narrow else 170}
         scale: Spec = {"type": "log"} if log else {"zero": False}
         y = {"type": "quantitative", "title": f"{title}, logarithmic" if log else title, "scale": scale}
-        y["axis"] = {"values": _DECADES, "format": "~g"} if log else {"tickCount": 5}
+        y["axis"] = {"values": DECADES, "format": "~g"} if log else {"tickCount": 5}
         looks = {
             "color": {"field": "line", "title": None, "scale": series_scale(lines), "legend": legend},
             "strokeDash": {"field": "line", "title": None, "scale": dash_scale(lines), "legend": legend},

@@ -1,0 +1,1 @@
+"""Rounds of DoReMi: the weights of a round are the sampling weights of the next round's reference."""

@@ -1,0 +1,238 @@
+"""The folder of the rounds: where each run is, what its finished rounds learned, and the files between rounds.
+
+    FOLDER/round-1/seed-1/{reference,scores,proxy}      --save folders of the runs
+    FOLDER/round-2/reference_weights.json               sampling weights of the references of round 2
+    FOLDER/rounds.json                                  what each round learned, and the verdict
+    FOLDER/domain_weights.json                          the learned weights, once the rounds have ended
+
+Everything is computed from the runs' own files: a program that was killed in between computes the same again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_doremi.data.weights_file import WeightsEntry, save_weights, unfinished_faults
+from megatron_doremi.errors import ConfigError, Fault, raise_if_any
+from megatron_doremi.reporting.json_files import read_object
+from megatron_doremi.reporting.rounds import (
+    ROUNDS_FILE,
+    End,
+    RoundEntry,
+    RoundsEntry,
+    read_rounds,
+)
+from megatron_doremi.reporting.runs import Run, read_all, read_run
+from megatron_doremi.rounds.stop_rule import Floats, movement
+from megatron_doremi.storage.files import atomic_write_text
+from megatron_doremi.storage.formats import read_checked
+
+_RUN_REMEDY = "run the stage again, or give the --save folder of the rounds"
+
+
+@dataclass(frozen=True)
+class RoundsFolder:
+    """Paths in the folder of the rounds."""
+
+    path: Path
+
+    def run(self, number: int, seed: int, stage: str) -> Path:
+        """The folder of a run: `stage` is reference, scores or proxy; `seed` counts from 1."""
+        return self.path / f"round-{number}" / f"seed-{seed}" / stage
+
+    def current_round(self) -> int:
+        """The newest round that is to run; those before it have been judged."""
+        number = 1
+        while self.reference_weights(number + 1).exists():
+            number += 1
+        return number
+
+    def reference_weights(self, number: int) -> Path:
+        """The weights file of the references of a round after the first; it exists if that round is to run."""
+        return self.path / f"round-{number}" / "reference_weights.json"
+
+    @property
+    def domain_weights(self) -> Path:
+        """The learned weights, once the rounds have ended."""
+        return self.path / "domain_weights.json"
+
+
+@dataclass(frozen=True)
+class StopRule:
+    """When the rounds end, as given on the command line."""
+
+    min_change: float
+    max_rounds: int
+    seeds: int
+
+
+@dataclass(frozen=True)
+class _Round:
+    """What the runs of a round have left."""
+
+    reference: dict[str, float]
+    seeds: list[dict[str, float]]
+    steps: Floats | None
+    tokenizer_sha256: str | None
+
+
+def judge(folder: RoundsFolder, rule: StopRule) -> RoundsEntry:
+    """Judges every round whose proxies exist, and writes rounds.json and either the weights of the next round's
+    references or the learned weights.
+
+    Raises:
+        ConfigError: there is no round, or a run has not finished, is unreadable or has other domains.
+    """
+    entries: list[RoundEntry] = []
+    before: Floats | None = None
+    latest: _Round | None = None
+    names: tuple[str, ...] = ()
+    while _proxies_exist(folder, len(entries) + 1, rule.seeds):
+        latest = _read_round(folder, len(entries) + 1, rule.seeds, names)
+        names = names or tuple(latest.seeds[0])
+        entries.append(_entry(len(entries) + 1, latest, before, rule))
+        before = latest.steps
+        if _end(entries, rule):
+            break
+    if latest is None:
+        missing = folder.run(1, 1, "proxy") / "domain_weights.json"
+        raise ConfigError(Fault("--save", f"{missing} is missing", "a folder with a finished round", _RUN_REMEDY))
+    rounds = RoundsEntry(
+        settings=_settings(folder),
+        min_change=rule.min_change,
+        max_rounds=rule.max_rounds,
+        seeds=rule.seeds,
+        ended=_end(entries, rule),
+        rounds=entries,
+    )
+    _write(folder, rounds, latest.tokenizer_sha256)
+    return rounds
+
+
+def start(folder: RoundsFolder, rule: StopRule, settings: Mapping[str, Any]) -> None:
+    """Records the settings of the runs before the first one starts."""
+    folder.path.mkdir(parents=True, exist_ok=True)
+    write_rounds(folder, RoundsEntry(settings=dict(settings), ended=None, rounds=[], **vars(rule)))
+
+
+def write_rounds(folder: RoundsFolder, rounds: RoundsEntry) -> None:
+    """Writes rounds.json; floats in full precision."""
+    entry = {"format": RoundsEntry.FORMAT, **rounds.model_dump()}
+    atomic_write_text(folder.path / ROUNDS_FILE, json.dumps(entry, indent=2) + "\n")
+
+
+def _settings(folder: RoundsFolder) -> dict[str, Any]:
+    return read_rounds(folder.path, "--save").settings if (folder.path / ROUNDS_FILE).exists() else {}
+
+
+def _proxies_exist(folder: RoundsFolder, number: int, seeds: int) -> bool:
+    """Whether the proxies of a round have begun to learn; a fault later if they have not finished."""
+    paths = [folder.run(number, seed, "proxy") / "domain_weights.json" for seed in range(1, seeds + 1)]
+    return all(path.exists() for path in paths)
+
+
+def _read_round(folder: RoundsFolder, number: int, seeds: int, names: Sequence[str]) -> _Round:
+    """Reads the runs of a round. Raises ConfigError with the faults of all of them.
+
+    Args:
+        names: the domains of the rounds before; empty for the first.
+    """
+    learned = read_all([partial(_read_seed, folder, number, seed) for seed in range(1, seeds + 1)])
+    first, reference = learned[0]
+    expected = list(names or first.weights)
+    faults = []
+    for seed, (entry, sampling) in enumerate(learned, 1):
+        path = str(folder.run(number, seed, "proxy").parent)
+        if {*entry.weights} != {*expected} or {*sampling} != {*expected}:
+            faults.append(Fault(path, "other domains", f"the domains {', '.join(expected)} in each run", _RUN_REMEDY))
+        elif sampling != reference:
+            rule = "the sampling weights of seed 1 in each reference of a round"
+            faults.append(Fault(path, "other sampling weights", rule, _RUN_REMEDY))
+    used = [entry.provenance.seed for entry, _ in learned if entry.provenance.seed is not None]
+    if len(set(used)) < len(used):
+        path = str(folder.run(number, 1, "proxy").parent.parent)
+        listed = ", ".join(map(str, used))
+        faults.append(Fault(path, f"proxies with --seed {listed}", "a seed of its own for each", _RUN_REMEDY))
+    raise_if_any(faults)
+    # With several seeds, their spread gives the noise, and the steps of the proxies are not read.
+    run = read_run(folder.run(number, 1, "proxy"), "--save") if seeds == 1 else None
+    return _Round(
+        {name: reference[name] for name in expected},
+        [{name: entry.weights[name] for name in expected} for entry, _ in learned],
+        None if run is None else _steps(run, expected),
+        first.tokenizer_sha256,
+    )
+
+
+def _read_seed(folder: RoundsFolder, number: int, seed: int) -> tuple[WeightsEntry, dict[str, float]]:
+    """What a proxy has learned, and the sampling weights of its reference."""
+    path = folder.run(number, seed, "proxy") / "domain_weights.json"
+    entry = read_checked(path, str(path), WeightsEntry, _RUN_REMEDY)
+    raise_if_any(unfinished_faults(str(path), entry.provenance))
+    return entry, _sampling_weights(folder.run(number, seed, "reference"))
+
+
+def _sampling_weights(path: Path) -> dict[str, float]:
+    """The weights by which a run samples, by domain."""
+    recorded = read_object(path / "config.json", _RUN_REMEDY).get("sampling_weights")
+    if not isinstance(recorded, dict) or not all(isinstance(weight, int | float) for weight in recorded.values()):
+        rule = 'needs "sampling_weights": {NAME: number}'
+        raise ConfigError(Fault(str(path / "config.json"), "", rule, _RUN_REMEDY))
+    return {str(name): float(weight) for name, weight in recorded.items()}
+
+
+def _steps(run: Run, names: Sequence[str]) -> Floats:
+    """[steps, k] weights at each step of a proxy."""
+    values = run.weights.ordered(names)
+    return values[np.isfinite(values).all(axis=1)]
+
+
+def _entry(number: int, each: _Round, before: Floats | None, rule: StopRule) -> RoundEntry:
+    names = list(each.reference)
+    reference = np.array(list(each.reference.values()))
+    seeds = np.array([[weights[name] for name in names] for weights in each.seeds])
+    moved = movement(reference, seeds, rule.min_change, each.steps, before)
+    return RoundEntry(
+        round=number,
+        reference_weights=each.reference,
+        weights=dict(zip(names, seeds.mean(axis=0).tolist(), strict=True)),
+        seed_weights=each.seeds,
+        change=moved.change,
+        most_moved=names[moved.domain],
+        noise=moved.noise,
+        noise_from=moved.noise_from,
+        threshold=moved.threshold,
+    )
+
+
+def _end(entries: Sequence[RoundEntry], rule: StopRule) -> End | None:
+    """Why no further round follows; None if one does."""
+    if entries[-1].change <= entries[-1].threshold:
+        return "settled"
+    return "max_rounds" if len(entries) >= rule.max_rounds else None
+
+
+def _write(folder: RoundsFolder, rounds: RoundsEntry, tokenizer_sha256: str | None) -> None:
+    """Writes rounds.json, after the weights that it announces."""
+    last = rounds.rounds[-1]
+    path = folder.domain_weights if rounds.ended else folder.reference_weights(last.round + 1)
+    provenance = {
+        "method": f"doremi, round {last.round}",
+        "seeds": rounds.seeds,
+        "change": last.change,
+        "noise": last.noise,
+        "settled": rounds.ended == "settled",
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_weights(path, last.weights, tokenizer_sha256, provenance)
+    if not rounds.ended:
+        # Of rounds that ended under another rule.
+        folder.domain_weights.unlink(missing_ok=True)
+    write_rounds(folder, rounds)

@@ -1,0 +1,221 @@
+"""Iterated DoReMi: the weights that a round learns are the sampling weights of the next round's reference, until they
+stop moving.
+
+    python tools/doremi_rounds.py --save runs/rounds --domains data/domains.json --model-size 280m --train-iters 20000
+
+Takes the flags of pretrain_doremi.py for a reference and a proxy (pretrain_doremi.py --help) and gives each to the
+phases that read it; --domain-weights are those of the first reference. The same command resumes. Rounds end when no
+weight moves by more than --min-change or the noise, whichever is larger: with --seeds 2 or more the spread over seeds,
+otherwise what the two halves of the difference to the round before show.
+
+Writes SAVE/rounds.json after each round and SAVE/domain_weights.json at the end. With --judge it trains nothing and
+judges the rounds that other jobs have run (examples/slurm/rounds.sh).
+
+Exit codes: 0: done, settled or not. 2: the input is wrong. 3: stopped by a signal or a time limit after saving; run the
+same command again to resume.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+if not __package__:
+    # Run as a script: the package is beside this folder.
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from megatron_doremi.arguments import build_parser, read_command_line
+from megatron_doremi.cluster.launch import NO_LAUNCHER, launcher_of
+from megatron_doremi.cluster.local_launch import launch_ranks
+from megatron_doremi.cluster.signals import EXIT_STOPPED, Signals
+from megatron_doremi.config import Config, DataConfig
+from megatron_doremi.console import print_stdout, say, wrapped_lines
+from megatron_doremi.errors import ConfigError, Fault, raise_if_any, run_or_exit
+from megatron_doremi.flag_parser import FlagParser, unknown_faults
+from megatron_doremi.reporting.rounds import ROUNDS_FILE, RoundsEntry, read_rounds, round_table, verdict_of_round
+from megatron_doremi.reporting.tables import excerpt, format_text
+from megatron_doremi.rounds.folder import RoundsFolder, StopRule, judge, start
+from megatron_doremi.rounds.stages import Stage, changed_settings, fixed_settings, stages, taken_faults
+from megatron_doremi.settings import PROXY, REFERENCE, SCORE, flag_of
+
+_ROWS = 12
+# Runs one stage on a number of ranks; returns the exit code.
+Launcher = Callable[[Stage, int], int]
+
+
+def main() -> int:
+    """Runs or judges the rounds; returns the exit code."""
+    signals = Signals(os.environ)
+    signals.install()
+    options, given = parse(sys.argv[1:])
+    folder = RoundsFolder(Path(options.save))
+    rule = StopRule(options.min_change, options.max_rounds, options.seeds)
+    if options.judge:
+        _show(judge(folder, rule))
+        return 0
+
+    # Before a plan is made, which sets variables for a process without a device.
+    environ = dict(os.environ)
+
+    def launch(stage: Stage, ranks: int) -> int:
+        code = launch_ranks([sys.executable, _program(), *stage.argv], ranks, environ, signals)
+        # A request that arrives when the last rank has ended is one as well.
+        return EXIT_STOPPED if code == 0 and signals.requested_by else code
+
+    return run_rounds(folder, rule, options, given, launch)
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """The tool's own options, and the flags of pretrain_doremi.py by name. Raises ConfigError with all faults."""
+    parser = FlagParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--save", default="", metavar="DIR", help="folder of the rounds")
+    add("--max-rounds", type=int, default=10, metavar="N", help="rounds at most (default: 10)")
+    change_help = "a change of a weight that never counts (default: 0.001, as in the paper)"
+    add("--min-change", type=float, default=1e-3, metavar="X", help=change_help)
+    seeds_help = "references and proxies of a round, each pair with a seed of its own, from --seed (default: 1)"
+    add("--seeds", type=int, default=1, metavar="N", help=seeds_help)
+    losses_help = "score each reference once, in place of running it on each batch of its proxy"
+    add("--record-losses", action="store_true", help=losses_help)
+    add("--judge", action="store_true", help="train nothing: judge the finished rounds in --save")
+    add("--nproc-per-node", type=int, default=1, metavar="N", help="processes of a run (default: 1)")
+    add("--dry-run", action="store_true", help="print the plan of the first round's runs and exit; write nothing")
+    program, faults = build_parser(), list[Fault]()
+    try:
+        options, rest = parser.parse_known_args(argv)
+        known, unknown = program.parse_known_args(rest)
+    except argparse.ArgumentError as error:
+        raise ConfigError(Fault("command line", str(error), "each flag with its value", "see --help")) from error
+    given = vars(known)
+    faults += unknown_faults(unknown, [*parser.flags([]), *program.flags([])])
+    if not options.save:
+        faults.append(Fault("--save", "not given", "the rounds write to a folder", "give --save"))
+    for name, least, most in (("max_rounds", 1, 1000), ("seeds", 1, 100), ("nproc_per_node", 1, 1 << 20)):
+        value = getattr(options, name)
+        if not least <= value <= most:
+            flag = flag_of(name)
+            faults.append(Fault(flag, str(value), f"from {least} to {most:,}", f"give {flag} a value in that range"))
+    if not 0.0 <= options.min_change <= 1.0:
+        faults.append(Fault("--min-change", str(options.min_change), "between 0 and 1", "give for example 0.001"))
+    if options.judge and given:
+        flags = ", ".join(map(flag_of, given))
+        faults.append(Fault(flags, "given with --judge", "nothing is trained", "leave it out, or leave out --judge"))
+    if launcher_of(os.environ) != NO_LAUNCHER:
+        rule = "one process, which starts the ranks of each run"
+        remedy = "start with plain python and --nproc-per-node; for several machines see examples/slurm/rounds.sh"
+        faults.append(Fault("launcher", launcher_of(os.environ), rule, remedy))
+    raise_if_any([*faults, *taken_faults(given)])
+    return options, given
+
+
+def run_rounds(
+    folder: RoundsFolder, rule: StopRule, options: argparse.Namespace, given: dict[str, Any], launch: Launcher
+) -> int:
+    """Runs rounds until they end; returns the exit code.
+
+    Args:
+        given: flags of pretrain_doremi.py by name, as text.
+        launch: runs one stage.
+    """
+    first = list(_stages_of(1, folder, options, given))
+    # Of one seed. Scoring has no plan before the reference exists.
+    planned = [stage for stage in first if stage.seed == 1 and stage.phase != SCORE]
+    settings = check(first, folder, options.nproc_per_node)
+    new = not (folder.path / ROUNDS_FILE).exists()
+    plans = [plan(stage, options.nproc_per_node) for stage in planned if new or options.dry_run]
+    if options.dry_run:
+        for stage, text in zip(planned, plans, strict=False):
+            print_stdout(f"\n== {_title(stage, options)}\n{text}")
+        return 0
+    if new:
+        start(folder, rule, settings)
+    number = min(folder.current_round(), rule.max_rounds)
+    while True:
+        for stage in _stages_of(number, folder, options, given):
+            finished = Path(stage.folder) / "finished"
+            if not finished.exists():
+                say(f"== {_title(stage, options)}")
+                code = launch(stage, options.nproc_per_node)
+                if code:
+                    return code
+                finished.touch()
+        rounds = judge(folder, rule)
+        _show(rounds)
+        if rounds.ended:
+            break
+        number += 1
+    say(f"learned weights: --domain-weights {folder.domain_weights}; report: tools/report.py --rounds {folder.path}")
+    return 0
+
+
+def check(first: Sequence[Stage], folder: RoundsFolder, ranks: int) -> dict[str, Any]:
+    """Checks the flags of the first round's runs; returns the settings that must not change.
+
+    Raises:
+        ConfigError: with the faults of the flags, or with settings that differ from the folder's.
+    """
+    faults: dict[Fault, None] = {}
+    configs: dict[str, Config] = {}
+    for stage in first:
+        configs[stage.phase], found = read_command_line(stage.argv, ranks)
+        faults.update(dict.fromkeys(found))
+    raise_if_any(list(faults))
+    settings = fixed_settings(configs[REFERENCE], configs[PROXY])
+    if (folder.path / ROUNDS_FILE).exists():
+        recorded = read_rounds(folder.path, "--save").settings
+        raise_if_any(changed_settings(recorded, settings, str(folder.path / ROUNDS_FILE)))
+    return settings
+
+
+def plan(stage: Stage, ranks: int) -> str:
+    """The plan of a run, as --dry-run prints it. Raises ConfigError if the run could not start."""
+    import pretrain_doremi
+
+    text = io.StringIO()
+    argv = [*stage.argv, "--dry-run", "--dry-run-world-size", str(ranks)]
+    with contextlib.redirect_stdout(text):
+        pretrain_doremi.start(argv, Signals(os.environ))
+    return text.getvalue().rstrip()
+
+
+def _stages_of(
+    number: int, folder: RoundsFolder, options: argparse.Namespace, given: dict[str, Any]
+) -> Iterator[Stage]:
+    seed = int(given["seed"]) if given.get("seed", "").isdecimal() else DataConfig().seed
+    return stages(given, folder, number, options.seeds, seed, options.record_losses)
+
+
+def _title(stage: Stage, options: argparse.Namespace) -> str:
+    seed = f", seed {stage.seed} of {options.seeds}" if options.seeds > 1 else ""
+    return f"round {stage.number}{seed}: {stage.phase}"
+
+
+def _program() -> str:
+    """The path of pretrain_doremi.py, in this folder's parent or installed."""
+    found = importlib.util.find_spec("pretrain_doremi")
+    assert found is not None
+    assert found.origin is not None
+    return found.origin
+
+
+def _show(rounds: RoundsEntry) -> None:
+    """Prints the table of the last round and the verdict."""
+    if rounds.rounds:
+        print_stdout(format_text(excerpt(round_table(rounds.rounds[-1]), _ROWS)))
+        print_stdout(wrapped_lines(verdict_of_round(rounds)))
+
+
+def command() -> None:
+    """Runs `main` as a program."""
+    run_or_exit(main)
+
+
+if __name__ == "__main__":
+    command()
