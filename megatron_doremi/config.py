@@ -14,6 +14,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from megatron_doremi.optimizer_settings import OPTIMIZER_NAMES as OPTIMIZER_NAMES
+from megatron_doremi.optimizer_settings import OptimizerConfig
 from megatron_doremi.run_settings import RunConfig, folder_and_step
 from megatron_doremi.settings import (
     DECAY,
@@ -21,12 +23,10 @@ from megatron_doremi.settings import (
     MAX_LAYERS,
     NO_EVALUATION,
     PHASES,
-    POSITIVE_RATE,
     PROXY,
     RANKS,
     RATE,
     SCORE,
-    SHARE,
     STEPS,
     TRAINING,
     WIDTH,
@@ -258,6 +258,13 @@ class DoReMiConfig:
         "tokens, each weighed by weight / sampling weight; the authors' repository)",
         ("domain", "batch"),
     )
+    doremi_stop_drift: float = setting(
+        0.0,
+        "stop early, once the mean weights of all --train-iters steps are known to within this for every domain (95 % "
+        "interval, from drift and noise over the last half of the steps taken); the result is the extrapolated mean; "
+        "0: never",
+        bounds=DECAY,
+    )
 
     @property
     def online(self) -> bool:
@@ -273,38 +280,6 @@ class DoReMiConfig:
     def reference_step(self) -> int | None:
         """STEP of --reference-load DIR@STEP; None without it."""
         return folder_and_step(self.reference_load)[1]
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW and the learning rate schedule."""
-
-    default_phases: ClassVar[tuple[str, ...]] = TRAINING
-
-    lr: float = setting(1e-3, "peak learning rate", bounds=POSITIVE_RATE)
-    min_lr: float = setting(1e-4, "learning rate at the end of the decay", bounds=RATE)
-    lr_decay_style: str = setting(
-        "exponential", "shape of the learning rate's decay", ("constant", "linear", "cosine", "exponential", "WSD")
-    )
-    lr_warmup_fraction: float = setting(0.06, "fraction of the run with linear warmup", bounds=SHARE)
-    lr_warmup_iters: int = setting(0, "steps of linear warmup; overrides --lr-warmup-fraction", bounds=STEPS)
-    lr_wsd_decay_fraction: float = setting(
-        0.1,
-        "WSD (warmup, stable, decay): fraction of the run, at its end, in which the learning rate decays",
-        bounds=SHARE,
-    )
-    weight_decay: float = setting(
-        0.01, "decoupled weight decay of matrices (biases and norms do not decay)", bounds=RATE
-    )
-    adam_beta1: float = setting(0.9, "decay rate of the first moment", bounds=DECAY)
-    adam_beta2: float = setting(0.95, "decay rate of the second moment", bounds=DECAY)
-    adam_eps: float = setting(1e-8, "added to the square root of the second moment", bounds=POSITIVE_RATE)
-    clip_grad: float = setting(1.0, "clip the global gradient norm to this; 0: never", bounds=RATE)
-    bf16: bool = setting(False, "bfloat16 weights and activations, float32 master weights and gradients", phases=PHASES)
-
-
-# The settings that, with the number of steps, decide what the optimizer does. bf16 is the run's precision.
-OPTIMIZER_NAMES = tuple(field.name for field in dataclasses.fields(OptimizerConfig) if field.name != "bf16")
 
 
 @dataclass(frozen=True)

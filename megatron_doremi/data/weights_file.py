@@ -41,6 +41,8 @@ class Provenance(Schema):
     steps: Count | None = None
     train_iters: Count | None = None
     seed: Count | None = None
+    # Of a proxy that --doremi-stop-drift ended: its weights are those of all steps, within an interval.
+    early_stop: dict[str, Any] | None = None
 
 
 class WeightsEntry(Schema):
@@ -141,7 +143,7 @@ def _unreadable_remedy(path: Path) -> str:
 def unfinished_faults(subject: str, provenance: Provenance) -> list[Fault]:
     """A fault if the weights are those of a proxy that has not finished all of its steps."""
     steps, planned = provenance.steps, provenance.train_iters
-    if steps is None or planned is None or steps >= planned:
+    if steps is None or planned is None or steps >= planned or provenance.early_stop is not None:
         return []
     remedy = "run the proxy to its end, or give --allow-unfinished to use the mean so far"
     return [Fault(subject, f"the mean of {steps:,} of the proxy's {planned:,} steps", "a finished proxy", remedy)]

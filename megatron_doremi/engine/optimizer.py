@@ -72,7 +72,7 @@ class LearningRate:
 
 def make_learning_rate(optim: OptimizerConfig, train_iters: int) -> LearningRate:
     """The learning rate schedule of a run of `train_iters` steps."""
-    warmup = optim.lr_warmup_iters or round(optim.lr_warmup_fraction * train_iters)
+    warmup = optim.warmup_steps(train_iters)
     decay_start = warmup
     if optim.lr_decay_style == "WSD":
         decay_start = max(warmup, train_iters - round(optim.lr_wsd_decay_fraction * train_iters))

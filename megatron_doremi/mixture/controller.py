@@ -13,6 +13,7 @@ method. The calls of one step, the same on every rank:
     entries(names)                for the step's metrics line
     evaluates_at(step)            also before the first step, as step 0
     observe_evaluation(losses)    if `evaluates_at` is true
+    settled()                     whether the run ends after this step
     state_dict(names), result()   when a checkpoint is saved
 
 A controller's inputs are bit-identical on all ranks, and every rank computes the next weights itself; the ranks are
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from megatron_doremi.mixture.early_stop import FinalMean
     from megatron_doremi.mixture.statistics import DomainStats
 
 
@@ -63,6 +65,7 @@ class MixtureController:
             `sampling_weights` a step early, on its own thread.
         state_name: key of the state in state.json, unique to the method.
         state_schema: schema of the state in state.json.
+        stop_rule: when the method ends a run before its last step, as a line for people; "": never.
         vanishing_remedy: which flags keep a domain's weight from vanishing, for a warning.
     """
 
@@ -74,6 +77,7 @@ class MixtureController:
     samples_ahead: bool = True
     state_name: str = ""
     state_schema: type[ControllerState] = ControllerState
+    stop_rule: str = ""
     vanishing_remedy: str = ""
 
     def to(self, device: torch.device) -> None:
@@ -114,6 +118,11 @@ class MixtureController:
         """[k] weights that the method has learned so far, sum 1; called only if it `learns`."""
         raise NotImplementedError
 
+    def settled(self) -> FinalMean | None:
+        """The result of all planned steps, if it is known well enough after the last step to end the run there; equal
+        on all ranks. `result` then returns its mean."""
+        return None
+
     def settings(self) -> dict[str, Any]:
         """The method's settings, for the provenance of the learned weights."""
         return {}
@@ -133,3 +142,7 @@ class MixtureController:
     def load_state_dict(self, state: Mapping[str, Any], names: Sequence[str]) -> None:
         """Restores the state that `state_dict` returned, checked by `state_schema`; `names` may be in another order."""
         raise NotImplementedError
+
+    def resume_notes(self, state: Mapping[str, Any]) -> list[str]:
+        """What the user is told when a run resumes from `state`: settings that may change, and have."""
+        return []

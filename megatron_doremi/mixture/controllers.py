@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from megatron_doremi.config import Config
 from megatron_doremi.mixture.controller import MixtureController
+from megatron_doremi.mixture.early_stop import EarlyStop
 from megatron_doremi.mixture.group_dro import GroupDRO
 from megatron_doremi.mixture.objective import MeanObjective, Objective, WeightedObjective
 from megatron_doremi.mixture.static import StaticMixture
@@ -20,10 +21,17 @@ from megatron_doremi.parallel.context import ParallelContext
 from megatron_doremi.plan import RunPlan
 from megatron_doremi.settings import PROXY
 
+
+def make_early_stop(config: Config) -> EarlyStop | None:
+    """What ends a proxy early; None without --doremi-stop-drift."""
+    drift, total = config.doremi.doremi_stop_drift, config.data.train_iters
+    return EarlyStop(drift, total, config.optimizer.warmup_steps(total)) if drift else None
+
+
 # Each entry makes a controller from the settings and the [k] weights of --domain-weights.
 METHODS: dict[str, Callable[[Config, NDArray[np.float64]], MixtureController]] = {
     "static": lambda config, weights: StaticMixture(weights),
-    "doremi": lambda config, weights: GroupDRO(config.doremi, weights),
+    "doremi": lambda config, weights: GroupDRO(config.doremi, weights, make_early_stop(config)),
 }
 
 

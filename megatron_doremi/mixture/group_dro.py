@@ -26,6 +26,7 @@ from torch import Tensor
 
 from megatron_doremi.config import DoReMiConfig
 from megatron_doremi.mixture.controller import ControllerState, MixtureController
+from megatron_doremi.mixture.early_stop import EarlyStop, EarlyStopState, FinalMean
 from megatron_doremi.mixture.statistics import DomainStats
 from megatron_doremi.storage.formats import Name
 
@@ -136,6 +137,8 @@ class GroupDROState(ControllerState):
     weights: dict[Name, Annotated[float, Field(ge=0, le=1)]]
     excess: dict[Name, float]
     weight_sum: dict[Name, Annotated[float, Field(ge=0)]]
+    # Only of a run with --doremi-stop-drift.
+    early_stop: EarlyStopState | None = None
 
     @model_validator(mode="after")
     def _sums(self) -> GroupDROState:
@@ -145,6 +148,11 @@ class GroupDROState(ControllerState):
             actual = math.fsum(total.values())
             if not math.isclose(actual, expected, rel_tol=_ROUNDING, abs_tol=_ROUNDING):
                 raise ValueError(f"{name} must sum to {expected:g}, not {actual!r}")
+        if self.early_stop is not None:
+            if self.early_stop.sums.keys() != self.weights.keys():
+                raise ValueError("early_stop.sums must name the domains of weights")
+            if self.early_stop.steps and self.early_stop.steps[-1] > self.steps:
+                raise ValueError(f"early_stop.steps must end at {self.steps} at the latest")
         return self
 
 
@@ -164,11 +172,14 @@ class GroupDRO(MixtureController):
     state_schema = GroupDROState
     vanishing_remedy = "give --doremi-smoothing above 0, or a smaller --doremi-step-size"
 
-    def __init__(self, doremi: DoReMiConfig, sampling: NDArray[np.float64]):
+    def __init__(self, doremi: DoReMiConfig, sampling: NDArray[np.float64], early_stop: EarlyStop | None = None):
         """
         Args:
             sampling: [k] sampling weights of the domains; not used with `resample`.
+            early_stop: decides when the run stops early; None: it takes all of its steps.
         """
+        self._early_stop = early_stop
+        self.stop_rule = early_stop.rule if early_stop is not None else ""
         self._objective, self._sampling = doremi.doremi_objective, sampling
         self._step_size, self._smoothing = doremi.doremi_step_size, doremi.doremi_smoothing
         self._identity = {name: getattr(doremi, name) for name in _IDENTITY}
@@ -196,6 +207,11 @@ class GroupDRO(MixtureController):
         self.state = before.update(stats.score, stats.targets, self._step_size, self._smoothing)
         self._gradient_weights = self.state.weights if self.before_backward else before.weights
         self._stats = stats
+        if self._early_stop is not None:
+            self._early_stop.observe(self.state.steps, self.state.weight_sum)
+
+    def settled(self) -> FinalMean | None:
+        return None if self._early_stop is None else self._early_stop.settled
 
     def loss_weights(self) -> Tensor | None:
         return None if self._resamples else self.state.weights
@@ -204,10 +220,12 @@ class GroupDRO(MixtureController):
         return self.state.weights.cpu().numpy() if self._resamples else self._sampling
 
     def result(self) -> NDArray[np.float64]:
-        return self.state.mean().cpu().numpy()
+        settled = self.settled()
+        return self.state.mean().cpu().numpy() if settled is None else settled.mean
 
     def settings(self) -> dict[str, Any]:
-        return {"step_size": self._step_size, "smoothing": self._smoothing}
+        stop = {} if self._early_stop is None else {"stop_drift": self._early_stop.drift}
+        return {"step_size": self._step_size, "smoothing": self._smoothing, **stop}
 
     def identity(self) -> dict[str, Any]:
         return self._identity
@@ -219,15 +237,29 @@ class GroupDRO(MixtureController):
         # One synchronization with the device, not five.
         scores, weights, gradient_weights, loss, targets = torch.stack(vectors).tolist()
         means = [s / t if t else 0.0 for s, t in zip(loss, targets, strict=True)]
+        estimate = None if self._early_stop is None else self._early_stop.estimate
         score_name = "domain_excess" if self._objective == "excess" else "domain_score"
         return {
             score_name: dict(zip(names, scores, strict=True)),
             "domain_weights": dict(zip(names, weights, strict=True)),
             "dro_loss": sum(w * m for w, m in zip(gradient_weights, means, strict=True)),
+            **({} if estimate is None else {"final_weights_error": float(estimate.half_width.max())}),
         }
 
     def state_dict(self, names: Sequence[str]) -> dict[str, Any]:
-        return self.state.to_dict(names)
+        history = {} if self._early_stop is None else {"early_stop": self._early_stop.to_dict(names)}
+        return {**self.state.to_dict(names), **history}
 
     def load_state_dict(self, state: Mapping[str, Any], names: Sequence[str]) -> None:
         self.state = DomainWeights.from_dict(state, names, self.state.weights.device)
+        if self._early_stop is not None and state.get("early_stop") is not None:
+            self._early_stop.load(state["early_stop"], names, self.state.steps)
+
+    def resume_notes(self, state: Mapping[str, Any]) -> list[str]:
+        history, flag = state.get("early_stop"), "--doremi-stop-drift"
+        if self._early_stop is None:
+            return [] if history is None else [f"without {flag} the run takes all of its steps"]
+        if history is None:
+            return [f"{flag} is new: the checkpoint holds no history of the weights, which begins now"]
+        before, now = history["drift"], self._early_stop.drift
+        return [] if before == now else [f"{flag} changed from {before:g} to {now:g}"]

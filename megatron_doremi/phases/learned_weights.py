@@ -70,5 +70,8 @@ class LearnedWeights:
             "overrides": self._overrides,
             "code_version": __version__,
         }
+        settled = self._controller.settled()
+        if settled is not None:
+            provenance["early_stop"] = settled.to_dict(self._plan.names)
         weights = dict(zip(self._plan.names, self._controller.result().tolist(), strict=True))
         save_weights(self.path, weights, self._data.tokenizer_sha256, provenance)

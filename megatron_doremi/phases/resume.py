@@ -96,6 +96,7 @@ def resume_point(
     entry = None if learned is None else learned.model_dump()
     metrics_bytes = None if branch else state.metrics_bytes
     statements = _statements(before, identity, overridden, config, state.iteration, bool(branch))
+    statements += _notes(controller, learned)
     return ResumePoint(checkpoint, state.iteration, blend, entry, metrics_bytes, tuple(overrides), tuple(statements))
 
 
@@ -116,9 +117,10 @@ def planned_resume(
     if checkpoint is None:
         return []
     known = {name: value for name, value in identity.items() if name not in unknown}
-    state, _, overridden = _matching_state(checkpoint, plan, known, controller)
+    state, learned, overridden = _matching_state(checkpoint, plan, known, controller)
     branch = branch_entry(config.run, checkpoint, state.iteration)
-    return _statements(state.recorded_identity(), known, overridden, config, state.iteration, bool(branch))
+    lines = _statements(state.recorded_identity(), known, overridden, config, state.iteration, bool(branch))
+    return [*lines, *_notes(controller, learned)]
 
 
 def _matching_state(
@@ -148,6 +150,12 @@ def _matching_state(
         faults += _domain_faults(state, learned, controller.state_name, names, subject)
     raise_if_any(faults)
     return state, learned, overridden
+
+
+def _notes(controller: MixtureController, learned: ControllerState | None) -> list[str]:
+    """What the user is told about changed settings of the controller."""
+    notes = [] if learned is None else controller.resume_notes(learned.model_dump())
+    return [f"resume: {note}" for note in notes]
 
 
 def _path_text(path: Path | None) -> str | None:

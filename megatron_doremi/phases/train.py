@@ -114,7 +114,7 @@ class Trainer:
             load_weights(self.engine, model.opened_weights(), self.topology, mark)
 
     def train(self) -> bool:
-        """Trains to the last iteration, or to the exit interval.
+        """Trains to the last iteration, to the exit interval, or until the controller ends the run.
 
         Returns:
             whether a signal or a time limit stopped the run early, after saving.
@@ -124,21 +124,21 @@ class Trainer:
         if self.iteration == 0 and self.controller.evaluates_at(0):
             self._evaluate(log, for_controller=True)
         timer, stop, start, began = StepTimer(self.iteration), KEEP_RUNNING, self.iteration, time.monotonic()
-        for step in self._steps():
+        for step in () if self._ended() else self._steps():
             self.watchdog.mark(f"in iteration {self.iteration + 1}")
             lr = self.learning_rate.at(self.iteration + 1)
             flags = self._take_step(step, lr)
-            stop = flags.stop
-            self._log_step(lr, timer, log)
+            stop, ended = flags.stop, self._ended()
+            self._log_step(lr, timer, log, ended)
             with timer.paused():
                 leave = self._due(config.run.exit_interval) or stop != KEEP_RUNNING
-                regular = self._due(config.run.save_interval) or leave or self.iteration == total
+                regular = self._due(config.run.save_interval) or leave or ended
                 saves = regular or (flags.save_due and not flags.writing)
                 # A save checks them itself.
                 if self._due(config.run.check_ranks_interval) and not saves:
                     self._check_replicas(self._replicated_state())
                 for_controller = self.controller.evaluates_at(self.iteration)
-                if for_controller or self._due(config.data.eval_interval) or self.iteration == total:
+                if for_controller or self._due(config.data.eval_interval) or ended:
                     self._evaluate(log, for_controller)
                 if flags.write_failed:
                     self.checkpoints.finish()
@@ -146,12 +146,12 @@ class Trainer:
                     self.checkpoints.all_written()
                 if saves:
                     self._save(log, ephemeral=not regular)
-            if leave:
+            if leave or ended:
                 break
             self.watchdog.mark(f"reading the data of iteration {self.iteration + 1}")
         with self._stage("writing the checkpoint"):
             self.checkpoints.finish()
-        if self.iteration >= total:
+        if self._ended():
             self._finish(log, self.iteration - start, time.monotonic() - began)
         else:
             why = REASONS.get(stop, "--exit-interval")
@@ -160,16 +160,22 @@ class Trainer:
                 f"the same command with --load {config.run.save}"
             )
         log.close()
-        return stop != KEEP_RUNNING and self.iteration < total
+        return stop != KEEP_RUNNING and not self._ended()
+
+    def _ended(self) -> bool:
+        """Whether the run has taken its last step: the last one planned, or the one after which the controller ended
+        it. Equal on all ranks."""
+        return self.iteration >= self.config.data.train_iters or self.controller.settled() is not None
 
     def _finish(self, log: RunLog, steps: int, seconds: float) -> None:
         """Writes the learned weights, and says what was done in `steps` steps and `seconds`; a collective call."""
-        for line in end_lines(self.plan, self.iteration, steps, seconds, log.last_loss):
+        settled = self.controller.settled()
+        for line in end_lines(self.plan, self.iteration, steps, seconds, log.last_loss, settled):
             log.say(line)
         if self.controller.learns:
             self.learned_weights.finish(self.iteration)
             weights = self.controller.result(), self.data.manifest.natural_weights()
-            log.say("\n".join(weights_table(self.plan.names, *weights, str(self.learned_weights.path))))
+            log.say("\n".join(weights_table(self.plan.names, *weights, str(self.learned_weights.path), settled)))
 
     def _stage(self, doing: str) -> AbstractContextManager[None]:
         return stage(doing, self.topology.rank == 0)
@@ -215,9 +221,13 @@ class Trainer:
         self.iteration += 1
         return step_flags[0]
 
-    def _log_step(self, lr: float, timer: StepTimer, log: RunLog) -> None:
-        """Logs the last step: at the log interval, or at every step if the mixture is learned; a collective call."""
-        at_log_interval = self._due(self.config.run.log_interval) or self.iteration == self.config.data.train_iters
+    def _log_step(self, lr: float, timer: StepTimer, log: RunLog, ended: bool) -> None:
+        """Logs the last step: at the log interval, or at every step if the mixture is learned; a collective call.
+
+        Args:
+            ended: it is the run's last step.
+        """
+        at_log_interval = self._due(self.config.run.log_interval) or ended
         entry = None
         if at_log_interval or self.controller.learns:
             entry = self._entry(lr)

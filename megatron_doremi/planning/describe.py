@@ -174,7 +174,7 @@ def _budget(plan: RunPlan) -> list[str]:
 
 
 def _mixture(plan: RunPlan, controller: MixtureController, weights_setting: str) -> list[str]:
-    """A line on what decides the mixture; none for an evaluation."""
+    """A line on what decides the mixture, and one on what ends the run early; none for an evaluation."""
     phase = plan.config.data.phase
     if phase == EVALUATE:
         return []
@@ -187,7 +187,8 @@ def _mixture(plan: RunPlan, controller: MixtureController, weights_setting: str)
         steps = f"{plan.config.data.train_iters:,} steps under sampling weights {weights_setting}"
         return [f"to record: the windows that a proxy reads in {steps}, at most {total:,}{share}"]
     start = "sampling weights" if controller.samples_ahead else "sampling weights of the first step"
-    return [f"mixture: {controller.method}; {start}: {weights_setting}"]
+    early = [f"early stop: {controller.stop_rule}"] if controller.stop_rule else []
+    return [f"mixture: {controller.method}; {start}: {weights_setting}", *early]
 
 
 def _columns(plan: RunPlan, controller: MixtureController, held_out_counts: Sequence[int]) -> dict[str, list[str]]:

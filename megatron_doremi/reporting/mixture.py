@@ -52,9 +52,19 @@ def last_weights(run: Run) -> dict[str, float]:
 
 
 def weights_file_note(run: Run, label: str) -> str | None:
-    """A sentence if domain_weights.json is not the mean of the trajectory in metrics.jsonl."""
+    """A sentence if domain_weights.json is not the mean of the trajectory in metrics.jsonl, or is of an early stop."""
     if run.recorded_weights is None:
         return None
+    early = run.weights_provenance.get("early_stop")
+    if isinstance(early, dict):
+        steps, planned = (find_number(run.weights_provenance, name) for name in ("steps", "train_iters"))
+        error = find_number(early, "largest_error")
+        if steps is not None and planned is not None and error is not None:
+            return (
+                f"{label} stopped early, after {steps:,.0f} of {planned:,.0f} steps: its learned weights are the mean "
+                f"over all of them, extrapolated, within {error:.4f} (95 %); domain_weights.json has each domain's "
+                "interval."
+            )
     if set(run.recorded_weights) != set(run.weights.names):
         return f"domain_weights.json of {label} has other domains than its metrics.jsonl; the trajectory's mean counts."
     recorded = np.array([run.recorded_weights[name] for name in run.weights.names])

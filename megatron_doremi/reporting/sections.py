@@ -46,6 +46,8 @@ CONFIG_KEYS = (
     *("world_size", "tensor_model_parallel_size", "pipeline_model_parallel_size", "zero_stage"),
 )
 CONTENT = "data_content"
+# Values by domain, which have tables of their own.
+_BY_DOMAIN = ("sampling_weights.", "domain_weights.json: early_stop.")
 # Charts of further proxies and of whole trajectories are folded, so that a report of many seeds stays short.
 _FIRST_PROXY = "_1"
 
@@ -151,7 +153,7 @@ def provenance_table(runs: Mapping[str, Run]) -> Table:
         by_value: dict[str, list[str]] = {}
         for label, values in flat.items():
             by_value.setdefault(_shown(values.get(key)), []).append(label)
-        if key.startswith("sampling_weights.") or (len(by_value) == 1 and not _matters(key)):
+        if key.startswith(_BY_DOMAIN) or (len(by_value) == 1 and not _matters(key)):
             continue
         for value, labels in by_value.items():
             rows.append((key, "all runs" if len(by_value) == 1 else _listed(labels), value))

@@ -5,6 +5,8 @@ Run alone: python -m pytest tests/reporting/test_charts.py
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -64,6 +66,11 @@ def test_learned_weights_are_the_files_and_a_gap_to_the_trajectory_is_reported(w
     assert learned_weights(run) == recorded
     assert "by up to 0.1:" in (weights_file_note(run, "proxy") or "")
     assert smoothing_floor(run, 2) == pytest.approx(0.0005)
+    provenance = {"steps": 1200, "train_iters": 2400, "early_stop": {"largest_error": 0.0123}}
+    note = weights_file_note(replace(run, weights_provenance=provenance), "proxy")
+    assert note is not None
+    assert note.startswith("proxy stopped early, after 1,200 of 2,400 steps: ")
+    assert "within 0.0123 (95 %)" in note
     config = {"phase": "proxy", "doremi": {"doremi_smoothing": 0.01}}
     run = read_run(write_run("q", [rows[0](1, weights)], config=config))
     assert learned_weights(run) == weights
