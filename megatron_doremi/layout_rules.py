@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from megatron_doremi.config import Config, GPTConfig, ParallelConfig, data_parallel_size
+from megatron_doremi.config import Config, ParallelConfig, data_parallel_size
 from megatron_doremi.errors import Fault
 from megatron_doremi.settings import TRAINING, flag_of
+from megatron_doremi.shapes import GPTConfig, Shape, TransformersShape
 
 # Tensor parallel ranks exchange activations in every block, so they should share a machine.
 MAX_SUGGESTED_TENSOR = 8
@@ -27,9 +29,13 @@ def divisors(number: int) -> list[int]:
     return sorted({*small, *(number // d for d in small)})
 
 
-def misfits(gpt: GPTConfig, parallel: ParallelConfig) -> list[tuple[str, int, str]]:
+def misfits(shape: Shape, parallel: ParallelConfig) -> list[tuple[str, int, str]]:
     """Sizes of a model that a layout cannot shard: (field of the shape, its value, the rule that it breaks)."""
     tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    if isinstance(shape, TransformersShape):
+        rule = f"1: each rank holds all of {shape.class_name}, which Transformers runs"
+        return [("tensor x pipeline parallel size", tensor * stages, rule)] if tensor * stages > 1 else []
+    gpt = shape
     rule = f"must be a multiple of --tensor-model-parallel-size {tensor}"
     # Without grouped queries there are as many groups as heads, and nobody gave their number.
     heads = "num_query_groups" if gpt.num_query_groups != gpt.num_attention_heads else "num_attention_heads"
@@ -43,10 +49,13 @@ def misfits(gpt: GPTConfig, parallel: ParallelConfig) -> list[tuple[str, int, st
     return broken
 
 
-def possible_splits(config: Config, gpt: GPTConfig, world_size: int) -> tuple[list[Split], list[str]]:
+def possible_splits(config: Config, shapes: Sequence[Shape], world_size: int) -> tuple[list[Split], list[str]]:
     """The splits of `world_size` ranks that model and batch can be divided by, and why others are none of them.
 
     A tensor or pipeline parallel size that the command line gives is kept.
+
+    Args:
+        shapes: of the models that a rank holds parts of.
     """
     parallel, data = config.parallel, config.data
     only_tensor = parallel.tensor_model_parallel_size if "tensor_model_parallel_size" in config.given else None
@@ -56,7 +65,7 @@ def possible_splits(config: Config, gpt: GPTConfig, world_size: int) -> tuple[li
         if only_tensor not in (None, tensor) or (tensor > MAX_SUGGESTED_TENSOR and only_tensor is None):
             continue
         sized = replace(parallel, tensor_model_parallel_size=tensor, pipeline_model_parallel_size=1)
-        broken = [f"{name} {value} {rule}" for name, value, rule in misfits(gpt, sized)]
+        broken = [f"{name} {value} {rule}" for shape in shapes for name, value, rule in misfits(shape, sized)]
         if parallel.sequence_parallel and data.seq_length % tensor:
             broken.append(f"--seq-length {data.seq_length} {sequence_rule(tensor)}")
         if broken:
@@ -64,7 +73,8 @@ def possible_splits(config: Config, gpt: GPTConfig, world_size: int) -> tuple[li
             continue
         for pipe in divisors(world_size // tensor):
             split = Split(tensor, pipe, world_size // tensor // pipe)
-            if only_pipe not in (None, pipe) or pipe > gpt.num_layers:
+            staged = replace(sized, pipeline_model_parallel_size=pipe)
+            if only_pipe not in (None, pipe) or any(misfits(shape, staged) for shape in shapes):
                 continue
             windows = data.micro_batch_size * split.data
             if data.global_batch_size % windows:
@@ -166,7 +176,7 @@ def suggestion_faults(config: Config) -> list[Fault]:
 
 def split_faults(config: Config, gpt: GPTConfig, world_size: int) -> list[Fault]:
     """A fault if no layout divides model, batch and ranks."""
-    splits, excluded = possible_splits(config, gpt, world_size)
+    splits, excluded = possible_splits(config, [gpt], world_size)
     if splits:
         return []
     tensor, stages = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from megatron_doremi.config import Config
 from megatron_doremi.data.blend import Blend
 from megatron_doremi.parallel.topology import Topology
-from megatron_doremi.shapes import GPTConfig
+from megatron_doremi.shapes import GPTConfig, Shape
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class RunPlan:
     Attributes:
         config: the settings as given.
         topology: the layout and this rank's place in it.
-        gpt: shape of the model that the run trains or loads.
+        shape: of the model that the run trains or loads.
         names: the k domains.
         window_counts: [k] windows of each domain's training stream; empty if the phase reads none.
         sampling_weights: [k] float64, sum 1, at the start of the run.
@@ -31,12 +31,18 @@ class RunPlan:
 
     config: Config
     topology: Topology
-    gpt: GPTConfig
+    shape: Shape
     names: tuple[str, ...]
     window_counts: tuple[int, ...]
     sampling_weights: NDArray[np.float64]
     global_batch_size: int
     micro_batches: int
+
+    @property
+    def gpt(self) -> GPTConfig:
+        """The shape of a model of this program."""
+        assert isinstance(self.shape, GPTConfig), self.shape
+        return self.shape
 
     @property
     def dtype(self) -> torch.dtype:
@@ -103,11 +109,11 @@ def run_tokens(config: Config, data_size: int) -> int:
 def make_plan(
     config: Config,
     topology: Topology,
-    gpt: GPTConfig,
+    shape: Shape,
     names: tuple[str, ...],
     window_counts: tuple[int, ...],
     sampling_weights: NDArray[np.float64],
 ) -> RunPlan:
     """Resolves a run; see `RunPlan` for the arguments."""
     sizes = batch_sizes(config, topology.data_size)
-    return RunPlan(config, topology, gpt, names, window_counts, sampling_weights, *sizes)
+    return RunPlan(config, topology, shape, names, window_counts, sampling_weights, *sizes)

@@ -54,6 +54,39 @@ class GPTConfig:
         return -(-self.vocab_size // multiple) * multiple
 
 
+@dataclass(frozen=True, kw_only=True)
+class TransformersShape:
+    """A model that Transformers runs, because `GPTConfig` cannot express it.
+
+    Attributes:
+        class_name: its class in Transformers.
+        reason: the entries of config.json that `GPTConfig` cannot express.
+        version: of Transformers.
+        vocab_size: rows of its output layer.
+        max_positions: longest window; None if its class has no limit.
+        parameters: numbers in its weights files.
+    """
+
+    class_name: str
+    reason: str
+    version: str
+    vocab_size: int
+    max_positions: int | None
+    parameters: int
+
+    def padded_vocab_size(self, tensor_size: int) -> int:
+        """Rows of the output layer: its class pads nothing."""
+        return self.vocab_size
+
+    def statement(self) -> str:
+        """What runs the model, and why."""
+        return f"{self.class_name}, run by Transformers {self.version}: this program's GPT cannot express {self.reason}"
+
+
+# What a run trains or loads.
+Shape = GPTConfig | TransformersShape
+
+
 def with_defaults(shape: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a `GPTConfig` in a file, with the defaults of missing fields."""
     defaults = {field.name: field.default for field in fields(GPTConfig) if field.default is not MISSING}

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_doremi.checkpoint.run_config import GPTEntry
-from megatron_doremi.errors import ConfigError, Fault, raise_if_any
+from megatron_doremi.errors import ConfigError, Fault
 from megatron_doremi.hugging_face.architectures import ARCHITECTURES, Architecture, activation_names, flag_for
 from megatron_doremi.shapes import GPTConfig
 from megatron_doremi.storage.files import read_json_object
 from megatron_doremi.storage.formats import check_entry
 
 _REMEDY = "convert another model"
-# Why known classes of dense models cannot be expressed.
+# Why known classes cannot be expressed.
 _OTHERS = {
     "olmo": "its norms have no weights",
     "olmo2": "it normalizes the outputs of attention and feed-forward layer, and queries over all heads together",
@@ -26,9 +26,22 @@ _OTHERS = {
     "qwen2": "it has biases in the projections of queries, keys and values alone",
     "phi": "attention and feed-forward layer are parallel",
     "gemma": "its norms add 1 to their weights, and it scales the embedding",
+    "gemma2": "it normalizes the outputs of attention and feed-forward layer, and bounds its logits",
+    "gemma3_text": "it normalizes the outputs of attention and feed-forward layer, and uses sliding windows",
     "gpt_neo": "it has local attention",
+    "gptj": "attention and feed-forward layer are parallel",
     "opt": "its positions start at 2",
+    "bloom": "it has a bias of attention in place of positions",
+    "mpt": "it has a bias of attention in place of positions",
+    "falcon": "attention and feed-forward layer are parallel",
+    "mixtral": "it chooses among experts",
+    "mamba": "it has no attention",
+    "mamba2": "it has no attention",
 }
+
+
+class NotExpressible(ConfigError):
+    """A class, or settings of it, that our model cannot express. Transformers may run it."""
 
 
 def is_hugging_face(entry: Mapping[str, Any]) -> bool:
@@ -43,7 +56,8 @@ def read_config(folder: Path, flag: str) -> tuple[Architecture, GPTConfig]:
         flag: the flag or argument that names the folder, for messages.
 
     Raises:
-        ConfigError: with all faults: no such file, a class or a value that our model cannot express.
+        NotExpressible: with all faults: a class, or values, that our model cannot express.
+        ConfigError: no such file, or malformed values.
     """
     subject = f"{flag} {folder}: config.json"
     entry = read_json_object(folder / "config.json", subject, "give a Hugging Face folder with its config.json")
@@ -67,7 +81,8 @@ def read_config(folder: Path, flag: str) -> tuple[Architecture, GPTConfig]:
         if len(set(map(repr, biases.values()))) > 1:
             value = ", ".join(f"{name}: {value!r}" for name, value in biases.items())
             faults.append(Fault(subject, value, "biases in all linear layers or in none", _REMEDY))
-    raise_if_any(faults)
+    if faults:
+        raise NotExpressible(faults)
     return architecture, check_entry(_complete(shape), subject, GPTEntry, _REMEDY).gpt()
 
 
@@ -77,7 +92,7 @@ def _architecture(entry: Mapping[str, Any], subject: str) -> Architecture:
         return ARCHITECTURES[model_type]
     reason = f" ({_OTHERS[model_type]})" if isinstance(model_type, str) and model_type in _OTHERS else ""
     rule = f"one of {', '.join(ARCHITECTURES)}"
-    raise ConfigError(Fault(subject, f"model_type: {model_type!r}{reason}", rule, _REMEDY))
+    raise NotExpressible(Fault(subject, f"model_type: {model_type!r}{reason}", rule, _REMEDY))
 
 
 def _fault(subject: str, name: str, value: Any, rule: str) -> Fault:

@@ -11,6 +11,7 @@ from megatron_doremi.checkpoint.run_config import GPTEntry, read_run_config
 from megatron_doremi.errors import ConfigError, Fault
 from megatron_doremi.hugging_face.architectures import ARCHITECTURES
 from megatron_doremi.hugging_face.config_file import is_hugging_face, read_config
+from megatron_doremi.hugging_face.transformers_config import check_transformers, why_not_ours
 from megatron_doremi.storage.files import read_json_object
 from megatron_doremi.storage.formats import Count, Name, Schema, check_entry
 
@@ -52,7 +53,17 @@ def read_model_entry(folder: Path, flag: str) -> ModelEntry:
     return entry
 
 
-def check_model_config(folder: Path, flag: str) -> None:
-    """Raises ConfigError, with the faults of its config.json, if a folder holds no model that this program can load."""
+def check_model_config(folder: Path, flag: str, forward_only: bool = False) -> None:
+    """Raises ConfigError, with the faults of its config.json, if a folder holds no model that this program can load.
+
+    Args:
+        forward_only: the model is not trained, so that Transformers may run what our model cannot express.
+    """
+    kind = kind_of_model(folder, flag)
+    if kind == HUGGING_FACE and forward_only:
+        reason = why_not_ours(folder, flag)
+        if reason:
+            check_transformers(folder, flag, reason)
+        return
     read = {RUN: read_run_config, MODEL: read_model_entry, HUGGING_FACE: read_config}
-    read[kind_of_model(folder, flag)](folder, flag)
+    read[kind](folder, flag)

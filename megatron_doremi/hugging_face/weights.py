@@ -36,7 +36,7 @@ class IndexEntry(Schema):
 
 
 @dataclass(frozen=True)
-class _Entry:
+class StoredTensor:
     """A tensor's place, from a file's header; `name` is the one in the file."""
 
     file: str
@@ -54,6 +54,46 @@ def _class_name(name: str, found: Collection[str], architecture: Architecture) -
     return name if any(other.startswith(architecture.prefix) for other in found) else architecture.prefix + name
 
 
+def stored_tensors(folder: Path, flag: str) -> dict[str, StoredTensor]:
+    """The tensors of a Hugging Face folder by name, from the headers of its files.
+
+    Args:
+        flag: the flag or argument that names the folder, for messages.
+
+    Raises:
+        ConfigError: a file is missing or damaged, or the folder holds no safetensors.
+    """
+    found: dict[str, StoredTensor] = {}
+    for file_name in _file_names(folder, flag):
+        with _opened(folder, file_name, flag) as file:
+            for name in file.keys():  # noqa: SIM118
+                stored = file.get_slice(name)
+                found[name] = StoredTensor(file_name, name, tuple(stored.get_shape()), stored.get_dtype())
+    return found
+
+
+def _file_names(folder: Path, flag: str) -> list[str]:
+    if (folder / INDEX).is_file():
+        index = read_checked(folder / INDEX, f"{flag} {folder}: {INDEX}", IndexEntry, _REMEDY)
+        return sorted(set(index.weight_map.values()))
+    if (folder / SINGLE).is_file():
+        return [SINGLE]
+    pickles = any(folder.glob("*.bin"))
+    value = "holds pickled weights (*.bin) alone" if pickles else f"no {SINGLE} and no {INDEX}"
+    remedy = "save it as safetensors with Transformers' save_pretrained" if pickles else "give a complete folder"
+    raise ConfigError(Fault(f"{flag} {folder}", value, "weights as safetensors, which run no code", remedy))
+
+
+@contextlib.contextmanager
+def _opened(folder: Path, file_name: str, flag: str) -> Iterator[Any]:
+    try:
+        with safe_open(folder / file_name, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError, RuntimeError, *MALFORMED) as error:
+        rule = "a complete safetensors file"
+        raise ConfigError(Fault(f"{flag} {folder}: {file_name}", str(error), rule, _REMEDY)) from error
+
+
 class HuggingFaceWeights:
     """The safetensors files of a Hugging Face folder."""
 
@@ -69,36 +109,9 @@ class HuggingFaceWeights:
         """
         self.folder, self._architecture, self._gpt, self._flag = folder, architecture, gpt, flag
         self._specs = parameter_specs(gpt)
-        found: dict[str, _Entry] = {}
-        for file_name in self._file_names():
-            with self._opened(file_name) as file:
-                for name in file.keys():  # noqa: SIM118
-                    stored = file.get_slice(name)
-                    found[name] = _Entry(file_name, name, tuple(stored.get_shape()), stored.get_dtype())
+        found = stored_tensors(folder, flag)
         self._entries = {_class_name(name, found, architecture): entry for name, entry in found.items()}
         raise_if_any(self._faults())
-
-    def _file_names(self) -> list[str]:
-        if (self.folder / INDEX).is_file():
-            index = read_checked(self.folder / INDEX, f"{self._flag} {self.folder}: {INDEX}", IndexEntry, _REMEDY)
-            return sorted(set(index.weight_map.values()))
-        if (self.folder / SINGLE).is_file():
-            return [SINGLE]
-        pickles = any(self.folder.glob("*.bin"))
-        value = "holds pickled weights (*.bin) alone" if pickles else f"no {SINGLE} and no {INDEX}"
-        remedy = "save it as safetensors with Transformers' save_pretrained" if pickles else "give a complete folder"
-        raise ConfigError(
-            Fault(f"{self._flag} {self.folder}", value, "weights as safetensors, which run no code", remedy)
-        )
-
-    @contextlib.contextmanager
-    def _opened(self, file_name: str) -> Iterator[Any]:
-        try:
-            with safe_open(self.folder / file_name, framework="pt") as file:
-                yield file
-        except (SafetensorError, OSError, RuntimeError, *MALFORMED) as error:
-            rule = "a complete safetensors file"
-            raise ConfigError(Fault(f"{self._flag} {self.folder}: {file_name}", str(error), rule, _REMEDY)) from error
 
     def _faults(self) -> list[Fault]:
         """Compares the headers with the tensors that the shape has."""
@@ -146,7 +159,7 @@ class HuggingFaceWeights:
 
     def _read(self, name: str) -> Tensor:
         entry = self._entries[name]
-        with self._opened(entry.file) as file:
+        with _opened(self.folder, entry.file, self._flag) as file:
             tensor: Tensor = file.get_tensor(entry.name)
         return tensor
 

@@ -1,4 +1,4 @@
-"""The reference: a second, frozen model with its own configuration, on the layout of the proxy."""
+"""A frozen model: of scoring, of an evaluation, or the reference, a second model on the layout of the proxy."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import torch
 
 from megatron_doremi.checkpoint.reader import load_frozen
 from megatron_doremi.checkpoint.source import Weights
-from megatron_doremi.config import GPTConfig
 from megatron_doremi.data.loader import MicroBatch
-from megatron_doremi.model.forward import forward_only
+from megatron_doremi.hugging_face.transformers_model import load_by_transformers
+from megatron_doremi.model.forward import Stage, forward_only
 from megatron_doremi.parallel.context import ParallelContext
+from megatron_doremi.shapes import GPTConfig, Shape, TransformersShape
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,8 @@ class TrainedModel:
     """A model to score, to evaluate or to start from: of a run of this program, or of a folder.
 
     Attributes:
-        gpt: its shape.
-        weights: None if the model does not exist yet (a dry run).
+        shape: its shape.
+        weights: None if the model does not exist yet (a dry run), or Transformers reads them.
         path: of the checkpoint or the folder, for messages.
         files: folder of the files of the weights.
         checksums: SHA-256 of these files by name, as recorded; empty where none are.
@@ -32,7 +33,7 @@ class TrainedModel:
         phase: of the run; "" if it is not a run's.
     """
 
-    gpt: GPTConfig
+    shape: Shape
     weights: Weights | None
     path: Path
     files: Path
@@ -42,10 +43,35 @@ class TrainedModel:
     global_batch_size: int = 1
     phase: str = ""
 
+    @property
+    def gpt(self) -> GPTConfig:
+        """The shape of a model of this program."""
+        assert isinstance(self.shape, GPTConfig), self.shape
+        return self.shape
+
+    def hashed_files(self) -> list[Path]:
+        """The files that identify the model. config.json decides what Transformers computes with the weights."""
+        extra = [self.files / "config.json"] if isinstance(self.shape, TransformersShape) else []
+        return [*sorted(self.files.glob("*.safetensors")), *extra]
+
     def opened_weights(self) -> Weights:
         """The weights of a model that exists."""
         assert self.weights is not None, self.path
         return self.weights
+
+
+def load_trained(model: TrainedModel, context: ParallelContext, dtype: torch.dtype, loss_chunk_tokens: int) -> Stage:
+    """This rank's part of a model, for forward passes only; of a model that Transformers runs, all of it.
+
+    Args:
+        loss_chunk_tokens: see `token_losses` in parallel/cross_entropy.py.
+
+    Raises:
+        ConfigError: a file is damaged or belongs to another model.
+    """
+    if isinstance(model.shape, TransformersShape):
+        return load_by_transformers(model.path, dtype, context.device, loss_chunk_tokens)
+    return load_frozen(model.gpt, model.opened_weights(), context, dtype, loss_chunk_tokens)
 
 
 class OnlineReference:
@@ -66,7 +92,7 @@ class OnlineReference:
             loss_chunk_tokens: see `token_losses` in parallel/cross_entropy.py.
         """
         self.context, self.shape = context, shape
-        self.module = load_frozen(model.gpt, model.opened_weights(), context, dtype, loss_chunk_tokens)
+        self.module = load_trained(model, context, dtype, loss_chunk_tokens)
 
     def score(self, micro_batches: Sequence[MicroBatch], count: int) -> tuple[MicroBatch, ...]:
         """Adds the reference's losses to micro-batches; a collective call.

@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_doremi.data.loader import MicroBatch
-from megatron_doremi.model.unpipelined import GPT
 from megatron_doremi.parallel.context import ParallelContext
+
+
+class Stage(Protocol):
+    """The part of a model that a rank holds: a module of this program, or one that Transformers runs."""
+
+    training: bool
+
+    def train(self, mode: bool = True) -> nn.Module:
+        """Sets the training mode, as in `torch.nn.Module`."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """As in `torch.nn.Module`."""
+
+    def run(self, x: Tensor, targets: Tensor | None) -> Tensor:
+        """See `NamedLayers.run`."""
+
+    def activation_shape(self, micro_batch_size: int, seq_length: int) -> tuple[int, int, int]:
+        """See `NamedLayers.activation_shape`."""
 
 
 @torch.no_grad()
 def forward_only(
-    module: GPT,
+    module: Stage,
     micro_batches: Sequence[MicroBatch],
     count: int,
     shape: tuple[int, int],
@@ -35,7 +53,7 @@ def forward_only(
         On the last stage, for each micro-batch, [batch, seq] token losses in nats; an empty list on other stages.
     """
     topology, was_training = context.topology, module.training
-    module.eval()
+    module.train(False)
     parameter = next(module.parameters())
     losses: list[Tensor] = []
     sending: list[tuple[dist.Work, Tensor]] = []

@@ -27,12 +27,14 @@ def reference_faults(config: Config) -> list[Fault]:
     """Faults of the config.json of the run that this run loads; needs no data."""
     phase, faults, to_come = config.data.phase, list[Fault](), inputs_to_come(config)
     if phase == EVALUATE and config.run.load and LOADED_RUN not in to_come:
-        _collect(faults, lambda: check_model_config(Path(config.run.load_folder), LOADED_RUN))
+        _collect(faults, lambda: check_model_config(Path(config.run.load_folder), LOADED_RUN, forward_only=True))
     if phase in TRAINING and config.run.init_from and INITIAL_MODEL not in to_come:
         _collect(faults, lambda: check_model_config(Path(config.run.init_folder), INITIAL_MODEL))
     needed = phase == SCORE or (phase == PROXY and config.doremi.online)
     if needed and config.doremi.reference_load and REFERENCE_RUN not in to_come:
-        _collect(faults, lambda: check_model_config(Path(config.doremi.reference_folder), REFERENCE_RUN))
+        _collect(
+            faults, lambda: check_model_config(Path(config.doremi.reference_folder), REFERENCE_RUN, forward_only=True)
+        )
     return faults
 
 

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_doremi.checkpoint.reader import load_frozen
 from megatron_doremi.cluster.watchdog import Watchdog
 from megatron_doremi.console import say
 from megatron_doremi.data.blend import GlobalBatch
@@ -25,10 +24,9 @@ from megatron_doremi.data.loader import MicroBatch, rank_slice, read_windows
 from megatron_doremi.errors import RunError
 from megatron_doremi.mixture.non_finite import NonFinite, windows_by_domain
 from megatron_doremi.mixture.objective import reduce_stats, reduce_sums
-from megatron_doremi.mixture.reference import TrainedModel
+from megatron_doremi.mixture.reference import TrainedModel, load_trained
 from megatron_doremi.mixture.statistics import DomainStats, domain_stats, finite_windows
-from megatron_doremi.model.forward import forward_only
-from megatron_doremi.model.unpipelined import GPT
+from megatron_doremi.model.forward import Stage, forward_only
 from megatron_doremi.parallel.context import ParallelContext
 from megatron_doremi.parallel.exchange import from_rank_0, gather_json
 from megatron_doremi.phases.evaluation_entries import evaluation_entries, evaluation_table, interval_entries
@@ -54,7 +52,7 @@ _LOSSES_AT_ONCE = 1 << 22
 
 
 def evaluate(
-    module: GPT,
+    module: Stage,
     text: HeldOut,
     micro_batch_size: int,
     context: ParallelContext,
@@ -151,7 +149,7 @@ def evaluate_run(
         # Finds out before the evaluation whether the file can be written.
         from_rank_0(lambda: append_line(save, ""))
     with stage(f"loading {model.files}", context.topology.rank == 0):
-        module = load_frozen(model.gpt, model.opened_weights(), context, plan.dtype, config.parallel.loss_chunk_tokens)
+        module = load_trained(model, context, plan.dtype, config.parallel.loss_chunk_tokens)
     # --eval-iters counts batches of the run, so that the windows do not depend on this layout or batch size.
     max_windows = data_config.eval_iters * model.global_batch_size
     entries = evaluate(

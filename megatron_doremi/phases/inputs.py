@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megatron_doremi.config import Config, GPTConfig, gpt_config
+from megatron_doremi.config import Config, gpt_config
 from megatron_doremi.data.reference_losses import ReferenceLosses
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any
 from megatron_doremi.mixture.controller import MixtureController
@@ -41,6 +41,7 @@ from megatron_doremi.planning.epochs import check_repetition
 from megatron_doremi.planning.layouts import suggest_layouts, suggestion_text
 from megatron_doremi.planning.mixture_checks import mixture_faults, mixture_warnings
 from megatron_doremi.settings import EVALUATE, TRAINING
+from megatron_doremi.shapes import Shape
 from megatron_doremi.storage.files import sha256_of
 
 T = TypeVar("T")
@@ -95,8 +96,8 @@ def open_inputs(config: Config, topology: Topology) -> Inputs:
         loaded = collect(lambda: read_loaded(config, data, to_come))
         raise_if_any(faults)
         assert loaded is not None
-        plan = plan_run(config, topology, data, weights, loaded.gpt)
-        data = _with_warnings(data, reference_warnings(config, loaded.gpt, loaded))
+        plan = plan_run(config, topology, data, weights, loaded.shape)
+        data = _with_warnings(data, reference_warnings(config, loaded.shape, loaded))
         return Inputs(data, plan, make_controller(plan), "", loaded, None, None, to_come)
     initial = None
     try:
@@ -138,15 +139,15 @@ def _with_warnings(data: RunData, warnings: Sequence[str]) -> RunData:
 
 
 def plan_run(
-    config: Config, topology: Topology, data: RunData, weights: NDArray[np.float64], gpt: GPTConfig | None = None
+    config: Config, topology: Topology, data: RunData, weights: NDArray[np.float64], loaded: Shape | None = None
 ) -> RunPlan:
     """Resolves the run.
 
     Args:
         weights: [k] sampling weights, sum 1.
-        gpt: shape of a loaded model; None: the shape of the model flags.
+        loaded: shape of a loaded model; None: the shape of the model flags.
     """
-    shape = gpt or gpt_config(config.model, config.data.seq_length, data.vocab_size)
+    shape = loaded or gpt_config(config.model, config.data.seq_length, data.vocab_size)
     counts = data.window_counts(config.data.seq_length)
     return make_plan(config, topology, shape, data.names, counts, weights)
 
@@ -177,9 +178,9 @@ def start_text(inputs: Inputs, device: str) -> str:
     return "\n".join(start_lines(plan, inputs.controller, setting, reference, device, inputs.repeated))
 
 
-def _held_reference(inputs: Inputs) -> GPTConfig | None:
+def _held_reference(inputs: Inputs) -> Shape | None:
     """The model that a proxy holds beside its own. Scoring and an evaluation hold one model, the plan's."""
-    return inputs.loaded.gpt if inputs.loaded and inputs.plan.config.data.phase in TRAINING else None
+    return inputs.loaded.shape if inputs.loaded and inputs.plan.config.data.phase in TRAINING else None
 
 
 def suggestion(inputs: Inputs) -> str:

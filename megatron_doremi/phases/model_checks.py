@@ -12,7 +12,7 @@ from megatron_doremi.checkpoint.weights import WeightsFolder
 from megatron_doremi.config import Config
 from megatron_doremi.data.manifest import Manifest
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any
-from megatron_doremi.hugging_face.model_config import RUN, kind_of_model
+from megatron_doremi.hugging_face.model_config import HUGGING_FACE, RUN, kind_of_model
 from megatron_doremi.hugging_face.model_folder import WEIGHTS, files_of, open_model
 from megatron_doremi.hugging_face.tokenizer_files import (
     load_folder_tokenizer,
@@ -20,10 +20,13 @@ from megatron_doremi.hugging_face.tokenizer_files import (
     sample_texts,
     tokenizer_difference,
 )
+from megatron_doremi.hugging_face.transformers_config import why_not_ours
+from megatron_doremi.hugging_face.transformers_model import read_transformers_shape
 from megatron_doremi.layout_rules import misfits
 from megatron_doremi.mixture.reference import TrainedModel
 from megatron_doremi.phases.run_data import RunData
-from megatron_doremi.shapes import GPTConfig
+from megatron_doremi.settings import PROXY
+from megatron_doremi.shapes import Shape, TransformersShape
 from megatron_doremi.tokenization.tokenizer import Tokenizer, dataset_tokenizer
 
 
@@ -35,6 +38,7 @@ def read_model(
     step: int | None,
     needs_all_steps: bool = False,
     same_domains: bool = True,
+    forward_only: bool = False,
 ) -> TrainedModel:
     """Finds the model in `folder`, which `flag` names, and checks that it fits data and layout.
 
@@ -43,21 +47,29 @@ def read_model(
         step: of a run's checkpoint; None: the newest.
         needs_all_steps: a run must be finished, unless --allow-unfinished or the step is given.
         same_domains: a run must have trained on the data's domains.
+        forward_only: the model is not trained, so that Transformers may run what our model cannot express.
 
     Raises:
         ConfigError: with all faults, including another tokenizer than the data's.
     """
-    if kind_of_model(folder, flag) == RUN:
+    kind = kind_of_model(folder, flag)
+    if kind == RUN:
         return _read_run(folder, flag, data, config, step, needs_all_steps, same_domains)
-    opened = open_model(folder, flag, step)
-    faults = _shape_faults(opened.gpt, f"{flag} {folder}", data, config)
+    reason = why_not_ours(folder, flag) if kind == HUGGING_FACE and forward_only and step is None else ""
+    shape: Shape
+    if reason:
+        shape, weights = read_transformers_shape(folder, flag, reason), None
+    else:
+        opened = open_model(folder, flag, step)
+        shape, weights = opened.gpt, opened.weights
+    faults = _shape_faults(shape, f"{flag} {folder}", data, config)
     try:
         faults += _folder_tokenizer_faults(folder, flag, data.manifest)
     except ConfigError as error:
         faults += error.faults
     raise_if_any(faults)
     files = files_of(folder)
-    return TrainedModel(opened.gpt, opened.weights, folder, files, {}, folder / "config.json")
+    return TrainedModel(shape, weights, folder, files, {}, folder / "config.json")
 
 
 def _read_run(
@@ -103,18 +115,26 @@ def _read_run(
     return replace(model, iteration=state.iteration, global_batch_size=batch, phase=run_config.phase)
 
 
-def _shape_faults(gpt: GPTConfig, subject: str, data: RunData, config: Config) -> list[Fault]:
+def _shape_faults(shape: Shape, subject: str, data: RunData, config: Config) -> list[Fault]:
     """Faults of a shape that does not fit the data or the layout."""
     faults, seq_length = [], config.data.seq_length
-    if gpt.vocab_size < data.vocab_size:
+    layout = "choose another layout, or train another model"
+    if isinstance(shape, TransformersShape):
+        limit = shape.max_positions
+        layout = "give sizes of 1"
+        if config.data.phase == PROXY:
+            layout += ", or score with sizes of 1 first (--phase score) and give the losses: --reference-losses DIR"
+    else:
+        limit = shape.max_positions if shape.position_embedding_type == "learned_absolute" else None
+    if shape.vocab_size < data.vocab_size:
         rule, remedy = f"at least the data's {data.vocab_size:,} ids", "train the model on this data set"
-        faults.append(Fault(subject, f"a vocabulary of {gpt.vocab_size:,}", rule, remedy))
-    if gpt.position_embedding_type == "learned_absolute" and gpt.max_positions < seq_length:
-        value, rule = f"learned positions up to {gpt.max_positions}", f"--seq-length {seq_length}"
+        faults.append(Fault(subject, f"a vocabulary of {shape.vocab_size:,}", rule, remedy))
+    if limit is not None and limit < seq_length:
+        kind = "positions" if isinstance(shape, TransformersShape) else "learned positions"
+        value, rule = f"{kind} up to {limit}", f"--seq-length {seq_length}"
         faults.append(Fault(subject, value, rule, "train the model with this --seq-length, or give a shorter one"))
     return faults + [
-        Fault(subject, f"{name} {value}", rule, "choose another layout, or train another model")
-        for name, value, rule in misfits(gpt, config.parallel)
+        Fault(subject, f"{name} {value}", rule, layout) for name, value, rule in misfits(shape, config.parallel)
     ]
 
 

@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from megatron_doremi.checkpoint.reader import load_frozen
 from megatron_doremi.cluster.control import RunControl
 from megatron_doremi.cluster.preemption import KEEP_RUNNING, StopRequest
 from megatron_doremi.cluster.store_collectives import barrier_via_store, run_on_rank_0_via_store
@@ -39,9 +38,8 @@ from megatron_doremi.data.reference_loss_file import (
 )
 from megatron_doremi.data.reference_losses import ReferenceLosses, ReferenceLossFolder
 from megatron_doremi.errors import ConfigError, Fault, RunError, error_from_json, error_to_json, raise_if_any
-from megatron_doremi.mixture.reference import TrainedModel
-from megatron_doremi.model.forward import forward_only
-from megatron_doremi.model.pipeline import GPTPipeline
+from megatron_doremi.mixture.reference import TrainedModel, load_trained
+from megatron_doremi.model.forward import Stage, forward_only
 from megatron_doremi.parallel import exchange
 from megatron_doremi.parallel.context import ParallelContext
 from megatron_doremi.parallel.exchange import broadcast_json, gather_json
@@ -71,9 +69,9 @@ def data_fingerprint(config: Config, data: RunData) -> dict[str, Any]:
 
 
 def weights_hash(model: TrainedModel, watchdog: Watchdog) -> str:
-    """A hash of a model's weights files. Raises ConfigError if a file was changed after it was written."""
+    """A hash of the files that a model is made of. Raises ConfigError if one was changed after it was written."""
     lines, faults = [], []
-    for path in sorted(model.files.glob("*.safetensors")):
+    for path in model.hashed_files():
 
         def progress(doing: str = f"reading {path}") -> None:
             watchdog.mark(doing)
@@ -184,7 +182,7 @@ def score(plan: RunPlan, data: RunData, model: TrainedModel, context: ParallelCo
     # Only one rank of each replica reads and writes files of losses.
     folder = ReferenceLossFolder(Path(config.run.save), fingerprint) if topology.rank == topology.loss_rank() else None
     with stage(f"loading {model.files}", topology.rank == 0):
-        module = load_frozen(model.gpt, model.opened_weights(), context, plan.dtype, config.parallel.loss_chunk_tokens)
+        module = load_trained(model, context, plan.dtype, config.parallel.loss_chunk_tokens)
     replica = _Replica(plan, data, module, context, watchdog, store, folder)
     replica.score(control.stop)
     barrier_via_store(store, "done", topology.rank, topology.world_size, lambda: replica.poll(control.stop))
@@ -214,7 +212,7 @@ class _Replica:
         self,
         plan: RunPlan,
         data: RunData,
-        module: GPTPipeline,
+        module: Stage,
         context: ParallelContext,
         watchdog: Watchdog,
         store: dist.Store,

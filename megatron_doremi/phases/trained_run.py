@@ -16,6 +16,7 @@ from megatron_doremi.phases.run_data import RunData
 from megatron_doremi.phases.to_come import INITIAL_MODEL, LOADED_RUN, REFERENCE_RUN
 from megatron_doremi.plan import RunPlan
 from megatron_doremi.settings import EVALUATE, PROXY
+from megatron_doremi.shapes import Shape
 
 # Fields of a shape that a run chooses although it starts from a model.
 _OF_A_NEW_RUN = ("make_vocab_size_divisible_by", "init_method_std")
@@ -40,27 +41,33 @@ def read_reference(config: Config, data: RunData, to_come: Collection[str] = ())
     folder = Path(config.doremi.reference_folder)
     if REFERENCE_RUN in to_come:
         return _stand_in(config, data, folder, REFERENCE_RUN)
-    return read_model(folder, REFERENCE_RUN, data, config, config.doremi.reference_step, needs_all_steps=True)
+    step = config.doremi.reference_step
+    return read_model(folder, REFERENCE_RUN, data, config, step, needs_all_steps=True, forward_only=True)
 
 
-def reference_warnings(config: Config, gpt: GPTConfig, reference: TrainedModel | None) -> list[str]:
+def reference_warnings(config: Config, shape: Shape, reference: TrainedModel | None) -> list[str]:
     """Warnings about a reference that differs from the DoReMi paper's: one of the proxy's own shape that was trained on
     a fixed mixture.
 
     Args:
-        gpt: shape of the proxy; of scoring, that of the reference.
+        shape: of the proxy; of scoring, that of the reference.
     """
     if reference is None or config.data.phase == EVALUATE:
         return []
     subject, lines = f"{REFERENCE_RUN} {config.doremi.reference_load}", list[str]()
     if reference.phase == PROXY:
         lines.append(f"{subject} is a proxy, which DRO trained: DoReMi's reference is a run of --phase reference")
+    if not isinstance(shape, GPTConfig) or not isinstance(reference.shape, GPTConfig):
+        if shape != reference.shape:
+            effect = "the excess loss then measures the difference between the models as well"
+            lines.append(f"{subject} is another model than the proxy: {effect}")
+        return lines
     # Of the shape, what decides how good the model can be.
     names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels")
     differing = [
-        f"{name} {getattr(reference.gpt, name):,} (proxy: {getattr(gpt, name):,})"
+        f"{name} {getattr(reference.gpt, name):,} (proxy: {getattr(shape, name):,})"
         for name in names
-        if getattr(reference.gpt, name) != getattr(gpt, name)
+        if getattr(reference.gpt, name) != getattr(shape, name)
     ]
     if differing:
         effect = "the excess loss then measures the difference in size as well"
@@ -80,7 +87,7 @@ def read_loaded(config: Config, data: RunData, to_come: Collection[str] = ()) ->
         if flag in to_come:
             loaded = _stand_in(config, data, folder, flag)
         else:
-            loaded = read_model(folder, flag, data, config, config.run.load_step)
+            loaded = read_model(folder, flag, data, config, config.run.load_step, forward_only=True)
     if states_shape(config.model):
         raise_if_any(_shape_differences(config, loaded, flag))
     return loaded
@@ -117,6 +124,9 @@ def _stand_in(config: Config, data: RunData, folder: Path, flag: str) -> Trained
 
 def _shape_differences(config: Config, loaded: TrainedModel, flag: str, ignored: Collection[str] = ()) -> list[Fault]:
     """Faults of model flags that contradict the loaded model; its vocabulary and window length are not compared."""
+    if not isinstance(loaded.shape, GPTConfig):
+        rule = f"Transformers runs the {loaded.shape.class_name} of {flag}, which has a shape of its own"
+        return [Fault("model flags", "have no effect", rule, "leave them out")]
     stated = asdict(gpt_config(config.model, loaded.gpt.max_positions, loaded.gpt.vocab_size))
     rule, remedy = f"the shape of the run of {flag}", "leave out the model flags, or name another run"
     return [

@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from megatron_doremi.config import SECTIONS, Config, GPTConfig
+from megatron_doremi.config import SECTIONS, Config
 from megatron_doremi.console import COLUMNS, wrapped
 from megatron_doremi.engine.optimizer import make_learning_rate
 from megatron_doremi.mixture.controller import MixtureController
-from megatron_doremi.model.sizes import parameters_by_layer
 from megatron_doremi.plan import RunPlan
-from megatron_doremi.planning.memory import parameters_by_stage, rank_memory
+from megatron_doremi.planning.memory import parameter_counts, rank_memory
 from megatron_doremi.settings import EVALUATE, NO_EVALUATION, SCORE, TRAINING, phases_of
+from megatron_doremi.shapes import Shape, TransformersShape
 from megatron_doremi.text_table import shown_name, table_lines
 
 # Characters of the domains that a run lists at its start.
@@ -29,7 +29,7 @@ def describe_plan(
     controller: MixtureController,
     weights_setting: str,
     held_out_counts: Sequence[int],
-    reference: GPTConfig | None,
+    reference: Shape | None,
     stand_ins: Iterable[str],
 ) -> str:
     """What --dry-run prints: the settings as JSON, the run in a few lines, and the table of its domains.
@@ -53,7 +53,7 @@ def start_lines(
     plan: RunPlan,
     controller: MixtureController,
     weights_setting: str,
-    reference: GPTConfig | None,
+    reference: Shape | None,
     device: str,
     repeated: str,
 ) -> list[str]:
@@ -75,7 +75,7 @@ def start_lines(
 
 
 def plan_lines(
-    plan: RunPlan, controller: MixtureController, weights_setting: str, reference: GPTConfig | None
+    plan: RunPlan, controller: MixtureController, weights_setting: str, reference: Shape | None
 ) -> list[str]:
     """Layout, precision, sizes, tokens and mixture; the arguments are those of `describe_plan`."""
     config, topology = plan.config, plan.topology
@@ -134,7 +134,7 @@ def resolved_settings(plan: RunPlan, weights_setting: str) -> dict[str, dict[str
         }
         for section, cls in SECTIONS.items()
     }
-    values["model"] = dataclasses.asdict(plan.gpt)
+    values["model"] = dataclasses.asdict(plan.shape)
     if phase in NO_EVALUATION:
         values["data"] |= {"global_batch_size": plan.global_batch_size, "domain_weights": weights_setting}
     if phase in TRAINING:
@@ -142,13 +142,13 @@ def resolved_settings(plan: RunPlan, weights_setting: str) -> dict[str, dict[str
     return {section: entries for section, entries in values.items() if entries}
 
 
-def _sizes(plan: RunPlan, alternating: bool, reference: GPTConfig | None) -> list[str]:
+def _sizes(plan: RunPlan, alternating: bool, reference: Shape | None) -> list[str]:
     """Parameters, and bytes on the rank that holds most. Replicas do not share a reference."""
-    config, gpt, topology = plan.config, plan.gpt, plan.topology
+    config, shape, topology = plan.config, plan.shape, plan.topology
     layout = (topology.tensor_size, topology.pipe_size)
-    largest, total = max(parameters_by_stage(gpt, *layout)), sum(parameters_by_layer(gpt, 1))
-    trains = config.data.phase in TRAINING
-    reference_parameters = max(parameters_by_stage(reference, *layout)) if reference else 0
+    total, largest = parameter_counts(shape, *layout)
+    trains, models = config.data.phase in TRAINING, (("model", shape), ("reference", reference))
+    reference_parameters = parameter_counts(reference, *layout)[1] if reference else 0
     held = rank_memory(plan, alternating, largest, reference_parameters)
     memory = [f"{_size(held.state)} of weights" + (", gradients and optimizer state" if trains else "")]
     if trains:
@@ -156,9 +156,10 @@ def _sizes(plan: RunPlan, alternating: bool, reference: GPTConfig | None) -> lis
     if reference is not None:
         memory.append(f"{_size(held.reference)} of the reference's weights")
     memory.append(f"{_size(held.loss)} while the loss is computed")
-    padded = gpt.padded_vocab_size(1)
-    vocabulary = f"{gpt.vocab_size:,} tokens" + (f", padded to {padded:,}" if padded != gpt.vocab_size else "")
+    padded = shape.padded_vocab_size(1)
+    vocabulary = f"{shape.vocab_size:,} tokens" + (f", padded to {padded:,}" if padded != shape.vocab_size else "")
     return [
+        *(f"{name}: {each.statement()}" for name, each in models if isinstance(each, TransformersShape)),
         f"parameters: {total:,} (vocabulary {vocabulary}), at most {largest:,} per rank",
         f"memory per rank: {_size(held.total)}, of which {', '.join(memory)} (docs/memory.md)",
     ]

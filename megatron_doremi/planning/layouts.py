@@ -11,15 +11,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from megatron_doremi.config import Config, GPTConfig
+from megatron_doremi.config import Config
 from megatron_doremi.console import command_lines, wrapped_lines
 from megatron_doremi.errors import ConfigError, Fault
 from megatron_doremi.layout_rules import Split, divisors, possible_splits
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.plan import RunPlan, make_plan
 from megatron_doremi.planning.describe import table
-from megatron_doremi.planning.memory import RankMemory, parameters_by_stage, rank_memory
+from megatron_doremi.planning.memory import RankMemory, parameter_counts, rank_memory
 from megatron_doremi.settings import TRAINING
+from megatron_doremi.shapes import Shape
 
 # The share of a device's memory that the estimate may not fill.
 MARGIN = 0.15
@@ -95,7 +96,7 @@ def layout_flags(config: Config) -> tuple[str, ...]:
     return tuple(flags)
 
 
-def suggest_layouts(plan: RunPlan, alternating: bool, reference: GPTConfig | None, device_bytes: float) -> Suggestion:
+def suggest_layouts(plan: RunPlan, alternating: bool, reference: Shape | None, device_bytes: float) -> Suggestion:
     """Ranks the layouts of the plan's ranks that fit a device.
 
     Args:
@@ -108,7 +109,7 @@ def suggest_layouts(plan: RunPlan, alternating: bool, reference: GPTConfig | Non
         ConfigError: nothing fits.
     """
     limit, world_size = (1 - MARGIN) * device_bytes, plan.topology.world_size
-    splits, rejected = possible_splits(plan.config, plan.gpt, world_size)
+    splits, rejected = possible_splits(plan.config, [plan.shape, *([reference] if reference else [])], world_size)
     best: list[tuple[Candidate, str]] = []
     smallest: list[Candidate] = []
     for split in splits:
@@ -126,11 +127,11 @@ def suggest_layouts(plan: RunPlan, alternating: bool, reference: GPTConfig | Non
     return Suggestion(fitting, reasons, (*too_large, *rejected))
 
 
-def _candidates(plan: RunPlan, split: Split, alternating: bool, reference: GPTConfig | None) -> Iterator[Candidate]:
+def _candidates(plan: RunPlan, split: Split, alternating: bool, reference: Shape | None) -> Iterator[Candidate]:
     """All variants of a split: ZeRO stage, recomputation and micro-batch."""
     config, layout = plan.config, (split.tensor, split.pipe)
-    parameters = max(parameters_by_stage(plan.gpt, *layout))
-    reference_parameters = max(parameters_by_stage(reference, *layout)) if reference else 0
+    parameters = parameter_counts(plan.shape, *layout)[1]
+    reference_parameters = parameter_counts(reference, *layout)[1] if reference else 0
     trains = config.data.phase in TRAINING
     granularity = config.parallel.recompute_granularity
     granularities = GRANULARITIES if trains and "recompute_granularity" not in config.given else (granularity,)
@@ -149,7 +150,7 @@ def _candidates(plan: RunPlan, split: Split, alternating: bool, reference: GPTCo
                 )
                 data = replace(config.data, micro_batch_size=micro_batch)
                 resolved = replace(config, parallel=parallel, data=data)
-                run = make_plan(resolved, topology, plan.gpt, plan.names, plan.window_counts, plan.sampling_weights)
+                run = make_plan(resolved, topology, plan.shape, plan.names, plan.window_counts, plan.sampling_weights)
                 memory = rank_memory(run, alternating, parameters, reference_parameters)
                 yield Candidate(run, memory, arithmetic(run, alternating))
 

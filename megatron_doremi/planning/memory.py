@@ -17,6 +17,7 @@ from megatron_doremi.model.sizes import parameters_by_layer
 from megatron_doremi.parallel.topology import stage_bounds
 from megatron_doremi.plan import RunPlan
 from megatron_doremi.settings import TRAINING
+from megatron_doremi.shapes import Shape, TransformersShape
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,14 @@ def parameters_by_stage(gpt: GPTConfig, tensor_size: int, pipe_size: int) -> lis
     return stages
 
 
+def parameter_counts(shape: Shape, tensor_size: int, pipe_size: int) -> tuple[int, int]:
+    """Parameters of a model, and of the rank that holds most of them, without ZeRO."""
+    if isinstance(shape, TransformersShape):
+        # Every rank holds all of it.
+        return shape.parameters, shape.parameters
+    return sum(parameters_by_layer(shape, 1)), max(parameters_by_stage(shape, tensor_size, pipe_size))
+
+
 def held_activations(plan: RunPlan, alternating: bool) -> tuple[float, int]:
     """(bytes of activations, number of micro-batches) that the fullest stage holds for its backward passes.
 
@@ -144,7 +153,7 @@ def held_activations(plan: RunPlan, alternating: bool) -> tuple[float, int]:
     )
 
 
-def loss_bytes(gpt: GPTConfig, parallel: ParallelConfig, tokens: int, element: int, trains: bool) -> float:
+def loss_bytes(shape: Shape, parallel: ParallelConfig, tokens: int, element: int, trains: bool) -> float:
     """Bytes at work while the loss of a micro-batch is computed, beside logits that are held for the backward pass.
 
     With chunks, the backward pass holds four copies of a chunk's logits in float32 (logits, log-softmax, and their
@@ -157,12 +166,13 @@ def loss_bytes(gpt: GPTConfig, parallel: ParallelConfig, tokens: int, element: i
         trains: whether there is a backward pass.
     """
     tensor, chunk = parallel.tensor_model_parallel_size, parallel.loss_chunk_tokens
-    rows = gpt.padded_vocab_size(tensor) / tensor
+    rows = shape.padded_vocab_size(tensor) / tensor
     logits = 4 * rows * min(chunk or tokens, tokens)
     rounded = logits * element / 4
-    gradient = 4 * rows * gpt.hidden_size
     if not trains:
         return 2 * logits + rounded
+    assert isinstance(shape, GPTConfig), shape
+    gradient = 4 * rows * shape.hidden_size
     if not chunk:
         return 2 * logits + rounded + gradient * element / 4
     summed = gradient if tokens > chunk else 0.0
@@ -188,5 +198,5 @@ def rank_memory(plan: RunPlan, alternating: bool, parameters: int, reference_par
         activations=activations,
         held=held,
         reference=float(reference_parameters * element),
-        loss=loss_bytes(plan.gpt, config.parallel, math.prod(plan.batch_shape), element, trains),
+        loss=loss_bytes(plan.shape, config.parallel, math.prod(plan.batch_shape), element, trains),
     )

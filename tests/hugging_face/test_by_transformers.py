@@ -1,0 +1,236 @@
+"""Hugging Face models that our GPT cannot express, run by Transformers: scored, evaluated, the reference of a proxy.
+
+Run alone: python -m pytest tests/hugging_face/test_by_transformers.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import tomllib
+
+import numpy as np
+import pytest
+import torch
+from hugging_face.test_convert_tool import write_text_data
+from hugging_face.test_models_in import DATA_FLAGS, config_of, faults_of
+from phases.small import MODEL, metrics, training_lines
+from ranks import ROOT, on_ranks, program, unwrapped
+
+from megatron_doremi.data.manifest import load_manifest
+from megatron_doremi.data.reference_loss_file import LossFile
+from megatron_doremi.errors import ConfigError
+from megatron_doremi.hugging_face import transformers_config
+from megatron_doremi.hugging_face.config_file import NotExpressible
+from megatron_doremi.hugging_face.inference import load_model
+from megatron_doremi.hugging_face.model_folder import open_model
+from megatron_doremi.hugging_face.transformers_model import load_by_transformers
+from megatron_doremi.parallel.topology import Topology
+from megatron_doremi.phases.inputs import open_inputs, plan_text, suggestion
+
+CPU = torch.device("cpu")
+SIZES = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "initializer_range": 0.2,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+}
+LLAMA_SIZES = {**SIZES, "num_key_value_heads": 2, "intermediate_size": 64, "max_position_embeddings": 64}
+# Norms after each layer; parallel layers and a bias of the output; no positions; experts; bounded logits.
+CLASSES = {
+    "olmo2": LLAMA_SIZES,
+    "gptj": {**SIZES, "n_positions": 64, "rotary_dim": 4},
+    "bloom": SIZES,
+    "mixtral": {**LLAMA_SIZES, "num_local_experts": 4},
+    "gemma2": {**LLAMA_SIZES, "head_dim": 8, "final_logit_softcapping": 2.0},
+}
+
+
+def save(folder, model_type, **changes):
+    """A tiny random model of a class, saved by Transformers."""
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    sizes = {**CLASSES.get(model_type, LLAMA_SIZES), **changes}
+    kind = AutoModel if sizes.get("is_encoder_decoder") else AutoModelForCausalLM
+    kind.from_config(AutoConfig.for_model(model_type, **sizes)).save_pretrained(folder)
+    return folder
+
+
+def plain_losses(folder, tokens, targets):
+    """[batch, seq] losses in nats, float64: the class's own forward pass, and a log-softmax of all its logits."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(folder)(tokens).logits
+    return -logits.double().log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+
+@pytest.mark.parametrize("model_type", CLASSES)
+def test_losses_are_those_of_the_class(model_type, tmp_path):
+    """Also in parts of the positions, each of which gets what the class does to its logits; roughly in bfloat16."""
+    folder = save(tmp_path / "model", model_type)
+    tokens, targets = torch.randint(0, 300, (2, 3, 17), generator=torch.Generator().manual_seed(2))
+    expected = plain_losses(folder, tokens, targets)
+    for chunk in (0, 7, 1):
+        losses = load_by_transformers(folder, torch.float32, CPU, chunk).run(tokens, targets)
+        assert losses.dtype == torch.float32
+        assert (losses - expected).abs().max() < 1e-5, chunk
+    rounded = load_by_transformers(folder, torch.bfloat16, CPU, 7).run(tokens, targets)
+    assert 0 < (rounded - expected).abs().mean() < 0.2
+
+
+def test_a_model_that_our_gpt_expresses_has_the_same_losses(tmp_path):
+    folder = save(tmp_path / "model", "llama")
+    opened = open_model(folder, "--load")
+    tokens, targets = torch.randint(0, 300, (2, 3, 17), generator=torch.Generator().manual_seed(2))
+    ours = load_model(opened.gpt, opened.weights, CPU, torch.float32)(tokens, targets)
+    theirs = load_by_transformers(folder, torch.float32, CPU, 7).run(tokens, targets)
+    assert (ours - theirs).abs().max() < 1e-5
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """(manifest, a folder of OLMo 2 with its tokenizer)"""
+    folder = tmp_path_factory.mktemp("models")
+    data = write_text_data(folder)
+    save(folder / "olmo2", "olmo2")
+    shutil.copy(folder / "tokenizer.json", folder / "olmo2")
+    return data, folder / "olmo2"
+
+
+def in_turn(launch, runs):
+    """Runs of pretrain_doremi.py one after the other in the same processes, which import Transformers once."""
+    for number, argv in enumerate(runs):
+        program(dataclasses.replace(launch, rendezvous=f"{launch.rendezvous}{number}"), argv)
+
+
+@pytest.mark.slow
+def test_every_phase_that_trains_nothing_takes_it(models, tmp_path):
+    """Against windows that the test reads itself; recorded losses have steps of 2^-11 nats."""
+    data, folder = models
+    words = ["--domains", str(data), "--seq-length", "16", "--micro-batch-size", "2", "--loss-chunk-tokens", "10"]
+    scores, evaluations = tmp_path / "scores", tmp_path / "evaluations"
+    proxy = ["--phase", "proxy", "--domains", str(data), "--train-iters", "4", *MODEL]
+    runs = (
+        ["--phase", "score", "--reference-load", str(folder), "--save", str(scores), *words],
+        ["--phase", "evaluate", "--load", str(folder), "--save", str(evaluations), *words],
+        [*proxy, "--reference-load", str(folder), "--save", str(tmp_path / "online")],
+        [*proxy, "--reference-losses", str(scores), "--save", str(tmp_path / "recorded")],
+    )
+    on_ranks(2, in_turn, runs)
+    line = json.loads((evaluations / "evaluations.jsonl").read_text())
+    for number, domain in enumerate(load_manifest(data).domains):
+        for split in ("train", "valid"):
+            opened = load_manifest(data).open_train if split == "train" else load_manifest(data).open_held_out
+            stream = opened(domain, 300)
+            count = (stream.num_tokens - 1) // 16
+            ids = torch.from_numpy(stream.tokens(0, 16 * count + 1).astype(np.int64))
+            expected = plain_losses(folder, ids[:-1].view(count, 16), ids[1:].view(count, 16))
+            if split == "valid":
+                assert line["eval"][domain.name] == pytest.approx(float(expected.mean()), abs=1e-5)
+                continue
+            with LossFile.open(scores, number, 0, 16) as file:
+                recorded = np.stack([file.losses(window) for window in range(count)])
+            assert np.abs(recorded - expected.numpy()).max() < 2**-12 + 1e-5
+    # A proxy against recorded losses, as in tests/phases/test_score.py.
+    lines = [training_lines(metrics(tmp_path / name)) for name in ("online", "recorded")]
+    assert len(lines[0]) == 4
+    for online, recorded in zip(*lines, strict=True):
+        assert recorded["domain_excess"] == pytest.approx(online["domain_excess"], abs=1e-4)
+        assert recorded["domain_weights"] == pytest.approx(online["domain_weights"], abs=2e-4)
+    identities = [
+        json.loads((tmp_path / name / "config.json").read_text())["identity"] for name in ("online", "recorded")
+    ]
+    assert identities[0]["reference"] == identities[1]["reference"]
+
+
+def changed_config(folder, out, **changes):
+    """A copy of a model with other entries in its config.json."""
+    shutil.copytree(folder, out)
+    entry = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**entry, **changes}))
+    return out
+
+
+def test_the_run_says_so_and_config_json_is_part_of_the_model(models, tmp_path):
+    data, folder = models
+    words = ["--domains", data, "--save", tmp_path / "out", *DATA_FLAGS, "--train-iters", 2, "--dry-run"]
+    proxy = ["--phase", "proxy", "--reference-load", folder, *words, *MODEL[:10]]
+    inputs = open_inputs(config_of(*proxy), Topology())
+    text = unwrapped(plan_text(inputs))
+    assert "reference: Olmo2ForCausalLM, run by Transformers " in text
+    assert "it normalizes the outputs" in text
+    assert any("another model than the proxy" in line for line in inputs.data.manifest.warnings)
+    # Only layouts without tensor and pipeline parallelism are suggested.
+    layouts = [*proxy, "--suggest-layout", "--device-memory-gib", "80", "--dry-run-world-size", "4"]
+    suggested = suggestion(open_inputs(config_of(*layouts, world=4), Topology(data_size=4)))
+    assert "--tensor-model-parallel-size 1" in suggested
+    assert "1: each rank holds all of Olmo2ForCausalLM" in unwrapped(suggested)
+    scoring = ["--phase", "score", "--domains", data, "--save", tmp_path / "out", "--seq-length", "16", "--dry-run"]
+    scored = open_inputs(config_of(*scoring, "--reference-load", folder), Topology())
+    assert "model: Olmo2ForCausalLM, run by Transformers " in unwrapped(plan_text(scored))
+    hashed = [path.name for path in scored.loaded.hashed_files()]
+    assert hashed == ["model.safetensors", "config.json"]
+
+
+def test_what_transformers_cannot_run_either_is_refused(models, tmp_path, monkeypatch):
+    data, folder = models
+    base = ["--phase", "evaluate", "--domains", data, "--seq-length", "16"]
+
+    def refused(source, *extra, world=1):
+        return unwrapped(faults_of(*base, "--load", source, *extra, world=world))
+
+    assert "positions up to 64" in refused(folder, "--seq-length", "128")
+    assert "give sizes of 1" in refused(folder, "--tensor-model-parallel-size", "2", world=2)
+    assert "leave them out" in refused(folder, *MODEL[:6], "--dry-run")
+    assert "leave out @STEP" in refused(f"{folder}@3")
+    proxy = ["--phase", "proxy", "--domains", data, "--save", tmp_path / "p", "--train-iters", 1]
+    split = [*proxy, *MODEL, "--reference-load", folder, "--tensor-model-parallel-size", "2"]
+    assert "--reference-losses DIR" in unwrapped(faults_of(*split, world=2))
+    small = changed_config(folder, tmp_path / "small", vocab_size=200)
+    assert "a vocabulary of 200" in refused(small)
+    assert "quantization_config" in refused(changed_config(folder, tmp_path / "q", quantization_config={"bits": 4}))
+    own = {"model_type": "unheard", "auto_map": {"AutoModelForCausalLM": "code.Model"}}
+    assert "with code of its own (auto_map)" in refused(changed_config(folder, tmp_path / "own", **own))
+    assert "is_encoder_decoder" in refused(changed_config(folder, tmp_path / "both", is_encoder_decoder=True))
+    # Our GPT alone is trained and converted.
+    start = ["--phase", "main", "--domains", data, "--save", tmp_path / "m", "--train-iters", 1, *DATA_FLAGS]
+    assert "it normalizes the outputs" in faults_of(*start, "--init-from", folder)
+    with pytest.raises(NotExpressible, match="it normalizes the outputs"):
+        open_model(folder, "--to native")
+    pickled = changed_config(folder, tmp_path / "pickled")
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    assert "pickled" in refused(pickled)
+    # Without Transformers: the class, why our GPT cannot express it, and what to install.
+    monkeypatch.setattr(transformers_config, "installed_version", lambda: "")
+    message = refused(folder)
+    assert "model_type: 'olmo2' (it normalizes the outputs" in message
+    extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["hf"]
+    assert "; Transformers is not installed" in message
+    assert f"pip install '{extra[0]}'" in message
+    monkeypatch.setattr(transformers_config, "installed_version", lambda: "4.57.1")
+    assert "Transformers 4.57.1 is installed" in refused(folder)
+
+
+def test_files_of_another_class_are_refused(models, tmp_path):
+    """Transformers would draw missing weights at random, and a bidirectional class would see each target."""
+    _, folder = models
+    deeper = changed_config(folder, tmp_path / "deeper", num_hidden_layers=3)
+    shallow = changed_config(folder, tmp_path / "shallow", num_hidden_layers=1)
+    wider = changed_config(folder, tmp_path / "wider", intermediate_size=96)
+    cases = (
+        (deeper, "missing: model.layers.2"),
+        (shallow, "not of this class: model.layers.1"),
+        (wider, "model.layers.0.mlp"),
+        (save(tmp_path / "bert", "bert"), "BertLMHeadModel is not causal"),
+    )
+    for source, expected in cases:
+        with pytest.raises(ConfigError) as error:
+            load_by_transformers(source, torch.float32, CPU, 0)
+        assert expected in str(error.value)
