@@ -97,6 +97,7 @@ def test_hashing_a_large_file_reports_progress(tmp_path, monkeypatch):
     from types import SimpleNamespace
 
     from megatron_doremi.checkpoint.folder import CheckpointState, changed_files
+    from megatron_doremi.mixture.reference import TrainedModel
     from megatron_doremi.phases import score
     from megatron_doremi.storage import files
 
@@ -111,7 +112,7 @@ def test_hashing_a_large_file_reports_progress(tmp_path, monkeypatch):
     assert changed_files(tmp_path, state, progress=lambda: marks.append(1)) == []
     assert len(marks) >= 6
     marks.clear()
-    model = SimpleNamespace(files=folder, checksums={"a.safetensors": checksum})
+    model = TrainedModel(None, None, tmp_path, folder, {"a.safetensors": checksum}, folder)
     expected = hashlib.sha256(f"a.safetensors {checksum}\n".encode()).hexdigest()
     assert score.weights_hash(model, SimpleNamespace(mark=marks.append)) == expected
     assert len(marks) >= 6
