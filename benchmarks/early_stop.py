@@ -7,7 +7,10 @@ PROXY is the --save folder of a proxy. Its metrics.jsonl holds the weights of ev
 mean that the run reached. Prints for each proxy and each drift the step of the stop, what it saves, the largest error
 of any weight, the half-width that was promised, the domains whose interval holds the truth, and what the mean so far,
 without extrapolation, is off. Then the coverage over all checks, for this estimate and for a plain one: the mean of the
-window stands for the steps to come, with the standard error of batch means.
+window stands for the steps to come, with the standard error of batch means. Last the spread of the final weights
+between proxies of the same domains, which an early stop should not add much to.
+
+benchmarks/early_stop.sh trains such proxies.
 """
 
 from __future__ import annotations
@@ -39,11 +42,13 @@ class Proxy:
 
     Attributes:
         name: its folder.
+        domains: names of the k domains.
         weights: [steps, k] alpha_t.
         warmup: steps in which the learning rate rose.
     """
 
     name: str
+    domains: tuple[str, ...]
     weights: NDArray[np.float64]
     warmup: int
 
@@ -77,7 +82,7 @@ def read_proxy(folder: Path) -> Proxy:
     if sorted(rows) != list(range(1, total + 1)):
         raise SystemExit(f"error: {folder} has the weights of {len(rows):,} of {total:,} steps")
     warmup = optimizer["lr_warmup_iters"] or round(optimizer["lr_warmup_fraction"] * total)
-    return Proxy(str(folder), np.array([rows[step] for step in range(1, total + 1)]), warmup)
+    return Proxy(str(folder), tuple(config["domains"]), np.array([rows[step] for step in range(1, total + 1)]), warmup)
 
 
 def plain_half_width(proxy: Proxy, steps: int, group: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -137,6 +142,20 @@ def coverage(proxies: list[Proxy]) -> list[list[str]]:
     return rows
 
 
+def spread(proxies: list[Proxy]) -> list[list[str]]:
+    """The standard deviation over proxies of the same domains and length, which seeds tell apart."""
+    alike: dict[tuple[tuple[str, ...], int], list[Proxy]] = {}
+    for proxy in proxies:
+        alike.setdefault((proxy.domains, len(proxy.weights)), []).append(proxy)
+    rows = []
+    for (domains, steps), group in alike.items():
+        if len(group) > 1:
+            deviations = np.std([proxy.final for proxy in group], axis=0, ddof=1)
+            shown = f"{len(domains)}, {domains[int(deviations.argmax())]}"
+            rows.append([f"{len(group)}", shown, f"{steps:,}", f"{deviations.max():.4f}", f"{deviations.mean():.4f}"])
+    return rows
+
+
 def table(header: list[str], rows: list[list[str]]) -> str:
     """A table of Markdown, aligned."""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
@@ -162,6 +181,9 @@ def main() -> None:
     print("\nAll checks")
     header = ["steps taken", "checks", "half-width", "domains held", "all domains held", "plain estimate: domains held"]
     print(table(header, coverage(proxies)))
+    print("\nStandard deviation of the final weights between proxies of the same domains and steps")
+    header = ["proxies", "domains, the noisiest", "steps", "of the noisiest", "mean over domains"]
+    print(table(header, spread(proxies)))
 
 
 if __name__ == "__main__":

@@ -4,16 +4,16 @@ The mean over T steps, of which t are taken, is
 
     (t * mean_t + (T - t) * rest) / T
 
-where mean_t is known and `rest`, the mean of the weights in the steps to come, is estimated from a window of the last t
-steps' second half. The weights in it are summed over 8 groups of consecutive steps, whose length exceeds the time in
-which the weights forget their noise, and a line is fitted to the 8 means. The proxy's weights drift, the more slowly
-the longer it trains, so that `rest` lies between the window's mean (no further drift) and the continued line (the drift
-goes on): the estimate is halfway, and half of the drift is part of its error. The other part is noise: of the window,
-of the slope and of the steps to come, by the prediction interval of a regression (95 %, Student's t with 6 degrees of
-freedom). The variance of each domain is averaged with the mean over the domains: a domain that was quiet may move like
-the others when its turn comes. docs/early_stop.md has the error on proxies that took all of their steps.
+where mean_t is known and `rest`, the mean of the weights in the steps to come, is estimated from a window, the second
+half of the t steps: its weights are averaged over 8 groups of consecutive steps, and a line is fitted to the 8 means.
+A proxy's weights drift, more slowly the longer it trains, so that `rest` lies between the window's mean (no further
+drift) and the extended line (the drift continues). The estimate is halfway, and half of the drift is part of its error.
+The other part is noise: of the window, of the slope and of the steps to come, by the prediction interval of a
+regression (95 %, Student's t with 6 degrees of freedom), which takes the groups as independent. The variance of each
+domain is averaged with the mean over the domains: a domain that was quiet may move like the others when its turn comes.
+docs/early_stop.md has the error on proxies that took all of their steps.
 
-Every sum is taken in a fixed order of float64 operations, so that all ranks decide alike.
+All arithmetic is float64 in a fixed order, so that all ranks decide alike.
 """
 
 from __future__ import annotations
