@@ -100,11 +100,11 @@ def stop_rows(proxies: list[Proxy], drift: float) -> list[list[str]]:
     for proxy in proxies:
         final = proxy.final
         for answer, _ in proxy.checks():
-            if answer.half_width.max() <= drift:
+            if answer.half_width <= drift:
                 held = (answer.low <= final) & (final <= answer.high)
                 errors = [np.abs(mean - final).max() for mean in (answer.mean, answer.so_far)]
                 saved = 1 - answer.steps / answer.train_iters
-                figures = [f"{x:.4f}" for x in (answer.half_width.max(), errors[0])]
+                figures = [f"{x:.4f}" for x in (answer.half_width, errors[0])]
                 rows.append(
                     [proxy.name, f"{answer.steps:,}", f"{saved:.0%}", *figures, f"{held.sum()} of {len(final)}"]
                     + [f"{errors[1]:.4f}"]
@@ -130,7 +130,7 @@ def coverage(proxies: list[Proxy]) -> list[list[str]]:
                     held.append((answer.low <= final) & (final <= answer.high))
                     mean, half = plain_half_width(proxy, answer.steps, group)
                     plain_held.append(np.abs(mean - final) <= half)
-                    widths.append(float(answer.half_width.max()))
+                    widths.append(answer.half_width)
         if held:
             every, plain = np.concatenate(held), np.concatenate(plain_held)
             joint = np.mean([each.all() for each in held])

@@ -9,9 +9,10 @@ half of the t steps: its weights are averaged over 8 groups of consecutive steps
 A proxy's weights drift, more slowly the longer it trains, so that `rest` lies between the window's mean (no further
 drift) and the extended line (the drift continues). The estimate is halfway, and half of the drift is part of its error.
 The other part is noise: of the window, of the slope and of the steps to come, by the prediction interval of a
-regression (95 %, Student's t with 6 degrees of freedom), which takes the groups as independent. The variance of each
-domain is averaged with the mean over the domains: a domain that was quiet may move like the others when its turn comes.
-docs/early_stop.md has the error on proxies that took all of their steps.
+regression (95 %, Student's t with 6 degrees of freedom), which takes the groups as independent. The widest interval of
+any domain serves all: a domain that was quiet, perhaps at the lower bound of the weights, moves like the others when
+its turn comes, and nothing in its past says so. docs/early_stop.md has the error on proxies that took all of their
+steps.
 
 All arithmetic is float64 in a fixed order, so that all ranks decide alike.
 """
@@ -49,15 +50,15 @@ class FinalMean:
         train_iters: planned steps.
         so_far: mean over the steps taken.
         mean: extrapolated mean, sum 1.
-        half_width: half the 95 % interval of each domain's mean.
-        low, high: the interval, without values that the steps to come cannot reach.
+        half_width: half the 95 % interval of a domain's mean, one for all domains.
+        low, high: the intervals, without values that the steps to come cannot reach.
     """
 
     steps: int
     train_iters: int
     so_far: NDArray[np.float64]
     mean: NDArray[np.float64]
-    half_width: NDArray[np.float64]
+    half_width: float
     low: NDArray[np.float64]
     high: NDArray[np.float64]
 
@@ -66,7 +67,7 @@ class FinalMean:
         pairs = np.stack((self.low, self.high), axis=1).tolist()
         return {
             "confidence": CONFIDENCE,
-            "largest_error": float(self.half_width.max()),
+            "half_width": self.half_width,
             "interval": dict(zip(names, pairs, strict=True)),
             "mean_so_far": dict(zip(names, self.so_far.tolist(), strict=True)),
         }
@@ -92,14 +93,13 @@ def final_mean(sums: NDArray[np.float64], steps: int, group_steps: int, train_it
     ahead = GROUPS / 2 + rest_steps / group_steps / 2
     drift = slope * ahead
     variance = ((groups - window - place * slope) ** 2).sum(axis=0) / (GROUPS - 2)
-    variance = (variance + math.fsum(variance) / len(variance)) / 2
     noise = np.sqrt(variance * (1 / GROUPS + group_steps / rest_steps + ahead**2 / 4 / spread))
     error = np.abs(drift) / 2 + student_t_quantile(GROUPS - 2) * noise
     rest = np.clip(window + drift / 2, 0.0, 1.0)
     rest = rest / math.fsum(rest)
     mean = (sums[-1] + rest_steps * rest) / train_iters
     mean = mean / math.fsum(mean)
-    half_width = error * rest_steps / train_iters
+    half_width = float(error.max()) * rest_steps / train_iters
     low = np.maximum(mean - half_width, sums[-1] / train_iters)
     high = np.minimum(mean + half_width, (sums[-1] + rest_steps) / train_iters)
     return FinalMean(steps, train_iters, sums[-1] / steps, mean, half_width, low, high)
@@ -140,7 +140,7 @@ class EarlyStopState(Schema):
 
 
 class EarlyStop:
-    """Decides after each step whether a proxy stops: when no domain's interval is wider than +- `drift`.
+    """Decides after each step whether a proxy stops: when the mean of all steps is known to within +- `drift`.
 
     The steps at which it is checked depend on their number alone, and not on where the run was interrupted.
 
@@ -162,8 +162,7 @@ class EarlyStop:
     @property
     def settled(self) -> FinalMean | None:
         """The estimate, if it is good enough to stop."""
-        estimate = self.estimate
-        return estimate if estimate is not None and float(estimate.half_width.max()) <= self.drift else None
+        return self.estimate if self.estimate is not None and self.estimate.half_width <= self.drift else None
 
     def observe(self, steps: int, weight_sum: Tensor) -> None:
         """Takes the running sum of the weights, [k], after `steps` steps."""

@@ -243,7 +243,7 @@ class GroupDRO(MixtureController):
             score_name: dict(zip(names, scores, strict=True)),
             "domain_weights": dict(zip(names, weights, strict=True)),
             "dro_loss": sum(w * m for w, m in zip(gradient_weights, means, strict=True)),
-            **({} if estimate is None else {"final_weights_error": float(estimate.half_width.max())}),
+            **({} if estimate is None else {"final_weights_error": estimate.half_width}),
         }
 
     def state_dict(self, names: Sequence[str]) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def _early_stop(settled: FinalMean, drift: float) -> str:
     total, saved = settled.train_iters, settled.train_iters - settled.steps
     return (
         f"stopped early after {settled.steps:,} of {total:,} steps, {saved:,} saved ({saved / total:.0%}): the mean "
-        f"weights of all steps are known to within {settled.half_width.max():.4f} (95 % interval; --doremi-stop-drift "
+        f"weights of all steps are known to within {settled.half_width:.4f} (95 % interval; --doremi-stop-drift "
         f"{drift:g}); to take all steps, resume without this flag"
     )
 
@@ -56,7 +56,6 @@ def weights_table(
     learned: NDArray[np.float64],
     natural: NDArray[np.float64],
     path: str,
-    settled: FinalMean | None = None,
 ) -> list[str]:
     """The learned domain weights beside the natural ones, largest first.
 
@@ -64,14 +63,12 @@ def weights_table(
         names: of the k domains.
         learned, natural: [k] weights, sum 1.
         path: the file that holds all of them.
-        settled: of a run that stopped early, whose weights have intervals.
     """
     order = np.argsort(-learned, kind="stable")
     shown, uniform = order[:_LISTED_DOMAINS], 1.0 / len(names)
     columns = {
         "domain": [names[i] for i in shown],
         "learned": [f"{learned[i]:.4f}" for i in shown],
-        **({} if settled is None else {"+-": [f"{settled.half_width[i]:.4f}" for i in shown]}),
         "natural": [f"{natural[i]:.4f}" for i in shown],
         "uniform": [f"{uniform:.4f}" for _ in shown],
         "learned / natural": [f"{learned[i] / natural[i]:.2f}" if natural[i] else "-" for i in shown],

@@ -175,7 +175,7 @@ class Trainer:
         if self.controller.learns:
             self.learned_weights.finish(self.iteration)
             weights = self.controller.result(), self.data.manifest.natural_weights()
-            log.say("\n".join(weights_table(self.plan.names, *weights, str(self.learned_weights.path), settled)))
+            log.say("\n".join(weights_table(self.plan.names, *weights, str(self.learned_weights.path))))
 
     def _stage(self, doing: str) -> AbstractContextManager[None]:
         return stage(doing, self.topology.rank == 0)

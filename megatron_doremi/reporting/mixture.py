@@ -58,7 +58,7 @@ def weights_file_note(run: Run, label: str) -> str | None:
     early = run.weights_provenance.get("early_stop")
     if isinstance(early, dict):
         steps, planned = (find_number(run.weights_provenance, name) for name in ("steps", "train_iters"))
-        error = find_number(early, "largest_error")
+        error = find_number(early, "half_width")
         if steps is not None and planned is not None and error is not None:
             return (
                 f"{label} stopped early, after {steps:,.0f} of {planned:,.0f} steps: its learned weights are the mean "

@@ -66,7 +66,7 @@ def test_learned_weights_are_the_files_and_a_gap_to_the_trajectory_is_reported(w
     assert learned_weights(run) == recorded
     assert "by up to 0.1:" in (weights_file_note(run, "proxy") or "")
     assert smoothing_floor(run, 2) == pytest.approx(0.0005)
-    provenance = {"steps": 1200, "train_iters": 2400, "early_stop": {"largest_error": 0.0123}}
+    provenance = {"steps": 1200, "train_iters": 2400, "early_stop": {"half_width": 0.0123}}
     note = weights_file_note(replace(run, weights_provenance=provenance), "proxy")
     assert note is not None
     assert note.startswith("proxy stopped early, after 1,200 of 2,400 steps: ")
