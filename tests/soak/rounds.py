@@ -30,7 +30,8 @@ from kills import lines, newest
 from phases.small import MODEL, write_data
 
 STAGES = ("reference", "score", "proxy")
-FLAGS = ["--train-iters", "60", "--save-interval", "4", "--keep-checkpoints", "2", "--log-interval", "1"]
+ITERS = 200
+FLAGS = ["--train-iters", str(ITERS), "--save-interval", "4", "--keep-checkpoints", "2", "--log-interval", "1"]
 ROUNDS = ["--max-rounds", "2", "--min-change", "1e-9", "--record-losses", "--nproc-per-node", "2"]
 KINDS = ("tool", "all", "term")
 
@@ -72,18 +73,23 @@ def kills(folder: Path, seed: int) -> None:
     undisturbed, save, log = folder / "undisturbed", folder / "rounds", folder / "log"
     began = time.monotonic()
     assert start(data, undisturbed, log).wait(1200) == 0, log.read_text()[-3000:]
-    took, codes = (time.monotonic() - began) / 6, Counter[str]()
+    codes = Counter[str]()
     targets = [(number, stage) for number in (1, 2) for stage in STAGES for _ in range(2)]
     for place, (number, stage) in enumerate(targets):
         kind = KINDS[place % len(KINDS)]
         life = start(data, save, log)
-        while f"round {number}: {stage}" not in log.read_text() and life.poll() is None:
-            time.sleep(0.05)
-        time.sleep(generator.uniform(0.0, took))
+        # At a random step, or with 0 during the start of the run; scoring takes no steps.
+        steps = 0 if stage == "score" else generator.choice((0, generator.randrange(1, ITERS)))
+        folder_of = save / f"round-{number}" / "seed-1" / {"score": "scores"}.get(stage, stage)
+        while life.poll() is None and (
+            f"round {number}: {stage}" not in log.read_text() or len(lines(folder_of)) < steps
+        ):
+            time.sleep(0.02)
+        time.sleep(generator.uniform(0.0, 3.0 if not steps else 0.1))
         at = [line for line in log.read_text().splitlines() if "== round" in line][-1:]
         code = end(life, kind) if life.poll() is None else life.returncode
         codes[f"{kind}: {code}"] += 1
-        print(f"{place + 1}/{len(targets)} {kind} in {at}: exit code {code}", flush=True)
+        print(f"{place + 1}/{len(targets)} {kind} in {at}, step {len(lines(folder_of))}: exit code {code}", flush=True)
     assert start(data, save, log).wait(1200) == 0, log.read_text()[-3000:]
     print(f"exit codes {dict(codes)}; {compare(undisturbed, save)}; {time.monotonic() - began:.0f} s in all")
 
