@@ -39,9 +39,9 @@ from megatron_doremi.config import Config, DataConfig
 from megatron_doremi.console import print_stdout, say, wrapped_lines
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any, run_or_exit
 from megatron_doremi.flag_parser import FlagParser, unknown_faults
-from megatron_doremi.reporting.rounds import ROUNDS_FILE, RoundsEntry, read_rounds, round_table, verdict_of_round
+from megatron_doremi.reporting.rounds import ROUNDS_FILE, RoundsEntry, round_table, verdict_of_round
 from megatron_doremi.reporting.tables import excerpt, format_text
-from megatron_doremi.rounds.folder import RoundsFolder, StopRule, judge, start
+from megatron_doremi.rounds.folder import RoundsFolder, StopRule, judge, recorded_rounds, start
 from megatron_doremi.rounds.stages import Stage, changed_settings, fixed_settings, stages, taken_faults
 from megatron_doremi.settings import PROXY, REFERENCE, SCORE, flag_of
 
@@ -127,14 +127,14 @@ def run_rounds(
     first = list(_stages_of(1, folder, options, given))
     # Of one seed. Scoring has no plan before the reference exists.
     planned = [stage for stage in first if stage.seed == 1 and stage.phase != SCORE]
-    settings = check(first, folder, options.nproc_per_node)
-    new = not (folder.path / ROUNDS_FILE).exists()
-    plans = [plan(stage, options.nproc_per_node) for stage in planned if new or options.dry_run]
+    recorded = recorded_rounds(folder, rule)
+    settings = check(first, recorded, str(folder.path / ROUNDS_FILE), options.nproc_per_node)
+    plans = [plan(stage, options.nproc_per_node) for stage in planned if recorded is None or options.dry_run]
     if options.dry_run:
         for stage, text in zip(planned, plans, strict=False):
             print_stdout(f"\n== {_title(stage, options)}\n{text}")
         return 0
-    if new:
+    if recorded is None:
         start(folder, rule, settings)
     number = min(folder.current_round(), rule.max_rounds)
     while True:
@@ -155,11 +155,14 @@ def run_rounds(
     return 0
 
 
-def check(first: Sequence[Stage], folder: RoundsFolder, ranks: int) -> dict[str, Any]:
+def check(first: Sequence[Stage], recorded: RoundsEntry | None, path: str, ranks: int) -> dict[str, Any]:
     """Checks the flags of the first round's runs; returns the settings that must not change.
 
+    Args:
+        recorded, path: the rounds so far, if there are any, and their file.
+
     Raises:
-        ConfigError: with the faults of the flags, or with settings that differ from the folder's.
+        ConfigError: with the faults of the flags, or with settings that differ from those of the rounds so far.
     """
     faults: dict[Fault, None] = {}
     configs: dict[str, Config] = {}
@@ -168,9 +171,8 @@ def check(first: Sequence[Stage], folder: RoundsFolder, ranks: int) -> dict[str,
         faults.update(dict.fromkeys(found))
     raise_if_any(list(faults))
     settings = fixed_settings(configs[REFERENCE], configs[PROXY])
-    if (folder.path / ROUNDS_FILE).exists():
-        recorded = read_rounds(folder.path, "--save").settings
-        raise_if_any(changed_settings(recorded, settings, str(folder.path / ROUNDS_FILE)))
+    if recorded is not None:
+        raise_if_any(changed_settings(recorded.settings, settings, path))
     return settings
 
 

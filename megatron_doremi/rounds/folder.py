@@ -90,6 +90,7 @@ def judge(folder: RoundsFolder, rule: StopRule) -> RoundsEntry:
     Raises:
         ConfigError: there is no round, or a run has not finished, is unreadable or has other domains.
     """
+    recorded = recorded_rounds(folder, rule)
     entries: list[RoundEntry] = []
     before: Floats | None = None
     latest: _Round | None = None
@@ -105,7 +106,7 @@ def judge(folder: RoundsFolder, rule: StopRule) -> RoundsEntry:
         missing = folder.run(1, 1, "proxy") / "domain_weights.json"
         raise ConfigError(Fault("--save", f"{missing} is missing", "a folder with a finished round", _RUN_REMEDY))
     rounds = RoundsEntry(
-        settings=_settings(folder),
+        settings={} if recorded is None else recorded.settings,
         min_change=rule.min_change,
         max_rounds=rule.max_rounds,
         seeds=rule.seeds,
@@ -128,8 +129,16 @@ def write_rounds(folder: RoundsFolder, rounds: RoundsEntry) -> None:
     atomic_write_text(folder.path / ROUNDS_FILE, json.dumps(entry, indent=2) + "\n")
 
 
-def _settings(folder: RoundsFolder) -> dict[str, Any]:
-    return read_rounds(folder.path, "--save").settings if (folder.path / ROUNDS_FILE).exists() else {}
+def recorded_rounds(folder: RoundsFolder, rule: StopRule) -> RoundsEntry | None:
+    """What rounds.json holds; None if there is none. Raises ConfigError, also if the rounds had another --seeds."""
+    path = folder.path / ROUNDS_FILE
+    if not path.exists():
+        return None
+    rounds = read_rounds(folder.path, "--save")
+    if rounds.seeds != rule.seeds:
+        remedy = "give that number, or another --save for new rounds"
+        raise ConfigError(Fault("--seeds", str(rule.seeds), f"{rounds.seeds} as in {path}, in every round", remedy))
+    return rounds
 
 
 def _proxies_exist(folder: RoundsFolder, number: int, seeds: int) -> bool:

@@ -23,11 +23,10 @@ _TAKEN = {
     "num_shards": "a round is scored at once",
     "exit_interval": "every run trains to its end; --exit-duration-in-mins ends the rounds early",
     "tensorboard_dir": "each run has a folder of its own",
-    "suggest_layout": "plan one phase with pretrain_doremi.py --dry-run --suggest-layout",
+    "dry_run_world_size": "a dry run plans for --nproc-per-node ranks",
+    "suggest_layout": "pretrain_doremi.py --dry-run --suggest-layout plans one phase",
     "device_memory_gib": "only for --suggest-layout",
 }
-# The launcher and a dry run are the tool's own business.
-_OF_THE_TOOL = ("save", "nproc_per_node", "dry_run", "dry_run_world_size")
 # Settings that may change from one start to the next.
 _CHANGEABLE = ("phase", "micro_batch_size", "eval_iters", "eval_interval", "allow_tokenizer_mismatch", "reference_load")
 
@@ -95,7 +94,7 @@ def _argv(phase: str, given: Mapping[str, Any], save: str) -> tuple[str, ...]:
     words = ["--phase", phase, "--save", save, *([] if phase == SCORE else ["--load", save])]
     for cls in SECTIONS.values():
         for field in dataclasses.fields(cls):
-            if field.name in given and field.name not in _OF_THE_TOOL and phase in phases_of(cls, field):
+            if field.name in given and phase in phases_of(cls, field):
                 words += _words(field.name, given[field.name])
     return tuple(words)
 

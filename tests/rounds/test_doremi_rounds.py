@@ -96,6 +96,8 @@ def test_rounds_end_by_the_noise_of_the_seeds_or_by_their_number(tmp_path):
     ended = judge(folder, StopRule(1e-3, 7, 2))
     assert (ended.ended, len(ended.rounds)) == ("max_rounds", 7)
     assert json.loads(folder.domain_weights.read_text())["provenance"]["settled"] is False
+    with pytest.raises(ConfigError, match="--seeds: 1"):
+        judge(folder, StopRule(1e-3, 7, 1))
     # Further rounds may be run after all.
     assert judge(folder, StopRule(1e-3, 8, 2)).ended is None
     assert not folder.domain_weights.exists()
