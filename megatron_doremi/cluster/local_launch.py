@@ -56,7 +56,10 @@ def launch_ranks(command: Sequence[str], ranks: int, environ: Mapping[str, str],
         pass_on(number)
     codes = _wait(pids)
     for pid, code in codes.items():
-        if code < 0:
+        if -code in received:
+            # It was told to stop before it could catch the signal, so there was nothing to save.
+            codes[pid] = EXIT_STOPPED
+        elif code < 0:
             print_stderr(f"error: rank {pids.index(pid)} (process {pid}) was killed by {_signal_name(-code)}")
     return exit_code(list(codes.values()))
 

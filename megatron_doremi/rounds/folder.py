@@ -30,7 +30,7 @@ from megatron_doremi.reporting.rounds import (
     read_rounds,
 )
 from megatron_doremi.reporting.runs import Run, read_all, read_run
-from megatron_doremi.rounds.stop_rule import Floats, movement
+from megatron_doremi.rounds.stop_rule import Floats, Source, movement, noise_of_halves, noise_of_seeds
 from megatron_doremi.storage.files import atomic_write_text
 from megatron_doremi.storage.formats import read_checked
 
@@ -82,6 +82,38 @@ class _Round:
     steps: Floats | None
     tokenizer_sha256: str | None
 
+    def learned(self) -> Floats:
+        """[n, k] weights of each seed."""
+        return np.array([[weights[name] for name in self.reference] for weights in self.seeds])
+
+
+class _Noise:
+    """The noise that the rounds so far show.
+
+    Attributes:
+        value: None after a first round of one seed.
+        source: what shows it.
+    """
+
+    def __init__(self) -> None:
+        self.value: float | None = None
+        self.source: Source = "seeds"
+        self._seeds: list[Floats] = []
+        self._before: Floats | None = None
+
+    def add(self, each: _Round) -> None:
+        """Takes the next round into account."""
+        if each.steps is None:
+            self._seeds.append(each.learned())
+            self.value = noise_of_seeds(self._seeds)
+            return
+        self.source = "halves"
+        if self._before is not None and min(len(each.steps), len(self._before)) > 1:
+            noise = noise_of_halves(each.steps, self._before)
+            self.value = noise if self.value is None else min(noise, self.value)
+        # Only two trajectories are in memory at a time.
+        self._before = each.steps
+
 
 def judge(folder: RoundsFolder, rule: StopRule) -> RoundsEntry:
     """Judges every round whose proxies exist, and writes rounds.json and either the weights of the next round's
@@ -92,14 +124,12 @@ def judge(folder: RoundsFolder, rule: StopRule) -> RoundsEntry:
     """
     recorded = recorded_rounds(folder, rule)
     entries: list[RoundEntry] = []
-    before: Floats | None = None
     latest: _Round | None = None
-    names: tuple[str, ...] = ()
+    noise = _Noise()
     while _proxies_exist(folder, len(entries) + 1, rule.seeds):
-        latest = _read_round(folder, len(entries) + 1, rule.seeds, names)
-        names = names or tuple(latest.seeds[0])
-        entries.append(_entry(len(entries) + 1, latest, before, rule))
-        before = latest.steps
+        latest = _read_round(folder, len(entries) + 1, rule.seeds, [] if latest is None else list(latest.reference))
+        noise.add(latest)
+        entries.append(_entry(len(entries) + 1, latest, noise, rule))
         if _end(entries, rule):
             break
     if latest is None:
@@ -203,15 +233,13 @@ def _steps(run: Run, names: Sequence[str]) -> Floats:
     return values[np.isfinite(values).all(axis=1)]
 
 
-def _entry(number: int, each: _Round, before: Floats | None, rule: StopRule) -> RoundEntry:
-    names = list(each.reference)
-    reference = np.array(list(each.reference.values()))
-    seeds = np.array([[weights[name] for name in names] for weights in each.seeds])
-    moved = movement(reference, seeds, rule.min_change, each.steps, before)
+def _entry(number: int, each: _Round, noise: _Noise, rule: StopRule) -> RoundEntry:
+    names, weights = list(each.reference), each.learned().mean(axis=0)
+    moved = movement(np.array(list(each.reference.values())), weights, noise.value, noise.source, rule.min_change)
     return RoundEntry(
         round=number,
         reference_weights=each.reference,
-        weights=dict(zip(names, seeds.mean(axis=0).tolist(), strict=True)),
+        weights=dict(zip(names, weights.tolist(), strict=True)),
         seed_weights=each.seeds,
         change=moved.change,
         most_moved=names[moved.domain],

@@ -9,6 +9,7 @@ weights. Pure: numbers in, numbers out.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,37 +45,30 @@ class Movement:
         return self.change <= self.threshold
 
 
-def movement(
-    reference: Floats, seeds: Floats, min_change: float, steps: Floats | None = None, before: Floats | None = None
-) -> Movement:
+def movement(reference: Floats, learned: Floats, noise: float | None, source: Source, min_change: float) -> Movement:
     """Judges a round.
 
     Args:
         reference: [k] sampling weights of the round's reference, sum 1.
-        seeds: [n, k] learned weights of the round's proxies, one row for each seed.
+        learned: [k] learned weights of the round, sum 1.
+        noise, source: the noise, and what showed it; None if it is not known.
         min_change: a change that never counts.
-        steps, before: [steps, k] weights at each step of the proxy of one seed, in this round and in the one before;
-            read if there is one seed.
     """
-    difference = np.abs(seeds.mean(axis=0) - reference)
-    noise: float | None = None
-    source: Source | None = None
-    if len(seeds) > 1:
-        noise, source = noise_of_seeds(seeds), "seeds"
-    elif steps is not None and before is not None and min(len(steps), len(before)) > 1:
-        noise, source = noise_of_halves(steps, before), "halves"
+    difference = np.abs(learned - reference)
     threshold = min_change if noise is None else max(min_change, noise)
-    return Movement(float(difference.max()), int(difference.argmax()), noise, source, threshold)
+    known = None if noise is None else source
+    return Movement(float(difference.max()), int(difference.argmax()), noise, known, threshold)
 
 
-def noise_of_seeds(seeds: Floats) -> float:
-    """The largest standard deviation, over domains, of the difference of two means over n seeds: sqrt(2 / n) s.
+def noise_of_seeds(rounds: Sequence[Floats]) -> float:
+    """The largest standard deviation, over domains, of the difference of two rounds' means over n seeds: sqrt(2 / n) s.
 
     Args:
-        seeds: [n, k] weights of n > 1 seeds.
+        rounds: [n, k] weights of n > 1 seeds, for each round so far; s^2 is the mean of their variances.
     """
-    count = len(seeds)
-    return float(math.sqrt(2.0 / count) * seeds.std(axis=0, ddof=1).max())
+    count = len(rounds[0])
+    variances = np.mean([seeds.var(axis=0, ddof=1) for seeds in rounds], axis=0)
+    return float(math.sqrt(2.0 / count * variances.max()))
 
 
 def noise_of_halves(steps: Floats, before: Floats) -> float:
@@ -83,6 +77,7 @@ def noise_of_halves(steps: Floats, before: Floats) -> float:
     The halves of one proxy differ for another reason than noise: its weights move with the learning rate, in every
     round in the same way. The difference of two rounds, step by step, does not have that movement. If d1 and d2, its
     means over the halves, differ by noise alone, the standard deviation of the mean over all steps is |d1 - d2| / 2.
+    Rounds that do differ add to it, so the smallest of several pairs of rounds is the best.
 
     Args:
         steps, before: [steps, k] weights at each step, of two proxies; steps that only one of them has are left out.

@@ -76,6 +76,14 @@ def test_a_signal_reaches_every_rank_and_a_saved_run_exits_with_3():
     assert sorted(stdout.split()) == ["saved", "saved", "saving", "saving"]
 
 
+def test_a_rank_that_is_told_to_stop_before_it_catches_signals_has_stopped():
+    process = launch("-c", "import time; print('started', flush=True); time.sleep(20)")
+    assert [process.stdout.readline().strip() for _ in range(2)] == ["started", "started"]
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=20)[1] == ""
+    assert process.returncode == 3
+
+
 def test_what_a_rank_reads_from_its_environment():
     shared = rank_environment({"OMP_NUM_THREADS": "5", "HOME": "/h"}, 4, 1234)
     assert shared["OMP_NUM_THREADS"] == "5"

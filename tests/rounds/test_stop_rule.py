@@ -16,21 +16,23 @@ REFERENCE = np.array([0.5, 0.3, 0.2])
 
 
 def test_the_change_is_the_largest_difference_from_the_reference():
-    moved = movement(REFERENCE, np.array([[0.45, 0.3005, 0.2495]]), 1e-3)
+    moved = movement(REFERENCE, np.array([0.45, 0.3005, 0.2495]), None, "halves", 1e-3)
     assert moved.change == pytest.approx(0.05)
     assert (moved.domain, moved.noise, moved.noise_from, moved.threshold, moved.settled) == (0, None, None, 1e-3, False)
-    assert movement(REFERENCE, np.array([[0.4995, 0.3, 0.2005]]), 1e-3).settled
+    assert movement(REFERENCE, np.array([0.4995, 0.3, 0.2005]), None, "halves", 1e-3).settled
+    moved = movement(REFERENCE, np.array([0.45, 0.3005, 0.2495]), 0.06, "seeds", 1e-3)
+    assert (moved.noise_from, moved.threshold, moved.settled) == ("seeds", 0.06, True)
 
 
 def test_the_noise_of_two_seeds():
     """Of a difference d between two seeds, the mean of both has the standard deviation d / 2, and the difference of two
-    such means sqrt(2) times that."""
+    such means sqrt(2) times that. Rounds are pooled by their variances."""
     seeds = np.array([[0.40, 0.35, 0.25], [0.44, 0.32, 0.24]])
-    assert noise_of_seeds(seeds) == pytest.approx(0.04 / math.sqrt(2.0))
-    moved = movement(REFERENCE, seeds, 1e-3)
-    assert moved.change == pytest.approx(0.08)
-    assert (moved.noise_from, moved.settled) == ("seeds", False)
-    assert movement(np.array([0.43, 0.33, 0.24]), seeds, 1e-3).settled
+    assert noise_of_seeds([seeds]) == pytest.approx(0.04 / math.sqrt(2.0))
+    other = np.array([[0.4, 0.35, 0.25], [0.4, 0.36, 0.24]])
+    assert noise_of_seeds([seeds, other]) == pytest.approx(math.sqrt((0.04**2 + 0.0) / 2 / 2))
+    three = np.array([[0.3, 0.7], [0.4, 0.6], [0.5, 0.5]])
+    assert noise_of_seeds([three]) == pytest.approx(math.sqrt(2 / 3) * 0.1)
 
 
 def test_the_noise_of_the_halves_of_a_difference():
@@ -42,9 +44,6 @@ def test_the_noise_of_the_halves_of_a_difference():
     assert noise_of_halves(before, before) == pytest.approx(0.0)
     # A proxy that ended early is compared over the steps that both have.
     assert noise_of_halves((before + apart)[:8], before) == pytest.approx(0.03 / 2)
-    moved = movement(REFERENCE, np.array([[0.51, 0.295, 0.195]]), 1e-3, before + apart, before)
-    assert (moved.noise_from, moved.settled) == ("halves", True)
-    assert moved.threshold == pytest.approx(0.015)
 
 
 def test_the_noise_has_the_size_of_a_change_that_is_nothing_but_noise():
