@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
-# Shapes of Xie et al. 2023, Table 8: layers, heads, head width, hidden width, feed-forward width. The names
+# Shapes of Xie et al. 2023, Table 9: layers, heads, head width, hidden width, feed-forward width. The names
 # of the small sizes count a 256k-token embedding.
 PAPER_SHAPES: dict[str, tuple[int, int, int, int, int]] = {
     "70m": (3, 4, 64, 256, 1024),

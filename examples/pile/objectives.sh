@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The paper's ablation of the objective (Xie et al. 2023, Table 3): the proxy's excess loss over the reference, its loss
+# The paper's ablation of the objective (Xie et al. 2023, Table 7): the proxy's excess loss over the reference, its loss
 # alone (hardest) and minus the reference's loss (easiest), with one reference; each decides the mixture of a main model
 # of the proxy's size; and a main model on the natural mixture.
 #

@@ -79,15 +79,14 @@ def load_weights(
         ConfigError: a file is damaged or belongs to another model.
     """
     start_state(engine, 0)
+    masters = {each.name: each for each in owned_state(engine, topology.data_rank) if MASTER in each.tensors}
     for name, parameter in engine.module.model_parameters():
         progress()
         values = weights.local_shard(name, spec_of(parameter), topology)
         with writable(parameter):
             parameter.copy_(values)
-    for owned in owned_state(engine, topology.data_rank):
-        progress()
-        if MASTER in owned.tensors:
-            values = weights.local_shard(owned.name, spec_of(owned.parameter), topology)
+        if name in masters:
+            owned = masters[name]
             owned.tensors[MASTER].copy_(values.reshape(-1).narrow(0, owned.start, owned.count))
 
 

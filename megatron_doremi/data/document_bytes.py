@@ -8,8 +8,10 @@ it. Pairs of version 0.1 and of Megatron-LM have none.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +48,13 @@ def document_bytes(prefix: Path) -> NDArray[np.uint32] | None:
         return None
     except OSError as error:
         raise ConfigError(Fault(str(path), str(error.strerror or error), "a readable file", remedy)) from error
+
+
+def text_entry(sizes: NDArray[np.uint32]) -> dict[str, Any]:
+    """What tells a text from another whatever tokenizer encoded it: its documents and bytes, and a hash of [documents]
+    sizes."""
+    digest = hashlib.sha256(sizes.astype(_DTYPE).tobytes()).hexdigest()
+    return {"documents": len(sizes), "bytes": int(sizes.sum(dtype=np.int64)), "sizes_sha256": digest}
 
 
 class DocumentBytesWriter:

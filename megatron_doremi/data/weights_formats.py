@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_doremi.data.given_weights import did_you_mean, file_and_row
 from megatron_doremi.errors import ConfigError, Fault
-from megatron_doremi.storage.files import json_object, read_json
+from megatron_doremi.storage.files import json_object, read_json, unreadable
 from megatron_doremi.storage.yaml_file import number_or_text, read_yaml_mapping
 
 # Columns that are no domains: they identify runs, or, without a name, hold the row numbers that pandas writes.
@@ -113,7 +113,8 @@ def _read_table(path: Path, row: str | None, subject: str, remedy: str, domains:
                 raise ValueError(f"line {line}: {len(cells)} cells, and {len(header)} columns")
     except (OSError, ValueError, csv.Error) as error:
         rule = "a readable CSV file with a header, and as many cells in each row"
-        raise ConfigError(Fault(subject, str(error), rule, remedy)) from error
+        value, remedy = unreadable(path, error, remedy)
+        raise ConfigError(Fault(subject, value, rule, remedy)) from error
     if set(header) - {""} == _RECORD and not _RECORD & set(domains) and row is None:
         pairs = [(cells[header.index("domain")], cells[header.index("weight")]) for _, cells in rows]
         return _by_name([(name, number_or_text(text)) for name, text in pairs], subject)

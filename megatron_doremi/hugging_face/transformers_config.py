@@ -12,9 +12,9 @@ from megatron_doremi.errors import ConfigError, Fault, raise_if_any
 from megatron_doremi.hugging_face.config_file import NotExpressible, read_config
 from megatron_doremi.storage.files import read_json_object
 
-# The versions that pyproject.toml's extra `hf` allows: the first and the first that is too new.
-OLDEST, TOO_NEW = 5, 6
-_INSTALL = f"pip install 'transformers>={OLDEST},<{TOO_NEW}' (the extra `hf` of megatron-doremi)"
+# The versions that pyproject.toml's extra `hf` allows: the first, and the first that is too new.
+_OLDEST, _TOO_NEW = (5, 24), (6,)
+_INSTALL = "pip install 'transformers>=5.24,<6' (the extra `hf` of megatron-doremi)"
 
 
 def why_not_ours(folder: Path, flag: str) -> str:
@@ -56,7 +56,7 @@ def check_transformers(folder: Path, flag: str, reason: str) -> None:
     rule = "a model that this program's GPT can express, or Transformers, which then runs it"
     if not installed:
         faults.append(Fault(subject, f"{reason}; Transformers is not installed", rule, _INSTALL))
-    elif not OLDEST <= int(installed.split(".")[0]) < TOO_NEW:
+    elif not _OLDEST <= tuple(map(int, installed.split(".")[:2])) < _TOO_NEW:
         faults.append(Fault(subject, f"{reason}; Transformers {installed} is installed", rule, _INSTALL))
     if entry.get("quantization_config") is not None:
         rule, remedy = "weights in float32, bfloat16 or float16", "give the model that was not quantized"

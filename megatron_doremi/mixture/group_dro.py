@@ -49,7 +49,7 @@ def token_scores(loss: Tensor, reference: Tensor | None, objective: str) -> Tens
     Args:
         loss: [batch, seq] the proxy's losses l in nats, float64.
         reference: [batch, seq] the reference's losses r in nats; None if the objective does not read them.
-        objective: excess, max(l - r, 0); or, from the paper's ablation (Xie et al. 2023, Table 3), hardest, l, and
+        objective: excess, max(l - r, 0); or, from the paper's ablation (Xie et al. 2023, Table 7), hardest, l, and
             easiest, -r, which is not clipped because it is never positive.
     """
     if objective == "hardest":

@@ -172,6 +172,8 @@ def evaluate_run(
             **entries,
             "seq_length": data_config.seq_length,
             "held_out_content": data.held_out_content,
+            "held_out_text": data.held_out_text,
+            "tokenizer_sha256": data.tokenizer_sha256,
             "bf16": config.optimizer.bf16,
         }
         from_rank_0(lambda: append_line(save, json.dumps(line) + "\n"))

@@ -106,6 +106,7 @@ def write_run_config(
         "tokenizer_sha256": data.tokenizer_sha256,
         "data_fingerprint": data.manifest.fingerprint(),
         "held_out_content": data.held_out_content,
+        "held_out_text": data.held_out_text,
         "global_batch_size": plan.global_batch_size,
         "topology": {k: v for k, v in asdict(plan.topology).items() if k != "rank"},
         "identity": dict(identity),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from megatron_doremi.config import Config
 from megatron_doremi.data.blend import too_short, window_count
 from megatron_doremi.data.content_hash import content_hash
-from megatron_doremi.data.document_bytes import document_bytes
+from megatron_doremi.data.document_bytes import document_bytes, text_entry
 from megatron_doremi.data.manifest import Domain, Manifest
 from megatron_doremi.data.token_stream import TokenStream
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any
@@ -53,6 +54,12 @@ class RunData:
     @property
     def tokenizer_sha256(self) -> str | None:
         return self.manifest.tokenizer.sha256 if self.manifest.tokenizer else None
+
+    @property
+    def held_out_text(self) -> dict[str, dict[str, Any]]:
+        """`text_entry` of each domain's held-out text, where the bytes of its documents are known."""
+        sizes = zip(self.names, self.valid_bytes, strict=True)
+        return {name: text_entry(each) for name, each in sizes if each is not None}
 
     def window_counts(self, seq_length: int) -> tuple[int, ...]:
         """[k] windows of each training stream; empty for an evaluation."""

@@ -166,6 +166,7 @@ def compare(groups: Sequence[Group], domain_tokens: Mapping[str, int] | None = N
     unit, unit_note = choose_unit(
         [run for pairing in pairings for runs in pairing.pairs for run in runs] or subject.runs
     )
+    pairings = [pair(subject, rival, unit) for rival in rivals]
     names = _domain_names(groups, tokens)
     match = True
     weight_notes: list[str] = []
@@ -191,7 +192,7 @@ def list_runs(groups: Sequence[Group], domain_tokens: Mapping[str, int] | None =
     evaluated = {group.label(run): run for group in groups for run in group.runs if run.evaluations}
     unit, unit_note = choose_unit(list(evaluated.values()))
     names = _domain_names(groups, tokens)
-    sentences = [each.sentence() for each in differences(evaluated)]
+    sentences = [each.sentence() for each in differences(evaluated, unit)]
     notes = (*sentences, *unit_note, *_common_notes(groups, names))
     return Study(tuple(groups), None, (), unit, names, tokens, True, notes)
 

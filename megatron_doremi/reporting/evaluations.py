@@ -16,7 +16,7 @@ from pydantic import Field
 
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any
 from megatron_doremi.reporting.json_files import read_lines
-from megatron_doremi.storage.formats import Count, Name, Positive, Schema, check_entry
+from megatron_doremi.storage.formats import Count, Name, Positive, Schema, Sha256, check_entry
 
 FILE = "evaluations.jsonl"
 
@@ -145,13 +145,22 @@ def _held_out(row: Mapping[str, Any], key: str) -> HeldOut | None:
     )
 
 
+class TextEntry(Schema):
+    """A domain's held-out text, whatever tokenizer encoded it: its documents, their bytes, a hash of their sizes."""
+
+    documents: Count
+    bytes: Count
+    sizes_sha256: Sha256
+
+
 class EvaluationLine(Schema):
     """A line of evaluations.jsonl.
 
     Attributes:
         run: folder of the evaluated run; `of_this_folder` if evaluations.jsonl is in that folder.
         checkpoint, iteration: the evaluated checkpoint.
-        held_out_content: hash of samples of the held-out text.
+        held_out_content: hash of samples of the held-out tokens.
+        held_out_text, tokenizer_sha256: missing in lines of early versions.
         eval, eval_bpb: losses in nats per token and, where the bytes of the text are known, in bits per byte.
     """
 
@@ -167,6 +176,8 @@ class EvaluationLine(Schema):
     seq_length: Positive
     held_out_content: str
     bf16: bool
+    held_out_text: dict[str, TextEntry] | None = None
+    tokenizer_sha256: str | None = None
     eval_interval: dict[str, _IntervalEntry | None] | None = None
     eval_token_mean_interval: _IntervalEntry | None = None
     eval_bpb: dict[str, float] | None = None

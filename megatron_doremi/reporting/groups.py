@@ -19,6 +19,7 @@ from megatron_doremi.reporting.differences import (
     properties,
     step_differences,
 )
+from megatron_doremi.reporting.evaluations import Unit
 from megatron_doremi.reporting.runs import Run
 
 # Groups of these names are not compared: the proxies give the learned weights, the references their excess losses.
@@ -142,8 +143,11 @@ def group_faults(groups: Sequence[Group]) -> list[Fault]:
     return faults
 
 
-def pair(subject: Group, rival: Group) -> Pairing:
+def pair(subject: Group, rival: Group, unit: Unit = Unit.NATS) -> Pairing:
     """Pairs the runs of two groups by seed; two groups of one run each are a pair whatever their seeds.
+
+    Args:
+        unit: of the held-out losses that are compared.
 
     Returns:
         A pairing without pairs if no seed is in both groups.
@@ -160,7 +164,7 @@ def pair(subject: Group, rival: Group) -> Pairing:
     differing: dict[tuple[str, str], Difference] = {}
     for left, right in pairs:
         runs = {subject.name: left, rival.name: right}
-        for each in (*differences(runs), *step_differences(runs)):
+        for each in (*differences(runs, unit), *step_differences(runs)):
             differing.setdefault((each.name, str(each.values)), each)
     recorded = {name for runs in pairs for run in runs for name in properties(run)}
     unrecorded = tuple(name for name in SHARED if name not in recorded)

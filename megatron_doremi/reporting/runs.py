@@ -33,6 +33,8 @@ Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 T = TypeVar("T")
 
+# Of config.json and of an evaluation: what the held-out text is, whatever tokenizer encoded it.
+TEXT = "held_out_text"
 SCALARS = ("loss", "lr", "grad_norm", "dro_loss", "consumed_tokens", "tokens_per_second", "elapsed_ms")
 PHASES = ("reference", "score", "proxy", "main", "evaluate")
 
@@ -109,6 +111,16 @@ class Run:
             return None
         weights = {str(name): weight for name, weight in recorded.items() if isinstance(weight, int | float)}
         return weights if len(weights) == len(recorded) else None
+
+    @property
+    def held_out_text(self) -> dict[str, Any]:
+        """The documents, bytes and hash of sizes of each domain's held-out text; {} if they are not recorded."""
+        recorded = self.config.get(TEXT)
+        entries = recorded.items() if isinstance(recorded, dict) else ()
+        keys = ("documents", "bytes")
+        return {
+            n: each for n, each in entries if isinstance(each, dict) and all(type(each.get(k)) is int for k in keys)
+        }
 
     @property
     def has_weights(self) -> bool:
@@ -208,11 +220,17 @@ def read_run(path: Path, flag: str = "RUN") -> Run:
 def _evaluated(path: Path, lines: Sequence[EvaluationLine]) -> Run:
     """A run of which only the evaluations are known."""
     newest = _newest(lines)
-    config = {key: getattr(newest, key) for key in ("checkpoint", "seq_length", "held_out_content", "bf16")}
+    names = ("checkpoint", "seq_length", "held_out_content", "bf16", "tokenizer_sha256")
+    config = {key: getattr(newest, key) for key in names} | _text_of(newest)
     evaluations = {line.iteration: line.evaluation() for line in lines}
     empty = Series((), np.empty((0, 0)))
     history = tuple(evaluations[iteration] for iteration in sorted(evaluations))
     return Run(path, "evaluate", config, np.empty(0, np.int64), {}, empty, empty, empty, empty, history, None, {})
+
+
+def _text_of(line: EvaluationLine) -> dict[str, Any]:
+    """The entry `held_out_text` of config.json of an evaluation; its value is None if the line has none."""
+    return {TEXT: line.model_dump(include={TEXT})[TEXT]}
 
 
 def _newest(lines: Sequence[EvaluationLine]) -> EvaluationLine:
@@ -228,7 +246,8 @@ def _read_trained(path: Path, after_training: Sequence[EvaluationLine]) -> Run:
     history = {evaluation.iteration: evaluation for evaluation in (*metrics.evaluations, *later)}
     if after_training and _newest(after_training).iteration == max(history):
         # The text that was read may be another one than that of training.
-        config = {**config, "held_out_content": _newest(after_training).held_out_content}
+        newest = _newest(after_training)
+        config = {**config, "held_out_content": newest.held_out_content, **_text_of(newest)}
     weights_file = path / "domain_weights.json"
     recorded, provenance = (None, {}) if not weights_file.is_file() else _read_weights(weights_file)
     return Run(

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from megatron_doremi.errors import ConfigError, Fault
+from megatron_doremi.storage.files import unreadable
 
 _PLAIN_TAG = "tag:yaml.org,2002:"
 
@@ -34,8 +35,9 @@ def read_yaml_mapping(path: Path, subject: str, remedy: str = "give such a file"
             raise ValueError("no YAML mapping")
         content = _value(node, set())
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        text = " ".join(str(error).split())
-        raise ConfigError(Fault(subject, text, "a readable file that holds one YAML mapping", remedy)) from error
+        value, remedy = unreadable(path, error, remedy)
+        rule = "a readable file that holds one YAML mapping"
+        raise ConfigError(Fault(subject, " ".join(value.split()), rule, remedy)) from error
     assert isinstance(content, dict)
     return content
 

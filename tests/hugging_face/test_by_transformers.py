@@ -28,6 +28,11 @@ from megatron_doremi.hugging_face.model_folder import open_model
 from megatron_doremi.hugging_face.transformers_model import load_by_transformers
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.phases.inputs import open_inputs, plan_text, suggestion
+from megatron_doremi.reporting.comparison import list_runs
+from megatron_doremi.reporting.console import console_text
+from megatron_doremi.reporting.groups import Group
+from megatron_doremi.reporting.runs import read_runs
+from megatron_doremi.reporting.study_tables import held_out_table
 
 CPU = torch.device("cpu")
 SIZES = {
@@ -97,11 +102,15 @@ def test_a_model_that_our_gpt_expresses_has_the_same_losses(tmp_path):
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """(manifest, a folder of OLMo 2 with its tokenizer)"""
-    folder = tmp_path_factory.mktemp("models")
-    data = write_text_data(folder)
-    save(folder / "olmo2", "olmo2")
-    shutil.copy(folder / "tokenizer.json", folder / "olmo2")
-    return data, folder / "olmo2"
+    return model_and_data(tmp_path_factory.mktemp("models"), "olmo2", 300)
+
+
+def model_and_data(folder, model_type, vocab_size):
+    """(manifest, a folder of a model with the manifest's tokenizer); the text is always the same."""
+    data = write_text_data(folder, vocab_size=vocab_size)
+    save(folder / model_type, model_type, vocab_size=vocab_size)
+    shutil.copy(folder / "tokenizer.json", folder / model_type)
+    return data, folder / model_type
 
 
 def in_turn(launch, runs):
@@ -117,14 +126,18 @@ def test_every_phase_that_trains_nothing_takes_it(models, tmp_path):
     words = ["--domains", str(data), "--seq-length", "16", "--micro-batch-size", "2", "--loss-chunk-tokens", "10"]
     scores, evaluations = tmp_path / "scores", tmp_path / "evaluations"
     proxy = ["--phase", "proxy", "--domains", str(data), "--train-iters", "4", *MODEL]
+    (tmp_path / "other").mkdir()
+    other_data, other = model_and_data(tmp_path / "other", "bloom", 265)
+    evaluation = ["--phase", "evaluate", "--save", str(evaluations)]
     runs = (
         ["--phase", "score", "--reference-load", str(folder), "--save", str(scores), *words],
-        ["--phase", "evaluate", "--load", str(folder), "--save", str(evaluations), *words],
+        [*evaluation, "--load", str(folder), *words],
+        [*evaluation, "--load", str(other), "--domains", str(other_data), "--seq-length", "32"],
         [*proxy, "--reference-load", str(folder), "--save", str(tmp_path / "online")],
         [*proxy, "--reference-losses", str(scores), "--save", str(tmp_path / "recorded")],
     )
     on_ranks(2, in_turn, runs)
-    line = json.loads((evaluations / "evaluations.jsonl").read_text())
+    line, other_line = map(json.loads, (evaluations / "evaluations.jsonl").read_text().splitlines())
     for number, domain in enumerate(load_manifest(data).domains):
         for split in ("train", "valid"):
             opened = load_manifest(data).open_train if split == "train" else load_manifest(data).open_held_out
@@ -138,6 +151,25 @@ def test_every_phase_that_trains_nothing_takes_it(models, tmp_path):
             with LossFile.open(scores, number, 0, 16) as file:
                 recorded = np.stack([file.losses(window) for window in range(count)])
             assert np.abs(recorded - expected.numpy()).max() < 2**-12 + 1e-5
+    # Two models with different tokenizers on the same documents, in one table, as tools/report.py prints it.
+    assert other_line["tokenizer_sha256"] != line["tokenizer_sha256"]
+    assert other_line["held_out_text"] == line["held_out_text"]
+    assert line["held_out_text"]["Code"]["documents"] == 12
+    runs = read_runs(evaluations)
+    table = held_out_table(study := list_runs([Group(run.path.name, (run,)) for run in runs]))
+    assert [column.name for column in table.columns] == [
+        "domain",
+        *["olmo2", "95 % over documents"],
+        *["bloom", "95 % over documents"],
+    ]
+    rows = {row[0]: row for row in table.rows}
+    for name, (low, high) in other_line["eval_bpb_interval"].items():
+        assert rows[name][3] == pytest.approx(other_line["eval_bpb"][name])
+        assert rows[name][4] == f"[{low:.3f}, {high:.3f}]"
+    said = " ".join(console_text(study).split())
+    assert "The held-out text is the same (24 documents, " in said
+    assert "bloom 32" in said
+    assert "cannot be compared" not in said
     # A proxy against recorded losses, as in tests/phases/test_score.py.
     lines = [training_lines(metrics(tmp_path / name)) for name in ("online", "recorded")]
     assert len(lines[0]) == 4

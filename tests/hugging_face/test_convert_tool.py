@@ -31,14 +31,14 @@ def documents(seed, count):
     return [" ".join(each) for each in words]
 
 
-def write_text_data(folder, domains=("Books", "Code")):
+def write_text_data(folder, domains=("Books", "Code"), vocab_size=300):
     """A data set of two domains of text, with a byte-level BPE of 300 pieces; returns the manifest's path."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(documents(0, 50), trainer)
     file = folder / "tokenizer.json"

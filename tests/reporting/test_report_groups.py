@@ -28,7 +28,7 @@ GPT = {"num_layers": 2, "hidden_size": 64, "vocab_size": 1000}
 def group(write_run, rows):
     """Returns a function that writes a group of runs: {seed: (loss of code, loss of web, token mean)}."""
 
-    def make(name, figures, bits=False, weights=None, phase="main", **changes):
+    def make(name, figures, bits=False, windows=None, weights=None, phase="main", **changes):
         runs = []
         for seed, (*losses, token_mean) in figures.items():
             config = {
@@ -45,6 +45,8 @@ def group(write_run, rows):
             if bits:
                 line["eval_bpb"] = {n: loss / 2 for n, loss in line["eval"].items()}
                 line |= {"eval_bpb_token_mean": token_mean / 2, "eval_bpb_interval": {"code": [0.5, 0.75], "web": None}}
+            if windows is not None:
+                line["eval_windows"] = dict.fromkeys(NAMES, windows)
             lines = [{"iteration": 5, "loss": 2.0, "consumed_tokens": 1000, "elapsed_ms": 20.0}, line]
             runs.append(read_run(write_run(f"{name}-{seed}", lines, config=config)))
         return Group(name, tuple(runs))
@@ -157,6 +159,39 @@ def test_bits_per_byte_are_preferred_and_never_mixed_with_nats(group):
     assert list_runs([Group("x", (replace(bits.runs[0], evaluations=(unknown,)),))]).unit is Unit.NATS
     single = list_runs([Group("x", bits.runs[:1])])
     assert held_out_table(single).rows == (("code", 0.5, "[0.500, 0.750]"), ("web", 1.0, ""))
+
+
+def test_different_tokenizers_are_compared_in_bits_per_byte_on_the_same_text(group):
+    """A window of 64 tokens at 2 nats a bit of loss a byte is 184.7 bytes; 5 of them leave 77 of 1,000 bytes unread."""
+    text = {name: {"documents": 7, "bytes": 1000, "sizes_sha256": "a" * 64} for name in NAMES}
+    ours = {"tokenizer_sha256": "1" * 64, "held_out_content": "ids", "data_fingerprint": "f", "held_out_text": text}
+    theirs = {**ours, "tokenizer_sha256": "2" * 64, "held_out_content": "others", "data_fingerprint": "g"}
+
+    def study(number=0, bits=True, windows=5, **changes):
+        main = group(f"main{number}", MAIN, bits=bits, windows=5, **ours)
+        natural = group(f"natural{number}", NATURAL, bits=bits, windows=windows, **{**theirs, **changes})
+        return compare([replace(main, name="main"), replace(natural, name="natural")])
+
+    same = study()
+    assert "main is better than natural in the worst domain" in verdict(same)
+    assert "(they also differ in tokenizer, data fingerprint) (bits per byte)" in verdict(same)
+    notes = " ".join(same.notes)
+    assert "share seed, initial weights, training windows, steps and held-out text." in notes
+    assert "The held-out text is the same (14 documents, 2,000 bytes, alike in each domain)" in notes
+    assert "in bytes of text: main 185, natural 185;" in notes
+    assert "cannot be compared" not in notes
+    # Another text, a part of it, unknown text, or no bits per byte.
+    other = {**text, "web": {**text["web"], "bytes": 999}}
+    cases = (
+        ({"held_out_text": other}, "such as the documents of web: main 7 of 1000 bytes, natural 7 of 999 bytes."),
+        ({"windows": 3}, "Only a part was read for natural: evaluate without --eval-iters."),
+        ({"held_out_text": None}, "Not recorded for natural: whether the text is the same."),
+        ({"bits": False}, "main 111111111111..., natural 222222222222.... Their held-out losses cannot be compared."),
+    )
+    for number, (changes, sentence) in enumerate(cases, 1):
+        refused = study(number, **changes)
+        assert "main and natural cannot be compared, since they differ in held-out text" in verdict(refused), changes
+        assert sentence in " ".join(refused.notes)
 
 
 def test_token_means_of_two_definitions_are_not_compared(write_run, rows):
