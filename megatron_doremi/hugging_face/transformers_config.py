@@ -14,6 +14,7 @@ from megatron_doremi.storage.files import read_json_object
 
 # The versions that pyproject.toml's extra `hf` allows: the first, and the first that is too new.
 _OLDEST, _TOO_NEW = (5, 24), (6,)
+_RULE = "a model that this program's GPT can express, or Transformers, which then runs it"
 _INSTALL = "pip install 'transformers>=5.24,<6' (the extra `hf` of megatron-doremi)"
 
 
@@ -53,11 +54,10 @@ def check_transformers(folder: Path, flag: str, reason: str) -> None:
     subject, installed = f"{flag} {folder}: config.json", installed_version()
     entry = read_json_object(folder / "config.json", subject)
     faults = []
-    rule = "a model that this program's GPT can express, or Transformers, which then runs it"
     if not installed:
-        faults.append(Fault(subject, f"{reason}; Transformers is not installed", rule, _INSTALL))
+        faults.append(Fault(subject, f"{reason}; Transformers is not installed", _RULE, _INSTALL))
     elif not _OLDEST <= tuple(map(int, installed.split(".")[:2])) < _TOO_NEW:
-        faults.append(Fault(subject, f"{reason}; Transformers {installed} is installed", rule, _INSTALL))
+        faults.append(Fault(subject, f"{reason}; Transformers {installed} is installed", _RULE, _INSTALL))
     if entry.get("quantization_config") is not None:
         rule, remedy = "weights in float32, bfloat16 or float16", "give the model that was not quantized"
         faults.append(Fault(subject, "quantization_config", rule, remedy))
@@ -65,6 +65,13 @@ def check_transformers(folder: Path, flag: str, reason: str) -> None:
         remedy = "give a model of a decoder alone"
         faults.append(Fault(subject, "is_encoder_decoder: True", "a causal language model", remedy))
     raise_if_any(faults)
+
+
+def cannot_import(folder: Path, flag: str, reason: str, error: ImportError) -> ConfigError:
+    """The error of a Transformers that is installed and cannot be imported; the arguments of `check_transformers`."""
+    text = " ".join(str(error).split())
+    value = f"{reason}; Transformers {installed_version()} cannot be imported: {text}"
+    return ConfigError(Fault(f"{flag} {folder}: config.json", value, _RULE, _INSTALL))
 
 
 def unknown_class(folder: Path, flag: str, model_type: object) -> ConfigError:

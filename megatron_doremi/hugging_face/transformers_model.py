@@ -16,7 +16,12 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from megatron_doremi.errors import MALFORMED, ConfigError, Fault, raise_if_any
-from megatron_doremi.hugging_face.transformers_config import check_transformers, installed_version, unknown_class
+from megatron_doremi.hugging_face.transformers_config import (
+    cannot_import,
+    check_transformers,
+    installed_version,
+    unknown_class,
+)
 from megatron_doremi.hugging_face.weights import stored_tensors
 from megatron_doremi.shapes import TransformersShape
 from megatron_doremi.storage.files import read_json_object
@@ -39,10 +44,13 @@ def read_transformers_shape(folder: Path, flag: str, reason: str) -> Transformer
     """
     check_transformers(folder, flag, reason)
     tensors = stored_tensors(folder, flag)
-    from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
     subject = f"{flag} {folder}: config.json"
+    try:
+        from transformers import AutoConfig
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    except ImportError as error:
+        # Such as a version of another package that Transformers does not support.
+        raise cannot_import(folder, flag, reason, error) from error
     model_type = read_json_object(folder / "config.json", subject).get("model_type")
     class_name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(model_type))
     if class_name is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import sys
 import tomllib
 
 import numpy as np
@@ -82,10 +83,11 @@ def test_losses_are_those_of_the_class(model_type, tmp_path):
     folder = save(tmp_path / "model", model_type)
     tokens, targets = torch.randint(0, 300, (2, 3, 17), generator=torch.Generator().manual_seed(2))
     expected = plain_losses(folder, tokens, targets)
-    for chunk in (0, 7, 1):
-        losses = load_by_transformers(folder, torch.float32, CPU, chunk).run(tokens, targets)
+    module = load_by_transformers(folder, torch.float32, CPU, 0)
+    for module.loss_chunk_tokens in (0, 7, 1):
+        losses = module.run(tokens, targets)
         assert losses.dtype == torch.float32
-        assert (losses - expected).abs().max() < 1e-5, chunk
+        assert (losses - expected).abs().max() < 1e-5, module.loss_chunk_tokens
     rounded = load_by_transformers(folder, torch.bfloat16, CPU, 7).run(tokens, targets)
     assert 0 < (rounded - expected).abs().mean() < 0.2
 
@@ -248,6 +250,9 @@ def test_what_transformers_cannot_run_either_is_refused(models, tmp_path, monkey
     assert f"pip install '{extra[0]}'" in message
     monkeypatch.setattr(transformers_config, "installed_version", lambda: "4.57.1")
     assert "Transformers 4.57.1 is installed" in refused(folder)
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert "cannot be imported: import of transformers halted" in refused(folder)
 
 
 def test_files_of_another_class_are_refused(models, tmp_path):
