@@ -12,6 +12,7 @@ copy. A shape that no class of Transformers has is refused, with the flags that 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -46,7 +47,7 @@ from megatron_doremi.hugging_face.model_folder import (
 from megatron_doremi.hugging_face.tokenizer_files import run_tokenizer, sample_texts, write_tokenizer
 from megatron_doremi.progress import Progress
 from megatron_doremi.run_settings import folder_and_step
-from megatron_doremi.storage.files import atomic_write_text, make_durable, make_folder
+from megatron_doremi.storage.files import atomic_write_text, make_durable, make_folder, sha256_of
 from megatron_doremi.storage.folder_lock import LOCK, FolderLock
 from megatron_doremi.tokenization.tokenizer import Tokenizer
 from megatron_doremi.version import version_text
@@ -96,7 +97,10 @@ def main() -> int:
     else:
         architecture = choose_architecture(opened.gpt, args.architecture or opened.model_type)
         tokenizer = None if args.without_tokenizer else _tokenizer(opened, args.domains)
-    partial = args.out.with_name(f".{args.out.name}.partial")
+    raise_if_any(_damage(opened))
+    # A link is followed: what it names is written.
+    out = args.out.resolve()
+    partial = out.with_name(f".{out.name}.partial")
     make_folder(partial, "OUT")
     lock = FolderLock(partial, "OUT")
     try:
@@ -104,12 +108,19 @@ def main() -> int:
         _write(args, opened, architecture, tokenizer, partial)
         for path in [*partial.rglob("*"), partial]:
             make_durable(path)
+    except BaseException:
+        # A hidden folder of many gigabytes would keep a full disk full.
+        with contextlib.suppress(OSError):
+            _clear(partial)
+            lock.release()
+            partial.rmdir()
+        raise
     finally:
         lock.release()
-    if args.out.is_dir():
-        args.out.rmdir()
-    partial.rename(args.out)
-    make_durable(args.out.parent)
+    if out.is_dir():
+        out.rmdir()
+    partial.rename(out)
+    make_durable(out.parent)
     print_stdout("\n".join(_summary(args, opened, architecture)) + "\n")
     return 0
 
@@ -118,8 +129,9 @@ def _argument_faults(args: argparse.Namespace, source: Path) -> list[Fault]:
     faults = []
     if args.out.exists() and not (args.out.is_dir() and not any(args.out.iterdir())):
         faults.append(Fault("OUT", f"{args.out} already exists", "a new or empty folder", "give another path"))
-    if args.out.resolve() == source.resolve():
-        faults.append(Fault("OUT", str(args.out), "a folder other than SOURCE", "give another path"))
+    if args.out.resolve() in (source.resolve(), Path.cwd()):
+        rule = "a folder other than SOURCE and the current one"
+        faults.append(Fault("OUT", str(args.out), rule, "give another path"))
     if not 0.0 < args.max_file_gb <= 1e6:
         faults.append(Fault("--max-file-gb", str(args.max_file_gb), "a positive number", "give for example 5"))
     if args.to == "native":
@@ -129,12 +141,24 @@ def _argument_faults(args: argparse.Namespace, source: Path) -> list[Fault]:
     return faults
 
 
+def _damage(opened: OpenedModel) -> list[Fault]:
+    """Faults of weights files that have changed since the run wrote them."""
+    rule, remedy = "the checksum in state.json", "copy the checkpoint again, or give another step"
+    with Progress(f"verifying {opened.folder}", len(opened.checksums), "file") as progress:
+        faults = []
+        for path, value in sorted(opened.checksums.items()):
+            if sha256_of(path) != value:
+                faults.append(Fault(str(path), "changed after it was written", rule, remedy))
+            progress.update(1)
+    return faults
+
+
 def _clear(partial: Path) -> None:
     """Removes what a killed conversion left."""
     for path in partial.iterdir():
         if path.name == LOCK:
             continue
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _tokenizer(opened: OpenedModel, domains: Path | None) -> tuple[Tokenizer, list[str]] | None:

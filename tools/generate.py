@@ -68,8 +68,11 @@ def main() -> int:
     folder, step = folder_and_step(args.load)
     opened = open_model(Path(folder), "--load", step)
     tokenizer = _tokenizer(opened, args.domains)
-    prompt = sys.stdin.read().removesuffix("\n") if args.prompt == "-" else args.prompt
+    prompt = _read_stdin() if args.prompt == "-" else args.prompt
     ids = tokenizer.encode(prompt).tolist() if prompt else [tokenizer.eod]
+    if max(ids) >= opened.gpt.vocab_size:
+        value, rule = f"id {max(ids):,} of the prompt", f"less than {opened.gpt.vocab_size:,}, the model's vocabulary"
+        raise ConfigError(Fault(f"--load {folder}: tokenizer", value, rule, "give the tokenizer of the model"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with stage(f"loading {folder}"):
         module = load_model(opened.gpt, opened.weights, device, torch.bfloat16 if args.bf16 else torch.float32)
@@ -92,6 +95,13 @@ def main() -> int:
                 shown = text
         print(shown_lines(tokenizer.decode(written)[len(shown) :]))
     return 0
+
+
+def _read_stdin() -> str:
+    """The text of standard input, without the end of its last line; bytes that are not UTF-8 become U+FFFD."""
+    if sys.stdin is None:
+        raise ConfigError(Fault("--prompt", "- without a standard input", "text to read", "give the text itself"))
+    return sys.stdin.buffer.read().decode("utf-8", "replace").removesuffix("\n")
 
 
 def shown_lines(text: str) -> str:

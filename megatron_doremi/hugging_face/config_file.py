@@ -18,6 +18,7 @@ from megatron_doremi.storage.files import read_json_object
 from megatron_doremi.storage.formats import check_entry
 
 _REMEDY = "convert another model"
+_TOO_LARGE = 10**300
 # Why known classes cannot be expressed.
 _OTHERS = {
     "olmo": "its norms have no weights",
@@ -138,7 +139,9 @@ def _rotary_base(values: Mapping[str, Any], subject: str) -> tuple[Any, list[Fau
     if any(share != 1.0 for share in stated):
         faults.append(_fault(subject, "partial_rotary_factor", stated[0], "1: all channels of a head rotate"))
     theta = nested.get("rope_theta", values.get("rope_theta", values.get("rotary_emb_base", 10000.0)))
-    return float(theta) if isinstance(theta, int) and not isinstance(theta, bool) else theta, faults
+    # An integer that no float holds stays one, for the schema to refuse.
+    is_small = isinstance(theta, int) and not isinstance(theta, bool) and abs(theta) < _TOO_LARGE
+    return float(theta) if is_small else theta, faults
 
 
 def _complete(shape: dict[str, Any]) -> dict[str, Any]:

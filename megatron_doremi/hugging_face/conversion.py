@@ -6,6 +6,7 @@ Memory holds one parameter and its converted copy, whatever the size of the mode
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 from megatron_doremi.checkpoint.source import Weights
 from megatron_doremi.checkpoint.weights import sharding_metadata
 from megatron_doremi.config import GPTConfig
+from megatron_doremi.errors import ConfigError, Fault
 from megatron_doremi.hugging_face.architectures import Architecture
 from megatron_doremi.hugging_face.stored import Stored
 from megatron_doremi.hugging_face.weights import INDEX, SINGLE
@@ -109,6 +111,18 @@ def _files(
     return files
 
 
+def _check_range(name: str, full: Tensor, dtype: torch.dtype) -> None:
+    """Raises ConfigError if a parameter's finite values become Inf in the type that is written, such as float16."""
+    bound = torch.finfo(dtype).max
+    if bound >= torch.finfo(full.dtype).max:
+        return
+    largest = float(full.abs().max())
+    if bound < largest < math.inf:
+        type_name = str(dtype).removeprefix("torch.")
+        rule, remedy = f"numbers of at most {bound:,.6g} in {type_name}", "give --dtype bfloat16 or float32"
+        raise ConfigError(Fault(f"--dtype {type_name}", f"{name} holds {largest:,.6g}", rule, remedy))
+
+
 def _write(
     path: Path,
     weights: Weights,
@@ -122,7 +136,9 @@ def _write(
 
     def tensors() -> Iterator[Tensor]:
         for unit in units:
-            yield from unit.stored.split(weights.full(unit.name))
+            full = weights.full(unit.name)
+            _check_range(unit.name, full, unit.dtype)
+            yield from unit.stored.split(full)
             progress()
 
     write_tensors(path, entries, tensors(), metadata)

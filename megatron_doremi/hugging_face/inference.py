@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron_doremi.checkpoint.reader import copy_weights
 from megatron_doremi.checkpoint.source import Weights
 from megatron_doremi.config import GPTConfig
+from megatron_doremi.errors import RunError
 from megatron_doremi.model.unpipelined import GPTModel
 from megatron_doremi.parallel.context import unsharded
 
@@ -39,7 +40,8 @@ def probabilities(logits: Tensor, temperature: float, top_k: int, top_p: float) 
     values = logits.float()
     if temperature == 0.0:
         return torch.nn.functional.one_hot(values.argmax(), len(values)).float()
-    values = values / temperature
+    # Relative to the largest, in float64: a tiny temperature makes the others -Inf, and none of them NaN.
+    values = ((values - values.max()).double() / temperature).float()
     order = values.argsort(descending=True, stable=True)
     ranked = values[order].softmax(-1)
     keep = torch.ones_like(ranked, dtype=torch.bool)
@@ -67,11 +69,17 @@ def generate(
     """Yields one token id after the other. The model sees the last `max_positions` tokens of prompt and text.
 
     Every token is one forward pass over all of them: there is no cache of keys and values.
+
+    Raises:
+        RunError: a logit is NaN or Inf.
     """
     device = next(module.parameters()).device
     ids = list(prompt)
     for _ in range(max_new_tokens):
         tokens = torch.tensor([ids[-module.gpt.max_positions :]], device=device)
-        chosen = probabilities(module.logits(tokens)[0, -1], temperature, top_k, top_p).cpu()
+        logits = module.logits(tokens)[0, -1]
+        if not bool(logits.isfinite().all()):
+            raise RunError(f"the model's logits after {len(ids):,} tokens are NaN or Inf: are its weights damaged?")
+        chosen = probabilities(logits, temperature, top_k, top_p).cpu()
         ids.append(int(torch.multinomial(chosen, 1, generator=generator)))
         yield ids[-1]

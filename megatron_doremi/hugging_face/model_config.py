@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from megatron_doremi.checkpoint.run_config import GPTEntry, read_run_config
 from megatron_doremi.errors import ConfigError, Fault
@@ -29,6 +29,12 @@ class ModelEntry(Schema):
     model_type: Name
     eod: Count | None = None
     source: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _eod_in_vocabulary(self) -> ModelEntry:
+        if self.eod is not None and self.eod >= self.gpt.vocab_size:
+            raise ValueError(f"eod {self.eod} must be less than vocab_size {self.gpt.vocab_size}")
+        return self
 
 
 def kind_of_model(folder: Path, flag: str) -> str:

@@ -11,7 +11,8 @@ A model folder holds weights without a run:
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from megatron_doremi.checkpoint.run_config import RunConfigFile, read_run_config
 from megatron_doremi.checkpoint.source import Weights
 from megatron_doremi.checkpoint.weights import WeightsFolder
 from megatron_doremi.config import GPTConfig
-from megatron_doremi.errors import ConfigError, Fault
+from megatron_doremi.errors import ConfigError, Fault, raise_if_any
 from megatron_doremi.hugging_face.config_file import read_config
 from megatron_doremi.hugging_face.model_config import (
     HUGGING_FACE,
@@ -31,6 +32,7 @@ from megatron_doremi.hugging_face.model_config import (
     read_model_entry,
 )
 from megatron_doremi.hugging_face.weights import HuggingFaceWeights
+from megatron_doremi.model.sizes import parameter_specs
 from megatron_doremi.storage.files import read_json_object
 
 WEIGHTS = "weights"
@@ -60,6 +62,7 @@ class OpenedModel:
         model_type: class of Transformers that the model comes from; "" for a run.
         eod: id of the end-of-document token, if config.json states it.
         run: config.json of the run.
+        checksums: SHA-256 of each weights file, if the model's format records it: a run's does.
     """
 
     kind: str
@@ -70,6 +73,7 @@ class OpenedModel:
     model_type: str = ""
     eod: int | None = None
     run: RunConfigFile | None = None
+    checksums: Mapping[Path, str] = field(default_factory=dict)
 
 
 def open_model(folder: Path, flag: str, step: int | None = None) -> OpenedModel:
@@ -80,7 +84,8 @@ def open_model(folder: Path, flag: str, step: int | None = None) -> OpenedModel:
         step: of a run's checkpoint; None: the newest.
 
     Raises:
-        ConfigError: the folder holds no model, or one that this program cannot express.
+        ConfigError: the folder holds no model, or one that this program cannot express, or its config.json describes
+            another model than its weights.
     """
     kind = kind_of_model(folder, flag)
     if step is not None and kind != RUN:
@@ -94,14 +99,40 @@ def open_model(folder: Path, flag: str, step: int | None = None) -> OpenedModel:
     if kind == MODEL:
         entry = read_model_entry(folder, flag)
         stored = WeightsFolder(folder / WEIGHTS)
+        raise_if_any(_shape_faults(stored, entry.gpt.gpt(), f"{flag} {folder}: config.json"))
         return OpenedModel(kind, folder, entry.gpt.gpt(), stored, model_type=entry.model_type, eod=entry.eod)
     run = read_run_config(folder, flag)
     checkpoint = newest_checkpoint(folder) if step is None else checkpoint_at(folder, step, flag)
     if checkpoint is None:
         rule, remedy = "a run with a checkpoint", "train it first"
         raise ConfigError(Fault(f"{flag} {folder}", "no complete checkpoint", rule, remedy))
-    iteration = read_state(checkpoint).iteration
-    return OpenedModel(kind, folder, run.gpt.gpt(), WeightsFolder(checkpoint / WEIGHTS), iteration, run=run)
+    state, gpt, stored = read_state(checkpoint), run.gpt.gpt(), WeightsFolder(checkpoint / WEIGHTS)
+    subject = f"{flag} {folder}: config.json"
+    trained = state.recorded_identity().get("gpt", {})
+    stated = asdict(gpt)
+    remedy = "restore config.json: the checkpoint records what was trained"
+    faults = [
+        Fault(subject, f"{name}: {stated[name]}", f"{value}, as in the checkpoint", remedy)
+        for name, value in trained.items()
+        if stated[name] != value
+    ]
+    raise_if_any(faults or _shape_faults(stored, gpt, subject))
+    checksums = {checkpoint / name: value for name, value in state.checksums.items() if name.startswith(f"{WEIGHTS}/")}
+    return OpenedModel(kind, folder, gpt, stored, state.iteration, run=run, checksums=checksums)
+
+
+def _shape_faults(weights: WeightsFolder, gpt: GPTConfig, subject: str) -> list[Fault]:
+    """A fault of a config.json that describes other parameters than the weights files hold."""
+    expected = {name: spec.shape for name, spec in parameter_specs(gpt).items()}
+    stored = {name: weights.spec(name).shape for name in sorted(weights.names())}
+    differing = [name for name in expected | stored if expected.get(name) != stored.get(name)]
+    if not differing:
+        return []
+    name = differing[0]
+    value = f"{name}: {list(expected[name]) if name in expected else 'missing'}"
+    more = f", and {len(differing) - 1:,} more such parameters" if len(differing) > 1 else ""
+    rule = f"{list(stored[name]) if name in stored else 'no such parameter'}, as in the weights{more}"
+    return [Fault(subject, value, rule, "restore config.json, or convert or train the model again")]
 
 
 def _eod(entry: dict[str, Any], vocab_size: int) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,9 @@ def stored_tensors(folder: Path, flag: str) -> dict[str, StoredTensor]:
     for file_name in _file_names(folder, flag):
         with _opened(folder, file_name, flag) as file:
             for name in file.keys():  # noqa: SIM118
+                if name in found:
+                    rule, value = "each tensor in one file", f"{name} is in {found[name].file} and in {file_name}"
+                    raise ConfigError(Fault(f"{flag} {folder}", value, rule, _REMEDY))
                 stored = file.get_slice(name)
                 found[name] = StoredTensor(file_name, name, tuple(stored.get_shape()), stored.get_dtype())
     return found
@@ -75,7 +79,12 @@ def stored_tensors(folder: Path, flag: str) -> dict[str, StoredTensor]:
 def _file_names(folder: Path, flag: str) -> list[str]:
     if (folder / INDEX).is_file():
         index = read_checked(folder / INDEX, f"{flag} {folder}: {INDEX}", IndexEntry, _REMEDY)
-        return sorted(set(index.weight_map.values()))
+        names = sorted(set(index.weight_map.values()))
+        if (folder / SINGLE).is_file() and SINGLE not in names:
+            # Transformers reads the first and ignores the others.
+            rule, remedy = f"one model: {SINGLE}, or {INDEX} and its files", "remove what is out of date"
+            raise ConfigError(Fault(f"{flag} {folder}", f"{SINGLE} and {INDEX} for other files", rule, remedy))
+        return names
     if (folder / SINGLE).is_file():
         return [SINGLE]
     pickles = any(folder.glob("*.bin"))
@@ -111,7 +120,7 @@ class HuggingFaceWeights:
         self._specs = parameter_specs(gpt)
         found = stored_tensors(folder, flag)
         self._entries = {_class_name(name, found, architecture): entry for name, entry in found.items()}
-        raise_if_any(self._faults())
+        raise_if_any(self._faults() or self._tied_faults())
 
     def _faults(self) -> list[Fault]:
         """Compares the headers with the tensors that the shape has."""
@@ -128,7 +137,7 @@ class HuggingFaceWeights:
                     faults.append(Fault(subject, value, rule, _REMEDY))
         extra = sorted(name for name in self._entries if name not in known and not name.endswith(_BUFFERS))
         if self._gpt.tied_embeddings:
-            # Transformers ignores it, too.
+            # A copy of the embedding; `_tied_faults` compares them.
             extra = [name for name in extra if name != f"{architecture.modules['output']}.weight"]
         if extra:
             value = ", ".join(extra[:_SHOWN]) + (f" and {len(extra) - _SHOWN} more" if len(extra) > _SHOWN else "")
@@ -140,6 +149,18 @@ class HuggingFaceWeights:
             faults = [*faults[:_SHOWN], more]
         return faults
 
+    def _tied_faults(self) -> list[Fault]:
+        """A fault of a tied output layer that is stored with values of its own: version 5 of Transformers does not tie
+        it, and earlier versions ignore the stored values."""
+        output = f"{self._architecture.modules['output']}.weight"
+        if not self._gpt.tied_embeddings or output not in self._entries:
+            return []
+        embedding = self._read(self._architecture.stored("embedding.weight", self._gpt).names[0])
+        if torch.equal(self._read(output).float(), embedding.float()):
+            return []
+        rule, remedy = "the values of the embedding, since config.json ties them", 'set "tie_word_embeddings": false'
+        return [Fault(f"{self._flag} {self.folder}", f"{output} has values of its own", rule, remedy)]
+
     def names(self) -> set[str]:
         """Names of our parameters in the folder."""
         return set(self._specs)
@@ -149,8 +170,9 @@ class HuggingFaceWeights:
         return self._specs[name]
 
     def dtype(self, name: str) -> torch.dtype:
-        """The type in which a parameter is stored; of several tensors, the first's."""
-        return DTYPES[self._entries[self._architecture.stored(name, self._gpt).names[0]].dtype]
+        """The type in which a parameter is stored; of several tensors, the one that holds the values of all."""
+        types = [DTYPES[self._entries[theirs].dtype] for theirs in self._architecture.stored(name, self._gpt).names]
+        return functools.reduce(torch.promote_types, types)
 
     def full(self, name: str) -> Tensor:
         """A parameter of ours, unsharded."""

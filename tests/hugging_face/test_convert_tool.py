@@ -179,6 +179,7 @@ def edit(folder, **changes):
         ({"num_hidden_layers": 1}, "model.layers.1"),
         ({"num_hidden_layers": 3}, "model.layers.2.self_attn.q_proj.weight: missing"),
         ({"tie_word_embeddings": False}, "lm_head.weight: missing"),
+        ({"rope_parameters": {"rope_theta": 10**400}}, "rotary_base: a huge integer"),
     ],
 )
 def test_what_the_model_cannot_express_is_refused(run, tmp_path, monkeypatch, capsys, changes, words):
@@ -218,3 +219,74 @@ def test_a_moved_manifest_is_named(run, tmp_path, monkeypatch, capsys):
     assert "it has no tokenizer" in output
     names = {path.name for path in (tmp_path / "bare").iterdir()}
     assert names == {"config.json", "generation_config.json", "model.safetensors"}
+
+
+def test_weights_that_are_not_what_their_folder_says(run, tmp_path, monkeypatch, capsys):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    def refused(name, words, *flags, to="native"):
+        assert words in fault_of(monkeypatch, "--to", to, tmp_path / name, tmp_path / "out", *flags)
+        # Nothing is left, not even under a hidden name.
+        assert not [path.name for path in tmp_path.iterdir() if "out" in path.name]
+
+    def saved(name, tensors, file="model.safetensors", **changes):
+        shutil.copytree(tmp_path / "hf", tmp_path / name, dirs_exist_ok=True)
+        save_file(tensors, tmp_path / name / file)
+        edit(tmp_path / name, **changes)
+
+    convert(monkeypatch, capsys, "--to", "hf", run[1], tmp_path / "hf")
+    convert(monkeypatch, capsys, "--to", "native", tmp_path / "hf", tmp_path / "native")
+    tensors = load_file(tmp_path / "hf" / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    # Version 5 of Transformers does not tie an output layer that has values of its own.
+    saved("untied", {**tensors, "lm_head.weight": embedding + 1})
+    refused("untied", "lm_head.weight has values of its own")
+    saved("copied", {**tensors, "lm_head.weight": embedding.clone()})
+    convert(monkeypatch, capsys, "--to", "native", tmp_path / "copied", tmp_path / "copied_native")
+    # Shards with one tensor twice, and shards beside a single file, which Transformers reads alone.
+    saved("shards", tensors, "a.safetensors")
+    saved("shards", {"model.norm.weight": tensors["model.norm.weight"] + 1}, "b.safetensors")
+    places = dict.fromkeys(tensors, "a.safetensors") | {"model.norm.weight": "b.safetensors"}
+    (tmp_path / "shards" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    refused("shards", "model.safetensors and model.safetensors.index.json for other files")
+    (tmp_path / "shards" / "model.safetensors").unlink()
+    refused("shards", "model.norm.weight is in a.safetensors and in b.safetensors")
+    # A type that lacks a value's size, or that not all parts of a parameter have.
+    saved("large", {**tensors, "model.norm.weight": torch.full((32,), 1e6)})
+    refused("large", "final_norm.weight holds 1e+06", "--dtype", "float16", to="hf")
+    query = "model.layers.0.self_attn.q_proj.weight"
+    saved("mixed", {**tensors, query: tensors[query].bfloat16()})
+    convert(monkeypatch, capsys, "--to", "native", tmp_path / "mixed", tmp_path / "mixed_native")
+    convert(monkeypatch, capsys, "--to", "hf", tmp_path / "mixed_native", tmp_path / "mixed_again")
+    key = "model.layers.0.self_attn.k_proj.weight"
+    assert torch.equal(load_file(tmp_path / "mixed_again" / "model.safetensors")[key], tensors[key])
+    # A config.json that was edited: a layer fewer, another value that leaves the shapes as they are.
+    entry = json.loads((tmp_path / "native" / "config.json").read_text())
+    edit(tmp_path / "native", gpt=entry["gpt"] | {"num_layers": 1})
+    refused("native", "layers.1.attention.proj.weight: missing", to="hf")
+    shutil.copytree(run[1], tmp_path / "run")
+    gpt = json.loads((tmp_path / "run" / "config.json").read_text())["gpt"]
+    edit(tmp_path / "run", gpt=gpt | {"rotary_base": 5e5})
+    refused("run", "rotary_base: 500000.0", to="hf")
+    # A byte that changed on the disk.
+    edit(tmp_path / "run", gpt=gpt)
+    file = next((tmp_path / "run" / "checkpoints" / "iter_0000004" / "weights").iterdir())
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    refused("run", "changed after it was written", to="hf")
+
+
+def test_out_is_a_link_or_holds_what_a_killed_conversion_left(run, tmp_path, monkeypatch, capsys):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    left = tmp_path / ".real.partial"
+    (left / "weights").mkdir(parents=True)
+    (left / "old").symlink_to(run[1])
+    convert(monkeypatch, capsys, "--to", "hf", run[1], tmp_path / "link")
+    assert "model.safetensors" in [path.name for path in (tmp_path / "real").iterdir()]
+    assert not left.exists()
+    assert (run[1] / "config.json").exists()
+    monkeypatch.chdir(tmp_path)
+    assert "the current one" in fault_of(monkeypatch, "--to", "hf", run[1], ".")

@@ -5,6 +5,9 @@ Run alone: python -m pytest tests/hugging_face/test_generate.py
 
 from __future__ import annotations
 
+import io
+import json
+import shutil
 import sys
 
 import pytest
@@ -12,7 +15,7 @@ import torch
 from hugging_face.test_convert_tool import write_text_data
 from phases.small import train
 
-from megatron_doremi.errors import ConfigError
+from megatron_doremi.errors import ConfigError, RunError
 from megatron_doremi.hugging_face.inference import probabilities
 from tools import convert_checkpoint, generate
 
@@ -22,6 +25,7 @@ from tools import convert_checkpoint, generate
     [
         ((1.0, 0, 1.0), [0.1, 0.4, 0.2, 0.3]),
         ((0.0, 0, 1.0), [0.0, 1.0, 0.0, 0.0]),
+        ((1e-300, 0, 1.0), [0.0, 1.0, 0.0, 0.0]),
         ((0.5, 0, 1.0), [0.01 / 0.3, 0.16 / 0.3, 0.04 / 0.3, 0.09 / 0.3]),
         ((1.0, 2, 1.0), [0.0, 4 / 7, 0.0, 3 / 7]),
         ((1.0, 0, 0.7), [0.0, 4 / 7, 0.0, 3 / 7]),
@@ -81,3 +85,35 @@ def test_texts_follow_from_the_seed(models, monkeypatch, capsys):
 
 def test_control_characters_do_nothing_to_a_terminal():
     assert generate.shown_lines("a\tb\nc\x1b[2J\x07") == "a\tb\nc\\x1b[2J\\x07"
+
+
+def test_prompts_and_models_that_are_damaged(models, tmp_path, monkeypatch, capsys):
+    words = ["--load", models[0], "--max-new-tokens", "3", "--temperature", "0", "--prompt"]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"shumon\xff\n")))
+    assert text_of(monkeypatch, capsys, *words, "-").startswith("shumon\ufffd")
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(ConfigError, match="without a standard input"):
+        text_of(monkeypatch, capsys, *words, "-")
+    # A tokenizer with a piece more than the model's 300.
+    folder = tmp_path / "hf"
+    shutil.copytree(models[1], folder)
+    definition = json.loads((folder / "tokenizer.json").read_text())
+    words[1] = folder
+    definition["model"] = {"type": "WordLevel", "vocab": {"<|endoftext|>": 0, "ta": 300}, "unk_token": "<|endoftext|>"}
+    (folder / "tokenizer.json").write_text(json.dumps(definition))
+    with pytest.raises(ConfigError, match="id 300 of the prompt"):
+        text_of(monkeypatch, capsys, *words, "ta")
+    monkeypatch.setattr(generate, "load_model", lambda *_: NanModel())
+    with pytest.raises(RunError, match="logits after 1 tokens are NaN"):
+        text_of(monkeypatch, capsys, "--load", models[0], "--prompt", "")
+
+
+class NanModel(torch.nn.Linear):
+    """A model whose weights are damaged."""
+
+    def __init__(self):
+        super().__init__(1, 1)
+        self.gpt = type("Shape", (), {"max_positions": 4})
+
+    def logits(self, tokens):
+        return torch.full((*tokens.shape, 300), torch.nan)
