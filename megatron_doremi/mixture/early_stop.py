@@ -37,6 +37,8 @@ GROUPS = 8
 _MOST_SUMS = 64
 # Nothing is extrapolated to more than four times the steps taken: the drift of the start says nothing that far ahead.
 EARLIEST_SHARE = 0.25
+# Steps of a group at least. The weights of neighboring steps are nearly equal: in shorter groups the noise looks small.
+SHORTEST_GROUP = 8
 # Tolerance for the rounding error of a float64 sum over domains and steps, per step.
 _ROUNDING = 1e-6
 
@@ -178,7 +180,8 @@ class EarlyStop:
         interval = sum_interval(steps)
         group = steps // 2 // interval // GROUPS * interval
         enough = steps >= EARLIEST_SHARE * self._train_iters and steps - GROUPS * group >= self._warmup
-        return group if group and enough and steps % interval == 0 and steps < self._train_iters else None
+        enough = enough and group >= SHORTEST_GROUP and steps < self._train_iters
+        return group if enough and steps % interval == 0 else None
 
     def _estimate(self, steps: int) -> FinalMean | None:
         group = self.group_steps(steps)

@@ -88,9 +88,10 @@ def test_what_is_kept_and_when_it_is_checked():
     assert window <= checked[0] / 2
     assert all(step % sum_interval(step) == 0 for step in checked)
     assert EarlyStop(0.1, 1000, 0).first_check() == 252
-    assert EarlyStop(0.1, 20, 0).first_check() == 16
+    # Groups of at least 8 steps.
+    assert EarlyStop(0.1, 300, 0).first_check() == 128
     assert EarlyStop(0.1, 1000, 900).first_check() is None
-    assert "too few" in EarlyStop(0.1, 16, 0).rule
+    assert "too few" in EarlyStop(0.1, 128, 0).rule
     assert EarlyStop(0.1, 10**9, 0).first_check() >= 250_000_000
 
 
@@ -158,8 +159,8 @@ def test_a_run_is_settled_by_its_setting_and_says_what_changed():
                 assert answer.half_width <= drift
                 assert proxy.result().tolist() == answer.mean.tolist()
                 break
-    assert ends[0.5] == 100
-    assert 100 < ends[0.02] < 400
+    assert ends[0.5] == 128
+    assert 128 < ends[0.02] < 400
     assert ends[0.0] == 400
     assert proxy.result().tolist() == (proxy.state.weight_sum / 399).tolist()
     # Without the flag nothing is stored; with it at a resume the history begins there, and is too short at first.

@@ -16,6 +16,7 @@ from phases.small import MODEL, metrics, read_by, training_lines
 from ranks import on_ranks, program, unwrapped
 
 from megatron_doremi.arguments import parse_config
+from megatron_doremi.mixture import early_stop
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.phases.inputs import open_inputs, plan_text
 
@@ -51,7 +52,8 @@ def recomputed(lines, steps):
 
 
 def printing(launch, argv):
-    """The program on a rank; what it printed."""
+    """The program on a rank; what it printed. Groups of single steps keep the runs short."""
+    early_stop.SHORTEST_GROUP = 1
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         program(launch, argv)
     return printed.getvalue()
