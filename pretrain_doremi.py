@@ -282,6 +282,9 @@ def make_trainer(
     from_rank_0(lambda: clear_leftovers(Path(plan.config.run.save)))
     with stage("checking the checkpoint to resume from", context.topology.rank == 0):
         resume = resume_point(plan, identity, inputs.controller, lambda: control.watchdog.mark("reading a checkpoint"))
+    with stage("loading the reference", context.topology.rank == 0):
+        # Before config.json is written: some faults of a model's files show only now.
+        reference = make_reference(plan, inputs.loaded, context)
     overrides = resume.overrides if resume else ()
     from_rank_0(lambda: write_run_config(plan, inputs.data, identity, overrides))
     is_rank_0 = context.topology.rank == 0
@@ -290,8 +293,6 @@ def make_trainer(
         say(line)
     with stage("building the model and its optimizer", is_rank_0):
         engine = make_engine(plan, make_objective(plan, inputs.controller, context), context)
-    with stage("loading the reference", is_rank_0):
-        reference = make_reference(plan, inputs.loaded, context)
     return Trainer(inputs, identity, resume, engine, reference, context, control, lock)
 
 

@@ -4,8 +4,9 @@
     python tools/generate.py --load runs/main@2000 --prompt "def main(" --temperature 0 --max-new-tokens 50
     echo "The law" | python tools/generate.py --load llama-folder --prompt - --samples 3 --seed 7
 
---load takes a run (its newest checkpoint, or RUN@STEP), a model folder or a Hugging Face folder. One process, a CPU or
-one GPU. Every token is a forward pass over the text so far; tools/convert_checkpoint.py exports a model to serve it.
+--load takes a run (its newest checkpoint, or RUN@STEP), a model folder or a Hugging Face folder; Transformers runs what
+this program's GPT cannot express. One process, a CPU or one GPU. Every token is a forward pass over the text so far;
+tools/convert_checkpoint.py exports a model to serve it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import argparse
 import os
 import re
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 if not __package__:
@@ -24,12 +27,16 @@ if not __package__:
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
+from torch import Tensor
 
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any, run_or_exit
 from megatron_doremi.flag_parser import FlagParser
 from megatron_doremi.hugging_face.inference import generate, load_model
-from megatron_doremi.hugging_face.model_folder import OpenedModel, open_model
+from megatron_doremi.hugging_face.model_config import HUGGING_FACE, kind_of_model
+from megatron_doremi.hugging_face.model_folder import end_of_text, open_model
 from megatron_doremi.hugging_face.tokenizer_files import load_folder_tokenizer, run_tokenizer
+from megatron_doremi.hugging_face.transformers_config import why_not_ours
+from megatron_doremi.hugging_face.transformers_model import load_by_transformers, read_transformers_shape
 from megatron_doremi.progress import stage
 from megatron_doremi.run_settings import folder_and_step
 from megatron_doremi.text_table import shown_text
@@ -66,16 +73,16 @@ def main() -> int:
     args = build_parser().parse_args()
     raise_if_any(_faults(args))
     folder, step = folder_and_step(args.load)
-    opened = open_model(Path(folder), "--load", step)
-    tokenizer = _tokenizer(opened, args.domains)
+    source = _source(Path(folder), step, args.domains)
+    tokenizer = source.tokenizer
     prompt = _read_stdin() if args.prompt == "-" else args.prompt
     ids = tokenizer.encode(prompt).tolist() if prompt else [tokenizer.eod]
-    if max(ids) >= opened.gpt.vocab_size:
-        value, rule = f"id {max(ids):,} of the prompt", f"less than {opened.gpt.vocab_size:,}, the model's vocabulary"
+    if max(ids) >= source.vocab_size:
+        value, rule = f"id {max(ids):,} of the prompt", f"less than {source.vocab_size:,}, the model's vocabulary"
         raise ConfigError(Fault(f"--load {folder}: tokenizer", value, rule, "give the tokenizer of the model"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with stage(f"loading {folder}"):
-        module = load_model(opened.gpt, opened.weights, device, torch.bfloat16 if args.bf16 else torch.float32)
+        model = source.load(torch.bfloat16 if args.bf16 else torch.float32, device)
     generator = torch.Generator().manual_seed(args.seed)
     for number in range(args.samples):
         if args.samples > 1:
@@ -84,7 +91,7 @@ def main() -> int:
         written: list[int] = []
         shown = ""
         settings = (args.max_new_tokens, args.temperature, args.top_k, args.top_p, generator)
-        for token in generate(module, ids, *settings):
+        for token in generate(model, source.max_positions, device, ids, *settings):
             if token == tokenizer.eod:
                 break
             written.append(token)
@@ -102,6 +109,47 @@ def _read_stdin() -> str:
     if sys.stdin is None:
         raise ConfigError(Fault("--prompt", "- without a standard input", "text to read", "give the text itself"))
     return sys.stdin.buffer.read().decode("utf-8", "replace").removesuffix("\n")
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A model that is not loaded yet.
+
+    Attributes:
+        vocab_size: rows of its output layer.
+        max_positions: its longest text; None: any.
+        load: (type of the weights, device) -> the model as a function, [1, seq] ids -> [1, seq, vocab] logits.
+    """
+
+    vocab_size: int
+    max_positions: int | None
+    tokenizer: Tokenizer
+    load: Callable[[torch.dtype, torch.device], Callable[[Tensor], Tensor]]
+
+
+def _source(folder: Path, step: int | None, domains: Path | None) -> _Source:
+    """Opens a model, in whatever form, with its tokenizer; `domains` as --domains."""
+    is_folder = step is None and kind_of_model(folder, "--load") == HUGGING_FACE
+    reason = why_not_ours(folder, "--load") if is_folder else ""
+    if reason:
+        shape = read_transformers_shape(folder, "--load", reason)
+        tokenizer = _folder_tokenizer(folder, end_of_text(folder, "--load", shape.vocab_size))
+
+        def by_transformers(dtype: torch.dtype, device: torch.device) -> Callable[[Tensor], Tensor]:
+            model = load_by_transformers(folder, dtype, device, loss_chunk_tokens=0)
+            return lambda tokens: next(model.logits(tokens))
+
+        return _Source(shape.vocab_size, shape.max_positions, tokenizer, by_transformers)
+    opened = open_model(folder, "--load", step)
+    if opened.run is not None:
+        tokenizer = run_tokenizer(opened.run, domains, "give --domains the manifest")[0]
+    else:
+        tokenizer = _folder_tokenizer(folder, opened.eod)
+
+    def ours(dtype: torch.dtype, device: torch.device) -> Callable[[Tensor], Tensor]:
+        return load_model(opened.gpt, opened.weights, device, dtype).logits
+
+    return _Source(opened.gpt.vocab_size, opened.gpt.max_positions, tokenizer, ours)
 
 
 def shown_lines(text: str) -> str:
@@ -124,13 +172,11 @@ def _faults(args: argparse.Namespace) -> list[Fault]:
     return faults
 
 
-def _tokenizer(opened: OpenedModel, domains: Path | None) -> Tokenizer:
-    if opened.run is not None:
-        return run_tokenizer(opened.run, domains, "give --domains the manifest")[0]
-    if opened.eod is None:
+def _folder_tokenizer(folder: Path, eod: int | None) -> Tokenizer:
+    if eod is None:
         rule, remedy = "an eos_token_id, which ends a text", "add it to config.json"
-        raise ConfigError(Fault(f"--load {opened.folder}: config.json", "eos_token_id is missing", rule, remedy))
-    return load_folder_tokenizer(opened.folder, "--load", opened.eod)
+        raise ConfigError(Fault(f"--load {folder}: config.json", "eos_token_id is missing", rule, remedy))
+    return load_folder_tokenizer(folder, "--load", eod)
 
 
 def command() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -58,7 +58,9 @@ def probabilities(logits: Tensor, temperature: float, top_k: int, top_p: float) 
 
 @torch.no_grad()
 def generate(
-    module: GPTModel,
+    model: Callable[[Tensor], Tensor],
+    max_positions: int | None,
+    device: torch.device,
     prompt: Sequence[int],
     max_new_tokens: int,
     temperature: float,
@@ -66,18 +68,24 @@ def generate(
     top_p: float,
     generator: torch.Generator,
 ) -> Iterator[int]:
-    """Yields one token id after the other. The model sees the last `max_positions` tokens of prompt and text.
+    """Yields one token id after the other.
 
-    Every token is one forward pass over all of them: there is no cache of keys and values.
+    Every token is one forward pass over the text so far: there is no cache of keys and values.
+
+    Args:
+        model: [1, seq] ids -> [1, seq, vocab] logits.
+        max_positions: the model sees the last so many tokens of prompt and text; None: all.
+        prompt: ids; not empty.
+        max_new_tokens: number of tokens to yield.
+        temperature, top_k, top_p: see `probabilities`.
 
     Raises:
         RunError: a logit is NaN or Inf.
     """
-    device = next(module.parameters()).device
     ids = list(prompt)
     for _ in range(max_new_tokens):
-        tokens = torch.tensor([ids[-module.gpt.max_positions :]], device=device)
-        logits = module.logits(tokens)[0, -1]
+        tokens = torch.tensor([ids[-(max_positions or len(ids)) :]], device=device)
+        logits = model(tokens)[0, -1]
         if not bool(logits.isfinite().all()):
             raise RunError(f"the model's logits after {len(ids):,} tokens are NaN or Inf: are its weights damaged?")
         chosen = probabilities(logits, temperature, top_k, top_p).cpu()

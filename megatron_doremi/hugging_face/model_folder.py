@@ -94,7 +94,7 @@ def open_model(folder: Path, flag: str, step: int | None = None) -> OpenedModel:
     if kind == HUGGING_FACE:
         architecture, gpt = read_config(folder, flag)
         weights = HuggingFaceWeights(folder, architecture, gpt, flag)
-        eod = _eod(read_json_object(folder / "config.json", f"{flag} {folder}: config.json"), gpt.vocab_size)
+        eod = end_of_text(folder, flag, gpt.vocab_size)
         return OpenedModel(kind, folder, gpt, weights, model_type=architecture.model_type, eod=eod)
     if kind == MODEL:
         entry = read_model_entry(folder, flag)
@@ -135,9 +135,13 @@ def _shape_faults(weights: WeightsFolder, gpt: GPTConfig, subject: str) -> list[
     return [Fault(subject, value, rule, "restore config.json, or convert or train the model again")]
 
 
-def _eod(entry: dict[str, Any], vocab_size: int) -> int | None:
-    """The end-of-text id in config.json of a Hugging Face folder, the first if it lists several."""
-    given = entry.get("eos_token_id")
+def end_of_text(folder: Path, flag: str, vocab_size: int) -> int | None:
+    """The end-of-text id in config.json of a Hugging Face folder, the first if it lists several; None if it has none.
+
+    Args:
+        flag: the flag or argument that names the folder, for messages.
+    """
+    given = read_json_object(folder / "config.json", f"{flag} {folder}: config.json").get("eos_token_id")
     eod = given[0] if isinstance(given, list) and given else given
     if isinstance(eod, int) and not isinstance(eod, bool) and 0 <= eod < vocab_size:
         return eod

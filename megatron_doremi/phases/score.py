@@ -177,12 +177,13 @@ def score(plan: RunPlan, data: RunData, model: TrainedModel, context: ParallelCo
         ReferenceLossFolder(Path(config.run.save), fingerprint)
         return fingerprint
 
+    # Before the folder is written: some faults of a model's files show only now.
+    with stage(f"loading {model.files}", topology.rank == 0):
+        module = load_trained(model, context, plan.dtype, config.parallel.loss_chunk_tokens)
     with stage(f"checking the weights in {model.files}", topology.rank == 0):
         fingerprint = run_on_rank_0_via_store(store, "folder", topology.rank, start)
     # Only one rank of each replica reads and writes files of losses.
     folder = ReferenceLossFolder(Path(config.run.save), fingerprint) if topology.rank == topology.loss_rank() else None
-    with stage(f"loading {model.files}", topology.rank == 0):
-        module = load_trained(model, context, plan.dtype, config.parallel.loss_chunk_tokens)
     replica = _Replica(plan, data, module, context, watchdog, store, folder)
     replica.score(control.stop)
     barrier_via_store(store, "done", topology.rank, topology.world_size, lambda: replica.poll(control.stop))

@@ -128,7 +128,9 @@ def _meaning(runs: Mapping[str, Run]) -> str:
     """What a comparison of runs with different tokenizers on the same text means."""
     texts = next(iter(runs.values())).held_out_text.values()
     documents, size = (sum(text[key] for text in texts) for key in ("documents", "bytes"))
-    windows = ", ".join(f"{label} {fmean(_window_bytes(run).values()):,.0f}" for label, run in runs.items())
+    windows = ", ".join(
+        f"{label} {fmean(_window_bytes(run).values() or [math.nan]):,.0f}" for label, run in runs.items()
+    )
     return (
         f"The held-out text is the same ({documents:,} documents, {size:,} bytes, alike in each domain), and bits per "
         "byte compare each model together with its tokenizer. A window holds on average, in bytes of text: "

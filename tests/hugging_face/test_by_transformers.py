@@ -34,6 +34,8 @@ from megatron_doremi.reporting.console import console_text
 from megatron_doremi.reporting.groups import Group
 from megatron_doremi.reporting.runs import read_runs
 from megatron_doremi.reporting.study_tables import held_out_table
+from megatron_doremi.tokenization.tokenizer import HUGGING_FACE, load_tokenizer
+from tools import generate
 
 CPU = torch.device("cpu")
 SIZES = {
@@ -253,6 +255,21 @@ def test_what_transformers_cannot_run_either_is_refused(models, tmp_path, monkey
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert "cannot be imported: import of transformers halted" in refused(folder)
+
+
+def test_it_writes_text(models, monkeypatch, capsys):
+    """tools/generate.py: the tokens that the class generates, as far as its own cache allows."""
+    from transformers import AutoModelForCausalLM
+
+    _, folder = models
+    tokenizer = load_tokenizer(HUGGING_FACE, folder / "tokenizer.json")
+    ids = tokenizer.encode("shumon tari").tolist()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    expected = model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)[0].tolist()
+    words = ["--load", str(folder), "--prompt", "shumon tari", "--temperature", "0", "--max-new-tokens", "8"]
+    monkeypatch.setattr(sys, "argv", ["generate.py", *words])
+    assert generate.main() == 0
+    assert capsys.readouterr().out == generate.shown_lines(tokenizer.decode(expected)) + "\n"
 
 
 def test_files_of_another_class_are_refused(models, tmp_path):
