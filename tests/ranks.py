@@ -9,11 +9,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import runpy
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -116,6 +118,34 @@ def program(launch: Any, argv: list[str]) -> int:
 def run_program(world_size: int, argv: list[str], timeout: float = 240.0) -> None:
     """Runs pretrain_doremi.py with these arguments on `world_size` ranks."""
     on_ranks(world_size, program, argv, timeout=timeout)
+
+
+def run_tool(path: Path, words: Sequence[str], timeout: float = 120.0) -> subprocess.CompletedProcess[str]:
+    """Runs a script as `python PATH WORDS` would, in a process that has imported what it needs: it is forked from the
+    server with this process's environment and working directory, and its output comes through file descriptors."""
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = (str(path), list(words), folder, dict(os.environ), os.getcwd())
+        process = _CONTEXT.Process(target=_script, args=arguments)
+        process.start()
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            raise AssertionError(f"{path} did not end within {timeout} s")
+        outputs = [Path(folder, name).read_text(errors="surrogateescape") for name in ("stdout", "stderr")]
+    return subprocess.CompletedProcess([str(path), *words], process.exitcode, *outputs)
+
+
+def _script(path: str, words: list[str], folder: str, environ: dict[str, str], cwd: str) -> None:
+    os.environ.clear()
+    os.environ.update(environ)
+    os.chdir(cwd)
+    for number, name in enumerate(("stdout", "stderr"), 1):
+        with open(f"{folder}/{name}", "wb") as file:
+            os.dup2(file.fileno(), number)
+        setattr(sys, name, open(number, "w", closefd=False))  # noqa: SIM115
+    sys.argv[:] = [path, *words]
+    sys.path[0] = os.path.dirname(path)
+    runpy.run_path(path, run_name="__main__")
 
 
 def unwrapped(output: str) -> str:

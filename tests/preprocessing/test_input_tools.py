@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import zstandard
 from input_files import lines, parquet, pile, put, records, table
-from ranks import unwrapped
+from ranks import run_tool, unwrapped
 
 from megatron_doremi.data.indexed_dataset import IndexedDataset
 from megatron_doremi.data.manifest import load_manifest
@@ -30,6 +30,12 @@ RAW = lines(pile(ROWS))
 
 
 def run(tool, *words, limit=None, **environment):
+    """A real start of Python where its limits or its environment matter."""
+    if limit is None and not environment:
+        done = run_tool(TOOLS / tool, list(map(str, words)))
+        done.stdout, done.stderr = (os.fsencode(unwrapped(text)) for text in (done.stdout, done.stderr))
+        return done
+
     def limited():
         if limit is not None:
             resource.setrlimit(resource.RLIMIT_NOFILE, limit)

@@ -10,14 +10,12 @@ import json
 import random
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import zstandard
-from ranks import unwrapped
+from ranks import run_tool, unwrapped
 
 from megatron_doremi.data.document_bytes import document_bytes
 from megatron_doremi.data.indexed_dataset import IndexedDataset
@@ -33,8 +31,7 @@ DOMAINS = ("Books", "Ubuntu IRC", "Wikipedia (en)")
 
 
 def run(tool, *words):
-    command = [sys.executable, str(TOOLS / tool), *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = run_tool(TOOLS / tool, list(map(str, words)))
     done.stdout, done.stderr = unwrapped(done.stdout), unwrapped(done.stderr)
     return done
 
