@@ -14,6 +14,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
 # They compile it once, not each.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# Several processes share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 # Ranks of a test outnumber the GPUs of a machine and talk over gloo. Tests marked `gpu` start processes of their own.
 os.environ.setdefault("MEGATRON_DOREMI_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
@@ -23,10 +25,11 @@ os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    """A small data set, made once; a file that needs another has a fixture of its own."""
+    """A small data set, made once, of which an evaluation takes no longer than a few steps; a file that needs another
+    has a fixture of its own."""
     from phases.small import write_data
 
-    return write_data(tmp_path_factory.mktemp("data"), tokens=1500)
+    return write_data(tmp_path_factory.mktemp("data"), tokens=1500, held_out=200)
 
 
 @pytest.fixture(scope="session")
@@ -37,3 +40,27 @@ def reference(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("reference")
     train(1, "reference", data, folder, 12)
     return ["--reference-load", str(folder)]
+
+
+# The files that take longest, longest first: the last one to start decides when the suite ends.
+LONGEST = (
+    "phases/test_layouts.py",
+    "slurm/test_real_slurm.py",
+    "cluster/test_survival.py",
+    "test_command_blocks.py",
+    "test_quickstart.py",
+    "test_workstation.py",
+    "preprocessing/test_shards.py",
+    "mixture/test_proxy_against_plain.py",
+    "slurm/test_scripts.py",
+    "phases/test_catalog.py",
+    "phases/test_any_layout.py",
+    "phases/test_outputs.py",
+    "model/test_against_plain_model.py",
+    "hugging_face/test_lm_eval.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    order = {ROOT / "tests" / name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))

@@ -9,5 +9,6 @@ use_environment requirements-dev.txt
 "$PYTHON" -m mypy
 "$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')/shellcheck" --external-sources \
     examples/*.sh examples/*/*.s* benchmarks/*.sh tests/*.sh
-# Two files of tests at a time: half of the time is waiting for other processes.
-"$PYTHON" -m pytest --numprocesses 2 --dist loadfile "$@"
+# Three files of tests at a time on two cores, because a part of the time is waiting for timeouts and other processes;
+# in the order of tests/conftest.py, the longest first.
+"$PYTHON" -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder "$@"

@@ -66,6 +66,14 @@ def test_a_run_starts_from_the_weights_wherever_they_are(models, tmp_path):
         assert training_lines(lines) == training_lines(first)
 
 
+@pytest.fixture(scope="module")
+def alone(models, tmp_path_factory):
+    """Training lines of a start on one process, by whether it is in bfloat16."""
+    folder = tmp_path_factory.mktemp("alone")
+    flags = {False: [], True: ["--bf16", "--zero-stage", "1"]}
+    return {bf16: training_lines(start(1, models[0], folder / str(bf16), models[2], *flags[bf16])) for bf16 in flags}
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -75,13 +83,12 @@ def test_a_run_starts_from_the_weights_wherever_they_are(models, tmp_path):
         "--zero-stage 3",
     ],
 )
-def test_any_layout_starts_from_a_folder(models, tmp_path, flags):
+def test_any_layout_starts_from_a_folder(models, alone, tmp_path, flags):
     """The master weights start from the model as well: with bfloat16, the update of step 2 would show it."""
     data, _, folder, _ = models
-    bf16 = ["--bf16", "--zero-stage", "1"] if "--bf16" in flags else []
-    alone = start(1, data, tmp_path / "alone", folder, *bf16)
+    bf16 = "--bf16" in flags
     spread = start(2, data, tmp_path / "spread", folder, *flags.split())
-    for one, other in zip(training_lines(alone), training_lines(spread), strict=True):
+    for one, other in zip(alone[bf16], training_lines(spread), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=2e-3 if bf16 else 1e-5)
     if bf16:
         # The weights that were written are the rounded master weights, which moved by about the learning rate.

@@ -41,9 +41,11 @@ def write_data(
     for number in range(num_domains):
         prefixes, cycle = {}, generator.permutation(VOCAB)[: 5 + 3 * number]
         for split, count in (("train", tokens * (1 + number % 3)), ("valid", held_out)):
-            ids = np.resize(cycle, count)
-            noisy = generator.random(count) < min(0.9, 0.05 + 0.25 * number)
+            # The train split is the same for any `held_out` up to 600.
+            ids = np.resize(cycle, count if split == "train" else max(count, 600))
+            noisy = generator.random(len(ids)) < min(0.9, 0.05 + 0.25 * number)
             ids[noisy] = generator.integers(0, VOCAB, noisy.sum())
+            ids = ids[:count]
             if apart:
                 ids = ids % 20 + 20 * number
             prefix = folder / f"domain{number}_{split}"

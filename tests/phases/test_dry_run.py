@@ -71,15 +71,15 @@ def test_a_main_run(data):
     assert f"{step}; the run: 7 steps = 896 tokens" in lines
     assert "mixture: static; sampling weights: uniform" in lines
     epochs = [f"{56 / 3 / windows:.2f}" for windows in (93, 187, 281)]
-    assert rows(lines) == [[str(n), "0.3333", e, "37"] for n, e in zip((93, 187, 281), epochs, strict=True)]
+    assert rows(lines) == [[str(n), "0.3333", e, "12"] for n, e in zip((93, 187, 281), epochs, strict=True)]
 
 
 def test_the_held_out_windows_are_those_that_an_evaluation_reads(data, reference):
     """--eval-iters counts batches of 8 windows, in an evaluation those of the run that it loads."""
-    limit = ["--eval-iters", "2"]
-    assert [row[-1] for row in rows(dry_run(data, "main", *limit)[1])] == ["16"] * 3
-    assert [row[-1] for row in rows(dry_run(data, "evaluate", "--load", reference[1], *limit)[1])] == ["16"] * 3
-    assert [row[-1] for row in rows(dry_run(data, "evaluate", "--load", reference[1])[1])] == ["37"] * 3
+    limit = ["--eval-iters", "1"]
+    assert [row[-1] for row in rows(dry_run(data, "main", *limit)[1])] == ["8"] * 3
+    assert [row[-1] for row in rows(dry_run(data, "evaluate", "--load", reference[1], *limit)[1])] == ["8"] * 3
+    assert [row[-1] for row in rows(dry_run(data, "evaluate", "--load", reference[1])[1])] == ["12"] * 3
 
 
 def test_a_task_of_an_array_shows_its_share(data, reference):

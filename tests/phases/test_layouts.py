@@ -58,7 +58,7 @@ LAYOUTS = {
     "DP2 ZeRO1": (2, 4, zero(1), "tied, 22 domains, online"),
     "DP2 ZeRO2": (2, 2, zero(2), "tied, 3 domains, online"),
     "DP2 ZeRO2 offloaded, selective": (2, 4, [*zero(2), *OFFLOAD, *SELECTIVE], "untied, 22 domains, recorded"),
-    "DP2 ZeRO3": (2, 4, zero(3), "tied, 22 domains, online"),
+    "DP2 ZeRO3": (2, 2, zero(3), "tied, 22 domains, online"),
     "DP2 ZeRO3 offloaded, full": (2, 2, [*zero(3), *OFFLOAD, *FULL], "untied, 3 domains, recorded"),
     "TP2 x PP2": (4, 2, [*TP2, *PP2], "untied, 5 domains, online"),
     "TP2 x PP2 SP ZeRO1, full": (4, 4, [*TP2, *PP2, *SP, *zero(1), *FULL], "tied, 5 domains, recorded"),
@@ -84,7 +84,7 @@ def prepared(tmp_path_factory):
     for domains in sorted({domains for _, domains, _ in TASKS.values()}):
         folder = tmp_path_factory.mktemp(f"{domains}-domains")
         data = write_data(folder, num_domains=domains)
-        train(1, "reference", data, folder / "reference", 15, model=DEEP)
+        train(1, "reference", data, folder / "reference", 15, "--micro-batch-size", "8", model=DEEP)
         online = ["--reference-load", str(folder / "reference")]
         argv = ["--phase", "score", "--domains", str(data), "--save", str(folder / "losses"), *online]
         argv += read_by("score", MODEL)
@@ -145,13 +145,13 @@ def test_twenty_steps_are_the_same(layout, prepared, single, tmp_path):
 
 
 def test_22_domains_in_batches_of_16(tmp_path_factory, tmp_path):
-    """More domains than windows: over 200 steps with absent domains the weights are finite, smooth and sum to one."""
+    """More domains than windows: over 100 steps with absent domains the weights are finite, smooth and sum to one."""
     folder = tmp_path_factory.mktemp("22")
     data = write_data(folder, num_domains=22, tokens=600)
-    flags = ["--global-batch-size", "16", "--lr", "2e-3", "--log-interval", "100"]
+    flags = ["--global-batch-size", "16", "--micro-batch-size", "8", "--lr", "2e-3", "--eval-iters", "1"]
     train(1, "reference", data, tmp_path / "reference", 20, *flags)
     reference = ["--reference-load", str(tmp_path / "reference")]
-    lines = training_lines(train(2, "proxy", data, tmp_path / "proxy", 200, *reference, *flags))
+    lines = training_lines(train(2, "proxy", data, tmp_path / "proxy", 100, *reference, *flags))
     previous = dict.fromkeys(lines[0]["domain_weights"], 1 / 22)
     last_excess = dict.fromkeys(previous, 0.0)
     for line in lines:
@@ -170,7 +170,7 @@ def test_22_domains_in_batches_of_16(tmp_path_factory, tmp_path):
 
 def test_weights_follow_from_the_metrics_alone(reference, data, tmp_path):
     """alpha_t follows from alpha_{t-1} and lambda_t by the formula at every step; the file holds the mean alpha_t."""
-    flags = ["--pipeline-model-parallel-size", "2", "--doremi-step-size", "0.7", "--doremi-smoothing", "0.01"]
+    flags = [*PP2, "--doremi-step-size", "0.7", "--doremi-smoothing", "0.01", "--eval-iters", "1"]
     lines = training_lines(train(2, "proxy", data, tmp_path, STEPS, *reference, *flags))
     names = list(lines[0]["domain_weights"])
     alpha = dict.fromkeys(names, 1 / len(names))
@@ -194,7 +194,7 @@ def test_weights_follow_from_the_metrics_alone(reference, data, tmp_path):
 def test_bfloat16_follows_float32(flags, reference, data, tmp_path):
     """bfloat16 keeps 8 bits of a number; a batch's mean loss averages the errors of its tokens, but what is left of
     them in lambda, .001 to .003 a step, adds up as in a random walk, so the bound is one for 20 steps at eta = .05."""
-    flags = [*reference, "--doremi-step-size", "0.05", *flags]
+    flags = [*reference, "--doremi-step-size", "0.05", "--eval-iters", "1", *flags]
     exact = training_lines(train(2, "proxy", data, tmp_path / "float32", STEPS, *flags))
     short = training_lines(train(2, "proxy", data, tmp_path / "bf16", STEPS, *flags, "--bf16"))
     weights = full_weights(tmp_path / "bf16" / "checkpoints" / f"iter_{STEPS:07d}")
