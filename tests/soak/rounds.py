@@ -124,6 +124,7 @@ def through_slurm(folder: Path) -> None:
 
     data = folder / "data"
     data.mkdir()
+    (folder / "slurm").mkdir()
     write_data(data, tokens=1500)
     experiment = EXPERIMENT.format(folder=folder, iters=24).replace(f"OUT={folder}/run", f"OUT=${{OUT:-{folder}/run}}")
     (folder / "experiment.sh").write_text(experiment)
