@@ -110,6 +110,11 @@ def suggest_layouts(plan: RunPlan, alternating: bool, reference: Shape | None, d
     """
     limit, world_size = (1 - MARGIN) * device_bytes, plan.topology.world_size
     splits, rejected = possible_splits(plan.config, [plan.shape, *([reference] if reference else [])], world_size)
+    if not splits:
+        # The model alone has one, or its flags were refused.
+        remedy = "give another --global-batch-size, or the recorded losses of the reference: --reference-losses DIR"
+        fault = Fault("--suggest-layout", f"no layout of {world_size:,} ranks", "; ".join(rejected), remedy)
+        raise ConfigError(fault)
     best: list[tuple[Candidate, str]] = []
     smallest: list[Candidate] = []
     for split in splits:

@@ -208,6 +208,10 @@ def test_the_run_says_so_and_config_json_is_part_of_the_model(models, tmp_path):
     suggested = suggestion(open_inputs(config_of(*layouts, world=4), Topology(data_size=4)))
     assert "--tensor-model-parallel-size 1" in suggested
     assert "1: each rank holds all of Olmo2ForCausalLM" in unwrapped(suggested)
+    layouts += ["--global-batch-size", "2", "--micro-batch-size", "1"]
+    with pytest.raises(ConfigError, match=r"no layout of 4 ranks\n") as error:
+        suggestion(open_inputs(config_of(*layouts, world=4), Topology(data_size=4)))
+    assert "data 4: --global-batch-size 2 is not a multiple of 4" in str(error.value)
     scoring = ["--phase", "score", "--domains", data, "--save", tmp_path / "out", "--seq-length", "16", "--dry-run"]
     scored = open_inputs(config_of(*scoring, "--reference-load", folder), Topology())
     assert "model: Olmo2ForCausalLM, run by Transformers " in unwrapped(plan_text(scored))
