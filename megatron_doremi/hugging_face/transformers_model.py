@@ -79,7 +79,7 @@ def _refused(subject: str, error: Exception) -> ConfigError:
 
 
 class TransformersModel(nn.Module):
-    """A causal language model of Transformers, whole on each rank; does what a last stage of our pipeline does."""
+    """A causal language model of Transformers, unsharded on each rank; a `Stage` of forward passes."""
 
     def __init__(self, model: Any, loss_chunk_tokens: int):
         """Args:
