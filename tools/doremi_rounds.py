@@ -37,8 +37,10 @@ from megatron_doremi.cluster.local_launch import launch_ranks
 from megatron_doremi.cluster.signals import EXIT_STOPPED, Signals
 from megatron_doremi.config import Config, DataConfig
 from megatron_doremi.console import print_stdout, say, wrapped_lines
+from megatron_doremi.data.manifest import Manifest
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any, run_or_exit
 from megatron_doremi.flag_parser import FlagParser, unknown_faults
+from megatron_doremi.phases.selected_domains import select_domains
 from megatron_doremi.reporting.rounds import ROUNDS_FILE, RoundsEntry, round_table, verdict_of_round
 from megatron_doremi.reporting.tables import excerpt, format_text
 from megatron_doremi.rounds.folder import RoundsFolder, StopRule, judge, recorded_rounds, start
@@ -46,6 +48,8 @@ from megatron_doremi.rounds.stages import Stage, changed_settings, fixed_setting
 from megatron_doremi.settings import PROXY, REFERENCE, SCORE, flag_of
 
 _ROWS = 12
+# The entry of the recorded settings that identifies the data, whose files may move.
+_DATA = "data_fingerprint"
 # Runs one stage on a number of ranks; returns the exit code.
 Launcher = Callable[[Stage, int], int]
 
@@ -62,14 +66,22 @@ def main() -> int:
         return 0
 
     # Before a plan is made, which sets variables for a process without a device.
-    environ = dict(os.environ)
+    return run_rounds(folder, rule, options, given, launcher(dict(os.environ), signals))
+
+
+def launcher(environ: dict[str, str], signals: Signals) -> Launcher:
+    """Starts the ranks of a stage on this machine, and passes signals on to them."""
 
     def launch(stage: Stage, ranks: int) -> int:
+        if signals.requested_by:
+            # Between two stages, when no rank was there to be told.
+            say("stopped by a signal; run the same command again to resume")
+            return EXIT_STOPPED
         code = launch_ranks([sys.executable, _program(), *stage.argv], ranks, environ, signals)
         # A request that arrives when the last rank has ended is one as well.
         return EXIT_STOPPED if code == 0 and signals.requested_by else code
 
-    return run_rounds(folder, rule, options, given, launch)
+    return launch
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
@@ -107,6 +119,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     if options.judge and given:
         flags = ", ".join(map(flag_of, given))
         faults.append(Fault(flags, "given with --judge", "nothing is trained", "leave it out, or leave out --judge"))
+    if options.judge and options.dry_run:
+        faults.append(Fault("--dry-run", "given with --judge", "one of the two", "leave one out"))
     if launcher_of(os.environ) != NO_LAUNCHER:
         rule = "one process, which starts the ranks of each run"
         remedy = "start with plain python and --nproc-per-node; for several machines see examples/slurm/rounds.sh"
@@ -170,10 +184,29 @@ def check(first: Sequence[Stage], recorded: RoundsEntry | None, path: str, ranks
         configs[stage.phase], found = read_command_line(stage.argv, ranks)
         faults.update(dict.fromkeys(found))
     raise_if_any(list(faults))
-    settings = fixed_settings(configs[REFERENCE], configs[PROXY])
-    if recorded is not None:
-        raise_if_any(changed_settings(recorded.settings, settings, path))
+    read = _manifest(configs[PROXY])
+    settings = {**fixed_settings(configs[REFERENCE], configs[PROXY]), _DATA: read.fingerprint()}
+    if recorded is None:
+        # Before a reference is trained against which no proxy can learn.
+        left_out = [name for name in read.names if name not in _manifest(configs[REFERENCE]).names]
+        rule = "a weight above 0 for each domain: proxies sample all of them"
+        remedy = "give --exclude-domains for those that no run should read"
+        raise_if_any([Fault("--domain-weights", f"{name!r} is 0", rule, remedy) for name in left_out])
+        return settings
+    changed = changed_settings(recorded.settings, {**settings, _DATA: recorded.settings.get(_DATA)}, path)
+    if recorded.settings.get(_DATA) not in (None, settings[_DATA]):
+        rule = f"the data set of {path}, in every round: names and sizes of its domains, tokenizer"
+        changed.append(Fault("--domains", "another data set", rule, "give that one, or another --save for new rounds"))
+    raise_if_any(changed)
     return settings
+
+
+def _manifest(config: Config) -> Manifest:
+    """The domains that a run reads. Raises ConfigError."""
+    faults: list[Fault] = []
+    manifest, _ = select_domains(config, (), faults)
+    raise_if_any(faults)
+    return manifest
 
 
 def plan(stage: Stage, ranks: int) -> str:

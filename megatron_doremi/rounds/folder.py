@@ -11,17 +11,18 @@ Everything is computed from the runs' own files: a program that was killed in be
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field
 
 from megatron_doremi.data.weights_file import WeightsEntry, save_weights, unfinished_faults
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any
-from megatron_doremi.reporting.json_files import read_object
 from megatron_doremi.reporting.rounds import (
     ROUNDS_FILE,
     End,
@@ -32,9 +33,17 @@ from megatron_doremi.reporting.rounds import (
 from megatron_doremi.reporting.runs import Run, read_all, read_run
 from megatron_doremi.rounds.stop_rule import Floats, Source, movement, noise_of_halves, noise_of_seeds
 from megatron_doremi.storage.files import atomic_write_text
-from megatron_doremi.storage.formats import read_checked
+from megatron_doremi.storage.formats import Name, Schema, read_checked
 
+# Of weights that were normalized again.
+_ROUNDING = 1e-6
 _RUN_REMEDY = "run the stage again, or give the --save folder of the rounds"
+
+
+class _SampledEntry(Schema):
+    """The part of a run's config.json that names its sampling weights."""
+
+    sampling_weights: dict[Name, Annotated[float, Field(gt=0.0, le=1.0)]]
 
 
 @dataclass(frozen=True)
@@ -86,6 +95,10 @@ class _Round:
         """[n, k] weights of each seed."""
         return np.array([[weights[name] for name in self.reference] for weights in self.seeds])
 
+    def taught(self, sampling: Mapping[str, float]) -> bool:
+        """Whether these are the sampling weights of the next round's references, but for rounding."""
+        return np.allclose(self.learned().mean(axis=0), [sampling[name] for name in self.reference], 0.0, _ROUNDING)
+
 
 class _Noise:
     """The noise that the rounds so far show.
@@ -127,7 +140,7 @@ def judge(folder: RoundsFolder, rule: StopRule) -> RoundsEntry:
     latest: _Round | None = None
     noise = _Noise()
     while _proxies_exist(folder, len(entries) + 1, rule.seeds):
-        latest = _read_round(folder, len(entries) + 1, rule.seeds, [] if latest is None else list(latest.reference))
+        latest = _read_round(folder, len(entries) + 1, rule.seeds, latest)
         noise.add(latest)
         entries.append(_entry(len(entries) + 1, latest, noise, rule))
         if _end(entries, rule):
@@ -177,15 +190,16 @@ def _proxies_exist(folder: RoundsFolder, number: int, seeds: int) -> bool:
     return all(path.exists() for path in paths)
 
 
-def _read_round(folder: RoundsFolder, number: int, seeds: int, names: Sequence[str]) -> _Round:
+def _read_round(folder: RoundsFolder, number: int, seeds: int, before: _Round | None) -> _Round:
     """Reads the runs of a round. Raises ConfigError with the faults of all of them.
 
     Args:
-        names: the domains of the rounds before; empty for the first.
+        before: the round before; None for the first.
     """
     learned = read_all([partial(_read_seed, folder, number, seed) for seed in range(1, seeds + 1)])
     first, reference = learned[0]
-    expected = list(names or first.weights)
+    expected = list(before.reference if before else first.weights)
+    tokenizer = before.tokenizer_sha256 if before else first.tokenizer_sha256
     faults = []
     for seed, (entry, sampling) in enumerate(learned, 1):
         path = str(folder.run(number, seed, "proxy").parent)
@@ -194,6 +208,11 @@ def _read_round(folder: RoundsFolder, number: int, seeds: int, names: Sequence[s
         elif sampling != reference:
             rule = "the sampling weights of seed 1 in each reference of a round"
             faults.append(Fault(path, "other sampling weights", rule, _RUN_REMEDY))
+        elif before is not None and not before.taught(sampling):
+            rule = f"the weights that round {number - 1} has learned, as the sampling weights of the reference"
+            faults.append(Fault(path, "other sampling weights", rule, _RUN_REMEDY))
+        if entry.tokenizer_sha256 != tokenizer:
+            faults.append(Fault(path, "another tokenizer", "one data set for all rounds", _RUN_REMEDY))
     used = [entry.provenance.seed for entry, _ in learned if entry.provenance.seed is not None]
     if len(set(used)) < len(used):
         path = str(folder.run(number, 1, "proxy").parent.parent)
@@ -206,7 +225,7 @@ def _read_round(folder: RoundsFolder, number: int, seeds: int, names: Sequence[s
         {name: reference[name] for name in expected},
         [{name: entry.weights[name] for name in expected} for entry, _ in learned],
         None if run is None else _steps(run, expected),
-        first.tokenizer_sha256,
+        tokenizer,
     )
 
 
@@ -220,11 +239,12 @@ def _read_seed(folder: RoundsFolder, number: int, seed: int) -> tuple[WeightsEnt
 
 def _sampling_weights(path: Path) -> dict[str, float]:
     """The weights by which a run samples, by domain."""
-    recorded = read_object(path / "config.json", _RUN_REMEDY).get("sampling_weights")
-    if not isinstance(recorded, dict) or not all(isinstance(weight, int | float) for weight in recorded.values()):
-        rule = 'needs "sampling_weights": {NAME: number}'
-        raise ConfigError(Fault(str(path / "config.json"), "", rule, _RUN_REMEDY))
-    return {str(name): float(weight) for name, weight in recorded.items()}
+    subject = str(path / "config.json")
+    recorded = read_checked(path / "config.json", subject, _SampledEntry, _RUN_REMEDY).sampling_weights
+    if abs(math.fsum(recorded.values()) - 1.0) > _ROUNDING:
+        value = f"sampling_weights of sum {math.fsum(recorded.values()):.6g}"
+        raise ConfigError(Fault(subject, value, "sum 1", _RUN_REMEDY))
+    return recorded
 
 
 def _steps(run: Run, names: Sequence[str]) -> Floats:

@@ -28,7 +28,16 @@ _TAKEN = {
     "device_memory_gib": "only for --suggest-layout",
 }
 # Settings that may change from one start to the next.
-_CHANGEABLE = ("phase", "micro_batch_size", "eval_iters", "eval_interval", "allow_tokenizer_mismatch", "reference_load")
+_CHANGEABLE = (
+    "phase",
+    # The data may move; what they are is recorded beside these settings.
+    "domains",
+    "micro_batch_size",
+    "eval_iters",
+    "eval_interval",
+    "allow_tokenizer_mismatch",
+    "reference_load",
+)
 
 
 @dataclass(frozen=True)

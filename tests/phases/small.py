@@ -36,6 +36,7 @@ def write_data(
         apart: domains share no ids; domain i uses ids 20 i to 20 i + 19.
         held_out: number of tokens in each domain's valid split.
     """
+    folder.mkdir(exist_ok=True)
     generator = np.random.default_rng(3)
     domains = []
     for number in range(num_domains):

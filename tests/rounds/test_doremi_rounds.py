@@ -12,11 +12,13 @@ import pytest
 from phases.small import MODEL, metrics, training_lines, write_data
 from ranks import run_program
 
+from megatron_doremi.cluster.signals import Signals
 from megatron_doremi.data.weights_file import save_weights
 from megatron_doremi.errors import ConfigError
 from megatron_doremi.reporting import html
 from megatron_doremi.reporting.rounds import read_rounds
 from megatron_doremi.rounds.folder import RoundsFolder, StopRule, judge
+from megatron_doremi.rounds.stages import Stage
 from tools import doremi_rounds, report
 
 NATURAL = {"A": 0.6, "B": 0.3, "C": 0.1}
@@ -29,7 +31,7 @@ def learned_from(reference, number, seed):
     return {**mean, "A": mean["A"] + 0.002 * (-1) ** seed / number, "B": mean["B"] - 0.002 * (-1) ** seed / number}
 
 
-def write_runs(folder, number, seed, reference, learned=None, provenance=None):
+def write_runs(folder, number, seed, reference, learned=None, provenance=None, tokenizer="0" * 64):
     """The files of a reference and a proxy that have finished."""
     path = folder.run(number, seed, "reference")
     path.mkdir(parents=True)
@@ -38,7 +40,7 @@ def write_runs(folder, number, seed, reference, learned=None, provenance=None):
     path.mkdir()
     learned = learned or learned_from(reference, number, seed)
     provenance = provenance or {"steps": 2, "train_iters": 2, "seed": seed}
-    save_weights(path / "domain_weights.json", learned, "0" * 64, provenance)
+    save_weights(path / "domain_weights.json", learned, tokenizer, provenance)
     (path / "config.json").write_text("{}")
     steps = [{**learned, "A": learned["A"] + x, "B": learned["B"] - x} for x in (0.01, -0.01)]
     rows = [{"iteration": n, "loss": 1.0, "domain_weights": each} for n, each in enumerate(steps, 1)]
@@ -111,6 +113,7 @@ def test_rounds_end_by_the_noise_of_the_seeds_or_by_their_number(tmp_path):
         ({"learned": {"A": 0.5, "B": 0.3, "D": 0.2}}, "other domains"),
         ({"provenance": {"seed": 2}}, "proxies with --seed 2, 2"),
         ({"reference": {"A": 0.5, "B": 0.3, "C": 0.2}}, "other sampling weights"),
+        ({"tokenizer": "1" * 64}, "another tokenizer"),
     ],
 )
 def test_runs_that_do_not_belong_together_are_refused(tmp_path, change, message):
@@ -120,6 +123,38 @@ def test_runs_that_do_not_belong_together_are_refused(tmp_path, change, message)
     with pytest.raises(ConfigError, match=message):
         judge(folder, StopRule(1e-3, 10, 2))
     assert not folder.reference_weights(2).exists()
+
+
+@pytest.mark.parametrize(
+    ("sampling", "message"),
+    [
+        (NATURAL, "the weights that round 1 has learned"),
+        ({"A": 6, "B": 3, "C": 1}, "sampling_weights.A: 6"),
+        ({"A": 0.398, "B": 0.402, "C": 0.1}, "sampling_weights of sum 0.9"),
+    ],
+)
+def test_a_reference_that_did_not_sample_by_the_weights_of_the_round_before_is_refused(tmp_path, sampling, message):
+    folder, rule = RoundsFolder(tmp_path), StopRule(1e-3, 10, 1)
+    write_runs(folder, 1, 1, NATURAL)
+    judge(folder, rule)
+    write_runs(folder, 2, 1, sampling, learned=NATURAL)
+    with pytest.raises(ConfigError, match=message):
+        judge(folder, rule)
+    assert not folder.reference_weights(3).exists()
+
+
+def test_a_domain_without_weight_and_a_request_between_two_stages(tmp_path):
+    data, save = write_data(tmp_path), tmp_path / "rounds"
+    words = ["--domains", str(data), *MODEL, "--train-iters", "6", "--save", str(save), "--max-rounds", "1"]
+    options, given = doremi_rounds.parse([*words, "--domain-weights", "domain 0=0,domain 1=1,domain 2=2"])
+    with pytest.raises(ConfigError, match="'domain 0' is 0"):
+        doremi_rounds.run_rounds(RoundsFolder(save), StopRule(1e-3, 1, 1), options, given, pytest.fail)
+    assert not save.exists()
+    signals = Signals({})
+    signals.requested_by = 2
+    # No rank is there to be told: the next stage must not start.
+    stage = Stage(1, 1, "reference", str(save), ("--no-such-flag",))
+    assert doremi_rounds.launcher({}, signals)(stage, 1) == 3
 
 
 def test_nothing_to_judge(tmp_path):
@@ -195,6 +230,13 @@ def test_two_rounds_of_training_stopped_before_each_run_and_resumed(tmp_path):
     before = contents(folder.path)
     assert doremi_rounds.run_rounds(folder, rule, options, given, lambda stage, ranks: pytest.fail("started")) == 0
     assert contents(folder.path) == before
+    # The data may move, and must not change.
+    moved, other = write_data(tmp_path / "moved"), write_data(tmp_path / "other", tokens=2000)
+    options, given = doremi_rounds.parse([str(moved) if word == str(data) else word for word in words])
+    assert doremi_rounds.run_rounds(folder, rule, options, given, lambda stage, ranks: pytest.fail("started")) == 0
+    options, given = doremi_rounds.parse([str(other) if word == str(data) else word for word in words])
+    with pytest.raises(ConfigError, match="--domains: another data set"):
+        doremi_rounds.run_rounds(folder, rule, options, given, launch)
     # Other settings are refused.
     options, given = doremi_rounds.parse([*words, "--lr", "1e-3"])
     with pytest.raises(ConfigError, match=r"--lr: 0\.001"):
