@@ -37,10 +37,11 @@ from megatron_doremi.cluster.local_launch import launch_ranks
 from megatron_doremi.cluster.signals import EXIT_STOPPED, Signals
 from megatron_doremi.config import Config, DataConfig
 from megatron_doremi.console import print_stdout, say, wrapped_lines
-from megatron_doremi.data.manifest import Manifest
+from megatron_doremi.data.domain_names import read_domain_names
+from megatron_doremi.data.manifest import Manifest, open_manifest
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any, run_or_exit
 from megatron_doremi.flag_parser import FlagParser, unknown_faults
-from megatron_doremi.phases.selected_domains import select_domains
+from megatron_doremi.mixture.static import names_domains, resolve_weights
 from megatron_doremi.reporting.rounds import ROUNDS_FILE, RoundsEntry, round_table, verdict_of_round
 from megatron_doremi.reporting.tables import excerpt, format_text
 from megatron_doremi.rounds.folder import RoundsFolder, StopRule, judge, recorded_rounds, start
@@ -184,11 +185,11 @@ def check(first: Sequence[Stage], recorded: RoundsEntry | None, path: str, ranks
         configs[stage.phase], found = read_command_line(stage.argv, ranks)
         faults.update(dict.fromkeys(found))
     raise_if_any(list(faults))
-    read = _manifest(configs[PROXY])
-    settings = {**fixed_settings(configs[REFERENCE], configs[PROXY]), _DATA: read.fingerprint()}
+    manifest = _manifest(configs[PROXY])
+    settings = {**fixed_settings(configs[REFERENCE], configs[PROXY]), _DATA: manifest.fingerprint()}
     if recorded is None:
         # Before a reference is trained against which no proxy can learn.
-        left_out = [name for name in read.names if name not in _manifest(configs[REFERENCE]).names]
+        left_out = _without_weight(configs[REFERENCE], manifest)
         rule = "a weight above 0 for each domain: proxies sample all of them"
         remedy = "give --exclude-domains for those that no run should read"
         raise_if_any([Fault("--domain-weights", f"{name!r} is 0", rule, remedy) for name in left_out])
@@ -202,11 +203,20 @@ def check(first: Sequence[Stage], recorded: RoundsEntry | None, path: str, ranks
 
 
 def _manifest(config: Config) -> Manifest:
-    """The domains that a run reads. Raises ConfigError."""
-    faults: list[Fault] = []
-    manifest, _ = select_domains(config, (), faults)
-    raise_if_any(faults)
-    return manifest
+    """The data of a run, without excluded domains. Raises ConfigError."""
+    data = config.data
+    return open_manifest(data.domains, data.data_path, data.split_shares, data.exclude_domains)
+
+
+def _without_weight(config: Config, manifest: Manifest) -> list[str]:
+    """The domains that a run does not read because their weight is 0. Raises ConfigError."""
+    data = config.data
+    if not names_domains(data.domain_weights):
+        return []
+    renames = read_domain_names(Path(data.domain_names)) if data.domain_names else {}
+    allowed = (data.allow_tokenizer_mismatch, config.run.allow_unfinished)
+    weights = resolve_weights(data.domain_weights, manifest, *allowed, renames=renames)
+    return [name for name, weight in zip(manifest.names, weights, strict=True) if weight == 0.0]
 
 
 def plan(stage: Stage, ranks: int) -> str:

@@ -31,6 +31,8 @@ from megatron_doremi.storage.files import atomic_write_text, make_folder
 from megatron_doremi.tokenization.tokenizer import Tokenizer, dataset_tokenizer
 
 GROUP = "heldout"
+# Of a file's name, which no file system bounds below 255 bytes.
+_LONGEST_SLUG = 200
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -78,7 +80,7 @@ def main() -> int:
 
 def slug(name: str, taken: list[str]) -> str:
     """The part of a task's name for a domain: letters, digits and underscores, unlike those that are taken."""
-    base = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") or "domain"
+    base = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")[:_LONGEST_SLUG] or "domain"
     number = 1
     while f"{GROUP}_{base}{'' if number == 1 else f'_{number}'}" in taken:
         number += 1

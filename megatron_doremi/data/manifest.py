@@ -170,6 +170,18 @@ class Manifest:
         return hashlib.sha256(json.dumps(entry).encode()).hexdigest()
 
 
+def open_manifest(
+    domains: str, data_path: Sequence[str], split: tuple[float, ...] | None, excluded: Sequence[str]
+) -> Manifest:
+    """The data of --domains or, if that is "", of --data-path, without the domains of --exclude-domains.
+
+    Raises:
+        ConfigError: the manifest is faulty, or --exclude-domains names other domains.
+    """
+    manifest = load_manifest(Path(domains), split) if domains else manifest_of_words(data_path, split)
+    return exclude_domains(manifest, excluded)
+
+
 def manifest_of_words(words: Sequence[str], split: tuple[float, ...] | None) -> Manifest:
     """The domains of --data-path, Megatron-LM's list on the command line; `split`: see `load_manifest`."""
     subject = "--data-path"

@@ -116,6 +116,8 @@ def _read_table(path: Path, row: str | None, subject: str, remedy: str, domains:
         value, remedy = unreadable(path, error, remedy)
         raise ConfigError(Fault(subject, value, rule, remedy)) from error
     if set(header) - {""} == _RECORD and not _RECORD & set(domains) and row is None:
+        if header.count("domain") + header.count("weight") > len(_RECORD):
+            raise ConfigError(Fault(subject, "a column twice", "one column domain and one weight", "remove the others"))
         pairs = [(cells[header.index("domain")], cells[header.index("weight")]) for _, cells in rows]
         return _by_name([(name, number_or_text(text)) for name, text in pairs], subject)
     others = [i for i, name in enumerate(header) if name in _ROW_COLUMNS and name not in domains]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from megatron_doremi.config import Config
 from megatron_doremi.data.domain_names import read_domain_names
-from megatron_doremi.data.manifest import Manifest, exclude_domains, load_manifest, manifest_of_words
+from megatron_doremi.data.manifest import Manifest, open_manifest
 from megatron_doremi.errors import ConfigError, Fault
 from megatron_doremi.mixture.static import names_domains, resolve_weights
 from megatron_doremi.phases.to_come import WEIGHTS
@@ -44,12 +44,7 @@ def select_domains(
         ConfigError: the manifest is faulty, or --exclude-domains names other domains.
     """
     data = config.data
-    manifest = (
-        load_manifest(Path(data.domains), data.split_shares)
-        if data.domains
-        else manifest_of_words(data.data_path, data.split_shares)
-    )
-    manifest = exclude_domains(manifest, data.exclude_domains)
+    manifest = open_manifest(data.domains, data.data_path, data.split_shares, data.exclude_domains)
     setting, renames = config.data.domain_weights, dict[str, str]()
     if data.domain_names:
         try:

@@ -123,6 +123,7 @@ def test_a_domain_may_be_named_like_a_column_that_identifies_runs(tmp_path):
         ("r.csv", "no,ArXiv\n1,2\n3,4\n", "@1", ("no run '1'", "none (run, run_id, name or index)")),
         ("r.csv", "no,ArXiv\n1,2,3\n", "", ("line 2: 3 cells, and 2 columns",)),
         ("r.csv", "no,no,ArXiv\n1,2,3\n", "", ("'no' twice",)),
+        ("r.csv", "domain,weight,weight\nno,1,2\nArXiv,3,4\n", "", ("a column twice",)),
         ("r.csv", "", "", ("an empty file",)),
         ("r.csv", "no,ArXiv\n", "", ("0 rows",)),
         ("r.csv", 'no,"ArXiv\n1,2\n', "", ("unexpected end of data",)),
