@@ -42,7 +42,13 @@ from megatron_doremi.data.manifest import Manifest, open_manifest
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any, run_or_exit
 from megatron_doremi.flag_parser import FlagParser, unknown_faults
 from megatron_doremi.mixture.static import names_domains, resolve_weights
-from megatron_doremi.reporting.rounds import ROUNDS_FILE, RoundsEntry, round_table, verdict_of_round
+from megatron_doremi.reporting.rounds import (
+    ROUNDS_FILE,
+    RoundsEntry,
+    concentration_warning,
+    round_table,
+    verdict_of_round,
+)
 from megatron_doremi.reporting.tables import excerpt, format_text
 from megatron_doremi.rounds.folder import RoundsFolder, StopRule, judge, recorded_rounds, start
 from megatron_doremi.rounds.stages import Stage, changed_settings, fixed_settings, stages, taken_faults
@@ -255,6 +261,9 @@ def _show(rounds: RoundsEntry) -> None:
     if rounds.rounds:
         print_stdout(format_text(excerpt(round_table(rounds.rounds[-1]), _ROWS)))
         print_stdout(wrapped_lines(verdict_of_round(rounds)))
+        warning = concentration_warning(rounds)
+        if warning:
+            print_stdout(wrapped_lines(warning))
 
 
 def command() -> None:

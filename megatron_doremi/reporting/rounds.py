@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from megatron_doremi.reporting.tables import Column, Row, Table, format_weight
+from megatron_doremi.reporting.tables import Column, Row, Table, format_epochs, format_weight
 from megatron_doremi.storage.formats import Name, Positive, Schema, read_checked
 
 ROUNDS_FILE = "rounds.json"
@@ -90,6 +90,11 @@ def divergence(weights: Weights, reference: Weights) -> float:
     return math.fsum(w * math.log(w / r) for w, r in terms) if all(r > 0.0 for _, r in terms) else math.inf
 
 
+def effective_domains(weights: Weights) -> float:
+    """exp(entropy): as many domains with equal weights have the same entropy."""
+    return math.exp(-math.fsum(w * math.log(w) for w in weights.values() if w > 0.0))
+
+
 def rounds_table(entry: RoundsEntry) -> Table:
     """A row for each round: how far it moved the weights, and what would have ended the rounds."""
     rows: list[Row] = [
@@ -101,6 +106,7 @@ def rounds_table(entry: RoundsEntry) -> Table:
             each.noise_from or "",
             each.threshold,
             divergence(each.weights, each.reference_weights),
+            effective_domains(each.weights),
         )
         for each in entry.rounds
     ]
@@ -112,6 +118,7 @@ def rounds_table(entry: RoundsEntry) -> Table:
         Column("noise from"),
         Column("threshold", format_weight),
         Column("KL (nats)", format_weight),
+        Column("effective domains", format_epochs),
     )
     caption = (
         "Change of a weight between the round's reference and what its proxies learned; rounds end when the largest is "
@@ -154,3 +161,16 @@ def verdict_of_round(entry: RoundsEntry) -> str:
     if entry.ended == "max_rounds":
         return f"{moved}, more than {limit}: not settled after --max-rounds {entry.max_rounds}"
     return f"{moved}, more than {limit}: another round follows"
+
+
+def concentration_warning(entry: RoundsEntry) -> str | None:
+    """A sentence if the weights of the last round are on less than half as many domains as the first reference's."""
+    first, last = entry.rounds[0].reference_weights, entry.rounds[-1].weights
+    before, now = effective_domains(first), effective_domains(last)
+    if now >= before / 2:
+        return None
+    name = max(last, key=lambda each: last[each])
+    return (
+        f"warning: the rounds concentrate the weights: {now:.1f} effective domains, {before:.1f} at the start; "
+        f"{name} has {last[name]:.2f}. Compare earlier rounds before you use the last one (docs/rounds.md)"
+    )

@@ -20,7 +20,13 @@ from megatron_doremi.reporting.comparison import Study, comparison_as_data
 from megatron_doremi.reporting.evaluations import HeldOut
 from megatron_doremi.reporting.html import Section, page
 from megatron_doremi.reporting.mixture import last_weights, learned_weights
-from megatron_doremi.reporting.rounds import RoundsEntry, round_table, rounds_table, verdict_of_round
+from megatron_doremi.reporting.rounds import (
+    RoundsEntry,
+    concentration_warning,
+    round_table,
+    rounds_table,
+    verdict_of_round,
+)
 from megatron_doremi.reporting.runs import Run, flatten
 from megatron_doremi.reporting.study_tables import (
     cost_table,
@@ -84,7 +90,8 @@ def make_report(study: Study, version: str, rounds: RoundsEntry | None = None) -
         title = f"{study.subject} against {_listed([each.pairing.rival for each in study.comparisons]) or 'nothing'}"
     sentence, sentences = verdict(study), findings(study)
     if rounds is not None:
-        sentences = [verdict_of_round(rounds), *sentences]
+        warning = concentration_warning(rounds)
+        sentences = [verdict_of_round(rounds), *([warning] if warning else []), *sentences]
     html = page(title, sentence, sentences, sections, f"Made by megatron-doremi {version}, tools/report.py.")
     results = {
         "format": RESULTS_FORMAT,

@@ -16,7 +16,7 @@ from megatron_doremi.cluster.signals import Signals
 from megatron_doremi.data.weights_file import save_weights
 from megatron_doremi.errors import ConfigError
 from megatron_doremi.reporting import html
-from megatron_doremi.reporting.rounds import read_rounds
+from megatron_doremi.reporting.rounds import concentration_warning, read_rounds
 from megatron_doremi.rounds.folder import RoundsFolder, StopRule, judge
 from megatron_doremi.rounds.stages import Stage
 from tools import doremi_rounds, report
@@ -157,6 +157,16 @@ def test_a_domain_without_weight_and_a_request_between_two_stages(tmp_path):
     assert doremi_rounds.launcher({}, signals)(stage, 1) == 3
 
 
+def test_rounds_that_collapse_onto_a_domain_say_so(tmp_path):
+    folder, rule = RoundsFolder(tmp_path), StopRule(1e-3, 1, 1)
+    write_runs(folder, 1, 1, NATURAL)
+    assert concentration_warning(judge(folder, rule)) is None
+    (folder.run(1, 1, "proxy") / "domain_weights.json").unlink()
+    save_weights(folder.run(1, 1, "proxy") / "domain_weights.json", {"A": 0.02, "B": 0.96, "C": 0.02}, "0" * 64, {})
+    # exp of -(.96 ln .96 + 2 x .02 ln .02) = 1.216, and exp of -(.6 ln .6 + .3 ln .3 + .1 ln .1) = 2.454.
+    assert "1.2 effective domains, 2.5 at the start; B has 0.96" in concentration_warning(judge(folder, rule))
+
+
 def test_nothing_to_judge(tmp_path):
     with pytest.raises(ConfigError, match="a folder with a finished round"):
         judge(RoundsFolder(tmp_path), StopRule(1e-3, 10, 1))
@@ -177,7 +187,8 @@ def test_the_report_of_rounds(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(html, "svg", lambda chart, layout: chart.complete(layout)["$schema"])
     assert report.main(["--rounds", str(tmp_path)]) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert "1 0.2000 A 0.0028 seeds 0.0028" in printed
+    # Weights .4, .4 and .2; the reference's effective number of domains is 2.45.
+    assert "1 0.2000 A 0.0028 seeds 0.0028 0.0915 2.87" in printed
     assert (
         "round 1: the largest change of a weight is 0.2000 (A), more than the larger of --min-change 0.001" in printed
     )
