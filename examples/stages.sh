@@ -61,8 +61,8 @@ preprocess_flags() {
 # require_free_out EXPERIMENT: exits unless the experiment's OUT can be set from outside, as chains of experiments do.
 require_free_out() {
     local out
-    # shellcheck source=examples/pile/pile.sh
-    out=$(OUT=elsewhere && source "$1" && echo "$OUT")
+    # shellcheck disable=SC2016  # expanded by that shell
+    out=$(OUT=elsewhere bash -c 'source "$1" && echo "$OUT"' - "$1")
     if [ "$out" != elsewhere ]; then
         echo "error: $1 sets OUT=$out whatever the environment says, so every chain would write to that folder" >&2
         echo "       let it say OUT=\${OUT:-$out}" >&2
