@@ -1,4 +1,5 @@
-"""tools/doremi_rounds.py: what it judges, what it writes, how it resumes, and two rounds of real training.
+"""tools/doremi_rounds.py: what it judges, what it writes, how it resumes, two rounds of real training, and their report
+by tools/report.py.
 
 Run alone: python -m pytest tests/rounds/test_doremi_rounds.py
 """
