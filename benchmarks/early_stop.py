@@ -16,7 +16,6 @@ benchmarks/early_stop.sh trains such proxies.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Iterator
@@ -30,6 +29,8 @@ from numpy.typing import NDArray
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_doremi.mixture.early_stop import GROUPS, EarlyStop, FinalMean
+from megatron_doremi.optimizer_settings import OptimizerConfig
+from megatron_doremi.reporting.runs import read_run
 from megatron_doremi.student_t import student_t_quantile
 
 # Only the smallest error is asked for, so that every check is answered and none ends the run.
@@ -70,19 +71,13 @@ class Proxy:
 
 def read_proxy(folder: Path) -> Proxy:
     """Reads the weights of every step. Raises SystemExit if the run has not taken all of its steps."""
-    config = json.loads((folder / "config.json").read_text())
-    settings, optimizer = config["identity"], config["settings"]["optimizer"]
-    rows: dict[int, list[float]] = {}
-    with (folder / "metrics.jsonl").open() as lines:
-        for line in lines:
-            entry = json.loads(line)
-            if "domain_weights" in entry:
-                rows[entry["iteration"]] = [entry["domain_weights"][name] for name in config["domains"]]
-    total = settings["train_iters"]
-    if sorted(rows) != list(range(1, total + 1)):
-        raise SystemExit(f"error: {folder} has the weights of {len(rows):,} of {total:,} steps")
-    warmup = optimizer["lr_warmup_iters"] or round(optimizer["lr_warmup_fraction"] * total)
-    return Proxy(str(folder), tuple(config["domains"]), np.array([rows[step] for step in range(1, total + 1)]), warmup)
+    run = read_run(folder, "PROXY")
+    total, steps, domains = run.config["identity"]["train_iters"], len(run.iterations), tuple(run.config["domains"])
+    weights = run.weights.ordered(domains)
+    if run.iterations.tolist() != list(range(1, total + 1)) or not np.isfinite(weights).all():
+        raise SystemExit(f"error: {folder} has the weights of {steps:,} of {total:,} steps")
+    warmup = OptimizerConfig(**run.config["settings"]["optimizer"]).warmup_steps(total)
+    return Proxy(str(folder), domains, weights, warmup)
 
 
 def plain_half_width(proxy: Proxy, steps: int, group: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -29,6 +29,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
 
+from megatron_doremi.checkpoint.folder import changed_file
 from megatron_doremi.console import print_stdout
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any, run_or_exit
 from megatron_doremi.flag_parser import FlagParser
@@ -143,12 +144,11 @@ def _argument_faults(args: argparse.Namespace, source: Path) -> list[Fault]:
 
 def _damage(opened: OpenedModel) -> list[Fault]:
     """Faults of weights files that have changed since the run wrote them."""
-    rule, remedy = "the checksum in state.json", "copy the checkpoint again, or give another step"
     with Progress(f"verifying {opened.folder}", len(opened.checksums), "file") as progress:
         faults = []
         for path, value in sorted(opened.checksums.items()):
             if sha256_of(path) != value:
-                faults.append(Fault(str(path), "changed after it was written", rule, remedy))
+                faults.append(changed_file(path, "copy the checkpoint again, or give another step"))
             progress.update(1)
     return faults
 

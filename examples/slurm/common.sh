@@ -29,6 +29,15 @@ matching() {
     grep -E -x -- "$pattern" <<< "$output" || true
 }
 
+# job_number OUTPUT: prints the job ID in what `sbatch --parsable` printed: the ID, then a semicolon and the cluster if
+# there are several; at some sites also a banner. Fails if there is none.
+job_number() {
+    local numbers
+    numbers=$(grep -E -x '[0-9]+(;.*)?' <<< "$1") || return 1
+    numbers=${numbers##*$'\n'}
+    echo "${numbers%%;*}"
+}
+
 # end_of JOB: prints the time at which SLURM will end a job, in seconds since 1970; nothing if it is unknown. If there
 # are several (arrays, heterogeneous jobs), the earliest counts.
 end_of() {

@@ -29,11 +29,10 @@ for name in SEEDS MAX_ROUNDS FIRST_SEED; do
     fi
 done
 
-judge=("$PYTHON" tools/doremi_rounds.py --judge --save "$ROUNDS_OUT" --seeds "$SEEDS" --max-rounds "$MAX_ROUNDS"
-    --min-change "$MIN_CHANGE")
-if [ -e "$ROUNDS_OUT/domain_weights.json" ]; then
-    # Perhaps by another rule than before.
-    "${judge[@]}"
+# After a round, or by another rule than the one by which the rounds have ended.
+if [ "${2:-}" = judge ] || [ -e "$ROUNDS_OUT/domain_weights.json" ]; then
+    "$PYTHON" tools/doremi_rounds.py --judge --save "$ROUNDS_OUT" --seeds "$SEEDS" --max-rounds "$MAX_ROUNDS" \
+        --min-change "$MIN_CHANGE"
     if [ -e "$ROUNDS_OUT/domain_weights.json" ]; then
         echo "the rounds have ended: --domain-weights $ROUNDS_OUT/domain_weights.json"
         exit 0
@@ -77,10 +76,11 @@ fi
 dependency=$(IFS=: && echo "${proxies[*]}")
 submitted=$(sbatch --parsable "${CPU_JOB[@]}" --cpus-per-task=1 --dependency="afterok:$dependency" \
     --kill-on-invalid-dep=yes --export=ALL --output="$ROUNDS_OUT/round-$round/judge-%j.log" \
-    examples/slurm/judge.sbatch) || {
+    examples/slurm/judge.sbatch) || submitted=
+job=$(job_number "$submitted") || {
     echo "error: sbatch refused the job that judges the round; in the queue are proxies ${proxies[*]}" >&2
     echo "       after they have ended, run the same command again" >&2
     exit 1
 }
-echo "judge: job $(grep -E -x '[0-9]+(;.*)?' <<< "$submitted" | tail -n 1)"
+echo "judge: job $job"
 echo "it judges round $round and submits the next round, or writes $ROUNDS_OUT/domain_weights.json"

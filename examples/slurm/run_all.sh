@@ -154,7 +154,7 @@ failed() {
 }
 # submit NAME SBATCH-OPTIONS... -- ARGUMENTS...: submits NAME.sbatch after the job before it.
 submit() {
-    local name=$1 options=() output numbers
+    local name=$1 options=() output
     shift
     while [ "$1" != -- ]; do
         options+=("$1")
@@ -165,10 +165,7 @@ submit() {
     options+=(${previous:+"--dependency=afterok:$previous"} --kill-on-invalid-dep=yes --export=ALL)
     output=$(sbatch --parsable "${options[@]}" --output="$OUT/logs/%x-%j.log" "examples/slurm/$name.sbatch" "$@") \
         || failed "sbatch refused $name $*"
-    # sbatch prints the job ID, then a semicolon and the cluster if there are several. At some sites it prints more.
-    numbers=$(grep -E -x '[0-9]+(;.*)?' <<< "$output") || failed "sbatch printed no job ID for $name: $output"
-    previous=${numbers##*$'\n'}
-    previous=${previous%%;*}
+    previous=$(job_number "$output") || failed "sbatch printed no job ID for $name: $output"
     submitted+=("$previous")
     echo "$name${*:+ $*}: job $previous"
 }

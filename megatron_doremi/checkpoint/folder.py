@@ -208,6 +208,11 @@ def changed_files(
     return changed
 
 
+def changed_file(path: Path, remedy: str) -> Fault:
+    """The fault of a file whose content does not match its checksum in state.json."""
+    return Fault(str(path), "changed after it was written", "the checksum in state.json", remedy)
+
+
 def check_contents(
     checkpoint: Path, state: CheckpointState, rank: int, world_size: int, progress: Callable[[], None] = lambda: None
 ) -> None:
@@ -222,7 +227,7 @@ def check_contents(
     remedy = f"copy {checkpoint} again, or delete it to resume from an older one"
     raise_if_any(
         [
-            Fault(str(checkpoint / name), "changed after it was written", "the checksum in state.json", remedy)
+            changed_file(checkpoint / name, remedy)
             for part in gather_json(changed_files(checkpoint, state, rank, world_size, progress))
             for name in part
         ]

@@ -52,10 +52,7 @@ def _early_stop(settled: FinalMean, drift: float) -> str:
 
 
 def weights_table(
-    names: tuple[str, ...],
-    learned: NDArray[np.float64],
-    natural: NDArray[np.float64],
-    path: str,
+    names: tuple[str, ...], learned: NDArray[np.float64], natural: NDArray[np.float64], path: str
 ) -> list[str]:
     """The learned domain weights beside the natural ones, largest first.
 

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from megatron_doremi.checkpoint.folder import changed_file
 from megatron_doremi.cluster.control import RunControl
 from megatron_doremi.cluster.preemption import KEEP_RUNNING, StopRequest
 from megatron_doremi.cluster.store_collectives import barrier_via_store, run_on_rank_0_via_store
@@ -80,8 +81,7 @@ def weights_hash(model: TrainedModel, watchdog: Watchdog) -> str:
         checksum = sha256_of(path, progress)
         lines.append(f"{path.name} {checksum}\n")
         if model.checksums.get(path.name, checksum) != checksum:
-            value, rule = "changed after it was written", "the checksum in state.json"
-            faults.append(Fault(str(path), value, rule, "copy the checkpoint again, or take another"))
+            faults.append(changed_file(path, "copy the checkpoint again, or take another"))
     raise_if_any(faults)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 

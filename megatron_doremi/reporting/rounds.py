@@ -6,8 +6,10 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+import numpy as np
 from pydantic import Field, model_validator
 
+from megatron_doremi.reporting.mixture import entropy
 from megatron_doremi.reporting.tables import Column, Row, Table, format_epochs, format_weight
 from megatron_doremi.storage.formats import Name, Positive, Schema, read_checked
 
@@ -92,7 +94,7 @@ def divergence(weights: Weights, reference: Weights) -> float:
 
 def effective_domains(weights: Weights) -> float:
     """exp(entropy): as many domains with equal weights have the same entropy."""
-    return math.exp(-math.fsum(w * math.log(w) for w in weights.values() if w > 0.0))
+    return math.exp(entropy(np.array([list(weights.values())]))[0])
 
 
 def rounds_table(entry: RoundsEntry) -> Table:

@@ -31,7 +31,7 @@ from megatron_doremi.reporting.rounds import (
     read_rounds,
 )
 from megatron_doremi.reporting.runs import Run, read_all, read_run
-from megatron_doremi.rounds.stop_rule import Floats, Source, movement, noise_of_halves, noise_of_seeds
+from megatron_doremi.rounds.stop_rule import Floats, Movement, Source, movement, noise_of_halves, noise_of_seeds
 from megatron_doremi.storage.files import atomic_write_text
 from megatron_doremi.storage.formats import Name, Schema, read_checked
 
@@ -95,9 +95,14 @@ class _Round:
         """[n, k] weights of each seed."""
         return np.array([[weights[name] for name in self.reference] for weights in self.seeds])
 
+    def mean(self) -> Floats:
+        """[k] what the round has learned."""
+        mean: Floats = self.learned().mean(axis=0)
+        return mean
+
     def taught(self, sampling: Mapping[str, float]) -> bool:
         """Whether these are the sampling weights of the next round's references, but for rounding."""
-        return np.allclose(self.learned().mean(axis=0), [sampling[name] for name in self.reference], 0.0, _ROUNDING)
+        return np.allclose(self.mean(), [sampling[name] for name in self.reference], 0.0, _ROUNDING)
 
 
 class _Noise:
@@ -139,12 +144,14 @@ def judge(folder: RoundsFolder, rule: StopRule) -> RoundsEntry:
     entries: list[RoundEntry] = []
     latest: _Round | None = None
     noise = _Noise()
-    while _proxies_exist(folder, len(entries) + 1, rule.seeds):
+    ended: End | None = None
+    while ended is None and _proxies_exist(folder, len(entries) + 1, rule.seeds):
         latest = _read_round(folder, len(entries) + 1, rule.seeds, latest)
         noise.add(latest)
-        entries.append(_entry(len(entries) + 1, latest, noise, rule))
-        if _end(entries, rule):
-            break
+        sampling, learned = np.array(list(latest.reference.values())), latest.mean()
+        moved = movement(sampling, learned, noise.value, noise.source, rule.min_change)
+        entries.append(_entry(len(entries) + 1, latest, moved))
+        ended = "settled" if moved.settled else "max_rounds" if len(entries) >= rule.max_rounds else None
     if latest is None:
         missing = folder.run(1, 1, "proxy") / "domain_weights.json"
         raise ConfigError(Fault("--save", f"{missing} is missing", "a folder with a finished round", _RUN_REMEDY))
@@ -153,7 +160,7 @@ def judge(folder: RoundsFolder, rule: StopRule) -> RoundsEntry:
         min_change=rule.min_change,
         max_rounds=rule.max_rounds,
         seeds=rule.seeds,
-        ended=_end(entries, rule),
+        ended=ended,
         rounds=entries,
     )
     _write(folder, rounds, latest.tokenizer_sha256)
@@ -253,13 +260,12 @@ def _steps(run: Run, names: Sequence[str]) -> Floats:
     return values[np.isfinite(values).all(axis=1)]
 
 
-def _entry(number: int, each: _Round, noise: _Noise, rule: StopRule) -> RoundEntry:
-    names, weights = list(each.reference), each.learned().mean(axis=0)
-    moved = movement(np.array(list(each.reference.values())), weights, noise.value, noise.source, rule.min_change)
+def _entry(number: int, each: _Round, moved: Movement) -> RoundEntry:
+    names = list(each.reference)
     return RoundEntry(
         round=number,
         reference_weights=each.reference,
-        weights=dict(zip(names, weights.tolist(), strict=True)),
+        weights=dict(zip(names, each.mean().tolist(), strict=True)),
         seed_weights=each.seeds,
         change=moved.change,
         most_moved=names[moved.domain],
@@ -267,13 +273,6 @@ def _entry(number: int, each: _Round, noise: _Noise, rule: StopRule) -> RoundEnt
         noise_from=moved.noise_from,
         threshold=moved.threshold,
     )
-
-
-def _end(entries: Sequence[RoundEntry], rule: StopRule) -> End | None:
-    """Why no further round follows; None if one does."""
-    if entries[-1].change <= entries[-1].threshold:
-        return "settled"
-    return "max_rounds" if len(entries) >= rule.max_rounds else None
 
 
 def _write(folder: RoundsFolder, rounds: RoundsEntry, tokenizer_sha256: str | None) -> None:

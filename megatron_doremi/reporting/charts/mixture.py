@@ -39,7 +39,7 @@ from megatron_doremi.reporting.runs import Floats, Integers, Run
 MOST_LINES = 10
 _POINTS = 150
 # Labels and grid lines of a logarithmic axis; those outside its range are not drawn.
-DECADES = [10.0**power for power in range(-9, 4)]
+_DECADES = [10.0**power for power in range(-9, 4)]
 
 
 def mixture_charts(study: Study) -> list[Chart]:
@@ -91,7 +91,7 @@ def weights_by_domain(study: Study) -> Chart | None:
         legend = {"orient": "top", "columns": 2 if layout.narrow else 6}
         axis = {"labelLimit": layout.label_limit, "grid": True, "ticks": False, "domain": False}
         title = "weight (logarithmic)" if "type" in scale else "weight"
-        axis_x = {"values": DECADES, "format": "~g"} if "type" in scale else {"tickCount": 6}
+        axis_x = {"values": _DECADES, "format": "~g"} if "type" in scale else {"tickCount": 6}
         x = {"field": "value", "type": "quantitative", "title": title, "scale": scale, "axis": axis_x}
         return {
             "width": layout.width,
@@ -142,7 +142,7 @@ def trajectories(name: str, label: str, run: Run) -> Chart:
     rest = f"; gray: range of all {k} means" if hidden else ""
     caption = f"Strong: mean so far; faint: each step; dashed: uniform, 1/{k}{floor_text}{rest}."
     title = f"Weights over the steps ({label})"
-    return Chart(name, title, caption, rows, _lines("weight", shown, log, rules, bool(hidden)))
+    return Chart(name, title, caption, rows, line_charts("weight", shown, log, rules, bool(hidden)))
 
 
 def driving_losses(name: str, label: str, run: Run) -> Chart | None:
@@ -158,7 +158,7 @@ def driving_losses(name: str, label: str, run: Run) -> Chart | None:
     source = "of the proxy over the reference" if quantity == "excess loss" else "of the proxy"
     caption = f"Smoothed {quantity} {source} in nats per token, which drives the weights."
     title = f"{quantity.capitalize()} over the steps ({label})"
-    return Chart(name, title, caption, rows, _lines(f"{quantity} (nats per token)", shown, log, [], False))
+    return Chart(name, title, caption, rows, line_charts(f"{quantity} (nats per token)", shown, log, [], False))
 
 
 def effective_domains(proxies: Mapping[str, Run]) -> Chart:
@@ -175,7 +175,7 @@ def effective_domains(proxies: Mapping[str, Run]) -> Chart:
         "exp(entropy) of the weights: as many domains with equal weights have the same entropy. Strong: of the mean so "
         f"far; faint: of each step; dashed: all {k} domains."
     )
-    make = _lines("effective domains", list(proxies), False, rules, False)
+    make = line_charts("effective domains", list(proxies), False, rules, False)
     return Chart("entropy", "Spread of the weights", caption, rows, make)
 
 
@@ -208,15 +208,24 @@ def _rule(axis: str, value: float, dash: list[int]) -> Spec:
     return {"data": {"values": [{}]}, "mark": mark, "encoding": encoding}
 
 
-def _lines(title: str, names: Sequence[str], log: bool, rules: Sequence[Spec], band: bool) -> Any:
-    """Makes a line for each name, strong (field value) over faint (field raw)."""
+def line_charts(
+    title: str, names: Sequence[str], log: bool, layers: Sequence[Spec], band: bool, x: Spec | None = None
+) -> Any:
+    """Makes a line for each name, strong (field value) over faint (field raw).
+
+    Args:
+        layers: drawn on top.
+        band: also an area from field low to field high.
+        x: the horizontal axis; None: the field step.
+    """
     lines = plain_names(names)
+    x = x or {"field": "step", "type": "quantitative", "title": "step", "axis": {"grid": False, "tickCount": 6}}
 
     def make(layout: Layout) -> Spec:
         legend = {"orient": "bottom", "columns": 2 if layout.narrow else 5, "labelLimit": 135 if layout.narrow else 170}
         scale: Spec = {"type": "log"} if log else {"zero": False}
         y = {"type": "quantitative", "title": f"{title}, logarithmic" if log else title, "scale": scale}
-        y["axis"] = {"values": DECADES, "format": "~g"} if log else {"tickCount": 5}
+        y["axis"] = {"values": _DECADES, "format": "~g"} if log else {"tickCount": 5}
         looks = {
             "color": {"field": "line", "title": None, "scale": series_scale(lines), "legend": legend},
             "strokeDash": {"field": "line", "title": None, "scale": dash_scale(lines), "legend": legend},
@@ -230,9 +239,7 @@ def _lines(title: str, names: Sequence[str], log: bool, rules: Sequence[Spec], b
         return {
             "width": layout.width,
             "height": 300 if layout.narrow else 320,
-            "encoding": {
-                "x": {"field": "step", "type": "quantitative", "title": "step", "axis": {"grid": False, "tickCount": 6}}
-            },
+            "encoding": {"x": x},
             "layer": [
                 *([area] if band else []),
                 {
@@ -252,10 +259,10 @@ def _lines(title: str, names: Sequence[str], log: bool, rules: Sequence[Spec], b
                         "y": {**y, "field": "value"},
                         **looks,
                         "opacity": shown_if("pick"),
-                        "tooltip": [{"field": "line"}, {"field": "step"}, {"field": "value"}, {"field": "raw"}],
+                        "tooltip": [{"field": "line"}, {"field": x["field"]}, {"field": "value"}, {"field": "raw"}],
                     },
                 },
-                *rules,
+                *layers,
             ],
         }
 
