@@ -32,6 +32,9 @@ class Architecture:
         biases: entries that say whether linear layers have biases; empty if they follow from `needs`.
         own_width: whether a head's width may differ from hidden size / heads.
         groups: whether there are fewer key-value heads than heads.
+        rope_names: top-level entries of the rotary base and of the share of a head's channels that rotate.
+        rope_share: that share where no entry states it.
+        aliases: other names of entries in `sizes` that the class reads too.
         fused: "": queries, keys and values are separate; "group": fused as ours; "stacked": GPT-2's Conv1D.
     """
 
@@ -46,6 +49,9 @@ class Architecture:
     biases: tuple[str, ...] = ()
     own_width: bool = False
     groups: bool = True
+    rope_names: tuple[str, str] = ("rope_theta", "partial_rotary_factor")
+    rope_share: float = 1.0
+    aliases: Mapping[str, str] = field(default_factory=dict)
     fused: str = ""
 
     @property
@@ -233,10 +239,11 @@ _GPT_NEOX = Architecture(
         "tie_word_embeddings": False,
         "use_parallel_residual": True,
         "attention_bias": True,
-        "partial_rotary_factor": 0.25,
     },
     requires={"use_parallel_residual": (False,), "attention_bias": (True,)},
     groups=False,
+    rope_names=("rotary_emb_base", "rotary_pct"),
+    rope_share=0.25,
     fused="group",
 )
 _STABLELM = Architecture(
@@ -251,9 +258,9 @@ _STABLELM = Architecture(
         "use_qkv_bias": False,
         "qk_layernorm": False,
         "use_parallel_residual": False,
-        "partial_rotary_factor": 0.25,
     },
     requires={"use_qkv_bias": (False,), "qk_layernorm": (False,), "use_parallel_residual": (False,)},
+    rope_share=0.25,
 )
 _GPT2 = Architecture(
     model_type="gpt2",
@@ -303,6 +310,12 @@ _GPT2 = Architecture(
     },
     activation="activation_function",
     groups=False,
+    aliases={
+        "hidden_size": "n_embd",
+        "max_position_embeddings": "n_positions",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+    },
     fused="stacked",
 )
 

@@ -13,12 +13,12 @@ from typing import Any
 from megatron_doremi.checkpoint.run_config import GPTEntry
 from megatron_doremi.errors import ConfigError, Fault
 from megatron_doremi.hugging_face.architectures import ARCHITECTURES, Architecture, activation_names, flag_for
+from megatron_doremi.hugging_face.faults import CONVERT_ANOTHER, not_ours
+from megatron_doremi.hugging_face.rope_entries import rotary_base
 from megatron_doremi.shapes import GPTConfig
 from megatron_doremi.storage.files import read_json_object
 from megatron_doremi.storage.formats import check_entry
 
-_REMEDY = "convert another model"
-_TOO_LARGE = 10**300
 # Why known classes cannot be expressed.
 _OTHERS = {
     "olmo": "its norms have no weights",
@@ -68,23 +68,23 @@ def read_config(folder: Path, flag: str) -> tuple[Architecture, GPTConfig]:
     faults = _unsupported(architecture, values, subject)
     shape |= architecture.needs
     if architecture.has_rope:
-        base, rope_faults = _rotary_base(values, subject)
+        base, rope_faults = rotary_base(architecture, entry, subject)
         shape["rotary_base"] = base
         faults += rope_faults
     activation = values.get(architecture.activation, "silu" if shape["swiglu"] else "gelu")
     shape["openai_gelu"] = not shape["swiglu"] and activation in activation_names(False, openai_gelu=True)
     if activation not in activation_names(shape["swiglu"], shape["openai_gelu"]):
         known = activation_names(True, False) if shape["swiglu"] else ("gelu", "gelu_new", "gelu_pytorch_tanh")
-        faults.append(_fault(subject, architecture.activation, activation, " or ".join(map(repr, known))))
+        faults.append(not_ours(subject, architecture.activation, activation, " or ".join(map(repr, known))))
     if architecture.biases:
         biases = {name: values.get(name) for name in architecture.biases}
         shape["bias_linear"] = values.get(architecture.biases[0])
         if len(set(map(repr, biases.values()))) > 1:
             value = ", ".join(f"{name}: {value!r}" for name, value in biases.items())
-            faults.append(Fault(subject, value, "biases in all linear layers or in none", _REMEDY))
+            faults.append(Fault(subject, value, "biases in all linear layers or in none", CONVERT_ANOTHER))
     if faults:
         raise NotExpressible(faults)
-    return architecture, check_entry(_complete(shape), subject, GPTEntry, _REMEDY).gpt()
+    return architecture, check_entry(_complete(shape), subject, GPTEntry, CONVERT_ANOTHER).gpt()
 
 
 def _architecture(entry: Mapping[str, Any], subject: str) -> Architecture:
@@ -93,55 +93,45 @@ def _architecture(entry: Mapping[str, Any], subject: str) -> Architecture:
         return ARCHITECTURES[model_type]
     reason = f" ({_OTHERS[model_type]})" if isinstance(model_type, str) and model_type in _OTHERS else ""
     rule = f"one of {', '.join(ARCHITECTURES)}"
-    raise NotExpressible(Fault(subject, f"model_type: {model_type!r}{reason}", rule, _REMEDY))
-
-
-def _fault(subject: str, name: str, value: Any, rule: str) -> Fault:
-    return Fault(subject, f"{name}: {value!r}", f"{rule}: this program's model has nothing else", _REMEDY)
+    raise NotExpressible(Fault(subject, f"model_type: {model_type!r}{reason}", rule, CONVERT_ANOTHER))
 
 
 def _unsupported(architecture: Architecture, values: Mapping[str, Any], subject: str) -> list[Fault]:
     """Faults of entries with which the class computes something else."""
-    faults = []
+    faults = _contradictions(architecture, values, subject)
     for name, allowed in architecture.requires.items():
         value = values.get(name)
         if name == "sliding_window" and _covers(value, values.get("max_position_embeddings")):
             continue
         if value not in allowed or isinstance(value, bool) != isinstance(allowed[0], bool):
-            faults.append(_fault(subject, name, value, f"{name} {allowed[0]!r}"))
+            faults.append(not_ours(subject, name, value, f"{name} {allowed[0]!r}"))
+    if values.get("is_causal", True) is not True:
+        faults.append(not_ours(subject, "is_causal", values["is_causal"], "is_causal True"))
+    layers = values.get("layer_types")
+    if layers is not None and not (isinstance(layers, list) and all(kind == "full_attention" for kind in layers)):
+        faults.append(not_ours(subject, "layer_types", layers, "'full_attention' in every layer"))
     if values.get("quantization_config") is not None:
         rule, remedy = "weights in float32, bfloat16 or float16", "convert the model that was not quantized"
         faults.append(Fault(subject, "quantization_config", rule, remedy))
     return faults
 
 
+def _contradictions(architecture: Architecture, values: Mapping[str, Any], subject: str) -> list[Fault]:
+    """Faults of entries under another name than the one that we read, with another value, that the class reads too."""
+    stated = {other: (name, values.get(name)) for other, name in architecture.aliases.items()}
+    hidden, heads = values.get("hidden_size"), values.get("num_attention_heads")
+    if not architecture.own_width and isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
+        stated["head_dim"] = ("hidden_size / num_attention_heads", hidden // heads)
+    return [
+        not_ours(subject, other, values[other], f"{value!r}, as {name}")
+        for other, (name, value) in stated.items()
+        if values.get(other) is not None and values[other] != value
+    ]
+
+
 def _covers(window: Any, positions: Any) -> bool:
     """Whether a sliding window is as long as the model's context, and so has no effect."""
     return isinstance(window, int) and isinstance(positions, int) and window >= positions
-
-
-def _rotary_base(values: Mapping[str, Any], subject: str) -> tuple[Any, list[Fault]]:
-    """The base of the rotary frequencies, from any of the places where versions of Transformers write it."""
-    faults = []
-    # Version 5 writes rope_parameters; earlier ones rope_theta (GPT-NeoX: rotary_emb_base) and rope_scaling.
-    nested = values.get("rope_parameters") or {}
-    scaling = values.get("rope_scaling") or {}
-    for name, entry in (("rope_parameters", nested), ("rope_scaling", scaling)):
-        if not isinstance(entry, Mapping):
-            faults.append(_fault(subject, name, entry, "an object"))
-            return None, faults
-        kind = entry.get("rope_type", entry.get("type", "default"))
-        if kind != "default":
-            faults.append(_fault(subject, name, dict(entry), "rope_type 'default'"))
-    shares = [values.get("partial_rotary_factor", 1.0), values.get("rotary_pct"), nested.get("partial_rotary_factor")]
-    # The class's default counts only where no other entry states the share.
-    stated = [share for share in shares[1:] if share is not None] or [shares[0]]
-    if any(share != 1.0 for share in stated):
-        faults.append(_fault(subject, "partial_rotary_factor", stated[0], "1: all channels of a head rotate"))
-    theta = nested.get("rope_theta", values.get("rope_theta", values.get("rotary_emb_base", 10000.0)))
-    # An integer that no float holds stays one, for the schema to refuse.
-    is_small = isinstance(theta, int) and not isinstance(theta, bool) and abs(theta) < _TOO_LARGE
-    return float(theta) if is_small else theta, faults
 
 
 def _complete(shape: dict[str, Any]) -> dict[str, Any]:
