@@ -28,11 +28,11 @@ from megatron_doremi.phases.selected_domains import sampling_setting
 from megatron_doremi.phases.to_come import LOSSES, WEIGHTS, inputs_to_come
 from megatron_doremi.phases.trained_run import (
     initial_shape,
+    loaded_warnings,
     read_initial,
     read_loaded,
     read_reference,
     reads_reference_losses,
-    reference_warnings,
     scores_online,
 )
 from megatron_doremi.plan import RunPlan, make_plan
@@ -97,7 +97,7 @@ def open_inputs(config: Config, topology: Topology) -> Inputs:
         raise_if_any(faults)
         assert loaded is not None
         plan = plan_run(config, topology, data, weights, loaded.shape)
-        data = _with_warnings(data, reference_warnings(config, loaded.shape, loaded))
+        data = _with_warnings(data, loaded_warnings(config, loaded.shape, loaded))
         return Inputs(data, plan, make_controller(plan), "", loaded, None, None, to_come)
     initial = None
     try:
@@ -127,7 +127,7 @@ def open_inputs(config: Config, topology: Topology) -> Inputs:
         resumes = collect(lambda: planned_resume(plan, run_identity(plan, data, controller), controller, unknown))
     faults += mixture_faults(plan, controller, data.held_out_counts(config.data.seq_length))
     raise_if_any(faults)
-    warnings = [*mixture_warnings(plan, controller), *reference_warnings(config, plan.gpt, reference)]
+    warnings = [*mixture_warnings(plan, controller), *loaded_warnings(config, plan.gpt, reference)]
     data = _with_warnings(data, warnings)
     return Inputs(
         data, plan, controller, repeated or "", reference, initial, reference_losses, to_come, tuple(resumes or ())

@@ -45,16 +45,36 @@ def read_reference(config: Config, data: RunData, to_come: Collection[str] = ())
     return read_model(folder, REFERENCE_RUN, data, config, step, needs_all_steps=True, forward_only=True)
 
 
-def reference_warnings(config: Config, shape: Shape, reference: TrainedModel | None) -> list[str]:
-    """Warnings about a reference that differs from the DoReMi paper's: one of the proxy's own shape that was trained on
-    a fixed mixture.
+def loaded_warnings(config: Config, shape: Shape, loaded: TrainedModel | None) -> list[str]:
+    """Warnings about a model that a run scores with: one that never saw such long windows, and a reference that differs
+    from the DoReMi paper's, which has the proxy's own shape and was trained on a fixed mixture.
 
     Args:
-        shape: of the proxy; of scoring, that of the reference.
+        shape: of the proxy; of scoring and of an evaluation, that of the loaded model.
+        loaded: the reference, or the model of an evaluation; None: no model is loaded.
     """
-    if reference is None or config.data.phase == EVALUATE:
+    if loaded is None:
         return []
-    subject, lines = f"{REFERENCE_RUN} {config.doremi.reference_load}", list[str]()
+    if config.data.phase == EVALUATE:
+        return _window_warnings(config, loaded, f"{LOADED_RUN} {config.run.load}")
+    subject = f"{REFERENCE_RUN} {config.doremi.reference_load}"
+    return _window_warnings(config, loaded, subject) + _reference_warnings(shape, loaded, subject)
+
+
+def _window_warnings(config: Config, loaded: TrainedModel, subject: str) -> list[str]:
+    """A warning where windows are longer than any that a model with rotary positions was made for: it computes losses
+    at any length. Models with a limit are refused."""
+    seen, asked = loaded.shape.max_positions, config.data.seq_length
+    if seen is None or seen >= asked:
+        return []
+    return [
+        f"{subject} was made for windows of up to {seen:,} tokens, and --seq-length is {asked:,}: it never saw later "
+        f"positions, and its losses there may be far too high; give --seq-length {seen}"
+    ]
+
+
+def _reference_warnings(shape: Shape, reference: TrainedModel, subject: str) -> list[str]:
+    lines = list[str]()
     if reference.phase == PROXY:
         lines.append(f"{subject} is a proxy, which DRO trained: DoReMi's reference is a run of --phase reference")
     if not isinstance(shape, GPTConfig) or not isinstance(reference.shape, GPTConfig):

@@ -97,3 +97,17 @@ def test_weights_of_other_programs_reach_the_plan_by_name(data, tmp_path):
         with pytest.raises(ConfigError, match=words) as error:
             opened(data, "--domain-weights", setting, "--domain-names", str(path))
         assert len(error.value.faults) == 1
+
+
+def test_windows_longer_than_a_model_has_seen_are_warned_of(data, reference, tmp_path):
+    """A reference of windows of 16 tokens computes losses at later positions, which it never saw."""
+    longer = ["--seq-length", "24"]
+    (line,) = opened(data, *reference, *longer, phase="proxy").data.manifest.warnings
+    assert "was made for windows of up to 16 tokens, and --seq-length is 24" in line
+    assert line.endswith("give --seq-length 16")
+    run = reference[1]
+    assert line.startswith(f"--reference-load {run} ")
+    flags = ["--phase", "evaluate", "--domains", str(data), "--load", run, "--dry-run"]
+    (line,) = open_inputs(parse_config([*flags, *longer], 1), Topology()).data.manifest.warnings
+    assert line.startswith(f"--load {run} was made for windows of up to 16 tokens")
+    assert open_inputs(parse_config([*flags, "--seq-length", "8"], 1), Topology()).data.manifest.warnings == ()
