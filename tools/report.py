@@ -18,6 +18,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from megatron_doremi.errors import ConfigError, Fault, raise_if_any, run_or_exit
 from megatron_doremi.flag_parser import FlagParser
 from megatron_doremi.progress import stage
 from megatron_doremi.reporting.charts.render import png
-from megatron_doremi.reporting.comparison import compare, list_runs, with_controls
+from megatron_doremi.reporting.comparison import Study, compare, list_runs, with_controls
 from megatron_doremi.reporting.console import console_text
 from megatron_doremi.reporting.groups import PROXY, REFERENCE, Group
 from megatron_doremi.reporting.rounds import RoundsEntry, read_rounds
@@ -58,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         groups, tokens = _read(named, paths, options.domains, _unwritable(folder))
         groups = with_controls(groups, options.control_domains)
         study = compare(groups, tokens) if named else list_runs(groups, tokens)
+        if rounds is not None and paths and not options.runs:
+            study = _of_last_round(study, options.rounds, rounds)
     _make_writable(folder)
     print(console_text(study, rounds), flush=True)
     with stage("drawing the charts"):
@@ -175,6 +178,12 @@ def _proxies(path: Path, rounds: RoundsEntry) -> dict[str, Path]:
         for each in rounds.rounds
         for seed in seeds
     }
+
+
+def _of_last_round(study: Study, path: Path, rounds: RoundsEntry) -> Study:
+    """The study of the proxies of all rounds: what the last round learned is the result."""
+    last = _proxies(path, rounds.model_copy(update={"rounds": rounds.rounds[-1:]}))
+    return replace(study, last_round=frozenset(last), round_name=f"round {rounds.rounds[-1].round}")
 
 
 def _read(

@@ -84,6 +84,8 @@ class Study:
         domain_tokens: training tokens by domain; {} without a manifest.
         weights_match: False if a run of the subject samples by other weights than a proxy's.
         notes: checks and limits, in sentences.
+        last_round: if the proxies are of several rounds: the labels of the last round's, whose weights are the result.
+        round_name: of that round; "" without rounds.
     """
 
     groups: tuple[Group, ...]
@@ -94,6 +96,8 @@ class Study:
     domain_tokens: dict[str, int]
     weights_match: bool
     notes: tuple[str, ...]
+    last_round: frozenset[str] = frozenset()
+    round_name: str = ""
 
     @property
     def compared(self) -> tuple[Group, ...]:
@@ -116,6 +120,16 @@ class Study:
     def proxies(self) -> dict[str, Run]:
         """The runs that learned weights, by label."""
         return {label: run for label, run in self.runs.items() if run.has_weights}
+
+    @property
+    def pooled_proxies(self) -> dict[str, Run]:
+        """The proxies whose mean is the learned mixture, by label: all, or those of the last round."""
+        return {label: run for label, run in self.proxies.items() if not self.last_round or label in self.last_round}
+
+    def pool(self, count: int) -> str:
+        """What the learned weights of `count` proxies are, for a sentence: ", the mean of 2 proxies of round 3"."""
+        of = f" of {self.round_name}" if self.round_name else ""
+        return f", the mean of {count} proxies{of}" if count > 1 else f",{of}" if of else ""
 
     def held_out(self, run: Run) -> HeldOut | None:
         """The last held-out losses of a run in the study's unit; None if it has none."""

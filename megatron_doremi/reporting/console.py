@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 
 from megatron_doremi.reporting.comparison import Study
-from megatron_doremi.reporting.rounds import RoundsEntry, rounds_table, verdict_of_round
+from megatron_doremi.reporting.rounds import RoundsEntry, concentration_warning, rounds_table, verdict_of_round
 from megatron_doremi.reporting.study_tables import difference_table, held_out_table, weights_table
 from megatron_doremi.reporting.tables import Table, excerpt, fitted, format_text
 from megatron_doremi.reporting.verdict import findings, verdict
@@ -26,6 +26,8 @@ def console_text(study: Study, rounds: RoundsEntry | None = None) -> str:
     if rounds is not None:
         tables.append(rounds_table(rounds))
         lines += ["", *_wrapped(verdict_of_round(rounds), "")]
+        warning = concentration_warning(rounds)
+        lines += _wrapped(warning, "") if warning else []
     elif study.compared:
         tables.append(held_out_table(study))
     else:

@@ -78,7 +78,7 @@ def held_out_table(study: Study) -> Table:
     With many domains, rows are sorted by the first difference, so that both ends can be shown.
     """
     natural = natural_weights(study.domain_tokens)
-    learned = [learned_weights(run) for run in study.proxies.values()]
+    learned = [learned_weights(run) for run in study.pooled_proxies.values()]
     figures = {group.name: _held_out(study, group) for group in study.compared}
     columns = [Column("domain")]
     rows: list[list[Value]] = [[name] for name in study.names]
@@ -195,7 +195,7 @@ def _weight_ratios(study: Study, comparison: RivalComparison) -> dict[str, float
 
 def weights_table(study: Study) -> Table | None:
     """Learned, natural and sampling weights by domain, with epochs; None if no run has weights."""
-    learned = [learned_weights(run) for run in study.proxies.values()]
+    learned = [learned_weights(run) for run in study.pooled_proxies.values()]
     natural = natural_weights(study.domain_tokens)
     columns = [Column("domain")]
     rows: list[list[Value]] = [[name] for name in study.names]
@@ -207,7 +207,7 @@ def weights_table(study: Study) -> Table | None:
     if learned:
         by_name_mean = _mean_mixture(learned, study.names)
         by_name = {name: mean_by_domain(learned, name) for name in study.names}
-        last = [last_weights(run) for run in study.proxies.values()]
+        last = [last_weights(run) for run in study.pooled_proxies.values()]
         columns.append(Column("learned", format_weight))
         _append(rows, [by_name_mean.get(name) for name in study.names])
         if len(learned) > 1:
@@ -231,9 +231,8 @@ def weights_table(study: Study) -> Table | None:
     if learned:
         place = [column.name for column in columns].index("learned")
         rows.sort(key=lambda row: -float(row[place] or 0.0))
-    seeds = f", mean over {len(learned)} proxies" if len(learned) > 1 else ""
     caption = f"Domain weights; uniform is 1/{len(study.names)} = {format_weight(1 / max(1, len(study.names)))}"
-    caption += f"; learned: mean over all steps{seeds}" if learned else ""
+    caption += f"; learned: mean over all steps{study.pool(len(learned))}" if learned else ""
     return Table("weights", tuple(columns), tuple(map(tuple, rows)), caption=f"{caption}.")
 
 

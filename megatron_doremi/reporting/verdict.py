@@ -136,7 +136,7 @@ def _domain_sentences(comparison: RivalComparison) -> list[str]:
 
 def _planted_sentences(study: Study) -> list[str]:
     """Whether each planted domain lost or gained weight relative to 1/k, with numbers."""
-    runs = list(study.proxies.values())
+    runs = list(study.pooled_proxies.values())
     means, lasts = [learned_weights(run) for run in runs], [last_weights(run) for run in runs]
     sentences = []
     for name in PLANTED:
@@ -144,10 +144,9 @@ def _planted_sentences(study: Study) -> list[str]:
         if known:
             uniform = 1.0 / len(means[0])
             mean, last = fmean(known), fmean(mean_by_domain(lasts, name))
-            over = f", the mean of {len(known)} proxies" if len(known) > 1 else ""
             sentences.append(
                 f"Planted domain {name} {_moved(mean, uniform)} in the mean over all steps ({format_weight(mean)}) and "
-                f"{_moved(last, uniform)} at the end ({format_weight(last)}){over}, against uniform "
+                f"{_moved(last, uniform)} at the end ({format_weight(last)}){study.pool(len(known))}, against uniform "
                 f"1/{len(means[0])} = {format_weight(uniform)}."
             )
     return sentences

@@ -203,6 +203,33 @@ def test_the_report_of_rounds(tmp_path, capsys, monkeypatch):
         report.main(["--rounds", str(tmp_path)])
 
 
+def test_the_report_of_rounds_gives_the_last_rounds_weights_and_warns_of_one_domain(tmp_path, capsys, monkeypatch):
+    """The mean over proxies of different rounds is what no round learned: 0.21 for noise, 0.55 for A."""
+    folder, rule = RoundsFolder(tmp_path), StopRule(1e-3, 2, 1)
+    write_runs(folder, 1, 1, dict.fromkeys(("A", "B", "noise"), 1 / 3), {"A": 0.2, "B": 0.4, "noise": 0.4})
+    first = judge(folder, rule).rounds[0].weights
+    write_runs(folder, 2, 1, first, {"A": 0.9, "B": 0.08, "noise": 0.02})
+    judge(folder, rule)
+    monkeypatch.setattr(report, "png", lambda chart: b"")
+    monkeypatch.setattr(html, "svg", lambda chart, layout: chart.complete(layout)["$schema"])
+    assert report.main(["--rounds", str(tmp_path)]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert (
+        "noise lost weight in the mean over all steps (0.0200) and lost weight at the end (0.0200), of round 2"
+        in printed
+    )
+    assert "2 proxies" not in printed
+    # exp(entropy) of .9, .08 and .02 is 1.46, less than half of 3.
+    assert "warning: the rounds concentrate the weights: 1.5 effective domains, 3.0 at the start; A has 0.90" in printed
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "learned: mean over all steps, of round 2" in page
+    assert "lowest" not in page
+    # Without --rounds the proxies are listed, and their mean says so.
+    paths = [str(folder.run(number, 1, "proxy")) for number in (1, 2)]
+    assert report.main([*paths, "--output-dir", str(tmp_path / "listed")]) == 0
+    assert "(0.2100)" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_two_rounds_of_training_stopped_before_each_run_and_resumed(tmp_path):
     data = write_data(tmp_path)

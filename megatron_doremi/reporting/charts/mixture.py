@@ -59,7 +59,8 @@ def mixture_charts(study: Study) -> list[Chart]:
 
 def weights_by_domain(study: Study) -> Chart | None:
     """Learned weights with a point for each proxy, natural weights, and other mixtures; None if there is none."""
-    learned = [learned_weights(run) for run in study.proxies.values()]
+    proxies = study.pooled_proxies
+    learned = [learned_weights(run) for run in proxies.values()]
     series: dict[str, Mapping[str, float]] = {}
     if learned:
         series["learned"] = {n: fmean(mean_by_domain(learned, n)) for n in study.names if mean_by_domain(learned, n)}
@@ -68,7 +69,7 @@ def weights_by_domain(study: Study) -> Chart | None:
     for group in study.groups if study.subject is not None else ():
         sampling = group.runs[0].sampling_weights
         uniform = sampling is not None and same_weights(sampling, dict.fromkeys(sampling, 1.0))
-        copied = any(same_weights(sampling or {}, learned_weights(run)) for run in study.proxies.values())
+        copied = any(same_weights(sampling or {}, learned_weights(run)) for run in proxies.values())
         if group.compared and sampling is not None and not uniform and not copied:
             known = [name for name, other in series.items() if same_weights(sampling, dict(other))]
             series |= {} if known else {group.name: sampling}
@@ -81,7 +82,7 @@ def weights_by_domain(study: Study) -> Chart | None:
         rows += [
             row(domain=name, mixture=m, kind="mean", value=w[name], run="") for m, w in series.items() if name in w
         ]
-        for (label, _), mixture in zip(study.proxies.items(), learned, strict=True):
+        for (label, _), mixture in zip(proxies.items(), learned, strict=True):
             if len(learned) > 1 and name in mixture:
                 rows.append(row(domain=name, mixture="learned", kind="run", value=mixture[name], run=label))
     order, names, k = plain_names(shown), list(plain_names(series)), len(first)
@@ -120,7 +121,8 @@ def weights_by_domain(study: Study) -> Chart | None:
 
     some = f"The {len(shown)} domains with the highest and lowest weights of {k}. " if len(shown) < k else ""
     seeds = " Open points: one proxy each." if len(learned) > 1 else ""
-    caption = f"{some}Dashed line: uniform, 1/{k}.{seeds}"
+    learned_in = f" Learned: in {study.round_name}." if study.round_name else ""
+    caption = f"{some}Dashed line: uniform, 1/{k}.{learned_in}{seeds}"
     return Chart("domain_weights", "Domain weights", caption, rows, make)
 
 
