@@ -15,6 +15,8 @@ _FLAG = "--domain-names"
 _FORM = "{name in the file: name in the manifest}"
 # Names that a message lists.
 _SHOWN_NAMES = 25
+# Comparisons of names to guess what unknown ones mean.
+_COMPARISONS = 200_000
 
 
 class DomainNames(Schema):
@@ -45,6 +47,7 @@ def match_names(
         the name in the file by the manifest's name, and faults: of each name that is unknown, excluded or renamed to
         another's, and of the names that are missing.
     """
+    known = set(manifest.names)
     files: dict[str, list[str]] = {}
     for name in given:
         files.setdefault(renames.get(name, name), []).append(name)
@@ -56,7 +59,7 @@ def match_names(
         if len(names) > 1
     ]
     excluded = [target for target in files if target in manifest.excluded]
-    unknown = [target for target in files if target not in manifest.names and target not in excluded]
+    unknown = [target for target in files if target not in known and target not in manifest.excluded]
     missing = [name for name in manifest.names if name not in files]
     if excluded:
         rule, remedy = "weights of the domains that the run reads", "remove these entries"
@@ -65,10 +68,13 @@ def match_names(
         faults.append(Fault(subject, f"excluded: {_listed(excluded)}", rule, remedy))
     rule = "the manifest's names exactly: " + _listed(manifest.names)
     remedy = f"rename or remove them, or give {_FLAG} MAP.json with {_FORM}"
-    for target in unknown:
+    for number, target in enumerate(unknown):
         name = files[target][0]
         value = f"unknown: {name!r}" + (f", renamed to {target!r}" if name != target else "")
-        guess = did_you_mean(target, missing) or did_you_mean(name, missing)
+        # Each guess compares with every name.
+        guess = (
+            "" if number * len(missing) > _COMPARISONS else did_you_mean(target, missing) or did_you_mean(name, missing)
+        )
         faults.append(Fault(subject, f"{value}; {guess}" if guess else value, rule, remedy))
     if unknown and renames and not any(name in renames for name in given):
         turned = any(target in given for target in renames.values())

@@ -52,7 +52,7 @@ def read_inline(setting: str, subject: str) -> tuple[dict[str, float], list[Faul
         position = match.end()
         name, text = match.groups()
         try:
-            weight = float(text)
+            weight = math.nan if "_" in text else float(text)
         except ValueError:
             weight = math.nan
         if not math.isfinite(weight) or weight < 0.0:

@@ -27,7 +27,7 @@ from megatron_doremi.data.indexed_dataset import IndexedDataset, paths_of
 from megatron_doremi.data.prefix_list import ListedDomain, is_split_lists, pair_identity, read_split_lists, read_words
 from megatron_doremi.data.token_stream import DatasetPart, TokenStream, split_bounds
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any
-from megatron_doremi.storage.files import atomic_write_text, read_json_object, unreadable
+from megatron_doremi.storage.files import atomic_write_text, read_json_object, read_text_file, unreadable
 from megatron_doremi.storage.formats import Count, Name, PathText, Positive, Schema, Sha256, check_entry, format_fault
 
 MANIFEST_FORMAT = "megatron-doremi-domains/1"
@@ -202,9 +202,9 @@ def load_manifest(path: Path, split: tuple[float, ...] | None = None) -> Manifes
     """
     subject = f"manifest {path}"
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        remedy = f"give {path / 'domains.json'}" if path.is_dir() else "give the path of domains.json"
+        text = read_text_file(path)
+    except (OSError, ValueError) as error:
+        remedy = f"give {path / 'domains.json'}" if os.path.isdir(path) else "give the path of domains.json"
         value, remedy = unreadable(path, error, remedy)
         raise ConfigError(Fault(subject, value, "a readable manifest", remedy)) from error
     if text.lstrip()[:1] not in ("{", "["):

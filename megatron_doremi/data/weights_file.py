@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -134,9 +135,9 @@ def weights_by_hand(subject: str, weights: Any, manifest: Manifest, renames: Map
 
 
 def _unreadable_remedy(path: Path) -> str:
-    if path.is_dir():
+    if os.path.isdir(path):
         inside = path / "domain_weights.json"
-        return f"give the file, {inside}" if inside.is_file() else "give a weights file, not a folder"
+        return f"give the file, {inside}" if os.path.isfile(inside) else "give a weights file, not a folder"
     return "give a weights file, uniform, natural, or weights as in A=0.5,B=0.5"
 
 

@@ -11,13 +11,17 @@ A bare mapping of names and weights may be JSON or YAML, and a CSV may have the 
 from __future__ import annotations
 
 import csv
+import io
+import math
+import re
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_doremi.data.given_weights import did_you_mean, file_and_row
 from megatron_doremi.errors import ConfigError, Fault
-from megatron_doremi.storage.files import json_object, read_json, unreadable
+from megatron_doremi.storage.files import json_object, read_json, read_text_file, unreadable
 from megatron_doremi.storage.yaml_file import number_or_text, read_yaml_mapping
 
 # Columns that are no domains: they identify runs, or, without a name, hold the row numbers that pandas writes.
@@ -89,25 +93,31 @@ def flattened_mix(mix: Mapping[str, Any]) -> dict[str, Any]:
             weight = node[0] if isinstance(node, list) and len(node) == 2 else node
         valid = isinstance(weight, int | float) and not isinstance(weight, bool) and weight >= 0.0
         if not valid or not children:
-            leaves[name] = share * weight if valid else weight
+            leaves[name] = _product(share, weight) if valid else weight
             return
         for child, value in children.items():
-            add(f"{name}:{child}", value, share * weight)
+            add(f"{name}:{child}", value, _product(share, weight))
 
     for name, node in mix.items():
         add(name, node, 1.0)
     return leaves
 
 
+def _product(share: float, weight: float) -> float:
+    """The product, and where it vanishes the smallest number: only a weight of 0 leaves a domain out."""
+    return share * weight or (math.ulp(0.0) if share and weight else 0.0)
+
+
 def _read_table(path: Path, row: str | None, subject: str, remedy: str, domains: Collection[str]) -> dict[str, Any]:
     """The weights in one row of a table with a column for each domain, or in a table of columns domain and weight."""
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, strict=True, skipinitialspace=True)
-            lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader if cells]
+        reader = csv.reader(io.StringIO(read_text_file(path), newline=""), strict=True, skipinitialspace=True)
+        lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader if cells]
         if not lines:
             raise ValueError("an empty file")
         header, rows = lines[0][1], lines[1:]
+        if len(header) == 1 and len(parts := re.split(r"[;\t]", header[0])) > 1:
+            raise ValueError(f"one column, {header[0][:60]!r}: is it separated by {header[0][len(parts[0])]!r}?")
         for line, cells in rows:
             if len(cells) != len(header):
                 raise ValueError(f"line {line}: {len(cells)} cells, and {len(header)} columns")
@@ -162,11 +172,11 @@ def _by_name(pairs: Sequence[tuple[str, Any]], subject: str) -> dict[str, Any]:
     """Weights by name; a name that occurs twice is a fault."""
     weights = dict(pairs)
     if len(weights) != len(pairs):
-        names = [name for name, _ in pairs]
+        counts = Counter(name for name, _ in pairs)
         faults = [
             Fault(subject, f"{name!r} twice", "one weight for each domain", "remove one of the two")
             for name in weights
-            if names.count(name) > 1
+            if counts[name] > 1
         ]
         raise ConfigError(faults)
     return weights

@@ -18,7 +18,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -161,7 +160,7 @@ def resolve_weights(
     if is_inline(setting):
         return inline_weights(setting, manifest, renames)
     similar = similar_mixture(setting)
-    if similar and not Path(setting).exists():
+    if similar and not os.path.lexists(setting):
         rule = f"{_NAMES}, given, or a weights file that exists"
         raise ConfigError(Fault("--domain-weights", setting, rule, f"did you mean {similar}?"))
     return load_weights(setting, manifest, allow_tokenizer_mismatch, allow_unfinished, renames)

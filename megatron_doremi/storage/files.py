@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import socket
+import stat
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any, BinaryIO
 from megatron_doremi.errors import ConfigError, Fault
 
 _HASH_BLOCK = 1 << 22
+_LARGEST_TEXT = 1 << 30
 _ONE_OBJECT = "a readable file that holds one JSON object"
 
 
@@ -161,6 +163,25 @@ def sha256_of(path: Path, progress: Callable[[], None] = lambda: None) -> str:
     return digest.hexdigest()
 
 
+def read_text_file(path: Path) -> str:
+    """The text of a file that a person or another program wrote, in UTF-8, without a byte order mark.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no regular file (a pipe may never end, and each rank reads the file), larger than 1 GiB, or in
+            another encoding.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+        raise ValueError("a pipe or a device; every rank reads the file, so write it to disk")
+    if status.st_size > _LARGEST_TEXT:
+        raise ValueError(f"{status.st_size:,} bytes; such a file has at most {_LARGEST_TEXT:,}")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 text ({error.reason} at offset {error.start:,}); save it as UTF-8") from error
+
+
 def read_json_object(path: Path, subject: str, remedy: str = "give such a file") -> dict[str, Any]:
     """Reads a file that holds one JSON object.
 
@@ -197,8 +218,7 @@ def read_json(path: Path, subject: str, remedy: str = "give such a file") -> Any
         return json_object
 
     try:
-        # People's editors may begin a file with a byte order mark.
-        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=unique_keys)
+        return json.loads(read_text_file(path), object_pairs_hook=unique_keys)
     except (OSError, ValueError, RecursionError) as error:
         value, remedy = unreadable(path, error, remedy)
         raise ConfigError(Fault(subject, value, _ONE_OBJECT, remedy)) from error

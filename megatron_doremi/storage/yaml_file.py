@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from megatron_doremi.errors import ConfigError, Fault
-from megatron_doremi.storage.files import unreadable
+from megatron_doremi.storage.files import read_text_file, unreadable
 
 _PLAIN_TAG = "tag:yaml.org,2002:"
 
@@ -30,7 +30,7 @@ def read_yaml_mapping(path: Path, subject: str, remedy: str = "give such a file"
             anchor that is used again (whose expansion may be huge), or more than one document.
     """
     try:
-        node = yaml.compose(path.read_text(encoding="utf-8-sig"), Loader=yaml.SafeLoader)
+        node = yaml.compose(read_text_file(path), Loader=yaml.SafeLoader)
         if not isinstance(node, yaml.MappingNode):
             raise ValueError("no YAML mapping")
         content = _value(node, set())

@@ -220,6 +220,43 @@ def test_yaml_scalars_are_numbers_or_the_text_as_it_is_written(tmp_path):
     }
 
 
+def test_only_a_weight_of_0_leaves_a_domain_out(tmp_path, manifest):
+    """A product that no float holds was 0, so that the domain vanished without a word."""
+    text = "mix: {ArXiv: {weight: 1e-200, x: {weight: 1e-200}}, no: 1, Wikipedia (en): 1}"
+    (fault,) = faults(tmp_path, manifest, "m.yaml", text, {"ArXiv:x": "ArXiv"})
+    assert (fault.value, fault.rule) == ("'ArXiv': a share of 0.0e+00", "shares of at least 1e-12")
+    text = text.replace("1e-200}}", "0}}")
+    assert weights(tmp_path, manifest, "m.yaml", text, {"ArXiv:x": "ArXiv"}) == [0.0, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_another_separator_is_named(tmp_path, manifest, separator):
+    (fault,) = faults(tmp_path, manifest, "m.csv", f"ArXiv{separator}no\n1{separator}2\n")
+    assert f"is it separated by {separator!r}?" in fault.value
+
+
+def test_a_foreign_table_of_many_columns_is_answered_at_once(tmp_path, manifest):
+    """Each unknown name was compared with each domain, each name that occurs twice with each name: minutes."""
+    names = [f"d{number}" for number in range(30_000)]
+    many = manifest_of(tmp_path, *names)
+    table = ",".join(names) + "\n" + ",".join("1" * len(names)) + "\n"
+    assert weights(tmp_path, many, "m.csv", table) == pytest.approx([1 / len(names)] * len(names))
+    found = faults(tmp_path, manifest, "m.csv", table)
+    assert len(found) == len(names) + 1
+    twice = ",".join(names * 2) + "\n" + ",".join("1" * 2 * len(names)) + "\n"
+    assert len(faults(tmp_path, many, "m.csv", twice)) == len(names)
+
+
+def test_inline_weights_are_written_as_in_files(manifest):
+    with pytest.raises(ConfigError, match="ArXiv=1_0"):
+        resolve_weights("ArXiv=1_0,no=1,Wikipedia (en)=1", manifest)
+
+
+def test_a_path_that_is_too_long_is_a_fault(manifest):
+    with pytest.raises(ConfigError, match="File name too long"):
+        resolve_weights("x" * 5000, manifest)
+
+
 def test_settings_that_name_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert file_and_row("a/b.csv@x@y=1") == ("a/b.csv", "x@y=1")

@@ -5,6 +5,7 @@ Run alone: python -m pytest tests/storage/test_files.py
 
 from __future__ import annotations
 
+import os
 import re
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from megatron_doremi.errors import ConfigError
 from megatron_doremi.storage import files
 from megatron_doremi.storage.files import atomic_write_text, read_json_object, temporary_beside
+from megatron_doremi.storage.yaml_file import read_yaml_mapping
 
 
 def test_no_two_writers_share_a_temporary_name(tmp_path, monkeypatch):
@@ -47,3 +49,16 @@ def test_a_missing_file_is_named_with_what_is_like_it(tmp_path):
         read_json_object(tmp_path / "x" / "y.json", "weights", "make one")
     with pytest.raises(ConfigError, match="weights: a folder"):
         read_json_object(tmp_path, "weights")
+
+
+@pytest.mark.parametrize("read", [read_json_object, read_yaml_mapping])
+def test_what_is_no_file_of_text_is_refused(tmp_path, read):
+    """A pipe was waited for without end, and a device read until memory was full."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "utf-16").write_text('{"a": 1}', encoding="utf-16")
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate((1 << 30) + 1)
+    cases = {"pipe": "a pipe or a device", "utf-16": "save it as UTF-8", "large": "1,073,741,825 bytes"}
+    for name, said in {**cases, "/dev/zero": "a pipe or a device"}.items():
+        with pytest.raises(ConfigError, match=said):
+            read(tmp_path / name, name)
