@@ -194,14 +194,14 @@ class ParallelConfig:
     )
     recompute_granularity: str = setting(
         "none",
-        "activations that the backward pass recomputes to save memory: none, attention scores, or full blocks",
+        "activations that the backward pass recomputes to save memory: none, attention's inner part, or full blocks",
         ("none", "selective", "full"),
         phases=TRAINING,
     )
     loss_chunk_tokens: int = setting(
         1024,
-        "tokens whose logits are held at a time; the backward pass recomputes them. 0: compute the logits of each "
-        "micro-batch once and hold them",
+        "tokens whose logits are held at a time; the backward pass recomputes them, unless they are all of a step's "
+        "one held micro-batch. 0: compute the logits of each micro-batch once and hold them",
         bounds=Bounds(0, 1 << 30),
     )
     zero_stage: int = setting(

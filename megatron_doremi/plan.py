@@ -64,6 +64,19 @@ class RunPlan:
         """Tokens in a step, over all ranks."""
         return self.global_batch_size * self.config.data.seq_length
 
+    def loss_chunk_tokens(self, alternating: bool) -> int:
+        """Tokens whose logits are at hand at a time; 0: those of a micro-batch, held for its backward pass.
+
+        Logits of one chunk are worth holding where they are the only ones: they take no more memory than to compute
+        them again, and save a product.
+
+        Args:
+            alternating: all forward passes of a step come before its first backward pass.
+        """
+        chunk, tokens = self.config.parallel.loss_chunk_tokens, self.batch_shape[0] * self.batch_shape[1]
+        holds_one = not alternating or self.micro_batches == 1
+        return 0 if tokens <= chunk and holds_one else chunk
+
     @property
     def windows(self) -> int:
         """Windows that the run reads, over all steps, ranks and domains."""

@@ -59,7 +59,8 @@ def make_engine(plan: RunPlan, objective: Objective, context: ParallelContext) -
     config, gpt, parallel = plan.config, plan.gpt, plan.config.parallel
     parameters = sum(parameters_by_layer(gpt, context.topology.tensor_size))
     entry = deepspeed_config(plan, parameters)
-    model = (gpt, context, config.data.seed, parallel.recompute_granularity, parallel.loss_chunk_tokens)
+    chunk = plan.loss_chunk_tokens(objective.before_backward)
+    model = (gpt, context, config.data.seed, parallel.recompute_granularity, chunk)
     module: GPT
     kind: type[TrainingEngine]
     if parallel.zero_stage < 2:

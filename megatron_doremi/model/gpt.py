@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_doremi.config import GPTConfig
-from megatron_doremi.model.positions import RotaryTable, rotate
+from megatron_doremi.model.fused import rotate, split_heads, swiglu
+from megatron_doremi.model.positions import RotaryTable
 from megatron_doremi.parallel.layers import (
     ColumnParallelLinear,
     Norm,
@@ -67,17 +68,16 @@ class Attention(nn.Module):
 
     def _mix(self, qkv: Tensor, rotary: RotaryTable | None) -> Tensor:
         """Attention of the fused projection, [b, s, (n + 2 g) d / t] -> heads' outputs, [b, s, n d / t]."""
-        b, s, _ = qkv.shape
-        qkv = qkv.view(b, s, self.groups, self.queries_per_group + 2, self.width)
-        q, k, v = qkv.split([self.queries_per_group, 1, 1], dim=3)
-        q = q.reshape(b, s, self.groups * self.queries_per_group, self.width).transpose(1, 2)
-        k, v = (part.reshape(b, s, self.groups, self.width).transpose(1, 2) for part in (k, v))
+        normalized = self.q_norm is not None and self.k_norm is not None
+        q, k, v = split_heads(qkv, self.groups, self.width, None if normalized else rotary)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        if rotary is not None:
-            q, k = rotate(q, rotary), rotate(k, rotary)
+            if rotary is not None:
+                q, k = rotate(q, rotary), rotate(k, rotary)
+        # [b, s, heads, d]
+        q, k, v = (part.flatten(2, 3).transpose(1, 2) for part in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.queries_per_group > 1)
-        return out.transpose(1, 2).reshape(b, s, -1)
+        return out.transpose(1, 2).flatten(2)
 
 
 class MLP(nn.Module):
@@ -95,8 +95,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc1(x)
         if self.swiglu:
-            gate, up = x.chunk(2, dim=-1)
-            return self.fc2(F.silu(gate) * up)
+            return self.fc2(swiglu(x))
         return self.fc2(F.gelu(x, approximate=self.approximate))
 
 

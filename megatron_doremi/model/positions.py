@@ -14,8 +14,8 @@ class RotaryTable(NamedTuple):
     """Cosines and sines of the rotary angles, float32.
 
     Attributes:
-        cos, sin: [seq, width / 2]; or [batch, 1, seq, width / 2] where each window has its own positions. Both
-            broadcast over [batch, heads, seq, width / 2].
+        cos, sin: [seq, 1, 1, width / 2]; or [batch, seq, 1, 1, width / 2] where each window has its own positions.
+            Both broadcast over [batch, seq, groups, heads of a group, width / 2].
     """
 
     cos: Tensor
@@ -31,17 +31,8 @@ def rotary_table(positions: Tensor, width: int, base: float) -> RotaryTable:
         width: channels of a head, even.
     """
     frequencies = base ** (-torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width)
-    angles = positions.to(torch.float32).unsqueeze(-1) * frequencies
-    if positions.dim() == 2:
-        angles = angles.unsqueeze(1)
+    angles = positions.to(torch.float32)[..., None, None, None] * frequencies
     return RotaryTable(angles.cos(), angles.sin())
-
-
-def rotate(x: Tensor, table: RotaryTable) -> Tensor:
-    """Rotates queries or keys, [batch, heads, seq, width]: channel i is paired with channel i + width / 2."""
-    first, second = x.float().chunk(2, dim=-1)
-    cos, sin = table
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
 class Positions:

@@ -104,7 +104,7 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class Norm(nn.Module):
-    """RMSNorm or LayerNorm over the last dimension, computed in float32."""
+    """RMSNorm or LayerNorm over the last dimension; torch computes both in float32, whatever the input is."""
 
     def __init__(self, hidden: int, kind: str, epsilon: float, tp: TensorParallel, over_heads: bool = False):
         """Args:
@@ -116,11 +116,10 @@ class Norm(nn.Module):
         self.bias = make_parameter(ParameterSpec((hidden,)), tp.group) if kind == "LayerNorm" else None
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self._replicated(self.weight).float()
+        weight = self._replicated(self.weight)
         if self.bias is None:
-            return F.rms_norm(x.float(), weight.shape, weight, self.epsilon).to(x.dtype)
-        bias = self._replicated(self.bias).float()
-        return F.layer_norm(x.float(), weight.shape, weight, bias, self.epsilon).to(x.dtype)
+            return F.rms_norm(x, weight.shape, weight, self.epsilon)
+        return F.layer_norm(x, weight.shape, weight, self._replicated(self.bias), self.epsilon)
 
     def _replicated(self, parameter: Tensor) -> Tensor:
         """Each rank's heads, like each rank's positions, contribute a part of the gradient."""

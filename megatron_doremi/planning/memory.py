@@ -8,7 +8,7 @@ and softmax, rotary angles), temporary buffers of other operations, and what doc
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from megatron_doremi.config import Config, GPTConfig, ParallelConfig
@@ -47,7 +47,7 @@ def block_bytes_per_token(gpt: GPTConfig, parallel: ParallelConfig, element: int
     """Bytes that one transformer block holds per token of a micro-batch on one rank.
 
     Args:
-        element: bytes of an activation, 2 in bfloat16, else 4. Norms always hold their input in float32.
+        element: bytes of an activation, 2 in bfloat16, else 4.
     """
     tensor, hidden = parallel.tensor_model_parallel_size, gpt.hidden_size
     # The residual stream is sharded by position over the tensor parallel group, or replicated on each of its ranks.
@@ -56,17 +56,15 @@ def block_bytes_per_token(gpt: GPTConfig, parallel: ParallelConfig, element: int
         return element * residual
     queries = gpt.num_attention_heads * gpt.kv_channels / tensor
     keys = gpt.num_query_groups * gpt.kv_channels / tensor
-    norms = 2 * (4 * residual + element * hidden)
-    # The fused projection, and the heads' outputs as the output projection reads them.
+    # Both norms' inputs and outputs.
+    norms = 2 * (residual + hidden)
+    # Queries, keys and values as the attention reads them, and its output.
     attention = queries + 2 * keys + queries
-    if parallel.recompute_granularity == "none":
-        # The heads' outputs as the attention kernel returns them, and rotated queries and keys.
-        attention += queries + (queries + keys if gpt.position_embedding_type == "rope" else 0)
-        if gpt.qk_layernorm and element < 4:
-            # In float32 the norms' inputs are views of the fused projection.
-            norms += 4 * (queries + keys)
-    mlp = (4 if gpt.swiglu else 2) * gpt.ffn_hidden_size / tensor
-    return norms + element * (attention + mlp)
+    if gpt.qk_layernorm and parallel.recompute_granularity == "none":
+        # Their norms hold their inputs.
+        attention += queries + keys
+    mlp = (3 if gpt.swiglu else 2) * gpt.ffn_hidden_size / tensor
+    return element * (norms + attention + mlp)
 
 
 def micro_batch_bytes(
@@ -87,7 +85,7 @@ def micro_batch_bytes(
     per_token += blocks * block_bytes_per_token(gpt, parallel, element)
     if last:
         # The final norm, the output layer's input, and its logits unless they are recomputed.
-        per_token += 4 * residual + element * hidden
+        per_token += element * (residual + hidden)
         if not parallel.loss_chunk_tokens:
             per_token += 4 * gpt.padded_vocab_size(tensor) / tensor
     return tokens * per_token
@@ -142,10 +140,11 @@ def held_activations(plan: RunPlan, alternating: bool) -> tuple[float, int]:
         alternating: all forward passes of a step come before its first backward pass.
     """
     config, gpt, stages = plan.config, plan.gpt, plan.topology.pipe_size
+    parallel = replace(config.parallel, loss_chunk_tokens=plan.loss_chunk_tokens(alternating))
     tokens, element = math.prod(plan.batch_shape), plan.dtype.itemsize
     blocks = [b - a for a, b in pairwise(stage_bounds(gpt.num_layers, stages, 0, 0))]
     return max(
-        (held * micro_batch_bytes(gpt, config.parallel, tokens, element, blocks[stage], stage), held)
+        (held * micro_batch_bytes(gpt, parallel, tokens, element, blocks[stage], stage), held)
         for stage in range(stages)
         for held in [
             held_micro_batches(alternating, plan.micro_batches, stages, stage, config.parallel.zero_stage),
@@ -189,6 +188,7 @@ def rank_memory(plan: RunPlan, alternating: bool, parameters: int, reference_par
     """
     config, element = plan.config, plan.dtype.itemsize
     state, activations, held = float(element), 0.0, 0
+    parallel = replace(config.parallel, loss_chunk_tokens=plan.loss_chunk_tokens(alternating))
     trains = config.data.phase in TRAINING
     if trains:
         state = state_bytes_per_parameter(config, plan.topology.data_size)
@@ -198,5 +198,5 @@ def rank_memory(plan: RunPlan, alternating: bool, parameters: int, reference_par
         activations=activations,
         held=held,
         reference=float(reference_parameters * element),
-        loss=loss_bytes(plan.shape, config.parallel, math.prod(plan.batch_shape), element, trains),
+        loss=loss_bytes(plan.shape, parallel, math.prod(plan.batch_shape), element, trains),
     )
