@@ -29,12 +29,17 @@ SMALL_MODEL=(--model-size "${SMALL_SIZE:-280m}" --micro-batch-size 8)
 SCORE=("${WINDOWS[@]}" --micro-batch-size 8)
 REFERENCE=(--domain-weights natural)
 PROXY=(--doremi-step-size 1.0 --doremi-smoothing 1e-3 --doremi-objective "${OBJECTIVE:-excess}")
+if [ "${SMALL_SIZE:-280m}" = 1b ]; then
+    # A proxy holds the activations of all micro-batches of a step: 85 GiB of them at this size.
+    PROXY+=(--recompute-granularity full)
+fi
 # For eight nodes of eight 80 GB GPUs: TP 4, PP 2 and DP 8, with 16 micro-batches per replica in a step.
 MAIN_MODEL=(
     --model-size 8b --micro-batch-size 4 --tensor-model-parallel-size 4 --sequence-parallel
     --pipeline-model-parallel-size 2 --recompute-granularity selective
 )
 if [ "${MAIN_SIZE:-8b}" != 8b ]; then
-    # On one node, as the small models.
+    # On the nodes of the small models, which the site file names.
     MAIN_MODEL=(--model-size "$MAIN_SIZE" --micro-batch-size 8)
+    MAIN_JOB=("${SMALL_JOB[@]}")
 fi

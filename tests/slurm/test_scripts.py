@@ -180,6 +180,17 @@ def test_the_ablation_of_the_objective(tmp_path, pile):
     assert layout_lines.startswith("tensor 1 x pipeline 1 x data 8 ")
 
 
+def test_the_papers_largest_proxy_fits_into_80_gib_and_a_small_main_model_takes_a_small_job(pile, tmp_path):
+    """Proxies of 1b hold 85 GiB of activations without recomputation; a main model of 280m needs one node of eight."""
+    for phase in ("reference", "score", "proxy"):
+        _, lines = settings_of(script(f"{phase}.sbatch", DRY_RUN=8, DATA=pile, OUT=tmp_path, SMALL_SIZE="1b"))
+        assert float(lines.split("memory per rank: ")[1].split(" GiB")[0]) < 70, phase
+    for size, ranks in (("280m", 8), ("8b", 64)):
+        variables = {"DATA": pile, "OUT": tmp_path, "STAGES": "main", "MAIN_WEIGHTS": "natural", "MAIN_SIZE": size}
+        done = script("run_all.sh", "examples/pile/pile.sh", DRY_RUN=1, **variables)
+        assert f"main, {ranks} ranks:" in done.stdout, done.stderr
+
+
 def test_what_is_wrong_is_said(small, tmp_path):
     done = script("run_all.sh")
     assert done.returncode != 0
