@@ -103,9 +103,10 @@ def resume_point(
 def planned_resume(
     plan: RunPlan, identity: Identity, controller: MixtureController, unknown: Collection[str]
 ) -> list[str]:
-    """What a run would say about its resume; empty for a new run. Not collective; for a dry run.
+    """What a run would say about its resume, or that it has ended; empty for a new run. Not collective; for a dry run.
 
     Args:
+        controller: takes the checkpoint's state, if it learns.
         unknown: entries of the identity that are not known yet.
 
     Raises:
@@ -120,7 +121,21 @@ def planned_resume(
     state, learned, overridden = _matching_state(checkpoint, plan, known, controller)
     branch = branch_entry(config.run, checkpoint, state.iteration)
     lines = _statements(state.recorded_identity(), known, overridden, config, state.iteration, bool(branch))
+    if learned is not None:
+        controller.load_state_dict(learned.model_dump(), plan.names)
+    ended = _ended(config, state.iteration, controller.settled() is not None)
+    if ended and not branch:
+        lines[0] = ended
     return [*lines, *_notes(controller, learned)]
+
+
+def _ended(config: Config, iteration: int, settled: bool) -> str:
+    """A line if a run after `iteration` steps has none left to take, because it took all or has settled; else ""."""
+    total, again = config.data.train_iters, "the same command takes no step"
+    if iteration >= total:
+        return f"finished: all {total:,} steps were taken; {again}"
+    drift = f"--doremi-stop-drift {config.doremi.doremi_stop_drift:g}"
+    return f"finished: stopped early after {iteration:,} of {total:,} steps ({drift}); {again}" if settled else ""
 
 
 def _matching_state(

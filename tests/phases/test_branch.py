@@ -56,7 +56,10 @@ def test_an_unchanged_branch_takes_the_same_steps_and_resumes_as_itself(run, dat
         planned(data, "--save", str(branch), *FLAGS, "--load", f"{tmp_path / 'twin'}@4")
     # What it branched from is unchanged.
     assert len(training_lines(metrics(run))) == 8
-    assert "resume: from iteration 8 of 8" in plan_text(planned(data, "--save", str(branch), *flags)).splitlines()
+    assert (
+        "finished: all 8 steps were taken; the same command takes no step"
+        in plan_text(planned(data, "--save", str(branch), *flags)).splitlines()
+    )
 
 
 @pytest.mark.parametrize(
@@ -116,7 +119,9 @@ def test_steps_and_folders_that_do_not_fit_are_refused(run, data, tmp_path):
     text = refused("--save", str(run), "--load", f"{run}@4")
     assert "iter_0000008" in text
     assert f"--load {run} to resume" in text
-    assert "resume: from iteration 8 of 8" in plan_text(planned(data, *FLAGS, "--save", str(run), "--load", f"{run}@8"))
+    assert "finished: all 8 steps were taken; the same command takes no step" in plan_text(
+        planned(data, *FLAGS, "--save", str(run), "--load", f"{run}@8")
+    )
     assert "--load " + str(run) + "@STEP to branch" in refused("--save", str(tmp_path / "new"), "--load", str(run))
     shutil.copytree(run, tmp_path / "other")
     assert "holds another run" in refused("--save", str(tmp_path / "other"), "--load", f"{run}@4")
@@ -159,7 +164,9 @@ def test_a_dry_run_checks_the_folders_of_the_run(run, data, tmp_path):
         return str(error.value)
 
     resumes = ["--save", str(run), "--load", str(run)]
-    assert "resume: from iteration 8 of 8" in plan_text(planned(data, *FLAGS, *resumes))
+    assert "finished: all 8 steps were taken; the same command takes no step" in plan_text(
+        planned(data, *FLAGS, *resumes)
+    )
     branches = ["--save", str(tmp_path / "new"), "--load", f"{run}@6"]
     assert f"resume: from iteration 6 of 8, branched from {run}" in plan_text(planned(data, *FLAGS, *branches))
     assert "seed was 11" in refused(*resumes, "--seed", "12")

@@ -66,7 +66,14 @@ def run(data, save, *flags):
     return metrics(save), unwrapped(text)
 
 
-def test_a_proxy_stops_resumes_and_takes_all_steps_without_the_flag(reference, data, tmp_path):
+def planned(data, save, *flags):
+    """What a dry run of that proxy prints, with groups of single steps."""
+    argv = ["--phase", "proxy", "--domains", str(data), "--save", str(save), "--train-iters", str(STEPS), *MODEL]
+    config = parse_config([*argv, *flags, "--load", str(save), "--dry-run"], 1)
+    return unwrapped(plan_text(open_inputs(config, Topology())))
+
+
+def test_a_proxy_stops_resumes_and_takes_all_steps_without_the_flag(reference, data, tmp_path, monkeypatch):
     layout = [*reference, "--pipeline-model-parallel-size", "2"]
     stopping = [*layout, "--doremi-stop-drift", str(DRIFT)]
     full, _ = run(data, tmp_path / "full", *layout)
@@ -110,6 +117,12 @@ def test_a_proxy_stops_resumes_and_takes_all_steps_without_the_flag(reference, d
     assert [(save / name).read_text() for name in ("metrics.jsonl", "domain_weights.json")] == before
     assert f"done: the {stop} steps were taken before" in text
     assert f"stopped early after {stop} of {STEPS} steps" in text
+    monkeypatch.setattr(early_stop, "SHORTEST_GROUP", 1)
+    ended = f"finished: stopped early after {stop} of {STEPS} steps (--doremi-stop-drift {DRIFT}); the same command"
+    text = planned(data, save, *reference, "--doremi-stop-drift", str(DRIFT))
+    assert ended in text
+    assert "resume: from" not in text
+    assert f"resume: from iteration {stop} of {STEPS}" in planned(data, save, *reference)
 
     # Its weights are those of a finished proxy.
     main = ["--phase", "main", "--domains", str(data), "--save", "s", "--train-iters", "8", "--dry-run"]
