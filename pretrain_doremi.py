@@ -183,7 +183,7 @@ def run_phase(
     from megatron_doremi.phases.evaluate import evaluate_run
     from megatron_doremi.phases.identity import check_ranks_start_alike
     from megatron_doremi.phases.inputs import open_inputs, start_text, what_is_read
-    from megatron_doremi.phases.output_checks import check_outputs
+    from megatron_doremi.phases.output_checks import check_outputs, removed_if_unused
     from megatron_doremi.phases.score import check_reference_losses, model_hash, reference_hash, score
     from megatron_doremi.settings import EVALUATE, SCORE, TRAINING
 
@@ -215,13 +215,14 @@ def run_phase(
             check_reference_losses(inputs.reference_losses, inputs.plan, rendezvous.store, watchdog)
         initial = None if inputs.initial is None else model_hash(inputs.initial, topology, watchdog)
         model_hashes = reference_hash(inputs.loaded, inputs.reference_losses, topology, watchdog), initial
-    # Nothing is written before every input has been checked.
-    from_rank_0(lambda: check_outputs(config, inputs.controller.learns))
+    # Nothing is written before every input has been checked. Some faults of a model's files show only as it is loaded.
+    unused = removed_if_unused(from_rank_0(lambda: check_outputs(config, inputs.controller.learns)))
     started = f"{date.today()}, Megatron-DoReMi {__version__}, {start_text(inputs, device_name(device))}"
     if phase == EVALUATE:
         assert inputs.loaded is not None
         say_on_rank_0(topology, started)
-        evaluate_run(inputs.plan, data, inputs.loaded, context, watchdog)
+        with unused:
+            evaluate_run(inputs.plan, data, inputs.loaded, context, watchdog)
         return False
     kind = f"shard-{config.doremi.shard}" if phase == SCORE else "run"
     lock = held.enter_context(
@@ -232,6 +233,7 @@ def run_phase(
             lambda: watchdog.mark("waiting to see whether another run is alive"),
         )
     )
+    held.enter_context(unused)
     if phase == SCORE:
         assert inputs.loaded is not None
         say_on_rank_0(topology, started)

@@ -145,11 +145,11 @@ def evaluate_run(
     data_config, save = config.data, Path(config.run.save) if config.run.save else None
     with stage(f"checking the weights in {model.files}", context.topology.rank == 0):
         from_rank_0(lambda: weights_hash(model, watchdog))
+    with stage(f"loading {model.files}", context.topology.rank == 0):
+        module = load_trained(model, context, plan.dtype, config.parallel.loss_chunk_tokens)
     if save is not None:
         # Finds out before the evaluation whether the file can be written.
         from_rank_0(lambda: append_line(save, ""))
-    with stage(f"loading {model.files}", context.topology.rank == 0):
-        module = load_trained(model, context, plan.dtype, config.parallel.loss_chunk_tokens)
     # --eval-iters counts batches of the run, so that the windows do not depend on this layout or batch size.
     max_windows = data_config.eval_iters * model.global_batch_size
     entries = evaluate(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from megatron_doremi.config import Config
-from megatron_doremi.errors import Fault, raise_if_any
+from megatron_doremi.errors import ConfigError, Fault, raise_if_any
 from megatron_doremi.settings import EVALUATE, SCORE, TRAINING
 from megatron_doremi.storage.files import temporary_beside
 
@@ -34,11 +35,14 @@ USER_ERRORS = frozenset(
 _PROBE_BYTES = 1 << 16
 
 
-def check_outputs(config: Config, learns: bool = False) -> None:
+def check_outputs(config: Config, learns: bool = False) -> list[str]:
     """Checks the folders and files that the run's phase writes. Creates the folders; files are not modified.
 
     Args:
         learns: the run learns domain weights, and writes them.
+
+    Returns:
+        the folders that it created, outer ones first.
 
     Raises:
         ConfigError: with every file or folder that cannot be written for a reason that the user can fix.
@@ -46,9 +50,11 @@ def check_outputs(config: Config, learns: bool = False) -> None:
     """
     faults: list[Fault] = []
     failed: list[Path] = []
+    created: list[str] = []
     for check, path, flag, rule in _checks(config, learns) if config.run.save else ():
         if any(folder in path.parents for folder in failed):
             continue
+        missing = [str(each) for each in (path, *path.parents) if not os.path.lexists(each)]
         try:
             check(path)
         except (OSError, ValueError) as error:
@@ -58,7 +64,21 @@ def check_outputs(config: Config, learns: bool = False) -> None:
             remedy = "move it away, fix its permissions, or give another path"
             faults.append(Fault(f"{flag}: {path}", value, rule, remedy))
             failed.append(path)
+        created += [each for each in reversed(missing) if os.path.isdir(each)]
     raise_if_any(faults)
+    return created
+
+
+@contextmanager
+def removed_if_unused(folders: Sequence[str]) -> Iterator[None]:
+    """Removes those of `folders`, outer ones first, that are empty, if the input turns out to be wrong only now."""
+    try:
+        yield
+    except ConfigError:
+        for each in reversed(folders):
+            with suppress(OSError):
+                os.rmdir(each)
+        raise
 
 
 def planned_output_faults(config: Config) -> list[Fault]:

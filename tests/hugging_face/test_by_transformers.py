@@ -16,8 +16,8 @@ import pytest
 import torch
 from hugging_face.test_convert_tool import write_text_data
 from hugging_face.test_models_in import DATA_FLAGS, config_of, faults_of
-from phases.small import MODEL, metrics, training_lines
-from ranks import ROOT, on_ranks, program, unwrapped
+from phases.small import MODEL, metrics, read_by, training_lines
+from ranks import ROOT, on_ranks, program, run_program, unwrapped
 
 from megatron_doremi.data.manifest import load_manifest
 from megatron_doremi.data.reference_loss_file import LossFile
@@ -292,3 +292,17 @@ def test_files_of_another_class_are_refused(models, tmp_path):
         with pytest.raises(ConfigError) as error:
             load_by_transformers(source, torch.float32, CPU, 0)
         assert expected in str(error.value)
+
+
+@pytest.mark.parametrize("phase", ["score", "proxy", "evaluate"])
+def test_a_fault_that_shows_as_the_model_is_loaded_leaves_no_empty_folders(phase, models, tmp_path):
+    """The lock alone stays: another start may be waiting for it."""
+    data, folder = models
+    deeper, out = changed_config(folder, tmp_path / "deeper", num_hidden_layers=3), tmp_path / "out" / phase
+    flags = ["--load", str(deeper)] if phase == "evaluate" else ["--reference-load", str(deeper)]
+    flags += ["--train-iters", "2"] if phase != "evaluate" else []
+    argv = ["--phase", phase, "--domains", str(data), "--save", str(out), *flags]
+    with pytest.raises(AssertionError, match=r"missing: model\.layers\.2"):
+        run_program(1, read_by(phase, [*argv, *MODEL]))
+    left = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    assert left == ([] if phase == "evaluate" else [".lock"])
