@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -225,14 +226,8 @@ def run_phase(
             evaluate_run(inputs.plan, data, inputs.loaded, context, watchdog)
         return False
     kind = f"shard-{config.doremi.shard}" if phase == SCORE else "run"
-    lock = held.enter_context(
-        run_lock(
-            Path(config.run.save),
-            kind,
-            os.environ,
-            lambda: watchdog.mark("waiting to see whether another run is alive"),
-        )
-    )
+    waiting = partial(watchdog.mark, "waiting to see whether another run is alive")
+    lock = held.enter_context(run_lock(Path(config.run.save), kind, os.environ, waiting))
     held.enter_context(unused)
     if phase == SCORE:
         assert inputs.loaded is not None
