@@ -84,7 +84,7 @@ def read_config(folder: Path, flag: str) -> tuple[Architecture, GPTConfig]:
             faults.append(Fault(subject, value, "biases in all linear layers or in none", CONVERT_ANOTHER))
     if faults:
         raise NotExpressible(faults)
-    return architecture, check_entry(_complete(shape), subject, GPTEntry, CONVERT_ANOTHER).gpt()
+    return architecture, check_entry(_complete(shape), subject, GPTEntry, "download the folder again").gpt()
 
 
 def _architecture(entry: Mapping[str, Any], subject: str) -> Architecture:

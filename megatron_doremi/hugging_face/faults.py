@@ -6,7 +6,10 @@ from typing import Any
 
 from megatron_doremi.errors import Fault
 
-CONVERT_ANOTHER = "convert another model"
+CONVERT_ANOTHER = (
+    "convert another model, or use this one as it is where Transformers may run it: --phase score, --phase evaluate, "
+    "--reference-load, tools/generate.py"
+)
 
 
 def not_ours(subject: str, name: str, value: Any, rule: str) -> Fault:

@@ -103,8 +103,8 @@ def open_inputs(config: Config, topology: Topology) -> Inputs:
     try:
         initial = read_initial(config, data, to_come)
     except ConfigError as error:
-        # Without its shape there is no plan.
-        raise ConfigError([*faults, *error.faults, *reference_faults(config)]) from error
+        # Without its shape there is no plan. The checks of config.json find some of its faults again.
+        raise ConfigError([*dict.fromkeys([*faults, *error.faults, *reference_faults(config)])]) from error
     shape = initial_shape(config, initial) if initial is not None else None
     plan = plan_run(config, topology, data, weights, shape)
     controller = make_controller(plan)
@@ -163,7 +163,7 @@ def plan_text(inputs: Inputs) -> str:
     limit = plan.config.data.eval_iters * (evaluated or plan).global_batch_size
     counts = data.held_out_counts(plan.config.data.seq_length)
     held_out = [min(count, limit) if limit else count for count in counts]
-    lines = [*to_come.values(), *inputs.resumes]
+    lines = [*_origin(inputs), *to_come.values(), *inputs.resumes]
     return describe_plan(plan, inputs.controller, setting, held_out, _held_reference(inputs), lines)
 
 
@@ -175,7 +175,13 @@ def start_text(inputs: Inputs, device: str) -> str:
     """
     setting = sampling_setting(inputs.plan.config, inputs.data.manifest)
     plan, reference = inputs.plan, _held_reference(inputs)
-    return "\n".join(start_lines(plan, inputs.controller, setting, reference, device, inputs.repeated))
+    lines = start_lines(plan, inputs.controller, setting, reference, device, inputs.repeated)
+    return "\n".join([*lines, *(f"  {line}" for line in _origin(inputs))])
+
+
+def _origin(inputs: Inputs) -> list[str]:
+    """Where the weights of a run come from that did not start from random ones."""
+    return [] if inputs.initial is None else [f"weights at step 0: those of {inputs.initial.path}"]
 
 
 def _held_reference(inputs: Inputs) -> Shape | None:

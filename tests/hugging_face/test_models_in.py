@@ -11,12 +11,12 @@ import sys
 import pytest
 from hugging_face.test_convert_tool import write_text_data
 from phases.small import MODEL, evaluation_figures, full_weights, metrics, train, training_lines
-from ranks import run_program
+from ranks import run_program, unwrapped
 
 from megatron_doremi.arguments import parse_config
 from megatron_doremi.errors import ConfigError
 from megatron_doremi.parallel.topology import Topology
-from megatron_doremi.phases.inputs import open_inputs
+from megatron_doremi.phases.inputs import open_inputs, plan_text, start_text
 from tools import convert_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -148,6 +148,13 @@ def test_what_does_not_fit_is_refused(models, tmp_path):
     three = faults_of(*base, "--init-from", folder, "--tensor-model-parallel-size", "3", world=3)
     assert "num_query_groups 2" in three
     assert "choose another layout" in three
+    # A class that our GPT cannot express: one fault, and where the model can be used.
+    other = tmp_path / "olmo2"
+    other.mkdir()
+    (other / "config.json").write_text('{"model_type": "olmo2"}')
+    message = faults_of(*base, "--init-from", other)
+    assert message.startswith("1 fault")
+    assert "where Transformers may run it: --phase score, --phase evaluate, --reference-load" in unwrapped(message)
     # The same vocabulary under other ids.
     moved = tmp_path / "moved"
     moved.mkdir()
@@ -167,6 +174,8 @@ def test_a_dry_run_plans_a_start_from_a_model(models, tmp_path):
     words = ["--phase", "main", "--domains", data, "--save", tmp_path / "out", "--train-iters", 2, *DATA_FLAGS]
     inputs = open_inputs(config_of(*words, "--init-from", folder, "--dry-run"), Topology())
     assert (inputs.plan.gpt.num_layers, inputs.plan.gpt.vocab_size, inputs.plan.gpt.max_positions) == (2, 300, 16)
+    assert f"weights at step 0: those of {folder}" in plan_text(inputs)
+    assert f"weights at step 0: those of {folder}" in start_text(inputs, "CPU")
     later = [*words, "--init-from", tmp_path / "later", "--dry-run"]
     assert "give its model flags" in faults_of(*later)
     assert open_inputs(config_of(*later, *MODEL[:10]), Topology()).initial is not None
