@@ -76,11 +76,18 @@ def match_names(
             "" if number * len(missing) > _COMPARISONS else did_you_mean(target, missing) or did_you_mean(name, missing)
         )
         faults.append(Fault(subject, f"{value}; {guess}" if guess else value, rule, remedy))
+    left = "write the names of the weights file on the left"
     if unknown and renames and not any(name in renames for name in given):
         turned = any(target in given for target in renames.values())
         value = "none of its names is in the weights file"
-        remedy = "swap names and values" if turned else "write the names of the weights file on the left"
-        faults.append(Fault(_FLAG, value, _FORM, remedy))
+        faults.append(Fault(_FLAG, value, _FORM, "swap names and values" if turned else left))
+    else:
+        # Names of the map that no weight has, although the domain that they stand for has none.
+        unused = [name for name, target in renames.items() if name not in given and target in missing]
+        for number, name in enumerate(unused):
+            guess = "" if number * len(given) > _COMPARISONS else did_you_mean(name, given)
+            value = f"{name!r} is not in the weights file" + (f"; {guess}" if guess else "")
+            faults.append(Fault(_FLAG, value, _FORM, left))
     if missing:
         remedy = "give --exclude-domains to train without them, and weights learned so" if learned else "add them"
         remedy += "" if learned else "; a weight of 0 leaves a domain out"

@@ -186,6 +186,13 @@ def test_faults_of_renamed_names(tmp_path, manifest):
     assert found[0].value == "unknown: 'a', renamed to 'Arxiv'; did you mean 'ArXiv'?"
     found = faults(tmp_path, manifest, "m.json", text, {"ArXiv": "a", "Wikipedia (en)": "b"})
     assert "swap names and values" in [fault.remedy for fault in found]
+    # A name of the map that the file does not have is named where its domain has no weight, and else has no effect.
+    found = faults(tmp_path, manifest, "m.json", json.dumps({"arx": 1, "b": 1, "no": 1}), {"arxx": "ArXiv", "b": "b"})
+    assert [fault.value for fault in found if fault.subject == "--domain-names"] == [
+        "'arxx' is not in the weights file; did you mean 'arx'?"
+    ]
+    renames = {"a": "ArXiv", "b": "Wikipedia (en)", "other": "no"}
+    assert weights(tmp_path, manifest, "m.json", text, renames) == pytest.approx([1 / 3] * 3)
     # Two names may change places, and the map may hold more names than the file.
     assert weights(tmp_path, manifest_of(tmp_path, "a", "b"), "m.json", '{"a": 3, "b": 1}', {"a": "b", "b": "a"}) == [
         *(0.25, 0.75)
