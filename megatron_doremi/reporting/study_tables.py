@@ -111,7 +111,8 @@ def held_out_table(study: Study) -> Table:
     width = len(columns)
     summary = [_summary_row(study, figures, name, places, width) for name in (WORST, UNIFORM_MEAN, TOKEN_MEAN)]
     step = _common_step(study)
-    at = f" at step {step:,}" if step is not None else ""
+    # Models from elsewhere, such as Hugging Face folders, have no step.
+    at = f" at step {step:,}" if step else ""
     caption = f"Held-out loss in {study.unit.value}{at}; {LOWER_IS_BETTER}."
     return Table(
         "held_out_loss",
@@ -327,8 +328,9 @@ def _losses(figures: Sequence[HeldOut], name: str) -> list[float]:
 
 
 def _column_name(study: Study, group: Group) -> str:
-    """The group's name, with the step of its evaluation unless all groups of the study share it."""
-    return group.name if _common_step(study) is not None else f"{group.name} @{_steps([group])}"
+    """The group's name, with the step of its evaluation unless all groups of the study share it, or it has none."""
+    steps = _steps([group])
+    return group.name if _common_step(study) is not None or steps == "0" else f"{group.name} @{steps}"
 
 
 def _common_step(study: Study) -> int | None:

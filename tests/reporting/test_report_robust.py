@@ -141,6 +141,15 @@ def test_a_folder_of_evaluations_alone(tmp_path):
     assert "The runs differ in sequence length: x 64, y 32." in shown(tmp_path)
 
 
+def test_a_model_from_elsewhere_has_no_step(tmp_path):
+    """Beside a run with steps, and beside its like."""
+    path = tmp_path / "evaluations.jsonl"
+    path.write_text(evaluation_line("/hf/llama", 0, False) + evaluation_line("/a/x", 4, False))
+    assert "domain llama x @4" in " ".join(shown(tmp_path).split())
+    path.write_text(evaluation_line("/hf/llama", 0, False) + evaluation_line("/hf/olmo", 0, False))
+    assert "Held-out loss in nats per token; lower is better" in " ".join(shown(tmp_path).split())
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
