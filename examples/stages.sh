@@ -61,6 +61,11 @@ preprocess_flags() {
 # require_free_out EXPERIMENT: exits unless the experiment's OUT can be set from outside, as chains of experiments do.
 require_free_out() {
     local out
+    if [ ! -f "$1" ] || [ ! -r "$1" ]; then
+        echo "error: $1 is missing: EXPERIMENT names the file of the run" >&2
+        echo "       correct the path; it is relative to the root of the repository" >&2
+        exit 2
+    fi
     # shellcheck disable=SC2016  # expanded by that shell
     out=$(OUT=elsewhere bash -c 'source "$1" && echo "$OUT"' - "$1")
     if [ "$out" != elsewhere ]; then

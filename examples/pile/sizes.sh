@@ -16,6 +16,8 @@ OUT=${OUT:-runs/pile-sizes}
 SIZES=${SIZES:-70m 150m 280m 1b}
 # shellcheck source=examples/pile/study.sh
 source examples/pile/study.sh
+# shellcheck disable=SC2086  # words
+require_names SIZES $SIZES
 
 chain natural main MAIN_WEIGHTS=natural
 for size in $SIZES; do

@@ -7,6 +7,26 @@ failed=0
 # shellcheck source=examples/stages.sh
 source examples/stages.sh
 require_free_out "$EXPERIMENT"
+if [ ! -r "$RUN_ALL" ]; then
+    echo "error: $RUN_ALL is missing: RUN_ALL is examples/slurm/run_all.sh or examples/workstation/run_all.sh" >&2
+    exit 2
+fi
+
+# require_names VARIABLE NAME...: exits unless the names can be those of chains, each with a folder of its own.
+require_names() {
+    local name seen=" natural "
+    if [ $# -lt 2 ]; then
+        echo "error: $1 names nothing" >&2
+        exit 2
+    fi
+    for name in "${@:2}"; do
+        if [[ $name == */* || $name == .* || $seen == *" $name "* ]]; then
+            echo "error: $1: '$name': give names that differ, without slashes; natural is the chain beside them" >&2
+            exit 2
+        fi
+        seen+="$name "
+    done
+}
 
 # chain NAME STAGES [VARIABLE=VALUE...]: the stages of a chain in the folder OUT/NAME.
 chain() {
@@ -27,6 +47,6 @@ finish() {
         groups+=(--group "$name=$OUT/$name/main")
     done
     printf '\nafter the last job: python tools/report.py'
-    printf ' %s' "${groups[@]}" --group "natural=$OUT/natural/main"
+    printf ' %q' "${groups[@]}" --group "natural=$OUT/natural/main"
     printf '\n'
 }

@@ -52,8 +52,9 @@ tasks_of() {
     echo "${tasks:-$((nodes * per_node))}"
 }
 
-# The checks of DRY_RUN: each prints what is fine, or a fault, which it counts.
+# The checks of DRY_RUN: each prints what is fine, or a fault, which it counts. What no stage of STAGES makes is awaited.
 faults=0
+awaited=()
 fault() {
     echo "error: $1" >&2
     faults=$((faults + 1))
@@ -79,6 +80,10 @@ check_plan() {
         bash "examples/slurm/$1.sbatch" 2>&1) || code=$?
     if [ "$code" -eq 0 ]; then
         printf '%s, %s ranks:\n%s\n' "$1" "$3" "$(sed -n '/^layout/,$s/^/  /p' <<< "$plan")"
+        # Lines of the plan are wrapped.
+        if [[ $out == "$OUT" && $(tr -s '[:space:]' ' ' <<< "$plan") =~ (--[a-z-]+ [^:]+)" does not exist yet" ]]; then
+            awaited+=("$1: ${BASH_REMATCH[1]}")
+        fi
     elif [ ! -e "$DATA/domains.json" ] && [[ $plan == *"error: 1 fault in the input:"*"domains.json"* ]]; then
         echo "$1, $3 ranks: the flags are valid; $DATA/domains.json does not exist yet, so nothing else is known"
     else
@@ -133,6 +138,10 @@ check_all() {
     if [ "$faults" -gt 0 ]; then
         echo "error: $faults of the checks failed; nothing was submitted" >&2
         exit 2
+    fi
+    if [ "${#awaited[@]}" -gt 0 ]; then
+        echo "these must exist before the jobs start, and no stage of STAGES makes them:"
+        printf '  %s\n' "${awaited[@]}"
     fi
     echo "all checks passed; nothing was submitted"
 }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -201,3 +202,42 @@ def test_what_is_wrong_is_said(small, tmp_path):
     done = script("run_all.sh", str(small / "small.sh"), STAGES="train", OUT=tmp_path)
     assert done.returncode == 2
     assert "unknown stage 'train' in STAGES" in done.stderr
+
+
+def test_what_is_wrong_with_chains_is_said(small, tmp_path):
+    """Before a chain starts; and what it awaits from elsewhere."""
+    record = tmp_path / "run all.sh"
+    record.write_text(f"echo started >> '{tmp_path}/started'\n")
+    environ = {"RUN_ALL": record, "OUT": tmp_path / "a b", "EXPERIMENT": small / "small.sh"}
+    free = tmp_path / "free.sh"
+    # As many windows as the ranks of site.sh need.
+    free.write_text(f"DATA={small}/data\nOUT=${{OUT:-x}}\n{SMALL.replace('size 8 ', 'size 64 ')}")
+    cases = (
+        ({"SIZES": " "}, "SIZES names nothing"),
+        ({"SIZES": "70m natural"}, "SIZES: 'natural'"),
+        ({"SIZES": "70m 70m"}, "SIZES: '70m'"),
+        ({"SIZES": "../70m"}, "SIZES: '../70m'"),
+        ({"RUN_ALL": "no.sh"}, "error: no.sh is missing: RUN_ALL"),
+        ({"EXPERIMENT": "no.sh"}, "error: no.sh is missing: EXPERIMENT"),
+    )
+    for changes, said in cases:
+        done = script("../pile/sizes.sh", **{**environ, "EXPERIMENT": free, **changes})
+        assert (done.returncode, done.stdout) == (2, "")
+        assert said in done.stderr
+    assert not (tmp_path / "started").exists()
+    # The command for the shell, as it is printed, has the paths of the runs.
+    done = script("../pile/sizes.sh", **{**environ, "EXPERIMENT": free, "SIZES": "70m"})
+    words = shlex.split(done.stdout.splitlines()[-1].partition("python ")[2])
+    assert words[2] == f"70m={tmp_path}/a b/70m/main"
+    # Scores that no stage makes.
+    done = script("run_all.sh", str(free), STAGES="proxy main", OUT=tmp_path / "a b", DRY_RUN=1)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[-2:] == [
+        f"  proxy: --reference-losses {tmp_path}/a b/scores",
+        "all checks passed; nothing was submitted",
+    ]
+    assert "no stage of STAGES makes" in lines[-3]
+    done = script("run_all.sh", str(free), STAGES="reference score proxy main", OUT=tmp_path / "a b", DRY_RUN=1)
+    assert "no stage of STAGES makes" not in done.stdout
+    assert not (tmp_path / "a b").exists()
