@@ -13,6 +13,8 @@ from megatron_doremi.settings import MAX_LAYERS, MAX_WIDTH
 from megatron_doremi.storage.formats import Count, Name, Positive, Schema, read_checked
 
 _Width = Annotated[int, Field(ge=1, le=MAX_WIDTH)]
+# Of a matrix whose size in bytes fits in 64 bits.
+_Rows = Annotated[int, Field(ge=1, lt=2**40)]
 
 
 class GPTEntry(Schema):
@@ -38,9 +40,9 @@ class GPTEntry(Schema):
     rotary_base: Annotated[float, Field(gt=0)] = GPTConfig.rotary_base
     tied_embeddings: bool = GPTConfig.tied_embeddings
     bias_linear: bool = GPTConfig.bias_linear
-    vocab_size: Positive
+    vocab_size: _Rows
     make_vocab_size_divisible_by: Positive = GPTConfig.make_vocab_size_divisible_by
-    max_positions: Positive
+    max_positions: _Rows
     init_method_std: Annotated[float, Field(gt=0)] = GPTConfig.init_method_std
 
     @model_validator(mode="after")

@@ -6,30 +6,29 @@ Transformers is imported here alone, and only if a run needs it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from megatron_doremi.errors import MALFORMED, ConfigError, Fault, raise_if_any
+from megatron_doremi.errors import ConfigError, Fault, raise_if_any
 from megatron_doremi.hugging_face.transformers_config import (
     cannot_import,
     check_transformers,
     installed_version,
     unknown_class,
 )
-from megatron_doremi.hugging_face.weights import stored_tensors
+from megatron_doremi.hugging_face.weights import BUFFERS, StoredTensor, stored_tensors
 from megatron_doremi.shapes import TransformersShape
 from megatron_doremi.storage.files import read_json_object
+from megatron_doremi.storage.tensor_file import DTYPES
 
-# What Transformers raises about a folder's files.
-_ERRORS = (OSError, RuntimeError, ImportError, SafetensorError, *MALFORMED)
 _SHOWN_NAMES, _SHOWN_CHARACTERS = 5, 300
 _PROBE_TOKENS = 8
+_TYPES = (*DTYPES, "F64")
 
 
 def read_transformers_shape(folder: Path, flag: str, reason: str) -> TransformersShape:
@@ -44,6 +43,7 @@ def read_transformers_shape(folder: Path, flag: str, reason: str) -> Transformer
     """
     check_transformers(folder, flag, reason)
     tensors = stored_tensors(folder, flag)
+    raise_if_any(_type_faults(tensors, f"{flag} {folder}"))
     subject = f"{flag} {folder}: config.json"
     try:
         from transformers import AutoConfig
@@ -58,7 +58,10 @@ def read_transformers_shape(folder: Path, flag: str, reason: str) -> Transformer
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).get_text_config()
         vocab_size = int(config.vocab_size)
-    except _ERRORS as error:
+    except MemoryError:
+        raise
+    except Exception as error:
+        # Whatever a value in the folder makes Transformers raise, among it errors of its own kinds.
         raise _refused(subject, error) from error
     positions = getattr(config, "max_position_embeddings", None)
     return TransformersShape(
@@ -69,6 +72,17 @@ def read_transformers_shape(folder: Path, flag: str, reason: str) -> Transformer
         max_positions=positions if isinstance(positions, int) and positions > 0 else None,
         parameters=sum(math.prod(each.shape) for each in tensors.values()),
     )
+
+
+def _type_faults(tensors: Mapping[str, StoredTensor], subject: str) -> list[Fault]:
+    """Faults of tensors in another type than those of parameters: Transformers would take quantized numbers without
+    their scales as the parameters themselves."""
+    others = [(n, each) for n, each in sorted(tensors.items()) if each.dtype not in _TYPES and not n.endswith(BUFFERS)]
+    if not others:
+        return []
+    more = f" and {len(others) - 1:,} more" if len(others) > 1 else ""
+    rule, remedy = f"parameters in one of {', '.join(_TYPES)}", "give the model that was not quantized"
+    return [Fault(subject, f"{others[0][0]}: {others[0][1].dtype}{more}", rule, remedy)]
 
 
 def _refused(subject: str, error: Exception) -> ConfigError:
@@ -165,9 +179,9 @@ def load_by_transformers(
         raise_if_any(_tensor_faults(folder, type(model).__name__, report))
         module = TransformersModel(model.to(device), loss_chunk_tokens).requires_grad_(False).eval()
         _check(module, folder, device)
-    except torch.OutOfMemoryError:
+    except (ConfigError, MemoryError, torch.OutOfMemoryError):
         raise
-    except _ERRORS as error:
+    except Exception as error:
         raise _refused(str(folder), error) from error
     return module
 
@@ -186,7 +200,8 @@ def _tensor_faults(folder: Path, class_name: str, report: dict[str, Any]) -> lis
 
 
 def _check(module: TransformersModel, folder: Path, device: torch.device) -> None:
-    """Tries a few tokens: logits must not depend on later tokens, nor on the parts in which they are computed.
+    """Tries a few tokens: logits must be numbers, and depend neither on later tokens nor on the parts in which they
+    are computed.
 
     Raises:
         ConfigError: they do. A bidirectional class would see each target, and its losses would mean nothing.
@@ -200,6 +215,9 @@ def _check(module: TransformersModel, folder: Path, device: torch.device) -> Non
     # Experts may round differently with other tokens beside theirs.
     allowed = math.sqrt(torch.finfo(logits.dtype).eps) * float(logits.float().std())
     class_name, remedy = type(module.model).__name__, "give a causal language model"
+    if bool(logits.isnan().any()):
+        value, damaged = f"the logits of {class_name} are NaN", "download the folder again, or correct its config.json"
+        raise ConfigError(Fault(str(folder), value, "logits that are numbers", damaged))
     if (logits[:, :-1] - others[:, :-1]).abs().max() > allowed:
         rule = "logits that do not depend on later tokens"
         raise ConfigError(Fault(str(folder), f"{class_name} is not causal", rule, remedy))

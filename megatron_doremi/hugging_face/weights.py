@@ -25,7 +25,7 @@ from megatron_doremi.storage.tensor_file import DTYPES
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Buffers that versions of Transformers stored among the weights; they follow from the shape.
-_BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
+BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias")
 _REMEDY = "download the folder again, or save it again with Transformers' save_pretrained"
 _SHOWN = 5
 
@@ -135,7 +135,7 @@ class HuggingFaceWeights:
                     value = f"{theirs}: {f'{entry.dtype} {list(entry.shape)}' if entry else 'missing'}"
                     rule = f"{list(shape)}, as config.json describes it, in one of {', '.join(DTYPES)}"
                     faults.append(Fault(subject, value, rule, _REMEDY))
-        extra = sorted(name for name in self._entries if name not in known and not name.endswith(_BUFFERS))
+        extra = sorted(name for name in self._entries if name not in known and not name.endswith(BUFFERS))
         if self._gpt.tied_embeddings:
             # A copy of the embedding; `_tied_faults` compares them.
             extra = [name for name in extra if name != f"{architecture.modules['output']}.weight"]

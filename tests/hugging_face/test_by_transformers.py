@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 import sys
 import tomllib
@@ -18,6 +19,7 @@ from hugging_face.test_convert_tool import write_text_data
 from hugging_face.test_models_in import DATA_FLAGS, config_of, faults_of
 from phases.small import MODEL, metrics, read_by, training_lines
 from ranks import ROOT, on_ranks, program, run_program, unwrapped
+from safetensors.torch import load_file, save_file
 
 from megatron_doremi.data.manifest import load_manifest
 from megatron_doremi.data.reference_loss_file import LossFile
@@ -306,3 +308,29 @@ def test_a_fault_that_shows_as_the_model_is_loaded_leaves_no_empty_folders(phase
         run_program(1, read_by(phase, [*argv, *MODEL]))
     left = sorted(path.name for path in out.iterdir()) if out.exists() else []
     assert left == ([] if phase == "evaluate" else [".lock"])
+
+
+def test_values_that_transformers_takes_and_we_do_not(models, tmp_path):
+    """It reads integers as the parameters themselves, and answers wrong types with errors of its own kind."""
+    data, folder = models
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    for number, changed in enumerate((tensors[name].to(torch.int8), tensors[name].to(torch.float8_e4m3fn))):
+        other = changed_config(folder, tmp_path / str(number))
+        save_file({**tensors, name: changed}, other / "model.safetensors", {"format": "pt"})
+        assert f"{name}: {('I8', 'F8_E4M3')[number]}" in evaluation_faults(data, other)
+    wrong = changed_config(folder, tmp_path / "wrong", rms_norm_eps="1e-5")
+    assert "rms_norm_eps" in evaluation_faults(data, wrong)
+    save_file({**tensors, name: tensors[name] * math.nan}, wrong / "model.safetensors", {"format": "pt"})
+    (wrong / "config.json").write_text((folder / "config.json").read_text())
+    with pytest.raises(ConfigError, match="are NaN"):
+        load_by_transformers(wrong, torch.float32, CPU, 0)
+    huge = save(tmp_path / "huge", "llama")
+    entry = json.loads((huge / "config.json").read_text())
+    (huge / "config.json").write_text(json.dumps({**entry, "vocab_size": 2**62}))
+    with pytest.raises(ConfigError, match="vocab_size: 4611686018427387904"):
+        open_model(huge, "--load")
+
+
+def evaluation_faults(data, source):
+    return unwrapped(faults_of("--phase", "evaluate", "--domains", data, "--seq-length", "16", "--load", source))

@@ -62,14 +62,14 @@ SCALINGS = (
     {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 24},
     *({"factor": 2.0}, {"type": "linear", "rope_type": "default", "factor": 2.0}),
 )
-FLAGS = (
-    "is_causal add_cross_attention is_decoder is_encoder_decoder parallel_attn use_parallel_residual qk_layernorm "
-    "use_qk_norm use_qkv_bias attention_bias mlp_bias use_bias use_sliding_window use_bidirectional_attention "
-    "scale_embedding attn_temperature_tuning reorder_and_upcast_attn scale_attn_by_inverse_layer_idx scale_attn_weights"
-).split()
+FLAGS = """
+    is_causal add_cross_attention is_decoder is_encoder_decoder parallel_attn use_parallel_residual qk_layernorm
+    use_qk_norm use_qkv_bias attention_bias mlp_bias use_bias use_sliding_window use_bidirectional_attention
+    scale_embedding attn_temperature_tuning reorder_and_upcast_attn scale_attn_by_inverse_layer_idx scale_attn_weights
+"""
 # By entry, in any class: values that change the mathematics of the class, or of another.
 ENTRIES = {
-    **dict.fromkeys(FLAGS, (True, False)),
+    **dict.fromkeys(FLAGS.split(), (True, False)),
     **dict.fromkeys(("hidden_act", "activation_function", "hidden_activation"), ACTIVATIONS.split()),
     **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "norm_epsilon", "layer_norm_epsilon", "norm_eps"), (0.1, 0.01)),
     **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "logits_scaling", "logit_scale"), (0.5,)),
@@ -156,7 +156,7 @@ def opened_with(base, folder, model_type, changes):
         shutil.rmtree(folder)
         try:
             save(folder, model_type, {**BASES[model_type], **changes})
-        except Exception:  # noqa: BLE001
+        except Exception:
             raise error from None
         path.write_text(json.dumps(with_changes(json.loads(path.read_text()), changes)))
         return open_model(folder, "--load")
@@ -169,7 +169,7 @@ def their_logits(folder, tokens):
     try:
         with torch.no_grad():
             return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(tokens).logits
-    except Exception:  # noqa: BLE001
+    except Exception:
         return None
 
 
