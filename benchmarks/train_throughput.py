@@ -21,7 +21,6 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 warnings.filterwarnings("ignore", category=FutureWarning)
@@ -38,6 +37,7 @@ if not torch.cuda.is_available():
 
 from megatron_doremi.cluster.launch import read_launch
 from megatron_doremi.cluster.process_group import join
+from megatron_doremi.cluster.step_flags import reduce_flags
 from megatron_doremi.config import (
     Config,
     DataConfig,
@@ -51,13 +51,12 @@ from megatron_doremi.config import (
 )
 from megatron_doremi.data.loader import MicroBatch
 from megatron_doremi.engine.build import make_engine
-from megatron_doremi.engine.optimizer import make_optimizer
 from megatron_doremi.mixture.controllers import make_controller, make_objective
 from megatron_doremi.model.unpipelined import GPTModel
 from megatron_doremi.parallel.context import ParallelContext, make_context
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.phases.metrics import flops_per_token, peak_tflops
-from megatron_doremi.plan import make_plan
+from megatron_doremi.plan import RunPlan, make_plan
 from megatron_doremi.settings import MAIN
 
 WARM_UP = 3
@@ -125,11 +124,8 @@ def batches_of(args: argparse.Namespace, device: torch.device, rank: int) -> lis
     return result
 
 
-def ours(config: Config, gpt: GPTConfig, context: ParallelContext, batches: list[MicroBatch]) -> Step:
+def ours(plan: RunPlan, context: ParallelContext, batches: list[MicroBatch]) -> Step:
     """A step of the training loop's engine."""
-    from megatron_doremi.cluster.step_flags import reduce_flags
-
-    plan = make_plan(config, context.topology, gpt, DOMAINS, (1,) * len(DOMAINS), np.full(len(DOMAINS), 0.5))
     engine = make_engine(plan, make_objective(plan, make_controller(plan), context), context)
     targets = torch.ones(len(DOMAINS), dtype=torch.float64).to(engine.device)
 
@@ -171,9 +167,9 @@ class TransformersLoss(nn.Module):
 class OurLoss(nn.Module):
     """Our module and the mean loss of a micro-batch."""
 
-    def __init__(self, gpt: GPTConfig, context: ParallelContext, config: Config):
+    def __init__(self, gpt: GPTConfig, context: ParallelContext, loss_chunk_tokens: int):
         super().__init__()
-        self.model = GPTModel(gpt, context, seed=1, loss_chunk_tokens=config.parallel.loss_chunk_tokens)
+        self.model = GPTModel(gpt, context, seed=1, loss_chunk_tokens=loss_chunk_tokens)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """[batch, seq] ids and targets -> the mean loss in nats."""
@@ -185,14 +181,13 @@ def plain_loop(
 ) -> Step:
     """A plain loop: forward and backward passes, clipping, AdamW; in bfloat16 with float32 master weights by hand."""
     module.to(context.device)
-    masters = [parameter for parameter in module.parameters()]
+    weights: list[Tensor] = list(module.parameters())
+    masters = weights
     if args.bf16:
         module.to(torch.bfloat16)
-        masters = [nn.Parameter(parameter.detach().float()) for parameter in module.parameters()]
+        masters = [weight.detach().float() for weight in weights]
     optimizer = torch.optim.AdamW(masters, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-    parallel = module
-    if context.topology.data_size > 1:
-        parallel = nn.parallel.DistributedDataParallel(module)
+    replicas = nn.parallel.DistributedDataParallel(module) if context.topology.data_size > 1 else None
     scale = 1 / len(batches)
 
     def step() -> None:
@@ -200,18 +195,19 @@ def plain_loop(
             tokens = batch.tokens.to(context.device, non_blocking=True)
             targets = batch.targets.to(context.device, non_blocking=True)
             last = number == len(batches) - 1
-            with parallel.no_sync() if parallel is not module and not last else contextlib.nullcontext():
-                (parallel(tokens, targets) * scale).backward()
+            with replicas.no_sync() if replicas is not None and not last else contextlib.nullcontext():
+                loss: Tensor = (replicas or module)(tokens, targets) * scale
+                loss.backward()
         if args.bf16:
-            for master, parameter in zip(masters, module.parameters(), strict=True):
-                master.grad = parameter.grad.float()
-                parameter.grad = None
+            for master, weight in zip(masters, weights, strict=True):
+                assert weight.grad is not None
+                master.grad, weight.grad = weight.grad.float(), None
         nn.utils.clip_grad_norm_(masters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if args.bf16:
             with torch.no_grad():
-                torch._foreach_copy_(list(module.parameters()), masters)
+                torch._foreach_copy_(weights, masters)
 
     return step
 
@@ -220,6 +216,8 @@ def variants(
     args: argparse.Namespace, config: Config, gpt: GPTConfig, context: ParallelContext, batches: list[MicroBatch]
 ) -> dict[str, Step]:
     """The steps to time, by name."""
+    plan = make_plan(config, context.topology, gpt, DOMAINS, (1,) * len(DOMAINS), np.full(len(DOMAINS), 0.5))
+    chunk = plan.loss_chunk_tokens(alternating=False)
 
     def loop(module: nn.Module, compiled: bool) -> Step:
         if compiled:
@@ -228,8 +226,8 @@ def variants(
 
     makers: dict[str, Callable[[], Step]] = {
         "transformers": lambda: loop(TransformersLoss(gpt), False),
-        "ours": lambda: ours(config, gpt, context, batches),
-        "ours in a bare loop": lambda: loop(OurLoss(gpt, context, config), False),
+        "ours": lambda: ours(plan, context, batches),
+        "ours in a bare loop": lambda: loop(OurLoss(gpt, context, chunk), False),
     }
     if args.compile:
         makers |= {

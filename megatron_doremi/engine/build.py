@@ -12,12 +12,12 @@ from deepspeed.utils import logger as deepspeed_logger
 from torch import nn
 
 from megatron_doremi.engine.deepspeed_config import deepspeed_config
-from megatron_doremi.engine.engines import PipelinedEngine, TrainingEngine, ZeroEngine
+from megatron_doremi.engine.engines import OneStageEngine, PipelinedEngine, TrainingEngine
 from megatron_doremi.engine.optimizer import make_optimizer
 from megatron_doremi.mixture.objective import Objective
 from megatron_doremi.model.pipeline import GPTPipeline
 from megatron_doremi.model.sizes import parameters_by_layer
-from megatron_doremi.model.unpipelined import GPT, GPTModel
+from megatron_doremi.model.unpipelined import make_gpt
 from megatron_doremi.parallel.context import ParallelContext
 from megatron_doremi.parallel.deepspeed_internals import silence_memory_reports
 from megatron_doremi.plan import RunPlan
@@ -59,22 +59,23 @@ def make_engine(plan: RunPlan, objective: Objective, context: ParallelContext) -
     config, gpt, parallel = plan.config, plan.gpt, plan.config.parallel
     parameters = sum(parameters_by_layer(gpt, context.topology.tensor_size))
     entry = deepspeed_config(plan, parameters)
-    chunk = plan.loss_chunk_tokens(objective.before_backward)
-    model = (gpt, context, config.data.seed, parallel.recompute_granularity, chunk)
-    module: GPT
-    kind: type[TrainingEngine]
-    if parallel.zero_stage < 2:
-        module = pipeline = GPTPipeline(*model)
-        kind, mpu = PipelinedEngine, pipeline.mpu()
-    else:
-        kind, mpu = ZeroEngine, Layout(context)
+    kind: type[TrainingEngine] = PipelinedEngine if context.topology.pipe_size > 1 else OneStageEngine
 
-        def partition(layer: nn.Module) -> None:
-            # `dtype` below applies only to parameters created later; existing parameters keep theirs.
-            layer.to(plan.dtype)
-            deepspeed.zero.Init(layer, context.groups.data, config_dict_or_path=entry, dtype=plan.dtype, mpu=mpu)
+    def partition(layer: nn.Module) -> None:
+        # `dtype` below applies only to parameters created later; existing parameters keep theirs.
+        layer.to(plan.dtype)
+        group = context.groups.data
+        deepspeed.zero.Init(layer, group, config_dict_or_path=entry, dtype=plan.dtype, mpu=Layout(context))
 
-        module = GPTModel(*model, partition=partition if parallel.zero_stage == 3 else None)
+    module = make_gpt(
+        gpt,
+        context,
+        config.data.seed,
+        parallel.recompute_granularity,
+        plan.loss_chunk_tokens(objective.before_backward),
+        partition if parallel.zero_stage == 3 else None,
+    )
+    mpu = module.mpu() if isinstance(module, GPTPipeline) else Layout(context)
     return kind(
         objective=objective,
         context=context,

@@ -1,4 +1,4 @@
-"""DeepSpeed engines that minimize an objective: `PipelinedEngine` for ZeRO 0 and 1, `ZeroEngine` for ZeRO 2 and 3.
+"""DeepSpeed engines that minimize an objective: `OneStageEngine` without a pipeline, `PipelinedEngine` with one.
 
 Both take a step on a rank's micro-batches of a global batch. With an objective that updates the domain weights from
 the full batch before any backward pass (see objective.py), the pipeline engine runs `AlternatingSchedule`.
@@ -60,9 +60,31 @@ class TrainingEngine(EngineHooks):
     def before_model_step(self) -> None:
         self._before_step(self._norm_in_time())
 
+    def reduces_gradients(self) -> bool:
+        # With one replica there is nothing to reduce, but a sharded optimizer collects its gradients here.
+        return self.context.topology.data_size > 1 or self.collects_reduced_gradients()
+
     def _norm_in_time(self) -> Tensor | None:
         """Clips the gradient and returns its global norm; None if the optimizer does both within its step."""
-        return None
+        # Without ZeRO and mixed precision, DeepSpeed reports no norm and would count tied copies and replicated
+        # parameters several times; its sharded optimizers report a norm that counts each parameter once.
+        if wraps_optimizer(self):
+            return None
+        norm = self._clip_gradients()
+        self.set_grad_norm(norm)
+        return norm
+
+    def _clip_gradients(self) -> Tensor:
+        parameters = [p for p in self.module.parameters() if p.grad is not None]
+        counted = [p.grad for p in parameters if is_counted_in_gradient_norm(p)]
+        norms = torch.stack(torch._foreach_norm(counted)).double() if counted else torch.zeros(1).double()
+        total = norms.to(self.device).square().sum()
+        dist.all_reduce(total, group=self.context.groups.model)
+        norm = total.sqrt()
+        if self.clip_grad > 0.0:
+            factor = (self.clip_grad / (norm + 1e-6)).clamp(max=1.0).float()
+            torch._foreach_mul_([p.grad for p in parameters], factor)
+        return norm
 
     @abstractmethod
     def _accumulate_and_step(self, micro_batches: Sequence[MicroBatch]) -> None:
@@ -79,7 +101,7 @@ class TrainingEngine(EngineHooks):
 
 
 class PipelinedEngine(TrainingEngine, PipelineEngineHooks):
-    """Any number of stages, ZeRO 0 and 1: 1F1B, or the alternating schedule if the objective needs it."""
+    """Several stages, ZeRO 0 and 1: 1F1B, or the alternating schedule if the objective needs it."""
 
     # DeepSpeed's attribute: the token losses after a forward pass, then the scalar for the next backward pass.
     loss: Tensor
@@ -116,34 +138,9 @@ class PipelinedEngine(TrainingEngine, PipelineEngineHooks):
         if buffer_id in self._held:
             self.loss = self.objective.loss(*self._held.pop(buffer_id))
 
-    def reduces_gradients(self) -> bool:
-        # With one replica there is nothing to reduce, but a sharded optimizer collects its gradients here.
-        return self.context.topology.data_size > 1 or self.collects_reduced_gradients()
 
-    def _norm_in_time(self) -> Tensor | None:
-        # Without ZeRO and mixed precision, DeepSpeed reports no norm and would count tied copies and replicated
-        # parameters several times; its sharded optimizers report a norm that counts each parameter once.
-        if wraps_optimizer(self):
-            return None
-        norm = self._clip_gradients()
-        self.set_grad_norm(norm)
-        return norm
-
-    def _clip_gradients(self) -> Tensor:
-        parameters = [p for p in self.module.parameters() if p.grad is not None]
-        counted = [p.grad for p in parameters if is_counted_in_gradient_norm(p)]
-        norms = torch.stack(torch._foreach_norm(counted)).double() if counted else torch.zeros(1).double()
-        total = norms.to(self.device).square().sum()
-        dist.all_reduce(total, group=self.context.groups.model)
-        norm = total.sqrt()
-        if self.clip_grad > 0.0:
-            factor = (self.clip_grad / (norm + 1e-6)).clamp(max=1.0).float()
-            torch._foreach_mul_([p.grad for p in parameters], factor)
-        return norm
-
-
-class ZeroEngine(TrainingEngine):
-    """One stage, ZeRO 2 and 3, which DeepSpeed's pipeline does not support; the module is a `GPTModel`.
+class OneStageEngine(TrainingEngine):
+    """No pipeline, ZeRO 0 to 3; the module is a `GPTModel`.
 
     ZeRO 3 gathers a parameter for a forward pass and releases it afterwards. With several outstanding forward passes
     DeepSpeed's backward passes silently compute wrong gradients (0.19.8). If the weights depend on the batch, ZeRO 3

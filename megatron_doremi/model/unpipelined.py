@@ -1,4 +1,4 @@
-"""The GPT as one module whose forward pass returns token losses, for ZeRO 2 and 3, which have no pipeline."""
+"""The GPT as one module whose forward pass returns token losses, for layouts without a pipeline."""
 
 from __future__ import annotations
 
@@ -101,3 +101,18 @@ class GPTModel(NamedLayers, nn.Module):
 
 # The part of the GPT that a rank holds, in either form.
 GPT = GPTPipeline | GPTModel
+
+
+def make_gpt(
+    gpt: GPTConfig,
+    context: ParallelContext,
+    seed: int | None,
+    recompute: str = "none",
+    loss_chunk_tokens: int = 0,
+    partition: Callable[[nn.Module], None] | None = None,
+) -> GPT:
+    """This rank's part of the GPT: its stage of a pipeline, or without one all layers; see `GPTModel`."""
+    if context.topology.pipe_size > 1:
+        assert partition is None, "ZeRO 3 has no pipeline"
+        return GPTPipeline(gpt, context, seed, recompute, loss_chunk_tokens)
+    return GPTModel(gpt, context, seed, recompute, loss_chunk_tokens, partition)

@@ -219,6 +219,20 @@ class EngineHooks(DeepSpeedEngine):
         self.before_model_step()
         super()._take_model_step(*args, **kwargs)
 
+    def allreduce_gradients(self, *args: Any, **kwargs: Any) -> None:
+        """The reduction over replicas after a backward pass; DeepSpeed's pipeline engine does not call it."""
+        if self.reduces_gradients():
+            super().allreduce_gradients(*args, **kwargs)
+
+    def reduces_gradients(self) -> bool:
+        """Whether the gradients of the replicas are reduced after the last backward pass."""
+        return True
+
+    def collects_reduced_gradients(self) -> bool:
+        """Whether the optimizer collects its gradients in the reduction, as ZeRO does; the bfloat16 optimizer does
+        so earlier."""
+        return wraps_optimizer(self) and not isinstance(self.optimizer, bf16_optimizer.BF16_Optimizer)
+
     def last_grad_norm(self) -> Tensor | float:
         """The gradient norm of the last step, as computed by the optimizer or given to `set_grad_norm`."""
         norm: Tensor | float = self._global_grad_norm
@@ -229,7 +243,7 @@ class EngineHooks(DeepSpeedEngine):
         self._global_grad_norm = norm
 
 
-class PipelineEngineHooks(PipelineEngine):
+class PipelineEngineHooks(EngineHooks, PipelineEngine):
     """DeepSpeed's pipeline engine with public names for the hooks of its schedule."""
 
     def run_schedule(self, micro_batches: Iterator[Any]) -> None:
@@ -252,15 +266,6 @@ class PipelineEngineHooks(PipelineEngine):
 
     def before_backward(self, buffer_id: int) -> None:
         """Called on every stage before a backward pass, which starts from `loss` on the last stage."""
-
-    def reduces_gradients(self) -> bool:
-        """Whether the gradients of the replicas are reduced after the last backward pass."""
-        return True
-
-    def collects_reduced_gradients(self) -> bool:
-        """Whether the optimizer collects its gradients in the reduction, as ZeRO does; the bfloat16 optimizer does
-        so earlier."""
-        return wraps_optimizer(self) and not self.using_bf16_optimizer
 
     def _train_schedule(self) -> PipeSchedule:
         schedule = self.schedule()

@@ -175,9 +175,9 @@ def test_three_steps(layout, option):
 
 def holding_forwards(launch, zero_stage):
     """Three steps of an engine that keeps all forward passes of a batch, at any ZeRO stage."""
-    from megatron_doremi.engine.engines import ZeroEngine
+    from megatron_doremi.engine.engines import OneStageEngine
 
-    ZeroEngine._holds_forwards = lambda self: True
+    OneStageEngine._holds_forwards = lambda self: True
     return proxy_steps({}, layout(launch, 1, 1), {"zero_stage": zero_stage})
 
 

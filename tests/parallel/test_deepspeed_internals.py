@@ -21,11 +21,10 @@ NAMES = {
     "runtime/zero/partition_parameters.py": ["ds_id", "ds_numel", "ds_tensor", "GatheredParameters"],
     "runtime/zero/stage3.py": ["fp32_partitioned_groups_flat", "get_param_id", "grad_position"],
     "runtime/zero/stage_1_and_2.py": ["single_partition_of_fp32_groups"],
-    "runtime/bf16_optimizer.py": ["fp32_groups_flat_partition", "see_memory_usage"],
+    "runtime/bf16_optimizer.py": ["BF16_Optimizer", "fp32_groups_flat_partition", "see_memory_usage"],
     "utils/tensor_fragment.py": ["_hp_mapping", "hp_fragment_address", "lp_fragment_address", "param_group_index"],
     "runtime/utils.py": ["model_parallel"],
     "runtime/pipe/engine.py": [
-        "using_bf16_optimizer",
         "pipe_buffers",
         "total_loss",
         "set_dataiterator",
@@ -47,7 +46,7 @@ NAMES = {
         "tied_modules",
         "forward_funcs",
     ],
-    "runtime/engine.py": ["basic_optimizer", "_take_model_step", "_global_grad_norm"],
+    "runtime/engine.py": ["basic_optimizer", "allreduce_gradients", "_take_model_step", "_global_grad_norm"],
 }
 
 
