@@ -7,7 +7,8 @@
 # Environment variables:
 #
 #     TASKS=triviaqa,nq_open    tasks of the harness; default: those of Xie et al. 2023, section 3.1, whose data sets are
-#                               downloaded. `heldout` are held-out documents of DOMAINS, in bits per byte
+#                               downloaded. `heldout` are held-out documents of DOMAINS, in bits per byte;
+#                               `heldout_NAME` those of one domain
 #     SHOTS=1                   examples in front of a question; default: 1, and 0 for heldout
 #     DOCUMENTS=100             held-out documents of each domain
 #     OUT=runs/lm_eval          results, exported model and tasks
@@ -25,6 +26,7 @@ MODEL=$1
 TASKS=${TASKS:-triviaqa,nq_open,webqs,squadv2,lambada_openai}
 OUT=${OUT:-runs/lm_eval}
 [ -f "$MODEL/config.json" ] || [ -f "${MODEL%@*}/config.json" ] || fail "$MODEL holds no config.json: give a run or a Hugging Face folder"
+[[ $TASKS != heldout* || -f ${DOMAINS:-} ]] || fail "TASKS=$TASKS: set DOMAINS to the manifest, domains.json"
 # shellcheck source=examples/environment.sh
 source "$root/examples/environment.sh"
 use_environment requirements-eval.txt
@@ -39,8 +41,8 @@ else
     "$PYTHON" "$root/tools/convert_checkpoint.py" --to hf "$MODEL" "$folder"
 fi
 options=()
-if [ "$TASKS" = heldout ]; then
-    "$PYTHON" "$root/tools/eval_task.py" --domains "${DOMAINS:?set it to the manifest, domains.json}" \
+if [[ $TASKS == heldout* ]]; then
+    "$PYTHON" "$root/tools/eval_task.py" --domains "$DOMAINS" \
         --documents "${DOCUMENTS:-100}" --output-dir "$OUT/task"
     options+=(--include_path "$OUT/task" --num_fewshot 0)
     # Nothing is looked for in a network.
@@ -48,6 +50,8 @@ if [ "$TASKS" = heldout ]; then
 else
     options+=(--num_fewshot "${SHOTS:-1}")
 fi
-"$PYTHON" -m lm_eval run --model hf --model_args "pretrained=$folder" --tasks "$TASKS" "${options[@]}" \
+# As JSON: a path may hold commas, or look like a number.
+arguments=$("$PYTHON" -c 'import json, sys; print(json.dumps({"pretrained": sys.argv[1]}))' "$folder")
+"$PYTHON" -m lm_eval run --model hf --model_args "$arguments" --tasks "$TASKS" "${options[@]}" \
     --batch_size "${BATCH_SIZE:-8}" ${DEVICE:+--device "$DEVICE"} ${LIMIT:+--limit "$LIMIT"} \
     --output_path "$OUT/results" --log_samples

@@ -11,6 +11,7 @@ another, so that its figures are a little lower.
 from __future__ import annotations
 
 import argparse
+import glob
 import json
 import re
 import sys
@@ -61,18 +62,27 @@ def main() -> int:
     raise_if_any(
         [] if any(streams.values()) else [Fault(f"--domains {args.domains}", "none is held out", rule, remedy)]
     )
+    if "::" in str(args.output_dir.resolve()):
+        separator = "a path without '::', which the harness's library of data sets splits"
+        raise ConfigError(Fault("--output-dir", str(args.output_dir), separator, "give another path"))
     make_folder(args.output_dir, "--output-dir")
     tasks: list[str] = []
     for name, stream in streams.items():
         if stream is None:
             continue
+        lines = [json.dumps({"text": text, "domain": name}) for text in documents(stream, tokenizer, args.documents)]
+        if not lines:
+            # The harness cannot read a task without documents.
+            print_stdout(f"left out, since its held-out documents are empty: {name!r}")
+            continue
         task = f"{GROUP}_{slug(name, tasks)}"
         tasks.append(task)
-        lines = [json.dumps({"text": text, "domain": name}) for text in documents(stream, tokenizer, args.documents)]
         path = args.output_dir / f"{task}.jsonl"
         atomic_write_text(path, "\n".join(lines) + "\n")
         atomic_write_text(args.output_dir / f"{task}.yaml", json.dumps(task_entry(task, path), indent=2) + "\n")
         print_stdout(f"{task}: {len(lines):,} documents of {name!r}")
+    if not tasks:
+        raise ConfigError(Fault(f"--domains {args.domains}", "every held-out document is empty", rule, remedy))
     atomic_write_text(args.output_dir / f"{GROUP}.yaml", json.dumps({"group": GROUP, "task": tasks}, indent=2) + "\n")
     print_stdout(f"run them with: lm_eval run --tasks {GROUP} --include_path {args.output_dir} ...")
     return 0
@@ -104,11 +114,11 @@ def documents(stream: TokenStream, tokenizer: Tokenizer, limit: int) -> list[str
 
 
 def task_entry(task: str, path: Path) -> dict[str, object]:
-    """The definition of a task; YAML reads JSON."""
+    """The definition of a task; YAML reads JSON. The path is a pattern there, which other files must not match."""
     return {
         "task": task,
         "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(path.resolve())}},
+        "dataset_kwargs": {"data_files": {"test": glob.escape(str(path.resolve()))}},
         "output_type": "loglikelihood_rolling",
         "test_split": "test",
         "doc_to_text": "",

@@ -12,11 +12,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hugging_face.test_convert_tool import write_text_data
 from phases.small import train
 
+from megatron_doremi.data.indexed_dataset import IndexedDatasetWriter
 from megatron_doremi.errors import ConfigError
 from megatron_doremi.hugging_face.inference import load_model
 from megatron_doremi.hugging_face.model_folder import open_model
@@ -43,6 +45,9 @@ def log_likelihood(module, ids, eod, length):
 @pytest.mark.slow
 def test_the_harness_sees_our_model(tmp_path):
     data = write_text_data(tmp_path, ("Books & Co", "C++"))
+    # A folder of another run, which the brackets of OUT would match as a pattern.
+    (tmp_path / "out 1, 2" / "task").mkdir(parents=True)
+    (tmp_path / "out 1, 2" / "task" / "heldout_c.jsonl").write_text('{"text": "another"}\n')
     flags = ["--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "4", "--seq-length", "64"]
     train(1, "main", data, tmp_path / "run", 8, model=[*flags, "--lr", "5e-3", "--global-batch-size", "8"])
     environment = {
@@ -50,7 +55,7 @@ def test_the_harness_sees_our_model(tmp_path):
         "TASKS": "heldout",
         "DOMAINS": str(data),
         "DOCUMENTS": "4",
-        "OUT": str(tmp_path / "out"),
+        "OUT": str(out := tmp_path / "out [1], 2"),
     }
     environment |= {
         "DEVICE": "cpu",
@@ -63,9 +68,9 @@ def test_the_harness_sees_our_model(tmp_path):
     opened = open_model(tmp_path / "run", "--load")
     module = load_model(opened.gpt, opened.weights, torch.device("cpu"), torch.float32)
     tokenizer = load_tokenizer(HUGGING_FACE, data.with_name("tokenizer.json"))
-    results = json.loads(next((tmp_path / "out" / "results").rglob("results_*.json")).read_text())["results"]
+    results = json.loads(next((out / "results").rglob("results_*.json")).read_text())["results"]
     for task in ("heldout_books_co", "heldout_c"):
-        samples = next((tmp_path / "out" / "results").rglob(f"samples_{task}_*.jsonl")).read_text().splitlines()
+        samples = next((out / "results").rglob(f"samples_{task}_*.jsonl")).read_text().splitlines()
         assert len(samples) == 4
         total = size = 0
         for sample in map(json.loads, samples):
@@ -77,7 +82,7 @@ def test_the_harness_sees_our_model(tmp_path):
             total, size = total + ours, size + len(text.encode())
         assert results[task]["bits_per_byte,none"] == pytest.approx(-total / size / math.log(2), rel=1e-6)
     # The documents are those of the held-out split, in its order.
-    lines = (tmp_path / "out" / "task" / "heldout_c.jsonl").read_text().splitlines()
+    lines = (out / "task" / "heldout_c.jsonl").read_text().splitlines()
     first = tokenizer.encode(json.loads(lines[0])["text"])
     from megatron_doremi.data.manifest import load_manifest
 
@@ -97,3 +102,29 @@ def test_a_mistake_is_named(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"none\.json"):
         eval_task.main()
     assert not (tmp_path / "o").exists()
+
+
+def test_domains_without_text_are_left_out(tmp_path, monkeypatch, capsys):
+    """The harness cannot read a task without documents; and a folder whose name its data sets would split."""
+    data = write_text_data(tmp_path, ("Books", "C++"))
+    eod = load_tokenizer(HUGGING_FACE, data.with_name("tokenizer.json")).eod
+
+    def empty(name):
+        with IndexedDatasetWriter(tmp_path / f"{name}_valid", np.dtype(np.uint16)) as writer:
+            writer.add_document(np.array([eod]))
+            writer.add_document(np.array([eod]))
+
+    def run(out):
+        monkeypatch.setattr(sys, "argv", ["eval_task.py", "--domains", str(data), "--output-dir", str(out)])
+        return eval_task.main()
+
+    empty("Books")
+    assert run(tmp_path / "task") == 0
+    assert "left out, since its held-out documents are empty: 'Books'" in capsys.readouterr().out
+    assert json.loads((tmp_path / "task" / "heldout.yaml").read_text())["task"] == ["heldout_c"]
+    assert not (tmp_path / "task" / "heldout_books.jsonl").exists()
+    empty("C++")
+    with pytest.raises(ConfigError, match="every held-out document is empty"):
+        run(tmp_path / "none")
+    with pytest.raises(ConfigError, match="--output-dir"):
+        run(tmp_path / "a::b")
