@@ -179,7 +179,7 @@ def edit(folder, **changes):
         ({"num_hidden_layers": 1}, "model.layers.1"),
         ({"num_hidden_layers": 3}, "model.layers.2.self_attn.q_proj.weight: missing"),
         ({"tie_word_embeddings": False}, "lm_head.weight: missing"),
-        ({"rope_parameters": {"rope_theta": 10**400}}, "rotary_base: a huge integer"),
+        ({"rope_parameters": {"rope_theta": 10**400}, "rope_theta": 10**400}, "rotary_base: a huge integer"),
     ],
 )
 def test_what_the_model_cannot_express_is_refused(run, tmp_path, monkeypatch, capsys, changes, words):
