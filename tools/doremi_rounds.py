@@ -82,7 +82,6 @@ def launcher(environ: dict[str, str], signals: Signals) -> Launcher:
     def launch(stage: Stage, ranks: int) -> int:
         if signals.requested_by:
             # Between two stages, when no rank was there to be told.
-            say("stopped by a signal; run the same command again to resume")
             return EXIT_STOPPED
         code = launch_ranks([sys.executable, _program(), *stage.argv], ranks, environ, signals)
         # A request that arrives when the last rank has ended is one as well.
@@ -165,6 +164,8 @@ def run_rounds(
                 say(f"== {_title(stage, options)}")
                 code = launch(stage, options.nproc_per_node)
                 if code:
+                    how = "stopped" if code == EXIT_STOPPED else f"failed with exit code {code}"
+                    say(f"== {_title(stage, options)} {how}; the same command of this tool resumes")
                     return code
                 finished.touch()
         rounds = judge(folder, rule)

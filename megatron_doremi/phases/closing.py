@@ -36,7 +36,7 @@ def end_lines(
         which = f"all {iteration:,}" if settled is None else f"the {iteration:,}"
         return [f"done: {which} steps were taken before; results in {run.save}", *early]
     tokens = steps * plan.step_tokens
-    done = f"done: {steps:,} steps, {tokens:,} tokens in {duration(seconds)}"
+    done = f"done: {steps:,} step{'s' if steps > 1 else ''}, {tokens:,} tokens in {duration(seconds)}"
     done += f" (after {iteration - steps:,} steps of earlier starts)" if steps < iteration else ""
     done += "" if last_loss is None else f"; last training loss {last_loss:.4f} nats per token"
     return [done, f"results in {run.save}; newest checkpoint: checkpoints/iter_{iteration:07}", *early]

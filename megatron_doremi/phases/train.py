@@ -155,9 +155,10 @@ class Trainer:
             self._finish(log, self.iteration - start, time.monotonic() - began)
         else:
             why = REASONS.get(stop, "--exit-interval")
+            again = " again" if config.run.load == config.run.save else f" with --load {config.run.save}"
             log.say(
                 f"stopped and saved after iteration {self.iteration:,} of {total:,}: {why}; to resume, run "
-                f"the same command with --load {config.run.save}"
+                f"the same command{again}"
             )
         log.close()
         return stop != KEEP_RUNNING and not self._ended()

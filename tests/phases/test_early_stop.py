@@ -78,7 +78,8 @@ def test_a_proxy_stops_resumes_and_takes_all_steps_without_the_flag(reference, d
     stopping = [*layout, "--doremi-stop-drift", str(DRIFT)]
     full, _ = run(data, tmp_path / "full", *layout)
     save = tmp_path / "stopped"
-    interrupted, _ = run(data, save, *stopping, "--exit-interval", "20")
+    interrupted, text = run(data, save, *stopping, "--exit-interval", "20")
+    assert f"after iteration 20 of {STEPS}: --exit-interval; to resume, run the same command again" in text
     lines, text = run(data, save, *stopping)
 
     # The first step that is checked and good enough, whether or not the run was interrupted; the steps before it are

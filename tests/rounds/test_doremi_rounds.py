@@ -231,7 +231,7 @@ def test_the_report_of_rounds_gives_the_last_rounds_weights_and_warns_of_one_dom
 
 
 @pytest.mark.slow
-def test_two_rounds_of_training_stopped_before_each_run_and_resumed(tmp_path):
+def test_two_rounds_of_training_stopped_before_each_run_and_resumed(tmp_path, capsys):
     data = write_data(tmp_path)
     words = ["--domains", str(data), *MODEL, "--train-iters", "6", "--domain-weights", "natural", "--log-interval", "3"]
     words += ["--save", str(tmp_path / "rounds"), "--max-rounds", "2", "--min-change", "1e-9"]
@@ -249,6 +249,7 @@ def test_two_rounds_of_training_stopped_before_each_run_and_resumed(tmp_path):
 
     codes = [doremi_rounds.run_rounds(folder, rule, options, given, launch) for _ in range(5)]
     assert codes == [3, 3, 3, 3, 0]
+    assert "== round 1: proxy stopped; the same command of this tool resumes" in capsys.readouterr().out
     assert started[::2] == started[1::2] == [(1, "reference"), (1, "proxy"), (2, "reference"), (2, "proxy")]
     rounds = read_rounds(folder.path, "--rounds")
     assert rounds.ended in ("settled", "max_rounds")
