@@ -38,6 +38,13 @@ stage_flags() {
     FLAGS+=(${RUN_SEED:+--seed "$RUN_SEED"})
 }
 
+# with_final_paths: a filter for a plan that was made with OUT/to-come as OUT, where nothing exists: the stages before it
+# are still to run. Its paths are those of the jobs.
+with_final_paths() {
+    # Lines of the plan are wrapped, so the words may be apart.
+    sed -z -E -e 's#/to-come(/\S*)(\s+)does(\s+)not(\s+)exist(\s+)yet#\1\2is\3still\4to\5come#g' -e 's#/to-come/#/#g'
+}
+
 # preprocess_flags SPLIT: flags of tools/preprocess_data.py, without --input; with an empty SPLIT the tool holds out a part
 # of the text. OPTIONS adds flags, quoted as in a shell,
 # or as an array in an EXPERIMENT file.

@@ -30,7 +30,7 @@ SCORE=("${WINDOWS[@]}" --micro-batch-size 8)
 REFERENCE=(--domain-weights natural)
 PROXY=(--doremi-step-size 1.0 --doremi-smoothing 1e-3 --doremi-objective "${OBJECTIVE:-excess}")
 if [ "${SMALL_SIZE:-280m}" = 1b ]; then
-    # A proxy holds the activations of all micro-batches of a step: 85 GiB of them at this size.
+    # A proxy holds the activations of all micro-batches of a step, at this size more than 80 GiB leave room for.
     PROXY+=(--recompute-granularity full)
 fi
 # For eight nodes of eight 80 GB GPUs: TP 4, PP 2 and DP 8, with 16 micro-batches per replica in a step.

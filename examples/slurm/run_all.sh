@@ -79,7 +79,7 @@ check_plan() {
     plan=$(DRY_RUN=$3 OUT=$out SLURM_SUBMIT_DIR=. SLURM_ARRAY_TASK_ID=0 SLURM_ARRAY_TASK_COUNT="$SCORE_TASKS" \
         bash "examples/slurm/$1.sbatch" 2>&1) || code=$?
     if [ "$code" -eq 0 ]; then
-        printf '%s, %s ranks:\n%s\n' "$1" "$3" "$(sed -n '/^layout/,$s/^/  /p' <<< "$plan")"
+        printf '%s, %s ranks:\n%s\n' "$1" "$3" "$(sed -n '/^layout/,$s/^/  /p' <<< "$plan" | with_final_paths)"
         # Lines of the plan are wrapped.
         if [[ $out == "$OUT" && $(tr -s '[:space:]' ' ' <<< "$plan") =~ (--[a-z-]+ [^:]+)" does not exist yet" ]]; then
             awaited+=("$1: ${BASH_REMATCH[1]}")

@@ -124,7 +124,7 @@ plan() {
     LAYOUT[$1]=${flags//\\$'\n'/ }
     printf '\n%s:\n' "$1"
     if [ -n "$DRY_RUN" ]; then
-        printf '%s\n' "$plan_text"
+        with_final_paths <<< "$plan_text"
     else
         # The best layout and what was rejected.
         sed -n -e '/^  layout/,+1p' -e '/^rejected/,/^flags/{/^flags/!p}' <<< "$plan_text"

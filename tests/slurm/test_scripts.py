@@ -182,7 +182,7 @@ def test_the_ablation_of_the_objective(tmp_path, pile):
 
 
 def test_the_papers_largest_proxy_fits_into_80_gib_and_a_small_main_model_takes_a_small_job(pile, tmp_path):
-    """Proxies of 1b hold 85 GiB of activations without recomputation; a main model of 280m needs one node of eight."""
+    """Without recomputation proxies of 1b hold 65 GiB of activations alone; a main model of 280m needs one node."""
     for phase in ("reference", "score", "proxy"):
         _, lines = settings_of(script(f"{phase}.sbatch", DRY_RUN=8, DATA=pile, OUT=tmp_path, SMALL_SIZE="1b"))
         assert float(lines.split("memory per rank: ")[1].split(" GiB")[0]) < 70, phase
@@ -190,6 +190,18 @@ def test_the_papers_largest_proxy_fits_into_80_gib_and_a_small_main_model_takes_
         variables = {"DATA": pile, "OUT": tmp_path, "STAGES": "main", "MAIN_WEIGHTS": "natural", "MAIN_SIZE": size}
         done = script("run_all.sh", "examples/pile/pile.sh", DRY_RUN=1, **variables)
         assert f"main, {ranks} ranks:" in done.stdout, done.stderr
+
+
+def test_the_plan_of_a_chain_names_the_paths_of_its_jobs(pile, tmp_path):
+    """Also where an interrupted run has left a result, which does not count."""
+    (tmp_path / "proxy").mkdir()
+    (tmp_path / "proxy" / "domain_weights.json").write_text("of an unfinished proxy")
+    variables = {"DATA": pile, "OUT": tmp_path, "STAGES": "proxy main", "MAIN_SIZE": "70m", "SMALL_SIZE": "70m"}
+    done = script("run_all.sh", "examples/pile/pile.sh", DRY_RUN=1, **variables)
+    text = " ".join(done.stdout.split())
+    assert f"--domain-weights {tmp_path}/proxy/domain_weights.json is still to come: uniform" in text, done.stderr
+    assert f"sampling weights: {tmp_path}/proxy/domain_weights.json" in text
+    assert "/to-come" not in text
 
 
 def test_what_is_wrong_is_said(small, tmp_path):
