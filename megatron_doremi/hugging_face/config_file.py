@@ -50,11 +50,12 @@ def is_hugging_face(entry: Mapping[str, Any]) -> bool:
     return "model_type" in entry or "architectures" in entry
 
 
-def read_config(folder: Path, flag: str) -> tuple[Architecture, GPTConfig]:
+def read_config(folder: Path, flag: str, seq_length: int = 0) -> tuple[Architecture, GPTConfig]:
     """Reads config.json of a Hugging Face folder.
 
     Args:
         flag: the flag or argument that names the folder, for messages.
+        seq_length: tokens of the windows that the model reads, which a sliding window must cover; 0: not known yet.
 
     Raises:
         NotExpressible: with all faults: a class, or values, that our model cannot express.
@@ -65,7 +66,7 @@ def read_config(folder: Path, flag: str) -> tuple[Architecture, GPTConfig]:
     architecture = _architecture(entry, subject)
     values = {**architecture.defaults, **entry}
     shape: dict[str, Any] = {ours: values[theirs] for theirs, ours in architecture.sizes.items() if theirs in values}
-    faults = _unsupported(architecture, values, subject)
+    faults = _unsupported(architecture, values, seq_length, subject)
     shape |= architecture.needs
     if architecture.has_rope:
         base, rope_faults = rotary_base(architecture, entry, subject)
@@ -96,12 +97,12 @@ def _architecture(entry: Mapping[str, Any], subject: str) -> Architecture:
     raise NotExpressible(Fault(subject, f"model_type: {model_type!r}{reason}", rule, CONVERT_ANOTHER))
 
 
-def _unsupported(architecture: Architecture, values: Mapping[str, Any], subject: str) -> list[Fault]:
+def _unsupported(architecture: Architecture, values: Mapping[str, Any], seq_length: int, subject: str) -> list[Fault]:
     """Faults of entries with which the class computes something else."""
     faults = _contradictions(architecture, values, subject)
     for name, allowed in architecture.requires.items():
         value = values.get(name)
-        if name == "sliding_window" and _covers(value, values.get("max_position_embeddings")):
+        if name == "sliding_window" and _covers(value, values.get("max_position_embeddings"), seq_length):
             continue
         if value not in allowed or isinstance(value, bool) != isinstance(allowed[0], bool):
             faults.append(not_ours(subject, name, value, f"{name} {allowed[0]!r}"))
@@ -129,9 +130,9 @@ def _contradictions(architecture: Architecture, values: Mapping[str, Any], subje
     ]
 
 
-def _covers(window: Any, positions: Any) -> bool:
-    """Whether a sliding window is as long as the model's context, and so has no effect."""
-    return isinstance(window, int) and isinstance(positions, int) and window >= positions
+def _covers(window: Any, positions: Any, seq_length: int) -> bool:
+    """Whether a sliding window is as long as the model's context and as what it reads, and so has no effect."""
+    return isinstance(window, int) and isinstance(positions, int) and window >= max(positions, seq_length)
 
 
 def _complete(shape: dict[str, Any]) -> dict[str, Any]:

@@ -71,5 +71,9 @@ def check_model_config(folder: Path, flag: str, forward_only: bool = False) -> N
         if reason:
             check_transformers(folder, flag, reason)
         return
-    read = {RUN: read_run_config, MODEL: read_model_entry, HUGGING_FACE: read_config}
-    read[kind](folder, flag)
+    if kind == HUGGING_FACE:
+        read_config(folder, flag)
+    elif kind == MODEL:
+        read_model_entry(folder, flag)
+    else:
+        read_run_config(folder, flag)

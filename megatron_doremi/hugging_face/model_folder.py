@@ -76,12 +76,13 @@ class OpenedModel:
     checksums: Mapping[Path, str] = field(default_factory=dict)
 
 
-def open_model(folder: Path, flag: str, step: int | None = None) -> OpenedModel:
+def open_model(folder: Path, flag: str, step: int | None = None, seq_length: int = 0) -> OpenedModel:
     """Opens a model of any kind.
 
     Args:
         flag: the flag or argument that names the folder, for messages.
         step: of a run's checkpoint; None: the newest.
+        seq_length: see `read_config`.
 
     Raises:
         ConfigError: the folder holds no model, or one that this program cannot express, or its config.json describes
@@ -92,7 +93,7 @@ def open_model(folder: Path, flag: str, step: int | None = None) -> OpenedModel:
         rule, remedy = "a run of this program, which has checkpoints", "leave out @STEP"
         raise ConfigError(Fault(f"{flag} {folder}@{step}", "not a run", rule, remedy))
     if kind == HUGGING_FACE:
-        architecture, gpt = read_config(folder, flag)
+        architecture, gpt = read_config(folder, flag, seq_length)
         weights = HuggingFaceWeights(folder, architecture, gpt, flag)
         eod = end_of_text(folder, flag, gpt.vocab_size)
         return OpenedModel(kind, folder, gpt, weights, model_type=architecture.model_type, eod=eod)

@@ -18,17 +18,18 @@ _RULE = "a model that this program's GPT can express, or Transformers, which the
 _INSTALL = "pip install 'transformers>=5.24,<6' (the extra `hf` of megatron-doremi)"
 
 
-def why_not_ours(folder: Path, flag: str) -> str:
+def why_not_ours(folder: Path, flag: str, seq_length: int = 0) -> str:
     """What of a Hugging Face folder's config.json our model cannot express; "" if it can express all of it.
 
     Args:
         flag: the flag or argument that names the folder, for messages.
+        seq_length: see `read_config`.
 
     Raises:
         ConfigError: config.json is missing or malformed.
     """
     try:
-        read_config(folder, flag)
+        read_config(folder, flag, seq_length)
     except NotExpressible as error:
         return "; ".join(fault.value for fault in error.faults)
     return ""

@@ -55,12 +55,13 @@ def read_model(
     kind = kind_of_model(folder, flag)
     if kind == RUN:
         return _read_run(folder, flag, data, config, step, needs_all_steps, same_domains)
-    reason = why_not_ours(folder, flag) if kind == HUGGING_FACE and forward_only and step is None else ""
+    length = config.data.seq_length
+    reason = why_not_ours(folder, flag, length) if kind == HUGGING_FACE and forward_only and step is None else ""
     shape: Shape
     if reason:
         shape, weights = read_transformers_shape(folder, flag, reason), None
     else:
-        opened = open_model(folder, flag, step)
+        opened = open_model(folder, flag, step, length)
         shape, weights = opened.gpt, opened.weights
     faults = _shape_faults(shape, f"{flag} {folder}", data, config)
     try:

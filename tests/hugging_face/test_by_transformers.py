@@ -235,6 +235,9 @@ def test_what_transformers_cannot_run_either_is_refused(models, tmp_path, monkey
     proxy = ["--phase", "proxy", "--domains", data, "--save", tmp_path / "p", "--train-iters", 1]
     split = [*proxy, *MODEL, "--reference-load", folder, "--tensor-model-parallel-size", "2"]
     assert "--reference-losses DIR" in unwrapped(faults_of(*split, world=2))
+    window = save(tmp_path / "window", "mistral", sliding_window=64)
+    shutil.copy(folder / "tokenizer.json", window)
+    assert "positions up to 64" in refused(window, "--seq-length", "128")
     small = changed_config(folder, tmp_path / "small", vocab_size=200)
     assert "a vocabulary of 200" in refused(small)
     assert "quantization_config" in refused(changed_config(folder, tmp_path / "q", quantization_config={"bits": 4}))

@@ -173,6 +173,10 @@ def their_logits(folder, tokens):
         return None
 
 
+def our_logits(opened, tokens):
+    return load_model(opened.gpt, opened.weights, torch.device("cpu"), torch.float32).logits(tokens)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_what_is_taken_has_transformers_logits(model_type, tmp_path):
@@ -195,7 +199,7 @@ def test_what_is_taken_has_transformers_logits(model_type, tmp_path):
         theirs = their_logits(folder, tokens)
         if theirs is None:
             continue
-        ours = load_model(opened.gpt, opened.weights, torch.device("cpu"), torch.float32).logits(tokens)
+        ours = our_logits(opened, tokens)
         compared += 1
         difference = float((ours - theirs).abs().max())
         if not difference < 1e-5 * max(1.0, float(theirs.abs().max())):
@@ -225,3 +229,17 @@ def test_the_entry_is_named(model_type, changes, said, tmp_path):
     with pytest.raises(NotExpressible) as error:
         read_config(tmp_path, "--load")
     assert said in " ".join(str(error.value).split())
+
+
+def test_a_sliding_window_covers_what_is_read(tmp_path):
+    """One as long as the positions was taken for windows of more tokens, too."""
+    save(tmp_path, "mistral", {**BASES["mistral"], "sliding_window": 48})
+    opened = open_model(tmp_path, "--load", seq_length=48)
+    tokens = torch.randint(0, 61, (2, 64), generator=torch.Generator().manual_seed(2))
+    differences = [
+        our_logits(opened, tokens[:, :length]) - their_logits(tmp_path, tokens[:, :length]) for length in (48, 64)
+    ]
+    assert differences[0].abs().max() < 1e-5
+    assert differences[1].abs().max() > 1e-2
+    with pytest.raises(NotExpressible, match="sliding_window: 48"):
+        open_model(tmp_path, "--load", seq_length=49)
