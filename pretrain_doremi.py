@@ -299,7 +299,8 @@ def dry_run(config: Config, topology: Topology) -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from megatron_doremi.console import print_stdout
     from megatron_doremi.data.manifest import print_warnings
-    from megatron_doremi.phases.inputs import open_inputs, plan_text
+    from megatron_doremi.errors import raise_if_any
+    from megatron_doremi.phases.inputs import open_inputs, plan_text, planned_faults
 
     with stage(f"opening {config.data.source}", topology.rank == 0):
         inputs = open_inputs(config, topology)
@@ -308,6 +309,7 @@ def dry_run(config: Config, topology: Topology) -> None:
         print(plan_text(inputs))
         if inputs.repeated and not config.run.suggest_layout:
             print_stdout(inputs.repeated)
+    raise_if_any(planned_faults(inputs))
 
 
 def command() -> None:

@@ -25,6 +25,7 @@ _TITLES = {
     "doremi": "DoReMi",
     "optimizer": "optimizer",
     "run": "run",
+    "planning": "machine of a dry run",
 }
 
 

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 from megatron_doremi.optimizer_settings import OPTIMIZER_NAMES as OPTIMIZER_NAMES
 from megatron_doremi.optimizer_settings import OptimizerConfig
+from megatron_doremi.planning_settings import PlanningConfig
 from megatron_doremi.run_settings import RunConfig, folder_and_step
 from megatron_doremi.settings import (
     DECAY,
@@ -296,6 +297,7 @@ class Config:
     doremi: DoReMiConfig
     optimizer: OptimizerConfig
     run: RunConfig
+    planning: PlanningConfig = dataclasses.field(default_factory=PlanningConfig)
     given: frozenset[str] = dataclasses.field(default=frozenset(), compare=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -310,6 +312,7 @@ SECTIONS: dict[str, type] = {
     "doremi": DoReMiConfig,
     "optimizer": OptimizerConfig,
     "run": RunConfig,
+    "planning": PlanningConfig,
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from megatron_doremi.config import Config, ParallelConfig, data_parallel_size
 from megatron_doremi.errors import Fault
@@ -160,18 +160,20 @@ def zero_faults(config: Config) -> list[Fault]:
     return faults
 
 
-def suggestion_faults(config: Config) -> list[Fault]:
-    """Faults of the flags of a suggestion by themselves."""
+def dry_run_faults(config: Config) -> list[Fault]:
+    """Faults of the flags of a dry run and of a suggestion by themselves."""
     run = config.run
-    if run.dry_run_world_size and not run.dry_run:
-        return [Fault("--dry-run-world-size", "has no effect", "--dry-run reads it", "add --dry-run, or leave it out")]
-    if not run.suggest_layout:
-        if not run.device_memory_gib:
-            return []
-        return [Fault("--device-memory-gib", "has no effect", "--suggest-layout reads it", "leave it out")]
+    machine = [flag_of(field.name) for field in fields(config.planning) if field.name in config.given]
     if not run.dry_run:
-        return [Fault("--suggest-layout", "without --dry-run", "a dry run suggests a layout", "add --dry-run")]
-    return []
+        if run.suggest_layout:
+            return [Fault("--suggest-layout", "without --dry-run", "a dry run suggests a layout", "add --dry-run")]
+        machine += ["--dry-run-world-size"] if run.dry_run_world_size else []
+        machine += ["--device-memory-gib"] if run.device_memory_gib else []
+        rule, remedy = "--dry-run reads it", "add --dry-run, or leave it out"
+    else:
+        machine = machine if run.suggest_layout else []
+        rule, remedy = "a suggestion states no time", "leave it out, or --suggest-layout"
+    return [Fault(flag, "has no effect", rule, remedy) for flag in machine]
 
 
 def split_faults(config: Config, gpt: GPTConfig, world_size: int) -> list[Fault]:

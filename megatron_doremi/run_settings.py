@@ -106,8 +106,9 @@ class RunConfig:
     )
     dry_run: bool = setting(
         False,
-        "print the run as resolved (settings, model, layout, memory per rank, domains) and exit; nothing is written. "
-        "Inputs that an earlier stage has yet to write get stand-ins (score, evaluate: give the model flags)",
+        "print the run as resolved (settings, model, layout, memory by stage, arithmetic, communication, domains) and "
+        "exit; nothing is written. Inputs that an earlier stage has yet to write get stand-ins (score, evaluate: give "
+        "the model flags)",
         phases=PHASES,
     )
     dry_run_world_size: int = setting(
@@ -124,7 +125,8 @@ class RunConfig:
     )
     device_memory_gib: float = setting(
         0.0,
-        "memory of a device for --suggest-layout, in GiB (default: that of the GPU in this machine)",
+        "memory of a device in GiB: --dry-run refuses a run that does not fit, --suggest-layout ranks layouts that do "
+        "(default: that of the GPU in this machine)",
         phases=NO_EVALUATION,
         bounds=Bounds(0.0, 1e6),
     )

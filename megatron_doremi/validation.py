@@ -21,10 +21,10 @@ from megatron_doremi.config import (
 )
 from megatron_doremi.errors import Fault
 from megatron_doremi.layout_rules import (
+    dry_run_faults,
     field_faults,
     layout_faults,
     split_faults,
-    suggestion_faults,
     zero_faults,
 )
 from megatron_doremi.settings import EVALUATE, PHASES, PROXY, SCORE, UNIMAX, flag_of, phases_of
@@ -35,11 +35,11 @@ def find_faults(config: Config, world_size: int) -> list[Fault]:
     model_faults = _model_faults(config.model, config.parallel) if _reads_shape(config) else []
     faults = [*_required(config), *_ranges(config), *model_faults]
     if not config.run.suggest_layout:
-        return [*faults, *layout_faults(config, world_size), *zero_faults(config), *suggestion_faults(config)]
+        return [*faults, *layout_faults(config, world_size), *zero_faults(config), *dry_run_faults(config)]
     if not faults and _reads_shape(config):
         gpt = gpt_config(config.model, config.data.seq_length, vocab_size=1)
         faults += split_faults(config, gpt, world_size)
-    return [*faults, *zero_faults(config), *suggestion_faults(config)]
+    return [*faults, *zero_faults(config), *dry_run_faults(config)]
 
 
 def _reads_shape(config: Config) -> bool:

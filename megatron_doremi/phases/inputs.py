@@ -39,7 +39,9 @@ from megatron_doremi.plan import RunPlan, make_plan
 from megatron_doremi.planning.describe import describe_plan, start_lines
 from megatron_doremi.planning.epochs import check_repetition
 from megatron_doremi.planning.layouts import suggest_layouts, suggestion_text
+from megatron_doremi.planning.machine_plan import memory_faults
 from megatron_doremi.planning.mixture_checks import mixture_faults, mixture_warnings
+from megatron_doremi.planning.shape_checks import shape_warnings
 from megatron_doremi.settings import EVALUATE, TRAINING
 from megatron_doremi.shapes import Shape
 from megatron_doremi.storage.files import sha256_of
@@ -127,7 +129,11 @@ def open_inputs(config: Config, topology: Topology) -> Inputs:
         resumes = collect(lambda: planned_resume(plan, run_identity(plan, data, controller), controller, unknown))
     faults += mixture_faults(plan, controller, data.held_out_counts(config.data.seq_length))
     raise_if_any(faults)
-    warnings = [*mixture_warnings(plan, controller), *loaded_warnings(config, plan.gpt, reference)]
+    warnings = [
+        *shape_warnings(config.model, plan.gpt),
+        *mixture_warnings(plan, controller),
+        *loaded_warnings(config, plan.gpt, reference),
+    ]
     data = _with_warnings(data, warnings)
     return Inputs(
         data, plan, controller, repeated or "", reference, initial, reference_losses, to_come, tuple(resumes or ())
@@ -165,6 +171,13 @@ def plan_text(inputs: Inputs) -> str:
     held_out = [min(count, limit) if limit else count for count in counts]
     lines = [*_origin(inputs), *to_come.values(), *inputs.resumes]
     return describe_plan(plan, inputs.controller, setting, held_out, _held_reference(inputs), lines)
+
+
+def planned_faults(inputs: Inputs) -> list[Fault]:
+    """What a dry run finds once it has printed the plan: a rank that does not fit the stated device."""
+    if inputs.plan.config.run.suggest_layout:
+        return []
+    return memory_faults(inputs.plan, inputs.controller.before_backward, _held_reference(inputs))
 
 
 def start_text(inputs: Inputs, device: str) -> str:

@@ -12,39 +12,11 @@ from typing import Any
 
 import torch
 
-from megatron_doremi.config import GPTConfig
 from megatron_doremi.console import COLUMNS, shortened
 from megatron_doremi.data.weights_file import SMALLEST_SHARE
+from megatron_doremi.devices import peak_tflops as peak_tflops
 from megatron_doremi.mixture.statistics import DomainStats
-
-# Dense bfloat16 peak of a GPU in TFLOP/s, from the vendors' data sheets, by a part of its name. The longest matching
-# part counts: "NVIDIA H100 PCIe" has its own, "NVIDIA H100 80GB HBM3" is the SXM model.
-_PEAK_TFLOPS = {
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H100": 989.0,
-    "H200 NVL": 835.0,
-    "H200": 989.0,
-    "GH200": 989.0,
-    "B200": 2250.0,
-    "GB200": 2500.0,
-    "A100": 312.0,
-    "L40S": 362.0,
-}
-
-
-def flops_per_token(gpt: GPTConfig, seq_length: int) -> float:
-    """Floating point operations per token of a training step: the forward pass, and twice as many in the backward pass.
-
-    Counts matrix products only, and half of the attention scores, since they are causal (as Chowdhery et al. 2022,
-    appendix B).
-    """
-    heads = gpt.num_attention_heads * gpt.kv_channels
-    qkv = gpt.hidden_size * (gpt.num_attention_heads + 2 * gpt.num_query_groups) * gpt.kv_channels
-    mlp = (3 if gpt.swiglu else 2) * gpt.hidden_size * gpt.ffn_hidden_size
-    weights = gpt.num_layers * (qkv + heads * gpt.hidden_size + mlp) + gpt.vocab_size * gpt.hidden_size
-    attention = gpt.num_layers * 2 * heads * seq_length / 2
-    return 6.0 * (weights + attention)
+from megatron_doremi.planning.compute import flops_per_token as flops_per_token
 
 
 def gpu_metrics(flops: float, seconds: float, world_size: int) -> dict[str, float]:
@@ -58,12 +30,6 @@ def gpu_metrics(flops: float, seconds: float, world_size: int) -> dict[str, floa
     peak = peak_tflops(torch.cuda.get_device_name())
     result = {"tflops_per_gpu": tflops, "memory_gib": torch.cuda.max_memory_allocated() / 2**30}
     return result if peak is None else {**result, "mfu": tflops / peak}
-
-
-def peak_tflops(gpu_name: str) -> float | None:
-    """Dense bfloat16 peak in TFLOP/s of a GPU by its CUDA device name; None if unknown."""
-    parts = [part for part in _PEAK_TFLOPS if part in gpu_name]
-    return _PEAK_TFLOPS[max(parts, key=len)] if parts else None
 
 
 def domain_entries(stats: DomainStats, names: Sequence[str]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from megatron_doremi.console import COLUMNS, wrapped
 from megatron_doremi.engine.optimizer import make_learning_rate
 from megatron_doremi.mixture.controller import MixtureController
 from megatron_doremi.plan import RunPlan
+from megatron_doremi.planning.machine_plan import machine_lines
 from megatron_doremi.planning.memory import parameter_counts, rank_memory
 from megatron_doremi.settings import EVALUATE, NO_EVALUATION, SCORE, TRAINING, phases_of
 from megatron_doremi.shapes import Shape, TransformersShape
@@ -32,7 +33,8 @@ def describe_plan(
     reference: Shape | None,
     stand_ins: Iterable[str],
 ) -> str:
-    """What --dry-run prints: the settings as JSON, the run in a few lines, and the table of its domains.
+    """What --dry-run prints: the settings as JSON, the run in a few lines, what it takes of the machine, and the
+    table of its domains.
 
     Args:
         weights_setting: --domain-weights, its default resolved.
@@ -43,6 +45,7 @@ def describe_plan(
     lines = [
         json.dumps(resolved_settings(plan, weights_setting), indent=2),
         *(part for line in plan_lines(plan, controller, weights_setting, reference) for part in wrapped(line)),
+        *(part for line in machine_lines(plan, controller.before_backward, reference) for part in wrapped(line)),
         *table(_columns(plan, controller, held_out_counts)),
         *(part for line in stand_ins for part in wrapped(line)),
     ]
@@ -148,8 +151,7 @@ def _sizes(plan: RunPlan, alternating: bool, reference: Shape | None) -> list[st
     layout = (topology.tensor_size, topology.pipe_size)
     total, largest = parameter_counts(shape, *layout)
     trains, models = config.data.phase in TRAINING, (("model", shape), ("reference", reference))
-    reference_parameters = parameter_counts(reference, *layout)[1] if reference else 0
-    held = rank_memory(plan, alternating, largest, reference_parameters)
+    held = rank_memory(plan, alternating, reference)
     memory = [f"{_size(held.state)} of weights" + (", gradients and optimizer state" if trains else "")]
     if trains:
         memory.append(f"{_size(held.activations)} of activations of {_count(held.held, 'micro-batch', 'es')}")

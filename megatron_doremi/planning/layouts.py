@@ -1,9 +1,8 @@
 """The layouts of a run that fit the memory of a device, ranked: what --suggest-layout prints.
 
-The estimate (`rank_memory`) leaves out buffers of collectives and of ZeRO, layers that ZeRO 3 gathers, what an
-operation needs while it runs, memory that the allocator cannot use, and the device's own context (docs/memory.md). A
-margin stays free for these. The order prefers data parallelism, then the least extra arithmetic; the time of
-communication is not estimated.
+The estimate (`rank_memory`) leaves out buffers of collectives, what an operation needs while it runs, memory that the
+allocator cannot use, and the device's own context (docs/memory.md). A margin stays free for these. The order prefers
+data parallelism, then the least extra arithmetic; the time of communication is not estimated.
 """
 
 from __future__ import annotations
@@ -18,12 +17,11 @@ from megatron_doremi.layout_rules import Split, divisors, possible_splits
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.plan import RunPlan, make_plan
 from megatron_doremi.planning.describe import table
-from megatron_doremi.planning.memory import RankMemory, parameter_counts, rank_memory
+from megatron_doremi.planning.machine_plan import MARGIN
+from megatron_doremi.planning.memory import StageMemory, rank_memory
 from megatron_doremi.settings import TRAINING
 from megatron_doremi.shapes import Shape
 
-# The share of a device's memory that the estimate may not fill.
-MARGIN = 0.15
 # Larger micro-batches make the products of a GPU no faster; they are not suggested.
 MAX_MICRO_BATCH_TOKENS = 16_384
 # Splits listed in the text.
@@ -43,7 +41,7 @@ class Candidate:
     """
 
     plan: RunPlan
-    memory: RankMemory
+    memory: StageMemory
     arithmetic: float
 
     @property
@@ -134,9 +132,7 @@ def suggest_layouts(plan: RunPlan, alternating: bool, reference: Shape | None, d
 
 def _candidates(plan: RunPlan, split: Split, alternating: bool, reference: Shape | None) -> Iterator[Candidate]:
     """All variants of a split: ZeRO stage, recomputation and micro-batch."""
-    config, layout = plan.config, (split.tensor, split.pipe)
-    parameters = parameter_counts(plan.shape, *layout)[1]
-    reference_parameters = parameter_counts(reference, *layout)[1] if reference else 0
+    config = plan.config
     trains = config.data.phase in TRAINING
     granularity = config.parallel.recompute_granularity
     granularities = GRANULARITIES if trains and "recompute_granularity" not in config.given else (granularity,)
@@ -156,7 +152,7 @@ def _candidates(plan: RunPlan, split: Split, alternating: bool, reference: Shape
                 data = replace(config.data, micro_batch_size=micro_batch)
                 resolved = replace(config, parallel=parallel, data=data)
                 run = make_plan(resolved, topology, plan.shape, plan.names, plan.window_counts, plan.sampling_weights)
-                memory = rank_memory(run, alternating, parameters, reference_parameters)
+                memory = rank_memory(run, alternating, reference)
                 yield Candidate(run, memory, arithmetic(run, alternating))
 
 
@@ -283,7 +279,7 @@ def suggestion_text(suggestion: Suggestion, device_bytes: float) -> str:
             [
                 f"layouts of {world_size:,} rank{'s' if world_size > 1 else ''}, best first; at most {limit:.1f} of "
                 f"{device_bytes / 2**30:.1f} GiB per rank are planned, {MARGIN:.0%} is left for what is not estimated",
-                "(buffers of collectives, layers gathered by ZeRO 3, operations at work, the device's context).",
+                "(buffers of collectives, operations at work, what the allocator cannot use, the device's context).",
                 "Arithmetic: recomputation and pipeline bubble relative to none; communication time is not estimated.",
                 *(row + reason for row, reason in zip(table(columns), reasons, strict=False)),
                 *([f"  and {left:,} more that fit"] if left else []),

@@ -1,46 +1,67 @@
-"""Parameters and bytes that a rank will hold, computed before a run starts.
+"""Parameters and bytes that the ranks of each pipeline stage will hold, computed before a run starts.
 
-Activations follow the formula of docs/memory.md, measured by tests/planning/test_memory.py: all that is held for the
-backward pass, and what is at work while the loss is computed. Not counted: a few numbers per token (statistics of norms
-and softmax, rotary angles), temporary buffers of other operations, and what docs/memory.md lists.
+Activations follow the formula of docs/memory.md; tests/planning/test_memory.py measures all of it: what is held for the
+backward pass, what is at work while the loss is computed, and DeepSpeed's buffers. Not counted: a few numbers per token
+(statistics of norms and softmax, rotary angles), temporary buffers of other operations, and what docs/memory.md lists.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 
 from megatron_doremi.config import Config, GPTConfig, ParallelConfig
 from megatron_doremi.model.pipeline import layer_names
-from megatron_doremi.model.sizes import parameters_by_layer
+from megatron_doremi.model.sizes import parameter_specs, parameters_by_layer
 from megatron_doremi.parallel.topology import stage_bounds
 from megatron_doremi.plan import RunPlan
 from megatron_doremi.settings import TRAINING
 from megatron_doremi.shapes import Shape, TransformersShape
 
+# DeepSpeed's limits (0.19.8), in elements: of a bucket of gradients, of the parameters that ZeRO 3 keeps gathered, and
+# of those that it gathers in advance.
+BUCKET = 500_000_000
+GATHERED = 1_000_000_000
+_PREFETCHED = 50_000_000
+
 
 @dataclass(frozen=True)
-class RankMemory:
-    """Bytes on the rank that holds most.
+class StageMemory:
+    """Bytes on the device of a rank of one pipeline stage, at the moment when it holds most.
 
     Attributes:
-        state: weights; in training also gradients and optimizer state.
+        stage: its number, from 0.
+        blocks: its transformer blocks.
+        parameters: numbers in the weights that it holds; under ZeRO 3 in its shard.
+        weights, gradients, optimizer: its state; gradients and optimizer state only in training.
         activations: held for backward passes; 0 without training.
         held: micro-batches whose activations are held.
         reference: weights of a proxy's online reference.
-        loss: at work while the loss is computed.
+        loss: at work while the loss is computed, on the last stage.
+        working: a block's backward pass and DeepSpeed's buffers, beyond what the loss takes at another moment.
     """
 
-    state: float
+    stage: int
+    blocks: int
+    parameters: int
+    weights: float
+    gradients: float
+    optimizer: float
     activations: float
     held: int
     reference: float
     loss: float
+    working: float
+
+    @property
+    def state(self) -> float:
+        return self.weights + self.gradients + self.optimizer
 
     @property
     def total(self) -> float:
-        return self.state + self.activations + self.reference + self.loss
+        return self.state + self.activations + self.reference + self.loss + self.working
 
 
 def block_bytes_per_token(gpt: GPTConfig, parallel: ParallelConfig, element: int) -> float:
@@ -65,6 +86,16 @@ def block_bytes_per_token(gpt: GPTConfig, parallel: ParallelConfig, element: int
         attention += queries + keys
     mlp = (3 if gpt.swiglu else 2) * gpt.ffn_hidden_size / tensor
     return element * (norms + attention + mlp)
+
+
+def block_backward_bytes_per_token(gpt: GPTConfig, parallel: ParallelConfig, element: int) -> float:
+    """Bytes at work in the backward pass of a block per token: gradients of the residual stream and of the feed-forward
+    layer's inner parts; with full recomputation also all that the block holds otherwise."""
+    inner = (3 if gpt.swiglu else 2) * gpt.ffn_hidden_size / parallel.tensor_model_parallel_size
+    again = 0.0
+    if parallel.recompute_granularity == "full":
+        again = block_bytes_per_token(gpt, replace(parallel, recompute_granularity="none"), element)
+    return element * (2 * gpt.hidden_size + inner) + again
 
 
 def micro_batch_bytes(
@@ -102,19 +133,23 @@ def held_micro_batches(alternating: bool, micro_batches: int, stages: int, stage
     return min(micro_batches, stages - stage)
 
 
-def state_bytes_per_parameter(config: Config, data_size: int) -> float:
-    """Bytes of weights, gradients and optimizer state on the device per parameter of a rank."""
+def state_bytes(config: Config, data_size: int) -> tuple[float, float, float]:
+    """Bytes of weights, gradients and optimizer state on the device per parameter of a rank's part of the model."""
     stage, bf16 = config.parallel.zero_stage, config.optimizer.bf16
-    weights, gradients = (2.0, 4.0) if bf16 else (4.0, 4.0)
     # Two moments, and master weights unless the weights themselves are float32 and unsharded.
     state = 0.0 if config.parallel.cpu_offload else 12.0 if bf16 or stage else 8.0
-    sharded = [
-        size / data_size if stage >= least else size for size, least in ((weights, 3), (gradients, 2), (state, 1))
-    ]
-    return sum(sharded)
+    sizes = ((2.0 if bf16 else 4.0, 3), (4.0, 2), (state, 1))
+    weights, gradients, optimizer = (size / data_size if stage >= least else size for size, least in sizes)
+    return weights, gradients, optimizer
 
 
-def parameters_by_stage(gpt: GPTConfig, tensor_size: int, pipe_size: int) -> list[int]:
+def host_bytes_per_parameter(config: Config, data_size: int) -> float:
+    """Page-locked host memory of a rank per parameter with --cpu-offload: master weights, two moments, gradients."""
+    return 16.0 / data_size if config.parallel.cpu_offload else 0.0
+
+
+@lru_cache(maxsize=1024)
+def parameters_by_stage(gpt: GPTConfig, tensor_size: int, pipe_size: int) -> tuple[int, ...]:
     """Parameters that a rank of each pipeline stage holds, without ZeRO."""
     counts, names = parameters_by_layer(gpt, tensor_size), layer_names(gpt)
     first = names.index("layers.0")
@@ -122,34 +157,30 @@ def parameters_by_stage(gpt: GPTConfig, tensor_size: int, pipe_size: int) -> lis
     stages = [sum(counts[a:b]) for a, b in pairwise(bounds)]
     if gpt.tied_embeddings and pipe_size > 1:
         stages[-1] += counts[0]
-    return stages
+    return tuple(stages)
+
+
+@lru_cache(maxsize=1024)
+def unsharded_by_zero(gpt: GPTConfig, tensor_size: int) -> int:
+    """Parameters that ZeRO 3 keeps on every rank: vectors, up to `stage3_param_persistence_threshold`."""
+    sizes = (math.prod(spec.local_shape(tensor_size)) for spec in parameter_specs(gpt).values())
+    return sum(size for size in sizes if size <= 10 * gpt.hidden_size)
+
+
+def stage_parameters(shape: Shape, tensor_size: int, pipe_size: int) -> tuple[int, ...]:
+    """Parameters that a rank of each pipeline stage holds of any model, without ZeRO."""
+    if isinstance(shape, TransformersShape):
+        # Every rank holds all of it.
+        return (shape.parameters,) * pipe_size
+    return parameters_by_stage(shape, tensor_size, pipe_size)
 
 
 def parameter_counts(shape: Shape, tensor_size: int, pipe_size: int) -> tuple[int, int]:
     """Parameters of a model, and of the rank that holds most of them, without ZeRO."""
+    largest = max(stage_parameters(shape, tensor_size, pipe_size))
     if isinstance(shape, TransformersShape):
-        # Every rank holds all of it.
-        return shape.parameters, shape.parameters
-    return sum(parameters_by_layer(shape, 1)), max(parameters_by_stage(shape, tensor_size, pipe_size))
-
-
-def held_activations(plan: RunPlan, alternating: bool) -> tuple[float, int]:
-    """(bytes of activations, number of micro-batches) that the fullest stage holds for its backward passes.
-
-    Args:
-        alternating: all forward passes of a step come before its first backward pass.
-    """
-    config, gpt, stages = plan.config, plan.gpt, plan.topology.pipe_size
-    parallel = replace(config.parallel, loss_chunk_tokens=plan.loss_chunk_tokens(alternating))
-    tokens, element = math.prod(plan.batch_shape), plan.dtype.itemsize
-    blocks = [b - a for a, b in pairwise(stage_bounds(gpt.num_layers, stages, 0, 0))]
-    return max(
-        (held * micro_batch_bytes(gpt, parallel, tokens, element, blocks[stage], stage), held)
-        for stage in range(stages)
-        for held in [
-            held_micro_batches(alternating, plan.micro_batches, stages, stage, config.parallel.zero_stage),
-        ]
-    )
+        return shape.parameters, largest
+    return sum(parameters_by_layer(shape, 1)), largest
 
 
 def loss_bytes(shape: Shape, parallel: ParallelConfig, tokens: int, element: int, trains: bool) -> float:
@@ -178,25 +209,96 @@ def loss_bytes(shape: Shape, parallel: ParallelConfig, tokens: int, element: int
     return max(4 * logits + summed, rounded + gradient + summed, 2 * gradient)
 
 
-def rank_memory(plan: RunPlan, alternating: bool, parameters: int, reference_parameters: int) -> RankMemory:
-    """What the rank that holds most will hold.
+def buffer_bytes(config: Config, parameters: int, data_size: int) -> tuple[float, float, float, float]:
+    """Bytes of DeepSpeed's buffers on a rank (0.19.8), by the moment at which they are held.
+
+    Args:
+        parameters: of the rank's part of the model, without ZeRO.
+
+    Returns:
+        Those that last; those beside activations and loss; those beside activations once the loss is differentiated;
+        and those at the end of a step, when there are no activations.
+    """
+    stage, element = config.parallel.zero_stage, 2 if config.optimizer.bf16 else 4
+    bucket = min(BUCKET, parameters)
+    if stage == 3:
+        # Gradients are copied to the bucket, and from there in the order of their shards.
+        copied = 4.0 * bucket if data_size > 1 else 0.0
+        gathered = element * min(GATHERED, parameters) if data_size > 1 else 0.0
+        flushed = copied if parameters > BUCKET else element * min(_PREFETCHED, parameters) * (data_size > 1)
+        return 4.0 * bucket, gathered, gathered + flushed, gathered + copied
+    if stage == 2:
+        # The bucket, its tensors flattened, and these in float32.
+        full = (2.0 * element + 4.0) * bucket
+        return 0.0, 0.0, full if parameters > BUCKET else float(element * bucket), full
+    if stage == 1 and element == 4:
+        # A bucket for the backward pass, one for the reduction, and copies of the averaged gradients.
+        return 0.0, 0.0, 4.0 * bucket, 16.0 * bucket
+    return 0.0, 0.0, 0.0, 4.0 * bucket if data_size > 1 else 0.0
+
+
+def stage_memories(plan: RunPlan, alternating: bool, reference: Shape | None) -> list[StageMemory]:
+    """What a rank of each pipeline stage will hold.
 
     Args:
         alternating: all forward passes of a step come before its first backward pass.
-        parameters: of the largest stage on a rank, without ZeRO.
-        reference_parameters: the same of an online reference; 0: none. Replicas do not share it.
+        reference: of a proxy that runs it online. Replicas do not share it.
     """
-    config, element = plan.config, plan.dtype.itemsize
-    state, activations, held = float(element), 0.0, 0
+    config, topology, element = plan.config, plan.topology, plan.dtype.itemsize
+    stages, trains = topology.pipe_size, config.data.phase in TRAINING
+    if not isinstance(plan.shape, GPTConfig):
+        loss = loss_bytes(plan.shape, config.parallel, math.prod(plan.batch_shape), element, trains)
+        weights = float(plan.shape.parameters * element)
+        return [StageMemory(0, 0, plan.shape.parameters, weights, 0.0, 0.0, 0.0, 0, 0.0, loss, 0.0)]
+    counts = parameters_by_stage(plan.shape, topology.tensor_size, stages)
+    references = stage_parameters(reference, topology.tensor_size, stages) if reference else (0,) * stages
+    blocks = [b - a for a, b in pairwise(stage_bounds(plan.shape.num_layers, stages, 0, 0))]
+    return [
+        _stage_memory(plan, alternating, stage, blocks[stage], counts[stage], references[stage])
+        for stage in range(stages)
+    ]
+
+
+def _stage_memory(
+    plan: RunPlan, alternating: bool, stage: int, blocks: int, parameters: int, reference: int
+) -> StageMemory:
+    """See `stage_memories`; `parameters` and `reference` count those of a rank of the stage, without ZeRO."""
+    config, data_size = plan.config, plan.topology.data_size
     parallel = replace(config.parallel, loss_chunk_tokens=plan.loss_chunk_tokens(alternating))
+    tokens, element, stages = math.prod(plan.batch_shape), plan.dtype.itemsize, plan.topology.pipe_size
     trains = config.data.phase in TRAINING
-    if trains:
-        state = state_bytes_per_parameter(config, plan.topology.data_size)
-        activations, held = held_activations(plan, alternating)
-    return RankMemory(
-        state=parameters * state,
-        activations=activations,
-        held=held,
-        reference=float(reference_parameters * element),
-        loss=loss_bytes(plan.shape, parallel, math.prod(plan.batch_shape), element, trains),
+    loss = loss_bytes(plan.shape, parallel, tokens, element, trains) if stage == stages - 1 else 0.0
+    reference_bytes = float(reference * element)
+    if not trains:
+        weights = float(parameters * element)
+        return StageMemory(stage, blocks, parameters, weights, 0.0, 0.0, 0.0, 0, reference_bytes, loss, 0.0)
+    weights, gradients, optimizer = (parameters * each for each in state_bytes(config, data_size))
+    held_parameters = parameters
+    if parallel.zero_stage == 3:
+        whole = unsharded_by_zero(plan.gpt, plan.topology.tensor_size)
+        held_parameters = -(-(parameters - whole) // data_size) + whole
+        weights = float(held_parameters * element)
+    held = held_micro_batches(alternating, plan.micro_batches, stages, stage, parallel.zero_stage)
+    activations = held * micro_batch_bytes(plan.gpt, parallel, tokens, element, blocks, stage)
+    lasting, beside_loss, beside_backward, at_the_end = buffer_bytes(config, parameters, data_size)
+    beside_backward += tokens * block_backward_bytes_per_token(plan.gpt, parallel, element)
+    most = max(activations + max(loss + beside_loss, beside_backward), at_the_end)
+    working = lasting + most - activations - loss
+    return StageMemory(
+        stage,
+        blocks,
+        held_parameters,
+        weights,
+        gradients,
+        optimizer,
+        activations,
+        held,
+        reference_bytes,
+        loss,
+        working,
     )
+
+
+def rank_memory(plan: RunPlan, alternating: bool, reference: Shape | None) -> StageMemory:
+    """What the rank that holds most will hold; the arguments are those of `stage_memories`."""
+    return max(stage_memories(plan, alternating, reference), key=lambda each: each.total)

@@ -1,4 +1,4 @@
-"""What the alternating schedule holds: peak bytes of the allocator, measured, against the formula.
+"""What a step holds: peak bytes of the allocator, measured, against the formula.
 
 Run alone: python -m pytest tests/planning/test_memory.py -s
 """
@@ -10,10 +10,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from engines import build_engine, layout, make_config, small_gpt
+from planning.measured import peak_of, peak_of_a_run, waits_for_gloo
 from ranks import on_ranks
 
 from megatron_doremi.config import ParallelConfig
-from megatron_doremi.planning.memory import held_micro_batches, loss_bytes, micro_batch_bytes
+from megatron_doremi.parallel.topology import Topology
+from megatron_doremi.plan import make_plan
+from megatron_doremi.planning.memory import held_micro_batches, loss_bytes, micro_batch_bytes, stage_memories
 
 pytestmark = pytest.mark.slow
 
@@ -55,11 +58,9 @@ def peak_of_a_step(context, parallel, gpt, bf16, update, count):
     targets = torch.tensor([batch * SEQ, 0, 0], dtype=torch.float64)
     # The first step makes the optimizer's state.
     engine.train_step(batches, targets)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded, waits_for_gloo():
         engine.train_step(batches, targets)
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    events.sort(key=lambda e: e.start_ns())
-    return int(np.cumsum([e.nbytes() for e in events]).max())
+    return peak_of(recorded.profiler.kineto_results.events())
 
 
 CASES = {
@@ -76,8 +77,9 @@ CASES = {
     "DP2 ZeRO3": (2, 1, 1, {"zero_stage": 3}),
 }
 MICRO_BATCHES = (4, 16)
-# gloo's threads let go of a collective's buffers when they come to it; some of the model's 2.4 MiB of gradients.
-LATE = 16 * 2**20
+SLACK = 100_000
+# Of several processes: a buffer that gloo has not let go of in time; the model has 2.4 MiB of gradients.
+LATE = 5 * 2**20
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -87,7 +89,7 @@ def test_what_twelve_more_micro_batches_take(case):
     flags = {"loss_chunk_tokens": 64, **flags}
     parallel, bf16 = ParallelConfig(tensor, pipe, **flags), "bfloat16" in case
     gpt = replace(GPT, qk_layernorm=case.startswith("normalized"))
-    late = LATE if world > 1 else 100_000
+    slack = LATE if world > 1 else SLACK
     for rank, peaks in enumerate(on_ranks(world, peak_bytes, pipe, tensor, flags, gpt, bf16)):
         stage = rank // (world // pipe)
         one = micro_batch_bytes(gpt, parallel, WINDOWS * SEQ, 2 if bf16 else 4, gpt.num_layers // pipe, stage)
@@ -98,7 +100,7 @@ def test_what_twelve_more_micro_batches_take(case):
             )
             grown, expected = many - few, (after - before) * one
             print(f"{case}, rank {rank}, {update}: {grown / 2**20:.1f} MiB, formula {expected / 2**20:.1f}")
-            assert 0.98 * expected - late < grown < 1.08 * expected + late
+            assert 0.98 * expected - slack < grown < 1.08 * expected + slack
             assert (after > before) == (alternating and parallel.zero_stage < 3)
 
 
@@ -116,10 +118,72 @@ def test_what_the_loss_takes(hidden, chunk):
     targets = torch.zeros(1, 256, dtype=torch.int64)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         token_losses(states, weight, targets, 8192, TensorGroup(None, 1, 0), chunk).sum().backward()
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    events.sort(key=lambda e: e.start_ns())
-    peak = int(np.cumsum([e.nbytes() for e in events]).max())
+    peak = peak_of(recorded.profiler.kineto_results.events())
     expected = loss_bytes(gpt, ParallelConfig(loss_chunk_tokens=chunk), 256, element=4, trains=True)
     print(f"hidden {hidden}, chunk {chunk}: {peak / 2**20:.1f} MiB, formula {expected / 2**20:.1f}")
     # The gradients of the hidden states come on top.
     assert expected <= peak < 1.02 * expected + 2 * 256 * hidden * 4
+
+
+# Of one run each: what decides the peak is activations, the loss and the state, in this order.
+SHAPES = {
+    "activations": GPT,
+    "loss": small_gpt(
+        num_layers=4,
+        hidden_size=256,
+        ffn_hidden_size=1024,
+        num_query_groups=4,
+        kv_channels=64,
+        normalization="LayerNorm",
+        swiglu=False,
+        bias_linear=True,
+        vocab_size=8192,
+        max_positions=128,
+    ),
+    "state": small_gpt(
+        num_layers=6,
+        hidden_size=256,
+        ffn_hidden_size=1024,
+        num_query_groups=4,
+        kv_channels=64,
+        normalization="LayerNorm",
+        tied_embeddings=False,
+        vocab_size=2048,
+        max_positions=128,
+    ),
+}
+LAYOUTS = {
+    # stages, replicas, tensor ranks, flags, bfloat16, phase
+    "one process": (1, 1, 1, {}, False, "main"),
+    "proxy": (1, 1, 1, {"recompute_granularity": "selective"}, False, "proxy"),
+    "recomputed": (1, 1, 1, {"recompute_granularity": "full"}, False, "main"),
+    "ZeRO 3 alone": (1, 1, 1, {"zero_stage": 3}, True, "main"),
+    "TP 2, sequence parallel": (1, 1, 2, {"sequence_parallel": True}, False, "main"),
+    "PP 2": (2, 1, 1, {}, False, "main"),
+    "ZeRO 1": (1, 2, 1, {"zero_stage": 1}, True, "main"),
+    "ZeRO 1, float32": (1, 2, 1, {"zero_stage": 1}, False, "main"),
+    "ZeRO 2": (1, 2, 1, {"zero_stage": 2}, True, "main"),
+    "ZeRO 3": (1, 2, 1, {"zero_stage": 3}, True, "main"),
+}
+
+
+# Layouts that are measured with every shape; the others with the first.
+OF_EVERY_SHAPE = ("one process", "TP 2, sequence parallel", "ZeRO 1", "ZeRO 3")
+
+
+@pytest.mark.parametrize(
+    ("case", "shape"),
+    [(case, shape) for case in LAYOUTS for shape in SHAPES if shape == "activations" or case in OF_EVERY_SHAPE],
+)
+def test_all_that_a_rank_holds(case, shape):
+    """The whole peak, from before the model is built, is within 10 % of what a dry run prints for the rank's stage."""
+    (pipe, replicas, tensor, flags, bf16, phase), gpt = LAYOUTS[case], SHAPES[shape]
+    parallel, topology = {"loss_chunk_tokens": 128, **flags}, Topology(pipe, replicas, tensor)
+    data = {"phase": phase, "seq_length": SEQ, "micro_batch_size": 4, "global_batch_size": 4 * 4 * replicas}
+    plan = make_plan(make_config(topology, data, parallel, bf16=bf16), topology, gpt, ("text",), (1,), np.ones(1))
+    planned = stage_memories(plan, phase == "proxy", None)
+    peaks = on_ranks(pipe * replicas * tensor, peak_of_a_run, pipe, tensor, gpt, data, parallel, {}, bf16)
+    for rank, peak in enumerate(peaks):
+        memory = planned[rank // (replicas * tensor)]
+        print(f"{case}, {shape}, rank {rank}: {peak / 2**20:.1f} MiB, planned {memory.total / 2**20:.1f}")
+        assert 0.9 * peak < memory.total < 1.1 * peak

@@ -167,7 +167,9 @@ def test_the_dry_run_prints_it(data, monkeypatch):
     ("flags", "words"),
     [
         ("--suggest-layout", "a dry run suggests a layout"),
-        ("--device-memory-gib 80", "--suggest-layout reads it"),
+        ("--device-memory-gib 80", "--dry-run reads it"),
+        ("--dry-run-mfu 0.5", "--dry-run reads it"),
+        ("--dry-run --suggest-layout --dry-run-gpus-per-node 4", "a suggestion states no time"),
     ],
 )
 def test_flags_of_a_suggestion(flags, words):

@@ -1,0 +1,190 @@
+"""What a rank sends in a step over each of its groups, and the time that takes on stated links.
+
+Counted as tests/planning/test_communication.py records it: what layers, stages and replicas exchange. Not counted: a
+step's flags and norms and the statistics by domain, some numbers each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_doremi.parallel.topology import stage_bounds
+from megatron_doremi.plan import RunPlan
+from megatron_doremi.planning.memory import GATHERED, parameters_by_stage, unsharded_by_zero
+from megatron_doremi.settings import TRAINING
+from megatron_doremi.shapes import GPTConfig, Shape
+
+TENSOR, PIPELINE, DATA = "tensor", "pipeline", "data"
+ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, SEND = "all-reduce", "all-gather", "reduce-scatter", "send"
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Collectives of one kind in a step.
+
+    Attributes:
+        group: TENSOR, PIPELINE or DATA.
+        operation: ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER or SEND.
+        size: ranks that take part.
+        payload: bytes of a step: of the tensors reduced, sent, filled by gathering or read by scattering.
+    """
+
+    group: str
+    operation: str
+    size: int
+    payload: float
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a rank sends, around a ring (Thakur et al. 2005)."""
+        if self.operation == SEND:
+            return self.payload
+        rounds = 2 if self.operation == ALL_REDUCE else 1
+        return self.payload * rounds * (self.size - 1) / self.size
+
+
+def stage_traffic(plan: RunPlan, alternating: bool, reference: Shape | None, stage: int) -> list[Traffic]:
+    """What a rank of a pipeline stage takes part in, in one step; of scoring, for one micro-batch.
+
+    Args:
+        alternating: all forward passes of a step come before its first backward pass.
+        reference: of a proxy that runs it online.
+    """
+    if not isinstance(plan.shape, GPTConfig):
+        return []
+    trains, micro_batches = plan.config.data.phase in TRAINING, plan.micro_batches
+    # ZeRO 3 scores a batch first, and passes it forward again to train.
+    scored_first = trains and alternating and plan.config.parallel.zero_stage == 3
+    chunked = plan.loss_chunk_tokens(alternating) > 0
+    found = list(_passes(plan, plan.shape, stage, micro_batches, not trains, chunked))
+    if scored_first:
+        found += _passes(plan, plan.shape, stage, micro_batches, forward_only=True)
+    if isinstance(reference, GPTConfig):
+        found += _passes(plan, reference, stage, micro_batches, forward_only=True)
+    if trains:
+        found += _gradients_and_weights(plan, stage, scored_first)
+    total: dict[tuple[str, str, int], float] = {}
+    for each in found:
+        key = (each.group, each.operation, each.size)
+        total[key] = total.get(key, 0.0) + each.payload
+    return [Traffic(*key, payload) for key, payload in total.items() if payload]
+
+
+def _passes(
+    plan: RunPlan, gpt: GPTConfig, stage: int, count: int, forward_only: bool, chunked: bool = False
+) -> Iterator[Traffic]:
+    """What layers and stages exchange in `count` forward passes, with their backward passes or without.
+
+    Args:
+        chunked: the backward pass computes the logits again.
+    """
+    topology, parallel, element = plan.topology, plan.config.parallel, plan.dtype.itemsize
+    tensor, stages = topology.tensor_size, topology.pipe_size
+    first, last, tokens = stage == 0, stage == stages - 1, math.prod(plan.batch_shape)
+    hidden = count * tokens * gpt.hidden_size * element
+    if tensor > 1:
+        yield from _layers(plan, gpt, stage, count, hidden, forward_only)
+        if last:
+            # The maximum logit, the target's and the sum of exponentials; chunks are computed again.
+            again = not forward_only and chunked
+            yield Traffic(TENSOR, ALL_REDUCE, tensor, 12.0 * count * tokens * (1 + again))
+    boundary = hidden / (tensor if parallel.sequence_parallel else 1)
+    yield Traffic(PIPELINE, SEND, 2, boundary * ((not last) + (not first and not forward_only)))
+
+
+def _layers(
+    plan: RunPlan, gpt: GPTConfig, stage: int, count: int, hidden: float, forward_only: bool
+) -> Iterator[Traffic]:
+    """What the layers of a stage exchange over the tensor group; `hidden` bytes are those of the residual stream."""
+    topology, parallel, element = plan.topology, plan.config.parallel, plan.dtype.itemsize
+    tensor, stages = topology.tensor_size, topology.pipe_size
+    blocks = _blocks(gpt, stages, stage)
+    first, last = stage == 0, stage == stages - 1
+    backward = not forward_only
+    # Full recomputation ends where the last layer of a block has its input, before its sum.
+    again = blocks * (backward and parallel.recompute_granularity == "full")
+    if parallel.sequence_parallel:
+        gathered = blocks * 2 * (1 + backward) + 2 * again + first * backward + last
+        scattered = blocks * 2 * (1 + backward) + again + first + last * backward
+        yield Traffic(TENSOR, ALL_GATHER, tensor, hidden * gathered)
+        yield Traffic(TENSOR, REDUCE_SCATTER, tensor, hidden * scattered)
+    else:
+        summed = blocks * 2 * (1 + backward) + again + first + last * backward
+        yield Traffic(TENSOR, ALL_REDUCE, tensor, hidden * summed)
+    if backward:
+        vectors = _replicated(gpt, parallel.sequence_parallel, blocks, first, last)
+        yield Traffic(TENSOR, ALL_REDUCE, tensor, float(count * vectors * element))
+
+
+def _replicated(gpt: GPTConfig, sequence_parallel: bool, blocks: int, first: bool, last: bool) -> int:
+    """Parameters that every rank of a tensor group applies to its own positions or heads: their gradients are summed
+    for each micro-batch."""
+    vectors = 2 if gpt.normalization == "LayerNorm" else 1
+    found = blocks * 2 * vectors * gpt.kv_channels if gpt.qk_layernorm else 0
+    if sequence_parallel:
+        # Two norms a block, the biases of the two layers that are sharded by rows, the last norm, learned positions.
+        found += blocks * gpt.hidden_size * (2 * vectors + 2 * gpt.bias_linear) + last * vectors * gpt.hidden_size
+        if gpt.position_embedding_type == "learned_absolute":
+            found += first * gpt.max_positions * gpt.hidden_size
+    return found
+
+
+def _gradients_and_weights(plan: RunPlan, stage: int, scored_first: bool) -> Iterator[Traffic]:
+    """What the replicas exchange, and the two copies of a tied embedding. Gradients are reduced in float32."""
+    topology, gpt, zero = plan.topology, plan.gpt, plan.config.parallel.zero_stage
+    element, count, replicas = plan.dtype.itemsize, plan.micro_batches, topology.data_size
+    counts = parameters_by_stage(gpt, topology.tensor_size, topology.pipe_size)
+    if gpt.tied_embeddings and topology.pipe_size > 1 and stage in (0, topology.pipe_size - 1):
+        rows = gpt.padded_vocab_size(topology.tensor_size) // topology.tensor_size
+        yield Traffic(PIPELINE, ALL_REDUCE, 2, 4.0 * rows * gpt.hidden_size)
+    if replicas == 1:
+        return
+    if zero == 3:
+        whole = unsharded_by_zero(gpt, topology.tensor_size)
+        # Gathered weights stay from the forward to the backward pass as far as DeepSpeed's limit allows; after a pass
+        # without a backward pass DeepSpeed does not know what comes, and they do not.
+        passes = count * (3 if scored_first else 2 if counts[stage] > GATHERED else 1)
+        yield Traffic(DATA, REDUCE_SCATTER, replicas, 4.0 * counts[stage] * count)
+        yield Traffic(DATA, ALL_GATHER, replicas, float(element * ((counts[stage] - whole) * passes + whole)))
+        return
+    # ZeRO 2 reduces the gradient of each micro-batch.
+    yield Traffic(DATA, ALL_REDUCE, replicas, 4.0 * counts[stage] * (count if zero == 2 else 1))
+    if zero:
+        yield Traffic(DATA, ALL_GATHER, replicas, float(element * counts[stage]))
+
+
+def _blocks(gpt: GPTConfig, stages: int, stage: int) -> int:
+    bounds = stage_bounds(gpt.num_layers, stages, 0, 0)
+    return bounds[stage + 1] - bounds[stage]
+
+
+@dataclass(frozen=True)
+class Link:
+    """What a group communicates over.
+
+    Attributes:
+        name: "node" or "network".
+        bandwidth: bytes a second that each rank sends while it receives as many.
+    """
+
+    name: str
+    bandwidth: float
+
+
+def link_of(plan: RunPlan, group: str) -> Link:
+    """The slowest link of a group's ring, by the order of ranks: tensor ranks are neighbors, then replicas, then
+    stages. Between machines the ranks of a group on one machine share out its ring over their network links."""
+    topology, planning = plan.topology, plan.config.planning
+    per_node = planning.dry_run_gpus_per_node
+    stride, size = {
+        TENSOR: (1, topology.tensor_size),
+        DATA: (topology.tensor_size, topology.data_size),
+        PIPELINE: (topology.tensor_size * topology.data_size, topology.pipe_size),
+    }[group]
+    inside, outside = planning.dry_run_node_bandwidth * 1e9, planning.dry_run_network_bandwidth * 1e9
+    if topology.world_size <= per_node or (stride * size <= per_node and per_node % (stride * size) == 0):
+        return Link("node", inside)
+    together = 1 if group == PIPELINE else max(1, min(size, per_node // stride))
+    return Link("network", min(inside, outside * together))

@@ -1,0 +1,63 @@
+"""The arithmetic of a run: floating point operations, the pipeline's bubble, and the time at a stated utilization."""
+
+from __future__ import annotations
+
+from megatron_doremi.plan import RunPlan
+from megatron_doremi.settings import SCORE, TRAINING
+from megatron_doremi.shapes import GPTConfig, Shape
+
+
+def flops_per_token(gpt: GPTConfig, seq_length: int) -> float:
+    """Floating point operations per token of a training step: the forward pass, and twice as many in the backward pass.
+
+    Counts matrix products only, and half of the attention scores, since they are causal (as Chowdhery et al. 2022,
+    appendix B).
+    """
+    heads = gpt.num_attention_heads * gpt.kv_channels
+    qkv = gpt.hidden_size * (gpt.num_attention_heads + 2 * gpt.num_query_groups) * gpt.kv_channels
+    mlp = (3 if gpt.swiglu else 2) * gpt.hidden_size * gpt.ffn_hidden_size
+    weights = gpt.num_layers * (qkv + heads * gpt.hidden_size + mlp) + gpt.vocab_size * gpt.hidden_size
+    attention = gpt.num_layers * 2 * heads * seq_length / 2
+    return 6.0 * (weights + attention)
+
+
+def planned_tokens(plan: RunPlan) -> int:
+    """Tokens that a training run reads, or that scoring records at most."""
+    if plan.config.data.phase == SCORE:
+        return sum(plan.windows_needed) * plan.config.data.seq_length
+    return plan.tokens
+
+
+def run_flops_per_token(plan: RunPlan, reference: Shape | None) -> float:
+    """Floating point operations per token of a training run, with the forward pass of an online reference; of scoring,
+    those of its forward pass. Recomputation does not count. A model that Transformers runs counts by its parameters.
+
+    Args:
+        reference: of a proxy that runs it online.
+    """
+    seq_length = plan.config.data.seq_length
+
+    def forward(shape: Shape) -> float:
+        if isinstance(shape, GPTConfig):
+            return flops_per_token(shape, seq_length) / 3
+        return 2.0 * shape.parameters
+
+    passes = 3 if plan.config.data.phase in TRAINING else 1
+    return passes * forward(plan.shape) + (forward(reference) if reference else 0.0)
+
+
+def bubble(plan: RunPlan) -> float:
+    """The share of a step in which a stage of the pipeline waits: (P - 1) / (M + P - 1) with P stages and M
+    micro-batches (Narayanan et al. 2021, section 2.2), in 1F1B as in the alternating schedule, which fills and drains
+    the pipeline once forward and once backward."""
+    idle = plan.topology.pipe_size - 1
+    return idle / (plan.micro_batches + idle)
+
+
+def checkpoint_bytes(plan: RunPlan, parameters: int) -> float:
+    """Bytes of a checkpoint on disk: weights, two moments, and float32 master weights of bfloat16 ones.
+
+    Args:
+        parameters: of the model.
+    """
+    return parameters * (2.0 + 12.0 if plan.config.optimizer.bf16 else 4.0 + 8.0)

@@ -1,0 +1,121 @@
+"""What a step really holds and exchanges: bytes of this rank's allocator, and every collective with its size."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+from engines import build_engine, layout, make_config
+
+COLLECTIVES_WITHOUT_WORK = ("send", "recv_", "barrier")
+
+
+def engine_and_batches(context, gpt, data, parallel, doremi, bf16):
+    """An engine that has taken a step (the first makes the optimizer's state), micro-batches of another, and the
+    number of targets by domain."""
+    import torch
+
+    config = make_config(context.topology, data, parallel, doremi, bf16=bf16)
+    engine = build_engine(config, gpt, np.full(3, 1 / 3), context)
+    windows = config.data.micro_batch_size
+    count = config.data.global_batch_size // windows // context.topology.data_size
+    targets = torch.tensor([config.data.global_batch_size * config.data.seq_length, 0, 0], dtype=torch.float64)
+    batches = micro_batches(windows, config.data.seq_length, count)
+    engine.train_step(batches, targets)
+    return engine, batches, targets
+
+
+def micro_batches(windows, seq, count):
+    """Micro-batches of one domain with a reference's losses."""
+    import torch
+
+    from megatron_doremi.data.loader import MicroBatch
+
+    ids = torch.zeros(windows, seq, dtype=torch.int64)
+    return [MicroBatch(ids, ids, ids[:, 0], ids[:, 0], torch.zeros(windows, seq)) for _ in range(count)]
+
+
+def peak_of_a_run(launch, pipe, tensor, gpt, data, parallel, doremi, bf16):
+    """This rank's peak of allocated bytes in its second step, with all that was allocated since before the model."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    context = layout(launch, pipe, tensor, parallel.get("sequence_parallel", False))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded, waits_for_gloo():
+        engine, batches, targets = engine_and_batches(context, gpt, data, parallel, doremi, bf16)
+        torch.distributed.barrier()
+        with record_function("the second step"):
+            engine.train_step(batches, targets)
+    events = recorded.profiler.kineto_results.events()
+    begin = next(e.start_ns() for e in events if e.name() == "the second step")
+    return peak_of(events, begin)
+
+
+def peak_of(events, begin=0):
+    """The highest sum of allocated and freed bytes from `begin` on, in nanoseconds."""
+    memory = sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    held = np.cumsum([e.nbytes() for e in memory])
+    return int(max(total for e, total in zip(memory, held, strict=True) if e.start_ns() >= begin))
+
+
+def waits_for_gloo():
+    """Waits after each collective until gloo's threads, which hold its tensors a moment longer, have let go of them."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    class Waits(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if func.namespace == "c10d" and operation(func) not in COLLECTIVES_WITHOUT_WORK:
+                work = result[-1] if isinstance(result, tuple) else result
+                torch._C._distributed_c10d.Work.unbox(work).wait()
+                numbers = max(each.numel() for each in tree_leaves(args) if isinstance(each, torch.Tensor))
+                time.sleep(0.03 if numbers > 1 << 18 else 0.002)
+            return result
+
+    return Waits()
+
+
+def operation(func):
+    """Name of an operator of c10d, such as allreduce_."""
+    return func.__name__.split(".")[0]
+
+
+def recorded(run):
+    """[(operation, numbers, bytes of a number)] of the collectives that `run` calls: of the largest tensor, which an
+    all-gather fills and a reduce-scatter reads."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    calls = []
+
+    class Recorded(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "c10d" and operation(func) != "barrier":
+                largest = max((each for each in tree_leaves(args) if isinstance(each, torch.Tensor)), key=torch.numel)
+                calls.append((operation(func), largest.numel(), largest.element_size()))
+            return func(*args, **(kwargs or {}))
+
+    with Recorded():
+        run()
+    return calls
+
+
+def collectives_of_a_step(launch, pipe, tensor, gpt, data, parallel, doremi, bf16):
+    """See `recorded`; of the second step."""
+    context = layout(launch, pipe, tensor, parallel.get("sequence_parallel", False))
+    engine, batches, targets = engine_and_batches(context, gpt, data, parallel, doremi, bf16)
+    return recorded(lambda: engine.train_step(batches, targets))
+
+
+def collectives_of_a_reference(launch, pipe, tensor, gpt, shape, count, sequence_parallel, loss_chunk_tokens):
+    """See `recorded`; of the forward passes of `count` micro-batches through a frozen model."""
+    from megatron_doremi.model.forward import forward_only
+    from megatron_doremi.model.pipeline import GPTPipeline
+
+    context = layout(launch, pipe, tensor, sequence_parallel)
+    module = GPTPipeline(gpt, context, 0, loss_chunk_tokens=loss_chunk_tokens)
+    batches = micro_batches(*shape, count)
+    return recorded(lambda: forward_only(module, batches, count, shape, context))
