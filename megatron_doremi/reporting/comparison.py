@@ -126,6 +126,12 @@ class Study:
         """The proxies whose mean is the learned mixture, by label: all, or those of the last round."""
         return {label: run for label, run in self.proxies.items() if not self.last_round or label in self.last_round}
 
+    @property
+    def learned_name(self) -> str:
+        """Heads the learned mixture; where runs are only listed, the mean over their proxies may be no run's."""
+        count = len(self.pooled_proxies)
+        return f"mean weight of {count}" if count > 1 and self.subject is None and not self.last_round else "learned"
+
     def pool(self, count: int) -> str:
         """What the learned weights of `count` proxies are, for a sentence: ", the mean of 2 proxies of round 3"."""
         of = f" of {self.round_name}" if self.round_name else ""

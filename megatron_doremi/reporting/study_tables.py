@@ -86,7 +86,7 @@ def held_out_table(study: Study) -> Table:
         columns.append(Column("natural", format_weight))
         _append(rows, [natural.get(name) for name in study.names])
     if learned:
-        columns.append(Column("learned", format_weight))
+        columns.append(Column(study.learned_name, format_weight))
         _append(rows, [_mean(mean_by_domain(learned, name)) for name in study.names])
     places: dict[str, int] = {}
     for group in study.compared:
@@ -209,7 +209,7 @@ def weights_table(study: Study) -> Table | None:
         by_name_mean = _mean_mixture(learned, study.names)
         by_name = {name: mean_by_domain(learned, name) for name in study.names}
         last = [last_weights(run) for run in study.pooled_proxies.values()]
-        columns.append(Column("learned", format_weight))
+        columns.append(Column(study.learned_name, format_weight))
         _append(rows, [by_name_mean.get(name) for name in study.names])
         if len(learned) > 1:
             columns += [Column("lowest", format_weight), Column("highest", format_weight)]
@@ -230,7 +230,7 @@ def weights_table(study: Study) -> Table | None:
     if len(columns) == 1:
         return None
     if learned:
-        place = [column.name for column in columns].index("learned")
+        place = [column.name for column in columns].index(study.learned_name)
         rows.sort(key=lambda row: -float(row[place] or 0.0))
     caption = f"Domain weights; uniform is 1/{len(study.names)} = {format_weight(1 / max(1, len(study.names)))}"
     caption += f"; learned: mean over all steps{study.pool(len(learned))}" if learned else ""

@@ -63,7 +63,9 @@ def weights_by_domain(study: Study) -> Chart | None:
     learned = [learned_weights(run) for run in proxies.values()]
     series: dict[str, Mapping[str, float]] = {}
     if learned:
-        series["learned"] = {n: fmean(mean_by_domain(learned, n)) for n in study.names if mean_by_domain(learned, n)}
+        series[study.learned_name] = {
+            n: fmean(mean_by_domain(learned, n)) for n in study.names if mean_by_domain(learned, n)
+        }
     if study.domain_tokens:
         series["natural"] = natural_weights(study.domain_tokens)
     for group in study.groups if study.subject is not None else ():
@@ -84,7 +86,7 @@ def weights_by_domain(study: Study) -> Chart | None:
         ]
         for (label, _), mixture in zip(proxies.items(), learned, strict=True):
             if len(learned) > 1 and name in mixture:
-                rows.append(row(domain=name, mixture="learned", kind="run", value=mixture[name], run=label))
+                rows.append(row(domain=name, mixture=study.learned_name, kind="run", value=mixture[name], run=label))
     order, names, k = plain_names(shown), list(plain_names(series)), len(first)
     scale: Spec = {"type": "log"} if spans_decades(each["value"] for each in rows) else {"zero": True}
 
