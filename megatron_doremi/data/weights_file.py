@@ -162,7 +162,7 @@ def shares_of(subject: str, manifest: Manifest, weights: Sequence[float] | NDArr
                 _REMEDY,
             )
             for name, share, weight in zip(manifest.names, shares, weights, strict=True)
-            if share < SMALLEST_SHARE and weight != 0.0
+            if not share >= SMALLEST_SHARE and weight != 0.0
         ]
     )
     return shares

@@ -92,10 +92,11 @@ def temperature_weights(tokens: Sequence[int], temperature: float) -> NDArray[np
         tokens: [k] N_i, non-negative, at least one positive.
         temperature: T, positive.
     """
-    with np.errstate(divide="ignore"):
+    # NaN for a T so small that a logarithm divided by it is no float.
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
         logs = np.log(np.array(tokens, dtype=np.float64)) / temperature
-    # The largest power is 1, so that none overflows for a small T.
-    powers = np.exp(logs - logs.max())
+        # The largest power is 1, so that none overflows for a small T.
+        powers = np.exp(logs - logs.max())
     return powers / powers.sum()
 
 
@@ -180,7 +181,7 @@ def _temperature(setting: str) -> float:
 def _checked_temperature(subject: str, manifest: Manifest, temperature: float) -> NDArray[np.float64]:
     weights = temperature_weights([domain.tokens for domain in manifest.domains], temperature)
     smallest = int(np.argmin(weights))
-    if weights[smallest] < SMALLEST_SHARE:
+    if not weights[smallest] >= SMALLEST_SHARE:
         value = f"a share of {weights[smallest]:.1e} for {manifest.names[smallest]!r}"
         rule = f"shares of at least {SMALLEST_SHARE}; a small T gives the largest domains everything"
         raise ConfigError(Fault(subject, value, rule, "give a larger T; 1 is natural"))

@@ -35,6 +35,13 @@ def test_temperatures_by_hand():
     assert temperature_weights([10**12, 10**12], 1e-3).tolist() == [0.5, 0.5]
 
 
+@pytest.mark.parametrize("temperature", ["1e-3", "5e-324"])
+def test_a_temperature_that_leaves_nothing_to_a_domain_is_refused(temperature):
+    """The smallest float gave weights of NaN, which a run took."""
+    with pytest.raises(ConfigError, match="give a larger T"):
+        resolve_weights(f"temperature:{temperature}", manifest(10, 1000))
+
+
 @pytest.mark.parametrize(
     ("budget", "max_epochs", "expected"),
     [
