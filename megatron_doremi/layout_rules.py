@@ -163,17 +163,14 @@ def zero_faults(config: Config) -> list[Fault]:
 def dry_run_faults(config: Config) -> list[Fault]:
     """Faults of the flags of a dry run and of a suggestion by themselves."""
     run = config.run
-    machine = [flag_of(field.name) for field in fields(config.planning) if field.name in config.given]
-    if not run.dry_run:
-        if run.suggest_layout:
-            return [Fault("--suggest-layout", "without --dry-run", "a dry run suggests a layout", "add --dry-run")]
-        machine += ["--dry-run-world-size"] if run.dry_run_world_size else []
-        machine += ["--device-memory-gib"] if run.device_memory_gib else []
-        rule, remedy = "--dry-run reads it", "add --dry-run, or leave it out"
-    else:
-        machine = machine if run.suggest_layout else []
-        rule, remedy = "a suggestion states no time", "leave it out, or --suggest-layout"
-    return [Fault(flag, "has no effect", rule, remedy) for flag in machine]
+    if run.dry_run:
+        return []
+    if run.suggest_layout:
+        return [Fault("--suggest-layout", "without --dry-run", "a dry run suggests a layout", "add --dry-run")]
+    flags = [flag_of(field.name) for field in fields(config.planning) if field.name in config.given]
+    flags += ["--dry-run-world-size"] if run.dry_run_world_size else []
+    flags += ["--device-memory-gib"] if run.device_memory_gib else []
+    return [Fault(flag, "has no effect", "--dry-run reads it", "add --dry-run, or leave it out") for flag in flags]
 
 
 def split_faults(config: Config, gpt: GPTConfig, world_size: int) -> list[Fault]:

@@ -22,7 +22,8 @@ class PlanningConfig:
     )
     dry_run_mfu: float = setting(
         0.4,
-        "share of that peak that the whole step reaches (model FLOPs utilization), bubble and communication included",
+        "share of that peak: of a plan, what the whole step reaches, bubble and communication included (model FLOPs "
+        "utilization); of a suggestion, what arithmetic reaches",
         bounds=Bounds(0.0, 1.0, above_low=True),
     )
     dry_run_gpus_per_node: int = setting(8, "GPUs of a machine that --dry-run plans for", bounds=Bounds(1, 1 << 20))

@@ -188,3 +188,11 @@ def link_of(plan: RunPlan, group: str) -> Link:
         return Link("node", inside)
     together = 1 if group == PIPELINE else max(1, min(size, per_node // stride))
     return Link("network", min(inside, outside * together))
+
+
+def seconds_to_communicate(plan: RunPlan, alternating: bool, reference: Shape | None) -> float:
+    """Seconds in which the busiest rank exchanges what `stage_traffic` counts, if nothing overlaps."""
+    last = plan.topology.pipe_size - 1
+    # The stages in the middle exchange about the same.
+    traffic = [stage_traffic(plan, alternating, reference, stage) for stage in sorted({0, last // 2, last})]
+    return max(sum(each.sent / link_of(plan, each.group).bandwidth for each in stage) for stage in traffic)

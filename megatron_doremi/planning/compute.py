@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron_doremi.devices import PEAK_TFLOPS
 from megatron_doremi.plan import RunPlan
 from megatron_doremi.settings import SCORE, TRAINING
 from megatron_doremi.shapes import GPTConfig, Shape
@@ -44,6 +45,12 @@ def run_flops_per_token(plan: RunPlan, reference: Shape | None) -> float:
 
     passes = 3 if plan.config.data.phase in TRAINING else 1
     return passes * forward(plan.shape) + (forward(reference) if reference else 0.0)
+
+
+def flops_per_second(plan: RunPlan) -> float:
+    """Floating point operations a second of all ranks at the stated utilization of the stated device."""
+    planning = plan.config.planning
+    return plan.topology.world_size * PEAK_TFLOPS[planning.dry_run_device] * 1e12 * planning.dry_run_mfu
 
 
 def bubble(plan: RunPlan) -> float:

@@ -1,12 +1,14 @@
 """The layouts of a run that fit the memory of a device, ranked: what --suggest-layout prints.
 
-The estimate (`rank_memory`) leaves out buffers of collectives, what an operation needs while it runs, memory that the
-allocator cannot use, and the device's own context (docs/memory.md). A margin stays free for these. The order prefers
-data parallelism, then the least extra arithmetic; the time of communication is not estimated.
+The memory (`rank_memory`) leaves out buffers of collectives, what an operation needs while it runs, memory that the
+allocator cannot use, and the device's own context (docs/memory.md). A margin stays free for these. The order is that of
+the time of a step on the stated machine: arithmetic at the stated utilization, with recomputation and the pipeline's
+bubble, and communication that nothing overlaps.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,6 +18,8 @@ from megatron_doremi.errors import ConfigError, Fault
 from megatron_doremi.layout_rules import Split, divisors, possible_splits
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.plan import RunPlan, make_plan
+from megatron_doremi.planning.communication import seconds_to_communicate
+from megatron_doremi.planning.compute import flops_per_second, run_flops_per_token
 from megatron_doremi.planning.describe import table
 from megatron_doremi.planning.machine_plan import MARGIN
 from megatron_doremi.planning.memory import StageMemory, rank_memory
@@ -24,6 +28,8 @@ from megatron_doremi.shapes import Shape
 
 # Larger micro-batches make the products of a GPU no faster; they are not suggested.
 MAX_MICRO_BATCH_TOKENS = 16_384
+# Times that differ by less, as a share, may be told apart by what the plan does not know.
+SAME_TIME = 0.03
 # Splits listed in the text.
 MAX_LISTED = 10
 GRANULARITIES = ("none", "selective", "full")
@@ -38,11 +44,13 @@ class Candidate:
         memory: of the rank that holds most.
         arithmetic: arithmetic and idle time of a step relative to a forward and a backward pass: recomputed forward
             passes and the pipeline's bubble.
+        seconds: of a step, or of scoring a batch, if nothing overlaps.
     """
 
     plan: RunPlan
     memory: StageMemory
     arithmetic: float
+    seconds: float
 
     @property
     def split(self) -> Split:
@@ -51,12 +59,13 @@ class Candidate:
 
     @property
     def order(self) -> tuple[float, ...]:
-        """Smaller is better: little tensor parallelism, little extra arithmetic, and so on."""
+        """Smaller is better: the time, as far as the plan knows it, then little tensor parallelism, and so on."""
         parallel = self.plan.config.parallel
         granularity = GRANULARITIES.index(parallel.recompute_granularity)
         micro_batch = self.plan.config.data.micro_batch_size
         zero_stage = parallel.zero_stage
-        return (self.split.tensor, round(self.arithmetic, 6), self.split.pipe, zero_stage, granularity, -micro_batch)
+        seconds = round(math.log(self.seconds) / SAME_TIME)
+        return (seconds, self.split.tensor, self.split.pipe, zero_stage, granularity, -micro_batch)
 
 
 @dataclass(frozen=True)
@@ -153,7 +162,9 @@ def _candidates(plan: RunPlan, split: Split, alternating: bool, reference: Shape
                 resolved = replace(config, parallel=parallel, data=data)
                 run = make_plan(resolved, topology, plan.shape, plan.names, plan.window_counts, plan.sampling_weights)
                 memory = rank_memory(run, alternating, reference)
-                yield Candidate(run, memory, arithmetic(run, alternating))
+                extra = arithmetic(run, alternating)
+                computing = run.step_tokens * run_flops_per_token(run, reference) / flops_per_second(run) * extra
+                yield Candidate(run, memory, extra, computing + seconds_to_communicate(run, alternating, reference))
 
 
 def _micro_batch_sizes(config: Config, replicas: int) -> list[int]:
@@ -261,11 +272,12 @@ def suggestion_text(suggestion: Suggestion, device_bytes: float) -> str:
     """What --suggest-layout prints. It ends with the flags of the best layout, on lines that a shell continues."""
     shown, limit = suggestion.fitting[:MAX_LISTED], (1 - MARGIN) * device_bytes / 2**30
     plans = [candidate.plan for candidate in shown]
-    world_size = plans[0].topology.world_size
+    world_size, planning = plans[0].topology.world_size, plans[0].config.planning
     columns = {
         "layout": [_sizes(candidate) for candidate in shown],
         "micro-batch": [str(plan.config.data.micro_batch_size) for plan in plans],
-        "GiB per rank": [f"{candidate.memory.total / 2**30:.1f}" for candidate in shown],
+        "GiB": [f"{candidate.memory.total / 2**30:.1f}" for candidate in shown],
+        "seconds": [f"{candidate.seconds:,.3g}" for candidate in shown],
         "arithmetic": [f"{candidate.arithmetic:.2f}" for candidate in shown],
     }
     if plans[0].config.data.phase in TRAINING:
@@ -280,7 +292,9 @@ def suggestion_text(suggestion: Suggestion, device_bytes: float) -> str:
                 f"layouts of {world_size:,} rank{'s' if world_size > 1 else ''}, best first; at most {limit:.1f} of "
                 f"{device_bytes / 2**30:.1f} GiB per rank are planned, {MARGIN:.0%} is left for what is not estimated",
                 "(buffers of collectives, operations at work, what the allocator cannot use, the device's context).",
-                "Arithmetic: recomputation and pipeline bubble relative to none; communication time is not estimated.",
+                f"Seconds: a step's arithmetic at {planning.dry_run_mfu:.0%} of {planning.dry_run_device}'s peak and "
+                "communication that nothing overlaps (docs/planning.md).",
+                "Arithmetic: recomputation and bubble relative to none.",
                 *(row + reason for row, reason in zip(table(columns), reasons, strict=False)),
                 *([f"  and {left:,} more that fit"] if left else []),
                 *(["rejected:", *(f"  {line}" for line in suggestion.rejected)] if suggestion.rejected else []),

@@ -9,7 +9,13 @@ from megatron_doremi.devices import PEAK_TFLOPS
 from megatron_doremi.errors import Fault
 from megatron_doremi.plan import RunPlan
 from megatron_doremi.planning.communication import DATA, PIPELINE, TENSOR, Traffic, link_of, stage_traffic
-from megatron_doremi.planning.compute import bubble, checkpoint_bytes, planned_tokens, run_flops_per_token
+from megatron_doremi.planning.compute import (
+    bubble,
+    checkpoint_bytes,
+    flops_per_second,
+    planned_tokens,
+    run_flops_per_token,
+)
 from megatron_doremi.planning.memory import (
     StageMemory,
     host_bytes_per_parameter,
@@ -138,10 +144,9 @@ def _arithmetic(plan: RunPlan, reference: Shape | None) -> list[str]:
     tokens = planned_tokens(plan)
     flops = tokens * run_flops_per_token(plan, reference)
     peak = PEAK_TFLOPS[planning.dry_run_device]
-    rate = peak * 1e12 * planning.dry_run_mfu
     # Tasks of an array score their shares at the same time.
     tasks = config.doremi.num_shards if phase == SCORE else 1
-    seconds = flops / rate / ranks / tasks
+    seconds = flops / flops_per_second(plan) / tasks
     step = f"{flops / config.data.train_iters:.2e} FLOP a step, " if phase in TRAINING else ""
     a_step = f"{seconds / config.data.train_iters:,.2f} s a step, " if phase in TRAINING else ""
     online = ", the reference's forward pass included" if reference is not None else ""
