@@ -119,7 +119,12 @@ class HuggingFaceWeights:
         self.folder, self._architecture, self._gpt, self._flag = folder, architecture, gpt, flag
         self._specs = parameter_specs(gpt)
         found = stored_tensors(folder, flag)
-        self._entries = {_class_name(name, found, architecture): entry for name, entry in found.items()}
+        self._entries: dict[str, StoredTensor] = {}
+        for name, entry in found.items():
+            other = self._entries.setdefault(_class_name(name, found, architecture), entry)
+            if other is not entry:
+                rule = "one tensor for a parameter of the class"
+                raise ConfigError(Fault(f"{flag} {folder}", f"{other.name} and {name}", rule, "remove one of the two"))
         raise_if_any(self._faults() or self._tied_faults())
 
     def _faults(self) -> list[Fault]:

@@ -13,6 +13,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from megatron_doremi.errors import ConfigError
 from megatron_doremi.hugging_face.architectures import ARCHITECTURES
@@ -229,6 +230,16 @@ def test_the_entry_is_named(model_type, changes, said, tmp_path):
     with pytest.raises(NotExpressible) as error:
         read_config(tmp_path, "--load")
     assert said in " ".join(str(error.value).split())
+
+
+def test_an_output_layer_under_two_names_is_refused(tmp_path):
+    """Transformers reads one of them, we read the other."""
+    save(tmp_path, "gpt_neox", BASES["gpt_neox"])
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = 2 * tensors["embed_out.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"embed_out\.weight and lm_head\.weight"):
+        open_model(tmp_path, "--load")
 
 
 def test_a_sliding_window_covers_what_is_read(tmp_path):
