@@ -54,6 +54,10 @@ from megatron_doremi.tokenization.tokenizer import Tokenizer
 from megatron_doremi.version import version_text
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_TIES = (
+    "its tokenizer.json chooses otherwise than tokenizer.model between equally likely splits, as of runs of spaces, "
+    "in some of the text on which it was tried (docs/huggingface.md)"
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -106,7 +110,7 @@ def main() -> int:
     lock = FolderLock(partial, "OUT")
     try:
         _clear(partial)
-        _write(args, opened, architecture, tokenizer, partial)
+        same_ids = _write(args, opened, architecture, tokenizer, partial)
         for path in [*partial.rglob("*"), partial]:
             make_durable(path)
     except BaseException:
@@ -122,7 +126,7 @@ def main() -> int:
         out.rmdir()
     partial.rename(out)
     make_durable(out.parent)
-    print_stdout("\n".join(_summary(args, opened, architecture)) + "\n")
+    print_stdout("\n".join([*_summary(args, opened, architecture), *([] if same_ids else [_TIES])]) + "\n")
     return 0
 
 
@@ -176,8 +180,9 @@ def _write(
     architecture: Architecture | None,
     tokenizer: tuple[Tokenizer, list[str]] | None,
     folder: Path,
-) -> None:
-    """Writes the weights, the tokenizer and, last, config.json."""
+) -> bool:
+    """Writes the weights, the tokenizer and, last, config.json; returns what `write_tokenizer` does."""
+    same_ids = True
     dtype, largest = _DTYPES.get(args.dtype), round(args.max_file_gb * 1e9)
     names = opened.weights.names()
     with Progress(f"writing {args.out}", len(names), "parameter") as progress:
@@ -189,7 +194,7 @@ def _write(
                 folder, opened.weights, opened.gpt, architecture, dtype, lambda: progress.update(1), largest
             )
     if tokenizer is not None:
-        write_tokenizer(folder, tokenizer[0], opened.gpt.max_positions, tokenizer[1])
+        same_ids = write_tokenizer(folder, tokenizer[0], opened.gpt.max_positions, tokenizer[1])
     elif opened.kind != RUN and not args.without_tokenizer:
         copy_companions(opened.folder, folder)
     if architecture is None:
@@ -201,6 +206,7 @@ def _write(
             generation = {"bos_token_id": None, "eos_token_id": eod, "pad_token_id": eod}
             atomic_write_text(folder / GENERATION, json.dumps(generation, indent=2) + "\n")
     atomic_write_text(folder / "config.json", json.dumps(entry, indent=2) + "\n")
+    return same_ids
 
 
 def _dtype_name(args: argparse.Namespace, opened: OpenedModel) -> str:

@@ -12,6 +12,7 @@ from google.protobuf.message import DecodeError
 from megatron_doremi.checkpoint.run_config import RunConfigFile
 from megatron_doremi.data.manifest import Manifest, load_manifest
 from megatron_doremi.errors import ConfigError, Fault
+from megatron_doremi.hugging_face.unigram_ties import equally_likely
 from megatron_doremi.storage.files import atomic_write_bytes, atomic_write_text
 from megatron_doremi.tokenization.sentencepiece_definition import sentencepiece_definition
 from megatron_doremi.tokenization.tokenizer import (
@@ -37,12 +38,15 @@ SAMPLE = (
 _SAMPLE_DOMAINS, _SAMPLE_TOKENS = 32, 1000
 
 
-def write_tokenizer(folder: Path, tokenizer: Tokenizer, max_length: int, texts: Iterable[str]) -> None:
+def write_tokenizer(folder: Path, tokenizer: Tokenizer, max_length: int, texts: Iterable[str]) -> bool:
     """Writes the files that Transformers' `AutoTokenizer` reads.
 
     Args:
         max_length: tokens of the longest window.
-        texts: further samples on which the written tokenizer must give the same ids.
+        texts: further samples on which the written tokenizer must give the same ids, or an equally likely split.
+
+    Returns:
+        whether it gave the same ids.
 
     Raises:
         ConfigError: it does not.
@@ -50,7 +54,8 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, max_length: int, texts: 
     definition = _definition(tokenizer)
     data = json.dumps(definition, ensure_ascii=False, indent=1).encode("utf-8")
     written = HuggingFaceTokenizer(data, folder / "tokenizer.json", eod=tokenizer.eod, fast=False)
-    difference = encoding_difference(tokenizer, written, (*SAMPLE, *texts))
+    samples = (*SAMPLE, *texts)
+    difference = encoding_difference(tokenizer, written, samples)
     if difference:
         raise _not_expressed(difference)
     config = {
@@ -65,6 +70,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, max_length: int, texts: 
     atomic_write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
     if isinstance(tokenizer, SentencePieceTokenizer):
         atomic_write_bytes(folder / "tokenizer.model", tokenizer.data)
+    return all(tokenizer.encode(text).tolist() == written.encode(text).tolist() for text in samples)
 
 
 def _definition(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -141,15 +147,23 @@ def load_folder_tokenizer(folder: Path, flag: str, eod: int) -> Tokenizer:
 
 
 def encoding_difference(one: Tokenizer, other: Tokenizer, texts: Iterable[str]) -> str:
-    """Where two tokenizers encode text differently; "" if they do not."""
+    """Where two tokenizers with the same vocabulary encode text differently; "" if they do not, or, of unigram models,
+    choose between equally likely splits."""
     for text in texts:
         ids, others = one.encode(text).tolist(), other.encode(text).tolist()
-        if ids != others:
+        if ids != others and not (_is_unigram(one) and equally_likely(ids, others, one.pieces())):
             pairs = enumerate(zip(ids, others, strict=False))
             first = next((i for i, (a, b) in pairs if a != b), min(len(ids), len(others)))
             rest, other_rest = ids[first : first + 4], others[first : first + 4]
             return f"{text[:40]!r} gives {rest} and {other_rest} from token {first}"
     return ""
+
+
+def _is_unigram(tokenizer: Tokenizer) -> bool:
+    try:
+        return bool(_definition(tokenizer)["model"]["type"] == "Unigram")
+    except (ConfigError, LookupError):
+        return False
 
 
 def vocabulary_difference(ours: Tokenizer, theirs: Tokenizer) -> str:
