@@ -13,7 +13,7 @@ from typing import Any
 from megatron_doremi.checkpoint.run_config import GPTEntry
 from megatron_doremi.errors import ConfigError, Fault
 from megatron_doremi.hugging_face.architectures import ARCHITECTURES, Architecture, activation_names, flag_for
-from megatron_doremi.hugging_face.faults import CONVERT_ANOTHER, not_ours
+from megatron_doremi.hugging_face.faults import CONVERT_ANOTHER, not_ours, own_class
 from megatron_doremi.hugging_face.rope_entries import rotary_base
 from megatron_doremi.shapes import GPTConfig
 from megatron_doremi.storage.files import read_json_object
@@ -111,6 +111,8 @@ def _unsupported(architecture: Architecture, values: Mapping[str, Any], seq_leng
     layers = values.get("layer_types")
     if layers is not None and not (isinstance(layers, list) and all(kind == "full_attention" for kind in layers)):
         faults.append(not_ours(subject, "layer_types", layers, "'full_attention' in every layer"))
+    if own := own_class(values, architecture.class_name):
+        faults.append(not_ours(subject, "auto_map", own, f"{architecture.class_name}, as of model_type"))
     if values.get("quantization_config") is not None:
         rule, remedy = "weights in float32, bfloat16 or float16", "convert the model that was not quantized"
         faults.append(Fault(subject, "quantization_config", rule, remedy))

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any
+from megatron_doremi.hugging_face.faults import own_class
 from megatron_doremi.hugging_face.transformers_config import (
     cannot_import,
     check_transformers,
@@ -51,9 +52,10 @@ def read_transformers_shape(folder: Path, flag: str, reason: str) -> Transformer
     except ImportError as error:
         # Such as a version of another package that Transformers does not support.
         raise cannot_import(folder, flag, reason, error) from error
-    model_type = read_json_object(folder / "config.json", subject).get("model_type")
+    entry = read_json_object(folder / "config.json", subject)
+    model_type = entry.get("model_type")
     class_name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(model_type))
-    if class_name is None:
+    if class_name is None or own_class(entry, class_name):
         raise unknown_class(folder, flag, model_type)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).get_text_config()

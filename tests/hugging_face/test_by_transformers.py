@@ -243,6 +243,8 @@ def test_what_transformers_cannot_run_either_is_refused(models, tmp_path, monkey
     assert "quantization_config" in refused(changed_config(folder, tmp_path / "q", quantization_config={"bits": 4}))
     own = {"model_type": "unheard", "auto_map": {"AutoModelForCausalLM": "code.Model"}}
     assert "with code of its own (auto_map)" in refused(changed_config(folder, tmp_path / "own", **own))
+    other = {"auto_map": {"AutoModelForCausalLM": "code.OtherForCausalLM"}}
+    assert "model_type: 'olmo2', with code of its own" in refused(changed_config(folder, tmp_path / "other", **other))
     assert "is_encoder_decoder" in refused(changed_config(folder, tmp_path / "both", is_encoder_decoder=True))
     # Our GPT alone is trained and converted.
     start = ["--phase", "main", "--domains", data, "--save", tmp_path / "m", "--train-iters", 1, *DATA_FLAGS]

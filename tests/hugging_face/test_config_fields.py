@@ -209,6 +209,12 @@ def test_what_is_taken_has_transformers_logits(model_type, tmp_path):
     assert min(compared, refused) > 25
 
 
+def test_code_of_the_same_class_is_not_needed(tmp_path):
+    entry = {"auto_map": {"AutoConfig": "a.B", "AutoModelForCausalLM": "modeling_llama.LlamaForCausalLM"}}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **BASES["llama"], **entry}))
+    assert read_config(tmp_path, "--load")[0].model_type == "llama"
+
+
 # The smallest: (class, entries, what is said).
 REFUSED = (
     ("llama", {"is_causal": False}, "is_causal: False"),
@@ -220,6 +226,8 @@ REFUSED = (
     ("gpt_neox", {"rope_parameters": None, "partial_rotary_factor": 1.0}, "partial_rotary_factor: 0.25"),
     ("gpt_neox", {"head_dim": 6}, "head_dim: 6"),
     ("gpt2", {"num_attention_heads": 8}, "4, as n_head"),
+    # Code in a folder is never run, and its class may compute something else.
+    ("llama", {"auto_map": {"AutoModelForCausalLM": "owner/name--modeling.OtherForCausalLM"}}, "OtherForCausalLM"),
 )
 
 
