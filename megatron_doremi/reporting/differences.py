@@ -187,7 +187,8 @@ def _without_own_folder(overrides: Any) -> Any:
 
 
 def _shortened(value: Any) -> str:
-    text = str(value)
+    # A flag that was not given, such as --init-from.
+    text = "none" if value == "" else str(value)
     return text if len(text) <= 24 else f"{text[:12]}..."
 
 

@@ -85,6 +85,9 @@ def test_a_report_on_several_runs_lists_the_differences_too(write_run):
     text = shown(*paths, write_run("c", [evaluated(2)], config=config(settings=longer)))
     assert "The runs differ in sequence length: a 64, b 64, c 128. Their held-out losses cannot be compared." in text
     assert "The runs differ in bfloat16: a False, b False, c True." in text
+    started = {"data": {"seq_length": 64}, "run": {"init_from": "llama"}}, {"run": {"init_from": ""}}
+    paths = [write_run(f"i{n}", [evaluated(2)], config=config(settings=each)) for n, each in enumerate(started)]
+    assert "The runs differ in initial weights: i0 llama, i1 none." in shown(*paths)
 
 
 def test_what_an_older_run_did_not_record_is_no_difference(write_run):
