@@ -61,12 +61,14 @@ def weights_within(entry: Mapping[str, Any], subject: str, domains: Collection[s
         ConfigError: the file holds settings, but no weights.
     """
     authors = "train_domain_weights"
-    if authors in entry and authors not in domains:
-        return entry[authors]
-    if isinstance(entry.get("mix"), dict):
-        return flattened_mix(entry["mix"])
-    if isinstance(entry.get("train"), dict):
-        return entry["train"]
+    mappings = [authors] if authors in entry and authors not in domains else []
+    mappings += [name for name in ("mix", "train") if isinstance(entry.get(name), dict)]
+    direct = [name for name in entry if name in domains and isinstance(entry[name], int | float)]
+    if mappings and len(mappings) + bool(direct) > 1:
+        listed = " and ".join(map(repr, [*mappings, *direct[:1]]))
+        raise ConfigError(Fault(subject, f"weights in {listed}", "one set of weights", "remove the others"))
+    if mappings:
+        return flattened_mix(entry["mix"], subject) if mappings == ["mix"] else entry[mappings[0]]
     if entry and not any(name in domains or isinstance(value, int | float) for name, value in entry.items()):
         listed = ", ".join(repr(name) for name in list(entry)[:5]) + (", ..." if len(entry) > 5 else "")
         rule = "weights by name, in the file itself or in a mapping 'train' (RegMix) or 'mix' (Olmix)"
@@ -74,33 +76,40 @@ def weights_within(entry: Mapping[str, Any], subject: str, domains: Collection[s
     return entry
 
 
-def flattened_mix(mix: Mapping[str, Any]) -> dict[str, Any]:
+def flattened_mix(mix: Mapping[str, Any], subject: str) -> dict[str, Any]:
     """The leaves of Olmix's nested `mix` as {"source:topic:quality": weight}.
 
-    A leaf's weight is the product of the weights on its path; a level without one counts as 1. `repetition_factor`
-    says how often Olmix may repeat a source and has no effect here. A weight that is not a number of 0 or more is
-    returned as it is, under the name of its level, for the caller to refuse.
+    A leaf's weight is the product of the weights on its path; a level above leaves without one counts as 1.
+    `repetition_factor` says how often Olmix may repeat a source and has no effect here. A weight that is not a number
+    of 0 or more is returned as it is, under the name of its level, for the caller to refuse; so is None for a leaf
+    without one.
+
+    Args:
+        subject: the file's name in messages.
+
+    Raises:
+        ConfigError: two leaves have one name.
     """
-    leaves: dict[str, Any] = {}
+    leaves: list[tuple[str, Any]] = []
 
     def add(name: str, node: Any, share: float) -> None:
-        children = {}
+        children, weight = dict[str, Any](), node
         if isinstance(node, dict):
             children = {key: value for key, value in node.items() if key not in _MIX_PROPERTIES}
-            weight = node.get("weight", 1.0)
-        else:
+            weight = node.get("weight", 1.0 if children else None)
+        elif isinstance(node, list) and len(node) == 2:
             # Earlier versions of Olmix write [weight, repetition factor].
-            weight = node[0] if isinstance(node, list) and len(node) == 2 else node
+            weight = node[0]
         valid = isinstance(weight, int | float) and not isinstance(weight, bool) and weight >= 0.0
         if not valid or not children:
-            leaves[name] = _product(share, weight) if valid else weight
+            leaves.append((name, _product(share, weight) if valid else weight))
             return
         for child, value in children.items():
             add(f"{name}:{child}", value, _product(share, weight))
 
     for name, node in mix.items():
         add(name, node, 1.0)
-    return leaves
+    return _by_name(leaves, subject)
 
 
 def _product(share: float, weight: float) -> float:

@@ -227,6 +227,23 @@ def test_yaml_scalars_are_numbers_or_the_text_as_it_is_written(tmp_path):
     }
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        # The second was taken, and the first forgotten.
+        ('{"mix": {"ArXiv": {"x": 1}, "ArXiv:x": 2, "no": 1}}', "'ArXiv:x' twice"),
+        ('{"train": {"ArXiv": 1, "no": 1}, "mix": {"ArXiv": 3, "no": 1}}', "weights in 'mix' and 'train'"),
+        ('{"train": {"ArXiv": 1, "no": 1}, "ArXiv": 3, "no": 1}', "weights in 'train' and 'ArXiv'"),
+        ('{"train_domain_weights": {"no": 1}, "train": {"no": 2}}', "weights in 'train_domain_weights' and 'train'"),
+        # It counted as 1, beside shares.
+        ('{"mix": {"ArXiv": {"repetition_factor": 2}, "no": 0.5, "Wikipedia (en)": 0.5}}', "weights.ArXiv: None"),
+    ],
+)
+def test_weights_that_are_given_twice_or_not_at_all_are_refused(tmp_path, manifest, text, value):
+    (fault,) = faults(tmp_path, manifest, "m.json", text)
+    assert fault.value == value
+
+
 def test_only_a_weight_of_0_leaves_a_domain_out(tmp_path, manifest):
     """A product that no float holds was 0, so that the domain vanished without a word."""
     text = "mix: {ArXiv: {weight: 1e-200, x: {weight: 1e-200}}, no: 1, Wikipedia (en): 1}"
