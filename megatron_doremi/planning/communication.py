@@ -12,11 +12,13 @@ from dataclasses import dataclass
 
 from megatron_doremi.parallel.topology import stage_bounds
 from megatron_doremi.plan import RunPlan
-from megatron_doremi.planning.memory import GATHERED, parameters_by_stage, unsharded_by_zero
+from megatron_doremi.planning.memory import BUCKET, GATHERED, PREFETCHED, parameters_by_stage, unsharded_by_zero
 from megatron_doremi.settings import TRAINING
 from megatron_doremi.shapes import GPTConfig, Shape
 
 TENSOR, PIPELINE, DATA = "tensor", "pipeline", "data"
+# Seconds from the call of a collective to its first byte: an assumption, of the order of NCCL's on one machine.
+LATENCY = 20e-6
 ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, SEND = "all-reduce", "all-gather", "reduce-scatter", "send"
 
 
@@ -29,12 +31,14 @@ class Traffic:
         operation: ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER or SEND.
         size: ranks that take part.
         payload: bytes of a step: of the tensors reduced, sent, filled by gathering or read by scattering.
+        calls: collectives in a step.
     """
 
     group: str
     operation: str
     size: int
     payload: float
+    calls: float
 
     @property
     def sent(self) -> float:
@@ -43,6 +47,10 @@ class Traffic:
             return self.payload
         rounds = 2 if self.operation == ALL_REDUCE else 1
         return self.payload * rounds * (self.size - 1) / self.size
+
+    def seconds(self, bandwidth: float) -> float:
+        """Time over a link of so many bytes a second."""
+        return self.sent / bandwidth + self.calls * LATENCY
 
 
 def stage_traffic(plan: RunPlan, alternating: bool, reference: Shape | None, stage: int) -> list[Traffic]:
@@ -57,28 +65,28 @@ def stage_traffic(plan: RunPlan, alternating: bool, reference: Shape | None, sta
     trains, micro_batches = plan.config.data.phase in TRAINING, plan.micro_batches
     # ZeRO 3 scores a batch first, and passes it forward again to train.
     scored_first = trains and alternating and plan.config.parallel.zero_stage == 3
-    chunked = plan.loss_chunk_tokens(alternating) > 0
-    found = list(_passes(plan, plan.shape, stage, micro_batches, not trains, chunked))
+    chunk = plan.loss_chunk_tokens(alternating)
+    found = list(_passes(plan, plan.shape, stage, micro_batches, not trains, chunk))
     if scored_first:
-        found += _passes(plan, plan.shape, stage, micro_batches, forward_only=True)
+        found += _passes(plan, plan.shape, stage, micro_batches, True, chunk)
     if isinstance(reference, GPTConfig):
-        found += _passes(plan, reference, stage, micro_batches, forward_only=True)
+        chunk = plan.config.parallel.loss_chunk_tokens
+        found += _passes(plan, reference, stage, micro_batches, True, chunk)
     if trains:
         found += _gradients_and_weights(plan, stage, scored_first)
-    total: dict[tuple[str, str, int], float] = {}
+    total: dict[tuple[str, str, int], tuple[float, float]] = {}
     for each in found:
         key = (each.group, each.operation, each.size)
-        total[key] = total.get(key, 0.0) + each.payload
-    return [Traffic(*key, payload) for key, payload in total.items() if payload]
+        payload, calls = total.get(key, (0.0, 0.0))
+        total[key] = payload + each.payload, calls + each.calls
+    return [Traffic(*key, payload, calls) for key, (payload, calls) in total.items() if payload]
 
 
-def _passes(
-    plan: RunPlan, gpt: GPTConfig, stage: int, count: int, forward_only: bool, chunked: bool = False
-) -> Iterator[Traffic]:
+def _passes(plan: RunPlan, gpt: GPTConfig, stage: int, count: int, forward_only: bool, chunk: int) -> Iterator[Traffic]:
     """What layers and stages exchange in `count` forward passes, with their backward passes or without.
 
     Args:
-        chunked: the backward pass computes the logits again.
+        chunk: tokens whose logits are computed at a time, and again in the backward pass; 0: all, held for it.
     """
     topology, parallel, element = plan.topology, plan.config.parallel, plan.dtype.itemsize
     tensor, stages = topology.tensor_size, topology.pipe_size
@@ -88,10 +96,12 @@ def _passes(
         yield from _layers(plan, gpt, stage, count, hidden, forward_only)
         if last:
             # The maximum logit, the target's and the sum of exponentials; chunks are computed again.
-            again = not forward_only and chunked
-            yield Traffic(TENSOR, ALL_REDUCE, tensor, 12.0 * count * tokens * (1 + again))
+            passes = count * (1 + (not forward_only and chunk > 0))
+            chunks = math.ceil(tokens / (chunk or tokens))
+            yield Traffic(TENSOR, ALL_REDUCE, tensor, 12.0 * tokens * passes, 2 * chunks * passes)
     boundary = hidden / (tensor if parallel.sequence_parallel else 1)
-    yield Traffic(PIPELINE, SEND, 2, boundary * ((not last) + (not first and not forward_only)))
+    sends = (not last) + (not first and not forward_only)
+    yield Traffic(PIPELINE, SEND, 2, boundary * sends, count * sends)
 
 
 def _layers(
@@ -108,27 +118,29 @@ def _layers(
     if parallel.sequence_parallel:
         gathered = blocks * 2 * (1 + backward) + 2 * again + first * backward + last
         scattered = blocks * 2 * (1 + backward) + again + first + last * backward
-        yield Traffic(TENSOR, ALL_GATHER, tensor, hidden * gathered)
-        yield Traffic(TENSOR, REDUCE_SCATTER, tensor, hidden * scattered)
+        yield Traffic(TENSOR, ALL_GATHER, tensor, hidden * gathered, count * gathered)
+        yield Traffic(TENSOR, REDUCE_SCATTER, tensor, hidden * scattered, count * scattered)
     else:
         summed = blocks * 2 * (1 + backward) + again + first + last * backward
-        yield Traffic(TENSOR, ALL_REDUCE, tensor, hidden * summed)
+        yield Traffic(TENSOR, ALL_REDUCE, tensor, hidden * summed, count * summed)
     if backward:
-        vectors = _replicated(gpt, parallel.sequence_parallel, blocks, first, last)
-        yield Traffic(TENSOR, ALL_REDUCE, tensor, float(count * vectors * element))
+        for length, number in _replicated(gpt, parallel.sequence_parallel, blocks, first, last):
+            yield Traffic(TENSOR, ALL_REDUCE, tensor, float(count * number * length * element), count * number)
 
 
-def _replicated(gpt: GPTConfig, sequence_parallel: bool, blocks: int, first: bool, last: bool) -> int:
+def _replicated(
+    gpt: GPTConfig, sequence_parallel: bool, blocks: int, first: bool, last: bool
+) -> Iterator[tuple[int, int]]:
     """Parameters that every rank of a tensor group applies to its own positions or heads: their gradients are summed
-    for each micro-batch."""
+    for each micro-batch, one by one. Yields lengths and numbers of such parameters."""
     vectors = 2 if gpt.normalization == "LayerNorm" else 1
-    found = blocks * 2 * vectors * gpt.kv_channels if gpt.qk_layernorm else 0
+    if gpt.qk_layernorm:
+        yield gpt.kv_channels, blocks * 2 * vectors
     if sequence_parallel:
         # Two norms a block, the biases of the two layers that are sharded by rows, the last norm, learned positions.
-        found += blocks * gpt.hidden_size * (2 * vectors + 2 * gpt.bias_linear) + last * vectors * gpt.hidden_size
+        yield gpt.hidden_size, blocks * (2 * vectors + 2 * gpt.bias_linear) + last * vectors
         if gpt.position_embedding_type == "learned_absolute":
-            found += first * gpt.max_positions * gpt.hidden_size
-    return found
+            yield gpt.max_positions * gpt.hidden_size, int(first)
 
 
 def _gradients_and_weights(plan: RunPlan, stage: int, scored_first: bool) -> Iterator[Traffic]:
@@ -138,21 +150,25 @@ def _gradients_and_weights(plan: RunPlan, stage: int, scored_first: bool) -> Ite
     counts = parameters_by_stage(gpt, topology.tensor_size, topology.pipe_size)
     if gpt.tied_embeddings and topology.pipe_size > 1 and stage in (0, topology.pipe_size - 1):
         rows = gpt.padded_vocab_size(topology.tensor_size) // topology.tensor_size
-        yield Traffic(PIPELINE, ALL_REDUCE, 2, 4.0 * rows * gpt.hidden_size)
+        yield Traffic(PIPELINE, ALL_REDUCE, 2, 4.0 * rows * gpt.hidden_size, 1)
     if replicas == 1:
         return
+    buckets = math.ceil(counts[stage] / BUCKET)
     if zero == 3:
         whole = unsharded_by_zero(gpt, topology.tensor_size)
         # Gathered weights stay from the forward to the backward pass as far as DeepSpeed's limit allows; after a pass
         # without a backward pass DeepSpeed does not know what comes, and they do not.
         passes = count * (3 if scored_first else 2 if counts[stage] > GATHERED else 1)
-        yield Traffic(DATA, REDUCE_SCATTER, replicas, 4.0 * counts[stage] * count)
-        yield Traffic(DATA, ALL_GATHER, replicas, float(element * ((counts[stage] - whole) * passes + whole)))
+        gathered = element * ((counts[stage] - whole) * passes + whole)
+        yield Traffic(DATA, REDUCE_SCATTER, replicas, 4.0 * counts[stage] * count, count * buckets)
+        yield Traffic(DATA, ALL_GATHER, replicas, float(gathered), passes * math.ceil(counts[stage] / PREFETCHED))
         return
     # ZeRO 2 reduces the gradient of each micro-batch.
-    yield Traffic(DATA, ALL_REDUCE, replicas, 4.0 * counts[stage] * (count if zero == 2 else 1))
+    reductions = count if zero == 2 else 1
+    yield Traffic(DATA, ALL_REDUCE, replicas, 4.0 * counts[stage] * reductions, buckets * reductions)
     if zero:
-        yield Traffic(DATA, ALL_GATHER, replicas, float(element * counts[stage]))
+        # Of matrices and of vectors.
+        yield Traffic(DATA, ALL_GATHER, replicas, float(element * counts[stage]), 2)
 
 
 def _blocks(gpt: GPTConfig, stages: int, stage: int) -> int:
@@ -195,4 +211,4 @@ def seconds_to_communicate(plan: RunPlan, alternating: bool, reference: Shape | 
     last = plan.topology.pipe_size - 1
     # The stages in the middle exchange about the same.
     traffic = [stage_traffic(plan, alternating, reference, stage) for stage in sorted({0, last // 2, last})]
-    return max(sum(each.sent / link_of(plan, each.group).bandwidth for each in stage) for stage in traffic)
+    return max(sum(each.seconds(link_of(plan, each.group).bandwidth) for each in stage) for stage in traffic)

@@ -19,7 +19,7 @@ from megatron_doremi.layout_rules import Split, divisors, possible_splits
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.plan import RunPlan, make_plan
 from megatron_doremi.planning.communication import seconds_to_communicate
-from megatron_doremi.planning.compute import flops_per_second, run_flops_per_token
+from megatron_doremi.planning.compute import flops_per_second, run_flops_per_token, slowest_stage
 from megatron_doremi.planning.describe import table
 from megatron_doremi.planning.machine_plan import MARGIN
 from megatron_doremi.planning.memory import StageMemory, rank_memory
@@ -42,8 +42,8 @@ class Candidate:
     Attributes:
         plan: the run on this layout.
         memory: of the rank that holds most.
-        arithmetic: arithmetic and idle time of a step relative to a forward and a backward pass: recomputed forward
-            passes and the pipeline's bubble.
+        arithmetic: arithmetic and idle time of a step relative to a forward and a backward pass: what is computed
+            again, the pipeline's slowest stage and its bubble.
         seconds: of a step, or of scoring a batch, if nothing overlaps.
     """
 
@@ -189,18 +189,13 @@ def _zero_stages(config: Config, split: Split) -> tuple[int, ...]:
 
 
 def arithmetic(plan: RunPlan, alternating: bool) -> float:
-    """Arithmetic and idle time of a step relative to a forward and a backward pass, which is twice as long.
+    """Arithmetic and idle time of a step relative to a forward and a backward pass, shared out evenly.
 
-    Full recomputation repeats the forward pass, and so does an alternating update under ZeRO 3. A pipeline of P stages
-    idles for P - 1 of its M micro-batches (Narayanan et al. 2021, section 2.2).
+    A pipeline waits for its slowest stage, and P stages idle for P - 1 of M micro-batches (Narayanan et al. 2021,
+    section 2.2).
     """
-    parallel, stages = plan.config.parallel, plan.topology.pipe_size
-    if plan.config.data.phase not in TRAINING:
-        passes = 1.0
-    else:
-        repeated = (parallel.recompute_granularity == "full") + (alternating and parallel.zero_stage == 3)
-        passes = (3 + repeated) / 3
-    return passes * (1 + (stages - 1) / max(1, plan.micro_batches))
+    idle = (plan.topology.pipe_size - 1) / max(1, plan.micro_batches)
+    return slowest_stage(plan, alternating)[1] * (1 + idle)
 
 
 def _reason(chosen: Candidate, earlier: Sequence[Candidate]) -> str:
@@ -294,7 +289,7 @@ def suggestion_text(suggestion: Suggestion, device_bytes: float) -> str:
                 "(buffers of collectives, operations at work, what the allocator cannot use, the device's context).",
                 f"Seconds: a step's arithmetic at {planning.dry_run_mfu:.0%} of {planning.dry_run_device}'s peak and "
                 "communication that nothing overlaps (docs/planning.md).",
-                "Arithmetic: recomputation and bubble relative to none.",
+                "Arithmetic: recomputation, the slowest stage and the bubble, relative to none.",
                 *(row + reason for row, reason in zip(table(columns), reasons, strict=False)),
                 *([f"  and {left:,} more that fit"] if left else []),
                 *(["rejected:", *(f"  {line}" for line in suggestion.rejected)] if suggestion.rejected else []),

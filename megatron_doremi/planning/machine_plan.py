@@ -15,6 +15,7 @@ from megatron_doremi.planning.compute import (
     flops_per_second,
     planned_tokens,
     run_flops_per_token,
+    slowest_stage,
 )
 from megatron_doremi.planning.memory import (
     StageMemory,
@@ -46,7 +47,7 @@ def machine_lines(plan: RunPlan, alternating: bool, reference: Shape | None) -> 
     return [
         *_memory_table(plan, memories),
         *_files(plan),
-        *_arithmetic(plan, reference),
+        *_arithmetic(plan, alternating, reference),
         *_communication(plan, alternating, reference),
     ]
 
@@ -135,7 +136,7 @@ def _files(plan: RunPlan) -> list[str]:
     return lines
 
 
-def _arithmetic(plan: RunPlan, reference: Shape | None) -> list[str]:
+def _arithmetic(plan: RunPlan, alternating: bool, reference: Shape | None) -> list[str]:
     """Floating point operations, days and GPU hours, and the bubble; none for an evaluation."""
     config, planning, ranks = plan.config, plan.config.planning, plan.topology.world_size
     phase = config.data.phase
@@ -148,7 +149,7 @@ def _arithmetic(plan: RunPlan, reference: Shape | None) -> list[str]:
     tasks = config.doremi.num_shards if phase == SCORE else 1
     seconds = flops / flops_per_second(plan) / tasks
     step = f"{flops / config.data.train_iters:.2e} FLOP a step, " if phase in TRAINING else ""
-    a_step = f"{seconds / config.data.train_iters:,.2f} s a step, " if phase in TRAINING else ""
+    a_step = f"{seconds / config.data.train_iters:,.3g} s a step, " if phase in TRAINING else ""
     online = ", the reference's forward pass included" if reference is not None else ""
     lines = [
         f"arithmetic: {step}{flops:.2e} the run{online}; recomputation does not count",
@@ -158,9 +159,10 @@ def _arithmetic(plan: RunPlan, reference: Shape | None) -> list[str]:
     ]
     if plan.topology.pipe_size > 1:
         stages, count = plan.topology.pipe_size, plan.micro_batches
+        slowest, share = slowest_stage(plan, alternating)
         lines.append(
             f"pipeline bubble: {bubble(plan):.1%} of a step, {stages - 1:,} of {count + stages - 1:,} turns of "
-            f"{stages:,} stages and {count:,} micro-batches"
+            f"{stages:,} stages and {count:,} micro-batches; stage {slowest} has {share:.2f} of an even share"
         )
     return lines
 
@@ -183,7 +185,7 @@ def _communication(plan: RunPlan, alternating: bool, reference: Shape | None) ->
                 f"{_sent(busiest) / 1e9:,.3f}",
                 link.name,
                 f"{link.bandwidth / 1e9:,.0f}",
-                f"{_sent(busiest) / link.bandwidth:,.3f}",
+                f"{sum(each.seconds(link.bandwidth) for each in busiest):,.3f}",
                 ", ".join(f"{each.operation} {each.payload / 1e9:,.3f}" for each in busiest),
             ]
         )

@@ -24,7 +24,7 @@ from megatron_doremi.shapes import Shape, TransformersShape
 # of those that it gathers in advance.
 BUCKET = 500_000_000
 GATHERED = 1_000_000_000
-_PREFETCHED = 50_000_000
+PREFETCHED = 50_000_000
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,7 @@ def buffer_bytes(config: Config, parameters: int, data_size: int) -> tuple[float
         # Gradients are copied to the bucket, and from there in the order of their shards.
         copied = 4.0 * bucket if data_size > 1 else 0.0
         gathered = element * min(GATHERED, parameters) if data_size > 1 else 0.0
-        flushed = copied if parameters > BUCKET else element * min(_PREFETCHED, parameters) * (data_size > 1)
+        flushed = copied if parameters > BUCKET else element * min(PREFETCHED, parameters) * (data_size > 1)
         return 4.0 * bucket, gathered, gathered + flushed, gathered + copied
     if stage == 2:
         # The bucket, its tensors flattened, and these in float32.

@@ -62,21 +62,28 @@ def test_a_small_model_is_data_parallel(ranks):
     assert settings_of(best) == (1, 1, ranks, 1, "none", 16)
     assert best.memory.total == SMALL * (6 + 12 / ranks) + 16 * 1024 * SMALL_TOKEN + SMALL_LOSS
     assert found.reasons[0] == "fits as it is"
-    assert [each.split.tensor for each in found.fitting] == sorted(each.split.tensor for each in found.fitting)
+    # Tensor ranks exchange more, stages wait for the output layer.
+    assert all(each.seconds > 1.15 * best.seconds for each in found.fitting[1:])
     assert parse_config(shlex.split(f"{BASE} main --model-size 280m {' '.join(found.flags)}"), ranks)
 
 
 def test_the_8b_model_on_eight_gpus():
-    """ZeRO 1 leaves no room on one stage, even for one window; ZeRO 2 and 3 reduce the gradients of every micro-batch,
-    so two stages are faster."""
+    """ZeRO 1 leaves no room on one rank; two tensor ranks exchange less than ZeRO 2, which reduces every micro-batch,
+    and do not wait for a last stage with the output layer."""
     found = suggest("main --model-size 8b", 8)
-    assert settings_of(found.fitting[0]) == (1, 2, 4, 1, "none", 1)
+    assert settings_of(found.fitting[0]) == (2, 1, 4, 1, "none", 8)
+    half = 32 * (4097 * 3 * 2048 + 4096 * 2048 + 4097 * 12288 + 12288 * 4096 + 4 * 4096) + 128_000 * 4096 + 4096
+    token = 2 * (32 * (2 * (2048 + 4096) + 4 * 2048 + 2 * 12288) + 2048 + 4096)
+    loss = 2 * 128_000 * 1024 + 2 * 4 * 128_000 * 4096
+    assert found.fitting[0].memory.total == half * (6 + 12 / 4) + 8 * 1024 * token + loss
     # One window is one chunk, whose logits are held: three times in float32, once in bfloat16; the layer's gradient.
     one_chunk = (3 * 4 + 2) * 256_000 * 1024 + 2 * 256_000 * 4096
-    last_stage = (256_000 * 4096 + 16 * LARGE_BLOCK + 4096) * (6 + 12 / 4)
-    last_stage += 1024 * ((LARGE_TOKEN - 4 * 4096) / 2 + 2 * 4096 + 4 * 4096) + one_chunk
-    assert found.fitting[0].memory.total == last_stage
-    assert found.reasons[0] == "fits as it is"
+    stages = next(each for each in found.fitting if settings_of(each)[:3] == (1, 2, 4))
+    # The last of two stages has the output layer beside half of the blocks.
+    block, output = 2 * (4 * 4096**2 + 2 * 4096 * 24576 + 4096 * 1024), 2 * 256_000 * 4096
+    micro_batches = 512 / 4 / settings_of(stages)[5]
+    share = (16 * block + output) * 2 / (32 * block + output)
+    assert stages.arithmetic == pytest.approx(share * (1 + 1 / micro_batches))
     index = next(i for i, each in enumerate(found.fitting) if each.split.data == 8)
     least = LARGE * (6 + 12 / 8) + 1024 * LARGE_TOKEN + one_chunk
     assert least > 68 * GIB
@@ -86,7 +93,9 @@ def test_the_8b_model_on_eight_gpus():
     # Gradients in float32 of 16 micro-batches twice around a ring of eight, weights in bfloat16 once.
     flops = 6 * (32 * (4 * 4096**2 + 2 * 4096 * 24576) + 256_000 * 4096 + 32 * 4096 * 1024)
     computing = 512 * 1024 * flops / (8 * 989e12 * 0.4)
-    assert sharded.seconds == pytest.approx(computing + (16 * 2 * 4 + 2) * LARGE * 7 / 8 / 450e9)
+    seconds = computing + (16 * 2 * 4 + 2) * LARGE * 7 / 8 / 450e9
+    # Each call takes 20 microseconds: 20 buckets of 500 million for each micro-batch.
+    assert sharded.seconds == pytest.approx(seconds + (16 * 20 + 2) * 20e-6)
 
 
 def test_tensor_parallel_only_where_the_model_needs_it():
@@ -108,7 +117,9 @@ def test_an_alternating_proxy_recomputes_before_it_shards():
     assert settings_of(best) == (1, 1, 1, 1, "full", 16)
     state = SMALL * 18 + SMALL * 2
     assert best.memory.total == state + 512 * 1024 * (12 * 2 * 768 + 4 * 768) + SMALL_LOSS
-    assert best.arithmetic == 4 / 3
+    # All but the output layer is passed forward twice.
+    blocks, output = 12 * 2 * (4 * 768**2 + 2 * 768 * 3072 + 768 * 1024), 2 * 256_000 * 768
+    assert best.arithmetic == pytest.approx((4 * blocks + 3 * output) / (3 * (blocks + output)))
 
 
 def test_what_cannot_be_divided_is_said():
@@ -160,7 +171,7 @@ def test_the_text_ends_with_the_flags():
     assert max(map(len, lines)) <= 120
     assert len(lines) <= 20
     # Layout and micro-batch of the best one.
-    assert next(line for line in lines if "tensor 1 x pipeline 2 x data 4 " in line).split()[8] == "1"
+    assert next(line for line in lines if "tensor 2 x pipeline 1 x data 4 " in line).split()[8] == "8"
 
 
 def test_the_dry_run_prints_it(data, monkeypatch):
