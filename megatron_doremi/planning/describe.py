@@ -158,6 +158,8 @@ def _sizes(plan: RunPlan, alternating: bool, reference: Shape | None) -> list[st
     if reference is not None:
         memory.append(f"{_size(held.reference)} of the reference's weights")
     memory.append(f"{_size(held.loss)} while the loss is computed")
+    if held.working > 0.01 * held.total:
+        memory.append(f"{_size(held.working)} of buffers and backward passes")
     padded = shape.padded_vocab_size(1)
     vocabulary = f"{shape.vocab_size:,} tokens" + (f", padded to {padded:,}" if padded != shape.vocab_size else "")
     return [

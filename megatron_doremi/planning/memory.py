@@ -137,15 +137,17 @@ def state_bytes(config: Config, data_size: int) -> tuple[float, float, float]:
     """Bytes of weights, gradients and optimizer state on the device per parameter of a rank's part of the model."""
     stage, bf16 = config.parallel.zero_stage, config.optimizer.bf16
     # Two moments, and master weights unless the weights themselves are float32 and unsharded.
-    state = 0.0 if config.parallel.cpu_offload else 12.0 if bf16 or stage else 8.0
-    sizes = ((2.0 if bf16 else 4.0, 3), (4.0, 2), (state, 1))
+    state = 12.0 if bf16 or stage else 8.0
+    on_device = 0.0 if config.parallel.cpu_offload else 1.0
+    sizes = ((2.0 if bf16 else 4.0, 3), (4.0 * on_device, 2), (state * on_device, 1))
     weights, gradients, optimizer = (size / data_size if stage >= least else size for size, least in sizes)
     return weights, gradients, optimizer
 
 
 def host_bytes_per_parameter(config: Config, data_size: int) -> float:
-    """Page-locked host memory of a rank per parameter with --cpu-offload: master weights, two moments, gradients."""
-    return 16.0 / data_size if config.parallel.cpu_offload else 0.0
+    """Host memory of a rank per parameter with --cpu-offload: master weights, two moments, the sum of the gradients
+    over micro-batches, and its copy for the optimizer."""
+    return 20.0 / data_size if config.parallel.cpu_offload else 0.0
 
 
 @lru_cache(maxsize=1024)

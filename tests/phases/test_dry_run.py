@@ -23,6 +23,7 @@ from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.phases.inputs import open_inputs, plan_text
 from megatron_doremi.phases.run_data import open_data
 from megatron_doremi.phases.score import data_fingerprint
+from megatron_doremi.planning.compute import checkpoint_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = MODEL[: MODEL.index("--seq-length")]
@@ -95,6 +96,15 @@ def test_the_reference_counts(data):
     text = plan_text(open_inputs(parse_config(argv, 1), Topology()))
     count = int(text.partition("parameters: ")[2].split()[0].replace(",", ""))
     assert f", {4 * count / 2**30:.2f} GiB of the reference's weights" in " ".join(text.split())
+
+
+def test_a_checkpoint_has_the_planned_size(data, reference):
+    """Weights and two moments in float32, beside headers of some kilobytes."""
+    folder = max((Path(reference[1]) / "checkpoints").glob("iter_*"))
+    size = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+    argv = ["--phase", "main", "--domains", str(data), "--train-iters", "7", *MODEL, "--dry-run"]
+    plan = open_inputs(parse_config(argv, 1), Topology()).plan
+    assert 12 * PARAMETERS == checkpoint_bytes(plan, PARAMETERS) < size < 1.1 * checkpoint_bytes(plan, PARAMETERS)
 
 
 def test_only_a_file_of_weights_can_be_to_come(data, tmp_path):
