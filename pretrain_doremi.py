@@ -173,6 +173,7 @@ def run_phase(
     Args:
         held: holds the lock of the run's folder, and releases it when closed.
     """
+    from megatron_doremi.cluster.compiler import compiler_faults
     from megatron_doremi.cluster.control import RunControl
     from megatron_doremi.cluster.error_report import raise_faults_of_all_ranks
     from megatron_doremi.cluster.preemption import StopRequest
@@ -190,6 +191,7 @@ def run_phase(
 
     phase, minutes = config.data.phase, config.run.distributed_timeout_minutes
     faults, inputs, stop = [*rendezvous.faults, *device_faults(rendezvous.launch)], None, None
+    faults += compiler_faults(os.environ) if config.parallel.compile else []
     try:
         stop = StopRequest(config.run, os.environ, signals)
     except ConfigError as error:

@@ -65,6 +65,7 @@ def versions(place: Place, report: Report) -> bool:
 def float32(place: Place, report: Report) -> bool:
     """Compares tiny models' losses and gradients with the CPU's, and the head's bfloat16 gradient with float64."""
     from megatron_doremi.config import GPTConfig
+    from megatron_doremi.execution import Execution
     from megatron_doremi.model.unpipelined import GPTModel
     from megatron_doremi.parallel.cross_entropy import token_losses
     from megatron_doremi.parallel.groups import TensorGroup
@@ -93,7 +94,7 @@ def float32(place: Place, report: Report) -> bool:
     def compare(gpt: GPTConfig, recompute: str) -> dict[str, float]:
         results = []
         for where in (torch.device("cpu"), device):
-            model = GPTModel(gpt, context, 3, recompute, 64).to(where)
+            model = GPTModel(gpt, context, 3, Execution(recompute, 64)).to(where)
             losses = model(ids[:, :-1].to(where), ids[:, 1:].to(where))
             losses.mean().backward()
             gradients = {name: each.grad.cpu() for name, each in model.named_parameters() if each.grad is not None}
@@ -113,7 +114,8 @@ def float32(place: Place, report: Report) -> bool:
         gradients = []
         for dtype, where, chunk in ((torch.float64, torch.device("cpu"), 0), (torch.bfloat16, device, 16)):
             rows = weight.to(where, dtype, copy=True).requires_grad_()
-            losses = token_losses(hidden.to(where, dtype), rows, targets.to(where), 100, TensorGroup(None, 1, 0), chunk)
+            inputs = hidden.to(where, dtype), rows, targets.to(where), 100, TensorGroup(None, 1, 0)
+            losses = token_losses(*inputs, Execution(loss_chunk_tokens=chunk))
             losses.sum().backward()
             assert rows.grad is not None
             gradients.append(rows.grad.double().cpu())

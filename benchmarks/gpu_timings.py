@@ -97,6 +97,7 @@ def kernels(place: Place, report: Report) -> bool:
         return lambda: place.milliseconds(work)
 
     def loss(chunk: int) -> float:
+        from megatron_doremi.execution import Execution
         from megatron_doremi.parallel.cross_entropy import token_losses
         from megatron_doremi.parallel.groups import TensorGroup
 
@@ -106,7 +107,7 @@ def kernels(place: Place, report: Report) -> bool:
         group = TensorGroup(None, 1, 0)
 
         def work() -> None:
-            token_losses(rows, weight, targets, vocab - 47, group, chunk).mean().backward()
+            token_losses(rows, weight, targets, vocab - 47, group, Execution(loss_chunk_tokens=chunk)).mean().backward()
 
         return place.milliseconds(work, 1, 3)
 
@@ -149,9 +150,10 @@ def kernels(place: Place, report: Report) -> bool:
 def compiled(place: Place, report: Report) -> bool:
     """Times forward and backward of a block and of the head's token losses, eager and compiled."""
     from megatron_doremi.config import ModelConfig, gpt_config
+    from megatron_doremi.execution import Execution
     from megatron_doremi.model.gpt import Block
     from megatron_doremi.model.positions import rotary_table
-    from megatron_doremi.parallel.cross_entropy import _logits, _losses_of
+    from megatron_doremi.parallel.cross_entropy import token_losses
     from megatron_doremi.parallel.groups import TensorGroup
     from megatron_doremi.parallel.layers import TensorParallel
 
@@ -182,15 +184,11 @@ def compiled(place: Place, report: Report) -> bool:
         targets = torch.randint(0, vocab, (len(rows),), device=device)
         weight = (0.02 * weight).requires_grad_()
 
-        def run(rows: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-            return _losses_of(_logits(rows, weight, vocab, group), targets, 0, group)
+        def work(compiled: bool) -> None:
+            execution = Execution(loss_chunk_tokens=1024, compiled=compiled)
+            token_losses(rows.unsqueeze(0), weight, targets.unsqueeze(0), vocab, group, execution).sum().backward()
 
-        fast = torch.compile(run, backend=backend, fullgraph=True)
-
-        def work(run: Callable[..., Tensor]) -> None:
-            run(rows, weight, targets).sum().backward()
-
-        return {n: place.milliseconds(partial(work, each)) for n, each in (("eager", run), ("compiled", fast))}
+        return {n: place.milliseconds(partial(work, each)) for n, each in (("eager", False), ("compiled", True))}
 
     return all([attempt(report, "block_ms", block), attempt(report, "row_losses_ms", losses)])
 

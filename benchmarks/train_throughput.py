@@ -20,6 +20,8 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -51,6 +53,7 @@ from megatron_doremi.config import (
 )
 from megatron_doremi.data.loader import MicroBatch
 from megatron_doremi.engine.build import make_engine
+from megatron_doremi.execution import Execution
 from megatron_doremi.mixture.controllers import make_controller, make_objective
 from megatron_doremi.model.unpipelined import GPTModel
 from megatron_doremi.parallel.context import ParallelContext, make_context
@@ -167,9 +170,9 @@ class TransformersLoss(nn.Module):
 class OurLoss(nn.Module):
     """Our module and the mean loss of a micro-batch."""
 
-    def __init__(self, gpt: GPTConfig, context: ParallelContext, loss_chunk_tokens: int):
+    def __init__(self, gpt: GPTConfig, context: ParallelContext, execution: Execution):
         super().__init__()
-        self.model = GPTModel(gpt, context, seed=1, loss_chunk_tokens=loss_chunk_tokens)
+        self.model = GPTModel(gpt, context, 1, execution)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """[batch, seq] ids and targets -> the mean loss in nats."""
@@ -216,22 +219,29 @@ def variants(
     args: argparse.Namespace, config: Config, gpt: GPTConfig, context: ParallelContext, batches: list[MicroBatch]
 ) -> dict[str, Step]:
     """The steps to time, by name."""
-    plan = make_plan(config, context.topology, gpt, DOMAINS, (1,) * len(DOMAINS), np.full(len(DOMAINS), 0.5))
-    chunk = plan.loss_chunk_tokens(alternating=False)
+
+    def plan(compiled: bool) -> RunPlan:
+        parallel = replace(config.parallel, compile=compiled)
+        shares = np.full(len(DOMAINS), 1 / len(DOMAINS))
+        return make_plan(
+            replace(config, parallel=parallel), context.topology, gpt, DOMAINS, (1,) * len(DOMAINS), shares
+        )
 
     def loop(module: nn.Module, compiled: bool) -> Step:
         if compiled:
             module.compile()
         return plain_loop(module, args, context, batches)
 
-    makers: dict[str, Callable[[], Step]] = {
-        "transformers": lambda: loop(TransformersLoss(gpt), False),
-        "ours": lambda: ours(plan, context, batches),
-        "ours in a bare loop": lambda: loop(OurLoss(gpt, context, chunk), False),
-    }
-    if args.compile:
+    def our_module(compiled: bool) -> nn.Module:
+        return OurLoss(gpt, context, plan(compiled).execution(alternating=False))
+
+    makers: dict[str, Callable[[], Step]] = {}
+    for compiled in (False, True) if args.compile else (False,):
+        suffix = " compiled" if compiled else ""
         makers |= {
-            "transformers, compiled": lambda: loop(TransformersLoss(gpt), True),
+            f"transformers{suffix}": partial(lambda c: loop(TransformersLoss(gpt), c), compiled),
+            f"ours{suffix}": partial(lambda c: ours(plan(c), context, batches), compiled),
+            f"ours{suffix} in a bare loop": partial(lambda c: loop(our_module(c), False), compiled),
         }
     chosen = args.only.split(",") if args.only else list(makers)
     return {name: makers[name]() for name in chosen}

@@ -205,6 +205,9 @@ class ParallelConfig:
         "one held micro-batch. 0: compute the logits of each micro-batch once and hold them",
         bounds=Bounds(0, 1 << 30),
     )
+    compile: bool = setting(
+        False, "compile each block and the losses by torch.compile; takes a minute or two at the start"
+    )
     zero_stage: int = setting(
         0,
         "what DeepSpeed shards over the data parallel group: 1 optimizer state, 2 gradients too, 3 weights too (2 and "

@@ -137,6 +137,15 @@ def zero_faults(config: Config) -> list[Fault]:
                 "give --zero-stage 1, or --pipeline-model-parallel-size 1",
             )
         )
+    if parallel.zero_stage == 3 and parallel.compile:
+        faults.append(
+            Fault(
+                "--compile",
+                "with --zero-stage 3",
+                "ZeRO 3 gathers weights in hooks, which a compiled block does not run",
+                "give --zero-stage 2 or lower, or leave it out",
+            )
+        )
     if chosen:
         return faults
     if parallel.cpu_offload and parallel.zero_stage < 2:

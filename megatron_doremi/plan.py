@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from megatron_doremi.config import Config
 from megatron_doremi.data.blend import Blend
+from megatron_doremi.execution import Execution
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.shapes import GPTConfig, Shape
 
@@ -64,18 +65,26 @@ class RunPlan:
         """Tokens in a step, over all ranks."""
         return self.global_batch_size * self.config.data.seq_length
 
-    def loss_chunk_tokens(self, alternating: bool) -> int:
-        """Tokens whose logits are at hand at a time; 0: those of a micro-batch, held for its backward pass.
+    @property
+    def frozen_execution(self) -> Execution:
+        """How a frozen model computes."""
+        parallel = self.config.parallel
+        return Execution("none", parallel.loss_chunk_tokens, parallel.compile)
 
-        Logits of one chunk are worth holding where they are the only ones: they take no more memory than to compute
-        them again, and save a product.
+    def execution(self, alternating: bool) -> Execution:
+        """How the trained model computes.
+
+        Logits of one chunk are held for the backward pass where they are the only ones: they take no more memory than
+        to compute them again, and save a product.
 
         Args:
             alternating: all forward passes of a step come before its first backward pass.
         """
         chunk, tokens = self.config.parallel.loss_chunk_tokens, self.batch_shape[0] * self.batch_shape[1]
         holds_one = not alternating or self.micro_batches == 1
-        return 0 if tokens <= chunk and holds_one else chunk
+        held = tokens <= chunk and holds_one
+        parallel = self.config.parallel
+        return Execution(parallel.recompute_granularity, 0 if held else chunk, parallel.compile)
 
     @property
     def windows(self) -> int:

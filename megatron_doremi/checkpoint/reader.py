@@ -13,6 +13,7 @@ from megatron_doremi.checkpoint.optimizer_state import MASTER, OptimizerFolder, 
 from megatron_doremi.checkpoint.source import Weights
 from megatron_doremi.checkpoint.weights import WeightsFolder
 from megatron_doremi.config import GPTConfig
+from megatron_doremi.execution import DEFAULT, Execution
 from megatron_doremi.model.unpipelined import GPT, make_gpt
 from megatron_doremi.parallel.context import ParallelContext
 from megatron_doremi.parallel.deepspeed_internals import writable
@@ -101,16 +102,15 @@ def load_frozen(
     weights: Weights,
     context: ParallelContext,
     dtype: torch.dtype,
-    loss_chunk_tokens: int = 0,
+    execution: Execution = DEFAULT,
 ) -> GPT:
     """This rank's stage of a trained model, for forward passes only.
 
     Args:
         weights: of any layout.
-        loss_chunk_tokens: see `token_losses` in parallel/cross_entropy.py.
     """
     # Drawing the initial values of an 8B model takes minutes, and the weights overwrite them.
-    module = make_gpt(gpt, context, seed=None, loss_chunk_tokens=loss_chunk_tokens)
+    module = make_gpt(gpt, context, seed=None, execution=execution)
     copy_weights(module, weights, context.topology)
     module.to(dtype).requires_grad_(False).eval()
     return module

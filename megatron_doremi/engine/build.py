@@ -71,8 +71,7 @@ def make_engine(plan: RunPlan, objective: Objective, context: ParallelContext) -
         gpt,
         context,
         config.data.seed,
-        parallel.recompute_granularity,
-        plan.loss_chunk_tokens(objective.before_backward),
+        plan.execution(objective.before_backward),
         partition if parallel.zero_stage == 3 else None,
     )
     mpu = module.mpu() if isinstance(module, GPTPipeline) else Layout(context)

@@ -11,6 +11,7 @@ import torch
 from megatron_doremi.checkpoint.reader import load_frozen
 from megatron_doremi.checkpoint.source import Weights
 from megatron_doremi.data.loader import MicroBatch
+from megatron_doremi.execution import Execution
 from megatron_doremi.hugging_face.transformers_model import load_by_transformers
 from megatron_doremi.model.forward import Stage, forward_only
 from megatron_doremi.parallel.context import ParallelContext
@@ -60,18 +61,15 @@ class TrainedModel:
         return self.weights
 
 
-def load_trained(model: TrainedModel, context: ParallelContext, dtype: torch.dtype, loss_chunk_tokens: int) -> Stage:
+def load_trained(model: TrainedModel, context: ParallelContext, dtype: torch.dtype, execution: Execution) -> Stage:
     """This rank's part of a model, for forward passes only; of a model that Transformers runs, all of it.
-
-    Args:
-        loss_chunk_tokens: see `token_losses` in parallel/cross_entropy.py.
 
     Raises:
         ConfigError: a file is damaged or belongs to another model.
     """
     if isinstance(model.shape, TransformersShape):
-        return load_by_transformers(model.path, dtype, context.device, loss_chunk_tokens)
-    return load_frozen(model.gpt, model.opened_weights(), context, dtype, loss_chunk_tokens)
+        return load_by_transformers(model.path, dtype, context.device, execution.loss_chunk_tokens)
+    return load_frozen(model.gpt, model.opened_weights(), context, dtype, execution)
 
 
 class OnlineReference:
@@ -83,16 +81,15 @@ class OnlineReference:
         context: ParallelContext,
         dtype: torch.dtype,
         shape: tuple[int, int],
-        loss_chunk_tokens: int,
+        execution: Execution,
     ):
         """Builds this rank's stage and loads its weights.
 
         Args:
             shape: (batch, seq) of a micro-batch.
-            loss_chunk_tokens: see `token_losses` in parallel/cross_entropy.py.
         """
         self.context, self.shape = context, shape
-        self.module = load_trained(model, context, dtype, loss_chunk_tokens)
+        self.module = load_trained(model, context, dtype, execution)
 
     def score(self, micro_batches: Sequence[MicroBatch], count: int) -> tuple[MicroBatch, ...]:
         """Adds the reference's losses to micro-batches; a collective call.

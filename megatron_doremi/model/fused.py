@@ -1,7 +1,7 @@
 """Operations of a block whose backward pass writes into one tensor, where autograd would concatenate parts.
 
 Heads have the layout [b, s, g, r, d]: batch, seq, key-value groups, heads of a group (queries of a group, or 1), width.
-torch.compile traces these functions as it traces any other.
+torch.compile fuses such concatenations itself, and is given the plain formulas.
 """
 
 from __future__ import annotations
@@ -46,6 +46,9 @@ class _Rotate(torch.autograd.Function):
 
 def rotate(heads: Tensor, table: RotaryTable) -> Tensor:
     """Rotates queries or keys, [b, s, g, r, d] (Su et al. 2021, section 3.4.2)."""
+    if torch.compiler.is_compiling():
+        (first, second), (cos, sin) = heads.float().chunk(2, dim=-1), table
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(heads.dtype)
     rotated: Tensor = _Rotate.apply(heads, *table)
     return rotated
 
@@ -95,6 +98,9 @@ def split_heads(qkv: Tensor, groups: int, width: int, table: RotaryTable | None)
         width: channels of a head, d.
         table: rotates queries and keys; None: they stay as they are.
     """
+    if torch.compiler.is_compiling():
+        q, k, v = _views(qkv, groups, width)
+        return (q, k, v) if table is None else (rotate(q, table), rotate(k, table), v)
     cos, sin = (None, None) if table is None else table
     q, k, v = _SplitHeads.apply(qkv, groups, width, cos, sin)
     return q, k, v
@@ -121,5 +127,8 @@ class _SwiGLU(torch.autograd.Function):
 
 def swiglu(x: Tensor) -> Tensor:
     """silu(gate) * up (Shazeer 2020) of gate and up side by side: [..., 2 f] -> [..., f]. Keeps its input only."""
+    if torch.compiler.is_compiling():
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate) * up
     product: Tensor = _SwiGLU.apply(x)
     return product

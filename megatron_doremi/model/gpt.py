@@ -104,7 +104,7 @@ class Block(nn.Module):
 
     def __init__(self, gpt: GPTConfig, tp: TensorParallel, recompute: str = "none"):
         """Args:
-        recompute: what the backward pass recomputes: none, selective (attention between its projections), or full.
+        recompute: see `Execution`.
         """
         super().__init__()
         self.recompute = recompute == "full"

@@ -16,6 +16,7 @@ from deepspeed.runtime.pipe.topology import ProcessTopology
 from torch import Tensor, nn
 
 from megatron_doremi.config import GPTConfig
+from megatron_doremi.execution import DEFAULT, Execution
 from megatron_doremi.model.gpt import Block
 from megatron_doremi.model.positions import Positions
 from megatron_doremi.parallel.context import ParallelContext
@@ -103,18 +104,15 @@ class GPTPipeline(NamedLayers, PipelineModuleHooks):
         gpt: GPTConfig,
         context: ParallelContext,
         seed: int | None,
-        recompute: str = "none",
-        loss_chunk_tokens: int = 0,
+        execution: Execution = DEFAULT,
     ):
         """Builds and initializes the layers of this stage.
 
         Args:
             seed: None leaves the parameters uninitialized, for weights that are about to be loaded.
-            recompute: see `Block`.
-            loss_chunk_tokens: see `token_losses` in parallel/cross_entropy.py.
         """
         topology, tp = context.topology, context.tensor_parallel
-        self.gpt, self.tp, self.loss_chunk_tokens = gpt, tp, loss_chunk_tokens
+        self.gpt, self.tp, self.execution = gpt, tp, execution
         self.names, self.positions = layer_names(gpt), Positions(gpt)
         axes = ProcessTopology(
             axes=["pipe", "data", "model"],
@@ -123,11 +121,13 @@ class GPTPipeline(NamedLayers, PipelineModuleHooks):
         # Suppresses DeepSpeed's tables of topology and stages; ours are in config.json and the dry run.
         with contextlib.redirect_stdout(io.StringIO()):
             super().__init__(
-                layers=layer_specs(gpt, tp, recompute),
+                layers=layer_specs(gpt, tp, execution),
                 topology=axes,
                 loss_fn=self.token_losses,
                 partition_method="uniform",
             )
+        if execution.compiled:
+            compile_layers(layer for _, layer in self.named_layers())
         if seed is not None:
             self._initialize_layers(seed)
         mark_for_gradient_norm((p for _, p in self.model_parameters()), topology)
@@ -170,19 +170,17 @@ class GPTPipeline(NamedLayers, PipelineModuleHooks):
             [batch, seq] losses in nats, float32, the same on every rank of the tensor group.
         """
         output = self.tied_layer(TIED_KEY) if self.gpt.tied_embeddings else self.untied_layer(len(self.names) - 1)
-        return output_losses(
-            hidden, output.get_parameter("weight"), labels[0], self.gpt, self.tp, self.loss_chunk_tokens
-        )
+        return output_losses(hidden, output.get_parameter("weight"), labels[0], self.gpt, self.tp, self.execution)
 
 
 def output_losses(
-    hidden: Tensor, weight: Tensor, targets: Tensor, gpt: GPTConfig, tp: TensorParallel, loss_chunk_tokens: int
+    hidden: Tensor, weight: Tensor, targets: Tensor, gpt: GPTConfig, tp: TensorParallel, execution: Execution
 ) -> Tensor:
     """[batch, seq] token losses of the residual stream under the output layer's `weight`; see `token_losses`."""
-    return token_losses(tp.enter(hidden), weight, targets, gpt.vocab_size, tp.group, loss_chunk_tokens)
+    return token_losses(tp.enter(hidden), weight, targets, gpt.vocab_size, tp.group, execution)
 
 
-def layer_specs(gpt: GPTConfig, tp: TensorParallel, recompute: str) -> list[LayerSpec]:
+def layer_specs(gpt: GPTConfig, tp: TensorParallel, execution: Execution = DEFAULT) -> list[LayerSpec]:
     """The specs of the layers in `layer_names`, in order."""
     padded = gpt.padded_vocab_size(tp.size)
     embedding = (gpt.vocab_size, padded, gpt.hidden_size, gpt.init_method_std, tp)
@@ -193,13 +191,23 @@ def layer_specs(gpt: GPTConfig, tp: TensorParallel, recompute: str) -> list[Laye
         specs.append(LayerSpec(VocabParallelEmbedding, *embedding))
     if gpt.position_embedding_type == "learned_absolute":
         specs.append(LayerSpec(LearnedPositions, gpt.max_positions, gpt.hidden_size, gpt.init_method_std, tp))
-    specs += [LayerSpec(Block, gpt, tp, recompute) for _ in range(gpt.num_layers)]
+    specs += [LayerSpec(Block, gpt, tp, execution.recompute) for _ in range(gpt.num_layers)]
     specs.append(LayerSpec(Norm, gpt.hidden_size, gpt.normalization, gpt.norm_epsilon, tp))
     if gpt.tied_embeddings:
         specs.append(TiedLayerSpec(TIED_KEY, VocabParallelEmbedding, *embedding, forward_fn=_pass_hidden))
     else:
         specs.append(LayerSpec(OutputLayer, *embedding))
     return specs
+
+
+def compile_layers(layers: Iterable[nn.Module]) -> None:
+    """Compiles blocks and the final norm, each at its first call.
+
+    Blocks have the same code and shapes, so that the first one's graph serves all.
+    """
+    for layer in layers:
+        if isinstance(layer, Block | Norm):
+            layer.compile(fullgraph=True, dynamic=False)
 
 
 def mark_for_gradient_norm(parameters: Iterable[nn.Parameter], topology: Topology) -> None:

@@ -39,7 +39,7 @@ def parameter_specs(gpt: GPTConfig) -> dict[str, ParameterSpec]:
     """The parameters of the full model by name, in the order of its layers, unsharded and without padding."""
     tp, names = TensorParallel(), layer_names(gpt)
     specs: dict[str, ParameterSpec] = {}
-    for name, layer in zip(names, layer_specs(replace(gpt, make_vocab_size_divisible_by=1), tp, "none"), strict=True):
+    for name, layer in zip(names, layer_specs(replace(gpt, make_vocab_size_divisible_by=1), tp), strict=True):
         if name == "embedding" and specs:
             # The tied output layer.
             continue

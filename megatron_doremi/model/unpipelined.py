@@ -8,10 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_doremi.config import GPTConfig
+from megatron_doremi.execution import DEFAULT, Execution
 from megatron_doremi.model.pipeline import (
     GPTPipeline,
     NamedLayers,
     OutputLayer,
+    compile_layers,
     layer_names,
     layer_specs,
     mark_for_gradient_norm,
@@ -29,12 +31,12 @@ class LossHead(nn.Module):
     Projection and softmax are one module, so that ZeRO 3 gathers the weight once for both.
     """
 
-    def __init__(self, weight: nn.Parameter, gpt: GPTConfig, tp: TensorParallel, loss_chunk_tokens: int):
+    def __init__(self, weight: nn.Parameter, gpt: GPTConfig, tp: TensorParallel, execution: Execution):
         super().__init__()
-        self.weight, self.gpt, self.tp, self.loss_chunk_tokens = weight, gpt, tp, loss_chunk_tokens
+        self.weight, self.gpt, self.tp, self.execution = weight, gpt, tp, execution
 
     def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        return output_losses(hidden, self.weight, targets, self.gpt, self.tp, self.loss_chunk_tokens)
+        return output_losses(hidden, self.weight, targets, self.gpt, self.tp, self.execution)
 
 
 class GPTModel(NamedLayers, nn.Module):
@@ -45,16 +47,13 @@ class GPTModel(NamedLayers, nn.Module):
         gpt: GPTConfig,
         context: ParallelContext,
         seed: int | None,
-        recompute: str = "none",
-        loss_chunk_tokens: int = 0,
+        execution: Execution = DEFAULT,
         partition: Callable[[nn.Module], None] | None = None,
     ):
         """Builds and initializes the layers one by one.
 
         Args:
             seed: None leaves the parameters uninitialized, for weights that are about to be loaded.
-            recompute: see `Block`.
-            loss_chunk_tokens: see `token_losses` in parallel/cross_entropy.py.
             partition: called with each layer once it is initialized; partitions its parameters over the data-parallel
                 group (ZeRO 3), so that a rank never holds more than one full layer.
         """
@@ -62,20 +61,22 @@ class GPTModel(NamedLayers, nn.Module):
         tp = context.tensor_parallel
         self.gpt, self.tp, self.names, self.positions = gpt, tp, layer_names(gpt), Positions(gpt)
         self.layers = nn.ModuleList()
-        for name, spec in zip(self.names, layer_specs(gpt, tp, recompute), strict=True):
+        for name, spec in zip(self.names, layer_specs(gpt, tp, execution), strict=True):
             if name in self.names[: len(self.layers)]:
                 # The tied output layer.
-                self.layers.append(LossHead(self.layers[0].get_parameter("weight"), gpt, tp, loss_chunk_tokens))
+                self.layers.append(LossHead(self.layers[0].get_parameter("weight"), gpt, tp, execution))
                 continue
             layer = spec.build()
             if isinstance(layer, OutputLayer):
-                layer = LossHead(layer.weight, gpt, tp, loss_chunk_tokens)
+                layer = LossHead(layer.weight, gpt, tp, execution)
             if seed is not None:
                 initialize(layer, name, seed, tp.group)
             mark_for_gradient_norm(layer.parameters(), context.topology)
             if partition is not None:
                 partition(layer)
             self.layers.append(layer)
+        if execution.compiled:
+            compile_layers(self.layers)
 
     def named_layers(self) -> Iterator[tuple[str, nn.Module]]:
         seen: set[str] = set()
@@ -107,12 +108,11 @@ def make_gpt(
     gpt: GPTConfig,
     context: ParallelContext,
     seed: int | None,
-    recompute: str = "none",
-    loss_chunk_tokens: int = 0,
+    execution: Execution = DEFAULT,
     partition: Callable[[nn.Module], None] | None = None,
 ) -> GPT:
     """This rank's part of the GPT: its stage of a pipeline, or without one all layers; see `GPTModel`."""
     if context.topology.pipe_size > 1:
         assert partition is None, "ZeRO 3 has no pipeline"
-        return GPTPipeline(gpt, context, seed, recompute, loss_chunk_tokens)
-    return GPTModel(gpt, context, seed, recompute, loss_chunk_tokens, partition)
+        return GPTPipeline(gpt, context, seed, execution)
+    return GPTModel(gpt, context, seed, execution, partition)

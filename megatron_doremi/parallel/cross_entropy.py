@@ -1,53 +1,97 @@
 """Cross-entropy of next tokens over a vocabulary that is sharded over the tensor-parallel group.
 
 No rank ever holds a full row of logits (Shoeybi et al. 2019, section 3): two all-reduces, of one and of two numbers per
-token, compute the maximum logit, the target's logit and the sum of exponentials.
+token, compute the maximum logit, the target's logit and the sum of exponentials. The backward pass needs no other: it
+knows the logarithm of each row's sum, its normalizer.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from megatron_doremi.execution import DEFAULT, Execution
 from megatron_doremi.parallel.groups import TensorGroup
 
 
-class _VocabParallelCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, first: int, tp_group: TensorGroup) -> Tensor:
-        rows = torch.arange(targets.numel(), device=logits.device)
-        local = targets - first
-        outside = (local < 0) | (local >= logits.shape[-1])
-        local = local.masked_fill(outside, 0)
+def _product(hidden: Tensor, weight: Tensor, used: int) -> Tensor:
+    """[n, hidden] -> [n, columns] logits in the precision of the weights.
 
-        maximum = logits.max(dim=-1).values
-        dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=tp_group.group)
-        shifted = logits - maximum.unsqueeze(-1)
-        target = shifted[rows, local].masked_fill(outside, 0.0)
-        exponentials = shifted.exp_()
-        total = exponentials.sum(dim=-1)
-        sums = torch.stack((target, total))
-        dist.all_reduce(sums, group=tp_group.group)
-        target, total = sums[0], sums[1]
-        probabilities = exponentials.div_(total.unsqueeze(-1))
-        ctx.save_for_backward(probabilities, local, outside)
-        return total.log() - target
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        probabilities, local, outside = ctx.saved_tensors
-        rows = torch.arange(local.numel(), device=local.device)
-        # In place: the probabilities are the largest tensor of a step and are not read again.
-        probabilities[rows, local] -= (~outside).to(probabilities.dtype)
-        return probabilities.mul_(grad.unsqueeze(-1)), None, None, None
+    In 16 bits they include the padding rows of the vocabulary, from `used` on: the strides of a matrix without them may
+    be odd, for which kernels are slow. In float32 these are left out, unless the rank holds only padding.
+    """
+    whole = used == 0 or used == len(weight) or weight.dtype.itemsize <= 2
+    return F.linear(hidden, weight if whole else weight[:used])
 
 
-class _ChunkedLosses(torch.autograd.Function):
-    """Token losses of rows of hidden states, chunk by chunk; the backward pass recomputes the logits.
+def _logits(product: Tensor, used: int) -> Tensor:
+    """The logits, of 16 bits in float32; -inf in the columns of the padding."""
+    logits = product.float() if product.dtype.itemsize <= 2 else product
+    if used >= product.shape[1]:
+        return logits
+    return logits.masked_fill(torch.arange(product.shape[1], device=product.device) >= used, float("-inf"))
+
+
+def _row_losses(product: Tensor, targets: Tensor, used: int) -> tuple[Tensor, Tensor]:
+    """[n, columns] logits of a full vocabulary and [n] targets -> [n] losses and [n] normalizers, float32."""
+    logits = _logits(product, used)
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    return losses, losses + logits.gather(1, targets.unsqueeze(1)).squeeze(1)
+
+
+def _sharded_row_losses(product: Tensor, local: Tensor, used: int, tp_group: TensorGroup) -> tuple[Tensor, Tensor]:
+    """As `_row_losses`, of the columns of each rank; a collective call.
+
+    Args:
+        local: [n] columns of the targets; on ranks that do not hold a target its value is not a column.
+    """
+    logits = _logits(product, used)
+    outside = (local < 0) | (local >= logits.shape[1])
+    maximum = logits.max(dim=-1).values
+    dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=tp_group.group)
+    shifted = logits - maximum.unsqueeze(1)
+    target = shifted.gather(1, local.masked_fill(outside, 0).unsqueeze(1)).squeeze(1).masked_fill(outside, 0.0)
+    sums = torch.stack((target, shifted.exp_().sum(dim=-1)))
+    dist.all_reduce(sums, group=tp_group.group)
+    target, logarithm = sums[0], sums[1].log()
+    return logarithm - target, maximum + logarithm
+
+
+def _scaled_softmax(product: Tensor, normalizers: Tensor, grad: Tensor, used: int) -> Tensor:
+    """softmax * grad, [n, columns], in the precision of the product; [n] normalizers and grad, float32."""
+    return _logits(product, used).sub_(normalizers.unsqueeze(1)).exp_().mul_(grad.unsqueeze(1)).to(product.dtype)
+
+
+def _subtract_targets(gradient: Tensor, losses: Tensor, local: Tensor, grad: Tensor) -> Tensor:
+    """Turns softmax * grad into the gradient of the logits, (softmax - 1) * grad, in the targets' columns, in place.
+
+    The target's probability is exp(-loss), so that the difference is rounded once.
+
+    Args:
+        losses: [n] float32.
+        local: as for `_sharded_row_losses`.
+    """
+    outside = (local < 0) | (local >= gradient.shape[1])
+    columns = local.masked_fill(outside, 0).unsqueeze(1)
+    there = torch.where(outside.unsqueeze(1), gradient.gather(1, columns), (torch.expm1(-losses) * grad).unsqueeze(1))
+    return gradient.scatter_(1, columns, there.to(gradient.dtype))
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function compiled, for the shapes that it is called with: those of a chunk, and of the last one."""
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+class _TokenLosses(torch.autograd.Function):
+    """Token losses of rows of hidden states, chunk by chunk; the backward pass recomputes the logits, or has held them.
 
     The gradient of the output layer is a sum over chunks. It is accumulated in float32 and rounded once, at the end, to
     the precision of the weights: in bfloat16 the rounding of the sum would swallow the contribution of a chunk. Chunks
@@ -56,34 +100,56 @@ class _ChunkedLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, tp_group: TensorGroup, chunk: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        vocab_size: int,
+        tp_group: TensorGroup,
+        execution: Execution,
     ) -> Tensor:
-        ctx.save_for_backward(hidden, weight, targets)
-        ctx.vocab_size, ctx.tp_group, ctx.chunk = vocab_size, tp_group, chunk
-        parts, first = zip(hidden.split(chunk), targets.split(chunk), strict=True), tp_group.rank * len(weight)
-        return torch.cat([_losses_of(_logits(h, weight, vocab_size, tp_group), t, first, tp_group) for h, t in parts])
+        chunk = execution.loss_chunk_tokens or len(hidden)
+        first = tp_group.rank * len(weight)
+        used, local = min(max(0, vocab_size - first), len(weight)), targets - first
+        rows: list[tuple[Tensor, Tensor]] = []
+        held: list[Tensor] = []
+        for part, columns in zip(hidden.split(chunk), local.split(chunk), strict=True):
+            product = _product(part, weight, used)
+            if tp_group.size > 1:
+                rows.append(_sharded_row_losses(product, columns, used, tp_group))
+            else:
+                row_losses = _compiled(_row_losses) if execution.compiled else _row_losses
+                rows.append(row_losses(product, columns, used))
+            if not execution.loss_chunk_tokens:
+                held.append(product)
+        losses, normalizers = (torch.cat(parts) for parts in zip(*rows, strict=True))
+        ctx.save_for_backward(hidden, weight, local, normalizers, losses, *held)
+        ctx.used, ctx.chunk, ctx.compiled = used, chunk, execution.compiled
+        return losses
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
-        hidden, weight, targets = ctx.saved_tensors
+        hidden, weight, local, normalizers, losses, *held = ctx.saved_tensors
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        chunks = [part.split(ctx.chunk) for part in (hidden, targets, grad)]
+        scaled_softmax = _compiled(_scaled_softmax) if ctx.compiled else _scaled_softmax
+        inputs = hidden, normalizers, losses, local, grad
+        chunks = list(zip(*(part.split(ctx.chunk) for part in inputs), strict=True))
         hidden_grads: list[Tensor] = []
         weight_grad: Tensor | None = None
-        for rows, row_targets, row_grads in reversed(list(zip(*chunks, strict=True))):
-            logits = _logits(rows, weight, ctx.vocab_size, ctx.tp_group).requires_grad_()
-            with torch.enable_grad():
-                losses = _losses_of(logits, row_targets, ctx.tp_group.rank * len(weight), ctx.tp_group)
-            logits_grad = torch.autograd.grad(losses, logits, row_grads)[0].to(weight.dtype)
-            del logits, losses
-            columns = logits_grad.shape[1]
+        for rows, row_normalizers, row_losses, columns, row_grads in reversed(chunks):
+            # Without a compiler it is overwritten in float32: it is one of the largest tensors of a step.
+            product = held.pop() if held else _product(rows, weight, ctx.used)
+            logits_grad = scaled_softmax(product, row_normalizers, row_grads, ctx.used)
+            del product
+            _subtract_targets(logits_grad, row_losses, columns, row_grads)
             if wants_hidden:
-                hidden_grads.append(logits_grad.mm(weight[:columns]))
+                hidden_grads.append(logits_grad.mm(weight[: logits_grad.shape[1]]))
             if wants_weight:
-                part = _float32_product(logits_grad.t(), rows)
+                part = logits_grad.t().mm(rows) if len(chunks) == 1 else _float32_product(logits_grad.t(), rows)
                 weight_grad = part if weight_grad is None else weight_grad.add_(part)
                 del part
-            # Both are as large as the next chunk's logits, or larger.
+            # It is as large as the next chunk's logits, or larger.
             del logits_grad
         hidden_grad = torch.cat(hidden_grads[::-1]) if wants_hidden else None
         if weight_grad is not None:
@@ -100,9 +166,17 @@ def _float32_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def token_losses(
-    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, tp_group: TensorGroup, chunk_tokens: int = 0
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    vocab_size: int,
+    tp_group: TensorGroup,
+    execution: Execution = DEFAULT,
 ) -> Tensor:
     """Cross-entropy of each target under the output layer, in float32.
+
+    `torch.nn.functional.linear_cross_entropy` (torch 2.13) computes the same by chunks, but in bfloat16 it returns
+    losses in bfloat16, whose error of .01 nats is that of a domain's excess loss.
 
     Args:
         hidden: [batch, seq, hidden], the same on every rank of the group. Each rank computes the part of its gradient
@@ -111,36 +185,10 @@ def token_losses(
         targets: [batch, seq] token ids below `vocab_size`.
         vocab_size: rows from this one on are padding and never enter the softmax; their values must be finite.
         tp_group: the group over which the vocabulary is sharded.
-        chunk_tokens: hold the logits of at most this many tokens at a time, and recompute them in the backward pass;
-            0: compute the logits of all tokens once and hold them for the backward pass.
 
     Returns:
         [batch, seq] losses in nats, the same on every rank of the group.
     """
     rows, flat = hidden.flatten(0, 1), targets.flatten()
-    if chunk_tokens:
-        return _ChunkedLosses.apply(rows, weight, flat, vocab_size, tp_group, chunk_tokens).view_as(targets)
-    logits = _logits(rows, weight, vocab_size, tp_group)
-    return _losses_of(logits, flat, tp_group.rank * len(weight), tp_group).view_as(targets)
-
-
-def _logits(hidden: Tensor, weight: Tensor, vocab_size: int, tp_group: TensorGroup) -> Tensor:
-    """[n, hidden] -> [n, columns] float32 logits of this rank's rows of the vocabulary.
-
-    In 16 bits the product includes the padding rows, and their logits are set to -inf: the strides of a matrix without
-    them may be odd, for which kernels are slow. In float32 they are excluded, unless the rank holds only padding.
-    """
-    rows, used = weight.shape[0], max(0, vocab_size - tp_group.rank * weight.shape[0])
-    if used >= rows:
-        return F.linear(hidden, weight).float()
-    if used and weight.dtype.itemsize > 2:
-        return F.linear(hidden, weight[:used])
-    padding = torch.arange(rows, device=weight.device) >= used
-    return F.linear(hidden, weight).float().masked_fill_(padding, float("-inf"))
-
-
-def _losses_of(logits: Tensor, targets: Tensor, first: int, tp_group: TensorGroup) -> Tensor:
-    """[n, columns of this rank] float32 logits and [n] targets -> [n] losses; `first` is the id of the first column."""
-    if tp_group.size == 1:
-        return F.cross_entropy(logits, targets, reduction="none")
-    return _VocabParallelCrossEntropy.apply(logits, targets, first, tp_group)
+    losses: Tensor = _TokenLosses.apply(rows, weight, flat, vocab_size, tp_group, execution)
+    return losses.view_as(targets)

@@ -146,7 +146,7 @@ def evaluate_run(
     with stage(f"checking the weights in {model.files}", context.topology.rank == 0):
         from_rank_0(lambda: weights_hash(model, watchdog))
     with stage(f"loading {model.files}", context.topology.rank == 0):
-        module = load_trained(model, context, plan.dtype, config.parallel.loss_chunk_tokens)
+        module = load_trained(model, context, plan.dtype, plan.frozen_execution)
     if save is not None:
         # Finds out before the evaluation whether the file can be written.
         from_rank_0(lambda: append_line(save, ""))

@@ -179,7 +179,7 @@ def score(plan: RunPlan, data: RunData, model: TrainedModel, context: ParallelCo
 
     # Before the folder is written: some faults of a model's files show only now.
     with stage(f"loading {model.files}", topology.rank == 0):
-        module = load_trained(model, context, plan.dtype, config.parallel.loss_chunk_tokens)
+        module = load_trained(model, context, plan.dtype, plan.frozen_execution)
     with stage(f"checking the weights in {model.files}", topology.rank == 0):
         fingerprint = run_on_rank_0_via_store(store, "folder", topology.rank, start)
     # Only one rank of each replica reads and writes files of losses.

@@ -160,4 +160,4 @@ def make_reference(plan: RunPlan, run: TrainedModel | None, context: ParallelCon
     """The frozen reference on the proxy's layout and in its precision; None if the losses are on disk or not needed."""
     if run is None:
         return None
-    return OnlineReference(run, context, plan.dtype, plan.batch_shape, plan.config.parallel.loss_chunk_tokens)
+    return OnlineReference(run, context, plan.dtype, plan.batch_shape, plan.frozen_execution)

@@ -65,7 +65,7 @@ def stage_traffic(plan: RunPlan, alternating: bool, reference: Shape | None, sta
     trains, micro_batches = plan.config.data.phase in TRAINING, plan.micro_batches
     # ZeRO 3 scores a batch first, and passes it forward again to train.
     scored_first = trains and alternating and plan.config.parallel.zero_stage == 3
-    chunk = plan.loss_chunk_tokens(alternating)
+    chunk = plan.execution(alternating).loss_chunk_tokens
     found = list(_passes(plan, plan.shape, stage, micro_batches, not trains, chunk))
     if scored_first:
         found += _passes(plan, plan.shape, stage, micro_batches, True, chunk)
@@ -86,7 +86,7 @@ def _passes(plan: RunPlan, gpt: GPTConfig, stage: int, count: int, forward_only:
     """What layers and stages exchange in `count` forward passes, with their backward passes or without.
 
     Args:
-        chunk: tokens whose logits are computed at a time, and again in the backward pass; 0: all, held for it.
+        chunk: tokens whose logits are computed at a time; 0: all.
     """
     topology, parallel, element = plan.topology, plan.config.parallel, plan.dtype.itemsize
     tensor, stages = topology.tensor_size, topology.pipe_size
@@ -95,10 +95,9 @@ def _passes(plan: RunPlan, gpt: GPTConfig, stage: int, count: int, forward_only:
     if tensor > 1:
         yield from _layers(plan, gpt, stage, count, hidden, forward_only)
         if last:
-            # The maximum logit, the target's and the sum of exponentials; chunks are computed again.
-            passes = count * (1 + (not forward_only and chunk > 0))
+            # The maximum logit, the target's and the sum of exponentials.
             chunks = math.ceil(tokens / (chunk or tokens))
-            yield Traffic(TENSOR, ALL_REDUCE, tensor, 12.0 * tokens * passes, 2 * chunks * passes)
+            yield Traffic(TENSOR, ALL_REDUCE, tensor, 12.0 * tokens * count, 2 * chunks * count)
     boundary = hidden / (tensor if parallel.sequence_parallel else 1)
     sends = (not last) + (not first and not forward_only)
     yield Traffic(PIPELINE, SEND, 2, boundary * sends, count * sends)

@@ -118,7 +118,7 @@ def micro_batch_bytes(
         # The final norm, the output layer's input, and its logits unless they are recomputed.
         per_token += element * (residual + hidden)
         if not parallel.loss_chunk_tokens:
-            per_token += 4 * gpt.padded_vocab_size(tensor) / tensor
+            per_token += element * gpt.padded_vocab_size(tensor) / tensor
     return tokens * per_token
 
 
@@ -188,9 +188,10 @@ def parameter_counts(shape: Shape, tensor_size: int, pipe_size: int) -> tuple[in
 def loss_bytes(shape: Shape, parallel: ParallelConfig, tokens: int, element: int, trains: bool) -> float:
     """Bytes at work while the loss of a micro-batch is computed, beside logits that are held for the backward pass.
 
-    With chunks, the backward pass holds four copies of a chunk's logits in float32 (logits, log-softmax, and their
-    gradients) beside the float32 sum of the output layer's gradient; or that sum, a chunk's summand and the gradient
-    of the logits; or at the end that sum and its copies in the precision of the weights.
+    The forward pass holds logits and log-softmax in float32; the backward pass overwrites logits by their gradient. In
+    bfloat16 the product that gives the logits, and their rounded gradient, come on top. With chunks the sum of the
+    output layer's gradient is float32: it is held beside a chunk's logits; beside their gradient and a summand; and at
+    the end beside its copies in the precision of the weights.
 
     Args:
         tokens: of a micro-batch.
@@ -201,14 +202,18 @@ def loss_bytes(shape: Shape, parallel: ParallelConfig, tokens: int, element: int
     rows = shape.padded_vocab_size(tensor) / tensor
     logits = 4 * rows * min(chunk or tokens, tokens)
     rounded = logits * element / 4
+    separate = rounded if element < 4 else 0.0
     if not trains:
-        return 2 * logits + rounded
+        return 2 * logits + separate
     assert isinstance(shape, GPTConfig), shape
     gradient = 4 * rows * shape.hidden_size
     if not chunk:
-        return 2 * logits + rounded + gradient * element / 4
+        # Beside the held product.
+        forward, backward = (2 * logits, logits + rounded) if element < 4 else (logits, 0.0)
+        return max(forward, backward, 2 * gradient * element / 4)
     summed = gradient if tokens > chunk else 0.0
-    return max(4 * logits + summed, rounded + gradient + summed, 2 * gradient)
+    forward, backward = 2 * logits + separate, logits + 2 * separate + summed
+    return max(forward, backward, rounded + gradient + summed, 2 * gradient)
 
 
 def buffer_bytes(config: Config, parameters: int, data_size: int) -> tuple[float, float, float, float]:
@@ -266,7 +271,7 @@ def _stage_memory(
 ) -> StageMemory:
     """See `stage_memories`; `parameters` and `reference` count those of a rank of the stage, without ZeRO."""
     config, data_size = plan.config, plan.topology.data_size
-    parallel = replace(config.parallel, loss_chunk_tokens=plan.loss_chunk_tokens(alternating))
+    parallel = replace(config.parallel, loss_chunk_tokens=plan.execution(alternating).loss_chunk_tokens)
     tokens, element, stages = math.prod(plan.batch_shape), plan.dtype.itemsize, plan.topology.pipe_size
     trains = config.data.phase in TRAINING
     loss = loss_bytes(plan.shape, parallel, tokens, element, trains) if stage == stages - 1 else 0.0

@@ -86,6 +86,7 @@ def test_bfloat16_gradients_are_summed_in_float32(world, zero_stage):
 
 def test_the_gradient_of_a_chunked_head_is_summed_in_float32():
     """64 chunks: summed in bfloat16, the output layer's gradient loses digits with every chunk."""
+    from megatron_doremi.execution import Execution
     from megatron_doremi.parallel.cross_entropy import token_losses
     from megatron_doremi.parallel.groups import TensorGroup
 
@@ -96,7 +97,8 @@ def test_the_gradient_of_a_chunked_head_is_summed_in_float32():
 
     def weight_gradient(chunk, weight):
         weight = weight.clone().requires_grad_()
-        token_losses(hidden.to(weight.dtype), weight, targets, 41, TensorGroup(None, 1, 0), chunk).sum().backward()
+        execution = Execution(loss_chunk_tokens=chunk)
+        token_losses(hidden.to(weight.dtype), weight, targets, 41, TensorGroup(None, 1, 0), execution).sum().backward()
         return weight.grad
 
     # A chunk's gradient of the logits is rounded to bfloat16 either way.

@@ -45,6 +45,8 @@ def example(gpt):
 def all_variants(launch, pipe, tensor, flags, bf16):
     """The losses and gradients of each of VARIANTS, in the processes of one start."""
     context = layout(launch, pipe, tensor, flags.get("sequence_parallel", False))
+    # Traced as for the real compiler, which would take minutes for all of these; it is in test_compiled.py.
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")
     return {name: losses_and_gradients(gpt, context, flags, bf16) for name, gpt in VARIANTS.items()}
 
 
@@ -102,6 +104,11 @@ LAYOUTS = {
     "TP2-SP-bf16": (2, 1, 2, {"zero_stage": 1, **SP}, True),
     "DP2-ZeRO2-bf16": (2, 1, 1, {"zero_stage": 2}, True),
     "DP2-ZeRO3-bf16": (2, 1, 1, {"zero_stage": 3}, True),
+    "single-compiled": (1, 1, 1, {"compile": True}, False),
+    "TP2-compiled": (2, 1, 2, {"compile": True}, False),
+    "TP2-SP-compiled": (2, 1, 2, {"compile": True, "recompute_granularity": "selective", **SP}, False),
+    "PP2-compiled": (2, 2, 1, {"compile": True, "recompute_granularity": "full"}, False),
+    "DP2-ZeRO2-bf16-compiled": (2, 1, 1, {"compile": True, "zero_stage": 2}, True),
 }
 
 

@@ -112,10 +112,11 @@ def collectives_of_a_step(launch, pipe, tensor, gpt, data, parallel, doremi, bf1
 
 def collectives_of_a_reference(launch, pipe, tensor, gpt, shape, count, sequence_parallel, loss_chunk_tokens):
     """See `recorded`; of the forward passes of `count` micro-batches through a frozen model."""
+    from megatron_doremi.execution import Execution
     from megatron_doremi.model.forward import forward_only
-    from megatron_doremi.model.pipeline import GPTPipeline
+    from megatron_doremi.model.unpipelined import make_gpt
 
     context = layout(launch, pipe, tensor, sequence_parallel)
-    module = GPTPipeline(gpt, context, 0, loss_chunk_tokens=loss_chunk_tokens)
+    module = make_gpt(gpt, context, 0, Execution(loss_chunk_tokens=loss_chunk_tokens))
     batches = micro_batches(*shape, count)
     return recorded(lambda: forward_only(module, batches, count, shape, context))

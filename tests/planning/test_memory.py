@@ -117,6 +117,7 @@ def test_what_the_loss_takes(hidden, chunk):
     import torch
     from torch.profiler import ProfilerActivity, profile
 
+    from megatron_doremi.execution import Execution
     from megatron_doremi.parallel.cross_entropy import token_losses
     from megatron_doremi.parallel.groups import TensorGroup
 
@@ -124,7 +125,8 @@ def test_what_the_loss_takes(hidden, chunk):
     states, weight = (torch.randn(*shape, requires_grad=True) for shape in ((1, 256, hidden), (8192, hidden)))
     targets = torch.zeros(1, 256, dtype=torch.int64)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        token_losses(states, weight, targets, 8192, TensorGroup(None, 1, 0), chunk).sum().backward()
+        execution = Execution(loss_chunk_tokens=chunk)
+        token_losses(states, weight, targets, 8192, TensorGroup(None, 1, 0), execution).sum().backward()
     peak = peak_of(recorded.profiler.kineto_results.events())
     expected = loss_bytes(gpt, ParallelConfig(loss_chunk_tokens=chunk), 256, element=4, trains=True)
     print(f"hidden {hidden}, chunk {chunk}: {peak / 2**20:.1f} MiB, formula {expected / 2**20:.1f}")

@@ -58,7 +58,7 @@ def test_those_of_a_stage(size, tensor, pipe, variant):
     gpt, tp = shape_of(size, variant), TensorParallel(TensorGroup(None, tensor, 0))
     names = layer_names(gpt)
     with torch.device("meta"):
-        layers = [spec.build() for spec in layer_specs(gpt, tp, "none")]
+        layers = [spec.build() for spec in layer_specs(gpt, tp)]
     first = names.index("layers.0")
     bounds = stage_bounds(gpt.num_layers, pipe, first, len(names) - first - gpt.num_layers)
     built = [sum(p.numel() for layer in layers[a:b] for p in layer.parameters()) for a, b in pairwise(bounds)]

@@ -1,0 +1,25 @@
+"""How a model computes, as opposed to what: the options that change time and memory and leave the losses the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a model computes.
+
+    Attributes:
+        recompute: what the backward pass recomputes of a block: none, selective (attention between its projections),
+            or full.
+        loss_chunk_tokens: hold the logits of at most this many tokens at a time, and recompute them in the backward
+            pass; 0: compute the logits of all tokens once and hold them for the backward pass.
+        compiled: compile each block, and the losses of rows of logits, by torch.compile.
+    """
+
+    recompute: str = "none"
+    loss_chunk_tokens: int = 0
+    compiled: bool = False
+
+
+DEFAULT = Execution()
