@@ -45,6 +45,8 @@ PURE = [
     "config.py",
     "run_settings.py",
     "optimizer_settings.py",
+    "planning_settings.py",
+    "devices.py",
     "layout_rules.py",
     "validation.py",
     "arguments.py",

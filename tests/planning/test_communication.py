@@ -80,6 +80,38 @@ def test_bytes_of_a_step(case):
             assert sum(each.calls for each in traffic) == counted
 
 
+def collectives_with_small_limits(launch, *arguments):
+    """See `collectives_of_a_step`; ZeRO 3 releases weights as it would those of a model of many billions."""
+    from megatron_doremi.engine import build
+
+    entries = build.deepspeed_config
+
+    def with_limits(*plan):
+        result = entries(*plan)
+        limits = {"max_reuse_distance": 100, "max_live_parameters": 50_000, "prefetch_bucket_size": 30_000}
+        result["zero_optimization"] |= {f"stage3_{name}": value for name, value in limits.items()}
+        return result
+
+    build.deepspeed_config = with_limits
+    return collectives_of_a_step(launch, *arguments)
+
+
+def test_zero_3_gathers_a_large_model_twice(monkeypatch):
+    """For the forward and for the backward pass; the last layers stay, since both are close: the plan counts them."""
+    monkeypatch.setattr("megatron_doremi.planning.communication.GATHERED", 50_000)
+    gpt = small_gpt(**{**GPT, "num_layers": 6, "vocab_size": 192, "max_positions": SEQ})
+    data = {"phase": "main", "seq_length": SEQ, "micro_batch_size": WINDOWS}
+    data["global_batch_size"] = MICRO_BATCHES * WINDOWS * 2
+    parallel, topology = {"zero_stage": 3, "loss_chunk_tokens": 48}, Topology(1, 2, 1)
+    plan = make_plan(make_config(topology, data, parallel, bf16=True), topology, gpt, ("text",), (1,), np.ones(1))
+    expected = planned(stage_traffic(plan, False, None, 0))
+    for calls in on_ranks(2, collectives_with_small_limits, 1, 1, gpt, data, parallel, {}, True):
+        found = measured(calls)
+        print(f"ZeRO 3, small limits: {found}, planned {expected}")
+        assert found[REDUCE_SCATTER] == expected[REDUCE_SCATTER]
+        assert 0.9 * expected[ALL_GATHER] < found[ALL_GATHER] <= expected[ALL_GATHER]
+
+
 @pytest.mark.parametrize(("pipe", "tensor", "sequence_parallel"), [(2, 1, False), (1, 2, False), (1, 2, True)])
 def test_bytes_of_an_online_reference(pipe, tensor, sequence_parallel):
     """What a proxy with one exchanges beyond a proxy without, against the forward passes of a frozen model."""

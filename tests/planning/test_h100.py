@@ -67,11 +67,13 @@ def test_it_fits_and_takes_what_the_document_says(stage, gpus, pile):
     bubble = re.search(r"pipeline bubble: (\S+)% of", text)
     sent = re.findall(r"^  (?:tensor|pipeline|data) +\d+ +\S+ +\S+ +\d+ +(\S+) ", text, flags=re.MULTILINE)
     layout = re.search(r"^layout: (.*) = ", text, flags=re.MULTILINE)[1]
-    cells = [layout, step, f"{bubble[1]} %" if bubble else "0", f"{sum(map(float, sent)):.3f}", duration]
+    cells = [layout, memory, step, f"{bubble[1]} %" if bubble else "0", f"{sum(map(float, sent)):.3f}", duration]
+    print(f"| {gpus} | {stage} | {' | '.join(cells)} |")
     row = next(line for line in DOCUMENT.splitlines() if line.startswith(f"| {gpus} | {stage} |"))
     _, _, *written = [cell.strip() for cell in row.strip("|").split("|")]
-    # What a token holds changes now and then.
-    assert float(written.pop(1)) == pytest.approx(float(memory), rel=0.1)
+    # What a token holds and what is exchanged change now and then; run with -s for the rows of the document.
+    for column in (4, 1):
+        assert float(written.pop(column)) == pytest.approx(float(cells.pop(column)), rel=0.1)
     assert written == cells
 
 

@@ -100,6 +100,9 @@ def test_arithmetic_by_hand():
     assert lines[-4] == (
         f"time at 40% of H100's 989 TFLOP/s: {seconds / 10:,.3g} s a step, {seconds:,.3f} seconds on 8 GPUs, {hours}"
     )
+    # The peak is that of bfloat16.
+    single = replace(plan, config=replace(plan.config, optimizer=replace(plan.config.optimizer, bf16=False)))
+    assert any("989 TFLOP/s in bfloat16 (this run is float32): " in line for line in machine_lines(single, False, None))
     scored = plan_of("score --reference-load r --model-size 280m --num-shards 4", data=8)
     assert run_flops_per_token(scored, None) == pytest.approx(flops / 3)
     assert " on 32 GPUs, " in machine_lines(scored, False, None)[-1]
