@@ -93,6 +93,12 @@ class RunConfig:
         "steps between metrics lines on the console (a proxy's metrics.jsonl has every step)",
         bounds=Bounds(1, STEPS.high),
     )
+    profile: int = setting(
+        0,
+        "record this step by torch.profiler, into SAVE/profile/ (Chrome's trace format, gzip); 0: none",
+        bounds=STEPS,
+    )
+    profile_rank: int = setting(0, "the rank whose step --profile records", bounds=RANKS_OR_NONE)
     nproc_per_node: int = setting(
         0,
         "start this many processes on this machine, a rank each, in place of torchrun; 0: this process is a rank",

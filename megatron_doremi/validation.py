@@ -33,7 +33,7 @@ from megatron_doremi.settings import EVALUATE, PHASES, PROXY, SCORE, UNIMAX, fla
 def find_faults(config: Config, world_size: int) -> list[Fault]:
     """All faults of the settings by themselves, before any file is opened."""
     model_faults = _model_faults(config.model, config.parallel) if _reads_shape(config) else []
-    faults = [*_required(config), *_ranges(config), *model_faults]
+    faults = [*_required(config), *_ranges(config), *_profile_faults(config, world_size), *model_faults]
     if not config.run.suggest_layout:
         return [*faults, *layout_faults(config, world_size), *zero_faults(config), *dry_run_faults(config)]
     if not faults and _reads_shape(config):
@@ -199,6 +199,21 @@ def _ranges(config: Config) -> list[Fault]:
         check(
             warmup <= steps, "lr_warmup_iters", warmup, f"at most --train-iters {steps}, else the peak is never reached"
         )
+    return faults
+
+
+def _profile_faults(config: Config, world_size: int) -> list[Fault]:
+    """Faults of the flags of a step's trace."""
+    run, steps = config.run, config.data.train_iters
+    if not run.profile:
+        return [_without_effect("--profile-rank", "--profile names the step to record")] if run.profile_rank else []
+    faults = []
+    if 0 < steps < run.profile:
+        rule = f"a step of the run: at most --train-iters {steps}"
+        faults.append(Fault("--profile", str(run.profile), rule, "give a step in that range"))
+    if run.profile_rank >= world_size:
+        rule, remedy = f"a rank of the run: below {world_size}", "give a rank in that range"
+        faults.append(Fault("--profile-rank", str(run.profile_rank), rule, remedy))
     return faults
 
 

@@ -12,11 +12,23 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.pipe.schedule import PipeInstruction, PipeSchedule
+from deepspeed.runtime.pipe.schedule import (
+    BackwardPass,
+    OptimizerStep,
+    PipeInstruction,
+    PipeSchedule,
+    RecvActivation,
+    RecvGrad,
+    ReduceGrads,
+    ReduceTiedGrads,
+    SendActivation,
+    SendGrad,
+)
 from torch import Tensor
 
 from megatron_doremi.data.loader import MicroBatch
 from megatron_doremi.engine.schedule import AlternatingSchedule, UpdateDomainWeights
+from megatron_doremi.engine.step_clock import BACKWARD, FORWARD, OPTIMIZER, PIPELINE, REDUCTION, make_clock
 from megatron_doremi.mixture.objective import Objective
 from megatron_doremi.parallel.context import ParallelContext
 from megatron_doremi.parallel.deepspeed_internals import (
@@ -26,13 +38,26 @@ from megatron_doremi.parallel.deepspeed_internals import (
     wraps_optimizer,
 )
 
+# Parts of a step by instruction; all others belong to the forward pass. That of the optimizer begins with the norm and
+# the flags, which ranks exchange.
+_PARTS: dict[type[PipeInstruction], str] = {
+    **dict.fromkeys((RecvActivation, SendActivation, RecvGrad, SendGrad), PIPELINE),
+    **dict.fromkeys((UpdateDomainWeights, ReduceTiedGrads, ReduceGrads, OptimizerStep), REDUCTION),
+    BackwardPass: BACKWARD,
+}
+
 
 class TrainingEngine(EngineHooks):
-    """An engine as the training loop uses it."""
+    """An engine as the training loop uses it.
+
+    Attributes:
+        clock: measures the parts of a step from the forward pass on.
+    """
 
     def __init__(self, objective: Objective, context: ParallelContext, clip_grad: float, **deepspeed: Any):
         super().__init__(**deepspeed)
         self.objective, self.context, self.clip_grad = objective, context, clip_grad
+        self.clock = make_clock(context.device)
         self._before_step: Callable[[Tensor | None], None] = lambda norm: None
 
     def train_step(
@@ -52,13 +77,21 @@ class TrainingEngine(EngineHooks):
                 the global norm of the gradient, or None if the optimizer computes the norm within its step.
         """
         self._before_step = before_step
+        self.clock.enter(FORWARD)
         self.objective.begin(targets, self.gradient_accumulation_steps())
         self.module.train()
         self._accumulate_and_step(micro_batches)
+        self.clock.enter(REDUCTION)
         self.objective.end()
+        self.clock.stop()
+
+    def before_reduction(self) -> None:
+        self.clock.enter(REDUCTION)
 
     def before_model_step(self) -> None:
+        self.clock.enter(REDUCTION)
         self._before_step(self._norm_in_time())
+        self.clock.enter(OPTIMIZER)
 
     def reduces_gradients(self) -> bool:
         # With one replica there is nothing to reduce, but a sharded optimizer collects its gradients here.
@@ -125,6 +158,9 @@ class PipelinedEngine(TrainingEngine, PipelineEngineHooks):
     def _update_domain_weights(self) -> None:
         self.objective.update_domain_weights()
 
+    def before_instruction(self, kind: type[PipeInstruction]) -> None:
+        self.clock.enter(_PARTS.get(kind, FORWARD))
+
     def after_forward(self, buffer_id: int, labels: tuple[Tensor, ...]) -> None:
         token_loss = self.loss
         _, domains, *reference = labels
@@ -158,7 +194,7 @@ class OneStageEngine(TrainingEngine):
             held = [self(batch.tokens, batch.targets) for batch in batches]
             for token_loss, batch in zip(held, batches, strict=True):
                 self.objective.record(token_loss, batch.domains, batch.reference)
-            self.objective.update_domain_weights()
+            self._update_domain_weights()
             while held:
                 # Each backward pass frees the graph of its micro-batch.
                 self._backpropagate(held.pop(0), batches.pop(0).domains)
@@ -166,12 +202,18 @@ class OneStageEngine(TrainingEngine):
             with torch.no_grad():
                 for batch in batches:
                     self._forward_and_record(batch)
-            self.objective.update_domain_weights()
+            self._update_domain_weights()
             for batch in batches:
+                self.clock.enter(FORWARD)
                 self._backpropagate(self(batch.tokens, batch.targets), batch.domains)
+
+    def _update_domain_weights(self) -> None:
+        self.clock.enter(REDUCTION)
+        self.objective.update_domain_weights()
 
     def _forward_and_record(self, batch: MicroBatch) -> Tensor:
         """[batch, seq] token losses, recorded by the objective."""
+        self.clock.enter(FORWARD)
         token_loss: Tensor = self(batch.tokens, batch.targets)
         self.objective.record(token_loss, batch.domains, batch.reference)
         return token_loss
@@ -181,6 +223,7 @@ class OneStageEngine(TrainingEngine):
         return not self.zero_optimization_partition_weights()
 
     def _backpropagate(self, token_loss: Tensor, domains: Tensor) -> None:
+        self.clock.enter(BACKWARD)
         self.backward(self.objective.loss(token_loss, domains))
         # Counts micro-batches, and updates the parameters after the last.
         self.step()

@@ -10,6 +10,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import deepspeed
@@ -222,7 +223,11 @@ class EngineHooks(DeepSpeedEngine):
     def allreduce_gradients(self, *args: Any, **kwargs: Any) -> None:
         """The reduction over replicas after a backward pass; DeepSpeed's pipeline engine does not call it."""
         if self.reduces_gradients():
+            self.before_reduction()
             super().allreduce_gradients(*args, **kwargs)
+
+    def before_reduction(self) -> None:
+        """Called before gradients are reduced after a backward pass; not by the pipeline engine."""
 
     def reduces_gradients(self) -> bool:
         """Whether the gradients of the replicas are reduced after the last backward pass."""
@@ -261,6 +266,9 @@ class PipelineEngineHooks(EngineHooks, PipelineEngine):
         """{instruction: function of the engine that executes it}, for instructions that DeepSpeed does not know."""
         return {}
 
+    def before_instruction(self, kind: type[PipeInstruction]) -> None:
+        """Called before each instruction of the schedule."""
+
     def after_forward(self, buffer_id: int, labels: tuple[Tensor, ...]) -> None:
         """Called on the last stage after a forward pass; `loss` holds the result of the module's loss function."""
 
@@ -286,13 +294,22 @@ class PipelineEngineHooks(EngineHooks, PipelineEngine):
         if self.reduces_gradients():
             super()._exec_reduce_grads()
 
-    @property
+    @cached_property
     def _INSTRUCTION_MAP(self) -> dict[type[PipeInstruction], Callable[..., None]]:
         """Overridden because DeepSpeed looks up instructions here, not among the methods of the subclass."""
-        return {
+        functions = {
             **PipelineEngine._INSTRUCTION_MAP,
             ForwardPass: PipelineEngineHooks._exec_forward_pass,
             BackwardPass: PipelineEngineHooks._exec_backward_pass,
             ReduceGrads: PipelineEngineHooks._exec_reduce_grads,
             **self.instructions(),
         }
+        return {kind: announced(kind, function) for kind, function in functions.items()}
+
+
+def announced(kind: type[PipeInstruction], function: Callable[..., None]) -> Callable[..., None]:
+    def execute(engine: PipelineEngineHooks, **arguments: Any) -> None:
+        engine.before_instruction(kind)
+        function(engine, **arguments)
+
+    return execute

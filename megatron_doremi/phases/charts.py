@@ -13,7 +13,7 @@ from tensorboard.compat.proto.types_pb2 import DT_STRING
 from tensorboard.plugins.custom_scalar.layout_pb2 import Category, Chart, Layout, MultilineChartContent
 
 _TRAIN = ("loss", "domain_loss", "lr", "grad_norm", "consumed_samples", "consumed_tokens")
-_PERF = ("elapsed_ms", "tokens_per_second", "tflops_per_gpu", "mfu", "memory_gib")
+_PERF = ("elapsed_ms", "tokens_per_second", "tflops_per_gpu", "mfu", "memory_gib", "time_ms")
 # Kinds of entries by domain whose lines TensorBoard shows in one chart.
 _CHARTS = (
     ("mixture", "domain_weights"),

@@ -170,14 +170,14 @@ def plan_text(inputs: Inputs) -> str:
     counts = data.held_out_counts(plan.config.data.seq_length)
     held_out = [min(count, limit) if limit else count for count in counts]
     lines = [*_origin(inputs), *to_come.values(), *inputs.resumes]
-    return describe_plan(plan, inputs.controller, setting, held_out, _held_reference(inputs), lines)
+    return describe_plan(plan, inputs.controller, setting, held_out, held_reference(inputs), lines)
 
 
 def planned_faults(inputs: Inputs) -> list[Fault]:
     """What a dry run finds once it has printed the plan: a rank that does not fit the stated device."""
     if inputs.plan.config.run.suggest_layout:
         return []
-    return memory_faults(inputs.plan, inputs.controller.before_backward, _held_reference(inputs))
+    return memory_faults(inputs.plan, inputs.controller.before_backward, held_reference(inputs))
 
 
 def start_text(inputs: Inputs, device: str) -> str:
@@ -187,7 +187,7 @@ def start_text(inputs: Inputs, device: str) -> str:
         device: what a rank computes on.
     """
     setting = sampling_setting(inputs.plan.config, inputs.data.manifest)
-    plan, reference = inputs.plan, _held_reference(inputs)
+    plan, reference = inputs.plan, held_reference(inputs)
     lines = start_lines(plan, inputs.controller, setting, reference, device, inputs.repeated)
     return "\n".join([*lines, *(f"  {line}" for line in _origin(inputs))])
 
@@ -197,7 +197,7 @@ def _origin(inputs: Inputs) -> list[str]:
     return [] if inputs.initial is None else [f"weights at step 0: those of {inputs.initial.path}"]
 
 
-def _held_reference(inputs: Inputs) -> Shape | None:
+def held_reference(inputs: Inputs) -> Shape | None:
     """The model that a proxy holds beside its own. Scoring and an evaluation hold one model, the plan's."""
     return inputs.loaded.shape if inputs.loaded and inputs.plan.config.data.phase in TRAINING else None
 
@@ -217,7 +217,7 @@ def suggestion(inputs: Inputs) -> str:
         rule = "the memory of the device that a rank will have; this machine has no GPU that could tell"
         raise ConfigError(Fault("--device-memory-gib", "not given", rule, "give it, such as --device-memory-gib 80"))
     before_backward = inputs.controller.before_backward
-    ranked = suggest_layouts(inputs.plan, before_backward, _held_reference(inputs), device_bytes)
+    ranked = suggest_layouts(inputs.plan, before_backward, held_reference(inputs), device_bytes)
     return suggestion_text(ranked, device_bytes)
 
 

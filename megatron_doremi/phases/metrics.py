@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,17 +20,41 @@ from megatron_doremi.mixture.statistics import DomainStats
 from megatron_doremi.planning.compute import flops_per_token as flops_per_token
 
 
-def gpu_metrics(flops: float, seconds: float, world_size: int) -> dict[str, float]:
-    """Utilization and peak memory of the GPUs in a step of `flops` operations; empty without a GPU.
+@dataclass(frozen=True)
+class Meters:
+    """What the rates of a step are computed from.
 
-    `mfu` is included only for GPUs whose peak is known.
+    Attributes:
+        tokens: of a step, over all ranks.
+        flops: floating point operations of a step over all ranks that its model, and an online reference, need
+            (`run_flops_per_token`).
+        world_size: number of ranks.
+        gpu: CUDA's name of this rank's GPU; None without one.
     """
-    if not torch.cuda.is_available():
-        return {}
-    tflops = flops / seconds / world_size / 1e12
-    peak = peak_tflops(torch.cuda.get_device_name())
-    result = {"tflops_per_gpu": tflops, "memory_gib": torch.cuda.max_memory_allocated() / 2**30}
-    return result if peak is None else {**result, "mfu": tflops / peak}
+
+    tokens: int
+    flops: float
+    world_size: int
+    gpu: str | None
+
+    def entries(self, seconds: float, parts: Mapping[str, float], peak_bytes: int) -> dict[str, Any]:
+        """Time and throughput of a step; utilization and memory with a GPU, `mfu` with one whose peak is known.
+
+        Args:
+            seconds: that it took.
+            parts: seconds of it by what they were spent on (engine/step_clock.py), on this rank.
+            peak_bytes: most memory allocated on the GPU so far.
+        """
+        result: dict[str, Any] = {
+            "elapsed_ms": seconds * 1e3,
+            "tokens_per_second": self.tokens / seconds,
+            "time_ms": {part: round(each * 1e3, 3) for part, each in parts.items()},
+        }
+        if self.gpu is None:
+            return result
+        tflops, peak = self.flops / seconds / self.world_size / 1e12, peak_tflops(self.gpu)
+        result |= {"tflops_per_gpu": tflops, "memory_gib": peak_bytes / 2**30}
+        return result if peak is None else {**result, "mfu": tflops / peak}
 
 
 def domain_entries(stats: DomainStats, names: Sequence[str]) -> dict[str, Any]:
@@ -42,24 +67,19 @@ def domain_entries(stats: DomainStats, names: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def rate_entries(seconds: float, tokens: int, flops: float, world_size: int) -> dict[str, float]:
-    """Time and throughput of a step of `tokens` tokens and `flops` operations over all ranks."""
-    return {
-        "elapsed_ms": seconds * 1e3,
-        "tokens_per_second": tokens / seconds,
-        **gpu_metrics(flops, seconds, world_size),
-    }
-
-
 def step_summary(entry: Mapping[str, Any], train_iters: int, time_left: str) -> str:
     """A training line as text for people; `time_left` is "" at the last step."""
     text = f"step {entry['iteration']:>{len(f'{train_iters:,}')},}/{train_iters:,} | loss {entry['loss']:.4f} | lr "
     text += f"{entry['lr']:.1e} | grad {entry['grad_norm']:.3f} | {entry['tokens_per_second']:,.0f} tokens/s"
-    text += f" | {time_left} left" if time_left else ""
+    left = f" | {time_left} left" if time_left else ""
+    room = COLUMNS - len("HH:MM:SS ") - len(text + left)
+    # A proxy's line needs the room for its largest weight.
+    mfu = f" | MFU {entry['mfu']:.1%}" if "mfu" in entry and "domain_weights" not in entry else ""
+    text += (mfu if len(mfu) <= room else "") + left
     if "domain_weights" in entry:
         name, weight = max(entry["domain_weights"].items(), key=lambda item: item[1])
         # With the time of day before it, the line is at most COLUMNS long.
-        room = COLUMNS - len("HH:MM:SS ") - len(text) - len(" | top  0.123")
+        room -= len(" | top  0.123")
         text += f" | top {shortened(name, room)} {weight:.3f}" if room >= min(6, len(name)) else ""
     return text
 
@@ -110,12 +130,12 @@ class StepTimer:
         """Starts after `iteration` steps."""
         self._iteration, self._began = iteration, time.perf_counter()
 
-    def lap(self, iteration: int) -> float:
-        """Seconds a step since the last lap, in the mean; the next lap begins."""
+    def lap(self, iteration: int) -> tuple[int, float]:
+        """Steps since the last lap, and the seconds that one took in the mean; the next lap begins."""
         now = time.perf_counter()
-        seconds = (now - self._began) / (iteration - self._iteration)
+        steps, seconds = iteration - self._iteration, now - self._began
         self._iteration, self._began = iteration, now
-        return seconds
+        return steps, seconds / steps
 
     @contextmanager
     def paused(self) -> Iterator[None]:

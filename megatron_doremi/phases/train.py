@@ -24,24 +24,26 @@ from megatron_doremi.data.blend import BlendState
 from megatron_doremi.data.loader import Step, StepReader, steps
 from megatron_doremi.engine.engines import TrainingEngine
 from megatron_doremi.engine.optimizer import make_learning_rate
+from megatron_doremi.engine.step_clock import DATA, REFERENCE
 from megatron_doremi.mixture.non_finite import explain_gradient, explain_loss
 from megatron_doremi.mixture.reference import OnlineReference, TrainedModel
 from megatron_doremi.parallel.context import ParallelContext
 from megatron_doremi.phases.closing import end_lines, weights_table
 from megatron_doremi.phases.evaluate import evaluate
 from megatron_doremi.phases.identity import Identity
-from megatron_doremi.phases.inputs import Inputs
+from megatron_doremi.phases.inputs import Inputs, held_reference
 from megatron_doremi.phases.learned_weights import LearnedWeights
 from megatron_doremi.phases.metrics import (
+    Meters,
     StepTimer,
     VanishedWeights,
     domain_entries,
-    flops_per_token,
-    rate_entries,
 )
 from megatron_doremi.phases.resume import ResumePoint
 from megatron_doremi.phases.run_data import held_out
 from megatron_doremi.phases.sinks import RunLog, open_log
+from megatron_doremi.phases.step_profile import StepProfile
+from megatron_doremi.planning.compute import run_flops_per_token
 from megatron_doremi.progress import stage
 from megatron_doremi.settings import PROXY
 
@@ -86,7 +88,13 @@ class Trainer:
         # Only rank 0's clock counts; `reduce_flags` tells the other ranks.
         self.save_timer = SaveTimer(self.config.run.save_interval_in_mins if self.topology.rank == 0 else 0.0)
         self.learning_rate = make_learning_rate(self.config.optimizer, self.config.data.train_iters)
-        self.step_flops = self.plan.step_tokens * flops_per_token(self.plan.gpt, self.config.data.seq_length)
+        self.meters = Meters(
+            self.plan.step_tokens,
+            self.plan.step_tokens * run_flops_per_token(self.plan, held_reference(inputs)),
+            self.topology.world_size,
+            torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else None,
+        )
+        self.profile = StepProfile(self.config.run, self.topology.rank, context.device)
         self.blend_state = BlendState.start(len(self.plan.names))
         self.iteration = 0
         self.metrics_bytes: int | None = None
@@ -124,10 +132,12 @@ class Trainer:
         if self.iteration == 0 and self.controller.evaluates_at(0):
             self._evaluate(log, for_controller=True)
         timer, stop, start, began = StepTimer(self.iteration), KEEP_RUNNING, self.iteration, time.monotonic()
+        self.engine.clock.enter(DATA)
         for step in () if self._ended() else self._steps():
             self.watchdog.mark(f"in iteration {self.iteration + 1}")
             lr = self.learning_rate.at(self.iteration + 1)
-            flags = self._take_step(step, lr)
+            with self.profile.of_step(self.iteration + 1, timer, self.watchdog):
+                flags = self._take_step(step, lr)
             stop, ended = flags.stop, self._ended()
             self._log_step(lr, timer, log, ended)
             with timer.paused():
@@ -149,6 +159,7 @@ class Trainer:
             if leave or ended:
                 break
             self.watchdog.mark(f"reading the data of iteration {self.iteration + 1}")
+            self.engine.clock.enter(DATA)
         with self._stage("writing the checkpoint"):
             self.checkpoints.finish()
         if self._ended():
@@ -198,6 +209,7 @@ class Trainer:
         self.engine.set_learning_rate(lr)
         micro_batches = step.micro_batches
         if self.reference is not None:
+            self.engine.clock.enter(REFERENCE)
             micro_batches = self.reference.score(micro_batches, self.plan.micro_batches)
         targets = torch.from_numpy(step.targets).to(self.engine.device, torch.float64)
         step_flags: list[StepFlags] = []
@@ -232,8 +244,9 @@ class Trainer:
         entry = None
         if at_log_interval or self.controller.learns:
             entry = self._entry(lr)
-            seconds = timer.lap(self.iteration)
-            entry |= rate_entries(seconds, self.plan.step_tokens, self.step_flops, self.topology.world_size)
+            steps, seconds = timer.lap(self.iteration)
+            parts = {part: each / steps for part, each in self.engine.clock.lap().items()}
+            entry |= self.meters.entries(seconds, parts, torch.cuda.max_memory_allocated() if self.meters.gpu else 0)
         log.step(entry)
         if entry is None:
             return

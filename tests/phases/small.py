@@ -115,7 +115,7 @@ def full_weights(checkpoint: Path) -> dict[str, Any]:
 
 def training_lines(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Training lines without their timings."""
-    clock = ("elapsed_ms", "tokens_per_second")
+    clock = ("elapsed_ms", "tokens_per_second", "time_ms")
     return [{k: v for k, v in line.items() if k not in clock} for line in lines if "loss" in line]
 
 

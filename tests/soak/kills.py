@@ -102,7 +102,7 @@ def lines(save: Path) -> list[dict]:
     """The lines of a run's metrics without timings."""
     path = save / "metrics.jsonl"
     entries = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    clock = ("elapsed_ms", "tokens_per_second", "data_ms")
+    clock = ("elapsed_ms", "tokens_per_second", "time_ms")
     return [{key: value for key, value in entry.items() if key not in clock} for entry in entries]
 
 
