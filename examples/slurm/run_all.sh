@@ -55,6 +55,7 @@ tasks_of() {
 # The checks of DRY_RUN: each prints what is fine, or a fault, which it counts. What no stage of STAGES makes is awaited.
 faults=0
 awaited=()
+gpu_hours=()
 fault() {
     echo "error: $1" >&2
     faults=$((faults + 1))
@@ -74,13 +75,15 @@ check_files() {
 # check_plan STAGE EARLIER RANKS: the plan of a stage. If the stage EARLIER is one of STAGES, its results count as still
 # to come. Before the data exist, only the flags are checked: the manifest is then the one fault.
 check_plan() {
-    local plan code=0 out=$OUT
+    local plan hours code=0 out=$OUT
     [[ " $STAGES " != *" ${2:-none} "* ]] || out=$OUT/to-come
     plan=$(DRY_RUN=$3 OUT=$out SLURM_SUBMIT_DIR=. SLURM_ARRAY_TASK_ID=0 SLURM_ARRAY_TASK_COUNT="$SCORE_TASKS" \
         bash "examples/slurm/$1.sbatch" 2>&1) || code=$?
     if [ "$code" -eq 0 ]; then
         printf '%s, %s ranks:\n%s\n' "$1" "$3" "$(sed -n '/^layout/,$s/^/  /p' <<< "$plan" | with_final_paths)"
         # Lines of the plan are wrapped.
+        hours=$(sed -n 's/.* \([0-9,.]*\) GPU-hours$/\1/p' <<< "$plan" | tr -d ,)
+        [ -z "$hours" ] || gpu_hours+=("$1 $hours")
         if [[ $out == "$OUT" && $(tr -s '[:space:]' ' ' <<< "$plan") =~ (--[a-z-]+ [^:]+)" does not exist yet" ]]; then
             awaited+=("$1: ${BASH_REMATCH[1]}")
         fi
@@ -138,6 +141,15 @@ check_all() {
     if [ "$faults" -gt 0 ]; then
         echo "error: $faults of the checks failed; nothing was submitted" >&2
         exit 2
+    fi
+    if [ "${#gpu_hours[@]}" -gt 1 ]; then
+        printf '%s\n' "${gpu_hours[@]}" | awk '
+            { total += $2; main += $1 == "main" ? $2 : 0 }
+            END {
+                printf "GPU-hours of these stages at the stated utilization: %.1f", total
+                if (main > 0) printf "; those before main are %.1f %% of main", 100 * (total - main) / main
+                print ""
+            }'
     fi
     if [ "${#awaited[@]}" -gt 0 ]; then
         echo "these must exist before the jobs start, and no stage of STAGES makes them:"

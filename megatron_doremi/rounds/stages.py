@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_doremi.config import SECTIONS, Config
 from megatron_doremi.errors import Fault
+from megatron_doremi.planning_settings import PlanningConfig
 from megatron_doremi.rounds.folder import RoundsFolder
 from megatron_doremi.settings import PROXY, REFERENCE, SCORE, flag_of, phases_of
 
@@ -25,7 +26,8 @@ _TAKEN = {
     "tensorboard_dir": "each run has a folder of its own",
     "dry_run_world_size": "a dry run plans for --nproc-per-node ranks",
     "suggest_layout": "pretrain_doremi.py --dry-run --suggest-layout plans one phase",
-    "device_memory_gib": "only for --suggest-layout",
+    "device_memory_gib": "only for the plan of one phase",
+    **dict.fromkeys((field.name for field in dataclasses.fields(PlanningConfig)), "only for the plan of one phase"),
 }
 # Settings that may change from one start to the next.
 _CHANGEABLE = (

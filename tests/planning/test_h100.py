@@ -99,6 +99,8 @@ def test_the_dry_run_of_the_chain(pile):
     done = subprocess.run(words, env=environ, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "reference, 64 ranks:\n" in done.stdout
+    hours = "4445.8; those before main are 3.0 % of main"
+    assert f"GPU-hours of these stages at the stated utilization: {hours}\n" in done.stdout
     assert "\n  layout: tensor 2 x pipeline 1 x data 32 = 64 ranks, ZeRO 1\n" in done.stdout
     argv = ["--phase", "main", "--domains", str(pile), *flags_of("main", 8), "--dry-run-world-size", "8"]
     command = [sys.executable, "pretrain_doremi.py", *argv, "--dry-run", "--device-memory-gib", "40"]
