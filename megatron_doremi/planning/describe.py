@@ -158,13 +158,16 @@ def _sizes(plan: RunPlan, alternating: bool, reference: Shape | None) -> list[st
     if reference is not None:
         memory.append(f"{_size(held.reference)} of the reference's weights")
     memory.append(f"{_size(held.loss)} while the loss is computed")
-    if held.working > 0.01 * held.total:
+    if held.working > 0.05 * held.total:
         memory.append(f"{_size(held.working)} of buffers and backward passes")
+    sharded = ""
+    if trains and config.parallel.zero_stage == 3:
+        largest, sharded = held.parameters, ", sharded by ZeRO 3"
     padded = shape.padded_vocab_size(1)
     vocabulary = f"{shape.vocab_size:,} tokens" + (f", padded to {padded:,}" if padded != shape.vocab_size else "")
     return [
         *(f"{name}: {each.statement()}" for name, each in models if isinstance(each, TransformersShape)),
-        f"parameters: {total:,} (vocabulary {vocabulary}), at most {largest:,} per rank",
+        f"parameters: {total:,} (vocabulary {vocabulary}), at most {largest:,} per rank{sharded}",
         f"memory per rank: {_size(held.total)}, of which {', '.join(memory)} (docs/memory.md)",
     ]
 

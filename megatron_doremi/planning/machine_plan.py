@@ -153,7 +153,7 @@ def _arithmetic(plan: RunPlan, alternating: bool, reference: Shape | None) -> li
     online = ", the reference's forward pass included" if reference is not None else ""
     slower = "" if config.optimizer.bf16 else " in bfloat16 (this run is float32)"
     lines = [
-        f"arithmetic: {step}{flops:.2e} the run{online}; recomputation does not count",
+        f"arithmetic: {step}{flops:.2e} FLOP the run{online}; recomputation does not count",
         f"time at {planning.dry_run_mfu:.0%} of {planning.dry_run_device}'s {peak:,.0f} TFLOP/s{slower}: "
         f"{a_step}{_duration(seconds)} on {ranks * tasks:,} GPU{'s' if ranks * tasks > 1 else ''}, "
         f"{seconds * ranks * tasks / 3600:,.1f} GPU-hours",

@@ -107,6 +107,14 @@ def test_a_checkpoint_has_the_planned_size(data, reference):
     assert 12 * PARAMETERS == checkpoint_bytes(plan, PARAMETERS) < size < 1.1 * checkpoint_bytes(plan, PARAMETERS)
 
 
+def test_a_shard_of_zero_3(data):
+    """Matrices are divided, the norms' vectors are not."""
+    _, lines = dry_run(data, "main", "--zero-stage", "3", world_size=4)
+    vectors = 5 * 32
+    shard = (PARAMETERS - vectors) // 4 + vectors
+    assert any(line.endswith(f"at most {shard:,} per rank, sharded by ZeRO 3") for line in lines)
+
+
 def test_only_a_file_of_weights_can_be_to_come(data, tmp_path):
     """A path that is misspelled is named; text that is no path is a fault."""
     (tmp_path / "proxy").mkdir()

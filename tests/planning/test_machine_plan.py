@@ -95,7 +95,7 @@ def test_arithmetic_by_hand():
     tokens = 10 * 512 * 1024
     lines = machine_lines(plan, False, None)
     seconds = tokens * flops / (989e12 * 0.4) / 8
-    assert f"arithmetic: {tokens * flops / 10:.2e} FLOP a step, {tokens * flops:.2e} the run" in lines[-5]
+    assert f"arithmetic: {tokens * flops / 10:.2e} FLOP a step, {tokens * flops:.2e} FLOP the run" in lines[-5]
     hours = f"{seconds * 8 / 3600:,.1f} GPU-hours"
     assert lines[-4] == (
         f"time at 40% of H100's 989 TFLOP/s: {seconds / 10:,.3g} s a step, {seconds:,.3f} seconds on 8 GPUs, {hours}"
