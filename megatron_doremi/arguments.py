@@ -23,6 +23,7 @@ _TITLES = {
     "model": "model",
     "parallel": "parallel layout",
     "doremi": "DoReMi",
+    "training": "training",
     "optimizer": "optimizer",
     "run": "run",
     "planning": "machine of a dry run",

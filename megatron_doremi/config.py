@@ -35,6 +35,7 @@ from megatron_doremi.settings import (
     setting,
 )
 from megatron_doremi.shapes import PAPER_SHAPES, GPTConfig
+from megatron_doremi.training_settings import TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -301,6 +302,7 @@ class Config:
     optimizer: OptimizerConfig
     run: RunConfig
     planning: PlanningConfig = dataclasses.field(default_factory=PlanningConfig)
+    training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
     given: frozenset[str] = dataclasses.field(default=frozenset(), compare=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -313,6 +315,7 @@ SECTIONS: dict[str, type] = {
     "model": ModelConfig,
     "parallel": ParallelConfig,
     "doremi": DoReMiConfig,
+    "training": TrainingConfig,
     "optimizer": OptimizerConfig,
     "run": RunConfig,
     "planning": PlanningConfig,

@@ -47,6 +47,14 @@ class GPTConfig:
     make_vocab_size_divisible_by: int = 128
     max_positions: int
     init_method_std: float = 0.02
+    reset_position_ids: bool = False
+    reset_attention_mask: bool = False
+    eod: int | None = None
+
+    @property
+    def reads_documents(self) -> bool:
+        """Whether a token's position, or what it attends to, depends on where documents end: after the id `eod`."""
+        return self.reset_position_ids or self.reset_attention_mask
 
     def padded_vocab_size(self, tensor_size: int) -> int:
         """Rows of the embedding table on `tensor_size` ranks together; rows past `vocab_size` stay unused."""

@@ -44,6 +44,9 @@ class GPTEntry(Schema):
     make_vocab_size_divisible_by: Positive = GPTConfig.make_vocab_size_divisible_by
     max_positions: _Rows
     init_method_std: Annotated[float, Field(gt=0)] = GPTConfig.init_method_std
+    reset_position_ids: bool = GPTConfig.reset_position_ids
+    reset_attention_mask: bool = GPTConfig.reset_attention_mask
+    eod: Count | None = GPTConfig.eod
 
     @model_validator(mode="after")
     def _heads_divide(self) -> GPTEntry:
@@ -51,6 +54,13 @@ class GPTEntry(Schema):
             raise ValueError("num_attention_heads must be a multiple of num_query_groups")
         if self.position_embedding_type == "rope" and self.kv_channels % 2:
             raise ValueError("rope rotates pairs of channels: kv_channels must be even")
+        return self
+
+    @model_validator(mode="after")
+    def _documents_end(self) -> GPTEntry:
+        resets = self.reset_position_ids or self.reset_attention_mask
+        if resets and (self.eod is None or self.eod >= self.vocab_size):
+            raise ValueError("eod must be a token id where positions or attention reset at the ends of documents")
         return self
 
     def gpt(self) -> GPTConfig:

@@ -63,7 +63,7 @@ class Step:
     """One rank's part of a global batch.
 
     Attributes:
-        micro_batches: of this rank; none on the middle stages of a pipeline.
+        micro_batches: of this rank; none on the middle stages of a pipeline, unless every stage reads them.
         targets: [k] int64 number of targets of each domain in the global batch.
         state_after: state of the blend after the step.
     """
@@ -123,6 +123,7 @@ class StepReader:
         batch_shape: (batch, seq) of a micro-batch.
         topology: the layout and this rank's place in it.
         reference_losses: the reference's losses of a proxy that has them on disk; read on the last stage only.
+        every_stage: all stages of a pipeline read the windows, not only the first and the last.
     """
 
     blend: Blend
@@ -130,12 +131,14 @@ class StepReader:
     batch_shape: tuple[int, int]
     topology: Topology
     reference_losses: ReferenceLosses | None = None
+    every_stage: bool = False
 
     def read(self, state: BlendState, weights: NDArray[np.float64]) -> Step:
         """Reads the step after `state`, under [k] sampling weights."""
         (size, seq_length), topology = self.batch_shape, self.topology
         batch, state_after = self.blend.next_batch(state, weights)
-        parts = rank_slice(batch, size, topology.data_rank, topology.data_size) if topology.reads_batches else []
+        reads = topology.reads_batches or self.every_stage
+        parts = rank_slice(batch, size, topology.data_rank, topology.data_size) if reads else []
         targets = np.bincount(batch.domains, minlength=len(self.blend.names)) * seq_length
         losses = self.reference_losses if topology.is_last_stage else None
         micro_batches = [read_windows(self.datasets, part, seq_length, losses) for part in parts]

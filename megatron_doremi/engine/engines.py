@@ -7,13 +7,14 @@ the full batch before any backward pass (see objective.py), the pipeline engine 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.schedule import (
     BackwardPass,
+    ForwardPass,
     OptimizerStep,
     PipeInstruction,
     PipeSchedule,
@@ -142,10 +143,13 @@ class PipelinedEngine(TrainingEngine, PipelineEngineHooks):
     def __init__(self, **arguments: Any):
         super().__init__(**arguments)
         self._held: dict[int, tuple[Tensor, Tensor]] = {}
+        self._coming: Iterator[MicroBatch] = iter(())
 
     def _accumulate_and_step(self, micro_batches: Sequence[MicroBatch]) -> None:
         # All copies to the device are issued here; DeepSpeed would issue them one by one and wait for each.
-        self.run_schedule(iter([batch.to(self.device).as_pipe_batch() for batch in micro_batches]))
+        batches = [batch.to(self.device) for batch in micro_batches]
+        self._coming = iter(batches)
+        self.run_schedule(iter([batch.as_pipe_batch() for batch in batches]))
 
     def schedule(self) -> PipeSchedule | None:
         if self.objective.before_backward:
@@ -160,6 +164,9 @@ class PipelinedEngine(TrainingEngine, PipelineEngineHooks):
 
     def before_instruction(self, kind: type[PipeInstruction]) -> None:
         self.clock.enter(_PARTS.get(kind, FORWARD))
+        if kind is ForwardPass and self.module.every_stage_reads:
+            # They come in order on every stage.
+            self.module.tokens = next(self._coming).tokens
 
     def after_forward(self, buffer_id: int, labels: tuple[Tensor, ...]) -> None:
         token_loss = self.loss

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from megatron_doremi.data.loader import MicroBatch
 from megatron_doremi.parallel.context import ParallelContext
+from megatron_doremi.parallel.topology import Topology
 
 
 class Stage(Protocol):
@@ -18,17 +19,26 @@ class Stage(Protocol):
 
     training: bool
 
+    @property
+    def every_stage_reads(self) -> bool:
+        """See `NamedLayers.every_stage_reads`."""
+
     def train(self, mode: bool = True) -> nn.Module:
         """Sets the training mode, as in `torch.nn.Module`."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """As in `torch.nn.Module`."""
 
-    def run(self, x: Tensor, targets: Tensor | None) -> Tensor:
+    def run(self, x: Tensor, targets: Tensor | None, tokens: Tensor | None = None) -> Tensor:
         """See `NamedLayers.run`."""
 
     def activation_shape(self, micro_batch_size: int, seq_length: int) -> tuple[int, int, int]:
         """See `NamedLayers.activation_shape`."""
+
+
+def reads_windows(module: Stage, topology: Topology) -> bool:
+    """Whether this rank reads the windows that `forward_only` passes through the model."""
+    return topology.reads_batches or module.every_stage_reads
 
 
 @torch.no_grad()
@@ -45,7 +55,7 @@ def forward_only(
 
     Args:
         module: this rank's stage.
-        micro_batches: read on the first and the last stage only.
+        micro_batches: read on stages that have a use for them (`reads_windows`) only.
         count: number of micro-batches, on every stage.
         shape: (batch, seq) of a micro-batch.
 
@@ -58,15 +68,16 @@ def forward_only(
     losses: list[Tensor] = []
     sending: list[tuple[dist.Work, Tensor]] = []
     for number in range(count):
+        tokens = micro_batches[number].tokens.to(parameter.device) if module.every_stage_reads else None
         if topology.is_first_stage:
             x = micro_batches[number].tokens.to(parameter.device)
         else:
             x = torch.empty(module.activation_shape(*shape), dtype=parameter.dtype, device=parameter.device)
             dist.recv(x, topology.neighbor(-1))
         if topology.is_last_stage:
-            losses.append(module.run(x, micro_batches[number].targets.to(parameter.device)))
+            losses.append(module.run(x, micro_batches[number].targets.to(parameter.device), tokens))
         else:
-            x = module.run(x, None)
+            x = module.run(x, None, tokens)
             x = x.contiguous()
             work = dist.isend(x, topology.neighbor(1))
             assert work is not None

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_doremi.config import GPTConfig
 from megatron_doremi.model.fused import rotate, split_heads, swiglu
-from megatron_doremi.model.positions import RotaryTable
+from megatron_doremi.model.positions import Window
 from megatron_doremi.parallel.layers import (
     ColumnParallelLinear,
     Norm,
@@ -30,7 +30,7 @@ def residual_std(gpt: GPTConfig) -> float:
     return gpt.init_method_std / math.sqrt(2.0 * gpt.num_layers)
 
 
-def recomputed(function: Callable[..., Tensor], *inputs: Tensor | RotaryTable | None) -> Tensor:
+def recomputed(function: Callable[..., Tensor], *inputs: Tensor | Window) -> Tensor:
     """Calls a function and keeps only its inputs; the backward pass recomputes the rest (Chen et al. 2016).
 
     Without dropout there is no random state to restore.
@@ -61,13 +61,14 @@ class Attention(nn.Module):
             norm = (gpt.kv_channels, gpt.normalization, gpt.norm_epsilon, tp, True)
             self.q_norm, self.k_norm = Norm(*norm), Norm(*norm)
 
-    def forward(self, x: Tensor, rotary: RotaryTable | None) -> Tensor:
+    def forward(self, x: Tensor, window: Window) -> Tensor:
         qkv = self.qkv(x)
-        mixed = recomputed(self._mix, qkv, rotary) if self.recompute else self._mix(qkv, rotary)
+        mixed = recomputed(self._mix, qkv, window) if self.recompute else self._mix(qkv, window)
         return self.proj(mixed)
 
-    def _mix(self, qkv: Tensor, rotary: RotaryTable | None) -> Tensor:
+    def _mix(self, qkv: Tensor, window: Window) -> Tensor:
         """Attention of the fused projection, [b, s, (n + 2 g) d / t] -> heads' outputs, [b, s, n d / t]."""
+        rotary, mask = window.rotary, window.mask
         normalized = self.q_norm is not None and self.k_norm is not None
         q, k, v = split_heads(qkv, self.groups, self.width, None if normalized else rotary)
         if self.q_norm is not None and self.k_norm is not None:
@@ -76,7 +77,11 @@ class Attention(nn.Module):
                 q, k = rotate(q, rotary), rotate(k, rotary)
         # [b, s, heads, d]
         q, k, v = (part.flatten(2, 3).transpose(1, 2) for part in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.queries_per_group > 1)
+        grouped = self.queries_per_group > 1
+        if grouped and mask is not None and q.is_cuda:
+            # Kernels with a mask know no groups; the fallback would hold all scores.
+            k, v, grouped = *(part.repeat_interleave(self.queries_per_group, dim=1) for part in (k, v)), False
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
         return out.transpose(1, 2).flatten(2)
 
 
@@ -113,12 +118,12 @@ class Block(nn.Module):
         self.mlp_norm = Norm(gpt.hidden_size, gpt.normalization, gpt.norm_epsilon, tp)
         self.mlp = MLP(gpt, tp)
 
-    def forward(self, x: Tensor, rotary: RotaryTable | None) -> Tensor:
+    def forward(self, x: Tensor, window: Window) -> Tensor:
         """Args:
-        rotary: the table of all positions of the sequence; None with learned positions.
+        window: of the full sequence, also where `x` is split by position.
         """
-        return recomputed(self._forward, x, rotary) if self.recompute else self._forward(x, rotary)
+        return recomputed(self._forward, x, window) if self.recompute else self._forward(x, window)
 
-    def _forward(self, x: Tensor, rotary: RotaryTable | None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotary)
+    def _forward(self, x: Tensor, window: Window) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), window)
         return x + self.mlp(self.mlp_norm(x))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from megatron_doremi.config import GPTConfig
 from megatron_doremi.execution import DEFAULT, Execution
 from megatron_doremi.model.gpt import Block
-from megatron_doremi.model.positions import Positions
+from megatron_doremi.model.positions import Positions, Window
 from megatron_doremi.parallel.context import ParallelContext
 from megatron_doremi.parallel.cross_entropy import token_losses
 from megatron_doremi.parallel.deepspeed_internals import PipelineModuleHooks, count_in_gradient_norm, is_tied_copy
@@ -55,17 +55,23 @@ class NamedLayers:
     tp: TensorParallel
     positions: Positions
 
+    @property
+    def every_stage_reads(self) -> bool:
+        """Whether all stages of a pipeline need the token ids, not only the first."""
+        return self.gpt.reads_documents
+
     @abstractmethod
     def named_layers(self) -> Iterator[tuple[str, nn.Module]]:
         """The layers of this rank by name; a tied layer once."""
 
     @abstractmethod
-    def run(self, x: Tensor, targets: Tensor | None) -> Tensor:
+    def run(self, x: Tensor, targets: Tensor | None, tokens: Tensor | None = None) -> Tensor:
         """Passes a micro-batch through the layers of this rank.
 
         Args:
             x: token ids [batch, seq] on the first stage, elsewhere the output of the previous stage.
             targets: [batch, seq] on the last stage, elsewhere None.
+            tokens: [batch, seq] ids, on every stage if `every_stage_reads`.
 
         Returns:
             [batch, seq] token losses in nats on the last stage, elsewhere hidden states (`activation_shape`).
@@ -81,23 +87,35 @@ class NamedLayers:
         """Shape of the output of every stage but the last."""
         return micro_batch_size, seq_length // self.tp.sequence_shards, self.gpt.hidden_size
 
-    def _through(self, layers: Iterable[Callable[..., Tensor]], x: Tensor) -> Tensor:
+    def _through(self, layers: Iterable[Callable[..., Tensor]], x: Tensor, tokens: Tensor | None) -> Tensor:
         """Passes token ids, or the output of the previous stage, through layers of this stage."""
-        # Token ids are never split by position.
-        shards = self.tp.sequence_shards if x.is_floating_point() else 1
-        positions, rotary = self.positions.of_window(x.shape[1] * shards, x.device)
+        window = self._window(x, tokens)
         for layer in layers:
             if isinstance(layer, Block):
-                x = layer(x, rotary)
+                x = layer(x, window)
             elif isinstance(layer, LearnedPositions):
-                x = layer(x, positions)
+                x = layer(x, window.positions)
             else:
                 x = layer(x)
         return x
 
+    def _window(self, x: Tensor, tokens: Tensor | None) -> Window:
+        if self.gpt.reads_documents:
+            assert tokens is not None, "every stage reads the tokens"
+            return self.positions.of_documents(tokens, next(self.model_parameters())[1].dtype)
+        # Token ids are never split by position.
+        shards = self.tp.sequence_shards if x.is_floating_point() else 1
+        return self.positions.of_window(x.shape[1] * shards, x.device)
+
 
 class GPTPipeline(NamedLayers, PipelineModuleHooks):
-    """This rank's stage of the GPT; initial values depend only on `seed` and the parameters' names."""
+    """This rank's stage of the GPT; initial values depend only on `seed` and the parameters' names.
+
+    Attributes:
+        tokens: [batch, seq] ids of the next forward pass, if `every_stage_reads`; DeepSpeed passes on one tensor.
+    """
+
+    tokens: Tensor | None = None
 
     def __init__(
         self,
@@ -153,9 +171,10 @@ class GPTPipeline(NamedLayers, PipelineModuleHooks):
 
     def forward(self, x: Tensor) -> Tensor:
         """Replaces DeepSpeed's forward pass, which gives every layer one input: blocks also take positions."""
-        return self._through(self.layer_functions(), x)
+        return self._through(self.layer_functions(), x, self.tokens)
 
-    def run(self, x: Tensor, targets: Tensor | None) -> Tensor:
+    def run(self, x: Tensor, targets: Tensor | None, tokens: Tensor | None = None) -> Tensor:
+        self.tokens = tokens
         x = self(x)
         return x if targets is None else self.token_losses(x, (targets,))
 

@@ -1,10 +1,11 @@
-"""Positions of tokens, and rotary position embeddings of queries and keys (Su et al. 2021, section 3.2)."""
+"""Positions of tokens, what they attend to, and rotary position embeddings (Su et al. 2021, section 3.2)."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_doremi.config import GPTConfig
@@ -35,6 +36,51 @@ def rotary_table(positions: Tensor, width: int, base: float) -> RotaryTable:
     return RotaryTable(angles.cos(), angles.sin())
 
 
+def document_starts(tokens: Tensor, eod: int) -> Tensor:
+    """For each token the place in its window at which its document starts; 0 for the window's first document.
+
+    A document ends with `eod`, so that the next one starts after it, as in Megatron-LM's masks.
+
+    Args:
+        tokens: [batch, seq] ids.
+
+    Returns:
+        [batch, seq] int64.
+    """
+    follows = F.pad(tokens[:, :-1] == eod, (1, 0))
+    places = torch.arange(tokens.shape[1], device=tokens.device)
+    return (places * follows).cummax(dim=1).values
+
+
+def document_mask(starts: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to attention scores: 0 within a document and not after the token, elsewhere -inf.
+
+    Args:
+        starts: [batch, seq], of `document_starts`.
+
+    Returns:
+        [batch, 1, seq, seq], for query and key.
+    """
+    places = torch.arange(starts.shape[1], device=starts.device)
+    visible = (places <= places[:, None]) & (places >= starts[:, None, :, None])
+    mask = torch.zeros(visible.shape, dtype=dtype, device=starts.device)
+    return mask.masked_fill_(~visible, float("-inf"))
+
+
+class Window(NamedTuple):
+    """Where the tokens of a micro-batch stand.
+
+    Attributes:
+        positions: [seq], or [batch, seq] where each window has its own.
+        rotary: the table of these positions; None with learned positions.
+        mask: see `document_mask`; None: each token attends to all before it in its window.
+    """
+
+    positions: Tensor
+    rotary: RotaryTable | None
+    mask: Tensor | None = None
+
+
 class Positions:
     """The positions of a window's tokens, 0 to seq - 1, and their rotary table.
 
@@ -48,10 +94,27 @@ class Positions:
         self._positions = torch.empty(0, dtype=torch.int64)
         self._table: RotaryTable | None = None
 
-    def of_window(self, seq_length: int, device: torch.device) -> tuple[Tensor, RotaryTable | None]:
-        """The positions, [seq], and their table; None in place of the table with learned positions."""
+    def of_window(self, seq_length: int, device: torch.device) -> Window:
+        """The positions 0 to seq - 1."""
         if len(self._positions) != seq_length or self._positions.device != device:
             self._positions = torch.arange(seq_length, device=device)
             if self._gpt.position_embedding_type == "rope":
                 self._table = rotary_table(self._positions, self._gpt.kv_channels, self._gpt.rotary_base)
-        return self._positions, self._table
+        return Window(self._positions, self._table)
+
+    def of_documents(self, tokens: Tensor, dtype: torch.dtype) -> Window:
+        """The positions of a micro-batch whose documents count, or attend, for themselves.
+
+        Args:
+            tokens: [batch, seq] ids.
+            dtype: of the activations.
+        """
+        gpt = self._gpt
+        assert gpt.eod is not None
+        window = self.of_window(tokens.shape[1], tokens.device)
+        starts = document_starts(tokens, gpt.eod)
+        if gpt.reset_position_ids:
+            positions = window.positions - starts
+            rotary = rotary_table(positions, gpt.kv_channels, gpt.rotary_base) if window.rotary is not None else None
+            window = Window(positions, rotary)
+        return window._replace(mask=document_mask(starts, dtype)) if gpt.reset_attention_mask else window

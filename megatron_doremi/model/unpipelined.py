@@ -87,15 +87,15 @@ class GPTModel(NamedLayers, nn.Module):
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """[batch, seq] ids and targets -> [batch, seq] losses in nats, float32."""
-        return self.layers[-1](self._through(self.layers[:-1], tokens), targets)
+        return self.layers[-1](self._through(self.layers[:-1], tokens, tokens), targets)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """[batch, seq] ids -> [batch, seq, vocab] logits, on one tensor-parallel rank."""
         assert self.tp.size == 1
-        hidden = self._through(self.layers[:-1], tokens)
+        hidden = self._through(self.layers[:-1], tokens, tokens)
         return F.linear(hidden, self.layers[-1].get_parameter("weight")[: self.gpt.vocab_size])
 
-    def run(self, x: Tensor, targets: Tensor | None) -> Tensor:
+    def run(self, x: Tensor, targets: Tensor | None, tokens: Tensor | None = None) -> Tensor:
         assert targets is not None
         return self(x, targets)
 

@@ -26,7 +26,7 @@ from megatron_doremi.mixture.non_finite import NonFinite, windows_by_domain
 from megatron_doremi.mixture.objective import reduce_stats, reduce_sums
 from megatron_doremi.mixture.reference import TrainedModel, load_trained
 from megatron_doremi.mixture.statistics import DomainStats, domain_stats, finite_windows
-from megatron_doremi.model.forward import Stage, forward_only
+from megatron_doremi.model.forward import Stage, forward_only, reads_windows
 from megatron_doremi.parallel.context import ParallelContext
 from megatron_doremi.parallel.exchange import from_rank_0, gather_json
 from megatron_doremi.phases.evaluation_entries import evaluation_entries, evaluation_table, interval_entries
@@ -88,7 +88,7 @@ def evaluate(
         progress()
         chunk = parts[first : first + stride]
         micro_batches: list[MicroBatch] = []
-        if topology.reads_batches:
+        if reads_windows(module, topology):
             micro_batches = [read_windows(text.datasets, part, text.seq_length) for part in chunk]
         losses = forward_only(module, micro_batches, len(chunk), shape, context)
         for micro_batch, loss in zip(micro_batches, losses, strict=False):

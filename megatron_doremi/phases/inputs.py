@@ -17,6 +17,7 @@ from megatron_doremi.mixture.controller import MixtureController
 from megatron_doremi.mixture.controllers import make_controller
 from megatron_doremi.mixture.reference import TrainedModel
 from megatron_doremi.parallel.topology import Topology
+from megatron_doremi.phases.document_ends import document_warnings, with_documents
 from megatron_doremi.phases.early_checks import reference_faults
 from megatron_doremi.phases.identity import run_identity
 from megatron_doremi.phases.load_target import checkpoint_to_resume
@@ -107,7 +108,8 @@ def open_inputs(config: Config, topology: Topology) -> Inputs:
     except ConfigError as error:
         # Without its shape there is no plan. The checks of config.json find some of its faults again.
         raise ConfigError([*dict.fromkeys([*faults, *error.faults, *reference_faults(config)])]) from error
-    shape = initial_shape(config, initial) if initial is not None else None
+    shape = initial_shape(config, initial) if initial else gpt_config(config.model, *_sizes(config, data))
+    shape = collect(lambda: with_documents(shape, config, data)) or shape
     plan = plan_run(config, topology, data, weights, shape)
     controller = make_controller(plan)
     repeated = None if WEIGHTS in to_come else collect(lambda: check_repetition(plan, controller))
@@ -133,6 +135,7 @@ def open_inputs(config: Config, topology: Topology) -> Inputs:
         *shape_warnings(config.model, plan.gpt),
         *mixture_warnings(plan, controller),
         *loaded_warnings(config, plan.gpt, reference),
+        *document_warnings(plan.gpt, data),
     ]
     data = _with_warnings(data, warnings)
     return Inputs(
@@ -144,6 +147,11 @@ def _with_warnings(data: RunData, warnings: Sequence[str]) -> RunData:
     return replace(data, manifest=replace(data.manifest, warnings=(*data.manifest.warnings, *warnings)))
 
 
+def _sizes(config: Config, data: RunData) -> tuple[int, int]:
+    """(window length, token ids), which the data give a model."""
+    return config.data.seq_length, data.vocab_size
+
+
 def plan_run(
     config: Config, topology: Topology, data: RunData, weights: NDArray[np.float64], loaded: Shape | None = None
 ) -> RunPlan:
@@ -153,7 +161,7 @@ def plan_run(
         weights: [k] sampling weights, sum 1.
         loaded: shape of a loaded model; None: the shape of the model flags.
     """
-    shape = loaded or gpt_config(config.model, config.data.seq_length, data.vocab_size)
+    shape = loaded or gpt_config(config.model, *_sizes(config, data))
     counts = data.window_counts(config.data.seq_length)
     return make_plan(config, topology, shape, data.names, counts, weights)
 

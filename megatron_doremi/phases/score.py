@@ -40,7 +40,7 @@ from megatron_doremi.data.reference_loss_file import (
 from megatron_doremi.data.reference_losses import ReferenceLosses, ReferenceLossFolder
 from megatron_doremi.errors import ConfigError, Fault, RunError, error_from_json, error_to_json, raise_if_any
 from megatron_doremi.mixture.reference import TrainedModel, load_trained
-from megatron_doremi.model.forward import Stage, forward_only
+from megatron_doremi.model.forward import Stage, forward_only, reads_windows
 from megatron_doremi.parallel import exchange
 from megatron_doremi.parallel.context import ParallelContext
 from megatron_doremi.parallel.exchange import broadcast_json, gather_json
@@ -288,7 +288,7 @@ class _Replica:
         padded = np.concatenate([windows, np.full(-len(windows) % size, windows[-1])])
         parts = [GlobalBatch(np.full(size, domain), part) for part in padded.reshape(-1, size)]
         rows: list[NDArray[np.float32]] = []
-        stride, reads = 4 * self.topology.pipe_size, self.topology.reads_batches
+        stride, reads = 4 * self.topology.pipe_size, reads_windows(self.module, self.topology)
         for first in range(0, len(parts), stride):
             self.watchdog.mark(f"scoring domain {self.data.names[domain]!r}, window {int(padded[first * size]):,}")
             some = parts[first : first + stride]

@@ -73,7 +73,12 @@ class Trainer:
         self.controller, self.engine, self.reference = inputs.controller, engine, reference
         self.context, self.topology = context, context.topology
         self.reader = StepReader(
-            self.plan.blend, self.data.train, self.plan.batch_shape, self.topology, inputs.reference_losses
+            self.plan.blend,
+            self.data.train,
+            self.plan.batch_shape,
+            self.topology,
+            inputs.reference_losses,
+            engine.module.every_stage_reads or (reference is not None and reference.module.every_stage_reads),
         )
         self.stop, self.watchdog, self.lock = control.stop, control.watchdog, lock
         self.identity, self.overrides = identity, list(resume.overrides) if resume else []

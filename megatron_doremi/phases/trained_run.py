@@ -18,6 +18,8 @@ from megatron_doremi.plan import RunPlan
 from megatron_doremi.settings import EVALUATE, PROXY
 from megatron_doremi.shapes import Shape
 
+# Fields of a shape that no model flag states.
+_OF_DOCUMENTS = ("reset_position_ids", "reset_attention_mask", "eod")
 # Fields of a shape that a run chooses although it starts from a model.
 _OF_A_NEW_RUN = ("make_vocab_size_divisible_by", "init_method_std")
 
@@ -92,6 +94,9 @@ def _reference_warnings(shape: Shape, reference: TrainedModel, subject: str) -> 
     if differing:
         effect = "the excess loss then measures the difference in size as well"
         lines.append(f"{subject} has another shape than the proxy, {', '.join(differing)}: {effect}")
+    if any(getattr(reference.gpt, name) != getattr(shape, name) for name in _OF_DOCUMENTS):
+        effect = "the excess loss then measures what it sees of earlier documents as well"
+        lines.append(f"{subject} resets positions or attention at other places than the proxy: {effect}")
     return lines
 
 
@@ -152,7 +157,7 @@ def _shape_differences(config: Config, loaded: TrainedModel, flag: str, ignored:
     return [
         Fault("model flags", f"{name} {stated[name]}", f"{rule}: {name} {value}", remedy)
         for name, value in asdict(loaded.gpt).items()
-        if stated[name] != value and name not in ignored
+        if stated[name] != value and name not in (*ignored, *_OF_DOCUMENTS)
     ]
 
 

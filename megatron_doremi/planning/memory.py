@@ -114,6 +114,9 @@ def micro_batch_bytes(
     # Received and sent activations stay in the pipe's buffers.
     per_token = element * residual * ((stage > 0) + (not last))
     per_token += blocks * block_bytes_per_token(gpt, parallel, element)
+    if gpt.reset_attention_mask:
+        # All blocks share the mask.
+        per_token += element * gpt.max_positions
     if last:
         # The final norm, the output layer's input, and its logits unless they are recomputed.
         per_token += element * (residual + hidden)

@@ -38,6 +38,9 @@ OTHER = {
     "bias_linear": False,
     "make_vocab_size_divisible_by": 64,
     "init_method_std": 0.01,
+    "reset_position_ids": True,
+    "reset_attention_mask": True,
+    "eod": 3,
 }
 
 
@@ -65,6 +68,8 @@ def test_a_missing_field_takes_its_default(name):
     other = replace(gpt, **{name: OTHER[name]})
     ((fault,), _) = differences(recorded, {"gpt": asdict(other)}, "checkpoint", [])
     assert fault.value.startswith(f"gpt was { {name: getattr(gpt, name)} }, and is")
+    # Resets need the token that ends a document.
+    other = replace(other, eod=3)
     assert read(asdict(other)) == other
 
 
@@ -72,6 +77,13 @@ def test_a_missing_field_takes_its_default(name):
 def test_a_missing_size_is_refused(name):
     with pytest.raises(ConfigError, match=f"{name} is missing"):
         read({key: value for key, value in SIZES.items() if key != name})
+
+
+def test_resets_need_the_end_of_a_document():
+    with pytest.raises(ConfigError, match="eod must be a token id"):
+        read({**SIZES, "reset_attention_mask": True})
+    with pytest.raises(ConfigError, match="eod must be a token id"):
+        read({**SIZES, "reset_position_ids": True, "eod": SIZES["vocab_size"]})
 
 
 def test_an_unknown_field_is_refused():

@@ -18,37 +18,56 @@ def linear(x, w, name):
     return y + w[f"{name}.bias"] if f"{name}.bias" in w else y
 
 
-def rope(x, base):
+def starts_of(window, gpt):
+    """For each token the first token of its document, without resets that of the window: [seq] ints, by hand."""
+    starts, start = [], 0
+    for place in range(len(window)):
+        if place and window[place - 1] == gpt.eod:
+            start = place
+        starts.append(start)
+    return starts
+
+
+def rope(x, base, positions):
     """x: [seq, width]; channel i turns with channel i + width / 2."""
-    seq, width = x.shape
+    width = x.shape[1]
     out = torch.empty_like(x)
     for i in range(width // 2):
-        angle = torch.arange(seq, dtype=x.dtype) * base ** (-2 * i / width)
+        angle = positions.to(x.dtype) * base ** (-2 * i / width)
         a, b = x[:, i], x[:, i + width // 2]
         out[:, i] = a * torch.cos(angle) - b * torch.sin(angle)
         out[:, i + width // 2] = b * torch.cos(angle) + a * torch.sin(angle)
     return out
 
 
-def attention(x, w, name, gpt):
+def positions_of(window, gpt):
+    places = torch.arange(len(window))
+    return places - torch.tensor(starts_of(window, gpt)) if gpt.reset_position_ids else places
+
+
+def attention(x, w, name, gpt, window):
     """x: [seq, hidden], one window; heads in a loop, scores written out."""
     seq, width, groups = x.shape[0], gpt.kv_channels, gpt.num_query_groups
     per_group = gpt.num_attention_heads // groups
     qkv = linear(x, w, f"{name}.qkv").view(seq, groups, per_group + 2, width)
     mask = torch.triu(torch.full((seq, seq), float("-inf"), dtype=x.dtype), diagonal=1)
+    if gpt.reset_attention_mask:
+        for place, start in enumerate(starts_of(window, gpt)):
+            mask[place, :start] = float("-inf")
+    positions = positions_of(window, gpt)
     outputs = []
     for group in range(groups):
         key, value = qkv[:, group, per_group], qkv[:, group, per_group + 1]
         if gpt.qk_layernorm:
             key = norm(key, w, f"{name}.k_norm", gpt.normalization)
         if gpt.position_embedding_type == "rope":
-            key = rope(key, gpt.rotary_base)
+            key = rope(key, gpt.rotary_base, positions)
         for head in range(per_group):
             query = qkv[:, group, head]
             if gpt.qk_layernorm:
                 query = norm(query, w, f"{name}.q_norm", gpt.normalization)
             if gpt.position_embedding_type == "rope":
-                query = rope(query, gpt.rotary_base)
+                query = rope(query, gpt.rotary_base, positions)
             outputs.append(torch.softmax(query @ key.T / width**0.5 + mask, dim=-1) @ value)
     return linear(torch.cat(outputs, dim=-1), w, f"{name}.proj")
 
@@ -71,10 +90,10 @@ def token_losses(w, gpt, tokens, targets):
     for window, target in zip(tokens, targets, strict=True):
         x = w["embedding.weight"][window]
         if gpt.position_embedding_type == "learned_absolute":
-            x = x + w["positions.weight"][: len(window)]
+            x = x + w["positions.weight"][positions_of(window, gpt)]
         for i in range(gpt.num_layers):
             p = f"layers.{i}"
-            x = x + attention(norm(x, w, f"{p}.attention_norm", gpt.normalization), w, f"{p}.attention", gpt)
+            x = x + attention(norm(x, w, f"{p}.attention_norm", gpt.normalization), w, f"{p}.attention", gpt, window)
             x = x + mlp(norm(x, w, f"{p}.mlp_norm", gpt.normalization), w, f"{p}.mlp", gpt)
         x = norm(x, w, "final_norm", gpt.normalization)
         logits = x @ w["embedding.weight" if gpt.tied_embeddings else "output.weight"].T

@@ -33,12 +33,21 @@ VARIANTS = {
     "rope, LayerNorm, SwiGLU, biases, tied, normalized queries": replace(
         GPT, normalization="LayerNorm", bias_linear=True, qk_layernorm=True
     ),
+    "rope, positions and attention by document": replace(
+        GPT, reset_position_ids=True, reset_attention_mask=True, eod=7
+    ),
+    "learned, attention by document": replace(
+        GPT, position_embedding_type="learned_absolute", reset_attention_mask=True, qk_layernorm=True, eod=7
+    ),
 }
 
 
 def example(gpt):
     generator = torch.Generator().manual_seed(5)
     ids = torch.randint(0, gpt.vocab_size, (4, 13), generator=generator)
+    if gpt.reads_documents:
+        # Within a window, at its start, twice in a row, at its last input.
+        ids[0, 4] = ids[1, 0] = ids[2, 3] = ids[2, 4] = ids[2, 9] = ids[3, 11] = gpt.eod
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), torch.tensor([0, 1, 1, 2])
 
 

@@ -12,7 +12,7 @@ import torch
 from engines import small_gpt
 
 from megatron_doremi.model.gpt import Block
-from megatron_doremi.model.positions import Positions, rotary_table
+from megatron_doremi.model.positions import Positions, Window, rotary_table
 from megatron_doremi.parallel.layers import LearnedPositions, TensorParallel
 
 GPT = small_gpt(max_positions=12)
@@ -42,7 +42,7 @@ def test_a_block_takes_positions_of_each_window(recompute):
     positions = torch.stack([torch.arange(12), torch.arange(12) % 5])
 
     def run(x, positions):
-        return block(x, rotary_table(positions, GPT.kv_channels, GPT.rotary_base))
+        return block(x, Window(positions, rotary_table(positions, GPT.kv_channels, GPT.rotary_base)))
 
     together = run(x, positions)
     for window in range(2):
@@ -60,7 +60,7 @@ def test_learned_positions_of_each_window():
 
 def test_one_table_is_kept():
     positions = Positions(GPT)
-    ids, table = positions.of_window(12, torch.device("cpu"))
+    ids, table, _ = positions.of_window(12, torch.device("cpu"))
     assert ids.tolist() == list(range(12))
     assert positions.of_window(12, torch.device("cpu"))[1] is table
     assert torch.equal(positions.of_window(6, torch.device("cpu"))[1].cos, table.cos[:6])

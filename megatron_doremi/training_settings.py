@@ -1,0 +1,27 @@
+"""The settings of what a training step computes beside the plain loss. Part of config.py, which re-exports them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from megatron_doremi.settings import TRAINING, setting
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """What people turn on: the borders of documents."""
+
+    default_phases: ClassVar[tuple[str, ...]] = TRAINING
+
+    reset_position_ids: bool = setting(
+        False, "count positions from 0 after each end-of-document token of a window, whatever reads it later"
+    )
+    reset_attention_mask: bool = setting(
+        False, "attend within a document only: a window's tokens see none before the last end-of-document token"
+    )
+
+    @property
+    def reads_documents(self) -> bool:
+        """Whether the model depends on where documents end."""
+        return self.reset_position_ids or self.reset_attention_mask
