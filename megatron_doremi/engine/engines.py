@@ -28,6 +28,7 @@ from deepspeed.runtime.pipe.schedule import (
 from torch import Tensor
 
 from megatron_doremi.data.loader import MicroBatch
+from megatron_doremi.engine.reduction import GradientReduction, flat_buckets, loose_buckets
 from megatron_doremi.engine.schedule import AlternatingSchedule, UpdateDomainWeights
 from megatron_doremi.engine.step_clock import BACKWARD, FORWARD, OPTIMIZER, PIPELINE, REDUCTION, make_clock
 from megatron_doremi.mixture.objective import Objective
@@ -35,6 +36,7 @@ from megatron_doremi.parallel.context import ParallelContext
 from megatron_doremi.parallel.deepspeed_internals import (
     EngineHooks,
     PipelineEngineHooks,
+    flat_gradients,
     is_counted_in_gradient_norm,
     wraps_optimizer,
 )
@@ -191,6 +193,24 @@ class OneStageEngine(TrainingEngine):
     arithmetic.
     """
 
+    def __init__(self, **arguments: Any):
+        super().__init__(**arguments)
+        self._reduction = self._make_reduction()
+
+    def _make_reduction(self) -> GradientReduction | None:
+        """The reduction beside the backward pass; None with one replica, and where ZeRO collects gradients itself."""
+        size = self.context.topology.data_size
+        if size == 1 or self.collects_reduced_gradients():
+            return None
+        if wraps_optimizer(self):
+            buckets = [bucket for group in flat_gradients(self) for bucket in flat_buckets(*group)]
+        else:
+            buckets = loose_buckets([parameter for _, parameter in self.module.model_parameters()])
+        return GradientReduction(buckets, self.context.groups.data, size)
+
+    def reduces_gradients(self) -> bool:
+        return super().reduces_gradients() and self._reduction is None
+
     def _accumulate_and_step(self, micro_batches: Sequence[MicroBatch]) -> None:
         batches = [batch.to(self.device) for batch in micro_batches]
         if not self.objective.before_backward:
@@ -231,6 +251,12 @@ class OneStageEngine(TrainingEngine):
 
     def _backpropagate(self, token_loss: Tensor, domains: Tensor) -> None:
         self.clock.enter(BACKWARD)
+        reduction = self._reduction if self.is_gradient_accumulation_boundary() else None
+        if reduction is not None:
+            reduction.start()
         self.backward(self.objective.loss(token_loss, domains))
+        if reduction is not None:
+            self.clock.enter(REDUCTION)
+            reduction.finish()
         # Counts micro-batches, and updates the parameters after the last.
         self.step()

@@ -162,6 +162,13 @@ def owned_piece(
     return OwnedPiece(piece.lp_fragment_address.start, address.numel, flat, address.start, is_master=True)
 
 
+def flat_gradients(engine: DeepSpeedEngine) -> list[tuple[list[nn.Parameter], Tensor]]:
+    """The float32 gradients of the bfloat16 optimizer: for each of its groups the parameters, and their gradients, one
+    after the other and then padding. The optimizer's hooks on the parameters add to them."""
+    optimizer = engine.optimizer
+    return list(zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients_flat, strict=True))
+
+
 # The pipeline module.
 
 

@@ -168,8 +168,14 @@ def parameters_by_stage(gpt: GPTConfig, tensor_size: int, pipe_size: int) -> tup
 @lru_cache(maxsize=1024)
 def unsharded_by_zero(gpt: GPTConfig, tensor_size: int) -> int:
     """Parameters that ZeRO 3 keeps on every rank: vectors, up to `stage3_param_persistence_threshold`."""
-    sizes = (math.prod(spec.local_shape(tensor_size)) for spec in parameter_specs(gpt).values())
-    return sum(size for size in sizes if size <= 10 * gpt.hidden_size)
+    total = 0
+    for spec in parameter_specs(gpt).values():
+        shape = list(spec.shape)
+        if spec.dim is not None:
+            # The vocabulary is not padded here.
+            shape[spec.dim] = -(-shape[spec.dim] // tensor_size)
+        total += math.prod(shape) if math.prod(shape) <= 10 * gpt.hidden_size else 0
+    return total
 
 
 def stage_parameters(shape: Shape, tensor_size: int, pipe_size: int) -> tuple[int, ...]:
@@ -244,7 +250,9 @@ def buffer_bytes(config: Config, parameters: int, data_size: int) -> tuple[float
     if stage == 1 and element == 4:
         # A bucket for the backward pass, one for the reduction, and copies of the averaged gradients.
         return 0.0, 0.0, 4.0 * bucket, 16.0 * bucket
-    return 0.0, 0.0, 0.0, 4.0 * bucket if data_size > 1 else 0.0
+    # The bfloat16 optimizer's gradients are reduced in place, but by a pipeline.
+    copies = data_size > 1 and (stage == 0 or config.parallel.pipeline_model_parallel_size > 1)
+    return 0.0, 0.0, 0.0, 4.0 * bucket if copies else 0.0
 
 
 def stage_memories(plan: RunPlan, alternating: bool, reference: Shape | None) -> list[StageMemory]:

@@ -21,7 +21,13 @@ NAMES = {
     "runtime/zero/partition_parameters.py": ["ds_id", "ds_numel", "ds_tensor", "GatheredParameters"],
     "runtime/zero/stage3.py": ["fp32_partitioned_groups_flat", "get_param_id", "grad_position"],
     "runtime/zero/stage_1_and_2.py": ["single_partition_of_fp32_groups"],
-    "runtime/bf16_optimizer.py": ["BF16_Optimizer", "fp32_groups_flat_partition", "see_memory_usage"],
+    "runtime/bf16_optimizer.py": [
+        "BF16_Optimizer",
+        "bf16_groups",
+        "fp32_groups_flat_partition",
+        "fp32_groups_gradients_flat",
+        "see_memory_usage",
+    ],
     "utils/tensor_fragment.py": ["_hp_mapping", "hp_fragment_address", "lp_fragment_address", "param_group_index"],
     "runtime/utils.py": ["model_parallel"],
     "runtime/pipe/engine.py": [

@@ -1,0 +1,111 @@
+"""The mean of gradients over replicas, reduced bucket by bucket while the backward pass goes on (Li et al. 2020).
+
+A bucket is reduced as soon as the last micro-batch has added to all of its gradients, and those before it are under
+way: in the same order on every rank. The backward pass computes gradients from the last layer to the first, and so go
+the buckets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+# 40 MiB in float32: large enough for a network's bandwidth, small enough that the last one is soon reduced.
+BUCKET_ELEMENTS = 10 * 2**20
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Parameters whose gradients are reduced together.
+
+    Attributes:
+        parameters: in any order.
+        flat: their gradients, one after the other; None if each is a tensor of its own, `parameter.grad`.
+    """
+
+    parameters: tuple[nn.Parameter, ...]
+    flat: Tensor | None
+
+
+def loose_buckets(parameters: Sequence[nn.Parameter], elements: int = BUCKET_ELEMENTS) -> list[Bucket]:
+    """Buckets of at least `elements` gradients, but for the last, of parameters given from the first to the last."""
+    return [Bucket(tuple(parameters[a:b]), None) for a, b in _runs([p.numel() for p in parameters], elements)]
+
+
+def flat_buckets(parameters: Sequence[nn.Parameter], flat: Tensor, elements: int = BUCKET_ELEMENTS) -> list[Bucket]:
+    """As `loose_buckets`, of gradients that lie in `flat`, [at least their number], in the order of `parameters`."""
+    sizes = [p.numel() for p in parameters]
+    starts = [0]
+    for size in sizes:
+        starts.append(starts[-1] + size)
+    return [Bucket(tuple(parameters[a:b]), flat[starts[a] : starts[b]]) for a, b in _runs(sizes, elements)]
+
+
+def _runs(sizes: Sequence[int], elements: int) -> list[tuple[int, int]]:
+    """Ranges of indices, from the last to the first, with a sum of at least `elements` each but for the last one."""
+    runs: list[tuple[int, int]] = []
+    stop = len(sizes)
+    while stop:
+        start = stop - 1
+        while start and sum(sizes[start:stop]) < elements:
+            start -= 1
+        runs.append((start, stop))
+        stop = start
+    return runs
+
+
+class GradientReduction:
+    """Reduces the gradients of a step over the replicas, beside the backward pass of its last micro-batch."""
+
+    def __init__(self, buckets: Sequence[Bucket], group: dist.ProcessGroup, size: int):
+        """Registers hooks on the parameters, after those that move their gradients.
+
+        Args:
+            buckets: in the order in which they are reduced; each parameter lies in one.
+            size: ranks of the group.
+        """
+        self._buckets, self._group, self._size = buckets, group, size
+        self._bucket_of = {parameter: number for number, each in enumerate(buckets) for parameter in each.parameters}
+        self._missing: list[int] = []
+        self._under_way: list[tuple[dist.Work, Tensor]] = []
+        for parameter in self._bucket_of:
+            parameter.register_post_accumulate_grad_hook(self._accumulated)
+
+    def start(self) -> None:
+        """Called before the backward pass of a step's last micro-batch."""
+        self._missing, self._under_way = [len(each.parameters) for each in self._buckets], []
+
+    def _accumulated(self, parameter: nn.Parameter) -> None:
+        if not self._missing:
+            return
+        self._missing[self._bucket_of[parameter]] -= 1
+        while len(self._under_way) < len(self._buckets) and not self._missing[len(self._under_way)]:
+            bucket = self._buckets[len(self._under_way)]
+            tensor = (
+                torch.cat([grad.reshape(-1) for grad in _gradients(bucket)]) if bucket.flat is None else bucket.flat
+            )
+            work = dist.all_reduce(tensor, group=self._group, async_op=True)
+            assert work is not None
+            self._under_way.append((work, tensor))
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Waits for the reductions; afterwards the gradients are means over the replicas."""
+        assert len(self._under_way) == len(self._buckets), "a parameter got no gradient"
+        for bucket, (work, tensor) in zip(self._buckets, self._under_way, strict=True):
+            work.wait()
+            tensor.mul_(1.0 / self._size)
+            if bucket.flat is None:
+                grads = _gradients(bucket)
+                for grad, mean in zip(grads, tensor.split([grad.numel() for grad in grads]), strict=True):
+                    grad.copy_(mean.view_as(grad))
+        self._missing, self._under_way = [], []
+
+
+def _gradients(bucket: Bucket) -> list[Tensor]:
+    grads = [parameter.grad for parameter in bucket.parameters]
+    return [grad for grad in grads if grad is not None]
