@@ -35,6 +35,7 @@ from megatron_doremi.settings import (
     setting,
 )
 from megatron_doremi.shapes import PAPER_SHAPES, GPTConfig
+from megatron_doremi.training_settings import STEP_NAMES as STEP_NAMES
 from megatron_doremi.training_settings import TrainingConfig
 
 

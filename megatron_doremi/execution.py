@@ -15,11 +15,13 @@ class Execution:
         loss_chunk_tokens: hold the logits of at most this many tokens at a time, and recompute them in the backward
             pass; 0: compute the logits of all tokens once and hold them for the backward pass.
         compiled: compile each block, and the losses of rows of logits, by torch.compile.
+        normalizers: in training, return the normalizers of the softmax beside the losses (--z-loss).
     """
 
     recompute: str = "none"
     loss_chunk_tokens: int = 0
     compiled: bool = False
+    normalizers: bool = False
 
 
 DEFAULT = Execution()

@@ -84,7 +84,9 @@ class RunPlan:
         holds_one = not alternating or self.micro_batches == 1
         held = tokens <= chunk and holds_one
         parallel = self.config.parallel
-        return Execution(parallel.recompute_granularity, 0 if held else chunk, parallel.compile)
+        return Execution(
+            parallel.recompute_granularity, 0 if held else chunk, parallel.compile, self.config.training.z_loss > 0.0
+        )
 
     @property
     def windows(self) -> int:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from megatron_doremi.settings import TRAINING, setting
+from megatron_doremi.settings import RATE, TRAINING, setting
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """What people turn on: the borders of documents."""
+    """What people turn on: the borders of documents, a penalty of large logits."""
 
     default_phases: ClassVar[tuple[str, ...]] = TRAINING
 
@@ -21,7 +21,18 @@ class TrainingConfig:
         False, "attend within a document only: a window's tokens see none before the last end-of-document token"
     )
 
+    z_loss: float = setting(
+        0.0,
+        "add this times the mean squared logarithm of the softmax's normalizer to the loss (PaLM: 1e-4); losses that "
+        "are reported, and that move domain weights, are without it",
+        bounds=RATE,
+    )
+
     @property
     def reads_documents(self) -> bool:
         """Whether the model depends on where documents end."""
         return self.reset_position_ids or self.reset_attention_mask
+
+
+# The settings that a run's identity states beside the model's shape, which has the others.
+STEP_NAMES = ("z_loss",)

@@ -17,7 +17,9 @@ def layout(launch, pipe, tensor, sequence_parallel=False):
     return make_context(topology, device, sequence_parallel)
 
 
-def make_config(topology, data: dict, parallel: dict | None = None, doremi: dict | None = None, **optimizer: Any):
+def make_config(
+    topology, data: dict, parallel: dict | None = None, doremi: dict | None = None, training=None, **optimizer: Any
+):
     """A configuration for this layout; other settings keep their defaults."""
     from megatron_doremi.config import (
         Config,
@@ -27,6 +29,7 @@ def make_config(topology, data: dict, parallel: dict | None = None, doremi: dict
         OptimizerConfig,
         ParallelConfig,
         RunConfig,
+        TrainingConfig,
     )
 
     return Config(
@@ -36,6 +39,7 @@ def make_config(topology, data: dict, parallel: dict | None = None, doremi: dict
         DoReMiConfig(**(doremi or {})),
         OptimizerConfig(**optimizer),
         RunConfig(),
+        training=TrainingConfig(**(training or {})),
     )
 
 

@@ -79,6 +79,7 @@ def make_engine(plan: RunPlan, objective: Objective, context: ParallelContext) -
         objective=objective,
         context=context,
         clip_grad=config.optimizer.clip_grad,
+        z_loss=config.training.z_loss,
         args=None,
         model=module,
         optimizer=make_optimizer(module.model_parameters(), config.optimizer),

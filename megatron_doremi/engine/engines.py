@@ -57,8 +57,11 @@ class TrainingEngine(EngineHooks):
         clock: measures the parts of a step from the forward pass on.
     """
 
-    def __init__(self, objective: Objective, context: ParallelContext, clip_grad: float, **deepspeed: Any):
+    def __init__(
+        self, objective: Objective, context: ParallelContext, clip_grad: float, z_loss: float = 0.0, **deepspeed: Any
+    ):
         super().__init__(**deepspeed)
+        self.z_loss = z_loss
         self.objective, self.context, self.clip_grad = objective, context, clip_grad
         self.clock = make_clock(context.device)
         self._before_step: Callable[[Tensor | None], None] = lambda norm: None
@@ -122,6 +125,20 @@ class TrainingEngine(EngineHooks):
             torch._foreach_mul_([p.grad for p in parameters], factor)
         return norm
 
+    def _token_losses(self, output: Tensor) -> Tensor:
+        """[batch, seq] token losses of what the model returns."""
+        return output[0] if self.z_loss else output
+
+    def _loss(self, output: Tensor, domains: Tensor) -> Tensor:
+        """The scalar to differentiate: the objective's, and --z-loss (Chowdhery et al. 2022, section 5), a mean over
+        the micro-batch's tokens that no domain weight multiplies.
+
+        Args:
+            output: what the model returns for a micro-batch.
+        """
+        loss = self.objective.loss(self._token_losses(output), domains)
+        return loss + self.z_loss * output[1].square().mean() if self.z_loss else loss
+
     @abstractmethod
     def _accumulate_and_step(self, micro_batches: Sequence[MicroBatch]) -> None:
         """The forward and backward passes and the optimizer's step."""
@@ -139,7 +156,7 @@ class TrainingEngine(EngineHooks):
 class PipelinedEngine(TrainingEngine, PipelineEngineHooks):
     """Several stages, ZeRO 0 and 1: 1F1B, or the alternating schedule if the objective needs it."""
 
-    # DeepSpeed's attribute: the token losses after a forward pass, then the scalar for the next backward pass.
+    # DeepSpeed's attribute: what the model returns after a forward pass, then the scalar for the next backward pass.
     loss: Tensor
 
     def __init__(self, **arguments: Any):
@@ -171,17 +188,17 @@ class PipelinedEngine(TrainingEngine, PipelineEngineHooks):
             self.module.tokens = next(self._coming).tokens
 
     def after_forward(self, buffer_id: int, labels: tuple[Tensor, ...]) -> None:
-        token_loss = self.loss
+        output = self.loss
         _, domains, *reference = labels
-        self.objective.record(token_loss, domains, *reference)
+        self.objective.record(self._token_losses(output), domains, *reference)
         if self.objective.before_backward:
-            self._held[buffer_id] = (token_loss, domains)
+            self._held[buffer_id] = (output, domains)
         else:
-            self.loss = self.objective.loss(token_loss, domains)
+            self.loss = self._loss(output, domains)
 
     def before_backward(self, buffer_id: int) -> None:
         if buffer_id in self._held:
-            self.loss = self.objective.loss(*self._held.pop(buffer_id))
+            self.loss = self._loss(*self._held.pop(buffer_id))
 
 
 class OneStageEngine(TrainingEngine):
@@ -215,12 +232,11 @@ class OneStageEngine(TrainingEngine):
         batches = [batch.to(self.device) for batch in micro_batches]
         if not self.objective.before_backward:
             for batch in batches:
-                token_loss = self._forward_and_record(batch)
-                self._backpropagate(token_loss, batch.domains)
+                self._backpropagate(self._forward_and_record(batch), batch.domains)
         elif self._holds_forwards():
             held = [self(batch.tokens, batch.targets) for batch in batches]
-            for token_loss, batch in zip(held, batches, strict=True):
-                self.objective.record(token_loss, batch.domains, batch.reference)
+            for output, batch in zip(held, batches, strict=True):
+                self.objective.record(self._token_losses(output), batch.domains, batch.reference)
             self._update_domain_weights()
             while held:
                 # Each backward pass frees the graph of its micro-batch.
@@ -239,22 +255,22 @@ class OneStageEngine(TrainingEngine):
         self.objective.update_domain_weights()
 
     def _forward_and_record(self, batch: MicroBatch) -> Tensor:
-        """[batch, seq] token losses, recorded by the objective."""
+        """What the model returns, with token losses that the objective has recorded."""
         self.clock.enter(FORWARD)
-        token_loss: Tensor = self(batch.tokens, batch.targets)
-        self.objective.record(token_loss, batch.domains, batch.reference)
-        return token_loss
+        output: Tensor = self(batch.tokens, batch.targets)
+        self.objective.record(self._token_losses(output), batch.domains, batch.reference)
+        return output
 
     def _holds_forwards(self) -> bool:
         """Whether several forward passes may be outstanding."""
         return not self.zero_optimization_partition_weights()
 
-    def _backpropagate(self, token_loss: Tensor, domains: Tensor) -> None:
+    def _backpropagate(self, output: Tensor, domains: Tensor) -> None:
         self.clock.enter(BACKWARD)
         reduction = self._reduction if self.is_gradient_accumulation_boundary() else None
         if reduction is not None:
             reduction.start()
-        self.backward(self.objective.loss(token_loss, domains))
+        self.backward(self._loss(output, domains))
         if reduction is not None:
             self.clock.enter(REDUCTION)
             reduction.finish()

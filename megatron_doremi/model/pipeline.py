@@ -11,6 +11,7 @@ import io
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 
+import torch
 from deepspeed.pipe import LayerSpec, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import ProcessTopology
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from megatron_doremi.execution import DEFAULT, Execution
 from megatron_doremi.model.gpt import Block
 from megatron_doremi.model.positions import Positions, Window
 from megatron_doremi.parallel.context import ParallelContext
-from megatron_doremi.parallel.cross_entropy import token_losses
+from megatron_doremi.parallel.cross_entropy import losses_and_normalizers
 from megatron_doremi.parallel.deepspeed_internals import PipelineModuleHooks, count_in_gradient_norm, is_tied_copy
 from megatron_doremi.parallel.layers import LearnedPositions, Norm, TensorParallel, VocabParallelEmbedding
 from megatron_doremi.parallel.parameters import initialize, spec_of
@@ -186,17 +187,34 @@ class GPTPipeline(NamedLayers, PipelineModuleHooks):
             labels: (targets [batch, seq], ...); further entries are ignored.
 
         Returns:
-            [batch, seq] losses in nats, float32, the same on every rank of the tensor group.
+            see `output_losses`.
         """
         output = self.tied_layer(TIED_KEY) if self.gpt.tied_embeddings else self.untied_layer(len(self.names) - 1)
-        return output_losses(hidden, output.get_parameter("weight"), labels[0], self.gpt, self.tp, self.execution)
+        return output_losses(
+            hidden, output.get_parameter("weight"), labels[0], self.gpt, self.tp, self.execution, self.training
+        )
 
 
 def output_losses(
-    hidden: Tensor, weight: Tensor, targets: Tensor, gpt: GPTConfig, tp: TensorParallel, execution: Execution
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    gpt: GPTConfig,
+    tp: TensorParallel,
+    execution: Execution,
+    training: bool,
 ) -> Tensor:
-    """[batch, seq] token losses of the residual stream under the output layer's `weight`; see `token_losses`."""
-    return token_losses(tp.enter(hidden), weight, targets, gpt.vocab_size, tp.group, execution)
+    """Token losses of the residual stream under the output layer's `weight`; see `losses_and_normalizers`.
+
+    Args:
+        training: the module is in training mode.
+
+    Returns:
+        [batch, seq] losses in nats, float32, the same on every rank of the tensor group; in training with
+        `Execution.normalizers` [2, batch, seq], losses and normalizers.
+    """
+    both = losses_and_normalizers(tp.enter(hidden), weight, targets, gpt.vocab_size, tp.group, execution)
+    return torch.stack(both) if execution.normalizers and training else both[0]
 
 
 def layer_specs(gpt: GPTConfig, tp: TensorParallel, execution: Execution = DEFAULT) -> list[LayerSpec]:

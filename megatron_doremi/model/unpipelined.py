@@ -36,7 +36,7 @@ class LossHead(nn.Module):
         self.weight, self.gpt, self.tp, self.execution = weight, gpt, tp, execution
 
     def forward(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        return output_losses(hidden, self.weight, targets, self.gpt, self.tp, self.execution)
+        return output_losses(hidden, self.weight, targets, self.gpt, self.tp, self.execution, self.training)
 
 
 class GPTModel(NamedLayers, nn.Module):
@@ -86,7 +86,7 @@ class GPTModel(NamedLayers, nn.Module):
                 yield name, layer
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """[batch, seq] ids and targets -> [batch, seq] losses in nats, float32."""
+        """[batch, seq] ids and targets -> [batch, seq] losses in nats, float32; see `output_losses`."""
         return self.layers[-1](self._through(self.layers[:-1], tokens, tokens), targets)
 
     def logits(self, tokens: Tensor) -> Tensor:

@@ -69,18 +69,23 @@ def _scaled_softmax(product: Tensor, normalizers: Tensor, grad: Tensor, used: in
     return _logits(product, used).sub_(normalizers.unsqueeze(1)).exp_().mul_(grad.unsqueeze(1)).to(product.dtype)
 
 
-def _subtract_targets(gradient: Tensor, losses: Tensor, local: Tensor, grad: Tensor) -> Tensor:
-    """Turns softmax * grad into the gradient of the logits, (softmax - 1) * grad, in the targets' columns, in place.
+def _subtract_targets(gradient: Tensor, losses: Tensor, local: Tensor, grad: Tensor, more: Tensor | None) -> Tensor:
+    """Turns softmax * (grad + more) into the gradient of the logits, softmax * (grad + more) - grad, in the targets'
+    columns, in place.
 
     The target's probability is exp(-loss), so that the difference is rounded once.
 
     Args:
         losses: [n] float32.
         local: as for `_sharded_row_losses`.
+        more: [n] gradient of the normalizers; None: 0.
     """
     outside = (local < 0) | (local >= gradient.shape[1])
     columns = local.masked_fill(outside, 0).unsqueeze(1)
-    there = torch.where(outside.unsqueeze(1), gradient.gather(1, columns), (torch.expm1(-losses) * grad).unsqueeze(1))
+    values = torch.expm1(-losses) * grad
+    if more is not None:
+        values = values + torch.exp(-losses) * more
+    there = torch.where(outside.unsqueeze(1), gradient.gather(1, columns), values.unsqueeze(1))
     return gradient.scatter_(1, columns, there.to(gradient.dtype))
 
 
@@ -91,7 +96,9 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _TokenLosses(torch.autograd.Function):
-    """Token losses of rows of hidden states, chunk by chunk; the backward pass recomputes the logits, or has held them.
+    """Token losses and normalizers of rows of hidden states, chunk by chunk.
+
+    The backward pass recomputes the logits, or has held them.
 
     The gradient of the output layer is a sum over chunks. It is accumulated in float32 and rounded once, at the end, to
     the precision of the weights: in bfloat16 the rounding of the sum would swallow the contribution of a chunk. Chunks
@@ -107,7 +114,9 @@ class _TokenLosses(torch.autograd.Function):
         vocab_size: int,
         tp_group: TensorGroup,
         execution: Execution,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
+        # Without --z-loss the normalizers have no gradient.
+        ctx.set_materialize_grads(False)
         chunk = execution.loss_chunk_tokens or len(hidden)
         first = tp_group.rank * len(weight)
         used, local = min(max(0, vocab_size - first), len(weight)), targets - first
@@ -125,24 +134,29 @@ class _TokenLosses(torch.autograd.Function):
         losses, normalizers = (torch.cat(parts) for parts in zip(*rows, strict=True))
         ctx.save_for_backward(hidden, weight, local, normalizers, losses, *held)
         ctx.used, ctx.chunk, ctx.compiled = used, chunk, execution.compiled
-        return losses
+        return losses, normalizers
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+    def backward(
+        ctx: Any, grad: Tensor, more: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         hidden, weight, local, normalizers, losses, *held = ctx.saved_tensors
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         scaled_softmax = _compiled(_scaled_softmax) if ctx.compiled else _scaled_softmax
         inputs = hidden, normalizers, losses, local, grad
         chunks = list(zip(*(part.split(ctx.chunk) for part in inputs), strict=True))
+        further = [None] * len(chunks) if more is None else list(more.split(ctx.chunk))
         hidden_grads: list[Tensor] = []
         weight_grad: Tensor | None = None
         for rows, row_normalizers, row_losses, columns, row_grads in reversed(chunks):
             # Without a compiler it is overwritten in float32: it is one of the largest tensors of a step.
             product = held.pop() if held else _product(rows, weight, ctx.used)
-            logits_grad = scaled_softmax(product, row_normalizers, row_grads, ctx.used)
+            row_more = further.pop()
+            scale = row_grads if row_more is None else row_grads + row_more
+            logits_grad = scaled_softmax(product, row_normalizers, scale, ctx.used)
             del product
-            _subtract_targets(logits_grad, row_losses, columns, row_grads)
+            _subtract_targets(logits_grad, row_losses, columns, row_grads, row_more)
             if wants_hidden:
                 hidden_grads.append(logits_grad.mm(weight[: logits_grad.shape[1]]))
             if wants_weight:
@@ -165,14 +179,14 @@ def _float32_product(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float().mm(b.float())
 
 
-def token_losses(
+def losses_and_normalizers(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     vocab_size: int,
     tp_group: TensorGroup,
     execution: Execution = DEFAULT,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Cross-entropy of each target under the output layer, in float32.
 
     `torch.nn.functional.linear_cross_entropy` (torch 2.13) computes the same by chunks, but in bfloat16 it returns
@@ -187,8 +201,21 @@ def token_losses(
         tp_group: the group over which the vocabulary is sharded.
 
     Returns:
-        [batch, seq] losses in nats, the same on every rank of the group.
+        [batch, seq] losses in nats, and [batch, seq] normalizers, the logarithm of the sum of exponentials; the same on
+        every rank of the group, and both differentiable.
     """
     rows, flat = hidden.flatten(0, 1), targets.flatten()
-    losses: Tensor = _TokenLosses.apply(rows, weight, flat, vocab_size, tp_group, execution)
-    return losses.view_as(targets)
+    losses, normalizers = _TokenLosses.apply(rows, weight, flat, vocab_size, tp_group, execution)
+    return losses.view_as(targets), normalizers.view_as(targets)
+
+
+def token_losses(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    vocab_size: int,
+    tp_group: TensorGroup,
+    execution: Execution = DEFAULT,
+) -> Tensor:
+    """The first result of `losses_and_normalizers`."""
+    return losses_and_normalizers(hidden, weight, targets, vocab_size, tp_group, execution)[0]

@@ -18,7 +18,7 @@ import torch
 
 from megatron_doremi import __version__
 from megatron_doremi.checkpoint.run_config import RunConfigFile
-from megatron_doremi.config import OPTIMIZER_NAMES, Config
+from megatron_doremi.config import OPTIMIZER_NAMES, STEP_NAMES, Config
 from megatron_doremi.engine.optimizer import make_learning_rate
 from megatron_doremi.errors import ConfigError, Fault
 from megatron_doremi.mixture.controller import MixtureController
@@ -71,6 +71,7 @@ def run_identity(
         "train_iters": config.data.train_iters,
         **{name: getattr(config.optimizer, name) for name in OPTIMIZER_NAMES},
     }
+    identity |= {name: getattr(config.training, name) for name in STEP_NAMES}
     identity |= controller.identity()
     if config.data.phase == PROXY:
         source = "online" if config.doremi.online else "recorded"

@@ -84,10 +84,10 @@ def mlp(x, w, name, gpt):
     return linear(0.5 * x * (1 + gate), w, f"{name}.fc2")
 
 
-def token_losses(w, gpt, tokens, targets):
-    """[batch, seq] next-token losses in nats under the model's unsharded weights `w`."""
-    losses = []
-    for window, target in zip(tokens, targets, strict=True):
+def logits_of(w, gpt, tokens):
+    """[batch, seq, vocab] logits under the model's unsharded weights `w`."""
+    logits = []
+    for window in tokens:
         x = w["embedding.weight"][window]
         if gpt.position_embedding_type == "learned_absolute":
             x = x + w["positions.weight"][positions_of(window, gpt)]
@@ -96,6 +96,17 @@ def token_losses(w, gpt, tokens, targets):
             x = x + attention(norm(x, w, f"{p}.attention_norm", gpt.normalization), w, f"{p}.attention", gpt, window)
             x = x + mlp(norm(x, w, f"{p}.mlp_norm", gpt.normalization), w, f"{p}.mlp", gpt)
         x = norm(x, w, "final_norm", gpt.normalization)
-        logits = x @ w["embedding.weight" if gpt.tied_embeddings else "output.weight"].T
-        losses.append(-torch.log_softmax(logits, dim=-1)[torch.arange(len(target)), target])
-    return torch.stack(losses)
+        logits.append(x @ w["embedding.weight" if gpt.tied_embeddings else "output.weight"].T)
+    return torch.stack(logits)
+
+
+def token_losses(w, gpt, tokens, targets):
+    """[batch, seq] next-token losses in nats under the model's unsharded weights `w`."""
+    return -torch.log_softmax(logits_of(w, gpt, tokens), dim=-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+
+def z_loss(w, gpt, tokens):
+    """The mean over tokens of the squared logarithm of the sum of exponentials, written out."""
+    logits = logits_of(w, gpt, tokens)
+    largest = logits.max(dim=-1, keepdim=True).values.detach()
+    return (largest.squeeze(-1) + (logits - largest).exp().sum(dim=-1).log()).square().mean()

@@ -13,6 +13,7 @@ import pytest
 import torch
 from engines import build_engine, gather_full, layout, make_config, read_parameters, small_gpt
 from model.plain_gpt import token_losses as plain_token_losses
+from model.plain_gpt import z_loss
 from ranks import on_ranks
 
 pytestmark = pytest.mark.slow
@@ -40,6 +41,9 @@ VARIANTS = {
         GPT, position_embedding_type="learned_absolute", reset_attention_mask=True, qk_layernorm=True, eod=7
     ),
 }
+# Settings of the step by variant; other variants have none.
+TRAINING = {"learned, LayerNorm, GELU (tanh), biases, untied": {"z_loss": 0.05}}
+TRAINING["rope, LayerNorm, SwiGLU, biases, tied, normalized queries"] = {"z_loss": 0.5}
 
 
 def example(gpt):
@@ -56,10 +60,10 @@ def all_variants(launch, pipe, tensor, flags, bf16):
     context = layout(launch, pipe, tensor, flags.get("sequence_parallel", False))
     # Traced as for the real compiler, which would take minutes for all of these; it is in test_compiled.py.
     torch.compile = functools.partial(torch.compile, backend="aot_eager")
-    return {name: losses_and_gradients(gpt, context, flags, bf16) for name, gpt in VARIANTS.items()}
+    return {name: losses_and_gradients(gpt, context, flags, bf16, TRAINING.get(name)) for name, gpt in VARIANTS.items()}
 
 
-def losses_and_gradients(gpt, context, flags, bf16):
+def losses_and_gradients(gpt, context, flags, bf16, training):
     """Runs a global batch through the engine without its optimizer; gathers losses, weights and gradients."""
     import deepspeed
 
@@ -68,7 +72,7 @@ def losses_and_gradients(gpt, context, flags, bf16):
 
     topology = context.topology
     data = {"phase": "main", "seq_length": 12, "micro_batch_size": 1, "global_batch_size": 4, "seed": 3}
-    config = make_config(topology, data, flags, clip_grad=0.0, bf16=bf16)
+    config = make_config(topology, data, flags, training=training, clip_grad=0.0, bf16=bf16)
     engine = build_engine(config, gpt, np.full(3, 1 / 3), context)
     # The norms and biases leave their constant starts, so that a gradient through them can be wrong.
     with torch.no_grad():
@@ -136,7 +140,8 @@ def test_losses_and_every_gradient(layout, variant):
     tokens, targets, domains = example(gpt)
     losses = plain_token_losses(exact, gpt, tokens, targets)
     assert sums == pytest.approx([losses[domains == d].sum().item() for d in range(3)], rel=1e-2 if bf16 else 1e-5)
-    losses.mean().backward()
+    coefficient = TRAINING.get(variant, {}).get("z_loss", 0.0)
+    (losses.mean() + coefficient * z_loss(exact, gpt, tokens)).backward()
     assert gradients.keys() == exact.keys()
     for name, value in exact.items():
         assert value.grad.abs().max() > 0, name

@@ -12,7 +12,7 @@ from ranks import on_ranks
 from torch.utils.checkpoint import checkpoint
 
 from megatron_doremi.execution import Execution
-from megatron_doremi.parallel.cross_entropy import token_losses
+from megatron_doremi.parallel.cross_entropy import losses_and_normalizers, token_losses
 from megatron_doremi.parallel.groups import TensorGroup
 from megatron_doremi.parallel.parameters import ParameterSpec, shard
 
@@ -29,7 +29,7 @@ def example():
     return hidden, rows, targets, scale
 
 
-def on_rank(launch, padded, dtype=torch.float32, chunk=0):
+def on_rank(launch, padded, dtype=torch.float32, chunk=0, z_loss=0.0):
     import torch.distributed as dist
 
     from megatron_doremi.cluster.process_group import join
@@ -44,19 +44,26 @@ def on_rank(launch, padded, dtype=torch.float32, chunk=0):
     weight.requires_grad_()
     hidden = hidden.to(dtype).requires_grad_()
     group = TensorGroup(dist.group.WORLD, launch.world_size, launch.rank)
-    losses = token_losses(hidden, weight, targets, VOCAB, group, Execution(loss_chunk_tokens=chunk))
-    (losses * scale.float()).sum().backward()
+    losses, normalizers = losses_and_normalizers(
+        hidden, weight, targets, VOCAB, group, Execution(loss_chunk_tokens=chunk)
+    )
+    total = (losses * scale.float()).sum()
+    if z_loss:
+        total = total + z_loss * normalizers.square().sum()
+    total.backward()
     return losses.detach(), hidden.grad, weight.grad
 
 
+@pytest.mark.parametrize("z_loss", [0.0, 0.3])
 @pytest.mark.parametrize(("world", "padded"), [(1, 21), (1, 32), (2, 22), (2, 32), (3, 48), (3, 24)])
-def test_losses_and_gradients(world, padded):
+def test_losses_and_gradients(world, padded, z_loss):
+    """The z-loss is a multiple of the sum of the squared normalizers; it leaves the losses as they are."""
     hidden, rows, targets, scale = example()
     hidden.requires_grad_()
     rows.requires_grad_()
     expected = F.cross_entropy((hidden @ rows.T).flatten(0, 1), targets.flatten(), reduction="none").view(2, 5)
-    (expected * scale).sum().backward()
-    results = on_ranks(world, on_rank, padded)
+    ((expected * scale).sum() + z_loss * (hidden @ rows.T).logsumexp(-1).square().sum()).backward()
+    results = on_ranks(world, on_rank, padded, torch.float32, 3 if z_loss else 0, z_loss)
     for losses, _, _ in results:
         assert torch.equal(losses, results[0][0])
         torch.testing.assert_close(losses.double(), expected.detach(), rtol=1e-5, atol=1e-5)
