@@ -138,7 +138,7 @@ def step_of(place: Place, engine: Any, batches: Sequence[Any]) -> Callable[[], N
 
     targets = torch.ones(8, dtype=torch.float64).to(engine.device)
 
-    def before_step(norm: Tensor | None) -> None:
-        reduce_flags(engine.objective.current.stats.stack(), norm, 0, False, False)
+    def before_step(norm: Tensor | None) -> float | None:
+        return reduce_flags(engine.objective.current.stats.stack(), norm, 0, False, False).norm
 
     return lambda: engine.train_step(batches, targets, before_step)

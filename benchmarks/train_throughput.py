@@ -132,8 +132,8 @@ def ours(plan: RunPlan, context: ParallelContext, batches: list[MicroBatch]) -> 
     engine = make_engine(plan, make_objective(plan, make_controller(plan), context), context)
     targets = torch.ones(len(DOMAINS), dtype=torch.float64).to(engine.device)
 
-    def before_step(norm: Tensor | None) -> None:
-        reduce_flags(engine.objective.current.stats.stack(), norm, 0, False, False)
+    def before_step(norm: Tensor | None) -> float | None:
+        return reduce_flags(engine.objective.current.stats.stack(), norm, 0, False, False).norm
 
     return lambda: engine.train_step(batches, targets, before_step)
 

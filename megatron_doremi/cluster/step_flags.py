@@ -20,6 +20,7 @@ class StepFlags:
     Attributes:
         loss_non_finite: a loss of the step, the model's or the reference's, is NaN or Inf.
         gradient_non_finite: the gradient norm is NaN or Inf; False if it is not known before the optimizer's step.
+        norm: the gradient norm, 0 if it is NaN or Inf; None if it is not known before the optimizer's step.
         stop: the reason to save and exit after this step; see preemption.py.
         writing: a rank is still writing its files of a checkpoint.
         write_failed: a rank failed to write its files.
@@ -28,6 +29,7 @@ class StepFlags:
 
     loss_non_finite: bool
     gradient_non_finite: bool
+    norm: float | None
     stop: int
     writing: bool
     write_failed: bool
@@ -46,11 +48,21 @@ def reduce_flags(
         stop, writing, write_failed, save_due: this rank's; see `StepFlags`.
     """
     device = local_sums.device
-    flags = torch.tensor([0, 0, stop, writing, write_failed, save_due], dtype=torch.int64)
+    # In float64, which holds the norm and the small whole numbers.
+    flags = torch.tensor([0, 0, 0, stop, writing, write_failed, save_due], dtype=torch.float64)
     flags = flags.to(device, non_blocking=True)
     flags[0] = ~torch.isfinite(local_sums).all()
     if norm is not None:
         flags[1] = ~torch.isfinite(norm)
+        flags[2] = torch.nan_to_num(norm, 0.0, 0.0, 0.0)
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    loss, gradient, stop, writing, write_failed, save_due = flags.tolist()
-    return StepFlags(bool(loss), bool(gradient), stop, bool(writing), bool(write_failed), bool(save_due))
+    loss, gradient, largest, stop, writing, write_failed, save_due = flags.tolist()
+    return StepFlags(
+        bool(loss),
+        bool(gradient),
+        None if norm is None else largest,
+        int(stop),
+        bool(writing),
+        bool(write_failed),
+        bool(save_due),
+    )

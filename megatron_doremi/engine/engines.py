@@ -64,23 +64,24 @@ class TrainingEngine(EngineHooks):
         self.z_loss = z_loss
         self.objective, self.context, self.clip_grad = objective, context, clip_grad
         self.clock = make_clock(context.device)
-        self._before_step: Callable[[Tensor | None], None] = lambda norm: None
+        self._before_step: Callable[[Tensor | None], float | None] = lambda norm: None
 
     def train_step(
         self,
         micro_batches: Sequence[MicroBatch],
         targets: Tensor | None = None,
-        before_step: Callable[[Tensor | None], None] = lambda norm: None,
+        before_step: Callable[[Tensor | None], float | None] = lambda norm: None,
     ) -> None:
         """One optimizer step on this rank's micro-batches; a collective call.
 
-        With ZeRO 1 to 3 or bfloat16, DeepSpeed's optimizers skip a step whose gradient norm is NaN or Inf on all
-        ranks, and `was_step_applied` is then false. Otherwise `before_step` must detect it.
+        Where `before_step` is not given the norm, DeepSpeed's optimizers skip a step whose gradient norm is NaN or Inf
+        on all ranks, and `was_step_applied` is then false. Otherwise `before_step` must detect it.
 
         Args:
             targets: [k] float64 number of targets of each domain in the global batch; see `Objective.begin`.
             before_step: called on every rank after all losses are recorded and before any parameter is updated, with
-                the global norm of the gradient, or None if the optimizer computes the norm within its step.
+                the global norm of the gradient, or None if the optimizer computes the norm within its step. It returns
+                the norm's value, if it is finite on every rank: the optimizer then does not wait for it.
         """
         self._before_step = before_step
         self.clock.enter(FORWARD)
@@ -94,21 +95,23 @@ class TrainingEngine(EngineHooks):
     def before_reduction(self) -> None:
         self.clock.enter(REDUCTION)
 
-    def before_model_step(self) -> None:
+    def before_model_step(self) -> float | None:
         self.clock.enter(REDUCTION)
-        self._before_step(self._norm_in_time())
+        known = self._before_step(self._norm_in_time())
         self.clock.enter(OPTIMIZER)
+        return known
 
     def reduces_gradients(self) -> bool:
         # With one replica there is nothing to reduce, but a sharded optimizer collects its gradients here.
         return self.context.topology.data_size > 1 or self.collects_reduced_gradients()
 
     def _norm_in_time(self) -> Tensor | None:
-        """Clips the gradient and returns its global norm; None if the optimizer does both within its step."""
+        """The gradient's global norm; None if the optimizer computes it within its step. Clips the gradient, unless the
+        optimizer does so."""
         # Without ZeRO and mixed precision, DeepSpeed reports no norm and would count tied copies and replicated
         # parameters several times; its sharded optimizers report a norm that counts each parameter once.
         if wraps_optimizer(self):
-            return None
+            return self.optimizer_norm()
         norm = self._clip_gradients()
         self.set_grad_norm(norm)
         return norm

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,9 +17,11 @@ import deepspeed
 import torch
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime import bf16_optimizer
+from deepspeed.runtime import utils as runtime_utils
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass, PipeInstruction, PipeSchedule, ReduceGrads
+from deepspeed.runtime.zero import stage_1_and_2
 from torch import Tensor, nn
 
 
@@ -216,16 +218,72 @@ class PipelineModuleHooks(PipelineModule):
 # The engines.
 
 
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Gives an attribute of a module or of an object another value within a `with` block."""
+    was_own, before = name in vars(owner), getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if was_own:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)
+
+
+def left_as_it_is(norm: Tensor, device: Any = None, val: float = -1.0) -> None:
+    """In place of DeepSpeed's change of a norm that is NaN or Inf to -1."""
+
+
 class EngineHooks(DeepSpeedEngine):
     """Any of DeepSpeed's engines with public names for the hooks of its step."""
 
-    def before_model_step(self) -> None:
-        """Called once per step, after the last backward pass and before any parameter is updated."""
+    def before_model_step(self) -> float | None:
+        """Called once per step, after the last backward pass and before any parameter is updated.
+
+        Returns:
+            the value of `optimizer_norm`, if it is finite on every rank; None: the optimizer computes and checks it.
+        """
+        return None
 
     def _take_model_step(self, *args: Any, **kwargs: Any) -> None:
         """The optimizer's step, on the last micro-batch of a step."""
-        self.before_model_step()
-        super()._take_model_step(*args, **kwargs)
+        norm = self.before_model_step()
+        with nullcontext() if norm is None else self.known_norm(norm):
+            super()._take_model_step(*args, **kwargs)
+
+    def optimizer_norm(self) -> Tensor | None:
+        """The gradient norm that the optimizer computes within its step, before it, and NaN or Inf where it is not
+        finite; a collective call.
+
+        It does not wait for the device. None where that is not possible (ZeRO 3, and an optimizer on the host).
+        """
+        optimizer, norm = self.optimizer, None
+        if isinstance(optimizer, bf16_optimizer.BF16_Optimizer):
+            with replaced(runtime_utils, "mask_nan_or_inf_with_val_inplace", left_as_it_is):
+                gradients = optimizer.get_grads_for_norm()[0]
+                norm = bf16_optimizer.get_global_norm_of_tensors(gradients, optimizer.norm_type, optimizer.mpu)
+        elif isinstance(optimizer, stage_1_and_2.DeepSpeedZeroOptimizer) and not optimizer.cpu_offload:
+            with replaced(stage_1_and_2, "mask_nan_or_inf_with_val_inplace", left_as_it_is):
+                norm = optimizer.scaled_global_norm()
+        return norm
+
+    @contextmanager
+    def known_norm(self, norm: float) -> Iterator[None]:
+        """Gives the optimizer a finite `norm` on the host: its checks and its clipping then wait for no device."""
+        optimizer, known = self.optimizer, torch.tensor(norm, dtype=torch.float32)
+        if isinstance(optimizer, bf16_optimizer.BF16_Optimizer):
+            with replaced(bf16_optimizer, "get_global_norm_of_tensors", lambda *args, **kwargs: known):
+                yield
+        elif isinstance(optimizer, stage_1_and_2.DeepSpeedZeroOptimizer):
+            with (
+                replaced(optimizer, "scaled_global_norm", lambda: known),
+                replaced(optimizer, "check_grad_overflow", False),
+            ):
+                yield
+        else:
+            yield
 
     def allreduce_gradients(self, *args: Any, **kwargs: Any) -> None:
         """The reduction over replicas after a backward pass; DeepSpeed's pipeline engine does not call it."""

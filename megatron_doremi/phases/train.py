@@ -30,6 +30,7 @@ from megatron_doremi.mixture.reference import OnlineReference, TrainedModel
 from megatron_doremi.parallel.context import ParallelContext
 from megatron_doremi.phases.closing import end_lines, weights_table
 from megatron_doremi.phases.evaluate import evaluate
+from megatron_doremi.phases.garbage import GarbageCollection
 from megatron_doremi.phases.identity import Identity
 from megatron_doremi.phases.inputs import Inputs, held_reference
 from megatron_doremi.phases.learned_weights import LearnedWeights
@@ -46,6 +47,9 @@ from megatron_doremi.phases.step_profile import StepProfile
 from megatron_doremi.planning.compute import run_flops_per_token
 from megatron_doremi.progress import stage
 from megatron_doremi.settings import PROXY
+
+# Steps; a step leaves little cyclic garbage, and no tensor in it (tests/phases/test_garbage.py).
+_COLLECTION_INTERVAL = 100
 
 
 class Trainer:
@@ -132,6 +136,10 @@ class Trainer:
         Returns:
             whether a signal or a time limit stopped the run early, after saving.
         """
+        with GarbageCollection(_COLLECTION_INTERVAL) as garbage:
+            return self._train(garbage)
+
+    def _train(self, garbage: GarbageCollection) -> bool:
         config, total = self.config, self.config.data.train_iters
         log = open_log(config, self.iteration, self.metrics_bytes, self.lock.lost_to)
         if self.iteration == 0 and self.controller.evaluates_at(0):
@@ -145,6 +153,7 @@ class Trainer:
                 flags = self._take_step(step, lr)
             stop, ended = flags.stop, self._ended()
             self._log_step(lr, timer, log, ended)
+            garbage.collect_at(self.iteration)
             with timer.paused():
                 leave = self._due(config.run.exit_interval) or stop != KEEP_RUNNING
                 regular = self._due(config.run.save_interval) or leave or ended
@@ -216,12 +225,12 @@ class Trainer:
         if self.reference is not None:
             self.engine.clock.enter(REFERENCE)
             micro_batches = self.reference.score(micro_batches, self.plan.micro_batches)
-        targets = torch.from_numpy(step.targets).to(self.engine.device, torch.float64)
+        targets = torch.from_numpy(step.targets).to(self.engine.device, torch.float64, non_blocking=True)
         step_flags: list[StepFlags] = []
         batch = (self.engine.objective, micro_batches, self.plan.names, self.iteration + 1)
         model = "proxy" if self.config.data.phase == PROXY else "model"
 
-        def before_step(norm: Tensor | None) -> None:
+        def before_step(norm: Tensor | None) -> float | None:
             state = (self.stop.reason(), *self.checkpoints.progress(), self.save_timer.due())
             flags = reduce_flags(self.engine.objective.current.stats.stack(), norm, *state)
             if flags.loss_non_finite or flags.gradient_non_finite:
@@ -229,6 +238,7 @@ class Trainer:
                 self.checkpoints.finish()
                 raise explain_loss(*batch, model) if flags.loss_non_finite else explain_gradient(*batch)
             step_flags.append(flags)
+            return flags.norm
 
         self.engine.train_step(micro_batches, targets, before_step)
         if not self.engine.was_step_applied():

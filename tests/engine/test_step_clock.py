@@ -108,7 +108,7 @@ F, B, R, P, S = "forward", "backward", "reduction", "pipeline", "optimizer"
 END = [R, "flags", S, R, ""]
 STEPS = {
     "plain": (1, "main", 0, 1, None, [[F, B, F, B, *END]]),
-    "two replicas": (2, "main", 0, 1, None, [[F, B, R, F, B, *END]] * 2),
+    "two replicas": (2, "main", 0, 1, None, [[F, B, F, B, *END]] * 2),
     "ZeRO 1": (1, "main", 1, 1, None, [[F, B, R, F, B, *END]]),
     "proxy": (1, "proxy", 0, 1, {}, [[F, R, B, *END]]),
     "proxy, ZeRO 3 scores first": (1, "proxy", 3, 1, {}, [[F, R, F, B, R, F, B, *END]]),
