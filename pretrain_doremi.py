@@ -291,7 +291,8 @@ def make_trainer(
     for line in resume.statements if resume and is_rank_0 else ():
         say(line)
     with stage("building the model and its optimizer", is_rank_0):
-        engine = make_engine(plan, make_objective(plan, inputs.controller, context), context)
+        loads = resume is not None or inputs.initial is not None
+        engine = make_engine(plan, make_objective(plan, inputs.controller, context), context, loads)
     return Trainer(inputs, identity, resume, engine, reference, context, control, lock)
 
 

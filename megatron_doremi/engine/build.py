@@ -48,11 +48,14 @@ class Layout:
         return self.context.topology.tensor_rank
 
 
-def make_engine(plan: RunPlan, objective: Objective, context: ParallelContext) -> TrainingEngine:
+def make_engine(
+    plan: RunPlan, objective: Objective, context: ParallelContext, to_be_loaded: bool = False
+) -> TrainingEngine:
     """Builds this rank's part of the model and the DeepSpeed engine that trains it.
 
     Args:
         objective: the loss that it minimizes.
+        to_be_loaded: weights are about to be loaded, so that no initial values are drawn: for 8B these take minutes.
     """
     deepspeed_logger.setLevel(logging.WARNING)
     silence_memory_reports()
@@ -70,7 +73,7 @@ def make_engine(plan: RunPlan, objective: Objective, context: ParallelContext) -
     module = make_gpt(
         gpt,
         context,
-        config.data.seed,
+        None if to_be_loaded else config.data.seed,
         plan.execution(objective.before_backward),
         partition if parallel.zero_stage == 3 else None,
     )
