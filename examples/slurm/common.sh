@@ -54,6 +54,24 @@ stopped_everywhere() {
     [ "$1" -eq 3 ] && awk '/: tasks? [0-9]/ && !/Exited with exit code 3$/ { others++ } END { exit others > 0 }' "$2"
 }
 
+# cluster_environment: exports what ranks on a cluster need, except where it is set already (site.sh, sbatch --export).
+# The interface that NCCL uses (NCCL_SOCKET_IFNAME) is not among it: only the site knows its name. The program itself
+# keeps NCCL's own watchdog from ending a run before --distributed-timeout-minutes.
+cluster_environment() {
+    # Since version 22.05 srun does not inherit --cpus-per-task from the job.
+    if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then
+        export SRUN_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK:-$SLURM_CPUS_PER_TASK}
+    fi
+    # A collective that times out leaves a record of the last 2,000 calls of each rank, for torchfrtrace.
+    export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
+    export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
+    export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+    # Memory that was freed in pieces is joined again. PYTORCH_CUDA_ALLOC_CONF is the older name.
+    export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}}
+    # On a disk of the node: ranks of all nodes would lock and read the same files of a shared one.
+    export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-${SLURM_TMPDIR:-/tmp}/torchinductor_$(id -un)}
+}
+
 # pretrain PHASE FLAGS...: runs a phase on all tasks of the job, and requeues the job if the run was stopped. The FLAGS
 # are added to those of the experiment.
 pretrain() {
@@ -82,10 +100,7 @@ pretrain() {
         SLURM_JOB_END_TIME=$(end_of "$job")
         export SLURM_JOB_END_TIME
     fi
-    # Since version 22.05 srun does not inherit --cpus-per-task from the job.
-    if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then
-        export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
-    fi
+    cluster_environment
     local errors
     errors=$(mktemp)
     # There is no shell between srun and Python, so signals reach Python. If a rank dies, the others report it and exit

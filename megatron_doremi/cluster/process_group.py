@@ -42,6 +42,16 @@ def device_faults(launch: Launch) -> list[Fault]:
     ]
 
 
+def nccl_variables(minutes: float) -> dict[str, str]:
+    """Environment variables of NCCL's process group that leave the end of a hanging run to the program's watchdog,
+    which names the rank; NCCL's own monitor ends a process after 8 minutes without progress.
+
+    Args:
+        minutes: see --distributed-timeout-minutes.
+    """
+    return {"TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": f"{60 * (minutes + 2):.0f}"}
+
+
 def join_group(rendezvous: Rendezvous, minutes: float) -> torch.device:
     """Creates the process group of all ranks after the rendezvous; returns this process's device.
 
@@ -58,6 +68,8 @@ def join_group(rendezvous: Rendezvous, minutes: float) -> torch.device:
         device = torch.device("cuda", launch.local_rank)
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
+    for name, value in nccl_variables(minutes).items():
+        os.environ.setdefault(name, value)
     dist.init_process_group(
         backend,
         store=dist.PrefixStore("group", rendezvous.store),

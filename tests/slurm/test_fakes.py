@@ -5,6 +5,7 @@ Run alone: python -m pytest tests/slurm/test_fakes.py
 
 from __future__ import annotations
 
+import getpass
 import os
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 from slurm.test_scripts import ROOT, SCRIPTS
+
+from megatron_doremi.cluster.process_group import nccl_variables
 
 EXPERIMENT = """
 DATA={folder}/data
@@ -21,6 +24,16 @@ TRAIN_FILES=(a.jsonl) VALID_FILES=(b.jsonl) TOKENIZER=t
 """
 # Prints its arguments and variables.
 SRUN = 'echo "srun: $* addr=$MASTER_ADDR port=${MASTER_PORT-} end=${SLURM_JOB_END_TIME-} cpus=${SRUN_CPUS_PER_TASK-}"'
+# Variables of NCCL, of torch and of srun that the scripts set, and one that they leave to the site.
+CLUSTER = {
+    "SRUN_CPUS_PER_TASK": "8",
+    "TORCH_FR_BUFFER_SIZE": "2000",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+    "NCCL_DEBUG": "WARN",
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+    "TORCHINDUCTOR_CACHE_DIR": f"/tmp/torchinductor_{getpass.getuser()}",
+    "NCCL_SOCKET_IFNAME": "",
+}
 QUIET = {"squeue": "exit 1", "scontrol": "[ $1 = requeue ] || echo n1", "srun": SRUN, "sbatch": "echo 7"}
 
 
@@ -37,7 +50,8 @@ class Slurm:
             path = self.folder / name
             path.write_text(f'#!/bin/bash\necho "{name} $*" >> "{self.calls}"\n{does}\n')
             path.chmod(0o755)
-        variables = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "MASTER"))}
+        set_by_scripts = ("SLURM", "MASTER", *CLUSTER, "PYTORCH_CUDA_ALLOC_CONF")
+        variables = {k: v for k, v in os.environ.items() if not k.startswith(set_by_scripts)}
         variables |= {"PATH": f"{self.folder}:{os.environ['PATH']}", "PYTHON": "python", "SLURM_SUBMIT_DIR": str(ROOT)}
         variables |= {"EXPERIMENT": str(self.folder / "experiment.sh"), "TZ": "UTC", "SLURM_JOB_ID": "7"}
         variables |= {"SLURM_JOB_NODELIST": "n[1-2]", **(environ or {})}
@@ -287,3 +301,37 @@ def test_a_dry_run_collects_what_is_wrong_with_files_flags_and_jobs(slurm):
     assert "error: job merge" in done.stderr
     assert "error: proxy, 16 ranks: error: 1 fault in the input:\n  [1] --doremi-smoothing: 2" in done.stderr
     assert done.stderr.endswith("3 of the checks failed; nothing was submitted\n")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {}),
+        # What the user or the site has set stays.
+        (
+            {**dict.fromkeys(CLUSTER, "mine"), "CPU_BIND": "none"},
+            {**dict.fromkeys(CLUSTER, "mine"), "--cpu-bind": "none"},
+        ),
+        (
+            {"PYTORCH_CUDA_ALLOC_CONF": "backend:native", "SLURM_TMPDIR": "/local/7"},
+            {
+                "PYTORCH_ALLOC_CONF": "backend:native",
+                "TORCHINDUCTOR_CACHE_DIR": f"/local/7/torchinductor_{getpass.getuser()}",
+            },
+        ),
+    ],
+    ids=["defaults", "given", "older name and local disk"],
+)
+def test_the_environment_of_a_cluster(given, expected, slurm):
+    prints = "; ".join(f'echo "{name}=${{{name}-}}."' for name in CLUSTER)
+    environ = {"SLURM_CPUS_PER_TASK": "8", **given}
+    done = slurm.run("main.sbatch", environ=environ, srun=f'echo "$*"; {prints}')
+    assert done.returncode == 0, done.stderr
+    for name, value in {**CLUSTER, "--cpu-bind": "cores", **expected}.items():
+        assert f"{name}={value}{' ' if name.startswith('--') else '.'}" in done.stdout
+
+
+@pytest.mark.parametrize(("minutes", "seconds"), [(8.0, "600"), (0.2, "132"), (30.0, "1920")])
+def test_nccl_outwaits_the_programs_own_watchdog(minutes, seconds):
+    """The process group gives up a minute after the watchdog, and NCCL's monitor another one later."""
+    assert nccl_variables(minutes) == {"TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": seconds}
