@@ -27,6 +27,9 @@ class OptimizerConfig:
         "WSD (warmup, stable, decay): fraction of the run, at its end, in which the learning rate decays",
         bounds=SHARE,
     )
+    lr_wsd_decay_iters: int = setting(
+        0, "WSD: steps of that decay; overrides --lr-wsd-decay-fraction (0: not given)", bounds=STEPS
+    )
     weight_decay: float = setting(
         0.01, "decoupled weight decay of matrices (biases and norms do not decay)", bounds=RATE
     )

@@ -70,10 +70,20 @@ class LearningRate:
         return self.peak + (self.minimum - self.peak) * done
 
 
+def same_until(before: LearningRate, now: LearningRate, step: int) -> bool:
+    """Whether all steps up to `step` have the same rate under two schedules with warmup, stable phase and decay (WSD):
+    that of a branch and of its run, whose decays have not begun."""
+    if before.style != "WSD" or now.style != "WSD":
+        return before == now
+    stable = (before.peak, before.warmup) == (now.peak, now.warmup)
+    return before == now or (stable and step <= min(before.decay_start, now.decay_start))
+
+
 def make_learning_rate(optim: OptimizerConfig, train_iters: int) -> LearningRate:
     """The learning rate schedule of a run of `train_iters` steps."""
     warmup = optim.warmup_steps(train_iters)
     decay_start = warmup
     if optim.lr_decay_style == "WSD":
-        decay_start = max(warmup, train_iters - round(optim.lr_wsd_decay_fraction * train_iters))
+        decay = optim.lr_wsd_decay_iters or round(optim.lr_wsd_decay_fraction * train_iters)
+        decay_start = max(warmup, train_iters - decay)
     return LearningRate(optim.lr_decay_style, optim.lr, optim.min_lr, warmup, decay_start, train_iters)

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from megatron_doremi import __version__
 from megatron_doremi.checkpoint.run_config import RunConfigFile
 from megatron_doremi.config import OPTIMIZER_NAMES, STEP_NAMES, Config
-from megatron_doremi.engine.optimizer import make_learning_rate
+from megatron_doremi.engine.optimizer import LearningRate, make_learning_rate, same_until
 from megatron_doremi.errors import ConfigError, Fault
 from megatron_doremi.mixture.controller import MixtureController
 from megatron_doremi.parallel.exchange import gather_json
@@ -38,6 +38,8 @@ _REMEDIES = {
     "global_batch_size": "give the --global-batch-size that the run began with; its default follows from the ranks",
     "sampling_weights": "give the weights that the run began with, or --change-domain-weights to resume with these",
 }
+# What only the decay of a WSD run reads.
+OF_THE_DECAY = ("lr_wsd_decay_fraction", "lr_wsd_decay_iters", "min_lr")
 Identity = dict[str, Any]
 
 
@@ -208,12 +210,42 @@ def schedule_change(before: Mapping[str, Any], config: Config, iteration: int) -
     if planned is None or planned == total:
         return None
     step = min(iteration + 1, total)
-    rate = make_learning_rate(config.optimizer, total).at(step)
-    planned_rate = make_learning_rate(config.optimizer, planned).at(min(step, planned))
-    return (
-        f"--train-iters {planned:,} -> {total:,}: the learning rate of iteration {step:,} is {rate:.3e}, where the run "
-        f"was planned with {planned_rate:.3e}; warmup and decay now span {total:,} iterations"
+    now, then = make_learning_rate(config.optimizer, total), _recorded_rate(before, config)
+    text = (
+        f"--train-iters {planned:,} -> {total:,}: the learning rate of iteration {step:,} is {now.at(step):.3e}, where "
+        f"the run was planned with {then.at(min(step, planned)):.3e}"
     )
+    if config.optimizer.lr_decay_style != "WSD":
+        return f"{text}; warmup and decay now span {total:,} iterations"
+    return f"{text}; {_stable_phase(then, now, iteration)}"
+
+
+def _recorded_rate(before: Mapping[str, Any], config: Config) -> LearningRate:
+    """The schedule of a recorded identity; entries that it lacks are those of this start."""
+    recorded = {name: before[name] for name in OPTIMIZER_NAMES if name in before}
+    return make_learning_rate(replace(config.optimizer, **recorded), before["train_iters"])
+
+
+def _stable_phase(then: LearningRate, now: LearningRate, iteration: int) -> str:
+    """Whether a WSD run that goes on after `iteration` is one that was planned like this from its start; else why."""
+    if same_until(then, now, iteration):
+        return f"it decays after {now.decay_start:,}, and all steps taken had the rate that this schedule gives them"
+    reasons = []
+    if now.warmup != then.warmup:
+        reasons.append(f"its warmup took {then.warmup:,} steps (give --lr-warmup-iters {then.warmup})")
+    if iteration > then.decay_start:
+        reasons.append(f"it has decayed since step {then.decay_start:,} (branch from that step, or before)")
+    if iteration > now.decay_start:
+        reasons.append(f"its decay would have begun at step {now.decay_start:,} (give more --train-iters)")
+    return "no run of this schedule takes the steps that were taken: " + "; ".join(reasons or ["its peak differs"])
+
+
+def free_in_the_stable_phase(before: Mapping[str, Any], config: Config, iteration: int) -> frozenset[str]:
+    """The entries of the identity that a WSD run has not used after `iteration`, so that a branch may choose them."""
+    if before.get("lr_decay_style") != "WSD" or "train_iters" not in before:
+        return frozenset()
+    now = make_learning_rate(config.optimizer, config.data.train_iters)
+    return frozenset(OF_THE_DECAY if same_until(_recorded_rate(before, config), now, iteration) else ())
 
 
 def check_ranks_start_alike(config: Config, read: Mapping[str, Any]) -> None:

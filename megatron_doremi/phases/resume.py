@@ -25,6 +25,7 @@ from megatron_doremi.phases.identity import (
     Identity,
     differences,
     for_message,
+    free_in_the_stable_phase,
     override_faults,
     schedule_change,
 )
@@ -152,6 +153,7 @@ def _matching_state(
     allowed = {*config.run.override_resume}
     if config.data.change_domain_weights:
         allowed.add("sampling_weights")
+    allowed |= free_in_the_stable_phase(state.recorded_identity(), config, state.iteration)
     faults, overridden = differences(state.recorded_identity(), identity, subject, allowed)
     if config.data.train_iters < state.iteration:
         rule = f"at least the {state.iteration:,} steps that were taken"

@@ -34,6 +34,11 @@ def test_decay_styles(style, at):
         assert make_learning_rate(replace(BASE, lr_decay_style=style), 100).at(step) == pytest.approx(rate)
 
 
+def test_a_decay_in_iterations_overrules_the_fraction():
+    rate = make_learning_rate(replace(BASE, lr_decay_style="WSD", lr_wsd_decay_iters=20), 100)
+    assert [rate.at(step) for step in (10, 80, 90, 100)] == pytest.approx([1.0, 1.0, 0.505, 0.01])
+
+
 def test_warmup_in_iterations_overrules_the_fraction():
     assert make_learning_rate(replace(BASE, lr_warmup_iters=4), 100).at(2) == pytest.approx(0.5)
 
