@@ -197,7 +197,8 @@ class ParallelConfig:
     )
     recompute_granularity: str = setting(
         "none",
-        "activations that the backward pass recomputes to save memory: none, attention's inner part, or full blocks",
+        "activations that the backward pass recomputes to save memory: none, attention's inner part, or full blocks; "
+        "not given: none while they fit the device, else full blocks",
         ("none", "selective", "full"),
         phases=TRAINING,
     )

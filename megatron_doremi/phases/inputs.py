@@ -42,6 +42,7 @@ from megatron_doremi.planning.epochs import check_repetition
 from megatron_doremi.planning.layouts import suggest_layouts, suggestion_text
 from megatron_doremi.planning.machine_plan import memory_faults
 from megatron_doremi.planning.mixture_checks import mixture_faults, mixture_warnings
+from megatron_doremi.planning.recomputation import with_recomputation
 from megatron_doremi.planning.shape_checks import shape_warnings
 from megatron_doremi.settings import EVALUATE, TRAINING
 from megatron_doremi.shapes import Shape
@@ -63,6 +64,7 @@ class Inputs:
         reference_losses: of a proxy that reads them from disk; else None.
         to_come: see `inputs_to_come`; empty unless the run is a dry run.
         resumes: of a dry run, what the run would say about its resume; empty if it would start.
+        recomputes: a line on activations that `fitted` chose to recompute; "" if it chose nothing.
     """
 
     data: RunData
@@ -74,6 +76,7 @@ class Inputs:
     reference_losses: ReferenceLosses | None
     to_come: Mapping[str, str]
     resumes: tuple[str, ...] = ()
+    recomputes: str = ""
 
 
 def open_inputs(config: Config, topology: Topology) -> Inputs:
@@ -177,7 +180,7 @@ def plan_text(inputs: Inputs) -> str:
     limit = plan.config.data.eval_iters * (evaluated or plan).global_batch_size
     counts = data.held_out_counts(plan.config.data.seq_length)
     held_out = [min(count, limit) if limit else count for count in counts]
-    lines = [*_origin(inputs), *to_come.values(), *inputs.resumes]
+    lines = [*_origin(inputs), *_line(inputs.recomputes), *to_come.values(), *inputs.resumes]
     return describe_plan(plan, inputs.controller, setting, held_out, held_reference(inputs), lines)
 
 
@@ -197,12 +200,32 @@ def start_text(inputs: Inputs, device: str) -> str:
     setting = sampling_setting(inputs.plan.config, inputs.data.manifest)
     plan, reference = inputs.plan, held_reference(inputs)
     lines = start_lines(plan, inputs.controller, setting, reference, device, inputs.repeated)
-    return "\n".join([*lines, *(f"  {line}" for line in _origin(inputs))])
+    return "\n".join([*lines, *(f"  {line}" for line in [*_origin(inputs), *_line(inputs.recomputes)])])
 
 
 def _origin(inputs: Inputs) -> list[str]:
     """Where the weights of a run come from that did not start from random ones."""
     return [] if inputs.initial is None else [f"weights at step 0: those of {inputs.initial.path}"]
+
+
+def _line(text: str) -> list[str]:
+    return [text] if text else []
+
+
+def device_memory(config: Config) -> float | None:
+    """Bytes of the device of a rank: as stated, or of the GPU here; None on a CPU."""
+    if config.run.device_memory_gib:
+        return config.run.device_memory_gib * 2**30
+    return float(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
+
+
+def fitted(inputs: Inputs, device_bytes: float | None) -> Inputs:
+    """The inputs with a plan that fits the device, if recomputation can bring that about; see `with_recomputation`."""
+    if device_bytes is None or inputs.plan.config.run.suggest_layout:
+        return inputs
+    alternating, reference = inputs.controller.before_backward, held_reference(inputs)
+    plan, recomputes = with_recomputation(inputs.plan, alternating, reference, device_bytes)
+    return replace(inputs, plan=plan, recomputes=recomputes)
 
 
 def held_reference(inputs: Inputs) -> Shape | None:
@@ -216,12 +239,8 @@ def suggestion(inputs: Inputs) -> str:
     Raises:
         ConfigError: nothing fits, or the memory of a device is unknown.
     """
-    gib = inputs.plan.config.run.device_memory_gib
-    if gib:
-        device_bytes = gib * 2**30
-    elif torch.cuda.is_available():
-        device_bytes = float(torch.cuda.get_device_properties(0).total_memory)
-    else:
+    device_bytes = device_memory(inputs.plan.config)
+    if device_bytes is None:
         rule = "the memory of the device that a rank will have; this machine has no GPU that could tell"
         raise ConfigError(Fault("--device-memory-gib", "not given", rule, "give it, such as --device-memory-gib 80"))
     before_backward = inputs.controller.before_backward
