@@ -235,6 +235,7 @@ CHECKS: dict[str, Callable[[Place, Report], bool]] = {
     "resume": resume,
     "sync": gpu_timings.sync,
     "1b": gpu_timings.one_billion,
+    "1b_compiled": gpu_timings.one_billion_compiled,
     "kernels": gpu_timings.kernels,
     "compiled": gpu_timings.compiled,
     "proxy_280m": gpu_timings.proxy_280m,

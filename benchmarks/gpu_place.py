@@ -81,6 +81,7 @@ def make(
     batch: tuple[int, int, int],
     phase: str = "main",
     recompute: str = "none",
+    compiled: bool = False,
     context: Any = None,
 ) -> tuple[Any, Any, Sequence[Any]]:
     """(engine, shape, micro-batches) in bfloat16 with ZeRO 1; `batch` is (micro-batches, windows in each, length)."""
@@ -111,7 +112,7 @@ def make(
             phase=phase, seq_length=seq, micro_batch_size=windows, global_batch_size=windows * count, train_iters=100
         ),
         model,
-        ParallelConfig(zero_stage=1, recompute_granularity=recompute),
+        ParallelConfig(zero_stage=1, recompute_granularity=recompute, compile=compiled),
         DoReMiConfig(),
         OptimizerConfig(bf16=True),
         RunConfig(),

@@ -30,9 +30,10 @@ LIMITS = {
     "resume": 90,
     "sync": 45,
     "1b": 80,
+    "1b_compiled": 120,
     "kernels": 60,
     "compiled": 90,
-    "proxy_280m": 80,
+    "proxy_280m": 120,
     "checkpoint": 50,
 }
 
@@ -43,7 +44,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cpu", action="store_true", help="run with tiny models on the CPU, to test this script")
     parser.add_argument("--only", default="", metavar="NAME,...", help=f"run only these checks, of {', '.join(LIMITS)}")
     parser.add_argument(
-        "--seconds", type=float, default=350.0, help="time limit for all checks together (default: 350)"
+        "--seconds", type=float, default=480.0, help="time limit for all checks together (default: 480)"
     )
     folder = os.environ.get("OUT", ".")
     parser.add_argument(

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What only a GPU can tell, in at most six minutes on a bare machine: one JSON line a check (docs/gpu.md).
+# What only a GPU can tell, in at most eight minutes on a bare machine: one JSON line a check (docs/gpu.md).
 #
 #   bash benchmarks/gpu_smoke.sh [--cpu] [--only NAME,...] [--seconds N] [--output FILE]
 #
