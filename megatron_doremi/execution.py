@@ -1,4 +1,4 @@
-"""How a model computes, as opposed to what: the options that change time and memory and leave the losses the same."""
+"""How a model computes: what changes time and memory and leaves the losses the same, and what only training does."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ class Execution:
             pass; 0: compute the logits of all tokens once and hold them for the backward pass.
         compiled: compile each block, and the losses of rows of logits, by torch.compile.
         normalizers: in training, return the normalizers of the softmax beside the losses (--z-loss).
+        attention_dropout, hidden_dropout: rates in training; see `Dropout` in model/dropout.py.
     """
 
     recompute: str = "none"
     loss_chunk_tokens: int = 0
     compiled: bool = False
     normalizers: bool = False
+    attention_dropout: float = 0.0
+    hidden_dropout: float = 0.0
 
 
 DEFAULT = Execution()

@@ -84,8 +84,14 @@ class RunPlan:
         holds_one = not alternating or self.micro_batches == 1
         held = tokens <= chunk and holds_one
         parallel = self.config.parallel
+        training = self.config.training
         return Execution(
-            parallel.recompute_granularity, 0 if held else chunk, parallel.compile, self.config.training.z_loss > 0.0
+            parallel.recompute_granularity,
+            0 if held else chunk,
+            parallel.compile,
+            training.z_loss > 0.0,
+            training.attention_dropout,
+            training.hidden_dropout,
         )
 
     @property

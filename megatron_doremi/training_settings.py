@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from megatron_doremi.settings import RATE, TRAINING, setting
+from megatron_doremi.settings import DECAY, RATE, TRAINING, setting
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """What people turn on: the borders of documents, a penalty of large logits."""
+    """What people turn on: the borders of documents, a penalty of large logits, dropout."""
 
     default_phases: ClassVar[tuple[str, ...]] = TRAINING
 
@@ -28,6 +28,19 @@ class TrainingConfig:
         bounds=RATE,
     )
 
+    attention_dropout: float = setting(0.0, "share of attention probabilities that a step drops", bounds=DECAY)
+    hidden_dropout: float = setting(
+        0.0,
+        "share that a step drops of the embeddings, and of what attention and feed-forward layer add to the residual "
+        "stream",
+        bounds=DECAY,
+    )
+
+    @property
+    def drops(self) -> bool:
+        """Whether there is any dropout."""
+        return self.attention_dropout > 0.0 or self.hidden_dropout > 0.0
+
     @property
     def reads_documents(self) -> bool:
         """Whether the model depends on where documents end."""
@@ -35,4 +48,4 @@ class TrainingConfig:
 
 
 # The settings that a run's identity states beside the model's shape, which has the others.
-STEP_NAMES = ("z_loss",)
+STEP_NAMES = ("z_loss", "attention_dropout", "hidden_dropout")

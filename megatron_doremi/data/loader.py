@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_doremi.data.blend import Blend, BlendState, GlobalBatch
+from megatron_doremi.data.permutation import key_of
 from megatron_doremi.data.reference_losses import ReferenceLosses
 from megatron_doremi.data.token_stream import TokenStream
 from megatron_doremi.parallel.topology import Topology
@@ -26,6 +27,7 @@ class MicroBatch:
         targets: [batch, seq] the token after each input, int64.
         domains: [batch] domain index of each window, int64; -1 marks padding, which is ignored.
         windows: [batch] index of each window within its domain, int64.
+        keys: [batch] of each window's dropout masks, int64, below 2 ** 32; None without dropout.
         reference: [batch, seq] token losses of the reference in nats, float32, on the last stage of a proxy with a
             reference: read with the text if they are recorded, else computed before the step.
     """
@@ -35,6 +37,7 @@ class MicroBatch:
     domains: Tensor
     windows: Tensor
     reference: Tensor | None = None
+    keys: Tensor | None = None
 
     def as_pipe_batch(self) -> tuple[Tensor, tuple[Tensor, ...]]:
         """(inputs, labels), the format of DeepSpeed's pipeline; labels are targets, domains and reference, if any."""
@@ -55,7 +58,8 @@ class MicroBatch:
     def _map(self, function: Callable[[Tensor], Tensor]) -> MicroBatch:
         reference = None if self.reference is None else function(self.reference)
         tokens, targets, domains = function(self.tokens), function(self.targets), function(self.domains)
-        return MicroBatch(tokens, targets, domains, self.windows, reference)
+        keys = None if self.keys is None else function(self.keys)
+        return MicroBatch(tokens, targets, domains, self.windows, reference, keys)
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,7 @@ class StepReader:
         batch_shape: (batch, seq) of a micro-batch.
         topology: the layout and this rank's place in it.
         reference_losses: the reference's losses of a proxy that has them on disk; read on the last stage only.
+        drops: the windows get keys for dropout.
         every_stage: all stages of a pipeline read the windows, not only the first and the last.
     """
 
@@ -132,6 +137,7 @@ class StepReader:
     topology: Topology
     reference_losses: ReferenceLosses | None = None
     every_stage: bool = False
+    drops: bool = False
 
     def read(self, state: BlendState, weights: NDArray[np.float64]) -> Step:
         """Reads the step after `state`, under [k] sampling weights."""
@@ -142,9 +148,22 @@ class StepReader:
         targets = np.bincount(batch.domains, minlength=len(self.blend.names)) * seq_length
         losses = self.reference_losses if topology.is_last_stage else None
         micro_batches = [read_windows(self.datasets, part, seq_length, losses) for part in parts]
+        if self.drops and reads:
+            micro_batches = [
+                replace(each, keys=keys) for each, keys in zip(micro_batches, self._keys(state.step + 1), strict=True)
+            ]
         if torch.cuda.is_available():
             micro_batches = [each.pinned() for each in micro_batches]
         return Step(tuple(micro_batches), targets, state_after)
+
+    def _keys(self, step: int) -> list[Tensor]:
+        """[batch] keys of each micro-batch, from seed, step and a window's place in the global batch."""
+        topology, places = self.topology, np.arange(self.blend.batch_size)
+        parts = rank_slice(GlobalBatch(places, places), self.batch_shape[0], topology.data_rank, topology.data_size)
+        return [
+            torch.tensor([key_of(self.blend.seed, "dropout", step, place) & 0xFFFFFFFF for place in part.windows])
+            for part in parts
+        ]
 
 
 def steps(

@@ -188,7 +188,8 @@ class PipelinedEngine(TrainingEngine, PipelineEngineHooks):
         self.clock.enter(_PARTS.get(kind, FORWARD))
         if kind is ForwardPass and self.module.every_stage_reads:
             # They come in order on every stage.
-            self.module.tokens = next(self._coming).tokens
+            batch = next(self._coming)
+            self.module.tokens, self.module.keys = batch.tokens, batch.keys
 
     def after_forward(self, buffer_id: int, labels: tuple[Tensor, ...]) -> None:
         output = self.loss
@@ -237,7 +238,7 @@ class OneStageEngine(TrainingEngine):
             for batch in batches:
                 self._backpropagate(self._forward_and_record(batch), batch.domains)
         elif self._holds_forwards():
-            held = [self(batch.tokens, batch.targets) for batch in batches]
+            held = [self._outputs(batch) for batch in batches]
             for output, batch in zip(held, batches, strict=True):
                 self.objective.record(self._token_losses(output), batch.domains, batch.reference)
             self._update_domain_weights()
@@ -251,7 +252,7 @@ class OneStageEngine(TrainingEngine):
             self._update_domain_weights()
             for batch in batches:
                 self.clock.enter(FORWARD)
-                self._backpropagate(self(batch.tokens, batch.targets), batch.domains)
+                self._backpropagate(self._outputs(batch), batch.domains)
 
     def _update_domain_weights(self) -> None:
         self.clock.enter(REDUCTION)
@@ -260,8 +261,14 @@ class OneStageEngine(TrainingEngine):
     def _forward_and_record(self, batch: MicroBatch) -> Tensor:
         """What the model returns, with token losses that the objective has recorded."""
         self.clock.enter(FORWARD)
-        output: Tensor = self(batch.tokens, batch.targets)
+        output = self._outputs(batch)
         self.objective.record(self._token_losses(output), batch.domains, batch.reference)
+        return output
+
+    def _outputs(self, batch: MicroBatch) -> Tensor:
+        """What the model returns."""
+        keys = () if batch.keys is None else (batch.keys,)
+        output: Tensor = self(batch.tokens, batch.targets, *keys)
         return output
 
     def _holds_forwards(self) -> bool:

@@ -10,11 +10,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_doremi.config import GPTConfig
+from megatron_doremi.model.dropout import (
+    AFTER_ATTENTION,
+    AFTER_MLP,
+    NONE,
+    Dropout,
+    drop_hidden,
+    drop_probabilities,
+)
 from megatron_doremi.model.fused import rotate, split_heads, swiglu
 from megatron_doremi.model.positions import Window
 from megatron_doremi.parallel.layers import (
@@ -33,7 +42,7 @@ def residual_std(gpt: GPTConfig) -> float:
 def recomputed(function: Callable[..., Tensor], *inputs: Tensor | Window) -> Tensor:
     """Calls a function and keeps only its inputs; the backward pass recomputes the rest (Chen et al. 2016).
 
-    Without dropout there is no random state to restore.
+    There is no random state to restore: masks of dropout are computed (dropout.py).
     """
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
@@ -46,9 +55,10 @@ class Attention(nn.Module):
     precedes the rotation (Dehghani et al. 2023, section 2; as in Qwen3).
     """
 
-    def __init__(self, gpt: GPTConfig, tp: TensorParallel, recompute: bool):
+    def __init__(self, gpt: GPTConfig, tp: TensorParallel, recompute: bool, dropout: float = 0.0):
         super().__init__()
-        self.recompute = recompute
+        self.recompute, self.dropout = recompute, dropout
+        self.first_head = tp.group.rank * (gpt.num_attention_heads // tp.size)
         self.groups = gpt.num_query_groups // tp.size
         self.queries_per_group = gpt.num_attention_heads // gpt.num_query_groups
         self.width = gpt.kv_channels
@@ -77,12 +87,25 @@ class Attention(nn.Module):
                 q, k = rotate(q, rotary), rotate(k, rotary)
         # [b, s, heads, d]
         q, k, v = (part.flatten(2, 3).transpose(1, 2) for part in (q, k, v))
+        if self.dropout and window.keys is not None:
+            return self._with_dropout(q, k, v, mask, window.keys).transpose(1, 2).flatten(2)
         grouped = self.queries_per_group > 1
         if grouped and mask is not None and q.is_cuda:
             # Kernels with a mask know no groups; the fallback would hold all scores.
             k, v, grouped = *(part.repeat_interleave(self.queries_per_group, dim=1) for part in (k, v)), False
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
         return out.transpose(1, 2).flatten(2)
+
+    def _with_dropout(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, keys: Tensor) -> Tensor:
+        """Attention, [b, heads, s, d], that holds its probabilities: kernels that do not would draw their own masks."""
+        k, v = (part.repeat_interleave(self.queries_per_group, dim=1) for part in (k, v))
+        scores = (q @ k.transpose(2, 3)).float() / math.sqrt(self.width)
+        if mask is None:
+            later = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).triu(1)
+            scores = scores.masked_fill(later, float("-inf"))
+        else:
+            scores = scores + mask
+        return drop_probabilities(scores.softmax(-1), keys, self.first_head, self.dropout).to(v.dtype) @ v
 
 
 class MLP(nn.Module):
@@ -107,14 +130,17 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One transformer block: [b, s, h] -> [b, s, h]."""
 
-    def __init__(self, gpt: GPTConfig, tp: TensorParallel, recompute: str = "none"):
+    def __init__(
+        self, gpt: GPTConfig, tp: TensorParallel, recompute: str = "none", dropout: Dropout = NONE, number: int = 0
+    ):
         """Args:
         recompute: see `Execution`.
+        number: of the block in the model, from 0.
         """
         super().__init__()
-        self.recompute = recompute == "full"
+        self.recompute, self.dropout, self.tp, self.number = recompute == "full", dropout.hidden, tp, number
         self.attention_norm = Norm(gpt.hidden_size, gpt.normalization, gpt.norm_epsilon, tp)
-        self.attention = Attention(gpt, tp, recompute == "selective")
+        self.attention = Attention(gpt, tp, recompute == "selective", dropout.attention)
         self.mlp_norm = Norm(gpt.hidden_size, gpt.normalization, gpt.norm_epsilon, tp)
         self.mlp = MLP(gpt, tp)
 
@@ -125,5 +151,12 @@ class Block(nn.Module):
         return recomputed(self._forward, x, window) if self.recompute else self._forward(x, window)
 
     def _forward(self, x: Tensor, window: Window) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), window)
-        return x + self.mlp(self.mlp_norm(x))
+        x = x + self.dropped(self.attention(self.attention_norm(x), window), window, AFTER_ATTENTION)
+        return x + self.dropped(self.mlp(self.mlp_norm(x)), window, AFTER_MLP)
+
+    def dropped(self, x: Tensor, window: Window, site: int) -> Tensor:
+        """Hidden dropout of [b, s, h], or [b, s / t, h], in training."""
+        if not self.dropout or window.keys is None:
+            return x
+        first = self.tp.group.rank * x.shape[1] if self.tp.sequence_parallel else 0
+        return drop_hidden(x, window.keys, site, first, self.dropout)

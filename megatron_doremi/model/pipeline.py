@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from megatron_doremi.config import GPTConfig
 from megatron_doremi.execution import DEFAULT, Execution
+from megatron_doremi.model.dropout import EMBEDDINGS, Dropout, layer_keys
 from megatron_doremi.model.gpt import Block
 from megatron_doremi.model.positions import Positions, Window
 from megatron_doremi.parallel.context import ParallelContext
@@ -55,11 +56,12 @@ class NamedLayers:
     gpt: GPTConfig
     tp: TensorParallel
     positions: Positions
+    execution: Execution
 
     @property
     def every_stage_reads(self) -> bool:
-        """Whether all stages of a pipeline need the token ids, not only the first."""
-        return self.gpt.reads_documents
+        """Whether all stages of a pipeline need the windows: token ids for documents, keys for dropout."""
+        return self.gpt.reads_documents or bool(self.execution.attention_dropout or self.execution.hidden_dropout)
 
     @abstractmethod
     def named_layers(self) -> Iterator[tuple[str, nn.Module]]:
@@ -88,11 +90,25 @@ class NamedLayers:
         """Shape of the output of every stage but the last."""
         return micro_batch_size, seq_length // self.tp.sequence_shards, self.gpt.hidden_size
 
-    def _through(self, layers: Iterable[Callable[..., Tensor]], x: Tensor, tokens: Tensor | None) -> Tensor:
-        """Passes token ids, or the output of the previous stage, through layers of this stage."""
+    def _through(
+        self,
+        layers: Iterable[Callable[..., Tensor]],
+        x: Tensor,
+        tokens: Tensor | None,
+        keys: Tensor | None = None,
+    ) -> Tensor:
+        """Passes token ids, or the output of the previous stage, through layers of this stage.
+
+        Args:
+            keys: of `MicroBatch`; None: no dropout.
+        """
         window = self._window(x, tokens)
         for layer in layers:
             if isinstance(layer, Block):
+                if keys is not None:
+                    window = window._replace(keys=layer_keys(keys, layer.number))
+                if layer.number == 0:
+                    x = layer.dropped(x, window, EMBEDDINGS)
                 x = layer(x, window)
             elif isinstance(layer, LearnedPositions):
                 x = layer(x, window.positions)
@@ -114,9 +130,11 @@ class GPTPipeline(NamedLayers, PipelineModuleHooks):
 
     Attributes:
         tokens: [batch, seq] ids of the next forward pass, if `every_stage_reads`; DeepSpeed passes on one tensor.
+        keys: [batch] keys of its dropout masks; None: no dropout.
     """
 
     tokens: Tensor | None = None
+    keys: Tensor | None = None
 
     def __init__(
         self,
@@ -172,10 +190,10 @@ class GPTPipeline(NamedLayers, PipelineModuleHooks):
 
     def forward(self, x: Tensor) -> Tensor:
         """Replaces DeepSpeed's forward pass, which gives every layer one input: blocks also take positions."""
-        return self._through(self.layer_functions(), x, self.tokens)
+        return self._through(self.layer_functions(), x, self.tokens, self.keys)
 
     def run(self, x: Tensor, targets: Tensor | None, tokens: Tensor | None = None) -> Tensor:
-        self.tokens = tokens
+        self.tokens, self.keys = tokens, None
         x = self(x)
         return x if targets is None else self.token_losses(x, (targets,))
 
@@ -228,7 +246,8 @@ def layer_specs(gpt: GPTConfig, tp: TensorParallel, execution: Execution = DEFAU
         specs.append(LayerSpec(VocabParallelEmbedding, *embedding))
     if gpt.position_embedding_type == "learned_absolute":
         specs.append(LayerSpec(LearnedPositions, gpt.max_positions, gpt.hidden_size, gpt.init_method_std, tp))
-    specs += [LayerSpec(Block, gpt, tp, execution.recompute) for _ in range(gpt.num_layers)]
+    dropout = Dropout(execution.attention_dropout, execution.hidden_dropout)
+    specs += [LayerSpec(Block, gpt, tp, execution.recompute, dropout, number) for number in range(gpt.num_layers)]
     specs.append(LayerSpec(Norm, gpt.hidden_size, gpt.normalization, gpt.norm_epsilon, tp))
     if gpt.tied_embeddings:
         specs.append(TiedLayerSpec(TIED_KEY, VocabParallelEmbedding, *embedding, forward_fn=_pass_hidden))

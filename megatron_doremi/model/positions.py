@@ -74,11 +74,13 @@ class Window(NamedTuple):
         positions: [seq], or [batch, seq] where each window has its own.
         rotary: the table of these positions; None with learned positions.
         mask: see `document_mask`; None: each token attends to all before it in its window.
+        keys: [batch] of the dropout masks of a layer; None without dropout.
     """
 
     positions: Tensor
     rotary: RotaryTable | None
     mask: Tensor | None = None
+    keys: Tensor | None = None
 
 
 class Positions:

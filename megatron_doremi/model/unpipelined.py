@@ -60,6 +60,7 @@ class GPTModel(NamedLayers, nn.Module):
         nn.Module.__init__(self)
         tp = context.tensor_parallel
         self.gpt, self.tp, self.names, self.positions = gpt, tp, layer_names(gpt), Positions(gpt)
+        self.execution = execution
         self.layers = nn.ModuleList()
         for name, spec in zip(self.names, layer_specs(gpt, tp, execution), strict=True):
             if name in self.names[: len(self.layers)]:
@@ -85,9 +86,13 @@ class GPTModel(NamedLayers, nn.Module):
                 seen.add(name)
                 yield name, layer
 
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """[batch, seq] ids and targets -> [batch, seq] losses in nats, float32; see `output_losses`."""
-        return self.layers[-1](self._through(self.layers[:-1], tokens, tokens), targets)
+    def forward(self, tokens: Tensor, targets: Tensor, keys: Tensor | None = None) -> Tensor:
+        """[batch, seq] ids and targets -> [batch, seq] losses in nats, float32; see `output_losses`.
+
+        Args:
+            keys: of `MicroBatch`; None: no dropout.
+        """
+        return self.layers[-1](self._through(self.layers[:-1], tokens, tokens, keys), targets)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """[batch, seq] ids -> [batch, seq, vocab] logits, on one tensor-parallel rank."""

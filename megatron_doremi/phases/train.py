@@ -83,6 +83,7 @@ class Trainer:
             self.topology,
             inputs.reference_losses,
             engine.module.every_stage_reads or (reference is not None and reference.module.every_stage_reads),
+            self.config.training.drops,
         )
         self.stop, self.watchdog, self.lock = control.stop, control.watchdog, lock
         self.identity, self.overrides = identity, list(resume.overrides) if resume else []

@@ -45,7 +45,22 @@ def positions_of(window, gpt):
     return places - torch.tensor(starts_of(window, gpt)) if gpt.reset_position_ids else places
 
 
-def attention(x, w, name, gpt, window):
+def hash32(x):
+    for _ in range(2):
+        x = (((x >> 16) ^ x) * 0x45D9F3B) % 2**32
+    return (x >> 16) ^ x
+
+
+def dropped(x, key, rate):
+    """x: [places, channels]; each number is kept or not by a hash of key, place and channel, in a loop."""
+    keep = [
+        [hash32(hash32(key ^ hash32(p + 1)) ^ hash32(c + 2**24)) >= int(rate * 2**32) for c in range(x.shape[1])]
+        for p in range(x.shape[0])
+    ]
+    return torch.where(torch.tensor(keep), x / (1 - rate), torch.zeros_like(x))
+
+
+def attention(x, w, name, gpt, window, key=0, rate=0.0):
     """x: [seq, hidden], one window; heads in a loop, scores written out."""
     seq, width, groups = x.shape[0], gpt.kv_channels, gpt.num_query_groups
     per_group = gpt.num_attention_heads // groups
@@ -57,18 +72,22 @@ def attention(x, w, name, gpt, window):
     positions = positions_of(window, gpt)
     outputs = []
     for group in range(groups):
-        key, value = qkv[:, group, per_group], qkv[:, group, per_group + 1]
+        keys, value = qkv[:, group, per_group], qkv[:, group, per_group + 1]
         if gpt.qk_layernorm:
-            key = norm(key, w, f"{name}.k_norm", gpt.normalization)
+            keys = norm(keys, w, f"{name}.k_norm", gpt.normalization)
         if gpt.position_embedding_type == "rope":
-            key = rope(key, gpt.rotary_base, positions)
+            keys = rope(keys, gpt.rotary_base, positions)
         for head in range(per_group):
             query = qkv[:, group, head]
             if gpt.qk_layernorm:
                 query = norm(query, w, f"{name}.q_norm", gpt.normalization)
             if gpt.position_embedding_type == "rope":
                 query = rope(query, gpt.rotary_base, positions)
-            outputs.append(torch.softmax(query @ key.T / width**0.5 + mask, dim=-1) @ value)
+            probabilities = torch.softmax(query @ keys.T / width**0.5 + mask, dim=-1)
+            if rate:
+                number = group * per_group + head
+                probabilities = dropped(probabilities, hash32(hash32(key + 1) ^ hash32(number + 1)), rate)
+            outputs.append(probabilities @ value)
     return linear(torch.cat(outputs, dim=-1), w, f"{name}.proj")
 
 
@@ -84,25 +103,36 @@ def mlp(x, w, name, gpt):
     return linear(0.5 * x * (1 + gate), w, f"{name}.fc2")
 
 
-def logits_of(w, gpt, tokens):
-    """[batch, seq, vocab] logits under the model's unsharded weights `w`."""
+def logits_of(w, gpt, tokens, dropout=(0.0, 0.0), keys=None):
+    """[batch, seq, vocab] logits under the model's unsharded weights `w`; rates of attention's and hidden dropout."""
     logits = []
-    for window in tokens:
+    for number, window in enumerate(tokens):
         x = w["embedding.weight"][window]
         if gpt.position_embedding_type == "learned_absolute":
             x = x + w["positions.weight"][positions_of(window, gpt)]
         for i in range(gpt.num_layers):
             p = f"layers.{i}"
-            x = x + attention(norm(x, w, f"{p}.attention_norm", gpt.normalization), w, f"{p}.attention", gpt, window)
-            x = x + mlp(norm(x, w, f"{p}.mlp_norm", gpt.normalization), w, f"{p}.mlp", gpt)
+            key = 0 if keys is None else hash32(int(keys[number]) ^ hash32(i + 1))
+
+            def hidden(x, site, key=key):
+                return dropped(x, hash32(key + site), dropout[1]) if dropout[1] else x
+
+            x = hidden(x, 4) if i == 0 else x
+            y = norm(x, w, f"{p}.attention_norm", gpt.normalization)
+            x = x + hidden(attention(y, w, f"{p}.attention", gpt, window, key, dropout[0]), 2)
+            x = x + hidden(mlp(norm(x, w, f"{p}.mlp_norm", gpt.normalization), w, f"{p}.mlp", gpt), 3)
         x = norm(x, w, "final_norm", gpt.normalization)
         logits.append(x @ w["embedding.weight" if gpt.tied_embeddings else "output.weight"].T)
     return torch.stack(logits)
 
 
-def token_losses(w, gpt, tokens, targets):
+def token_losses(w, gpt, tokens, targets, dropout=(0.0, 0.0), keys=None):
     """[batch, seq] next-token losses in nats under the model's unsharded weights `w`."""
-    return -torch.log_softmax(logits_of(w, gpt, tokens), dim=-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    return (
+        -torch.log_softmax(logits_of(w, gpt, tokens, dropout, keys), dim=-1)
+        .gather(-1, targets.unsqueeze(-1))
+        .squeeze(-1)
+    )
 
 
 def z_loss(w, gpt, tokens):

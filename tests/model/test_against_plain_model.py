@@ -40,10 +40,18 @@ VARIANTS = {
     "learned, attention by document": replace(
         GPT, position_embedding_type="learned_absolute", reset_attention_mask=True, qk_layernorm=True, eod=7
     ),
+    "rope, grouped queries, dropout": GPT,
+    "learned, attention by document, dropout of attention": replace(
+        GPT, position_embedding_type="learned_absolute", reset_attention_mask=True, num_query_groups=4, eod=7
+    ),
 }
 # Settings of the step by variant; other variants have none.
 TRAINING = {"learned, LayerNorm, GELU (tanh), biases, untied": {"z_loss": 0.05}}
 TRAINING["rope, LayerNorm, SwiGLU, biases, tied, normalized queries"] = {"z_loss": 0.5}
+TRAINING["rope, grouped queries, dropout"] = {"attention_dropout": 0.3, "hidden_dropout": 0.2}
+TRAINING["learned, attention by document, dropout of attention"] = {"attention_dropout": 0.5}
+# Of the windows of `example`.
+KEYS = torch.tensor([3, 2**32 - 1, 77, 123456789])
 
 
 def example(gpt):
@@ -83,8 +91,15 @@ def losses_and_gradients(gpt, context, flags, bf16, training):
                 with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                     parameter.copy_(shard(noisy, spec, topology.tensor_size, topology.tensor_rank))
     tokens, targets, domains = example(gpt)
+    drops = any("dropout" in name for name in training or {})
     mine = [
-        MicroBatch(tokens[i : i + 1], targets[i : i + 1], domains[i : i + 1], domains[i : i + 1])
+        MicroBatch(
+            tokens[i : i + 1],
+            targets[i : i + 1],
+            domains[i : i + 1],
+            domains[i : i + 1],
+            keys=KEYS[i : i + 1] if drops else None,
+        )
         for i in range(topology.data_rank, 4, topology.data_size)
     ]
 
@@ -138,10 +153,14 @@ def test_losses_and_every_gradient(layout, variant):
     sums, weights, gradients = results(layout)[variant]
     exact = {name: value.double().requires_grad_() for name, value in weights.items()}
     tokens, targets, domains = example(gpt)
-    losses = plain_token_losses(exact, gpt, tokens, targets)
+    training = TRAINING.get(variant, {})
+    rates = training.get("attention_dropout", 0.0), training.get("hidden_dropout", 0.0)
+    losses = plain_token_losses(exact, gpt, tokens, targets, rates, KEYS)
     assert sums == pytest.approx([losses[domains == d].sum().item() for d in range(3)], rel=1e-2 if bf16 else 1e-5)
-    coefficient = TRAINING.get(variant, {}).get("z_loss", 0.0)
-    (losses.mean() + coefficient * z_loss(exact, gpt, tokens)).backward()
+    if "z_loss" in training:
+        (losses.mean() + training["z_loss"] * z_loss(exact, gpt, tokens)).backward()
+    else:
+        losses.mean().backward()
     assert gradients.keys() == exact.keys()
     for name, value in exact.items():
         assert value.grad.abs().max() > 0, name
