@@ -11,10 +11,16 @@ from megatron_doremi.settings import DECAY, PHASES, POSITIVE_RATE, RATE, SHARE, 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and the learning rate schedule."""
+    """The optimizer and the learning rate schedule."""
 
     default_phases: ClassVar[tuple[str, ...]] = TRAINING
 
+    optimizer: str = setting(
+        "adam",
+        "AdamW; or Muon for the matrices of the blocks and AdamW for all else, without ZeRO",
+        ("adam", "muon"),
+    )
+    muon_momentum: float = setting(0.95, "decay rate of Muon's momentum", bounds=DECAY)
     lr: float = setting(1e-3, "peak learning rate", bounds=POSITIVE_RATE)
     min_lr: float = setting(1e-4, "learning rate at the end of the decay", bounds=RATE)
     lr_decay_style: str = setting(

@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass
 
 import deepspeed
+import torch
 import torch.distributed as dist
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.utils import logger as deepspeed_logger
@@ -13,11 +14,12 @@ from torch import nn
 
 from megatron_doremi.engine.deepspeed_config import deepspeed_config
 from megatron_doremi.engine.engines import OneStageEngine, PipelinedEngine, TrainingEngine
+from megatron_doremi.engine.muon import make_muon
 from megatron_doremi.engine.optimizer import make_optimizer
 from megatron_doremi.mixture.objective import Objective
 from megatron_doremi.model.pipeline import GPTPipeline
 from megatron_doremi.model.sizes import parameters_by_layer
-from megatron_doremi.model.unpipelined import make_gpt
+from megatron_doremi.model.unpipelined import GPT, make_gpt
 from megatron_doremi.parallel.context import ParallelContext
 from megatron_doremi.parallel.deepspeed_internals import silence_memory_reports
 from megatron_doremi.plan import RunPlan
@@ -46,6 +48,13 @@ class Layout:
 
     def get_model_parallel_rank(self) -> int:
         return self.context.topology.tensor_rank
+
+
+def _optimizer(plan: RunPlan, module: GPT, context: ParallelContext) -> torch.optim.Optimizer:
+    settings = plan.config.optimizer
+    if settings.optimizer == "muon":
+        return make_muon(module.model_parameters(), settings, plan.gpt, context.tensor_parallel.group)
+    return make_optimizer(module.model_parameters(), settings)
 
 
 def make_engine(
@@ -85,7 +94,7 @@ def make_engine(
         z_loss=config.training.z_loss,
         args=None,
         model=module,
-        optimizer=make_optimizer(module.model_parameters(), config.optimizer),
+        optimizer=_optimizer(plan, module, context),
         mpu=mpu,
         dist_init_required=False,
         config=entry,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,8 +14,8 @@ from megatron_doremi.config import OptimizerConfig
 from megatron_doremi.parallel.parameters import spec_of
 
 
-def make_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], optim: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019); vectors (biases and norm weights) have no weight decay."""
+def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], optim: OptimizerConfig) -> list[dict[str, Any]]:
+    """AdamW's groups: matrices, and vectors (biases and norm weights), which have no weight decay."""
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
     for _, parameter in parameters:
@@ -24,13 +25,22 @@ def make_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], optim: Optimi
         {"params": matrices, "weight_decay": optim.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=optim.lr,
-        betas=(optim.adam_beta1, optim.adam_beta2),
-        eps=optim.adam_eps,
-        fused=True,
-    )
+    return [group for group in groups if group["params"]]
+
+
+def adam_settings(optim: OptimizerConfig) -> dict[str, Any]:
+    """The arguments of torch's AdamW (Loshchilov and Hutter 2019)."""
+    return {
+        "lr": optim.lr,
+        "betas": (optim.adam_beta1, optim.adam_beta2),
+        "eps": optim.adam_eps,
+        "fused": True,
+    }
+
+
+def make_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], optim: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW of a model's parameters."""
+    return torch.optim.AdamW(parameter_groups(parameters, optim), **adam_settings(optim))
 
 
 @dataclass(frozen=True)
