@@ -137,14 +137,14 @@ def zero_faults(config: Config) -> list[Fault]:
                 "give --zero-stage 1, or --pipeline-model-parallel-size 1",
             )
         )
-    if config.optimizer.optimizer == "muon" and (chosen or parallel.zero_stage >= 1):
+    if config.optimizer.optimizer == "muon" and (chosen or parallel.zero_stage >= 2):
         stage = "--suggest-layout, which chooses a ZeRO stage" if chosen else f"--zero-stage {parallel.zero_stage}"
         faults.append(
             Fault(
                 "--optimizer",
                 f"muon with {stage}",
-                "Muon moves whole matrices, and ZeRO gives each replica a range of numbers of all parameters in a row",
-                "give --zero-stage 0 (float32), or --optimizer adam",
+                "Muon moves whole matrices, which are joined under ZeRO 0 and 1 only",
+                "give --zero-stage 0 or 1, or --optimizer adam",
             )
         )
     if parallel.zero_stage == 3 and parallel.compile:

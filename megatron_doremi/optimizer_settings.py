@@ -17,7 +17,7 @@ class OptimizerConfig:
 
     optimizer: str = setting(
         "adam",
-        "AdamW; or Muon for the matrices of the blocks and AdamW for all else, without ZeRO",
+        "AdamW; or Muon for the matrices of the blocks and AdamW for all else, with ZeRO 0 or 1",
         ("adam", "muon"),
     )
     muon_momentum: float = setting(0.95, "decay rate of Muon's momentum", bounds=DECAY)

@@ -22,6 +22,7 @@ from megatron_doremi.model.sizes import parameters_by_layer
 from megatron_doremi.model.unpipelined import GPT, make_gpt
 from megatron_doremi.parallel.context import ParallelContext
 from megatron_doremi.parallel.deepspeed_internals import silence_memory_reports
+from megatron_doremi.parallel.groups import TensorGroup
 from megatron_doremi.plan import RunPlan
 
 
@@ -53,7 +54,10 @@ class Layout:
 def _optimizer(plan: RunPlan, module: GPT, context: ParallelContext) -> torch.optim.Optimizer:
     settings = plan.config.optimizer
     if settings.optimizer == "muon":
-        return make_muon(module.model_parameters(), settings, plan.gpt, context.tensor_parallel.group)
+        topology, tp = context.topology, context.tensor_parallel.group
+        sharded = plan.config.parallel.zero_stage > 0
+        replicas = TensorGroup(context.groups.data, topology.data_size, topology.data_rank) if sharded else None
+        return make_muon(module.model_parameters(), settings, plan.gpt, tp, replicas)
     return make_optimizer(module.model_parameters(), settings)
 
 

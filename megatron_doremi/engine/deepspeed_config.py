@@ -33,6 +33,9 @@ def deepspeed_config(plan: RunPlan, parameters: int) -> dict[str, Any]:
     if config.parallel.cpu_offload:
         # DeepSpeed compiles its Adam for the CPU at the first start; torch's fused Adam needs no compiler.
         result["zero_force_ds_cpu_optimizer"] = False
+    if config.optimizer.optimizer == "muon":
+        # DeepSpeed's list of optimizers that ZeRO supports has no subclasses.
+        result["zero_allow_untested_optimizer"] = True
     if config.optimizer.bf16:
         # Adds each gradient to its float32 sum as soon as it is computed. Otherwise DeepSpeed clears the bfloat16
         # gradients when the backward pass reaches the module's output, including the output layer's, which the loss

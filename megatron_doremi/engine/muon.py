@@ -65,9 +65,17 @@ def update_of(name: str, momentum: Tensor, gpt: GPTConfig) -> Tensor:
 
 
 def make_muon(
-    parameters: Iterable[tuple[str, nn.Parameter]], optim: OptimizerConfig, gpt: GPTConfig, tp: TensorGroup
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    optim: OptimizerConfig,
+    gpt: GPTConfig,
+    tp: TensorGroup,
+    replicas: TensorGroup | None = None,
 ) -> MuonAndAdamW:
-    """Muon for the matrices of the blocks; AdamW for the rest, as `make_optimizer` has it."""
+    """Muon for the matrices of the blocks; AdamW for the rest, as `make_optimizer` has it.
+
+    Args:
+        replicas: over which ZeRO 1 shards the state; None without ZeRO.
+    """
     names: dict[nn.Parameter, str] = {}
     rest: list[tuple[str, nn.Parameter]] = []
     for name, parameter in parameters:
@@ -81,7 +89,7 @@ def make_muon(
         "muon": True,
         "momentum": optim.muon_momentum,
     }
-    return MuonAndAdamW([moved, *parameter_groups(rest, optim)], names, gpt, tp, **adam_settings(optim))
+    return MuonAndAdamW([moved, *parameter_groups(rest, optim)], names, gpt, tp, replicas, **adam_settings(optim))
 
 
 class MuonAndAdamW(torch.optim.AdamW):
@@ -96,13 +104,15 @@ class MuonAndAdamW(torch.optim.AdamW):
         names: Mapping[nn.Parameter, str],
         gpt: GPTConfig,
         tp: TensorGroup,
+        replicas: TensorGroup | None,
         **adam: Any,
     ):
         """Args:
-        names: of the parameters that Muon moves.
+        names: of the parameters that Muon moves, in the order of their group.
+        replicas: see `make_muon`.
         """
         super().__init__(groups, **adam)
-        self._names, self._gpt, self._tp = dict(names), gpt, tp
+        self._names, self._gpt, self._tp, self._replicas = dict(names), gpt, tp, replicas
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
@@ -121,7 +131,8 @@ class MuonAndAdamW(torch.optim.AdamW):
                         self._move(parameter, group)
 
     def _move(self, parameter: nn.Parameter, group: Mapping[str, Any]) -> None:
-        gradient, state, spec = parameter.grad, self.state[parameter], spec_of(parameter)
+        """One step of a matrix, or under ZeRO 1 of this replica's range of all matrices in a row."""
+        gradient, state = parameter.grad, self.state[parameter]
         assert gradient is not None
         if "exp_avg" not in state:
             state["step"] = torch.tensor(0.0, device=parameter.device)
@@ -130,9 +141,32 @@ class MuonAndAdamW(torch.optim.AdamW):
         momentum = state["exp_avg"].lerp_(gradient, 1.0 - group["momentum"])
         # Nesterov's.
         ahead = gradient.lerp(momentum, group["momentum"])
-        update = update_of(self._names[parameter], self._joined(ahead, spec), self._gpt)
+        update = self._update(parameter, ahead) if self._replicas is None else self._updates(ahead, self._replicas)
         parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
-        parameter.add_(shard(update, spec, self._tp.size, self._tp.rank), alpha=-group["lr"])
+        parameter.add_(update, alpha=-group["lr"])
+
+    def _update(self, parameter: nn.Parameter, ahead: Tensor) -> Tensor:
+        """This rank's shard of the step of a matrix, from its shard of the momentum."""
+        spec = spec_of(parameter)
+        update = update_of(self._names[parameter], self._joined(ahead, spec), self._gpt)
+        return shard(update, spec, self._tp.size, self._tp.rank)
+
+    def _updates(self, ahead: Tensor, replicas: TensorGroup) -> Tensor:
+        """This replica's range of the steps of all matrices, from its range of their momentum.
+
+        DeepSpeed lays the parameters of a group in a row, in their order, with padding at the end, and gives each
+        replica an equal range of it. Every replica computes all steps.
+        """
+        row, start = ahead, 0
+        if replicas.size > 1:
+            row = ahead.new_empty(replicas.size * len(ahead))
+            dist.all_gather(list(row.chunk(replicas.size)), ahead.contiguous(), group=replicas.group)
+        for parameter in self._names:
+            stop = start + parameter.numel()
+            row[start:stop] = self._update(parameter, row[start:stop].view(parameter.shape)).reshape(-1)
+            start = stop
+        row[start:] = 0.0
+        return row.narrow(0, replicas.rank * len(ahead), len(ahead))
 
     def _joined(self, local: Tensor, spec: ParameterSpec) -> Tensor:
         """The full tensor of this rank's shard and those of the other ranks of the tensor group."""

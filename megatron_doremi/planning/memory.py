@@ -299,6 +299,9 @@ def _stage_memory(
     held = held_micro_batches(alternating, plan.micro_batches, stages, stage, parallel.zero_stage)
     activations = held * micro_batch_bytes(plan.gpt, parallel, tokens, element, blocks, stage)
     lasting, beside_loss, beside_backward, at_the_end = buffer_bytes(config, parameters, data_size)
+    if config.optimizer.optimizer == "muon" and parallel.zero_stage:
+        # Every replica joins the momentum of all matrices.
+        at_the_end = max(at_the_end, 4.0 * parameters)
     beside_backward += tokens * block_backward_bytes_per_token(plan.gpt, parallel, element)
     most = max(activations + max(loss + beside_loss, beside_backward), at_the_end)
     working = lasting + most - activations - loss

@@ -88,6 +88,9 @@ LAYOUTS = {
     "TP2 sequence parallel": (2, ["--tensor-model-parallel-size", "2", "--sequence-parallel"]),
     "TP2 x PP2": (4, ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]),
     "DP2": (2, []),
+    "DP2 ZeRO1": (2, ["--zero-stage", "1"]),
+    "TP2 x DP2 ZeRO1": (4, ["--tensor-model-parallel-size", "2", "--zero-stage", "1"]),
+    "PP2 x DP2 ZeRO1": (4, ["--pipeline-model-parallel-size", "2", "--zero-stage", "1"]),
 }
 STABLE = [*MODEL, "--optimizer", "muon", "--adam-eps", "1e-3", "--log-interval", "1"]
 
@@ -112,6 +115,20 @@ def test_a_run_at_another_layout_and_one_that_changes_to_it(layout, single, data
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("layout", ["DP2 ZeRO1", "PP2 x DP2 ZeRO1", "TP2 x DP2 ZeRO1"])
+def test_bfloat16_with_float32_master_weights(layout, single, data, tmp_path):
+    """The losses of float32 within bfloat16's precision, and a stop that leaves no trace."""
+    world, flags = LAYOUTS[layout]
+    flags = [*flags, "--bf16"]
+    whole = training_lines(train(world, "main", data, tmp_path / "whole", 8, *flags, model=STABLE))
+    assert [line["loss"] for line in whole] == pytest.approx([line["loss"] for line in single[1]], rel=5e-3)
+    again = [*flags, "--load", str(tmp_path / "broken")]
+    train(world, "main", data, tmp_path / "broken", 8, *again, "--exit-interval", "4", model=STABLE)
+    lines = training_lines(train(world, "main", data, tmp_path / "broken", 8, *again, model=STABLE))
+    assert lines == whole
+
+
+@pytest.mark.slow
 def test_a_branch_of_the_same_layout_is_equal_bit_for_bit(single, data, tmp_path):
     folder, expected = single
     lines = train(1, "main", data, tmp_path / "again", 8, "--load", f"{folder}@4", model=STABLE)
@@ -128,7 +145,7 @@ def test_a_branch_of_the_same_layout_is_equal_bit_for_bit(single, data, tmp_path
         train(1, "main", data, tmp_path / "other", 8, *flags, model=STABLE)
 
 
-@pytest.mark.parametrize("flags", [["--zero-stage", "1"], ["--zero-stage", "2"], ["--suggest-layout", "--dry-run"]])
+@pytest.mark.parametrize("flags", [["--zero-stage", "3"], ["--zero-stage", "2"], ["--suggest-layout", "--dry-run"]])
 def test_zero_is_refused(flags):
     argv = ["--phase", "main", "--domains", "d", "--save", "s", "--train-iters", "4", *STABLE, *flags]
     with pytest.raises(ConfigError, match="Muon moves whole matrices"):
