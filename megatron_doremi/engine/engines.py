@@ -33,10 +33,10 @@ from megatron_doremi.engine.schedule import AlternatingSchedule, UpdateDomainWei
 from megatron_doremi.engine.step_clock import BACKWARD, FORWARD, OPTIMIZER, PIPELINE, REDUCTION, make_clock
 from megatron_doremi.mixture.objective import Objective
 from megatron_doremi.parallel.context import ParallelContext
+from megatron_doremi.parallel.deepspeed_gradients import flat_gradients, save_passes
 from megatron_doremi.parallel.deepspeed_internals import (
     EngineHooks,
     PipelineEngineHooks,
-    flat_gradients,
     is_counted_in_gradient_norm,
     wraps_optimizer,
 )
@@ -61,6 +61,7 @@ class TrainingEngine(EngineHooks):
         self, objective: Objective, context: ParallelContext, clip_grad: float, z_loss: float = 0.0, **deepspeed: Any
     ):
         super().__init__(**deepspeed)
+        save_passes(self)
         self.z_loss = z_loss
         self.objective, self.context, self.clip_grad = objective, context, clip_grad
         self.clock = make_clock(context.device)

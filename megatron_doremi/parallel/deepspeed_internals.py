@@ -1,4 +1,4 @@
-"""DeepSpeed's private and undocumented names that this package depends on; no other file uses them.
+"""DeepSpeed's private and undocumented names that this package depends on; only deepspeed_gradients.py uses others.
 
 Written against DeepSpeed 0.19.8; check this file on every upgrade. tests/parallel/test_deepspeed_internals.py lists the
 names and asserts that the installed DeepSpeed has them and that no other file of the package mentions them.
@@ -162,13 +162,6 @@ def owned_piece(
     address = piece.hp_fragment_address
     flat = flats[piece.param_group_index]
     return OwnedPiece(piece.lp_fragment_address.start, address.numel, flat, address.start, is_master=True)
-
-
-def flat_gradients(engine: DeepSpeedEngine) -> list[tuple[list[nn.Parameter], Tensor]]:
-    """The float32 gradients of the bfloat16 optimizer: for each of its groups the parameters, and their gradients, one
-    after the other and then padding. The optimizer's hooks on the parameters add to them."""
-    optimizer = engine.optimizer
-    return list(zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients_flat, strict=True))
 
 
 # The pipeline module.

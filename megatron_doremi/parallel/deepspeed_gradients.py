@@ -1,0 +1,47 @@
+"""The float32 gradients of DeepSpeed's bfloat16 optimizer, by its private names; see deepspeed_internals.py."""
+
+from __future__ import annotations
+
+import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import Tensor, nn
+
+
+class LeanBF16Optimizer(BF16_Optimizer):
+    """The bfloat16 optimizer without three passes over its float32 gradients a step.
+
+    DeepSpeed casts each gradient before it adds it, and zeroes the sums twice. Here a step's first micro-batch writes
+    the sums, and the others add to them, with the same result. Every parameter gets a gradient in every micro-batch.
+    """
+
+    @torch.no_grad()
+    def _update_hp_grad(self, lp: nn.Parameter, group_idx: int, param_idx: int, clear_lp_grads: bool) -> None:
+        if lp.grad is None:
+            return
+        assert not clear_lp_grads
+        total, has_gradient = (
+            self.fp32_groups_gradients[group_idx][param_idx],
+            self.fp32_groups_has_gradients[group_idx],
+        )
+        gradient = lp.grad.reshape(-1)
+        total.add_(gradient) if has_gradient[param_idx] else total.copy_(gradient)
+        lp._hp_grad = total  # type: ignore[attr-defined]
+        has_gradient[param_idx] = True
+
+    def clear_hp_grads(self) -> None:
+        """Forgets the sums, which the next step's first micro-batch overwrites."""
+        self.fp32_groups_has_gradients = [[False] * len(group) for group in self.fp32_groups_gradients]
+
+
+def save_passes(engine: DeepSpeedEngine) -> None:
+    """Makes a bfloat16 optimizer that was just built a lean one."""
+    if type(engine.optimizer) is BF16_Optimizer:
+        engine.optimizer.__class__ = LeanBF16Optimizer
+
+
+def flat_gradients(engine: DeepSpeedEngine) -> list[tuple[list[nn.Parameter], Tensor]]:
+    """The float32 gradients of the bfloat16 optimizer: for each of its groups the parameters, and their gradients, one
+    after the other and then padding. The optimizer's hooks on the parameters add to them."""
+    optimizer = engine.optimizer
+    return list(zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients_flat, strict=True))
