@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 
-from megatron_doremi.cluster.process_identity import boot_id, has_ended, pid_namespace, process_start
+from megatron_doremi.cluster.process_identity import boot_id, has_ended, is_stopped, pid_namespace, process_start
 
 # Activity of a rank that has exited on purpose.
 EXITED = "exited"
@@ -62,9 +62,25 @@ def _pid_scope() -> str:
 
 def is_dead(heartbeat: Heartbeat) -> bool:
     """Whether a rank on this machine has died; False for ranks on other machines, whose processes cannot be seen."""
-    if not heartbeat.pid_scope or heartbeat.pid_scope != _pid_scope() or heartbeat.activity == EXITED:
+    if not is_local(heartbeat) or heartbeat.activity == EXITED:
         return False
     return has_ended(*heartbeat.process)
+
+
+def is_busy(heartbeat: Heartbeat) -> bool:
+    """Whether a rank on this machine that sends no heartbeat is seen to live: its process exists and is not stopped.
+
+    Something keeps its threads from running Python then, such as a library that loads from a slow disk. False for ranks
+    on other machines.
+    """
+    if is_dead(heartbeat) or heartbeat.activity == EXITED or not is_local(heartbeat):
+        return False
+    return not is_stopped(heartbeat.process[0])
+
+
+def is_local(heartbeat: Heartbeat) -> bool:
+    """Whether the rank's process can be seen from here."""
+    return bool(heartbeat.pid_scope) and heartbeat.pid_scope == _pid_scope()
 
 
 def describe_stragglers(before: Mapping[int, Heartbeat], now: Mapping[int, Heartbeat], world_size: int) -> str:

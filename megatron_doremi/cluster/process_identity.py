@@ -8,9 +8,13 @@ from pathlib import Path
 
 def process_start(pid: int) -> int | None:
     """Start time of a process on this host, in clock ticks since boot; None if it has ended or is not visible."""
-    # pid (name) state ppid ...; the name may contain any character.
-    fields = _text(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    fields = _stat(pid)
     return int(fields[19]) if len(fields) > 19 and fields[0] not in ("Z", "X") else None
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process on this host is stopped, by a signal or a debugger: none of its threads runs."""
+    return _stat(pid)[:1] in (["T"], ["t"])
 
 
 def boot_id() -> str:
@@ -34,6 +38,12 @@ def has_ended(pid: int, started: int) -> bool:
     """
     start = process_start(pid)
     return start is None or (started != 0 and start != started)
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of a process from its state on (proc(5)); empty if it has ended or is not visible."""
+    # pid (name) state ppid ...; the name may contain any character.
+    return _text(f"/proc/{pid}/stat").rpartition(")")[2].split()
 
 
 def _text(path: str) -> str:

@@ -2,8 +2,11 @@
 
 A collective does not tell which rank it waits for. Therefore a thread of each rank writes heartbeats with the main
 thread's progress to the run's store, watches the processes on its own machine and the next few ranks, and checks
-whether another rank has announced its exit. If no rank makes progress for a while, the ranks without a heartbeat block
-the run, or, if all send heartbeats, the ranks furthest behind.
+whether another rank has announced its exit. A rank whose heartbeats stop for a minute ends the run, unless a rank on
+its machine vouches that its process lives: while a library holds Python's lock, no thread can send one.
+
+If no rank makes progress for a while, the ranks without a heartbeat block the run, or, if all send heartbeats, the
+ranks furthest behind.
 """
 
 from __future__ import annotations
@@ -14,9 +17,10 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -30,7 +34,9 @@ from megatron_doremi.cluster.heartbeat import (
     current_heartbeat,
     describe_ranks,
     describe_stragglers,
+    is_busy,
     is_dead,
+    is_local,
 )
 from megatron_doremi.cluster.rendezvous import Rendezvous
 from megatron_doremi.cluster.signals import EXIT_STOPPED
@@ -49,6 +55,57 @@ _SECONDS_FOR_ANOTHER_REPORT = 3.0
 # What a store raises whose host is gone or hangs.
 _STORE_ERRORS = (RuntimeError, ValueError, TimeoutError)
 T = TypeVar("T")
+
+
+def next_ranks(rank: int, ranks: Iterable[int]) -> list[int]:
+    """The few of `ranks` that follow on `rank`, in a circle."""
+    ring = sorted(set(ranks))
+    place = ring.index(rank)
+    return (ring[place + 1 :] + ring[:place])[:WATCHED_RANKS]
+
+
+class _Peers:
+    """How long other ranks have been silent, by this process's clock."""
+
+    def __init__(self, limit: float, interval: float):
+        """
+        Args:
+            limit: seconds of silence that are too long.
+            interval: seconds between two looks.
+        """
+        self._limit, self._interval = limit, interval
+        # By rank: (sequence number, when it was first seen) of the last heartbeat.
+        self._beats: dict[int, tuple[int, float]] = {}
+        self._vouched: dict[int, int] = {}
+        self._now = 0.0
+
+    def see(self, heartbeats: Mapping[int, Heartbeat], now: float) -> None:
+        """Takes the last heartbeats of ranks; those that have exited on purpose are never silent."""
+        self._now = now
+        for rank, heartbeat in heartbeats.items():
+            if rank not in self._beats or self._beats[rank][0] != heartbeat.beat or heartbeat.activity == EXITED:
+                self._beats[rank] = (heartbeat.beat, now)
+
+    def silence(self, rank: int) -> float:
+        """Seconds since a new heartbeat of a rank was seen."""
+        return self._now - self._beats[rank][1]
+
+    def excuse(self, rank: int, vouched: int) -> bool:
+        """Whether a rank that was silent for too long has been vouched for since it was last excused; it is then given
+        time until the next few vouchers.
+
+        Args:
+            vouched: how often others have vouched for it.
+        """
+        if vouched <= self._vouched.get(rank, 0):
+            return False
+        self._vouched[rank] = vouched
+        self._beats[rank] = (self._beats[rank][0], self._now - self._limit + 3 * self._interval)
+        return True
+
+    def forget(self) -> None:
+        """Starts anew: this process was suspended, and others may have been."""
+        self._beats = {}
 
 
 class Watchdog:
@@ -70,9 +127,11 @@ class Watchdog:
         self._progress, self._activity, self._beat = 0, "starting", 0
         self._stopped = threading.Event()
         self._last_seen = {rank: heartbeat for rank, heartbeat in rendezvous.heartbeats.items() if rank != self.rank}
-        self._watched = [
-            (self.rank + k) % self.world_size for k in range(1, min(WATCHED_RANKS, self.world_size - 1) + 1)
-        ]
+        self._watched = next_ranks(self.rank, range(self.world_size))
+        # Those whose processes this rank sees, and for which it vouches while they are busy.
+        local = [rank for rank, heartbeat in self._last_seen.items() if is_local(heartbeat)]
+        self._vouched_for = next_ranks(self.rank, [self.rank, *local])
+        self._peers = _Peers(self._heartbeat_timeout, self._interval)
         # A store whose host hangs does not answer, not even with an error: its thread can be abandoned.
         self._store_thread = ThreadPoolExecutor(1, thread_name_prefix="heartbeat")
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -145,7 +204,6 @@ class Watchdog:
         last_progress, stalled_since, polled = -1, time.monotonic(), time.monotonic()
         # The heartbeats of all ranks after this rank had stalled for half of the timeout.
         before: dict[int, Heartbeat] = {}
-        last_beats: dict[int, tuple[int, float]] = {}
         store_answered = time.monotonic()
         while True:
             slept = time.monotonic()
@@ -154,14 +212,15 @@ class Watchdog:
             now = time.monotonic()
             if now - slept > 3 * self._interval:
                 # This process was suspended for a while; others may have been, too.
-                last_beats, store_answered = {}, now
+                self._peers.forget()
+                store_answered = now
             if self._progress != last_progress:
                 last_progress, stalled_since, polled, before = self._progress, now, now, {}
             stalled = now - stalled_since
             try:
                 self._query(self._send_heartbeat)
                 self._follow_exit(self._query(self._announced_exit))
-                self._exit_if_a_peer_died(last_beats)
+                self._exit_if_a_peer_died()
                 heartbeats = {}
                 # Rarely: every rank reads the heartbeats of all ranks.
                 if stalled > self.seconds / 2 and now - polled > self.seconds / 10:
@@ -183,22 +242,25 @@ class Watchdog:
             else:
                 before = before or heartbeats
 
-    def _exit_if_a_peer_died(self, last_beats: dict[int, tuple[int, float]]) -> None:
+    def _exit_if_a_peer_died(self) -> None:
         """Ends this process if a rank on this machine has died, or if one of the next ranks stopped its heartbeats.
 
-        Args:
-            last_beats: (sequence number, when it was first seen) of the last heartbeat of each watched rank.
+        Vouches for ranks on this machine that are busy.
         """
-        now = time.monotonic()
         dead = self._dead_local_ranks()
-        if not dead and self._watched:
-            heartbeats = self._query(lambda: read_heartbeats(self._store, self._watched))
-            for rank, heartbeat in heartbeats.items():
-                if rank not in last_beats or last_beats[rank][0] != heartbeat.beat or heartbeat.activity == EXITED:
-                    last_beats[rank] = (heartbeat.beat, now)
-                elif now - last_beats[rank][1] > self._heartbeat_timeout:
-                    dead.append(rank)
-                    self._last_seen[rank] = heartbeat
+        followed = sorted({*self._watched, *self._vouched_for})
+        if not dead and followed:
+            heartbeats = self._query(lambda: read_heartbeats(self._store, followed))
+            self._peers.see(heartbeats, time.monotonic())
+            for rank in self._vouched_for:
+                if self._peers.silence(rank) > self._heartbeat_timeout / 2 and is_busy(heartbeats[rank]):
+                    self._query(partial(self._store.add, f"busy/{rank}", 1))
+            for rank in self._watched:
+                if self._peers.silence(rank) > self._heartbeat_timeout:
+                    vouched = self._query(partial(self._store.add, f"busy/{rank}", 0))
+                    if not self._peers.excuse(rank, vouched):
+                        dead.append(rank)
+                        self._last_seen[rank] = heartbeats[rank]
         if dead:
             self._end_process(describe_ranks(dead, self._last_seen, "no heartbeat"))
 

@@ -1,0 +1,122 @@
+"""Survivors end soon after a peer falls silent, long before --distributed-timeout-minutes; a busy rank is no such peer.
+
+Run alone: python -m pytest tests/cluster/test_silent_ranks.py
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from cluster.test_survival import free_port, lines_in, wait_for
+from phases.small import MODEL
+
+from megatron_doremi.cluster.heartbeat import Heartbeat
+from megatron_doremi.cluster.watchdog import _Peers, next_ranks
+
+ROOT = Path(__file__).resolve().parents[2]
+# Of silence, in place of 60 s; the timeout of a run without progress stays at 8 minutes.
+LIMIT = 6
+
+
+def start(tmp_path, data, hosts, doing="nothing", seconds=0.0, rank=0, iters=8):
+    """A run of a rank for each letter of `hosts`; see watched.py. Gives the processes and their logs."""
+    port = str(free_port())
+    argv = ["--phase", "main", "--domains", str(data), "--save", str(tmp_path / "run"), "--train-iters", str(iters)]
+    script = [str(Path(__file__).with_name("watched.py")), str(LIMIT), doing, str(seconds), str(rank), hosts]
+    command = [sys.executable, *script, *argv, *MODEL, "--global-batch-size", "12", "--log-interval", "1"]
+    ranks, logs = [], [tmp_path / f"log.{number}" for number in range(len(hosts))]
+    for number, log in enumerate(logs):
+        launch = {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(len(hosts)), "MASTER_PORT": port}
+        variables = {**os.environ, **launch, "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+        with log.open("w") as file:
+            ranks.append(subprocess.Popen(command, env=variables, stdout=file, stderr=file, cwd=ROOT))
+    return ranks, logs
+
+
+def end_all(ranks):
+    for process in ranks:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "hosts"),
+    [(signal.SIGSTOP, "aaa"), (signal.SIGSTOP, "abc"), (signal.SIGKILL, "aaa"), (signal.SIGKILL, "abc")],
+    ids=["stopped", "stopped on a machine of its own", "killed", "killed on a machine of its own"],
+)
+def test_survivors_end_and_name_the_silent_rank(number, hosts, data, tmp_path):
+    ranks, logs = start(tmp_path, data, hosts, iters=100_000)
+    try:
+        wait_for(lambda: lines_in(tmp_path / "run") >= 2)
+        ranks[2].send_signal(number)
+        began = time.monotonic()
+        codes = [process.wait(60) for process in ranks[:2]]
+        took = time.monotonic() - began
+        text = "".join(log.read_text() for log in logs[:2])
+        assert codes == [1, 1], text
+        # The limit, and time for the last one to follow; on another machine's rank they wait for all of the limit.
+        assert took < LIMIT + 25
+        assert took > LIMIT / 2 or hosts == "aaa"
+        # Ranks whose connections break may find it together.
+        assert set(re.findall(r"no heartbeat: (.*?) on ", text)) == {"rank 2"}
+        assert "Traceback" not in text
+    finally:
+        end_all(ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("doing", ["python", "released", "held"])
+def test_a_busy_rank_is_not_taken_for_dead(doing, data, tmp_path):
+    """Rank 2 is busy for more than twice the limit; rank 1, on its machine, vouches for it where it has to, and rank 0
+    on another one believes it."""
+    ranks, logs = start(tmp_path, data, "abb", doing, 2.5 * LIMIT, rank=2)
+    try:
+        codes = [process.wait(120) for process in ranks]
+        text = "".join(log.read_text() for log in logs)
+        assert codes == [0, 0, 0], text
+        assert "no longer busy" in logs[2].read_text()
+        assert lines_in(tmp_path / "run") >= 8
+    finally:
+        end_all(ranks)
+
+
+def test_a_circle_of_ranks():
+    assert next_ranks(2, range(4)) == [3, 0, 1]
+    assert next_ranks(0, range(1)) == []
+    assert next_ranks(14, range(16)) == [15, *range(7)]
+    # Of a machine that holds every third rank.
+    assert next_ranks(3, [9, 6, 3, 0]) == [6, 9, 0]
+
+
+def test_silence_by_hand():
+    """A limit of 60 s, looks every 5 s."""
+    peers = _Peers(60.0, 5.0)
+
+    def see(beat, now, activity="training"):
+        peers.see({7: Heartbeat(beat, 0, activity, "host")}, now)
+        return peers.silence(7)
+
+    assert see(1, 100.0) == 0.0
+    assert see(1, 130.0) == 30.0
+    assert see(2, 135.0) == 0.0
+    assert see(2, 200.0) == 65.0
+    assert not peers.excuse(7, 0)
+    # Vouched for twice: until three more looks.
+    assert peers.excuse(7, 2)
+    assert see(2, 205.0) == 50.0
+    assert see(2, 216.0) == 61.0
+    assert not peers.excuse(7, 2)
+    assert peers.excuse(7, 3)
+    # A heartbeat of its own.
+    assert see(3, 220.0) == 0.0
+    assert see(3, 300.0, "exited") == 0.0
+    peers.forget()
+    assert see(3, 500.0) == 0.0
