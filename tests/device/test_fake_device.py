@@ -37,15 +37,16 @@ def on_the_device(launch, work, *arguments):
         return work(device, *arguments)
 
 
-def build(device, phase, zero_stage, bf16, chunk, doremi=None):
+def build(device, phase, zero_stage, bf16, chunk, doremi=None, gpt=GPT, training=None, optimizer="adam"):
     from megatron_doremi.parallel.context import make_context
     from megatron_doremi.parallel.topology import Topology
 
     context = make_context(Topology(1, 1, 1, 0), device)
     data = {"phase": phase, "seq_length": SEQ, "micro_batch_size": 2, "global_batch_size": 2 * MICRO_BATCHES}
     parallel = {"zero_stage": zero_stage, "loss_chunk_tokens": chunk}
-    config = make_config(context.topology, data, parallel, doremi, clip_grad=1.0, bf16=bf16)
-    return context, build_engine(config, GPT, np.full(3, 1 / 3), context)
+    settings = {"clip_grad": 1.0, "bf16": bf16, "optimizer": optimizer}
+    config = make_config(context.topology, data, parallel, doremi, training, **settings)
+    return context, build_engine(config, gpt, np.full(3, 1 / 3), context)
 
 
 def micro_batches():
@@ -53,10 +54,11 @@ def micro_batches():
     from megatron_doremi.data.loader import MicroBatch
 
     ids = torch.zeros(2, SEQ, dtype=torch.long)
-    return [MicroBatch(ids, ids.clone(), ids[:, 0].clone(), ids[:, 1].clone()) for _ in range(MICRO_BATCHES)]
+    columns = [ids[:, i].clone() for i in range(3)]
+    return [MicroBatch(ids, ids.clone(), *columns[:2], keys=columns[2]) for _ in range(MICRO_BATCHES)]
 
 
-def whole_step(device, phase, zero_stage, bf16, chunk, doremi):
+def whole_step(device, phase, zero_stage, bf16, chunk, doremi, *others):
     """A step, its flags, its metrics, a comparison of ranks, the copies for a checkpoint and an evaluation's pass."""
     from megatron_doremi.checkpoint.optimizer_state import optimizer_file, owned_state, start_state
     from megatron_doremi.checkpoint.reader import load_weights
@@ -66,7 +68,7 @@ def whole_step(device, phase, zero_stage, bf16, chunk, doremi):
     from megatron_doremi.cluster.step_flags import reduce_flags
     from megatron_doremi.model.forward import forward_only
 
-    context, engine = build(device, phase, zero_stage, bf16, chunk, doremi)
+    context, engine = build(device, phase, zero_stage, bf16, chunk, doremi, *others)
     topology, module, batches = context.topology, engine.module, micro_batches()
     assert {parameter.device for _, parameter in module.model_parameters()} == {device}
     losses = forward_only(module, batches, MICRO_BATCHES, (2, SEQ), context)
@@ -106,8 +108,12 @@ def whole_step(device, phase, zero_stage, bf16, chunk, doremi):
     return True
 
 
-# Phase, ZeRO stage, bfloat16, tokens in a chunk of logits, DoReMi's settings. Not here: ZeRO 3, whose checks compare
-# numbers between ranks, and recomputation, which torch does not run on a device that was registered from Python.
+RESETS = replace(GPT, reset_position_ids=True, reset_attention_mask=True, eod=0)
+LEARNED = replace(RESETS, position_embedding_type="learned_absolute", qk_layernorm=True)
+EXTRAS = {"z_loss": 0.1, "attention_dropout": 0.1, "hidden_dropout": 0.1}
+# Phase, ZeRO stage, bfloat16, tokens in a chunk of logits, DoReMi's settings; shape, settings of the step, optimizer.
+# Not here: ZeRO 3, whose checks compare numbers between ranks, and recomputation, which torch does not run on a device
+# that was registered from Python.
 STEPS = {
     "main, float32": ("main", 0, False, 8, None),
     "main, bf16, all logits at once": ("main", 1, True, 0, None),
@@ -117,6 +123,11 @@ STEPS = {
         *("proxy", 2, False, 8),
         {"doremi_update": "simultaneous", "doremi_normalization": "batch"},
     ),
+    "main, bf16, resets": ("main", 1, True, 8, None, RESETS),
+    "main, resets, learned positions, normalized queries": ("main", 0, False, 0, None, LEARNED),
+    "proxy, bf16, resets, z-loss, dropout": ("proxy", 1, True, 8, {}, RESETS, EXTRAS),
+    "main, z-loss, dropout, Muon": ("main", 0, False, 0, None, GPT, EXTRAS, "muon"),
+    "main, bf16, Muon": ("main", 1, True, 8, None, GPT, None, "muon"),
     "proxy, resample": ("proxy", 0, False, 8, {"doremi_weighting": "resample"}),
 }
 
