@@ -15,7 +15,7 @@ from device.test_fake_device import SEQ, STEPS, build, micro_batches, on_the_dev
 from ranks import on_ranks
 
 
-def waits_of_a_step(device, phase, zero_stage, bf16, chunk, doremi):
+def waits_of_a_step(device, phase, *settings):
     """Where the second step of a run waits, from its batch on the host to its flags."""
     import torch
 
@@ -23,7 +23,7 @@ def waits_of_a_step(device, phase, zero_stage, bf16, chunk, doremi):
     from megatron_doremi.data.loader import Step
     from megatron_doremi.phases import train
 
-    _, engine = build(device, phase, zero_stage, bf16, chunk, doremi)
+    _, engine = build(device, phase, *settings)
     batches = micro_batches()
     if phase == "proxy":
         batches = [replace(batch, reference=torch.zeros(2, SEQ)) for batch in batches]
