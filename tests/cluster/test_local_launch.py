@@ -41,7 +41,9 @@ else:
 
 
 def launch(*command: str) -> subprocess.Popen:
-    environ = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    # Unbuffered, a line and its end are written one after the other, and another rank's may come between.
+    left_out = ("RANK", "WORLD_SIZE", "PYTHONUNBUFFERED")
+    environ = {name: value for name, value in os.environ.items() if name not in left_out}
     launcher = [sys.executable, "-c", LAUNCHER, *command]
     return subprocess.Popen(launcher, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ)
 

@@ -60,7 +60,7 @@ def test_learned_positions_of_each_window():
 
 def test_one_table_is_kept():
     positions = Positions(GPT)
-    ids, table, _ = positions.of_window(12, torch.device("cpu"))
+    ids, table, *_ = positions.of_window(12, torch.device("cpu"))
     assert ids.tolist() == list(range(12))
     assert positions.of_window(12, torch.device("cpu"))[1] is table
     assert torch.equal(positions.of_window(6, torch.device("cpu"))[1].cos, table.cos[:6])

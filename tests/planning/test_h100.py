@@ -14,6 +14,7 @@ import sys
 import pytest
 from phases.small import write_data
 from ranks import ROOT
+from slurm.accepting import path_with_sbatch
 
 from megatron_doremi.arguments import parse_config
 from megatron_doremi.config import data_parallel_size
@@ -91,10 +92,10 @@ def test_the_share_of_reference_and_proxy(pile):
 
 
 @pytest.mark.slow
-def test_the_dry_run_of_the_chain(pile):
+def test_the_dry_run_of_the_chain(pile, tmp_path):
     """run_all.sh asks for the nodes of the GPUs; a GPU that is too small for a stage fails the checks."""
     environ = {**os.environ, "PYTHON": sys.executable, "DATA": str(pile.parent), "OUT": str(pile.parent / "run")}
-    environ |= {"STAGES": "reference main", "GPUS": "64", "DRY_RUN": "1"}
+    environ |= {"STAGES": "reference main", "GPUS": "64", "DRY_RUN": "1", "PATH": path_with_sbatch(tmp_path)}
     words = ["bash", "examples/slurm/run_all.sh", "examples/pile/h100.sh"]
     done = subprocess.run(words, env=environ, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from phases.small import write_data
 from ranks import unwrapped
+from slurm.accepting import path_with_sbatch
 
 from megatron_doremi.shapes import PAPER_SHAPES
 
@@ -230,6 +231,7 @@ def test_what_is_wrong_with_chains_is_said(small, tmp_path):
     record = tmp_path / "run all.sh"
     record.write_text(f"echo started >> '{tmp_path}/started'\n")
     environ = {"RUN_ALL": record, "OUT": tmp_path / "a b", "EXPERIMENT": small / "small.sh"}
+    dry = {"OUT": tmp_path / "a b", "DRY_RUN": 1, "PATH": path_with_sbatch(tmp_path)}
     free = tmp_path / "free.sh"
     # As many windows as the ranks of site.sh need.
     free.write_text(f"DATA={small}/data\nOUT=${{OUT:-x}}\n{SMALL.replace('size 8 ', 'size 64 ')}")
@@ -251,7 +253,7 @@ def test_what_is_wrong_with_chains_is_said(small, tmp_path):
     words = shlex.split(done.stdout.splitlines()[-1].partition("python ")[2])
     assert words[2] == f"70m={tmp_path}/a b/70m/main"
     # Scores that no stage makes.
-    done = script("run_all.sh", str(free), STAGES="proxy main", OUT=tmp_path / "a b", DRY_RUN=1)
+    done = script("run_all.sh", str(free), STAGES="proxy main", **dry)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[-2:] == [
@@ -259,6 +261,6 @@ def test_what_is_wrong_with_chains_is_said(small, tmp_path):
         "all checks passed; nothing was submitted",
     ]
     assert "no stage of STAGES makes" in lines[-3]
-    done = script("run_all.sh", str(free), STAGES="reference score proxy main", OUT=tmp_path / "a b", DRY_RUN=1)
+    done = script("run_all.sh", str(free), STAGES="reference score proxy main", **dry)
     assert "no stage of STAGES makes" not in done.stdout
     assert not (tmp_path / "a b").exists()
