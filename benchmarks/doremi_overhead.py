@@ -60,7 +60,7 @@ from megatron_doremi.engine.build import make_engine
 from megatron_doremi.engine.engines import TrainingEngine
 from megatron_doremi.mixture.controllers import make_controller, make_objective
 from megatron_doremi.model.forward import forward_only
-from megatron_doremi.model.pipeline import GPTPipeline
+from megatron_doremi.model.unpipelined import make_gpt
 from megatron_doremi.parallel.context import ParallelContext, make_context
 from megatron_doremi.parallel.exchange import broadcast_json
 from megatron_doremi.parallel.topology import Topology
@@ -186,7 +186,7 @@ def run(
 
     plain, with_recorded, online = build(MAIN), build(PROXY), build(PROXY)
     simultaneous = build(PROXY, "simultaneous")
-    model = GPTPipeline(gpt, context, seed=2).requires_grad_(False)
+    model = make_gpt(gpt, context, seed=2).requires_grad_(False)
     model.to(torch.bfloat16 if args.bf16 else torch.float32)
     shape = (args.micro_batch_size, args.seq)
 

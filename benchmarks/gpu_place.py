@@ -133,11 +133,11 @@ def make(
     return engine, gpt, batches
 
 
-def step_of(place: Place, engine: Any, batches: Sequence[Any]) -> Callable[[], None]:
+def step_of(engine: Any, batches: Sequence[Any]) -> Callable[[], None]:
     """One step, as in the training loop."""
     from megatron_doremi.cluster.step_flags import reduce_flags
 
-    targets = torch.ones(8, dtype=torch.float64).to(engine.device)
+    targets = torch.ones_like(engine.objective.current.stats.targets)
 
     def before_step(norm: Tensor | None) -> float | None:
         return reduce_flags(engine.objective.current.stats.stack(), norm, 0, False, False).norm

@@ -24,7 +24,7 @@ from torch import Tensor
 def sync(place: Place, report: Report) -> bool:
     """Where one proxy's step waits for the device, by file and line."""
     engine, _, batches = make(place, "70m", 50257, (4, 2, 512), "proxy")
-    step = step_of(place, engine, batches)
+    step = step_of(engine, batches)
     for _ in range(2):
         step()
     place.wait()
@@ -50,7 +50,7 @@ def speed(place: Place, engine: Any, gpt: Any, batches: Sequence[Any], repeat: i
 
     if not place.cpu:
         torch.cuda.reset_peak_memory_stats()
-    took = place.milliseconds(step_of(place, engine, batches), warm=2, repeat=repeat)
+    took = place.milliseconds(step_of(engine, batches), warm=2, repeat=repeat)
     count, (windows, seq) = len(batches), batches[0].tokens.shape
     tokens = count * windows * seq
     result = {"ms_a_step": took, "ms_a_micro_batch": round(took / count, 2), "tokens_per_second": tokens / took * 1e3}
@@ -72,7 +72,7 @@ def one_billion(place: Place, report: Report) -> bool:
 
         activities = [ProfilerActivity.CPU] if place.cpu else [ProfilerActivity.CPU, ProfilerActivity.CUDA]
         with profile(activities=activities) as profiler:
-            step_of(place, engine, batches)()
+            step_of(engine, batches)()
             place.wait()
         key = "self_cpu_time_total" if place.cpu else "self_device_time_total"
         rows = sorted(profiler.key_averages(), key=lambda row: -getattr(row, key))[:25]
@@ -85,7 +85,7 @@ def one_billion_compiled(place: Place, report: Report) -> bool:
     """The same with --compile: expected 240 ms a micro-batch or less. The first step compiles."""
     engine, gpt, batches = make(place, "1b", 50257, (2, 8, 2048), compiled=True)
     began = time.perf_counter()
-    step_of(place, engine, batches)()
+    step_of(engine, batches)()
     place.wait()
     report(first_step_s=round(time.perf_counter() - began, 1))
     return attempt(report, "step", lambda: speed(place, engine, gpt, batches, 4))
@@ -226,7 +226,7 @@ def checkpoint(place: Place, report: Report) -> bool:
     from megatron_doremi.checkpoint.weights import weights_file
 
     engine, _, batches = make(place, "280m", 50257, (1, 2, 1024))
-    step_of(place, engine, batches)()
+    step_of(engine, batches)()
     topology = engine.context.topology
 
     def copies() -> Iterator[dict[str, float]]:

@@ -32,6 +32,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from gpu_place import step_of
 from torch import Tensor, nn
 
 if not torch.cuda.is_available():
@@ -39,7 +40,6 @@ if not torch.cuda.is_available():
 
 from megatron_doremi.cluster.launch import read_launch
 from megatron_doremi.cluster.process_group import join
-from megatron_doremi.cluster.step_flags import reduce_flags
 from megatron_doremi.config import (
     Config,
     DataConfig,
@@ -130,12 +130,7 @@ def batches_of(args: argparse.Namespace, device: torch.device, rank: int) -> lis
 def ours(plan: RunPlan, context: ParallelContext, batches: list[MicroBatch]) -> Step:
     """A step of the training loop's engine."""
     engine = make_engine(plan, make_objective(plan, make_controller(plan), context), context)
-    targets = torch.ones(len(DOMAINS), dtype=torch.float64).to(engine.device)
-
-    def before_step(norm: Tensor | None) -> float | None:
-        return reduce_flags(engine.objective.current.stats.stack(), norm, 0, False, False).norm
-
-    return lambda: engine.train_step(batches, targets, before_step)
+    return step_of(engine, batches)
 
 
 class TransformersLoss(nn.Module):

@@ -1,4 +1,4 @@
-"""The mean of gradients over replicas, reduced bucket by bucket while the backward pass goes on (Li et al. 2020).
+"""The mean of gradients over replicas, reduced bucket by bucket beside the backward pass (Li et al. 2020).
 
 A bucket is reduced as soon as the last micro-batch has added to all of its gradients, and those before it are under
 way: in the same order on every rank. The backward pass computes gradients from the last layer to the first, and so go
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -39,9 +40,7 @@ def loose_buckets(parameters: Sequence[nn.Parameter], elements: int = BUCKET_ELE
 def flat_buckets(parameters: Sequence[nn.Parameter], flat: Tensor, elements: int = BUCKET_ELEMENTS) -> list[Bucket]:
     """As `loose_buckets`, of gradients that lie in `flat`, [at least their number], in the order of `parameters`."""
     sizes = [p.numel() for p in parameters]
-    starts = [0]
-    for size in sizes:
-        starts.append(starts[-1] + size)
+    starts = [0, *accumulate(sizes)]
     return [Bucket(tuple(parameters[a:b]), flat[starts[a] : starts[b]]) for a, b in _runs(sizes, elements)]
 
 

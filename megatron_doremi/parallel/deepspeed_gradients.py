@@ -12,7 +12,8 @@ class LeanBF16Optimizer(BF16_Optimizer):
     """The bfloat16 optimizer without three passes over its float32 gradients a step.
 
     DeepSpeed casts each gradient before it adds it, and zeroes the sums twice. Here a step's first micro-batch writes
-    the sums, and the others add to them, with the same result. Every parameter gets a gradient in every micro-batch.
+    the sums, and the others add to them, with the same result. So a parameter without a gradient would keep the last
+    step's; our models have none.
     """
 
     @torch.no_grad()
@@ -20,14 +21,17 @@ class LeanBF16Optimizer(BF16_Optimizer):
         if lp.grad is None:
             return
         assert not clear_lp_grads
-        total, has_gradient = (
-            self.fp32_groups_gradients[group_idx][param_idx],
-            self.fp32_groups_has_gradients[group_idx],
-        )
+        total = self.fp32_groups_gradients[group_idx][param_idx]
+        has_gradient = self.fp32_groups_has_gradients[group_idx]
         gradient = lp.grad.reshape(-1)
         total.add_(gradient) if has_gradient[param_idx] else total.copy_(gradient)
         lp._hp_grad = total  # type: ignore[attr-defined]
         has_gradient[param_idx] = True
+
+    def step(self, closure: None = None) -> None:
+        """The optimizer's step."""
+        assert all(map(all, self.fp32_groups_has_gradients)), "a parameter got no gradient"
+        super().step(closure)
 
     def clear_hp_grads(self) -> None:
         """Forgets the sums, which the next step's first micro-batch overwrites."""

@@ -7,7 +7,7 @@ from types import TracebackType
 
 
 class GarbageCollection:
-    """Within a `with` block, cyclic garbage is collected only by `collect_at`; reference counting goes on as ever.
+    """Within a `with` block, cyclic garbage is collected only by `collect_at`; reference counting works as ever.
 
     What exists at the start (modules, the model, the data set) lives as long as the run: it is frozen, so that no
     collection looks at it.

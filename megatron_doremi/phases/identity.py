@@ -227,7 +227,7 @@ def _recorded_rate(before: Mapping[str, Any], config: Config) -> LearningRate:
 
 
 def _stable_phase(then: LearningRate, now: LearningRate, iteration: int) -> str:
-    """Whether a WSD run that goes on after `iteration` is one that was planned like this from its start; else why."""
+    """Whether a WSD run that continues after `iteration` is one that was planned like this from its start; else why."""
     if same_until(then, now, iteration):
         return f"it decays after {now.decay_start:,}, and all steps taken had the rate that this schedule gives them"
     reasons = []

@@ -245,7 +245,7 @@ def test_weights_that_are_given_twice_or_not_at_all_are_refused(tmp_path, manife
 
 
 def test_only_a_weight_of_0_leaves_a_domain_out(tmp_path, manifest):
-    """A product that no float holds was 0, so that the domain vanished without a word."""
+    """A product that no float holds was 0, so that the domain vanished silently."""
     text = "mix: {ArXiv: {weight: 1e-200, x: {weight: 1e-200}}, no: 1, Wikipedia (en): 1}"
     (fault,) = faults(tmp_path, manifest, "m.yaml", text, {"ArXiv:x": "ArXiv"})
     assert (fault.value, fault.rule) == ("'ArXiv': a share of 0.0e+00", "shares of at least 1e-12")
