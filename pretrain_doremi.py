@@ -177,7 +177,7 @@ def run_phase(
     from megatron_doremi.cluster.control import RunControl
     from megatron_doremi.cluster.error_report import raise_faults_of_all_ranks
     from megatron_doremi.cluster.preemption import StopRequest
-    from megatron_doremi.cluster.process_group import any_rank, device_faults, device_name, join_group
+    from megatron_doremi.cluster.process_group import any_rank, device_faults, join_group
     from megatron_doremi.cluster.run_lock import run_lock
     from megatron_doremi.data.manifest import print_warnings
     from megatron_doremi.parallel.context import make_context
@@ -185,6 +185,7 @@ def run_phase(
     from megatron_doremi.phases.evaluate import evaluate_run
     from megatron_doremi.phases.identity import check_ranks_start_alike
     from megatron_doremi.phases.inputs import device_memory, fitted, open_inputs, start_text, what_is_read
+    from megatron_doremi.phases.kernels import set_kernels
     from megatron_doremi.phases.output_checks import check_outputs, removed_if_unused
     from megatron_doremi.phases.score import check_reference_losses, model_hash, reference_hash, score
     from megatron_doremi.settings import EVALUATE, SCORE, TRAINING
@@ -221,7 +222,7 @@ def run_phase(
         model_hashes = reference_hash(inputs.loaded, inputs.reference_losses, topology, watchdog), initial
     # Nothing is written before every input has been checked. Some faults of a model's files show only as it is loaded.
     unused = removed_if_unused(from_rank_0(lambda: check_outputs(config, inputs.controller.learns)))
-    started = f"{date.today()}, Megatron-DoReMi {__version__}, {start_text(inputs, device_name(device))}"
+    started = f"{date.today()}, Megatron-DoReMi {__version__}, {start_text(inputs, *set_kernels(inputs, device, held))}"
     if phase == EVALUATE:
         assert inputs.loaded is not None
         say_on_rank_0(topology, started)

@@ -152,9 +152,60 @@ def kernels(place: Place, report: Report) -> bool:
             report(**{f"attention_{name.lower()}_{width}_ms": work()})
         except Exception as error:
             report(**{f"attention_{name.lower()}_{width}_ms": str(error)[:200]})
+    for groups, width in itertools.product((1, 4), (64, 128)):
+        # The order in which the program sets them: the choice at its start, and what that takes.
+        good.append(
+            attempt(report, f"attention_chosen_{width}_groups_of_{groups}", partial(chosen, place, width, groups))
+        )
     work = attention(SDPBackend.MATH, 64, torch.float32, 4)
     good.append(attempt(report, "attention_float32_grouped_math_ms", work))
     return all(good)
+
+
+def chosen(place: Place, width: int, queries_per_group: int) -> dict[str, Any]:
+    """The kernels that the program names at its start, in bfloat16, with a mask and in float32, and what torch takes
+    where the program's order is set."""
+    from megatron_doremi.model.attention import AttentionShape, choose_kernel, in_order, kernel_order, repeats_groups
+
+    capability = (0, 0) if place.cpu else torch.cuda.get_device_capability()
+    order = kernel_order(capability, torch.backends.cudnn.version())
+    windows, seq, heads = place.pick((8, 2048, 32 * 64 // width), (1, 64, 4))
+    result: dict[str, Any] = {}
+    for name, dtype, masked in (
+        ("bfloat16", torch.bfloat16, False),
+        ("masked", torch.bfloat16, True),
+        ("float32", torch.float32, False),
+    ):
+        shape = AttentionShape(windows, seq, heads, heads // queries_per_group, width, dtype, masked, True)
+        said = choose_kernel(shape, order, place.device).name
+        groups = heads if repeats_groups(dtype, masked) else shape.groups
+        q, k, v = (
+            torch.randn(windows, seq, each, width, device=place.device, dtype=dtype, requires_grad=True).transpose(1, 2)
+            for each in (heads, groups, groups)
+        )
+        mask = torch.zeros(windows, 1, seq, seq, device=place.device, dtype=dtype) if masked else None
+
+        def work(q: Tensor = q, k: Tensor = k, v: Tensor = v, mask: Tensor | None = mask) -> None:
+            grouped = k.shape[1] != q.shape[1]
+            out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
+            out.sum().backward()
+
+        with in_order(order):
+            result[name] = {"kernel": taken_kernel(work), "ms": place.milliseconds(work, 1, 3)}
+        # On a CPU, where the checks know none, the program names none.
+        assert place.cpu or result[name]["kernel"] == said, (said, result)
+    return result
+
+
+def taken_kernel(work: Callable[[], None]) -> str:
+    """The attention kernel that a call of `work` takes, by the name of torch's operation."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        work()
+    names = " ".join(row.key for row in profiler.key_averages())
+    parts = {"cudnn_attention": "cuDNN", "efficient_attention": "memory-efficient", "flash_attention": "flash"}
+    return next((kernel for part, kernel in parts.items() if part in names), "math")
 
 
 def compiled(place: Place, report: Report) -> bool:

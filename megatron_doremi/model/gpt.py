@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_doremi.config import GPTConfig
+from megatron_doremi.model.attention import repeats_groups
 from megatron_doremi.model.dropout import (
     AFTER_ATTENTION,
     AFTER_MLP,
@@ -90,8 +91,7 @@ class Attention(nn.Module):
         if self.dropout and window.keys is not None:
             return self._with_dropout(q, k, v, mask, window.keys).transpose(1, 2).flatten(2)
         grouped = self.queries_per_group > 1
-        if grouped and mask is not None and q.is_cuda:
-            # Kernels with a mask know no groups; the fallback would hold all scores.
+        if grouped and q.is_cuda and repeats_groups(q.dtype, mask is not None):
             k, v, grouped = *(part.repeat_interleave(self.queries_per_group, dim=1) for part in (k, v)), False
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
         return out.transpose(1, 2).flatten(2)

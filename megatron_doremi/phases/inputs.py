@@ -191,16 +191,18 @@ def planned_faults(inputs: Inputs) -> list[Fault]:
     return memory_faults(inputs.plan, inputs.controller.before_backward, held_reference(inputs))
 
 
-def start_text(inputs: Inputs, device: str) -> str:
+def start_text(inputs: Inputs, device: str, kernels: str = "") -> str:
     """What a run prints at its start.
 
     Args:
         device: what a rank computes on.
+        kernels: a line on the kernels of its models; "" if there is none.
     """
     setting = sampling_setting(inputs.plan.config, inputs.data.manifest)
     plan, reference = inputs.plan, held_reference(inputs)
     lines = start_lines(plan, inputs.controller, setting, reference, device, inputs.repeated)
-    return "\n".join([*lines, *(f"  {line}" for line in [*_origin(inputs), *_line(inputs.recomputes)])])
+    others = [*_origin(inputs), *_line(inputs.recomputes), *_line(kernels)]
+    return "\n".join([*lines, *(f"  {line}" for line in others)])
 
 
 def _origin(inputs: Inputs) -> list[str]:

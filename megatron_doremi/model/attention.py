@@ -1,0 +1,136 @@
+"""Which of torch's kernels computes attention on a GPU: an order of preference, and what torch's own checks say.
+
+A kernel is chosen by torch at each call, from the shapes and from an order that is set once (`in_order`). The same
+checks at the start of a run tell which one that will be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.backends.cuda import (
+    SDPAParams,
+    can_use_cudnn_attention,
+    can_use_efficient_attention,
+    can_use_flash_attention,
+)
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Check = Callable[[SDPAParams], bool]
+
+CUDNN, FLASH, EFFICIENT, MATH = "cuDNN", "flash", "memory-efficient", "math"
+_BACKENDS = {
+    CUDNN: SDPBackend.CUDNN_ATTENTION,
+    FLASH: SDPBackend.FLASH_ATTENTION,
+    EFFICIENT: SDPBackend.EFFICIENT_ATTENTION,
+    MATH: SDPBackend.MATH,
+}
+CHECKS: Mapping[str, Check] = {
+    CUDNN: can_use_cudnn_attention,
+    FLASH: can_use_flash_attention,
+    EFFICIENT: can_use_efficient_attention,
+}
+# Data center GPUs of Hopper and Blackwell, and the first cuDNN with which torch prefers its kernel (torch 2.13,
+# aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
+_CUDNN_CAPABILITIES, _CUDNN_VERSION = ((9, 0), (10, 0), (10, 3)), 91501
+# Limits of all kernels but math.
+_WIDEST, _WIDTHS = 256, 8
+
+
+def kernel_order(capability: tuple[int, int], cudnn: int | None) -> tuple[str, ...]:
+    """The kernels in order of preference on a GPU.
+
+    Args:
+        capability: compute capability, (major, minor).
+        cudnn: version as torch gives it, 91501 for 9.15.1; None: torch has none.
+    """
+    first = capability in _CUDNN_CAPABILITIES and cudnn is not None and cudnn >= _CUDNN_VERSION
+    return (CUDNN, FLASH, EFFICIENT, MATH) if first else (FLASH, CUDNN, EFFICIENT, MATH)
+
+
+def in_order(order: Sequence[str]) -> AbstractContextManager[object]:
+    """While it is entered torch takes the first of these kernels that can; costs nothing at a call."""
+    manager: AbstractContextManager[object] = sdpa_kernel([_BACKENDS[name] for name in order], set_priority=True)
+    return manager
+
+
+def repeats_groups(dtype: torch.dtype, masked: bool) -> bool:
+    """Whether keys and values are repeated for each query of their group on a GPU: the memory-efficient kernel, the
+    only one with a mask or in float32, knows no groups in torch 2.11, and the math kernel would hold all scores."""
+    return masked or dtype == torch.float32
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """The attention of a model on one rank.
+
+    Attributes:
+        batch, seq: of a micro-batch.
+        heads, groups: query heads and key-value groups of a rank.
+        width: channels of a head.
+        masked: a mask of [batch, 1, seq, seq] is added to the scores.
+        trains: there is a backward pass.
+    """
+
+    batch: int
+    seq: int
+    heads: int
+    groups: int
+    width: int
+    dtype: torch.dtype
+    masked: bool
+    trains: bool
+
+
+class KernelChoice(NamedTuple):
+    """The kernel of a model's attention, and a warning if it is the one that holds all scores, else ""."""
+
+    name: str
+    warning: str
+
+
+def choose_kernel(
+    shape: AttentionShape, order: Sequence[str], device: torch.device, checks: Mapping[str, Check] = CHECKS
+) -> KernelChoice:
+    """The first kernel in the order that takes the shape.
+
+    Args:
+        checks: torch's, by kernel.
+    """
+    params = _params(shape, device)
+    name = next(each for each in order if each == MATH or checks[each](params))
+    return KernelChoice(name, _math_warning(shape) if name == MATH else "")
+
+
+def _params(shape: AttentionShape, device: torch.device) -> SDPAParams:
+    """What the checks look at: tensors that are laid out as the model's."""
+    repeated = repeats_groups(shape.dtype, shape.masked)
+    groups = shape.heads if repeated else shape.groups
+
+    def made(heads: int) -> Tensor:
+        part = torch.empty(shape.batch, shape.seq, heads, shape.width, dtype=shape.dtype, device=device)
+        return part.requires_grad_(shape.trains).transpose(1, 2)
+
+    mask = None
+    if shape.masked:
+        mask = torch.empty(shape.batch, 1, shape.seq, shape.seq, dtype=shape.dtype, device=device)
+    return SDPAParams(made(shape.heads), made(groups), made(groups), mask, 0.0, mask is None, groups != shape.heads)
+
+
+def _math_warning(shape: AttentionShape) -> str:
+    """What a fall back to the math kernel costs, why it comes, and what to do."""
+    mib = 4 * shape.batch * shape.heads * shape.seq**2 / 2**20
+    cost = f"attention falls back to torch's math kernel, which holds {mib:,.0f} MiB of scores in each layer"
+    if shape.width > _WIDEST:
+        why = f"heads have {shape.width} channels and the fast kernels take {_WIDEST} at most"
+        return f"{cost}: {why}; give more --num-attention-heads, or --kv-channels of {_WIDEST} or less"
+    if shape.width % _WIDTHS:
+        why = f"heads have {shape.width} channels and the fast kernels take multiples of {_WIDTHS}"
+        return f"{cost}: {why}; give other --num-attention-heads or --kv-channels"
+    why = f"torch's checks refuse its other kernels on this GPU for {str(shape.dtype).removeprefix('torch.')}"
+    return f"{cost}: {why}, {shape.heads} heads of {shape.width} channels; try --bf16 and a GPU from Ampere on"
