@@ -5,9 +5,10 @@
 
 Variants take steps in turn, so that other load on the machine affects all of them equally: ours (the engine of a run,
 reading a batch as the training loop does), the same module in a bare loop, and Transformers' model in the same loop,
-each also compiled with --compile. All have the same shape, batches, precision, AdamW and gradient clipping; with
-several processes the loops average gradients by DistributedDataParallel. On a CPU the figure is the process's CPU time
-and a ratio is the median over turns; on a GPU it is time, with tokens a second and model FLOPs utilization.
+each also compiled with --compile; in one process Megatron Core's GPT too, where it is installed (`pip install --no-deps
+megatron-core`). All have the same shape, batches, precision, AdamW and gradient clipping; with several processes the
+loops average gradients by DistributedDataParallel. On a CPU the figure is the process's CPU time and a ratio is the
+median over turns; on a GPU it is time, with tokens a second and model FLOPs utilization.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from gpu_place import step_of
+from rival_models import MegatronCoreLoss, TransformersLoss, megatron_core_installed
 from torch import Tensor, nn
 
 if not torch.cuda.is_available():
@@ -55,6 +56,7 @@ from megatron_doremi.data.loader import MicroBatch
 from megatron_doremi.engine.build import make_engine
 from megatron_doremi.execution import Execution
 from megatron_doremi.mixture.controllers import make_controller, make_objective
+from megatron_doremi.model.sizes import parameters_by_layer
 from megatron_doremi.model.unpipelined import GPTModel
 from megatron_doremi.parallel.context import ParallelContext, make_context
 from megatron_doremi.parallel.topology import Topology
@@ -133,35 +135,6 @@ def ours(plan: RunPlan, context: ParallelContext, batches: list[MicroBatch]) -> 
     return step_of(engine, batches)
 
 
-class TransformersLoss(nn.Module):
-    """Transformers' Llama and the mean loss of a micro-batch."""
-
-    def __init__(self, gpt: GPTConfig):
-        super().__init__()
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        self.model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=gpt.padded_vocab_size(1),
-                hidden_size=gpt.hidden_size,
-                intermediate_size=gpt.ffn_hidden_size,
-                num_hidden_layers=gpt.num_layers,
-                num_attention_heads=gpt.num_attention_heads,
-                num_key_value_heads=gpt.num_query_groups,
-                head_dim=gpt.kv_channels,
-                rms_norm_eps=gpt.norm_epsilon,
-                max_position_embeddings=gpt.max_positions,
-                tie_word_embeddings=gpt.tied_embeddings,
-                use_cache=False,
-            )
-        )
-
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """[batch, seq] ids and targets -> the mean loss in nats."""
-        logits = self.model(input_ids=tokens).logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-
-
 class OurLoss(nn.Module):
     """Our module and the mean loss of a micro-batch."""
 
@@ -223,6 +196,7 @@ def variants(
         )
 
     def loop(module: nn.Module, compiled: bool) -> Step:
+        assert sum(p.numel() for p in module.parameters()) == sum(parameters_by_layer(gpt, 1))
         if compiled:
             module.compile()
         return plain_loop(module, args, context, batches)
@@ -238,6 +212,8 @@ def variants(
             f"ours{suffix}": partial(lambda c: ours(plan(c), context, batches), compiled),
             f"ours{suffix} in a bare loop": partial(lambda c: loop(our_module(c), False), compiled),
         }
+    if megatron_core_installed() and context.topology.world_size == 1:
+        makers["megatron core"] = lambda: loop(MegatronCoreLoss(gpt, context.device), False)
     chosen = args.only.split(",") if args.only else list(makers)
     return {name: makers[name]() for name in chosen}
 

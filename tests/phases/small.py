@@ -128,3 +128,12 @@ def evaluation_figures(line: dict[str, Any]) -> dict[tuple[str, str, int], float
                 numbers = number if isinstance(number, list) else [number]
                 flat |= {(key, name, end): each for end, each in enumerate(numbers)}
     return flat
+
+
+def assert_stopped_and_resumed_equal(world: int, data: Path, folder: Path, flags: list[str], model: list[str]) -> None:
+    """A main run of 6 steps that stops after 3 and resumes has the lines of an undisturbed one."""
+    whole = train(world, "main", data, folder / "undisturbed", 6, *flags, model=model)
+    again = [*flags, "--load", str(folder / "broken")]
+    train(world, "main", data, folder / "broken", 6, *again, "--exit-interval", "3", model=model)
+    lines = train(world, "main", data, folder / "broken", 6, *again, model=model)
+    assert training_lines(lines) == training_lines(whole)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from phases.small import MODEL, train, training_lines
+from phases.small import MODEL, assert_stopped_and_resumed_equal, train, training_lines
 from ranks import run_program
 
 from megatron_doremi.arguments import parse_config
@@ -62,12 +62,7 @@ def test_every_stage_of_a_pipeline_sees_the_documents(data, tmp_path):
 
 def test_stopped_half_way_it_takes_the_same_steps(data, tmp_path):
     world, layout = PP3
-    flags = [*layout, *RESETS]
-    undisturbed = train(world, "main", data, tmp_path / "undisturbed", 6, *flags, model=DEEP)
-    again = [*flags, "--load", str(tmp_path / "broken")]
-    train(world, "main", data, tmp_path / "broken", 6, *again, "--exit-interval", "3", model=DEEP)
-    lines = train(world, "main", data, tmp_path / "broken", 6, *again, model=DEEP)
-    assert training_lines(lines) == training_lines(undisturbed)
+    assert_stopped_and_resumed_equal(world, data, tmp_path, [*layout, *RESETS], DEEP)
     with pytest.raises(AssertionError, match="'reset_attention_mask': True"):
         train(1, "main", data, tmp_path / "broken", 6, "--load", str(tmp_path / "broken"), model=DEEP)
 

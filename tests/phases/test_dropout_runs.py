@@ -6,7 +6,7 @@ Run alone: python -m pytest tests/phases/test_dropout_runs.py
 from __future__ import annotations
 
 import pytest
-from phases.small import MODEL, train, training_lines
+from phases.small import MODEL, assert_stopped_and_resumed_equal, train, training_lines
 
 pytestmark = pytest.mark.slow
 # See test_layouts.py on the epsilon.
@@ -52,9 +52,4 @@ def test_an_evaluation_drops_nothing(data, tmp_path):
 @pytest.mark.parametrize("layout", ["PP3", "recomputed"])
 def test_stopped_half_way_it_drops_the_same(layout, data, tmp_path):
     world, flags = LAYOUTS[layout]
-    flags = [*flags, *DROPOUT]
-    whole = train(world, "main", data, tmp_path / "whole", 6, *flags, model=DEEP)
-    again = [*flags, "--load", str(tmp_path / "broken")]
-    train(world, "main", data, tmp_path / "broken", 6, *again, "--exit-interval", "3", model=DEEP)
-    lines = train(world, "main", data, tmp_path / "broken", 6, *again, model=DEEP)
-    assert training_lines(lines) == training_lines(whole)
+    assert_stopped_and_resumed_equal(world, data, tmp_path, [*flags, *DROPOUT], DEEP)
