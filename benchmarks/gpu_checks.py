@@ -27,10 +27,16 @@ from gpu_place import Place, Report, attempt, single
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB = 1000
-FLAGS = shlex.split("--bf16 --seq-length 64 --micro-batch-size 4")
+FLAGS = shlex.split("--seq-length 64 --micro-batch-size 4")
 TRAINING_FLAGS = shlex.split(
     "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --ffn-hidden-size 128 --swiglu --disable-bias-linear "
     "--zero-stage 1 --lr 3e-3 --log-interval 1"
+)
+# What people turn on; each is a function of the seed and the data, on any device.
+TURNED_ON = shlex.split(
+    "--qk-layernorm --z-loss 1e-3 --attention-dropout 0.1 --hidden-dropout 0.1 --reset-position-ids "
+    "--reset-attention-mask --optimizer muon --lr-decay-style WSD --lr-wsd-decay-iters 4 "
+    "--recompute-granularity full --train-iters 8"
 )
 
 
@@ -152,15 +158,29 @@ def tiny_data(place: Place) -> Path:
     return folder / "domains.json"
 
 
-def run_program(place: Place, phase: str, save: Path, *flags: str) -> list[dict[str, Any]]:
-    """Runs pretrain_doremi.py as a user would, in bfloat16 with ZeRO 1; returns the lines of its metrics."""
+def run_program(
+    place: Place, phase: str, save: Path, *flags: str, bf16: bool = True, on_cpu: bool = False
+) -> list[dict[str, Any]]:
+    """Runs pretrain_doremi.py as a user would, with ZeRO 1; returns the lines of its metrics."""
     from megatron_doremi.settings import EVALUATE, TRAINING
 
-    argv = ["--phase", phase, "--domains", str(tiny_data(place)), "--save", str(save), *FLAGS, *flags]
+    argv = [
+        "--phase",
+        phase,
+        "--domains",
+        str(tiny_data(place)),
+        "--save",
+        str(save),
+        *FLAGS,
+        *["--bf16"] * bf16,
+        *flags,
+    ]
     argv += TRAINING_FLAGS if phase in TRAINING else []
     argv += ["--seed", "3", "--global-batch-size", "8"] if phase != EVALUATE else []
     command = [sys.executable, str(ROOT / "pretrain_doremi.py"), *argv]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=80)
+    hidden = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} if on_cpu else {}
+    environment = {**os.environ, **hidden}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=80, env=environment)
     assert done.returncode == 0, f"{phase}: exit {done.returncode}: {done.stderr[-500:]}"
     path = save / ("evaluations.jsonl" if phase == "evaluate" else "metrics.jsonl")
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -228,11 +248,32 @@ def resume(place: Place, report: Report) -> bool:
     return attempt(report, "resume", compare)
 
 
+def flags(place: Place, report: Report) -> bool:
+    """Trains with all that people turn on: losses in float32 as on the CPU, and in bfloat16 near them."""
+
+    def losses(name: str, **how: bool) -> list[float]:
+        lines = run_program(place, "main", place.work / name, "--domain-weights", "uniform", *TURNED_ON, **how)
+        return [line["loss"] for line in lines if "loss" in line]
+
+    expected = losses("flags on the CPU", bf16=False, on_cpu=True)
+
+    def compare(limit: float, **how: bool) -> float:
+        found = losses(f"flags {limit}", **how)
+        apart = max(abs(a - b) for a, b in zip(found, expected, strict=True))
+        assert len(found) == 8, found
+        assert apart < limit, (found, expected)
+        return apart
+
+    good = attempt(report, "float32", partial(compare, 1e-3, bf16=False))
+    return attempt(report, "bfloat16", partial(compare, 5e-2)) and good
+
+
 CHECKS: dict[str, Callable[[Place, Report], bool]] = {
     "versions": versions,
     "float32": float32,
     "program": program,
     "resume": resume,
+    "flags": flags,
     "sync": gpu_timings.sync,
     "1b": gpu_timings.one_billion,
     "1b_compiled": gpu_timings.one_billion_compiled,

@@ -29,6 +29,7 @@ LIMITS = {
     "program": 110,
     "resume": 90,
     "sync": 45,
+    "flags": 90,
     "1b": 80,
     "1b_compiled": 120,
     "kernels": 60,

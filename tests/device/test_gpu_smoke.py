@@ -28,8 +28,8 @@ def smoke(tmp_path, *flags, **environment):
 
 @pytest.mark.slow
 def test_quick_checks_on_the_cpu(tmp_path):
-    code, lines = smoke(tmp_path, "--cpu", "--only", "versions,kernels,compiled")
-    assert [line["check"] for line in lines] == ["versions", "kernels", "compiled"]
+    code, lines = smoke(tmp_path, "--cpu", "--only", "versions,kernels,compiled,flags")
+    assert [line["check"] for line in lines] == ["versions", "kernels", "compiled", "flags"]
     assert all(line["ok"] for line in lines), lines
     assert code == 0
     assert lines[0]["result"]["backend"] == "gloo"
@@ -63,7 +63,7 @@ def with_gpus() -> dict[str, str]:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("check", ["versions", "float32", "program", "resume", "sync"])
+@pytest.mark.parametrize("check", ["versions", "float32", "program", "resume", "sync", "flags"])
 def test_on_a_gpu(check, tmp_path):
     if missing_gpu():
         pytest.skip(missing_gpu())
