@@ -18,7 +18,9 @@ class PlanningConfig:
     default_phases: ClassVar[tuple[str, ...]] = NO_EVALUATION
 
     dry_run_device: str = setting(
-        "H100", "GPU of each rank, for the time that --dry-run states: its dense bfloat16 peak", tuple(PEAK_TFLOPS)
+        "H100",
+        "GPU of each rank, for the time that --dry-run states: its dense peak, of float32 or with --bf16 bfloat16",
+        tuple(PEAK_TFLOPS),
     )
     dry_run_mfu: float = setting(
         0.4,

@@ -9,9 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
 
 from megatron_doremi.parallel.topology import stage_bounds
 from megatron_doremi.plan import RunPlan
+from megatron_doremi.planning.compute import matrices_of_a_block
 from megatron_doremi.planning.memory import BUCKET, GATHERED, PREFETCHED, parameters_by_stage, unsharded_by_zero
 from megatron_doremi.settings import TRAINING
 from megatron_doremi.shapes import GPTConfig, Shape
@@ -150,6 +154,8 @@ def _gradients_and_weights(plan: RunPlan, stage: int, scored_first: bool) -> Ite
     if gpt.tied_embeddings and topology.pipe_size > 1 and stage in (0, topology.pipe_size - 1):
         rows = gpt.padded_vocab_size(topology.tensor_size) // topology.tensor_size
         yield Traffic(PIPELINE, ALL_REDUCE, 2, 4.0 * rows * gpt.hidden_size, 1)
+    if plan.config.optimizer.optimizer == "muon":
+        yield from _matrices_of_muon(plan, _blocks(gpt, topology.pipe_size, stage))
     if replicas == 1:
         return
     buckets = math.ceil(counts[stage] / BUCKET)
@@ -168,6 +174,18 @@ def _gradients_and_weights(plan: RunPlan, stage: int, scored_first: bool) -> Ite
     if zero:
         # Of matrices and of vectors.
         yield Traffic(DATA, ALL_GATHER, replicas, float(element * counts[stage]), 2)
+
+
+def _matrices_of_muon(plan: RunPlan, blocks: int) -> Iterator[Traffic]:
+    """What joins the momentum of a stage's matrices in float32: under ZeRO 1 over the replicas, all in a row; then each
+    parameter over the tensor group."""
+    tensor, replicas = plan.topology.tensor_size, plan.topology.data_size
+    numbers = blocks * sum(rows * columns for rows, columns in matrices_of_a_block(plan.gpt))
+    if plan.config.parallel.zero_stage and replicas > 1:
+        yield Traffic(DATA, ALL_GATHER, replicas, 4.0 * numbers / tensor, 1)
+    if tensor > 1:
+        # The projections before and after attention, and those of the feed-forward layer.
+        yield Traffic(TENSOR, ALL_GATHER, tensor, 4.0 * numbers, 4 * blocks)
 
 
 def _blocks(gpt: GPTConfig, stages: int, stage: int) -> int:
@@ -192,17 +210,32 @@ def link_of(plan: RunPlan, group: str) -> Link:
     """The slowest link of a group's ring, by the order of ranks: tensor ranks are neighbors, then replicas, then
     stages. Between machines the ranks of a group on one machine share out its ring over their network links."""
     topology, planning = plan.topology, plan.config.planning
-    per_node = planning.dry_run_gpus_per_node
     stride, size = {
         TENSOR: (1, topology.tensor_size),
         DATA: (topology.tensor_size, topology.data_size),
         PIPELINE: (topology.tensor_size * topology.data_size, topology.pipe_size),
     }[group]
     inside, outside = planning.dry_run_node_bandwidth * 1e9, planning.dry_run_network_bandwidth * 1e9
-    if topology.world_size <= per_node or (stride * size <= per_node and per_node % (stride * size) == 0):
+    fewest = fewest_on_a_machine(stride, size, topology.world_size, planning.dry_run_gpus_per_node)
+    if not fewest:
         return Link("node", inside)
-    together = 1 if group == PIPELINE else max(1, min(size, per_node // stride))
-    return Link("network", min(inside, outside * together))
+    return Link("network", min(inside, outside * (1 if group == PIPELINE else fewest)))
+
+
+@lru_cache(maxsize=4096)
+def fewest_on_a_machine(stride: int, size: int, world_size: int, per_node: int) -> int:
+    """The fewest ranks that a group which leaves a machine has on one of its machines; 0 if no group leaves one.
+
+    Args:
+        stride: from a rank of a group to the next.
+        size: ranks of a group.
+        per_node: ranks of a machine; the last one may have fewer.
+    """
+    ranks = np.arange(world_size)
+    groups = ranks // (stride * size) * stride + ranks % stride
+    places, counts = np.unique(np.stack((groups, ranks // per_node)), axis=1, return_counts=True)
+    leave = np.bincount(places[0]) > 1
+    return int(counts[leave[places[0]]].min()) if leave.any() else 0
 
 
 def seconds_to_communicate(plan: RunPlan, alternating: bool, reference: Shape | None) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from megatron_doremi.devices import PEAK_TFLOPS
+from megatron_doremi.devices import FLOAT32_TFLOPS, PEAK_TFLOPS
 from megatron_doremi.parallel.topology import stage_bounds
 from megatron_doremi.plan import RunPlan
 from megatron_doremi.settings import SCORE, TRAINING
@@ -81,10 +81,47 @@ def run_flops_per_token(plan: RunPlan, reference: Shape | None) -> float:
     return passes * forward(plan.shape) + (forward(reference) if reference else 0.0)
 
 
+def device_tflops(plan: RunPlan) -> float:
+    """Dense peak of the stated device in TFLOP/s, in the precision of the run's weights."""
+    peaks = PEAK_TFLOPS if plan.config.optimizer.bf16 else FLOAT32_TFLOPS
+    return peaks[plan.config.planning.dry_run_device]
+
+
 def flops_per_second(plan: RunPlan) -> float:
     """Floating point operations a second of all ranks at the stated utilization of the stated device."""
-    planning = plan.config.planning
-    return plan.topology.world_size * PEAK_TFLOPS[planning.dry_run_device] * 1e12 * planning.dry_run_mfu
+    return plan.topology.world_size * device_tflops(plan) * 1e12 * plan.config.planning.dry_run_mfu
+
+
+def matrices_of_a_block(gpt: GPTConfig) -> list[tuple[int, int]]:
+    """Sizes (rows, columns) of the matrices of a block that Muon moves: those of engine/muon.py."""
+    hidden, inner = gpt.hidden_size, gpt.ffn_hidden_size
+    queries, keys = gpt.num_attention_heads * gpt.kv_channels, gpt.num_query_groups * gpt.kv_channels
+    return [
+        (queries, hidden),
+        *[(keys, hidden)] * 2,
+        (hidden, queries),
+        *[(inner, hidden)] * (2 if gpt.swiglu else 1),
+        (hidden, inner),
+    ]
+
+
+def muon_flops(plan: RunPlan) -> float:
+    """Floating point operations, in float32, of the Newton-Schulz iterations of a step on the rank that has most: that
+    of the stage with most blocks. Every rank of a stage computes all of its matrices. 0 without Muon.
+
+    Five iterations of an m x n matrix, m <= n, take three products each: m x n x m, m x m x m and m x m x n.
+    """
+    config = plan.config
+    if config.data.phase not in TRAINING or config.optimizer.optimizer != "muon":
+        return 0.0
+    pairs = [sorted(shape) for shape in matrices_of_a_block(plan.gpt)]
+    blocks = max(b - a for a, b in pairwise(stage_bounds(plan.gpt.num_layers, plan.topology.pipe_size, 0, 0)))
+    return blocks * sum(5.0 * (4 * m * m * n + 2 * m**3) for m, n in pairs)
+
+
+def muon_seconds(plan: RunPlan) -> float:
+    """Seconds that `muon_flops` take at least: at the device's float32 peak."""
+    return muon_flops(plan) / FLOAT32_TFLOPS[plan.config.planning.dry_run_device] / 1e12
 
 
 def bubble(plan: RunPlan) -> float:

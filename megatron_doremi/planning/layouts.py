@@ -19,7 +19,7 @@ from megatron_doremi.layout_rules import Split, divisors, possible_splits
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.plan import RunPlan, make_plan
 from megatron_doremi.planning.communication import seconds_to_communicate
-from megatron_doremi.planning.compute import flops_per_second, run_flops_per_token, slowest_stage
+from megatron_doremi.planning.compute import flops_per_second, muon_seconds, run_flops_per_token, slowest_stage
 from megatron_doremi.planning.describe import table
 from megatron_doremi.planning.machine_plan import MARGIN
 from megatron_doremi.planning.memory import StageMemory, rank_memory
@@ -164,7 +164,8 @@ def _candidates(plan: RunPlan, split: Split, alternating: bool, reference: Shape
                 memory = rank_memory(run, alternating, reference)
                 extra = arithmetic(run, alternating)
                 computing = run.step_tokens * run_flops_per_token(run, reference) / flops_per_second(run) * extra
-                yield Candidate(run, memory, extra, computing + seconds_to_communicate(run, alternating, reference))
+                beside = muon_seconds(run) + seconds_to_communicate(run, alternating, reference)
+                yield Candidate(run, memory, extra, computing + beside)
 
 
 def _micro_batch_sizes(config: Config, replicas: int) -> list[int]:
@@ -225,9 +226,9 @@ def _nothing_fits(
     plan: RunPlan, smallest: list[Candidate], limit: float, device_bytes: float, alternating: bool
 ) -> Fault:
     parallel, data = plan.config.parallel, plan.config.data
-    rule = (
-        f"at most {limit / 2**30:.1f} of {device_bytes / 2**30:.1f} GiB on each of {plan.topology.world_size:,} ranks"
-    )
+    ranks = plan.topology.world_size
+    where = f"each of {ranks:,} ranks" if ranks > 1 else "one rank"
+    rule = f"at most {limit / 2**30:.1f} of {device_bytes / 2**30:.1f} GiB on {where}"
     remedies = ["more ranks", "devices with more memory", "a smaller model or vocabulary"]
     least = min(smallest, key=lambda each: each.memory.total, default=None)
     if least is None:
@@ -268,6 +269,7 @@ def suggestion_text(suggestion: Suggestion, device_bytes: float) -> str:
     shown, limit = suggestion.fitting[:MAX_LISTED], (1 - MARGIN) * device_bytes / 2**30
     plans = [candidate.plan for candidate in shown]
     world_size, planning = plans[0].topology.world_size, plans[0].config.planning
+    muon = ", and Muon's at the float32 peak" if muon_seconds(plans[0]) else ""
     columns = {
         "layout": [_sizes(candidate) for candidate in shown],
         "micro-batch": [str(plan.config.data.micro_batch_size) for plan in plans],
@@ -288,7 +290,7 @@ def suggestion_text(suggestion: Suggestion, device_bytes: float) -> str:
                 f"{device_bytes / 2**30:.1f} GiB per rank are planned, {MARGIN:.0%} is left for what is not estimated",
                 "(buffers of collectives, operations at work, what the allocator cannot use, the device's context).",
                 f"Seconds: a step's arithmetic at {planning.dry_run_mfu:.0%} of {planning.dry_run_device}'s peak and "
-                "communication that nothing overlaps (docs/planning.md).",
+                f"communication that nothing overlaps{muon} (docs/planning.md).",
                 "Arithmetic: recomputation, the slowest stage and the bubble, relative to none.",
                 *(row + reason for row, reason in zip(table(columns), reasons, strict=False)),
                 *([f"  and {left:,} more that fit"] if left else []),

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from megatron_doremi.console import COLUMNS
-from megatron_doremi.devices import PEAK_TFLOPS
+from megatron_doremi.devices import FLOAT32_TFLOPS
 from megatron_doremi.errors import Fault
 from megatron_doremi.plan import RunPlan
 from megatron_doremi.planning.communication import DATA, PIPELINE, TENSOR, Traffic, link_of, stage_traffic
 from megatron_doremi.planning.compute import (
     bubble,
     checkpoint_bytes,
+    device_tflops,
     flops_per_second,
+    muon_flops,
+    muon_seconds,
     planned_tokens,
     run_flops_per_token,
     slowest_stage,
@@ -144,20 +147,26 @@ def _arithmetic(plan: RunPlan, alternating: bool, reference: Shape | None) -> li
         return []
     tokens = planned_tokens(plan)
     flops = tokens * run_flops_per_token(plan, reference)
-    peak = PEAK_TFLOPS[planning.dry_run_device]
     # Tasks of an array score their shares at the same time.
     tasks = config.doremi.num_shards if phase == SCORE else 1
     seconds = flops / flops_per_second(plan) / tasks
     step = f"{flops / config.data.train_iters:.2e} FLOP a step, " if phase in TRAINING else ""
     a_step = f"{seconds / config.data.train_iters:,.3g} s a step, " if phase in TRAINING else ""
     online = ", the reference's forward pass included" if reference is not None else ""
-    slower = "" if config.optimizer.bf16 else " in bfloat16 (this run is float32)"
+    peak = f"{device_tflops(plan):,g} TFLOP/s" + ("" if config.optimizer.bf16 else " in float32")
     lines = [
         f"arithmetic: {step}{flops:.2e} FLOP the run{online}; recomputation does not count",
-        f"time at {planning.dry_run_mfu:.0%} of {planning.dry_run_device}'s {peak:,.0f} TFLOP/s{slower}: "
+        f"time at {planning.dry_run_mfu:.0%} of {planning.dry_run_device}'s {peak}: "
         f"{a_step}{_duration(seconds)} on {ranks * tasks:,} GPU{'s' if ranks * tasks > 1 else ''}, "
         f"{seconds * ranks * tasks / 3600:,.1f} GPU-hours",
     ]
+    if muon_flops(plan):
+        where = "each rank of the largest stage" if plan.topology.pipe_size > 1 else "each rank"
+        single = f"{planning.dry_run_device}'s {FLOAT32_TFLOPS[planning.dry_run_device]:,g} TFLOP/s"
+        lines.append(
+            f"beside that, Muon: {muon_flops(plan):.2e} FLOP a step on {where}, in float32, "
+            f"{muon_seconds(plan):,.3g} s at all of {single}"
+        )
     if plan.topology.pipe_size > 1:
         stages, count = plan.topology.pipe_size, plan.micro_batches
         slowest, share = slowest_stage(plan, alternating)

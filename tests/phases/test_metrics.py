@@ -25,7 +25,7 @@ def test_domain_entries_by_hand():
 
 
 def test_peaks_are_found_by_the_longest_name():
-    """H100 PCIe differs from H100 SXM, and GH200 from H200; an unlisted GPU has no MFU."""
+    """H100 PCIe differs from H100 SXM, and GH200 from H200; an unlisted GPU, or a part of one, has no MFU."""
     names = {
         "NVIDIA H100 80GB HBM3": 989.0,
         "NVIDIA H100 PCIe": 756.0,
@@ -35,6 +35,8 @@ def test_peaks_are_found_by_the_longest_name():
         "NVIDIA A100-SXM4-80GB": 312.0,
         "NVIDIA B200": 2250.0,
         "NVIDIA GeForce RTX 4090": None,
+        "NVIDIA RTX A1000": None,
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb": None,
     }
     assert {name: peak_tflops(name) for name in names} == names
 

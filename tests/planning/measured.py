@@ -10,12 +10,12 @@ from engines import build_engine, layout, make_config
 COLLECTIVES_WITHOUT_WORK = ("send", "recv_", "barrier")
 
 
-def engine_and_batches(context, gpt, data, parallel, doremi, bf16):
+def engine_and_batches(context, gpt, data, parallel, doremi, bf16, **optimizer):
     """An engine that has taken a step (the first makes the optimizer's state), micro-batches of another, and the
     number of targets by domain."""
     import torch
 
-    config = make_config(context.topology, data, parallel, doremi, bf16=bf16)
+    config = make_config(context.topology, data, parallel, doremi, bf16=bf16, **optimizer)
     engine = build_engine(config, gpt, np.full(3, 1 / 3), context)
     windows = config.data.micro_batch_size
     count = config.data.global_batch_size // windows // context.topology.data_size
@@ -84,7 +84,7 @@ def operation(func):
 
 def recorded(run):
     """[(operation, numbers, bytes of a number)] of the collectives that `run` calls: of the largest tensor, which an
-    all-gather fills and a reduce-scatter reads."""
+    all-gather fills and a reduce-scatter reads; of all tensors that an all-gather fills a list of."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
@@ -95,7 +95,8 @@ def recorded(run):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if func.namespace == "c10d" and operation(func) != "barrier":
                 largest = max((each for each in tree_leaves(args) if isinstance(each, torch.Tensor)), key=torch.numel)
-                calls.append((operation(func), largest.numel(), largest.element_size()))
+                filled = tree_leaves(args[0]) if operation(func) == "allgather_" else [largest]
+                calls.append((operation(func), sum(map(torch.numel, filled)), largest.element_size()))
             return func(*args, **(kwargs or {}))
 
     with Recorded():
@@ -103,10 +104,10 @@ def recorded(run):
     return calls
 
 
-def collectives_of_a_step(launch, pipe, tensor, gpt, data, parallel, doremi, bf16):
+def collectives_of_a_step(launch, pipe, tensor, gpt, data, parallel, doremi, bf16, optimizer="adam"):
     """See `recorded`; of the second step."""
     context = layout(launch, pipe, tensor, parallel.get("sequence_parallel", False))
-    engine, batches, targets = engine_and_batches(context, gpt, data, parallel, doremi, bf16)
+    engine, batches, targets = engine_and_batches(context, gpt, data, parallel, doremi, bf16, optimizer=optimizer)
     return recorded(lambda: engine.train_step(batches, targets))
 
 

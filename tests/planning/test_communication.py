@@ -46,11 +46,16 @@ CASES = {
     "DP 2, ZeRO 2": (1, 2, 1, {"zero_stage": 2}, True, "main", {}),
     "DP 2, ZeRO 3": (1, 2, 1, {"zero_stage": 3}, True, "main", {}),
     "DP 2, ZeRO 3, alternating": (1, 2, 1, {"zero_stage": 3}, False, "proxy", {}),
+    "DP 2, ZeRO 1, Muon": (1, 2, 1, {"zero_stage": 1}, True, "main", {}),
+    "TP 2, Muon": (1, 1, 2, {}, False, "main", BIASED),
+    "PP 3, Muon": (3, 1, 1, {}, False, "main", {}),
+    "DP 2 x TP 2, ZeRO 1, Muon": (1, 2, 2, {"zero_stage": 1}, False, "main", {}),
     "DP 2, ZeRO 3, recomputed": (1, 2, 1, {"zero_stage": 3, "recompute_granularity": "full"}, True, "main", {}),
 }
 OPERATIONS = {
     "allreduce_": ALL_REDUCE,
     "_allgather_base_": ALL_GATHER,
+    "allgather_": ALL_GATHER,
     "_reduce_scatter_base_": REDUCE_SCATTER,
     "send": SEND,
 }
@@ -68,8 +73,10 @@ def test_bytes_of_a_step(case):
     data = {"phase": phase, "seq_length": SEQ, "micro_batch_size": WINDOWS}
     data["global_batch_size"] = MICRO_BATCHES * WINDOWS * replicas
     world_size, topology = pipe * replicas * tensor, Topology(pipe, replicas, tensor)
-    plan = make_plan(make_config(topology, data, parallel, bf16=bf16), topology, gpt, ("text",), (1,), np.ones(1))
-    every = on_ranks(world_size, collectives_of_a_step, pipe, tensor, gpt, data, parallel, {}, bf16)
+    optimizer = "muon" if case.endswith("Muon") else "adam"
+    config = make_config(topology, data, parallel, bf16=bf16, optimizer=optimizer)
+    plan = make_plan(config, topology, gpt, ("text",), (1,), np.ones(1))
+    every = on_ranks(world_size, collectives_of_a_step, pipe, tensor, gpt, data, parallel, {}, bf16, optimizer)
     for rank, calls in enumerate(every):
         print(f"{case}, rank {rank}: {measured(calls)}")
         traffic = stage_traffic(plan, phase == "proxy", None, rank // (replicas * tensor))

@@ -10,14 +10,19 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from planning.test_suggested_layouts import BASE, LARGE, LARGE_BLOCK, LARGE_LOSS, LARGE_TOKEN, SMALL
+from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_doremi.arguments import parse_config
 from megatron_doremi.config import gpt_config
+from megatron_doremi.devices import FLOAT32_TFLOPS, PEAK_TFLOPS
+from megatron_doremi.engine.muon import update_of
+from megatron_doremi.model.sizes import parameter_specs
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.plan import make_plan
-from megatron_doremi.planning.communication import DATA, PIPELINE, TENSOR, link_of
-from megatron_doremi.planning.compute import bubble, run_flops_per_token
+from megatron_doremi.planning.communication import DATA, PIPELINE, TENSOR, fewest_on_a_machine, link_of
+from megatron_doremi.planning.compute import bubble, muon_flops, run_flops_per_token
 from megatron_doremi.planning.machine_plan import machine_lines, memory_faults
 from megatron_doremi.planning.memory import BUCKET, buffer_bytes, stage_memories
 from megatron_doremi.planning.shape_checks import shape_warnings
@@ -100,12 +105,39 @@ def test_arithmetic_by_hand():
     assert lines[-4] == (
         f"time at 40% of H100's 989 TFLOP/s: {seconds / 10:,.3g} s a step, {seconds:,.3f} seconds on 8 GPUs, {hours}"
     )
-    # The peak is that of bfloat16.
     single = replace(plan, config=replace(plan.config, optimizer=replace(plan.config.optimizer, bf16=False)))
-    assert any("989 TFLOP/s in bfloat16 (this run is float32): " in line for line in machine_lines(single, False, None))
+    seconds *= 989 / 67
+    assert any(
+        line.startswith(f"time at 40% of H100's 67 TFLOP/s in float32: {seconds / 10:,.3g} s a step, ")
+        for line in machine_lines(single, False, None)
+    )
+    assert PEAK_TFLOPS.keys() == FLOAT32_TFLOPS.keys()
     scored = plan_of("score --reference-load r --model-size 280m --num-shards 4", data=8)
     assert run_flops_per_token(scored, None) == pytest.approx(flops / 3)
     assert " on 32 GPUs, " in machine_lines(scored, False, None)[-1]
+
+
+def test_muon_computes_on_every_rank():
+    """Four 4,096 x 4,096 matrices and two of 24,576 in each block, five iterations of three products; and the products
+    that the optimizer takes for a small block with grouped queries and SwiGLU."""
+    flags = "main --model-size 8b --zero-stage 1 --optimizer muon"
+    plan = plan_of(flags, data=8, tensor=2)
+    of_block = 5 * (6 * 4 * 4096**3 + 2 * (4 * 6 + 2) * 4096**3)
+    assert muon_flops(plan) == 32 * of_block
+    flops, seconds = f"{32 * of_block:.2e} FLOP a step", f"{32 * of_block / 67e12:.3g} s"
+    line = f"beside that, Muon: {flops} on each rank, in float32, {seconds} at all of H100's 67 TFLOP/s"
+    assert line in machine_lines(plan, False, None)
+    assert muon_flops(plan_of(flags, pipe=3)) == 11 * of_block
+    assert muon_flops(plan_of("main --model-size 8b --zero-stage 1")) == 0
+    small = (
+        "--num-layers 1 --hidden-size 64 --num-attention-heads 4 --num-query-groups 2 --swiglu --disable-bias-linear"
+    )
+    plan = plan_of(f"main {small} --zero-stage 1 --optimizer muon")
+    with FlopCounterMode(display=False) as counted:
+        for name, spec in parameter_specs(plan.gpt).items():
+            if name.startswith("layers.") and len(spec.shape) == 2:
+                update_of(name, torch.ones(spec.shape, device="meta"), plan.gpt)
+    assert counted.get_total_flops() == muon_flops(plan)
 
 
 def test_a_pipeline_idles():
@@ -139,6 +171,25 @@ def test_links(sizes, tensor, data, pipeline):
         assert link_of(plan, group).bandwidth == rate * 1e9, group
     if sizes[0] > 1:
         assert link_of(plan, PIPELINE).bandwidth == pipeline * 1e9
+
+
+@pytest.mark.parametrize(
+    ("stride", "size", "world_size", "fewest"),
+    [
+        (1, 8, 16, 0),
+        # Of ranks 6 to 8 the last is alone on its machine; of 6 to 11 two are on one and four on the next.
+        (1, 3, 24, 1),
+        (1, 6, 24, 2),
+        # Every third of 24 ranks: three, three and two.
+        (3, 8, 24, 2),
+        # The second machine is half full.
+        (1, 12, 12, 4),
+        (1, 4096, 4096, 8),
+    ],
+)
+def test_a_group_is_as_fast_as_the_machine_with_fewest_of_its_ranks(stride, size, world_size, fewest):
+    """On machines of eight."""
+    assert fewest_on_a_machine(stride, size, world_size, 8) == fewest
 
 
 def test_bytes_that_a_rank_sends():
