@@ -39,6 +39,8 @@ from megatron_doremi.errors import (
 from megatron_doremi.progress import stage
 
 if TYPE_CHECKING:
+    import torch
+
     from megatron_doremi.cluster.control import RunControl
     from megatron_doremi.cluster.launch import Launch
     from megatron_doremi.cluster.rendezvous import Rendezvous
@@ -185,7 +187,6 @@ def run_phase(
     from megatron_doremi.phases.evaluate import evaluate_run
     from megatron_doremi.phases.identity import check_ranks_start_alike
     from megatron_doremi.phases.inputs import device_memory, fitted, open_inputs, start_text, what_is_read
-    from megatron_doremi.phases.kernels import set_kernels
     from megatron_doremi.phases.output_checks import check_outputs, removed_if_unused
     from megatron_doremi.phases.score import check_reference_losses, model_hash, reference_hash, score
     from megatron_doremi.settings import EVALUATE, SCORE, TRAINING
@@ -222,7 +223,8 @@ def run_phase(
         model_hashes = reference_hash(inputs.loaded, inputs.reference_losses, topology, watchdog), initial
     # Nothing is written before every input has been checked. Some faults of a model's files show only as it is loaded.
     unused = removed_if_unused(from_rank_0(lambda: check_outputs(config, inputs.controller.learns)))
-    started = f"{date.today()}, Megatron-DoReMi {__version__}, {start_text(inputs, *set_kernels(inputs, device, held))}"
+    computes = prepare_device(inputs, device, held, watchdog)
+    started = f"{date.today()}, Megatron-DoReMi {__version__}, {start_text(inputs, *computes)}"
     if phase == EVALUATE:
         assert inputs.loaded is not None
         say_on_rank_0(topology, started)
@@ -246,6 +248,18 @@ def run_phase(
     if any_rank(signals.begin(), device):
         return True
     return trainer.train()
+
+
+def prepare_device(inputs: Inputs, device: torch.device, held: ExitStack, watchdog: Watchdog) -> tuple[str, str]:
+    """Sets the order of attention kernels, and until `held` is closed makes messages of what the device lacks; returns
+    what `set_kernels` does."""
+    from megatron_doremi.phases.device_errors import readable_device_errors
+    from megatron_doremi.phases.inputs import held_reference
+    from megatron_doremi.phases.kernels import set_kernels
+
+    plan, alternating = inputs.plan, inputs.controller.before_backward
+    held.enter_context(readable_device_errors(plan, alternating, held_reference(inputs), lambda: watchdog.activity))
+    return set_kernels(inputs, device, held)
 
 
 def say_on_rank_0(topology: Topology, text: str) -> None:

@@ -142,6 +142,11 @@ class Watchdog:
         self._activity = activity
         self._progress += 1
 
+    @property
+    def activity(self) -> str:
+        """What the main thread does, as it was last marked."""
+        return self._activity
+
     def __enter__(self) -> Watchdog:
         return self
 

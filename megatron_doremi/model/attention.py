@@ -50,7 +50,8 @@ def kernel_order(capability: tuple[int, int], cudnn: int | None) -> tuple[str, .
         cudnn: version as torch gives it, 91501 for 9.15.1; None: torch has none.
     """
     first = capability in _CUDNN_CAPABILITIES and cudnn is not None and cudnn >= _CUDNN_VERSION
-    return (CUDNN, FLASH, EFFICIENT, MATH) if first else (FLASH, CUDNN, EFFICIENT, MATH)
+    # Where it is not preferred it is left out: torch 2.11 would put an older cuDNN first on its own.
+    return (CUDNN, FLASH, EFFICIENT, MATH) if first else (FLASH, EFFICIENT, MATH)
 
 
 def in_order(order: Sequence[str]) -> AbstractContextManager[object]:

@@ -58,10 +58,10 @@ FAKES = {CUDNN: cudnn, FLASH: flash, EFFICIENT: efficient}
     [
         ((9, 0), 91501, (CUDNN, FLASH, EFFICIENT, MATH)),
         ((10, 0), 92000, (CUDNN, FLASH, EFFICIENT, MATH)),
-        ((9, 0), 91500, (FLASH, CUDNN, EFFICIENT, MATH)),
-        ((9, 0), None, (FLASH, CUDNN, EFFICIENT, MATH)),
-        ((8, 0), 91900, (FLASH, CUDNN, EFFICIENT, MATH)),
-        ((12, 0), 91900, (FLASH, CUDNN, EFFICIENT, MATH)),
+        ((9, 0), 91500, (FLASH, EFFICIENT, MATH)),
+        ((9, 0), None, (FLASH, EFFICIENT, MATH)),
+        ((8, 0), 91900, (FLASH, EFFICIENT, MATH)),
+        ((12, 0), 91900, (FLASH, EFFICIENT, MATH)),
     ],
 )
 def test_the_order_follows_the_gpu(capability, version, order):
@@ -74,7 +74,7 @@ def test_the_order_follows_the_gpu(capability, version, order):
         ({}, CUDNN, FLASH),
         ({"groups": 2}, CUDNN, FLASH),
         ({"width": 256}, FLASH, FLASH),
-        ({"masked": True}, CUDNN, CUDNN),
+        ({"masked": True}, CUDNN, EFFICIENT),
         ({"masked": True, "groups": 2, "width": 256}, EFFICIENT, EFFICIENT),
         ({"dtype": FULL}, EFFICIENT, EFFICIENT),
         # Repeated for this kernel.
@@ -132,6 +132,9 @@ def test_torch_keeps_the_order_while_it_is_set():
         names = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
         assert order()[:3] == [int(each.value) for each in names]
         assert torch.backends.cuda.math_sdp_enabled()
+    with in_order(AMPERE):
+        assert order()[0] == int(SDPBackend.FLASH_ATTENTION.value)
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert order() == before
 
 

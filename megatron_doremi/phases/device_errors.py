@@ -1,0 +1,97 @@
+"""Errors of the device and of torch.compile as messages to the user."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+
+from megatron_doremi.errors import RunError
+from megatron_doremi.plan import RunPlan
+from megatron_doremi.planning.memory import rank_memory
+from megatron_doremi.settings import TRAINING
+from megatron_doremi.shapes import Shape
+
+# Lines of a compiler's error that say what is wrong.
+_LINES = 12
+
+
+@contextlib.contextmanager
+def readable_device_errors(
+    plan: RunPlan, alternating: bool, reference: Shape | None, activity: Callable[[], str]
+) -> Iterator[None]:
+    """Makes a RunError of a GPU's lack of memory, and of what torch.compile raises.
+
+    Args:
+        alternating, reference: see `rank_memory`.
+        activity: what the rank does, such as "in iteration 1".
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RunError(out_of_memory_text(error, plan, alternating, reference, activity())) from error
+    except RuntimeError as error:
+        if isinstance(getattr(error, "inner_exception", None), torch.OutOfMemoryError):
+            raise RunError(out_of_memory_text(error, plan, alternating, reference, activity())) from error
+        if not _is_of_the_compiler(error):
+            raise
+        raise RunError(compile_text(error, activity())) from error
+
+
+def _is_of_the_compiler(error: RuntimeError) -> bool:
+    # Imported by torch.compile at its first call only, since that takes a second.
+    module = sys.modules.get("torch._dynamo.exc")
+    return module is not None and isinstance(error, module.TorchDynamoException)
+
+
+def out_of_memory_text(
+    error: RuntimeError, plan: RunPlan, alternating: bool, reference: Shape | None, activity: str
+) -> str:
+    """What lacked memory, what was planned, and which flags need less."""
+    planned = rank_memory(plan, alternating, reference)
+    # Without the number of the GPU: ranks that fail alike have one message.
+    found = [
+        re.search(pattern, str(error)) for pattern in (r"Tried to allocate [\d.]+ \w+", r"total capacity of [\d.]+ \w+")
+    ]
+    said = ", ".join(each.group(0) for each in found if each) or str(error)[:200]
+    return (
+        f"out of GPU memory, {activity}: {said}\n"
+        f"  planned: {planned.total / 2**30:.1f} GiB on the fullest rank (docs/memory.md: what is not counted)\n"
+        f"  remedy:  {', or '.join(memory_remedies(plan))}; --dry-run --device-memory-gib N --suggest-layout ranks "
+        "layouts that fit\n"
+        "  The run's checkpoints are as they were."
+    )
+
+
+def memory_remedies(plan: RunPlan) -> list[str]:
+    """Flags of this run that can take less memory, those that cost least first."""
+    parallel, windows = plan.config.parallel, plan.batch_shape[0]
+    trains = plan.config.data.phase in TRAINING
+    found = []
+    if not parallel.loss_chunk_tokens:
+        found.append("--loss-chunk-tokens 1024")
+    if trains and not parallel.zero_stage and plan.topology.data_size > 1:
+        found.append("--zero-stage 1")
+    if windows > 1:
+        found.append(f"--micro-batch-size {windows // 2} instead of {windows}")
+    if trains and parallel.recompute_granularity != "full":
+        found.append("--recompute-granularity full")
+    if trains and parallel.zero_stage in (1, 2) and plan.topology.pipe_size == 1 and plan.topology.data_size > 1:
+        found.append(f"--zero-stage {parallel.zero_stage + 1}")
+    return [*found, "more ranks to a model (--tensor-model-parallel-size, --pipeline-model-parallel-size)"]
+
+
+def compile_text(error: RuntimeError, activity: str) -> str:
+    """What torch.compile said, and how to go on."""
+    said = [line for line in str(error).splitlines() if line.strip()][:_LINES]
+    return "\n".join(
+        [
+            f"--compile: torch.compile failed, {activity}:",
+            *(f"  {line}" for line in said),
+            "  remedy:  leave --compile out: the same losses to rounding, in longer steps",
+            "  TORCHDYNAMO_VERBOSE=1 shows where it failed",
+        ]
+    )
