@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_doremi.model.positions import RotaryTable
+from megatron_doremi.parallel.collectives import batch_first
 
 
 def _rotate_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -59,50 +60,73 @@ def _views(qkv: Tensor, groups: int, width: int) -> tuple[Tensor, Tensor, Tensor
     return parts[..., :-2, :], parts[..., -2:-1, :], parts[..., -1:, :]
 
 
+def _by_rank(x: Tensor, shards: int) -> Tensor:
+    """[batch, seq, ...] -> [shards, batch, seq / shards, ...], a view."""
+    return x.unflatten(1, (shards, -1)).transpose(0, 1)
+
+
+def _write(out: Tensor, part: Tensor, cos: Tensor | None, sin: Tensor | None) -> None:
+    """Copies heads, or rotates them."""
+    if cos is None or sin is None:
+        out.copy_(part)
+    else:
+        _rotate_into(out, part, cos, sin)
+
+
+def _angles(table: Tensor | None, batch: int, shards: int) -> Tensor | None:
+    """Half of a rotary table, by rank."""
+    return None if table is None else _by_rank(table.expand(batch, *table.shape[-4:]), shards)
+
+
 class _SplitHeads(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, qkv: Tensor, groups: int, width: int, cos: Tensor | None, sin: Tensor | None
+        ctx: Any, qkv: Tensor, groups: int, width: int, cos: Tensor | None, sin: Tensor | None, shards: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.groups, ctx.width, ctx.shape = groups, width, qkv.shape
+        ctx.groups, ctx.width, ctx.shape, ctx.shards = groups, width, qkv.shape, shards
         ctx.save_for_backward(cos, sin)
         q, k, v = _views(qkv, groups, width)
-        if cos is None or sin is None:
+        if cos is None and shards == 1:
             return q, k, v
-        rotated = q.new_empty(q.shape), k.new_empty(k.shape)
-        for out, part in zip(rotated, (q, k), strict=True):
-            _rotate_into(out, part, cos, sin)
-        # A view would keep all of the projection until the backward pass.
-        return *rotated, v.clone(memory_format=torch.contiguous_format)
+        # A view of the values would keep all of the projection until the backward pass.
+        batch, seq = qkv.shape[0] // shards, qkv.shape[1] * shards
+        outs = tuple(part.new_empty(batch, seq, *part.shape[2:]) for part in (q, k, v))
+        angles = _angles(cos, batch, shards), _angles(sin, batch, shards)
+        for out, part, turn in zip(outs, (q, k, v), (angles, angles, (None, None)), strict=True):
+            _write(_by_rank(out, shards), part.unflatten(0, (shards, -1)), *turn)
+        return outs[0], outs[1], outs[2]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         cos, sin = ctx.saved_tensors
-        grad = grads[0].new_empty(ctx.shape)
-        q, k, v = _views(grad, ctx.groups, ctx.width)
-        v.copy_(grads[2])
-        for out, part in zip((q, k), grads, strict=False):
-            if cos is None:
-                out.copy_(part)
-            else:
-                _rotate_into(out, part, cos, -sin)
-        return grad, None, None, None, None
+        shards, batch, grad = ctx.shards, len(grads[0]), grads[0].new_empty(ctx.shape)
+        angles = _angles(cos, batch, shards), _angles(None if sin is None else -sin, batch, shards)
+        outs = _views(grad, ctx.groups, ctx.width)
+        for out, part, turn in zip(outs, grads, (angles, angles, (None, None)), strict=True):
+            _write(out.unflatten(0, (shards, -1)), _by_rank(part, shards), *turn)
+        return grad, None, None, None, None, None
 
 
-def split_heads(qkv: Tensor, groups: int, width: int, table: RotaryTable | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries [b, s, g, r, d], keys and values [b, s, g, 1, d] of the fused projection [b, s, g (r + 2) d].
+def split_heads(
+    qkv: Tensor, groups: int, width: int, table: RotaryTable | None, shards: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries [b, s, g, r, d], keys and values [b, s, g, 1, d] of the fused projection.
 
     Args:
+        qkv: [b, s, g (r + 2) d]; or [shards b, s / shards, g (r + 2) d], in the order of ranks (parallel/collectives).
         groups: key-value groups, g.
         width: channels of a head, d.
         table: rotates queries and keys; None: they stay as they are.
     """
+    if shards > 1 and (len(qkv) == shards or torch.compiler.is_compiling()):
+        # A view of a batch of one; in a graph a part of the rotation.
+        qkv, shards = batch_first(qkv, shards), 1
     if torch.compiler.is_compiling():
         q, k, v = _views(qkv, groups, width)
         return (q, k, v) if table is None else (rotate(q, table), rotate(k, table), v)
     cos, sin = (None, None) if table is None else table
-    q, k, v = _SplitHeads.apply(qkv, groups, width, cos, sin)
+    q, k, v = _SplitHeads.apply(qkv, groups, width, cos, sin, shards)
     return q, k, v
 
 

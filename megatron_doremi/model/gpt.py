@@ -62,11 +62,11 @@ class Attention(nn.Module):
         self.first_head = tp.group.rank * (gpt.num_attention_heads // tp.size)
         self.groups = gpt.num_query_groups // tp.size
         self.queries_per_group = gpt.num_attention_heads // gpt.num_query_groups
-        self.width = gpt.kv_channels
+        self.width, self.shards = gpt.kv_channels, tp.sequence_shards
         fused = (gpt.num_attention_heads + 2 * gpt.num_query_groups) * gpt.kv_channels
         heads = gpt.num_attention_heads * gpt.kv_channels
         self.qkv = ColumnParallelLinear(gpt.hidden_size, fused, gpt.bias_linear, gpt.init_method_std, tp)
-        self.proj = RowParallelLinear(heads, gpt.hidden_size, gpt.bias_linear, residual_std(gpt), tp)
+        self.proj = RowParallelLinear(heads, gpt.hidden_size, gpt.bias_linear, residual_std(gpt), tp, batch_first=True)
         self.q_norm = self.k_norm = None
         if gpt.qk_layernorm:
             norm = (gpt.kv_channels, gpt.normalization, gpt.norm_epsilon, tp, True)
@@ -78,10 +78,11 @@ class Attention(nn.Module):
         return self.proj(mixed)
 
     def _mix(self, qkv: Tensor, window: Window) -> Tensor:
-        """Attention of the fused projection, [b, s, (n + 2 g) d / t] -> heads' outputs, [b, s, n d / t]."""
+        """Attention of the fused projection, [b, s, (n + 2 g) d / t], or with sequence parallelism [t b, s / t, ...] in
+        the order of ranks -> heads' outputs, [b, s, n d / t]."""
         rotary, mask = window.rotary, window.mask
         normalized = self.q_norm is not None and self.k_norm is not None
-        q, k, v = split_heads(qkv, self.groups, self.width, None if normalized else rotary)
+        q, k, v = split_heads(qkv, self.groups, self.width, None if normalized else rotary, self.shards)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
             if rotary is not None:

@@ -231,7 +231,7 @@ def output_losses(
         [batch, seq] losses in nats, float32, the same on every rank of the tensor group; in training with
         `Execution.normalizers` [2, batch, seq], losses and normalizers.
     """
-    both = losses_and_normalizers(tp.enter(hidden), weight, targets, gpt.vocab_size, tp.group, execution)
+    both = losses_and_normalizers(hidden, weight, targets, gpt.vocab_size, tp.group, execution, tp.sequence_parallel)
     return torch.stack(both) if execution.normalizers and training else both[0]
 
 

@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_doremi.execution import DEFAULT, Execution
+from megatron_doremi.parallel.collectives import Started, batch_first, finished, rank_major, start_gather
 from megatron_doremi.parallel.groups import TensorGroup
+from megatron_doremi.parallel.linear import start_input_sum
 
 
 def _product(hidden: Tensor, weight: Tensor, used: int) -> Tensor:
@@ -96,9 +98,10 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _TokenLosses(torch.autograd.Function):
-    """Token losses and normalizers of rows of hidden states, chunk by chunk.
+    """Token losses and normalizers of hidden states, chunk by chunk.
 
-    The backward pass recomputes the logits, or has held them.
+    The backward pass recomputes the logits, or has held them; with sequence parallelism it gathers the hidden states
+    again. It sums their gradient over the ranks beside the last product that the gradient of the output layer takes.
 
     The gradient of the output layer is a sum over chunks. It is accumulated in float32 and rounded once, at the end, to
     the precision of the weights: in bfloat16 the rounding of the sum would swallow the contribution of a chunk. Chunks
@@ -114,15 +117,17 @@ class _TokenLosses(torch.autograd.Function):
         vocab_size: int,
         tp_group: TensorGroup,
         execution: Execution,
+        sequence_parallel: bool,
     ) -> tuple[Tensor, Tensor]:
         # Without --z-loss the normalizers have no gradient.
         ctx.set_materialize_grads(False)
-        chunk = execution.loss_chunk_tokens or len(hidden)
+        full = _rows(hidden, start_gather(hidden, tp_group) if sequence_parallel else None)
+        chunk = execution.loss_chunk_tokens or len(full)
         first = tp_group.rank * len(weight)
         used, local = min(max(0, vocab_size - first), len(weight)), targets - first
         rows: list[tuple[Tensor, Tensor]] = []
         held: list[Tensor] = []
-        for part, columns in zip(hidden.split(chunk), local.split(chunk), strict=True):
+        for part, columns in zip(full.split(chunk), local.split(chunk), strict=True):
             product = _product(part, weight, used)
             if tp_group.size > 1:
                 rows.append(_sharded_row_losses(product, columns, used, tp_group))
@@ -134,41 +139,56 @@ class _TokenLosses(torch.autograd.Function):
         losses, normalizers = (torch.cat(parts) for parts in zip(*rows, strict=True))
         ctx.save_for_backward(hidden, weight, local, normalizers, losses, *held)
         ctx.used, ctx.chunk, ctx.compiled = used, chunk, execution.compiled
+        ctx.tp_group, ctx.sequence_parallel = tp_group, sequence_parallel
         return losses, normalizers
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx: Any, grad: Tensor, more: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None, None]:
         hidden, weight, local, normalizers, losses, *held = ctx.saved_tensors
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         scaled_softmax = _compiled(_scaled_softmax) if ctx.compiled else _scaled_softmax
-        inputs = hidden, normalizers, losses, local, grad
-        chunks = list(zip(*(part.split(ctx.chunk) for part in inputs), strict=True))
-        further = [None] * len(chunks) if more is None else list(more.split(ctx.chunk))
-        hidden_grads: list[Tensor] = []
+        gathering = start_gather(hidden, ctx.tp_group) if ctx.sequence_parallel else None
+        # Logits that are held need no rows before the weight's product.
+        all_rows = None if held else _rows(hidden, gathering)
+        hidden_grad = hidden.new_empty(len(local), hidden.shape[-1]) if wants_hidden else None
         weight_grad: Tensor | None = None
-        for rows, row_normalizers, row_losses, columns, row_grads in reversed(chunks):
+        summing: Started | None = None
+        for start in reversed(range(0, len(local), ctx.chunk)):
+            part = slice(start, start + ctx.chunk)
             # Without a compiler it is overwritten in float32: it is one of the largest tensors of a step.
-            product = held.pop() if held else _product(rows, weight, ctx.used)
-            row_more = further.pop()
-            scale = row_grads if row_more is None else row_grads + row_more
-            logits_grad = scaled_softmax(product, row_normalizers, scale, ctx.used)
+            product = _product(all_rows[part], weight, ctx.used) if all_rows is not None else held.pop()
+            row_more = None if more is None else more[part]
+            scale = grad[part] if row_more is None else grad[part] + row_more
+            logits_grad = scaled_softmax(product, normalizers[part], scale, ctx.used)
             del product
-            _subtract_targets(logits_grad, row_losses, columns, row_grads, row_more)
-            if wants_hidden:
-                hidden_grads.append(logits_grad.mm(weight[: logits_grad.shape[1]]))
+            _subtract_targets(logits_grad, losses[part], local[part], grad[part], row_more)
+            if hidden_grad is not None:
+                torch.mm(logits_grad, weight[: logits_grad.shape[1]], out=hidden_grad[part])
+                if start == 0 and ctx.tp_group.size > 1:
+                    # Beside the last product below.
+                    whole = hidden_grad.view(-1, *hidden.shape[1:])
+                    summing = start_input_sum(whole, ctx.tp_group, ctx.sequence_parallel)
             if wants_weight:
-                part = logits_grad.t().mm(rows) if len(chunks) == 1 else _float32_product(logits_grad.t(), rows)
-                weight_grad = part if weight_grad is None else weight_grad.add_(part)
-                del part
+                rows = (_rows(hidden, gathering) if all_rows is None else all_rows)[part]
+                single = len(rows) == len(local)
+                summand = logits_grad.t().mm(rows) if single else _float32_product(logits_grad.t(), rows)
+                weight_grad = summand if weight_grad is None else weight_grad.add_(summand)
+                del summand
             # It is as large as the next chunk's logits, or larger.
             del logits_grad
-        hidden_grad = torch.cat(hidden_grads[::-1]) if wants_hidden else None
         if weight_grad is not None:
             weight_grad = F.pad(weight_grad.to(weight.dtype), (0, 0, 0, len(weight) - len(weight_grad)))
-        return hidden_grad, weight_grad, None, None, None, None
+        if summing is not None:
+            hidden_grad = finished(summing)
+        return None if hidden_grad is None else hidden_grad.view_as(hidden), weight_grad, None, None, None, None, None
+
+
+def _rows(hidden: Tensor, gathering: Started | None) -> Tensor:
+    """[n, hidden]: the hidden states, or those that were gathered."""
+    return (hidden if gathering is None else finished(gathering)).flatten(0, 1)
 
 
 def _float32_product(a: Tensor, b: Tensor) -> Tensor:
@@ -186,6 +206,7 @@ def losses_and_normalizers(
     vocab_size: int,
     tp_group: TensorGroup,
     execution: Execution = DEFAULT,
+    sequence_parallel: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of each target under the output layer, in float32.
 
@@ -193,8 +214,8 @@ def losses_and_normalizers(
     losses in bfloat16, whose error of .01 nats is that of a domain's excess loss.
 
     Args:
-        hidden: [batch, seq, hidden], the same on every rank of the group. Each rank computes the part of its gradient
-            that comes from its own rows of `weight`; the caller sums these parts (`TensorParallel.enter`).
+        hidden: [batch, seq, hidden], the same on every rank of the group; with sequence parallelism this rank's
+            positions, [batch, seq / t, hidden].
         weight: [padded vocabulary / t, hidden], this rank's rows of the output layer.
         targets: [batch, seq] token ids below `vocab_size`.
         vocab_size: rows from this one on are padding and never enter the softmax; their values must be finite.
@@ -204,9 +225,11 @@ def losses_and_normalizers(
         [batch, seq] losses in nats, and [batch, seq] normalizers, the logarithm of the sum of exponentials; the same on
         every rank of the group, and both differentiable.
     """
-    rows, flat = hidden.flatten(0, 1), targets.flatten()
-    losses, normalizers = _TokenLosses.apply(rows, weight, flat, vocab_size, tp_group, execution)
-    return losses.view_as(targets), normalizers.view_as(targets)
+    shards = tp_group.size if sequence_parallel else 1
+    order = rank_major(targets, shards)
+    both = _TokenLosses.apply(hidden, weight, order.flatten(), vocab_size, tp_group, execution, shards > 1)
+    losses, normalizers = (batch_first(each.view_as(order), shards) for each in both)
+    return losses, normalizers
 
 
 def token_losses(
@@ -216,6 +239,7 @@ def token_losses(
     vocab_size: int,
     tp_group: TensorGroup,
     execution: Execution = DEFAULT,
+    sequence_parallel: bool = False,
 ) -> Tensor:
     """The first result of `losses_and_normalizers`."""
-    return losses_and_normalizers(hidden, weight, targets, vocab_size, tp_group, execution)[0]
+    return losses_and_normalizers(hidden, weight, targets, vocab_size, tp_group, execution, sequence_parallel)[0]

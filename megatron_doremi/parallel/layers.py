@@ -1,8 +1,11 @@
 """Layers sharded over the tensor-parallel group: linear by column and by row, embedding by vocabulary.
 
 The residual stream between these layers is [batch, seq, hidden] on every rank, or, with sequence parallelism, split by
-position, [batch, seq / t, hidden]. A replicated parameter that is applied to split activations gets the gradient of one
-rank's positions only; `TensorParallel.replicated` sums it over the group.
+position, [batch, seq / t, hidden]. What is gathered of the latter, in a feed-forward layer and around attention, is in
+the order of ranks, [t batch, seq / t, ...] (collectives.py).
+
+A replicated parameter that is applied to split activations gets the gradient of one rank's positions only;
+`TensorParallel.replicated` sums it over the group.
 """
 
 from __future__ import annotations
@@ -14,11 +17,12 @@ from torch import Tensor, nn
 
 from megatron_doremi.parallel.collectives import (
     copy_to_tp_group,
-    gather_sequence,
+    rank_major,
     reduce_from_tp_group,
     reduce_scatter_sequence,
 )
 from megatron_doremi.parallel.groups import TensorGroup
+from megatron_doremi.parallel.linear import column_linear, rank_major_linear
 from megatron_doremi.parallel.parameters import ParameterSpec, make_parameter
 
 
@@ -33,12 +37,8 @@ class TensorParallel:
     def size(self) -> int:
         return self.group.size
 
-    def enter(self, x: Tensor) -> Tensor:
-        """The residual stream -> the input of a column-parallel layer, [batch, seq, hidden] on every rank."""
-        return gather_sequence(x, self.group) if self.sequence_parallel else copy_to_tp_group(x, self.group)
-
     def leave(self, x: Tensor) -> Tensor:
-        """Partial sums, [batch, seq, hidden] on every rank -> the residual stream."""
+        """Partial sums of all positions, with sequence parallel in the order of ranks -> the residual stream."""
         return reduce_scatter_sequence(x, self.group) if self.sequence_parallel else reduce_from_tp_group(x, self.group)
 
     @property
@@ -56,7 +56,8 @@ class TensorParallel:
 
 
 class ColumnParallelLinear(nn.Module):
-    """Linear layer sharded by output features: [batch, seq, in] -> [batch, seq, out / t]."""
+    """Linear layer sharded by output features: the residual stream -> [batch, seq, out / t], or with sequence parallel
+    [t batch, seq / t, out / t] in the order of ranks."""
 
     def __init__(self, inputs: int, outputs: int, bias: bool, std: float, tp: TensorParallel, blocks: int = 1):
         super().__init__()
@@ -65,20 +66,25 @@ class ColumnParallelLinear(nn.Module):
         self.bias = make_parameter(ParameterSpec((outputs,), dim=0, blocks=blocks), tp.group) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.tp.enter(x), self.weight, self.bias)
+        return column_linear(x, self.weight, self.bias, self.tp.group, self.tp.sequence_parallel)
 
 
 class RowParallelLinear(nn.Module):
-    """Linear layer sharded by input features: [batch, seq, in / t] -> the residual stream."""
+    """Linear layer sharded by input features -> the residual stream."""
 
-    def __init__(self, inputs: int, outputs: int, bias: bool, std: float, tp: TensorParallel):
+    def __init__(
+        self, inputs: int, outputs: int, bias: bool, std: float, tp: TensorParallel, batch_first: bool = False
+    ):
+        """Args:
+        batch_first: the input is [batch, seq, in / t]; else that of a column-parallel layer.
+        """
         super().__init__()
-        self.tp = tp
+        self.tp, self.shards = tp, tp.sequence_shards if batch_first else 1
         self.weight = make_parameter(ParameterSpec((outputs, inputs), dim=1, std=std), tp.group)
         self.bias = make_parameter(ParameterSpec((outputs,)), tp.group) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.tp.leave(F.linear(x, self.weight))
+        x = self.tp.leave(rank_major_linear(x, self.weight, self.shards))
         return x if self.bias is None else x + self.tp.replicated(self.bias)
 
 
@@ -97,6 +103,8 @@ class VocabParallelEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         if self.tp.size == 1:
             return F.embedding(ids, self.weight)
+        if self.tp.sequence_parallel:
+            ids = rank_major(ids, self.tp.size)
         local = ids - self.tp.group.rank * self.weight.shape[0]
         outside = (local < 0) | (local >= self.weight.shape[0])
         rows = F.embedding(local.masked_fill(outside, 0), self.weight)

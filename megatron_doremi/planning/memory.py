@@ -77,8 +77,8 @@ def block_bytes_per_token(gpt: GPTConfig, parallel: ParallelConfig, element: int
         return element * residual
     queries = gpt.num_attention_heads * gpt.kv_channels / tensor
     keys = gpt.num_query_groups * gpt.kv_channels / tensor
-    # Both norms' inputs and outputs.
-    norms = 2 * (residual + hidden)
+    # Both norms' inputs and outputs: with sequence parallelism this rank's positions, since they are gathered again.
+    norms = 4 * residual
     # Queries, keys and values as the attention reads them, and its output.
     attention = queries + 2 * keys + queries
     if gpt.qk_layernorm and parallel.recompute_granularity == "none":
@@ -119,7 +119,7 @@ def micro_batch_bytes(
         per_token += element * gpt.max_positions
     if last:
         # The final norm, the output layer's input, and its logits unless they are recomputed.
-        per_token += element * (residual + hidden)
+        per_token += element * 2 * residual
         if not parallel.loss_chunk_tokens:
             per_token += element * gpt.padded_vocab_size(tensor) / tensor
     return tokens * per_token
@@ -212,17 +212,21 @@ def loss_bytes(shape: Shape, parallel: ParallelConfig, tokens: int, element: int
     logits = 4 * rows * min(chunk or tokens, tokens)
     rounded = logits * element / 4
     separate = rounded if element < 4 else 0.0
+    # With sequence parallelism all positions are gathered for this time.
+    gathered = 0.0
+    if isinstance(shape, GPTConfig) and parallel.sequence_parallel and tensor > 1:
+        gathered = float(element * tokens * shape.hidden_size)
     if not trains:
-        return 2 * logits + separate
+        return 2 * logits + separate + gathered
     assert isinstance(shape, GPTConfig), shape
     gradient = 4 * rows * shape.hidden_size
     if not chunk:
         # Beside the held product.
         forward, backward = (2 * logits, logits + rounded) if element < 4 else (logits, 0.0)
-        return max(forward, backward, 2 * gradient * element / 4)
+        return max(forward, backward, 2 * gradient * element / 4) + gathered
     summed = gradient if tokens > chunk else 0.0
     forward, backward = 2 * logits + separate, logits + 2 * separate + summed
-    return max(forward, backward, rounded + gradient + summed, 2 * gradient)
+    return max(forward, backward, rounded + gradient + summed, 2 * gradient) + gathered
 
 
 def buffer_bytes(config: Config, parameters: int, data_size: int) -> tuple[float, float, float, float]:

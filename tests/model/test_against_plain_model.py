@@ -63,15 +63,23 @@ def example(gpt):
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), torch.tensor([0, 1, 1, 2])
 
 
-def all_variants(launch, pipe, tensor, flags, bf16):
+def all_variants(launch, pipe, tensor, flags, bf16, windows):
     """The losses and gradients of each of VARIANTS, in the processes of one start."""
     context = layout(launch, pipe, tensor, flags.get("sequence_parallel", False))
     # Traced as for the real compiler, which would take minutes for all of these; it is in test_compiled.py.
     torch.compile = functools.partial(torch.compile, backend="aot_eager")
-    return {name: losses_and_gradients(gpt, context, flags, bf16, TRAINING.get(name)) for name, gpt in VARIANTS.items()}
+    return {
+        name: losses_and_gradients(at_layout(gpt, tensor), context, flags, bf16, TRAINING.get(name), windows)
+        for name, gpt in VARIANTS.items()
+    }
 
 
-def losses_and_gradients(gpt, context, flags, bf16, training):
+def at_layout(gpt, tensor):
+    """The shape with as many groups of queries as four tensor ranks need."""
+    return replace(gpt, num_query_groups=4) if tensor == 4 else gpt
+
+
+def losses_and_gradients(gpt, context, flags, bf16, training, windows):
     """Runs a global batch through the engine without its optimizer; gathers losses, weights and gradients."""
     import deepspeed
 
@@ -79,7 +87,7 @@ def losses_and_gradients(gpt, context, flags, bf16, training):
     from megatron_doremi.parallel.parameters import initial_values, shard, spec_of
 
     topology = context.topology
-    data = {"phase": "main", "seq_length": 12, "micro_batch_size": 1, "global_batch_size": 4, "seed": 3}
+    data = {"phase": "main", "seq_length": 12, "micro_batch_size": windows, "global_batch_size": 4, "seed": 3}
     config = make_config(topology, data, flags, training=training, clip_grad=0.0, bf16=bf16)
     engine = build_engine(config, gpt, np.full(3, 1 / 3), context)
     # The norms and biases leave their constant starts, so that a gradient through them can be wrong.
@@ -92,16 +100,11 @@ def losses_and_gradients(gpt, context, flags, bf16, training):
                     parameter.copy_(shard(noisy, spec, topology.tensor_size, topology.tensor_rank))
     tokens, targets, domains = example(gpt)
     drops = any("dropout" in name for name in training or {})
-    mine = [
-        MicroBatch(
-            tokens[i : i + 1],
-            targets[i : i + 1],
-            domains[i : i + 1],
-            domains[i : i + 1],
-            keys=KEYS[i : i + 1] if drops else None,
-        )
-        for i in range(topology.data_rank, 4, topology.data_size)
-    ]
+    mine = []
+    for i in range(topology.data_rank, 4 // windows, topology.data_size):
+        these = slice(i * windows, (i + 1) * windows)
+        keys = KEYS[these] if drops else None
+        mine.append(MicroBatch(tokens[these], targets[these], domains[these], domains[these], keys=keys))
 
     def gradient(parameter):
         if flags.get("zero_stage", 0) >= 2:
@@ -123,6 +126,8 @@ LAYOUTS = {
     "TP2-SP": (2, 1, 2, SP, False),
     "DP2": (2, 1, 1, {}, False),
     "TP2-SP-PP2": (4, 2, 2, SP, False),
+    "TP4": (4, 1, 4, {}, False),
+    "TP4-SP-recomputed": (4, 1, 4, {"recompute_granularity": "full", **SP}, False),
     "DP2-ZeRO2": (2, 1, 1, {"zero_stage": 2}, False),
     "DP2-ZeRO3": (2, 1, 1, {"zero_stage": 3}, False),
     "TP2-SP-DP2-ZeRO2": (4, 1, 2, {"zero_stage": 2, **SP}, False),
@@ -135,21 +140,24 @@ LAYOUTS = {
     "single-compiled": (1, 1, 1, {"compile": True}, False),
     "TP2-compiled": (2, 1, 2, {"compile": True}, False),
     "TP2-SP-compiled": (2, 1, 2, {"compile": True, "recompute_granularity": "selective", **SP}, False),
+    "TP2-SP-compiled-recomputed": (2, 1, 2, {"compile": True, "recompute_granularity": "full", **SP}, False),
     "PP2-compiled": (2, 2, 1, {"compile": True, "recompute_granularity": "full"}, False),
     "DP2-ZeRO2-bf16-compiled": (2, 1, 1, {"compile": True, "zero_stage": 2}, True),
 }
+# Layouts with micro-batches of two windows; the others have one.
+OF_TWO = ("TP2-SP", "TP2-SP-bf16", "TP4-SP-recomputed", "TP2-SP-DP2-ZeRO3", "TP2-SP-compiled")
 
 
 @functools.cache
 def results(layout):
     world, *rest = LAYOUTS[layout]
-    return on_ranks(world, all_variants, *rest)[0]
+    return on_ranks(world, all_variants, *rest, 2 if layout in OF_TWO else 1)[0]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_losses_and_every_gradient(layout, variant):
-    gpt, bf16 = VARIANTS[variant], LAYOUTS[layout][-1]
+    gpt, bf16 = at_layout(VARIANTS[variant], LAYOUTS[layout][2]), LAYOUTS[layout][-1]
     sums, weights, gradients = results(layout)[variant]
     exact = {name: value.double().requires_grad_() for name, value in weights.items()}
     tokens, targets, domains = example(gpt)
