@@ -268,12 +268,91 @@ def flags(place: Place, report: Report) -> bool:
     return attempt(report, "bfloat16", partial(compare, 5e-2)) and good
 
 
+def documents(place: Place, report: Report) -> bool:
+    """Attention by a kernel that takes documents as sequences, against the mask: losses and gradients in bfloat16,
+    milliseconds, and the graphs of --compile over micro-batches of several numbers of documents."""
+    from torch._dynamo.utils import counters
+
+    from megatron_doremi.config import GPTConfig
+    from megatron_doremi.data.loader import document_bounds
+    from megatron_doremi.execution import Execution
+    from megatron_doremi.model.unpipelined import GPTModel
+
+    context, (windows, seq) = single(place), place.pick((8, 2048), (2, 128))
+    gpt = GPTConfig(
+        num_layers=2,
+        hidden_size=512,
+        ffn_hidden_size=1024,
+        num_attention_heads=8,
+        num_query_groups=4,
+        kv_channels=64,
+        swiglu=True,
+        bias_linear=False,
+        vocab_size=501,
+        max_positions=seq,
+        init_method_std=0.05,
+        reset_position_ids=True,
+        reset_attention_mask=True,
+        eod=0,
+    )
+
+    def text(length: int) -> tuple[Any, Any, Any]:
+        """Tokens, targets and bounds; documents have about `length` tokens."""
+        generator = np.random.default_rng(length)
+        ids = generator.integers(1, 501, (windows, seq + 1))
+        ids[generator.random(ids.shape) < 1 / length] = 0
+        bounds = document_bounds(ids[:, :-1], 0, np.ones(windows, dtype=bool))
+        assert bounds is not None
+        tokens = torch.from_numpy(ids).to(place.device)
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), bounds.to(place.device)
+
+    def gradients_of(model: GPTModel, tokens: Any, targets: Any, bounds: Any) -> tuple[Any, dict[str, Any]]:
+        model.zero_grad()
+        losses = model(tokens, targets, None, bounds)
+        losses.mean().backward()
+        return losses.detach(), {n: each.grad.float() for n, each in model.named_parameters() if each.grad is not None}
+
+    def made(compiled: bool) -> GPTModel:
+        model = GPTModel(gpt, context, 3, Execution(loss_chunk_tokens=1024, compiled=compiled))
+        return model.to(place.device, torch.bfloat16)
+
+    def compare(compiled: bool, length: int) -> dict[str, Any]:
+        model, (tokens, targets, bounds) = made(compiled), text(length)
+        assert place.cpu or model.document_eod == 0, "no kernel takes documents here"
+        losses, gradients = gradients_of(made(False), tokens, targets, None)
+        found, others = gradients_of(model, tokens, targets, bounds)
+        apart = {n: float((others[n] - g).abs().max() / g.abs().max()) for n, g in gradients.items()}
+        result = {
+            "documents": len(bounds) - 1,
+            "loss": float((found - losses).abs().max()),
+            "gradient": max(apart.values()),
+        }
+        assert result["loss"] < 5e-2, result
+        assert result["gradient"] < 5e-2, result
+        times = [place.milliseconds(partial(gradients_of, model, tokens, targets, each)) for each in (None, bounds)]
+        return result | {"mask_ms": times[0], "kernel_ms": times[1]}
+
+    def graphs() -> dict[str, Any]:
+        model, seen = made(True), []
+        for length in (60, 200, 600, 5000):
+            gradients_of(model, *text(length))
+            seen.append(counters["stats"]["unique_graphs"])
+        assert seen[-1] == seen[0], seen
+        return {"graphs_after_each": seen}
+
+    good = [attempt(report, f"documents_of_{length}", partial(compare, False, length)) for length in (60, 600)]
+    if not place.cpu:
+        good += [attempt(report, "compiled", partial(compare, True, 600)), attempt(report, "graphs", graphs)]
+    return all(good)
+
+
 CHECKS: dict[str, Callable[[Place, Report], bool]] = {
     "versions": versions,
     "float32": float32,
     "program": program,
     "resume": resume,
     "flags": flags,
+    "documents": documents,
     "sync": gpu_timings.sync,
     "1b": gpu_timings.one_billion,
     "1b_compiled": gpu_timings.one_billion_compiled,

@@ -28,6 +28,7 @@ LIMITS = {
     "float32": 45,
     "program": 110,
     "resume": 90,
+    "documents": 90,
     "sync": 45,
     "flags": 90,
     "1b": 80,

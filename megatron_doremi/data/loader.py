@@ -17,6 +17,8 @@ from megatron_doremi.data.reference_losses import ReferenceLosses
 from megatron_doremi.data.token_stream import TokenStream
 from megatron_doremi.parallel.topology import Topology
 
+_TOKENS_A_DOCUMENT = 32
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -30,6 +32,9 @@ class MicroBatch:
         keys: [batch] of each window's dropout masks, int64, below 2 ** 32; None without dropout.
         reference: [batch, seq] token losses of the reference in nats, float32, on the last stage of a proxy with a
             reference: read with the text if they are recorded, else computed before the step.
+        documents: [documents + 1] where the documents of the flattened micro-batch start, and its end, int32, for a
+            model whose tokens attend within their documents by a kernel; a window starts a document, and so does the
+            token after an end. None: they attend across, or by a mask.
     """
 
     tokens: Tensor
@@ -38,6 +43,7 @@ class MicroBatch:
     windows: Tensor
     reference: Tensor | None = None
     keys: Tensor | None = None
+    documents: Tensor | None = None
 
     def as_pipe_batch(self) -> tuple[Tensor, tuple[Tensor, ...]]:
         """(inputs, labels), the format of DeepSpeed's pipeline; labels are targets, domains and reference, if any."""
@@ -56,10 +62,10 @@ class MicroBatch:
         return self._map(Tensor.pin_memory)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> MicroBatch:
-        reference = None if self.reference is None else function(self.reference)
         tokens, targets, domains = function(self.tokens), function(self.targets), function(self.domains)
-        keys = None if self.keys is None else function(self.keys)
-        return MicroBatch(tokens, targets, domains, self.windows, reference, keys)
+        others = (self.reference, self.keys, self.documents)
+        mapped = (None if each is None else function(each) for each in others)
+        return MicroBatch(tokens, targets, domains, self.windows, *mapped)
 
 
 @dataclass(frozen=True)
@@ -91,15 +97,37 @@ def rank_slice(batch: GlobalBatch, micro_batch_size: int, data_rank: int, data_s
     return parts
 
 
+def document_bounds(tokens: NDArray[np.int64], eod: int, is_text: NDArray[np.bool_]) -> Tensor | None:
+    """The bounds of documents, as `MicroBatch.documents` has them.
+
+    Args:
+        tokens: [batch, seq] ids.
+        is_text: [batch] false for padding, which is one document.
+
+    Returns:
+        None if there are so many documents that a kernel's memory, which has up to 128 rows for each in its backward
+        pass, would be a multiple of the tokens': more than one in 32 tokens.
+    """
+    starts = np.ones(tokens.shape, dtype=bool)
+    starts[:, 1:] = (tokens[:, :-1] == eod) & is_text[:, None]
+    bounds = np.append(np.flatnonzero(starts), tokens.size).astype(np.int32)
+    few = max(len(tokens), tokens.size // _TOKENS_A_DOCUMENT)
+    return torch.from_numpy(bounds) if len(bounds) - 1 <= few else None
+
+
 def read_windows(
     datasets: Sequence[TokenStream | None],
     part: GlobalBatch,
     seq_length: int,
     reference_losses: ReferenceLosses | None = None,
+    eod: int | None = None,
 ) -> MicroBatch:
     """Reads windows and, from `reference_losses`, the reference's losses on them.
 
     A window whose domain is -1 becomes padding, without losses.
+
+    Args:
+        eod: the id that ends a document, for a model that takes the bounds of documents; else None.
     """
     rows = np.zeros((len(part.domains), seq_length + 1), dtype=np.int64)
     for row, domain, window in zip(rows, part.domains, part.windows, strict=True):
@@ -114,6 +142,7 @@ def read_windows(
         torch.from_numpy(part.domains.astype(np.int64)),
         torch.from_numpy(part.windows.astype(np.int64)),
         None if reference_losses is None else reference_losses.losses(part.domains, part.windows),
+        documents=None if eod is None else document_bounds(rows[:, :-1], eod, part.domains >= 0),
     )
 
 
@@ -129,6 +158,7 @@ class StepReader:
         reference_losses: the reference's losses of a proxy that has them on disk; read on the last stage only.
         drops: the windows get keys for dropout.
         every_stage: all stages of a pipeline read the windows, not only the first and the last.
+        eod: see `read_windows`.
     """
 
     blend: Blend
@@ -138,6 +168,7 @@ class StepReader:
     reference_losses: ReferenceLosses | None = None
     every_stage: bool = False
     drops: bool = False
+    eod: int | None = None
 
     def read(self, state: BlendState, weights: NDArray[np.float64]) -> Step:
         """Reads the step after `state`, under [k] sampling weights."""
@@ -147,7 +178,7 @@ class StepReader:
         parts = rank_slice(batch, size, topology.data_rank, topology.data_size) if reads else []
         targets = np.bincount(batch.domains, minlength=len(self.blend.names)) * seq_length
         losses = self.reference_losses if topology.is_last_stage else None
-        micro_batches = [read_windows(self.datasets, part, seq_length, losses) for part in parts]
+        micro_batches = [read_windows(self.datasets, part, seq_length, losses, self.eod) for part in parts]
         if self.drops and reads:
             micro_batches = [
                 replace(each, keys=keys) for each, keys in zip(micro_batches, self._keys(state.step + 1), strict=True)

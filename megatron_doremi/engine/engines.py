@@ -190,7 +190,7 @@ class PipelinedEngine(TrainingEngine, PipelineEngineHooks):
         if kind is ForwardPass and self.module.every_stage_reads:
             # They come in order on every stage.
             batch = next(self._coming)
-            self.module.tokens, self.module.keys = batch.tokens, batch.keys
+            self.module.tokens, self.module.keys, self.module.documents = batch.tokens, batch.keys, batch.documents
 
     def after_forward(self, buffer_id: int, labels: tuple[Tensor, ...]) -> None:
         output = self.loss
@@ -268,8 +268,8 @@ class OneStageEngine(TrainingEngine):
 
     def _outputs(self, batch: MicroBatch) -> Tensor:
         """What the model returns."""
-        keys = () if batch.keys is None else (batch.keys,)
-        output: Tensor = self(batch.tokens, batch.targets, *keys)
+        others = () if batch.keys is None and batch.documents is None else (batch.keys, batch.documents)
+        output: Tensor = self(batch.tokens, batch.targets, *others)
         return output
 
     def _holds_forwards(self) -> bool:

@@ -98,6 +98,7 @@ class TransformersModel(nn.Module):
     """A causal language model of Transformers, unsharded on each rank; a `Stage` of forward passes."""
 
     every_stage_reads = False
+    document_eod: int | None = None
 
     def __init__(self, model: Any, loss_chunk_tokens: int):
         """Args:
@@ -107,7 +108,9 @@ class TransformersModel(nn.Module):
         super().__init__()
         self.model, self.loss_chunk_tokens = model, loss_chunk_tokens
 
-    def run(self, x: Tensor, targets: Tensor | None, tokens: Tensor | None = None) -> Tensor:
+    def run(
+        self, x: Tensor, targets: Tensor | None, tokens: Tensor | None = None, documents: Tensor | None = None
+    ) -> Tensor:
         """[batch, seq] ids and targets -> [batch, seq] losses in nats, float32."""
         assert targets is not None
         losses, start = [], 0

@@ -2,14 +2,18 @@
 
 A kernel is chosen by torch at each call, from the shapes and from an order that is set once (`in_order`). The same
 checks at the start of a run tell which one that will be.
+
+Where documents attend within themselves only, a kernel for sequences of variable length (torch.nn.attention.varlen)
+takes each document as a sequence, and computes no score between two documents.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +24,11 @@ from torch.backends.cuda import (
     can_use_flash_attention,
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.varlen import varlen_attn
 
 Check = Callable[[SDPAParams], bool]
+# (queries, keys, values, bounds, longest): see `adapted`.
+DocumentKernel = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
 
 CUDNN, FLASH, EFFICIENT, MATH = "cuDNN", "flash", "memory-efficient", "math"
 _BACKENDS = {
@@ -135,3 +142,56 @@ def _math_warning(shape: AttentionShape) -> str:
         return f"{cost}: {why}; give other --num-attention-heads or --kv-channels"
     why = f"torch's checks refuse its other kernels on this GPU for {str(shape.dtype).removeprefix('torch.')}"
     return f"{cost}: {why}, {shape.heads} heads of {shape.width} channels; try --bf16 and a GPU from Ampere on"
+
+
+def adapted(varlen_attn: Callable[..., Any]) -> DocumentKernel:
+    """torch's kernel for sequences of variable length, causal and with groups, by the signature that it has.
+
+    torch 2.10 takes `is_causal`, later ones `window_size`, of which (-1, 0) is causal; 2.12 and later `enable_gqa`.
+
+    Returns:
+        a function of queries [tokens, heads, width], keys and values [tokens, groups, width], bounds as
+        `MicroBatch.documents` and an upper bound of the longest document; it returns [tokens, heads, width].
+    """
+    parameters = inspect.signature(varlen_attn).parameters
+    causal: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in parameters else {"is_causal": True}
+    knows_groups = "enable_gqa" in parameters
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int) -> Tensor:
+        repeats, named = q.shape[1] // k.shape[1], dict(causal)
+        if repeats > 1 and knows_groups:
+            named["enable_gqa"] = True
+        elif repeats > 1:
+            k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+        out: Tensor = varlen_attn(q, k, v, bounds, bounds, longest, longest, **named)
+        return out
+
+    return attend
+
+
+def takes_documents(shape: AttentionShape, device: torch.device, checks: Mapping[str, Check] = CHECKS) -> bool:
+    """Whether a kernel takes each document as a sequence: FlashAttention's, where torch can use it for the shape.
+
+    Args:
+        shape: whose `masked` does not count.
+        checks: torch's, by kernel; those of a CPU refuse.
+    """
+    return checks[FLASH](_params(replace(shape, masked=False), device))
+
+
+def attend_documents(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> Tensor:
+    """Causal attention within documents.
+
+    Args:
+        q: [batch, seq, heads, width]; k, v: [batch, seq, groups, width].
+        bounds: of the documents of the micro-batch; see `MicroBatch.documents`.
+
+    Returns:
+        [batch, seq, heads, width].
+    """
+    batch, seq = q.shape[:2]
+    out = document_kernel(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), bounds, seq)
+    return out.unflatten(0, (batch, seq))
+
+
+document_kernel = adapted(varlen_attn)

@@ -29,7 +29,13 @@ class Stage(Protocol):
     def parameters(self) -> Iterator[nn.Parameter]:
         """As in `torch.nn.Module`."""
 
-    def run(self, x: Tensor, targets: Tensor | None, tokens: Tensor | None = None) -> Tensor:
+    @property
+    def document_eod(self) -> int | None:
+        """See `NamedLayers.document_eod`."""
+
+    def run(
+        self, x: Tensor, targets: Tensor | None, tokens: Tensor | None = None, documents: Tensor | None = None
+    ) -> Tensor:
         """See `NamedLayers.run`."""
 
     def activation_shape(self, micro_batch_size: int, seq_length: int) -> tuple[int, int, int]:
@@ -68,16 +74,19 @@ def forward_only(
     losses: list[Tensor] = []
     sending: list[tuple[dist.Work, Tensor]] = []
     for number in range(count):
-        tokens = micro_batches[number].tokens.to(parameter.device) if module.every_stage_reads else None
+        tokens = documents = None
+        if module.every_stage_reads:
+            tokens, documents = micro_batches[number].tokens.to(parameter.device), micro_batches[number].documents
+            documents = None if documents is None else documents.to(parameter.device)
         if topology.is_first_stage:
             x = micro_batches[number].tokens.to(parameter.device)
         else:
             x = torch.empty(module.activation_shape(*shape), dtype=parameter.dtype, device=parameter.device)
             dist.recv(x, topology.neighbor(-1))
         if topology.is_last_stage:
-            losses.append(module.run(x, micro_batches[number].targets.to(parameter.device), tokens))
+            losses.append(module.run(x, micro_batches[number].targets.to(parameter.device), tokens, documents))
         else:
-            x = module.run(x, None, tokens)
+            x = module.run(x, None, tokens, documents)
             x = x.contiguous()
             work = dist.isend(x, topology.neighbor(1))
             assert work is not None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_doremi.config import GPTConfig
-from megatron_doremi.model.attention import repeats_groups
+from megatron_doremi.model.attention import attend_documents, repeats_groups
 from megatron_doremi.model.dropout import (
     AFTER_ATTENTION,
     AFTER_MLP,
@@ -88,7 +88,11 @@ class Attention(nn.Module):
             if rotary is not None:
                 q, k = rotate(q, rotary), rotate(k, rotary)
         # [b, s, heads, d]
-        q, k, v = (part.flatten(2, 3).transpose(1, 2) for part in (q, k, v))
+        q, k, v = (part.flatten(2, 3) for part in (q, k, v))
+        if window.documents is not None:
+            assert not self.dropout, "a kernel that takes documents holds no probabilities"
+            return attend_documents(q, k, v, window.documents).flatten(2)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         if self.dropout and window.keys is not None:
             return self._with_dropout(q, k, v, mask, window.keys).transpose(1, 2).flatten(2)
         grouped = self.queries_per_group > 1

@@ -7,6 +7,7 @@ names that parameters have in checkpoints ("layers.3.attention.qkv.weight"), reg
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from megatron_doremi.config import GPTConfig
 from megatron_doremi.execution import DEFAULT, Execution
+from megatron_doremi.model.attention import AttentionShape, takes_documents
 from megatron_doremi.model.dropout import EMBEDDINGS, Dropout, layer_keys
 from megatron_doremi.model.gpt import Block
 from megatron_doremi.model.positions import Positions, Window
@@ -63,18 +65,34 @@ class NamedLayers:
         """Whether all stages of a pipeline need the windows: token ids for documents, keys for dropout."""
         return self.gpt.reads_documents or bool(self.execution.attention_dropout or self.execution.hidden_dropout)
 
+    @functools.cached_property
+    def document_eod(self) -> int | None:
+        """The id that ends a document, if the model takes `MicroBatch.documents`; None: it attends across documents, or
+        by a mask."""
+        gpt = self.gpt
+        if not gpt.reset_attention_mask or self.execution.attention_dropout:
+            return None
+        parameter = next(self.model_parameters())[1]
+        heads, groups = gpt.num_attention_heads // self.tp.size, gpt.num_query_groups // self.tp.size
+        # Batch and length do not matter to the kernel.
+        shape = AttentionShape(1, 128, heads, groups, gpt.kv_channels, parameter.dtype, False, True)
+        return gpt.eod if takes_documents(shape, parameter.device) else None
+
     @abstractmethod
     def named_layers(self) -> Iterator[tuple[str, nn.Module]]:
         """The layers of this rank by name; a tied layer once."""
 
     @abstractmethod
-    def run(self, x: Tensor, targets: Tensor | None, tokens: Tensor | None = None) -> Tensor:
+    def run(
+        self, x: Tensor, targets: Tensor | None, tokens: Tensor | None = None, documents: Tensor | None = None
+    ) -> Tensor:
         """Passes a micro-batch through the layers of this rank.
 
         Args:
             x: token ids [batch, seq] on the first stage, elsewhere the output of the previous stage.
             targets: [batch, seq] on the last stage, elsewhere None.
             tokens: [batch, seq] ids, on every stage if `every_stage_reads`.
+            documents: of `MicroBatch`, where tokens are given.
 
         Returns:
             [batch, seq] token losses in nats on the last stage, elsewhere hidden states (`activation_shape`).
@@ -96,13 +114,15 @@ class NamedLayers:
         x: Tensor,
         tokens: Tensor | None,
         keys: Tensor | None = None,
+        documents: Tensor | None = None,
     ) -> Tensor:
         """Passes token ids, or the output of the previous stage, through layers of this stage.
 
         Args:
             keys: of `MicroBatch`; None: no dropout.
+            documents: of `MicroBatch`.
         """
-        window = self._window(x, tokens)
+        window = self._window(x, tokens, documents)
         for layer in layers:
             if isinstance(layer, Block):
                 if keys is not None:
@@ -116,10 +136,15 @@ class NamedLayers:
                 x = layer(x)
         return x
 
-    def _window(self, x: Tensor, tokens: Tensor | None) -> Window:
+    def _window(self, x: Tensor, tokens: Tensor | None, documents: Tensor | None) -> Window:
         if self.gpt.reads_documents:
             assert tokens is not None, "every stage reads the tokens"
-            return self.positions.of_documents(tokens, next(self.model_parameters())[1].dtype)
+            # Read for another model, such as the reference.
+            taken = documents if self.document_eod is not None else None
+            if taken is not None and self.execution.compiled:
+                # One graph for any number of documents.
+                torch._dynamo.mark_dynamic(taken, 0)
+            return self.positions.of_documents(tokens, next(self.model_parameters())[1].dtype, taken)
         # Token ids are never split by position.
         shards = self.tp.sequence_shards if x.is_floating_point() else 1
         return self.positions.of_window(x.shape[1] * shards, x.device)
@@ -131,10 +156,12 @@ class GPTPipeline(NamedLayers, PipelineModuleHooks):
     Attributes:
         tokens: [batch, seq] ids of the next forward pass, if `every_stage_reads`; DeepSpeed passes on one tensor.
         keys: [batch] keys of its dropout masks; None: no dropout.
+        documents: of its `MicroBatch`.
     """
 
     tokens: Tensor | None = None
     keys: Tensor | None = None
+    documents: Tensor | None = None
 
     def __init__(
         self,
@@ -190,10 +217,12 @@ class GPTPipeline(NamedLayers, PipelineModuleHooks):
 
     def forward(self, x: Tensor) -> Tensor:
         """Replaces DeepSpeed's forward pass, which gives every layer one input: blocks also take positions."""
-        return self._through(self.layer_functions(), x, self.tokens, self.keys)
+        return self._through(self.layer_functions(), x, self.tokens, self.keys, self.documents)
 
-    def run(self, x: Tensor, targets: Tensor | None, tokens: Tensor | None = None) -> Tensor:
-        self.tokens, self.keys = tokens, None
+    def run(
+        self, x: Tensor, targets: Tensor | None, tokens: Tensor | None = None, documents: Tensor | None = None
+    ) -> Tensor:
+        self.tokens, self.keys, self.documents = tokens, None, documents
         x = self(x)
         return x if targets is None else self.token_losses(x, (targets,))
 

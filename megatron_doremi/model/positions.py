@@ -75,12 +75,14 @@ class Window(NamedTuple):
         rotary: the table of these positions; None with learned positions.
         mask: see `document_mask`; None: each token attends to all before it in its window.
         keys: [batch] of the dropout masks of a layer; None without dropout.
+        documents: the bounds of documents within which tokens attend, instead of a mask; see `MicroBatch.documents`.
     """
 
     positions: Tensor
     rotary: RotaryTable | None
     mask: Tensor | None = None
     keys: Tensor | None = None
+    documents: Tensor | None = None
 
 
 class Positions:
@@ -104,12 +106,13 @@ class Positions:
                 self._table = rotary_table(self._positions, self._gpt.kv_channels, self._gpt.rotary_base)
         return Window(self._positions, self._table)
 
-    def of_documents(self, tokens: Tensor, dtype: torch.dtype) -> Window:
+    def of_documents(self, tokens: Tensor, dtype: torch.dtype, documents: Tensor | None = None) -> Window:
         """The positions of a micro-batch whose documents count, or attend, for themselves.
 
         Args:
             tokens: [batch, seq] ids.
             dtype: of the activations.
+            documents: bounds of the documents, for attention; None: a mask is made.
         """
         gpt = self._gpt
         assert gpt.eod is not None
@@ -119,4 +122,8 @@ class Positions:
             positions = window.positions - starts
             rotary = rotary_table(positions, gpt.kv_channels, gpt.rotary_base) if window.rotary is not None else None
             window = Window(positions, rotary)
-        return window._replace(mask=document_mask(starts, dtype)) if gpt.reset_attention_mask else window
+        if not gpt.reset_attention_mask:
+            return window
+        if documents is not None:
+            return window._replace(documents=documents)
+        return window._replace(mask=document_mask(starts, dtype))

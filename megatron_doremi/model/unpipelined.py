@@ -86,13 +86,16 @@ class GPTModel(NamedLayers, nn.Module):
                 seen.add(name)
                 yield name, layer
 
-    def forward(self, tokens: Tensor, targets: Tensor, keys: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, targets: Tensor, keys: Tensor | None = None, documents: Tensor | None = None
+    ) -> Tensor:
         """[batch, seq] ids and targets -> [batch, seq] losses in nats, float32; see `output_losses`.
 
         Args:
             keys: of `MicroBatch`; None: no dropout.
+            documents: of `MicroBatch`.
         """
-        return self.layers[-1](self._through(self.layers[:-1], tokens, tokens, keys), targets)
+        return self.layers[-1](self._through(self.layers[:-1], tokens, tokens, keys, documents), targets)
 
     def logits(self, tokens: Tensor) -> Tensor:
         """[batch, seq] ids -> [batch, seq, vocab] logits, on one tensor-parallel rank."""
@@ -100,9 +103,11 @@ class GPTModel(NamedLayers, nn.Module):
         hidden = self._through(self.layers[:-1], tokens, tokens)
         return F.linear(hidden, self.layers[-1].get_parameter("weight")[: self.gpt.vocab_size])
 
-    def run(self, x: Tensor, targets: Tensor | None, tokens: Tensor | None = None) -> Tensor:
+    def run(
+        self, x: Tensor, targets: Tensor | None, tokens: Tensor | None = None, documents: Tensor | None = None
+    ) -> Tensor:
         assert targets is not None
-        return self(x, targets)
+        return self(x, targets, None, documents)
 
 
 # The part of the GPT that a rank holds, in either form.

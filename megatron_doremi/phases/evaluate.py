@@ -89,7 +89,9 @@ def evaluate(
         chunk = parts[first : first + stride]
         micro_batches: list[MicroBatch] = []
         if reads_windows(module, topology):
-            micro_batches = [read_windows(text.datasets, part, text.seq_length) for part in chunk]
+            micro_batches = [
+                read_windows(text.datasets, part, text.seq_length, None, module.document_eod) for part in chunk
+            ]
         losses = forward_only(module, micro_batches, len(chunk), shape, context)
         for micro_batch, loss in zip(micro_batches, losses, strict=False):
             stats = stats + domain_stats(loss, micro_batch.domains.to(device), k)

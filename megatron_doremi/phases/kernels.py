@@ -12,11 +12,13 @@ from megatron_doremi.cluster.process_group import device_name
 from megatron_doremi.console import warn
 from megatron_doremi.model.attention import (
     CHECKS,
+    FLASH,
     AttentionShape,
     Check,
     choose_kernel,
     in_order,
     kernel_order,
+    takes_documents,
 )
 from megatron_doremi.phases.inputs import Inputs, held_reference
 from megatron_doremi.plan import RunPlan
@@ -57,7 +59,15 @@ def kernel_report(
     for subject, shape, trained in (("", plan.shape, trains), ("the reference's ", reference, False)):
         if not isinstance(shape, GPTConfig):
             continue
-        choice = choose_kernel(attention_shape(plan, shape, trained), order, device, checks)
+        attention = attention_shape(plan, shape, trained)
+        if (
+            attention.masked
+            and not plan.config.training.attention_dropout
+            and takes_documents(attention, device, checks)
+        ):
+            parts.append(f"{subject}{FLASH}, document by document")
+            continue
+        choice = choose_kernel(attention, order, device, checks)
         parts.append(f"{subject}{choice.name}")
         if choice.warning:
             warnings.append(subject + choice.warning)

@@ -292,7 +292,8 @@ class _Replica:
         for first in range(0, len(parts), stride):
             self.watchdog.mark(f"scoring domain {self.data.names[domain]!r}, window {int(padded[first * size]):,}")
             some = parts[first : first + stride]
-            batches = [read_windows(self.data.train, part, seq_length) for part in some] if reads else []
+            eod = self.module.document_eod
+            batches = [read_windows(self.data.train, part, seq_length, None, eod) for part in some] if reads else []
             losses = forward_only(self.module, batches, len(some), (size, seq_length), self.context)
             rows += [loss.to("cpu", torch.float32).numpy() for loss in losses]
         return np.concatenate(rows)[: len(windows)] if rows else np.empty((0, seq_length), np.float32)

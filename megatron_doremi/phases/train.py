@@ -76,14 +76,17 @@ class Trainer:
         self.plan, self.config, self.data = inputs.plan, inputs.plan.config, inputs.data
         self.controller, self.engine, self.reference = inputs.controller, engine, reference
         self.context, self.topology = context, context.topology
+        models = [engine.module, *([reference.module] if reference is not None else [])]
         self.reader = StepReader(
             self.plan.blend,
             self.data.train,
             self.plan.batch_shape,
             self.topology,
             inputs.reference_losses,
-            engine.module.every_stage_reads or (reference is not None and reference.module.every_stage_reads),
+            any(model.every_stage_reads for model in models),
             self.config.training.drops,
+            # The same for both: they have one tokenizer.
+            next((model.document_eod for model in models if model.document_eod is not None), None),
         )
         self.stop, self.watchdog, self.lock = control.stop, control.watchdog, lock
         self.identity, self.overrides = identity, list(resume.overrides) if resume else []

@@ -55,7 +55,9 @@ def micro_batches():
 
     ids = torch.zeros(2, SEQ, dtype=torch.long)
     columns = [ids[:, i].clone() for i in range(3)]
-    return [MicroBatch(ids, ids.clone(), *columns[:2], keys=columns[2]) for _ in range(MICRO_BATCHES)]
+    documents = torch.tensor([0, 3, SEQ, 2 * SEQ], dtype=torch.int32)
+    each = MicroBatch(ids, ids.clone(), *columns[:2], keys=columns[2], documents=documents)
+    return [each] * MICRO_BATCHES
 
 
 def whole_step(device, phase, zero_stage, bf16, chunk, doremi, *others):
@@ -135,6 +137,33 @@ STEPS = {
 @pytest.mark.parametrize("step", STEPS)
 def test_no_operation_mixes_devices(step):
     assert on_ranks(1, on_the_device, whole_step, *STEPS[step]) == [True]
+
+
+def by_documents(device, work, *arguments):
+    """work(device, *arguments) where a kernel takes documents, by a stand-in."""
+    import torch.nn.functional as F
+
+    from megatron_doremi.model import attention, pipeline
+
+    called = []
+
+    def kernel(q, k, v, bounds, longest):
+        assert bounds.device == device
+        called.append(bounds.dtype)
+        document = torch.bucketize(torch.arange(len(q), device=device), bounds, right=True)
+        rows = [each.transpose(0, 1) for each in (q, k, v)]
+        mask = document[:, None] == document
+        return F.scaled_dot_product_attention(*rows, attn_mask=mask, enable_gqa=True).transpose(0, 1)
+
+    pipeline.takes_documents = lambda shape, device: True
+    attention.document_kernel = kernel
+    result = work(device, *arguments)
+    assert set(called) == {torch.int32}
+    return result
+
+
+def test_documents_that_a_kernel_takes_are_on_the_device():
+    assert on_ranks(1, on_the_device, by_documents, whole_step, *STEPS["main, bf16, resets"]) == [True]
 
 
 def planted(device):

@@ -63,7 +63,7 @@ def with_gpus() -> dict[str, str]:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("check", ["versions", "float32", "program", "resume", "sync", "flags"])
+@pytest.mark.parametrize("check", ["versions", "float32", "program", "resume", "documents", "sync", "flags"])
 def test_on_a_gpu(check, tmp_path):
     if missing_gpu():
         pytest.skip(missing_gpu())

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from device.host_waits import host_waits
-from device.test_fake_device import SEQ, STEPS, build, micro_batches, on_the_device
+from device.test_fake_device import SEQ, STEPS, build, by_documents, micro_batches, on_the_device
 from ranks import on_ranks
 
 
@@ -53,6 +53,12 @@ def waits_of_a_step(device, phase, *settings):
 @pytest.mark.parametrize("step", STEPS)
 def test_one_wait_a_step(step):
     (places,) = on_ranks(1, on_the_device, waits_of_a_step, *STEPS[step])
+    assert [place.partition(":")[0] for place in places] == ["cluster/step_flags.py"], places
+
+
+def test_documents_that_a_kernel_takes_cost_no_wait():
+    step = STEPS["main, bf16, resets"]
+    (places,) = on_ranks(1, on_the_device, by_documents, waits_of_a_step, *step)
     assert [place.partition(":")[0] for place in places] == ["cluster/step_flags.py"], places
 
 

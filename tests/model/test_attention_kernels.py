@@ -153,6 +153,11 @@ def test_a_run_names_its_kernels():
     assert line == "attention kernel: cuDNN, the reference's math"
     assert len(warnings) == 1
     assert warnings[0].startswith("the reference's attention falls back to torch's math kernel")
+    # torch's check of flash decides whether a kernel takes documents.
+    masked = {"reset_attention_mask": True, "eod": 0}
+    assert report(**masked).line == "attention kernel: flash, document by document"
+    assert report(kv_channels=264, **masked).line == "attention kernel: memory-efficient"
+    assert report(training={"attention_dropout": 0.1}, **masked).line.startswith("attention kernel: cuDNN; plain")
     dropped = report(training={"attention_dropout": 0.1}).line
     assert dropped == "attention kernel: cuDNN; plain operations in training, for --attention-dropout"
     # 2 windows, 4 heads on 2 ranks, 1024 x 1024 scores of 4 bytes.
