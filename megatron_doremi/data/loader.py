@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,6 +61,11 @@ class MicroBatch:
     def pinned(self) -> MicroBatch:
         """The micro-batch in page-locked host memory; needs a GPU."""
         return self._map(Tensor.pin_memory)
+
+    def copied(self) -> list[Tensor]:
+        """The tensors that `to` copies."""
+        others = (self.reference, self.keys, self.documents)
+        return [self.tokens, self.targets, self.domains, *(each for each in others if each is not None)]
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> MicroBatch:
         tokens, targets, domains = function(self.tokens), function(self.targets), function(self.domains)
@@ -197,12 +203,45 @@ class StepReader:
         ]
 
 
+class DeviceCopies:
+    """Copies of the next step's micro-batches to a GPU, beside the computation of this step.
+
+    They are issued by the thread that reads, on a stream of their own, so that neither the device nor the host waits
+    where a step begins. A GPU holds the token ids of two steps.
+    """
+
+    def __init__(self, device: torch.device, streams: Any = torch.cuda):
+        """
+        Args:
+            streams: what makes and enters streams, torch.cuda.
+        """
+        self._device, self._streams = device, streams
+        self._stream = streams.Stream(device)
+
+    def start(self, step: Step) -> tuple[Step, Any]:
+        """Issues the copies; returns the step on the device, and an event after its last copy."""
+        with self._streams.stream(self._stream):
+            moved = tuple(each.to(self._device) for each in step.micro_batches)
+            return replace(step, micro_batches=moved), self._stream.record_event()
+
+    def finish(self, step: Step, event: Any) -> Step:
+        """Makes the current stream wait for the copies; the host does not."""
+        current = self._streams.current_stream(self._device)
+        current.wait_event(event)
+        for micro_batch in step.micro_batches:
+            for tensor in micro_batch.copied():
+                # Memory of one stream that another uses: it is given back when that has gone past its last use.
+                tensor.record_stream(current)
+        return step
+
+
 def steps(
     reader: StepReader,
     state: BlendState,
     weights: Callable[[int], NDArray[np.float64]],
     ahead: bool = True,
     total: int | None = None,
+    copies: DeviceCopies | None = None,
 ) -> Iterator[Step]:
     """Yields the steps after `state`; the next one is read in the background while the caller works on one.
 
@@ -211,6 +250,7 @@ def steps(
             on the thread that reads.
         ahead: False if a step's weights are known only after the step before it: nothing is read ahead then.
         total: number of the last step; nothing beyond it is read. None: endless.
+        copies: puts the micro-batches of steps that are read ahead on the device; None: they stay on the host.
     """
 
     def read(state: BlendState) -> Step:
@@ -225,9 +265,14 @@ def steps(
             yield step
             state = step.state_after
         return
+
+    def read_ahead(state: BlendState) -> tuple[Step, Any]:
+        step = read(state)
+        return copies.start(step) if copies else (step, None)
+
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as pool:
-        pending = pool.submit(read, state) if remains(state) else None
+        pending = pool.submit(read_ahead, state) if remains(state) else None
         while pending is not None:
-            step = pending.result()
-            pending = pool.submit(read, step.state_after) if remains(step.state_after) else None
-            yield step
+            step, event = pending.result()
+            pending = pool.submit(read_ahead, step.state_after) if remains(step.state_after) else None
+            yield copies.finish(step, event) if copies else step

@@ -21,7 +21,7 @@ from megatron_doremi.cluster.replica_check import check_replicas
 from megatron_doremi.cluster.run_lock import HeldLock
 from megatron_doremi.cluster.step_flags import StepFlags, reduce_flags
 from megatron_doremi.data.blend import BlendState
-from megatron_doremi.data.loader import Step, StepReader, steps
+from megatron_doremi.data.loader import DeviceCopies, Step, StepReader, steps
 from megatron_doremi.engine.engines import TrainingEngine
 from megatron_doremi.engine.optimizer import make_learning_rate
 from megatron_doremi.engine.step_clock import DATA, REFERENCE
@@ -220,6 +220,7 @@ class Trainer:
             self.controller.sampling_weights,
             self.controller.samples_ahead,
             self.config.data.train_iters,
+            DeviceCopies(self.context.device) if self.context.device.type == "cuda" else None,
         )
 
     def _take_step(self, step: Step, lr: float) -> StepFlags:

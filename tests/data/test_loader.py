@@ -5,17 +5,21 @@ Run alone: python -m pytest tests/data/test_loader.py
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_doremi.data.blend import Blend, BlendState, GlobalBatch, too_short, window_count
 from megatron_doremi.data.indexed_dataset import IndexedDataset, IndexedDatasetWriter, dtype_for
-from megatron_doremi.data.loader import StepReader, rank_slice, read_windows, steps
+from megatron_doremi.data.loader import DeviceCopies, MicroBatch, StepReader, rank_slice, read_windows, steps
 from megatron_doremi.errors import ConfigError
 from megatron_doremi.parallel.topology import Topology
 
@@ -114,6 +118,67 @@ def test_steps_read_ahead_without_moving_the_state(datasets):
         assert domains.tolist() == expected.domains.tolist()
         starts = np.concatenate([batch.tokens[:, 0].numpy() for batch in step.micro_batches])
         assert starts.tolist() == (expected.windows * 10 + expected.domains * 1000).tolist()
+
+
+class Streams:
+    """In the place of torch.cuda: notes what is done, and on which stream of which thread."""
+
+    def __init__(self):
+        self.notes, self.inside = [], []
+
+    def Stream(self, device):
+        return SimpleNamespace(record_event=lambda: self.note("event") or len(self.notes))
+
+    def note(self, what):
+        self.notes.append((what, threading.current_thread().name.split("_")[0], bool(self.inside)))
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        self.inside.append(stream)
+        yield
+        self.inside.pop()
+
+    def current_stream(self, device):
+        return SimpleNamespace(wait_event=lambda event: self.note(f"wait {event}"))
+
+
+def test_copies_of_the_next_step_are_issued_while_it_is_read(datasets, monkeypatch):
+    """On a stream of their own by the thread that reads; the stream of the computation waits, and keeps the memory."""
+    blend, weights, streams = Blend(("a", "b"), (4, 2), 4, 1), np.array([0.5, 0.5]), Streams()
+    reader = StepReader(blend, datasets, (2, 10), Topology(), drops=True, eod=4000)
+    expected = list(itertools.islice(steps(reader, BlendState.start(2), lambda step: weights, total=3), 3))
+    kept = []
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: kept.append(tensor), raising=False)
+    move = MicroBatch.to
+    monkeypatch.setattr(MicroBatch, "to", lambda batch, device: streams.note("copy") or move(batch, device))
+    copies = DeviceCopies(torch.device("cpu"), streams)
+    found = []
+    for step in steps(reader, BlendState.start(2), lambda step: weights, total=3, copies=copies):
+        found.append(step)
+        assert len(kept) == 2 * 5 * len(found)
+        assert all(any(each is tensor for each in kept) for batch in step.micro_batches for tensor in batch.copied())
+    read = [note for note in streams.notes if note[1] == "loader"]
+    # Two micro-batches a step, then its event.
+    assert [note[0] for note in read] == ["copy", "copy", "event"] * 3
+    assert all(inside for _, _, inside in read)
+    waits = [note for note in streams.notes if note[0].startswith("wait")]
+    assert len(waits) == 3
+    assert all(thread == "MainThread" for _, thread, _ in waits)
+    for step, other in zip(found, expected, strict=True):
+        assert step.state_after.to_dict(blend.names) == other.state_after.to_dict(blend.names)
+        for batch, same in zip(step.micro_batches, other.micro_batches, strict=True):
+            pairs = zip([*batch.copied(), batch.windows], [*same.copied(), same.windows], strict=True)
+            assert all(torch.equal(*pair) for pair in pairs)
+
+
+def test_nothing_is_copied_ahead_where_nothing_is_read_ahead(datasets):
+    """The weights of the next step are not known yet; the engine copies."""
+    reader = StepReader(Blend(("a", "b"), (4, 2), 4, 1), datasets, (2, 10), Topology())
+    streams = Streams()
+    copies = DeviceCopies(torch.device("cpu"), streams)
+    weights = np.array([0.5, 0.5])
+    assert len(list(steps(reader, BlendState.start(2), lambda step: weights, False, 2, copies))) == 2
+    assert streams.notes == []
 
 
 def test_middle_stages_read_nothing(datasets):

@@ -15,8 +15,8 @@ from device.test_fake_device import SEQ, STEPS, build, by_documents, micro_batch
 from ranks import on_ranks
 
 
-def waits_of_a_step(device, phase, *settings):
-    """Where the second step of a run waits, from its batch on the host to its flags."""
+def waits_of_a_step(device, phase, *settings, copied=False):
+    """Where the second step of a run waits, from its batch on the host, or `copied` to the device, to its flags."""
     import torch
 
     from megatron_doremi.data.blend import BlendState
@@ -27,6 +27,8 @@ def waits_of_a_step(device, phase, *settings):
     batches = micro_batches()
     if phase == "proxy":
         batches = [replace(batch, reference=torch.zeros(2, SEQ)) for batch in batches]
+    if copied:
+        batches = [batch.to(device) for batch in batches]
     trainer = SimpleNamespace(
         engine=engine,
         reference=None,
@@ -53,6 +55,16 @@ def waits_of_a_step(device, phase, *settings):
 @pytest.mark.parametrize("step", STEPS)
 def test_one_wait_a_step(step):
     (places,) = on_ranks(1, on_the_device, waits_of_a_step, *STEPS[step])
+    assert [place.partition(":")[0] for place in places] == ["cluster/step_flags.py"], places
+
+
+def waits_of_a_copied_step(device, *arguments):
+    return waits_of_a_step(device, *arguments, copied=True)
+
+
+@pytest.mark.parametrize("step", ["main, bf16, resets", "proxy, bf16"])
+def test_a_step_whose_batch_was_copied_ahead_waits_no_more(step):
+    (places,) = on_ranks(1, on_the_device, waits_of_a_copied_step, *STEPS[step])
     assert [place.partition(":")[0] for place in places] == ["cluster/step_flags.py"], places
 
 
