@@ -13,9 +13,11 @@ writes each under a temporary name, so that a folder named iter_* is complete; t
 
 from __future__ import annotations
 
+import heapq
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -42,6 +44,8 @@ _EARLY_IDENTITY = (
     "seed",
     "reference",
 )
+# Files of a checkpoint whose checksums a rank computes at a time.
+_HASHED_AT_ONCE = 4
 # Errors of reading an arbitrary file as JSON.
 UNREADABLE = (OSError, ValueError, RecursionError)
 
@@ -194,18 +198,35 @@ def read_state(checkpoint: Path) -> CheckpointState:
 def changed_files(
     checkpoint: Path, state: CheckpointState, part: int = 0, parts: int = 1, progress: Callable[[], None] = lambda: None
 ) -> list[str]:
-    """Names of files whose content does not match its checksum in state.json.
+    """Names of files whose content does not match its checksum in state.json, `_HASHED_AT_ONCE` at a time.
 
     Args:
-        part, parts: reads every `parts`-th file, starting with number `part`.
-        progress: called before each file and after each block of it.
+        part, parts: reads share number `part` of `parts`, see `shares_of_files`.
+        progress: called, by any thread, before each file and after each block of it.
     """
-    changed = []
-    for name, value in sorted(state.checksums.items())[part::parts]:
+    names = shares_of_files({name: state.files.get(name, 0) for name in state.checksums}, parts)[part]
+
+    def is_changed(name: str) -> bool:
         progress()
-        if sha256_of(checkpoint / name, progress) != value:
-            changed.append(name)
-    return changed
+        return sha256_of(checkpoint / name, progress) != state.checksums[name]
+
+    with ThreadPoolExecutor(_HASHED_AT_ONCE, thread_name_prefix="checksum") as pool:
+        return sorted(name for name, changed in zip(names, pool.map(is_changed, names), strict=True) if changed)
+
+
+def shares_of_files(sizes: Mapping[str, int], parts: int) -> list[list[str]]:
+    """Divides files into `parts` shares of about as many bytes: each, the largest first, to the smallest share.
+
+    Args:
+        sizes: bytes by name.
+    """
+    shares: list[list[str]] = [[] for _ in range(parts)]
+    smallest = [(0, part) for part in range(parts)]
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        total, part = heapq.heappop(smallest)
+        shares[part].append(name)
+        heapq.heappush(smallest, (total + sizes[name], part))
+    return shares
 
 
 def changed_file(path: Path, remedy: str) -> Fault:

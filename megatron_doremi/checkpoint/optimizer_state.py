@@ -25,7 +25,13 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from pydantic import Strict, model_validator
 from torch import Tensor, nn
 
-from megatron_doremi.checkpoint.resharding import ShardedFolder, ShardingEntry, sharding_entry, writes_parameter
+from megatron_doremi.checkpoint.resharding import (
+    ShardedFolder,
+    ShardingEntry,
+    ranges,
+    sharding_entry,
+    writes_parameter,
+)
 from megatron_doremi.parallel.deepspeed_internals import flat_partitions, owned_piece, torch_state, wraps_optimizer
 from megatron_doremi.parallel.parameters import ParameterSpec
 from megatron_doremi.parallel.topology import Topology
@@ -187,18 +193,22 @@ class OptimizerFolder(ShardedFolder):
             name: [_Piece(*piece) for piece in parameter.pieces] for name, parameter in index.parameters.items()
         }
 
-    def check_files(self) -> None:
-        """Raises ConfigError if a piece of the index is missing from its file, or has another type or size there."""
+    def check_files(self, part: int = 0, parts: int = 1) -> None:
+        """Raises ConfigError if a piece of the index is missing from its file, or has another type or size there.
+
+        Args:
+            part, parts: looks at every `parts`-th file, starting with number `part`.
+        """
         expected: dict[str, list[tuple[str, int]]] = defaultdict(list)
         for name, pieces in self._pieces.items():
             for piece in pieces:
                 expected[piece.file] += [(f"{name}/{key}", piece.length) for key in sorted(self.keys)]
-        for file_name, tensors in sorted(expected.items()):
+        for file_name, tensors in sorted(expected.items())[part::parts]:
             with self._opened(file_name, _RULE) as file:
                 for tensor, length in tensors:
-                    stored = file.get_slice(tensor)
-                    if stored.get_dtype() != "F32" or stored.get_shape() != [length]:
-                        description = f"{stored.get_dtype()} {stored.get_shape()}"
+                    stored = file.places[tensor]
+                    if stored.dtype != "F32" or stored.shape != (length,):
+                        description = f"{stored.dtype} {list(stored.shape)}"
                         raise self._error(f"{file_name}: {tensor} is {description}, not F32 [{length}]", _RULE)
 
     def local_range(
@@ -216,7 +226,17 @@ class OptimizerFolder(ShardedFolder):
         Raises:
             ConfigError: the parameter, or a part of the range, is missing.
         """
-        return self._read_local(name, spec, topology, start, count, partial(self._read, name, key))
+        result = torch.empty(count)
+        for first, values in self.blocks(name, key, spec, topology, start, count):
+            result[first - start : first - start + len(values)] = values
+        return result
+
+    def blocks(
+        self, name: str, key: str, spec: ParameterSpec, topology: Topology, start: int, count: int
+    ) -> Iterator[tuple[int, Tensor]]:
+        """The same, a block at a time: (first number of the block, its values) in order."""
+        for first, number in ranges(start, count):
+            yield first, self._read_local(name, spec, topology, first, number, partial(self._read, name, key))
 
     def _read(self, name: str, key: str, tensor_rank: int, start: int, count: int) -> Tensor:
         """Joins the pieces of one tensor rank of the writing layout that cover a range of its flattened shard."""
@@ -225,9 +245,10 @@ class OptimizerFolder(ShardedFolder):
             low, high = max(start, piece.start), min(start + count, piece.start + piece.length)
             if piece.tensor_rank != tensor_rank or low >= high:
                 continue
-            with self._opened(piece.file, _RULE) as file:
-                values = file.get_slice(f"{name}/{key}")[low - piece.start : high - piece.start]
-                result[low - start : high - start] = values
+            values = self._read_file(piece.file, f"{name}/{key}", low - piece.start, high - low, _RULE)
+            if high - low == count:
+                return values
+            result[low - start : high - start] = values
             covered += high - low
         if covered != count:
             raise self._error(f"{name}/{key}: {covered:,} of {count:,} elements", _RULE)

@@ -1,7 +1,7 @@
 """Reading tensors at another layout than the one that wrote them; shared by weights and optimizer state.
 
-Files hold the shards of the layout that wrote them and record how each parameter was sharded. If the sharding is the
-same, a reader takes its shard as it is; otherwise it joins the shards and splits the full tensor again.
+Files hold the shards of the layout that wrote them and record how each parameter was sharded. A reader takes, from each
+of them, the numbers that its own shard holds, a block at a time: memory holds neither a file nor a full tensor.
 """
 
 from __future__ import annotations
@@ -12,15 +12,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import model_validator
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from megatron_doremi.errors import MALFORMED, ConfigError, Fault
+from megatron_doremi.errors import ConfigError, Fault
 from megatron_doremi.parallel.deepspeed_internals import is_tied_copy
-from megatron_doremi.parallel.parameters import ParameterSpec, shard, spec_of, unshard
+from megatron_doremi.parallel.parameters import ParameterSpec, Span, shard_spans, spec_of
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.storage.formats import Count, Positive, Schema
+from megatron_doremi.storage.tensor_reader import BLOCK, UNREADABLE_TENSORS, TensorFolder, TensorReader
+
+# Reads (tensor rank, start, count): a range of the flattened shard that a rank of the writing layout held.
+ReadShard = Callable[[int, int, int], Tensor]
+# Numbers of a row that are read on their own; fewer are read with what lies between them and those of the next row.
+_LONG_ROW = 1 << 15
 
 
 class ShardingEntry(Schema):
@@ -79,6 +85,61 @@ def writes_parameter(parameter: nn.Parameter, topology: Topology) -> bool:
     return not is_tied_copy(parameter) and (spec_of(parameter).dim is not None or topology.tensor_rank == 0)
 
 
+def read_reshaped(
+    written: ParameterSpec, size: int, spec: ParameterSpec, topology: Topology, start: int, count: int, read: ReadShard
+) -> Tensor:
+    """Reads a range of this rank's flattened shard of a parameter that another layout wrote.
+
+    Args:
+        written: the parameter's, at the layout that wrote it; its padding may differ.
+        size: tensor parallel ranks of that layout.
+        spec: the parameter's, at this layout.
+
+    Returns:
+        [count]; padding is 0.
+    """
+    shape = spec.local_shape(topology.tensor_size)
+    if spec.dim is None:
+        return read(0, start, count)
+    if size == topology.tensor_size and shape == written.local_shape(size):
+        return read(topology.tensor_rank, start, count)
+    inner = math.prod(shape[spec.dim + 1 :])
+    spans = [
+        Span(each.local * inner, each.rank, each.other * inner, each.length * inner)
+        for each in shard_spans(spec, topology.tensor_size, topology.tensor_rank, written, size)
+    ]
+    row, other_row = shape[spec.dim] * inner, written.local_shape(size)[spec.dim] * inner
+    parts = []
+    # A part of the first row, rows, a part of the last row: [first row, rows, first column, columns].
+    while count:
+        first, column = divmod(start, row)
+        rows, columns = (1, min(row - column, count)) if column or count < row else (count // row, row)
+        parts.append(_read_rows(spans, other_row, first, rows, column, columns, read).view(-1))
+        start, count = start + rows * columns, count - rows * columns
+    return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty(0)
+
+
+def _read_rows(
+    spans: list[Span], other_row: int, first: int, rows: int, column: int, columns: int, read: ReadShard
+) -> Tensor:
+    """[rows, columns] of a shard, seen as rows that all shards have: this one's consist of `spans` of theirs."""
+    result: Tensor | None = None
+    for span in spans:
+        low, high = max(column, span.local), min(column + columns, span.local + span.length)
+        if low >= high:
+            continue
+        width, other = high - low, span.other + low - span.local
+        at_once = rows if width == other_row else 1 if width >= _LONG_ROW else max(1, BLOCK // other_row)
+        for done in range(0, rows, at_once):
+            taken = min(at_once, rows - done)
+            values = read(span.rank, (first + done) * other_row + other, (taken - 1) * other_row + width)
+            if result is None:
+                result = values.new_zeros(rows, columns)
+            part = values.as_strided((taken, width), (other_row, 1))
+            result[done : done + taken, low - column : high - column] = part
+    return torch.zeros(rows, columns) if result is None else result
+
+
 class ShardedFolder:
     """Sharded tensors in a folder of safetensors files; base of `WeightsFolder` and `OptimizerFolder`."""
 
@@ -89,35 +150,35 @@ class ShardedFolder:
             remedy: what the user can do if the files are damaged.
         """
         self.folder, self._subject, self._remedy = folder, f"{subject} in {folder}", remedy
+        self._files_opened = TensorFolder(folder)
         self._sharding: dict[str, ShardingEntry] = {}
 
     def _error(self, value: str, rule: str) -> ConfigError:
         return ConfigError(Fault(self._subject, value, rule, self._remedy))
 
     @contextlib.contextmanager
-    def _opened(self, file_name: str, rule: str) -> Iterator[Any]:
-        """Opens a file for reading. Raises ConfigError for whatever is wrong with its content."""
+    def _opened(self, file_name: str, rule: str) -> Iterator[TensorReader]:
+        """A file's header. Raises ConfigError for whatever is wrong with its content."""
         try:
-            with safe_open(self.folder / file_name, framework="pt") as file:
-                yield file
-        except (SafetensorError, OSError, RuntimeError, *MALFORMED) as error:
+            yield self._files_opened.opened(file_name)
+        except UNREADABLE_TENSORS as error:
+            raise self._error(f"{file_name}: {error}", rule) from error
+
+    def _read_file(self, file_name: str, name: str, start: int, count: int, rule: str) -> Tensor:
+        """[count] numbers of a flattened tensor of a file. Raises ConfigError for whatever is wrong with it."""
+        try:
+            return self._files_opened.read(file_name, name, start, count)
+        except UNREADABLE_TENSORS as error:
             raise self._error(f"{file_name}: {error}", rule) from error
 
     def _read_local(
-        self,
-        name: str,
-        spec: ParameterSpec,
-        topology: Topology,
-        start: int,
-        count: int,
-        read: Callable[[int, int, int], Tensor],
+        self, name: str, spec: ParameterSpec, topology: Topology, start: int, count: int, read: ReadShard
     ) -> Tensor:
         """Reads a range of this rank's flattened shard of a tensor, at this rank's layout.
 
         Args:
             name: of the parameter.
             spec: the parameter's, at this layout; its padding may differ from that of the layout that wrote it.
-            read: reads (tensor rank, start, count) of the flattened shard that a rank of the writing layout held.
 
         Returns:
             [count].
@@ -129,11 +190,10 @@ class ShardedFolder:
         if written is None or not written.spec().is_same_parameter(spec):
             actual = "missing" if written is None else f"shape {written.spec().shape}"
             raise self._error(f"{name}: {actual}", f"shape {spec.shape}, as in the model")
-        if spec.dim is None:
-            return read(0, start, count)
-        shape = written.local_shape()
-        if written.size == topology.tensor_size and shape == spec.local_shape(topology.tensor_size):
-            return read(topology.tensor_rank, start, count)
-        shards = [read(rank, 0, math.prod(shape)).view(shape) for rank in range(written.size)]
-        local = shard(unshard(shards, written.spec()), spec, topology.tensor_size, topology.tensor_rank)
-        return local.reshape(-1).narrow(0, start, count)
+        return read_reshaped(written.spec(), written.size, spec, topology, start, count, read)
+
+
+def ranges(start: int, count: int) -> Iterator[tuple[int, int]]:
+    """(start, count) of consecutive blocks of a range of numbers."""
+    for low in range(start, start + count, BLOCK):
+        yield low, min(BLOCK, start + count - low)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Protocol
 
 import torch
@@ -28,3 +29,15 @@ class Weights(Protocol):
 
     def local_shard(self, name: str, spec: ParameterSpec, topology: Topology) -> Tensor:
         """The shard of a parameter that a rank of `topology` holds."""
+
+    def blocks(
+        self, name: str, spec: ParameterSpec, topology: Topology, start: int, count: int
+    ) -> Iterator[tuple[int, Tensor]]:
+        """A range of the flattened shard of a parameter that a rank of `topology` holds, a block at a time.
+
+        Yields:
+            (first number of the block, its values) in order.
+
+        Raises:
+            ConfigError: the parameter is missing or of another shape, or a file is damaged.
+        """

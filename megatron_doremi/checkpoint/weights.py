@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch import Tensor
 from megatron_doremi.checkpoint.resharding import (
     ShardedFolder,
     ShardingEntry,
+    ranges,
     sharding_entry,
     spec_entry,
     writes_parameter,
@@ -81,16 +82,16 @@ class WeightsFolder(ShardedFolder):
 
     def _read_header(self, file_name: str) -> None:
         with self._opened(file_name, "a safetensors file of this program") as file:
-            for name, entry in json.loads(file.metadata()[_SHARDING]).items():
+            for name, entry in json.loads(file.metadata[_SHARDING]).items():
                 sharding = check_entry(entry, f"{self._subject}: {file_name}: {name}", ShardingEntry, self._remedy)
                 if self._sharding.setdefault(name, sharding) != sharding:
                     raise self._error(f"{file_name}: {name}", "the same sharding as in the other files")
                 self._files[name].append(file_name)
-                stored, shape = file.get_slice(name), sharding.local_shape()
-                if stored.get_dtype() not in DTYPES or tuple(stored.get_shape()) != shape:
-                    value = f"{file_name}: {name} is {stored.get_dtype()} of shape {stored.get_shape()}"
+                stored, shape = file.places[name], sharding.local_shape()
+                if stored.dtype not in DTYPES or stored.shape != shape:
+                    value = f"{file_name}: {name} is {stored.dtype} of shape {list(stored.shape)}"
                     raise self._error(value, f"one of {', '.join(DTYPES)}, of shape {list(shape)}")
-                self._dtypes[name] = DTYPES[stored.get_dtype()]
+                self._dtypes[name] = DTYPES[stored.dtype]
 
     def names(self) -> set[str]:
         """Names of the parameters in the folder."""
@@ -112,13 +113,19 @@ class WeightsFolder(ShardedFolder):
     def local_shard(self, name: str, spec: ParameterSpec, topology: Topology) -> Tensor:
         """This rank's shard of a parameter. Raises ConfigError if the parameter is missing or of another shape."""
         shape = spec.local_shape(topology.tensor_size)
-        return self._read_local(name, spec, topology, 0, math.prod(shape), partial(self._read, name)).view(shape)
+        result = torch.empty(math.prod(shape), dtype=self.dtype(name) if name in self._dtypes else None)
+        for start, values in self.blocks(name, spec, topology, 0, len(result)):
+            result[start : start + len(values)] = values
+        return result.view(shape)
+
+    def blocks(
+        self, name: str, spec: ParameterSpec, topology: Topology, start: int, count: int
+    ) -> Iterator[tuple[int, Tensor]]:
+        """See `Weights.blocks`."""
+        for first, number in ranges(start, count):
+            yield first, self._read_local(name, spec, topology, first, number, partial(self._read, name))
 
     def _read(self, name: str, tensor_rank: int, start: int, count: int) -> Tensor:
         """[count] values of the flattened shard of one tensor rank of the layout that wrote it."""
-        file_name, shape = self._files[name][tensor_rank], self._sharding[name].local_shape()
-        with self._opened(file_name, "the tensors that its header names") as file:
-            stored = file.get_tensor(name)
-        if tuple(stored.shape) != shape:
-            raise self._error(f"{file_name}: {name} of shape {tuple(stored.shape)}", f"shape {shape}")
-        return stored.view(-1).narrow(0, start, count)
+        file_name = self._files[name][tensor_rank]
+        return self._read_file(file_name, name, start, count, "the tensors that its header names")

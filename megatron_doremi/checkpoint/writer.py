@@ -26,7 +26,6 @@ from megatron_doremi.cluster.run_lock import lost_message
 from megatron_doremi.errors import RunError
 from megatron_doremi.parallel.exchange import gather_json
 from megatron_doremi.parallel.topology import Topology
-from megatron_doremi.storage.files import sha256_of
 from megatron_doremi.storage.tensor_file import TensorFile
 
 OPTIMIZER = "optimizer"
@@ -211,10 +210,8 @@ def _write(temporary: Path, files: Sequence[tuple[str, TensorFile | None]]) -> d
     for folder, file in files:
         (temporary / folder).mkdir(parents=True, exist_ok=True)
         if file is not None:
-            file.write(temporary / folder)
-            path = temporary / folder / file.name
-            report["files"][f"{folder}/{file.name}"] = path.stat().st_size
-            report["checksums"][f"{folder}/{file.name}"] = sha256_of(path)
+            report["checksums"][f"{folder}/{file.name}"] = file.write(temporary / folder)
+            report["files"][f"{folder}/{file.name}"] = (temporary / folder / file.name).stat().st_size
             if folder == OPTIMIZER:
                 report["optimizer"] = index_part(file)
     return report

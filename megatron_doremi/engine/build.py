@@ -78,8 +78,6 @@ def make_engine(
     kind: type[TrainingEngine] = PipelinedEngine if context.topology.pipe_size > 1 else OneStageEngine
 
     def partition(layer: nn.Module) -> None:
-        # `dtype` below applies only to parameters created later; existing parameters keep theirs.
-        layer.to(plan.dtype)
         group = context.groups.data
         deepspeed.zero.Init(layer, group, config_dict_or_path=entry, dtype=plan.dtype, mpu=Layout(context))
 
@@ -89,6 +87,7 @@ def make_engine(
         None if to_be_loaded else config.data.seed,
         plan.execution(objective.before_backward),
         partition if parallel.zero_stage == 3 else None,
+        plan.dtype,
     )
     mpu = module.mpu() if isinstance(module, GPTPipeline) else Layout(context)
     return kind(

@@ -20,7 +20,7 @@ def load_model(gpt: GPTConfig, weights: Weights, device: torch.device, dtype: to
     """A model with its weights, for forward passes only."""
     context = unsharded(device)
     module = GPTModel(gpt, context, seed=None).to(device, dtype)
-    copy_weights(module, weights, context.topology)
+    copy_weights(module, weights, context)
     return module.requires_grad_(False).eval()
 
 

@@ -26,11 +26,18 @@ class Stored:
         names: of the tensors there.
         split: the parameter -> those tensors, in the order of `names`.
         join: those tensors -> the parameter. The inverse of `split`, bit for bit.
+        by_rows: the same share of each tensor's rows, joined, is a tensor parallel rank's shard of the parameter.
+        is_plain: the tensor is the parameter.
     """
 
     names: tuple[str, ...]
     split: Callable[[Tensor], list[Tensor]] = lambda full: [full]
     join: Callable[[Sequence[Tensor]], Tensor] = lambda parts: parts[0]
+    by_rows: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        return self.join is Stored.join
 
     def shapes(self, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
         """Shapes of those tensors for a parameter of this shape; nothing is allocated."""
@@ -47,7 +54,7 @@ def transposed(name: str) -> Stored:
 
 def gate_and_up(gate: str, up: str) -> Stored:
     """The fused projection of SwiGLU, whose first half of rows is the gate."""
-    return Stored((gate, up), lambda full: list(full.chunk(2)), _joined)
+    return Stored((gate, up), lambda full: list(full.chunk(2)), _joined, by_rows=True)
 
 
 def _joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
@@ -70,10 +77,11 @@ def separate_heads(names: Sequence[str], gpt: GPTConfig) -> Stored:
 
     def join(parts: Sequence[Tensor]) -> Tensor:
         rest = parts[0].shape[1:]
-        by_group = [part.view(groups, -1, width, *rest) for part in parts]
+        # Of a rank's share of the rows, its share of the groups.
+        by_group = [part.view(len(parts[1]) // width, -1, width, *rest) for part in parts]
         return _joined(by_group, dim=1).view(-1, *rest)
 
-    return Stored(tuple(names), split, join)
+    return Stored(tuple(names), split, join, by_rows=True)
 
 
 def stacked_heads(name: str, gpt: GPTConfig, is_weight: bool) -> Stored:

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import Field
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_doremi.checkpoint.resharding import ranges, read_reshaped
 from megatron_doremi.config import GPTConfig
-from megatron_doremi.errors import MALFORMED, ConfigError, Fault, raise_if_any
+from megatron_doremi.errors import ConfigError, Fault, raise_if_any
 from megatron_doremi.hugging_face.architectures import Architecture
 from megatron_doremi.model.sizes import parameter_specs
 from megatron_doremi.parallel.parameters import ParameterSpec, shard
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.storage.formats import FileName, Name, Schema, read_checked
 from megatron_doremi.storage.tensor_file import DTYPES
+from megatron_doremi.storage.tensor_reader import UNREADABLE_TENSORS, TensorFolder, TensorReader
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Buffers that versions of Transformers stored among the weights; they follow from the shape.
@@ -66,13 +67,13 @@ def stored_tensors(folder: Path, flag: str) -> dict[str, StoredTensor]:
     """
     found: dict[str, StoredTensor] = {}
     for file_name in _file_names(folder, flag):
-        with _opened(folder, file_name, flag) as file:
-            for name in file.keys():  # noqa: SIM118
-                if name in found:
-                    rule, value = "each tensor in one file", f"{name} is in {found[name].file} and in {file_name}"
-                    raise ConfigError(Fault(f"{flag} {folder}", value, rule, _REMEDY))
-                stored = file.get_slice(name)
-                found[name] = StoredTensor(file_name, name, tuple(stored.get_shape()), stored.get_dtype())
+        with _damage_named(folder, file_name, flag):
+            places = TensorReader(folder / file_name).places
+        for name, place in places.items():
+            if name in found:
+                rule, value = "each tensor in one file", f"{name} is in {found[name].file} and in {file_name}"
+                raise ConfigError(Fault(f"{flag} {folder}", value, rule, _REMEDY))
+            found[name] = StoredTensor(file_name, name, place.shape, place.dtype)
     return found
 
 
@@ -94,11 +95,11 @@ def _file_names(folder: Path, flag: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def _opened(folder: Path, file_name: str, flag: str) -> Iterator[Any]:
+def _damage_named(folder: Path, file_name: str, flag: str) -> Iterator[None]:
+    """Raises ConfigError, which names the file, for whatever is wrong with its content."""
     try:
-        with safe_open(folder / file_name, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError, RuntimeError, *MALFORMED) as error:
+        yield
+    except UNREADABLE_TENSORS as error:
         rule = "a complete safetensors file"
         raise ConfigError(Fault(f"{flag} {folder}: {file_name}", str(error), rule, _REMEDY)) from error
 
@@ -117,6 +118,7 @@ class HuggingFaceWeights:
                 our model does not have.
         """
         self.folder, self._architecture, self._gpt, self._flag = folder, architecture, gpt, flag
+        self._files = TensorFolder(folder)
         self._specs = parameter_specs(gpt)
         found = stored_tensors(folder, flag)
         self._entries: dict[str, StoredTensor] = {}
@@ -160,8 +162,9 @@ class HuggingFaceWeights:
         output = f"{self._architecture.modules['output']}.weight"
         if not self._gpt.tied_embeddings or output not in self._entries:
             return []
-        embedding = self._read(self._architecture.stored("embedding.weight", self._gpt).names[0])
-        if torch.equal(self._read(output).float(), embedding.float()):
+        embedding = self._architecture.stored("embedding.weight", self._gpt).names[0]
+        blocks = ranges(0, math.prod(self._entries[output].shape))
+        if all(torch.equal(self._range(output, *b).float(), self._range(embedding, *b).float()) for b in blocks):
             return []
         rule, remedy = "the values of the embedding, since config.json ties them", 'set "tie_word_embeddings": false'
         return [Fault(f"{self._flag} {self.folder}", f"{output} has values of its own", rule, remedy)]
@@ -181,15 +184,44 @@ class HuggingFaceWeights:
 
     def full(self, name: str) -> Tensor:
         """A parameter of ours, unsharded."""
-        stored = self._architecture.stored(name, self._gpt)
-        return stored.join([self._read(theirs) for theirs in stored.names])
-
-    def _read(self, name: str) -> Tensor:
-        entry = self._entries[name]
-        with _opened(self.folder, entry.file, self._flag) as file:
-            tensor: Tensor = file.get_tensor(entry.name)
-        return tensor
+        return self.local_shard(name, self._specs[name], Topology())
 
     def local_shard(self, name: str, spec: ParameterSpec, topology: Topology) -> Tensor:
         """This rank's shard of a parameter; see `WeightsFolder.local_shard`."""
-        return shard(self.full(name), spec, topology.tensor_size, topology.tensor_rank)
+        stored, size = self._architecture.stored(name, self._gpt), topology.tensor_size
+        if not stored.is_plain:
+            if stored.by_rows:
+                return stored.join([self._rows(theirs, size, topology.tensor_rank) for theirs in stored.names])
+            full = stored.join([self._rows(theirs, 1, 0) for theirs in stored.names])
+            return shard(full, spec, size, topology.tensor_rank)
+        result = torch.empty(spec.local_shape(size), dtype=self.dtype(name))
+        for start, values in self.blocks(name, spec, topology, 0, result.numel()):
+            result.view(-1)[start : start + len(values)] = values
+        return result
+
+    def blocks(
+        self, name: str, spec: ParameterSpec, topology: Topology, start: int, count: int
+    ) -> Iterator[tuple[int, Tensor]]:
+        """See `Weights.blocks`. What is not stored as this program holds it comes in one block."""
+        stored = self._architecture.stored(name, self._gpt)
+        if not stored.is_plain:
+            yield start, self.local_shard(name, spec, topology).reshape(-1)[start : start + count]
+            return
+
+        def read(_: int, first: int, number: int) -> Tensor:
+            return self._range(stored.names[0], first, number)
+
+        for first, number in ranges(start, count):
+            yield first, read_reshaped(self._specs[name], 1, spec, topology, first, number, read)
+
+    def _rows(self, name: str, parts: int, part: int) -> Tensor:
+        """One of `parts` equal shares of a tensor's rows."""
+        shape = self._entries[name].shape
+        count = math.prod(shape) // parts
+        return self._range(name, part * count, count).view(shape[0] // parts, *shape[1:])
+
+    def _range(self, name: str, start: int, count: int) -> Tensor:
+        """[count] numbers of a flattened tensor."""
+        entry = self._entries[name]
+        with _damage_named(self.folder, entry.file, self._flag):
+            return self._files.read(entry.file, entry.name, start, count)

@@ -169,11 +169,13 @@ class GPTPipeline(NamedLayers, PipelineModuleHooks):
         context: ParallelContext,
         seed: int | None,
         execution: Execution = DEFAULT,
+        dtype: torch.dtype | None = None,
     ):
         """Builds and initializes the layers of this stage.
 
         Args:
             seed: None leaves the parameters uninitialized, for weights that are about to be loaded.
+            dtype: of the parameters; None: float32.
         """
         topology, tp = context.topology, context.tensor_parallel
         self.gpt, self.tp, self.execution = gpt, tp, execution
@@ -190,20 +192,18 @@ class GPTPipeline(NamedLayers, PipelineModuleHooks):
                 loss_fn=self.token_losses,
                 partition_method="uniform",
             )
+        # Before any value is drawn: its memory was not touched yet.
+        self.to(dtype)
         if execution.compiled:
             compile_layers(layer for _, layer in self.named_layers())
         if seed is not None:
-            self._initialize_layers(seed)
+            initialize(self.named_layers(), seed, tp.group)
         mark_for_gradient_norm((p for _, p in self.model_parameters()), topology)
 
     def layer_bounds(self, num_stages: int) -> list[int]:
         first = self.names.index("layers.0")
         after = len(self.names) - first - self.gpt.num_layers
         return stage_bounds(self.gpt.num_layers, num_stages, first, after)
-
-    def _initialize_layers(self, seed: int) -> None:
-        for name, layer in self.named_layers():
-            initialize(layer, name, seed, self.tp.group)
 
     def named_layers(self) -> Iterator[tuple[str, nn.Module]]:
         seen: set[str] = set()

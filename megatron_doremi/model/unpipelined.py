@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -49,13 +50,15 @@ class GPTModel(NamedLayers, nn.Module):
         seed: int | None,
         execution: Execution = DEFAULT,
         partition: Callable[[nn.Module], None] | None = None,
+        dtype: torch.dtype | None = None,
     ):
-        """Builds and initializes the layers one by one.
+        """Builds the layers one by one, on this rank's device, and initializes them.
 
         Args:
             seed: None leaves the parameters uninitialized, for weights that are about to be loaded.
             partition: called with each layer once it is initialized; partitions its parameters over the data-parallel
                 group (ZeRO 3), so that a rank never holds more than one full layer.
+            dtype: of the parameters; None: float32.
         """
         nn.Module.__init__(self)
         tp = context.tensor_parallel
@@ -70,12 +73,16 @@ class GPTModel(NamedLayers, nn.Module):
             layer = spec.build()
             if isinstance(layer, OutputLayer):
                 layer = LossHead(layer.weight, gpt, tp, execution)
-            if seed is not None:
-                initialize(layer, name, seed, tp.group)
+            # Its memory was not touched yet: the host never holds the model for another device or in another type.
+            layer.to(context.device, dtype)
+            if seed is not None and partition is not None:
+                initialize([(name, layer)], seed, tp.group)
             mark_for_gradient_norm(layer.parameters(), context.topology)
             if partition is not None:
                 partition(layer)
             self.layers.append(layer)
+        if seed is not None and partition is None:
+            initialize(self.named_layers(), seed, tp.group)
         if execution.compiled:
             compile_layers(self.layers)
 
@@ -120,9 +127,10 @@ def make_gpt(
     seed: int | None,
     execution: Execution = DEFAULT,
     partition: Callable[[nn.Module], None] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> GPT:
     """This rank's part of the GPT: its stage of a pipeline, or without one all layers; see `GPTModel`."""
     if context.topology.pipe_size > 1:
         assert partition is None, "ZeRO 3 has no pipeline"
-        return GPTPipeline(gpt, context, seed, execution)
-    return GPTModel(gpt, context, seed, execution, partition)
+        return GPTPipeline(gpt, context, seed, execution, dtype)
+    return GPTModel(gpt, context, seed, execution, partition, dtype)

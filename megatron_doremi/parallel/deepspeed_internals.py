@@ -52,17 +52,23 @@ def local_shard(parameter: Tensor) -> Tensor:
     return shard
 
 
+def local_piece(parameter: Tensor, data_rank: int) -> tuple[int, Tensor]:
+    """The part of a parameter that this rank holds: (its first number in the flattened parameter, [count] its memory).
+
+    Under ZeRO 3 the replicas hold equal parts in rank order, the last of which may be shorter, or empty.
+    """
+    if not is_partitioned(parameter):
+        return 0, parameter.detach().view(-1)
+    assert parameter.numel() == 0, "gathered"
+    part: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+    start, total = data_rank * part.numel(), int(parameter.ds_numel)  # type: ignore[attr-defined]
+    return start, part.detach().view(-1)[: max(0, min(part.numel(), total - start))]
+
+
 def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
     """Gathers parameters that ZeRO 3 shards on every rank of the data group, for reading; a collective call."""
     sharded = [parameter for parameter in parameters if is_partitioned(parameter)]
     return deepspeed.zero.GatheredParameters(sharded) if sharded else nullcontext()
-
-
-def writable(parameter: nn.Parameter) -> AbstractContextManager[None]:
-    """Gathers a parameter for writing. All ranks of the data group write the same values; rank 0's are kept."""
-    return (
-        deepspeed.zero.GatheredParameters([parameter], modifier_rank=0) if is_partitioned(parameter) else nullcontext()
-    )
 
 
 # The global gradient norm.

@@ -84,7 +84,7 @@ def resume_point(
     checkpoint = Path(path)
     state, learned, overridden = _matching_state(checkpoint, plan, identity, controller)
     before = state.recorded_identity()
-    check_files(checkpoint)
+    check_files(checkpoint, topology.rank, topology.world_size)
     check_contents(checkpoint, state, topology.rank, topology.world_size, progress)
     changed = [name for name in identity if name in before and before[name] != identity[name]]
     branch = branch_entry(config.run, checkpoint, state.iteration)

@@ -123,7 +123,7 @@ class Trainer:
             self.watchdog.mark(f"loading {resume.checkpoint.name}")
 
         with self._stage(f"loading {resume.checkpoint}"):
-            load_training(self.engine, resume.checkpoint, self.topology, resume.iteration, progress)
+            load_training(self.engine, resume.checkpoint, self.engine.context, resume.iteration, progress)
         self.iteration, self.blend_state = resume.iteration, resume.blend
         self.metrics_bytes = resume.metrics_bytes
         if resume.controller_state is not None:
@@ -132,7 +132,7 @@ class Trainer:
     def _start_from(self, model: TrainedModel) -> None:
         with self._stage(f"loading {model.path}"):
             mark = partial(self.watchdog.mark, f"loading {model.path}")
-            load_weights(self.engine, model.opened_weights(), self.topology, mark)
+            load_weights(self.engine, model.opened_weights(), self.engine.context, mark)
 
     def train(self) -> bool:
         """Trains to the last iteration, to the exit interval, or until the controller ends the run.

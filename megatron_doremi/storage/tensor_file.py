@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from io import RawIOBase
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_doremi.storage.files import make_durable, sync_and_close
+from megatron_doremi.storage.files import sync_and_close
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,10 @@ class TensorFile:
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str]
 
-    def write(self, folder: Path) -> None:
-        """Writes the file and makes it durable. Raises OSError or SafetensorError on failure."""
-        path = folder / self.name
-        save_file(dict(self.tensors), path, metadata=dict(self.metadata))
-        make_durable(path)
+    def write(self, folder: Path) -> str:
+        """Writes the file, makes it durable and returns its SHA-256, in hex. Raises OSError on failure."""
+        entries = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self.tensors.items()}
+        return write_tensors(folder / self.name, entries, self.tensors.values(), self.metadata)
 
 
 def to_host(tensor: Tensor) -> Tensor:
@@ -45,6 +45,8 @@ def to_host(tensor: Tensor) -> Tensor:
     return copy.copy_(tensor, non_blocking=True)
 
 
+# Bytes that are hashed and written at a time: they are still in the cache when they are written.
+_BLOCK = 1 << 20
 # safetensors' names of the types that models are stored in.
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -60,14 +62,20 @@ def write_tensors(
     entries: Mapping[str, tuple[torch.dtype, Sequence[int]]],
     tensors: Iterable[Tensor],
     metadata: Mapping[str, str],
-) -> None:
-    """Writes a safetensors file one tensor after the other, so that memory holds one at a time.
+) -> str:
+    """Writes a safetensors file one tensor after the other, so that memory holds one at a time, and makes it durable.
 
     The library's own writer takes all tensors of a file at once.
 
     Args:
         entries: dtype and shape of each tensor by name, in the order of `tensors`.
         tensors: made when their turn comes; each is cast to the dtype of its entry.
+
+    Returns:
+        the file's SHA-256, in hex.
+
+    Raises:
+        OSError: the disk is full or fails; names the file.
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
@@ -77,11 +85,32 @@ def write_tensors(
     text = json.dumps(header, separators=(",", ":")).encode("utf-8")
     # The data begin at a multiple of 8 bytes.
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)))
-        file.write(text)
+    try:
+        return _write(path, struct.pack("<Q", len(text)) + text, entries, tensors)
+    except OSError as error:
+        # A failed write names no file.
+        error.filename = str(path)
+        raise
+
+
+def _write(
+    path: Path, header: bytes, entries: Mapping[str, tuple[torch.dtype, Sequence[int]]], tensors: Iterable[Tensor]
+) -> str:
+    digest = hashlib.sha256()
+    with path.open("wb", buffering=0) as file:
+        _write_block(file, digest, memoryview(header))
         for (name, (dtype, shape)), tensor in zip(entries.items(), tensors, strict=True):
             assert tuple(tensor.shape) == tuple(shape), (name, tensor.shape, shape)
             flat = tensor.detach().to("cpu", dtype).contiguous().view(-1)
-            file.write(flat.view(torch.uint8).numpy().data)
+            data = flat.view(torch.uint8).numpy().data
+            for start in range(0, len(data), _BLOCK):
+                _write_block(file, digest, data[start : start + _BLOCK])
         sync_and_close(file)
+    return digest.hexdigest()
+
+
+def _write_block(file: RawIOBase, digest: hashlib._Hash, data: memoryview) -> None:
+    digest.update(data)
+    while data:
+        # Less may be written than is given.
+        data = data[file.write(data) or 0 :]

@@ -34,7 +34,7 @@ def load(launch, gpt, folder):
     def fail(*arguments):
         raise AssertionError("initial values were drawn")
 
-    parameters.initial_values = fail
+    parameters.fill_initial_shard = fail
     frozen = load_frozen(gpt, WeightsFolder(folder), context, torch.float32)
     loaded = dict(frozen.model_parameters())
     return [name for name, parameter in trained.model_parameters() if not torch.equal(parameter, loaded[name])]
@@ -74,13 +74,13 @@ def load_to_train(launch, gpt, zero_stage, bf16, folder):
     def fail(*arguments):
         raise AssertionError("initial values were drawn")
 
-    parameters.initial_values = fail
+    parameters.fill_initial_shard = fail
     data = {"phase": "main", "seq_length": 8, "micro_batch_size": 1}
     config = make_config(context.topology, data, {"zero_stage": zero_stage}, bf16=bf16)
     plan = make_plan(config, context.topology, gpt, ("a",), (1,), np.ones(1))
     objective = make_objective(plan, make_controller(plan), context)
     engine = make_engine(plan, objective, context, to_be_loaded=True)
-    load_weights(engine, WeightsFolder(folder), context.topology)
+    load_weights(engine, WeightsFolder(folder), context)
     expected, different = dict(trained.model_parameters()), []
     for name, parameter in engine.module.model_parameters():
         with gathered([parameter]):

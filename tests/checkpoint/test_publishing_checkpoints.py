@@ -15,7 +15,7 @@ from phases.small import MODEL, train, training_lines
 from ranks import on_ranks, program, unwrapped
 
 from megatron_doremi.checkpoint import publishing
-from megatron_doremi.checkpoint.folder import checkpoint_name, checkpoints
+from megatron_doremi.checkpoint.folder import checkpoint_name, checkpoints, shares_of_files
 from megatron_doremi.checkpoint.publishing import REPLACED, WRITING, Retention, clear_leftovers, publish_checkpoint
 from megatron_doremi.checkpoint.writer import SaveTimer
 from megatron_doremi.errors import RunError
@@ -261,3 +261,11 @@ def test_a_rank_whose_files_rank_0_does_not_see_stops_the_run_and_the_last_check
     assert last == 6
     assert not others
     assert publishing.incompleteness(checkpoint) is None
+
+
+def test_ranks_share_the_bytes_of_a_checkpoint_whose_checksums_they_compute():
+    """By hand: 9 | 5 + 4 | 5 + 2 + 1; not every third file, which would be 9 + 4 | 5 + 2 | 5 + 1."""
+    sizes = {"a": 5, "b": 9, "c": 1, "d": 4, "e": 5, "f": 2}
+    assert shares_of_files(sizes, 3) == [["b"], ["a", "d"], ["e", "f", "c"]]
+    assert shares_of_files(sizes, 1) == [["b", "a", "e", "d", "f", "c"]]
+    assert shares_of_files({"a": 1}, 3) == [["a"], [], []]

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from concurrent.futures import Executor, Future
 from typing import Any
 
 import torch
@@ -40,6 +41,18 @@ def _apply(module: nn.Module, function: Any, recurse: bool = True) -> nn.Module:
     return module
 
 
+class _NoThreads(Executor):
+    """Runs what is submitted at once: the modes of torch belong to the thread that entered them."""
+
+    def __init__(self, *_: Any, **__: Any):
+        pass
+
+    def submit(self, function: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(function(*args, **kwargs))
+        return future
+
+
 @contextlib.contextmanager
 def fake_device() -> Iterator[torch.device]:
     """Within it every new tensor is fake; gives the device. For a process of its own: what it registers stays."""
@@ -48,7 +61,8 @@ def fake_device() -> Iterator[torch.device]:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-    from megatron_doremi.parallel import layers
+    from megatron_doremi.checkpoint import filling
+    from megatron_doremi.parallel import layers, parameters
 
     class Accelerator(CPU_Accelerator):
         """DeepSpeed's, on our device."""
@@ -83,5 +97,6 @@ def fake_device() -> Iterator[torch.device]:
             return make_parameter(*arguments)
 
     layers.make_parameter = made_on_device
+    filling.ThreadPoolExecutor = parameters.ThreadPoolExecutor = _NoThreads  # type: ignore[misc]
     with FakeTensorMode(), _Numbers():
         yield device

@@ -102,7 +102,7 @@ def whole_step(device, phase, zero_stage, bf16, chunk, doremi, *others):
         def _read(self, name, tensor_rank, start, count):
             return torch.zeros(count)
 
-    load_weights(engine, Zeros(), topology)
+    load_weights(engine, Zeros(), context)
     start_state(engine, 1)
     for owned in owned_state(engine, 0):
         for tensor in owned.tensors.values():

@@ -81,7 +81,7 @@ def carry(launch, sizes, parallel, gpt, optimizer, source, target):
     data = {"micro_batch_size": batch, "global_batch_size": 8, "seq_length": 16, "train_iters": 5}
     config = make_config(topology, data, parallel, **optimizer)
     engine = build_engine(config, GPTConfig(**gpt), np.ones(3) / 3, context)
-    load_training(engine, source, topology, 5)
+    load_training(engine, source, context, 5)
     checkpointer = Checkpointer(target, 0, topology)
     checkpointer.start(engine, 5, {})
     checkpointer.finish()
