@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 
-from megatron_doremi.config import Config, GPTConfig, ParallelConfig
+from megatron_doremi.config import Config, GPTConfig, ParallelConfig, TrainingConfig
 from megatron_doremi.model.pipeline import layer_names
 from megatron_doremi.model.sizes import parameter_specs, parameters_by_layer
 from megatron_doremi.parallel.topology import stage_bounds
@@ -25,6 +25,8 @@ from megatron_doremi.shapes import Shape, TransformersShape
 BUCKET = 500_000_000
 GATHERED = 1_000_000_000
 PREFETCHED = 50_000_000
+# Without dropout.
+PLAIN = TrainingConfig()
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,14 @@ class StageMemory:
         return self.state + self.activations + self.reference + self.loss + self.working
 
 
-def block_bytes_per_token(gpt: GPTConfig, parallel: ParallelConfig, element: int) -> float:
+def block_bytes_per_token(
+    gpt: GPTConfig, parallel: ParallelConfig, element: int, training: TrainingConfig = PLAIN
+) -> float:
     """Bytes that one transformer block holds per token of a micro-batch on one rank.
 
     Args:
         element: bytes of an activation, 2 in bfloat16, else 4.
+        training: its dropout.
     """
     tensor, hidden = parallel.tensor_model_parallel_size, gpt.hidden_size
     # The residual stream is sharded by position over the tensor parallel group, or replicated on each of its ranks.
@@ -85,21 +90,61 @@ def block_bytes_per_token(gpt: GPTConfig, parallel: ParallelConfig, element: int
         # Their norms hold their inputs.
         attention += queries + keys
     mlp = (3 if gpt.swiglu else 2) * gpt.ffn_hidden_size / tensor
-    return element * (norms + attention + mlp)
+    # One byte for each number of a mask.
+    dropped = 2 * residual if training.hidden_dropout else 0.0
+    if training.attention_dropout and parallel.recompute_granularity == "none":
+        # Probabilities in float32, their masks, and what is left of them; keys and values of each query.
+        attention += 2 * (queries - keys)
+        dropped += (5 + element) * gpt.num_attention_heads * gpt.max_positions / tensor
+    return element * (norms + attention + mlp) + dropped
 
 
-def block_backward_bytes_per_token(gpt: GPTConfig, parallel: ParallelConfig, element: int) -> float:
+def dropout_bytes_per_token(
+    gpt: GPTConfig, parallel: ParallelConfig, element: int, training: TrainingConfig = PLAIN
+) -> float:
+    """Bytes at work per token while the masks of a block's dropout are computed, beyond what it holds later: the forward
+    pass of a stage's last block, or with recomputation of the one that is computed again."""
+    tensor, hidden = parallel.tensor_model_parallel_size, gpt.hidden_size
+    residual = hidden / tensor if parallel.sequence_parallel else hidden
+    # Four arrays of int64.
+    at_work = 32.0 * residual if training.hidden_dropout else 0.0
+    if not training.attention_dropout:
+        return at_work
+    probabilities = gpt.num_attention_heads * gpt.max_positions / tensor
+    queries = gpt.num_attention_heads * gpt.kv_channels / tensor
+    keys = gpt.num_query_groups * gpt.kv_channels / tensor
+    mlp = (3 if gpt.swiglu else 2) * gpt.ffn_hidden_size / tensor
+    # Beside the probabilities in float32.
+    hashes = 36.0 * probabilities
+    if parallel.recompute_granularity == "full":
+        return max(at_work, hashes + element * (3 * hidden + queries + 2 * keys))
+    # The block does not hold yet, or no longer, what follows attention.
+    after = element * (residual + hidden + mlp)
+    if parallel.recompute_granularity == "selective":
+        return max(at_work, hashes + element * (2 * hidden + queries + 2 * keys) - after)
+    return max(at_work, hashes - (5 + element) * probabilities - after)
+
+
+def block_backward_bytes_per_token(
+    gpt: GPTConfig, parallel: ParallelConfig, element: int, training: TrainingConfig = PLAIN
+) -> float:
     """Bytes at work in the backward pass of a block per token: gradients of the residual stream and of the feed-forward
     layer's inner parts; with full recomputation also all that the block holds otherwise."""
     inner = (3 if gpt.swiglu else 2) * gpt.ffn_hidden_size / parallel.tensor_model_parallel_size
     again = 0.0
     if parallel.recompute_granularity == "full":
-        again = block_bytes_per_token(gpt, replace(parallel, recompute_granularity="none"), element)
+        again = block_bytes_per_token(gpt, replace(parallel, recompute_granularity="none"), element, training)
     return element * (2 * gpt.hidden_size + inner) + again
 
 
 def micro_batch_bytes(
-    gpt: GPTConfig, parallel: ParallelConfig, tokens: int, element: int, blocks: int, stage: int
+    gpt: GPTConfig,
+    parallel: ParallelConfig,
+    tokens: int,
+    element: int,
+    blocks: int,
+    stage: int,
+    training: TrainingConfig = PLAIN,
 ) -> float:
     """Bytes that a pipeline stage holds of a micro-batch between its forward and its backward pass.
 
@@ -107,13 +152,17 @@ def micro_batch_bytes(
         tokens: of the micro-batch.
         blocks: transformer blocks of the stage.
         stage: its number, from 0.
+        training: its dropout.
     """
     tensor, hidden = parallel.tensor_model_parallel_size, gpt.hidden_size
     residual = hidden / tensor if parallel.sequence_parallel else hidden
     last = stage == parallel.pipeline_model_parallel_size - 1
     # Received and sent activations stay in the pipe's buffers.
     per_token = element * residual * ((stage > 0) + (not last))
-    per_token += blocks * block_bytes_per_token(gpt, parallel, element)
+    per_token += blocks * block_bytes_per_token(gpt, parallel, element, training)
+    if training.hidden_dropout and stage == 0:
+        # The mask of the embeddings.
+        per_token += residual
     if gpt.reset_attention_mask:
         # All blocks share the mask.
         per_token += element * gpt.max_positions
@@ -301,12 +350,16 @@ def _stage_memory(
         held_parameters = -(-(parameters - whole) // data_size) + whole
         weights = float(held_parameters * element)
     held = held_micro_batches(alternating, plan.micro_batches, stages, stage, parallel.zero_stage)
-    activations = held * micro_batch_bytes(plan.gpt, parallel, tokens, element, blocks, stage)
+    training = config.training
+    activations = held * micro_batch_bytes(plan.gpt, parallel, tokens, element, blocks, stage, training)
     lasting, beside_loss, beside_backward, at_the_end = buffer_bytes(config, parameters, data_size)
     if config.optimizer.optimizer == "muon" and parallel.zero_stage:
         # Every replica joins the momentum of all matrices.
         at_the_end = max(at_the_end, 4.0 * parameters)
-    beside_backward += tokens * block_backward_bytes_per_token(plan.gpt, parallel, element)
+    beside_backward += tokens * max(
+        block_backward_bytes_per_token(plan.gpt, parallel, element, training),
+        dropout_bytes_per_token(plan.gpt, parallel, element, training),
+    )
     most = max(activations + max(loss + beside_loss, beside_backward), at_the_end)
     working = lasting + most - activations - loss
     return StageMemory(

@@ -10,39 +10,40 @@ from engines import build_engine, layout, make_config
 COLLECTIVES_WITHOUT_WORK = ("send", "recv_", "barrier")
 
 
-def engine_and_batches(context, gpt, data, parallel, doremi, bf16, **optimizer):
+def engine_and_batches(context, gpt, data, parallel, doremi, bf16, training=None, **optimizer):
     """An engine that has taken a step (the first makes the optimizer's state), micro-batches of another, and the
     number of targets by domain."""
     import torch
 
-    config = make_config(context.topology, data, parallel, doremi, bf16=bf16, **optimizer)
+    config = make_config(context.topology, data, parallel, doremi, training, bf16=bf16, **optimizer)
     engine = build_engine(config, gpt, np.full(3, 1 / 3), context)
     windows = config.data.micro_batch_size
     count = config.data.global_batch_size // windows // context.topology.data_size
     targets = torch.tensor([config.data.global_batch_size * config.data.seq_length, 0, 0], dtype=torch.float64)
-    batches = micro_batches(windows, config.data.seq_length, count)
+    batches = micro_batches(windows, config.data.seq_length, count, config.training.drops)
     engine.train_step(batches, targets)
     return engine, batches, targets
 
 
-def micro_batches(windows, seq, count):
-    """Micro-batches of one domain with a reference's losses."""
+def micro_batches(windows, seq, count, drops=False):
+    """Micro-batches of one domain with a reference's losses, and keys of dropout."""
     import torch
 
     from megatron_doremi.data.loader import MicroBatch
 
     ids = torch.zeros(windows, seq, dtype=torch.int64)
-    return [MicroBatch(ids, ids, ids[:, 0], ids[:, 0], torch.zeros(windows, seq)) for _ in range(count)]
+    losses, keys = torch.zeros(windows, seq), torch.arange(windows) if drops else None
+    return [MicroBatch(ids, ids, ids[:, 0], ids[:, 0], losses, keys) for _ in range(count)]
 
 
-def peak_of_a_run(launch, pipe, tensor, gpt, data, parallel, doremi, bf16):
+def peak_of_a_run(launch, pipe, tensor, gpt, data, parallel, doremi, bf16, training=None):
     """This rank's peak of allocated bytes in its second step, with all that was allocated since before the model."""
     import torch
     from torch.profiler import ProfilerActivity, profile, record_function
 
     context = layout(launch, pipe, tensor, parallel.get("sequence_parallel", False))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded, waits_for_gloo():
-        engine, batches, targets = engine_and_batches(context, gpt, data, parallel, doremi, bf16)
+        engine, batches, targets = engine_and_batches(context, gpt, data, parallel, doremi, bf16, training)
         torch.distributed.barrier()
         with record_function("the second step"):
             engine.train_step(batches, targets)

@@ -10,10 +10,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from engines import build_engine, layout, make_config, small_gpt
-from planning.measured import peak_of, peak_of_a_run, waits_for_gloo
+from planning.measured import micro_batches, peak_of, peak_of_a_run, waits_for_gloo
 from ranks import on_ranks
 
-from megatron_doremi.config import ParallelConfig
+from megatron_doremi.config import ParallelConfig, TrainingConfig
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.plan import make_plan
 from megatron_doremi.planning.memory import (
@@ -40,28 +40,25 @@ GPT = small_gpt(
 WINDOWS, SEQ, K = 2, 128, 3
 
 
-def peak_bytes(launch, pipe, tensor, parallel, gpt, bf16):
+def peak_bytes(launch, pipe, tensor, parallel, gpt, bf16, training):
     """This rank's peak of allocated bytes in a step, over what was there before: {update: [by micro-batches]}."""
     context = layout(launch, pipe, tensor, parallel.get("sequence_parallel", False))
     return {
-        update: [peak_of_a_step(context, parallel, gpt, bf16, update, count) for count in MICRO_BATCHES]
+        update: [peak_of_a_step(context, parallel, gpt, bf16, update, count, training) for count in MICRO_BATCHES]
         for update in ("alternating", "simultaneous")
     }
 
 
-def peak_of_a_step(context, parallel, gpt, bf16, update, count):
+def peak_of_a_step(context, parallel, gpt, bf16, update, count, training):
     import torch
     from torch.profiler import ProfilerActivity, profile
-
-    from megatron_doremi.data.loader import MicroBatch
 
     topology = context.topology
     batch = count * WINDOWS * topology.data_size
     data = {"phase": "proxy", "seq_length": SEQ, "micro_batch_size": WINDOWS, "global_batch_size": batch}
-    config = make_config(topology, data, parallel, {"doremi_update": update}, bf16=bf16)
+    config = make_config(topology, data, parallel, {"doremi_update": update}, training, bf16=bf16)
     engine = build_engine(config, gpt, np.full(K, 1 / K), context)
-    ids = torch.zeros(WINDOWS, SEQ, dtype=torch.int64)
-    batches = [MicroBatch(ids, ids, ids[:, 0], ids[:, 0], torch.zeros(WINDOWS, SEQ)) for _ in range(count)]
+    batches = micro_batches(WINDOWS, SEQ, count, config.training.drops)
     targets = torch.tensor([batch * SEQ, 0, 0], dtype=torch.float64)
     # The first step makes the optimizer's state.
     engine.train_step(batches, targets)
@@ -78,12 +75,16 @@ CASES = {
     "all logits": (1, 1, 1, {"loss_chunk_tokens": 0}),
     "bfloat16": (1, 1, 1, {"zero_stage": 1}),
     "normalized queries, bfloat16": (1, 1, 1, {"zero_stage": 1}),
+    "dropout": (1, 1, 1, {}),
+    "dropout, selective": (1, 1, 1, {"recompute_granularity": "selective"}),
+    "dropout, bfloat16": (1, 1, 1, {"zero_stage": 1}),
     "TP2 sequence parallel": (2, 1, 2, {"sequence_parallel": True}),
     "PP3": (3, 3, 1, {}),
     "DP2 ZeRO2": (2, 1, 1, {"zero_stage": 2}),
     "DP2 ZeRO3": (2, 1, 1, {"zero_stage": 3}),
 }
 MICRO_BATCHES = (4, 16)
+DROPOUT = {"attention_dropout": 0.1, "hidden_dropout": 0.1}
 SLACK = 100_000
 # Of several processes: a buffer that gloo has not let go of in time; the model has 2.4 MiB of gradients.
 LATE = 5 * 2**20
@@ -97,9 +98,11 @@ def test_what_twelve_more_micro_batches_take(case):
     parallel, bf16 = ParallelConfig(tensor, pipe, **flags), "bfloat16" in case
     gpt = replace(GPT, qk_layernorm=case.startswith("normalized"))
     slack = LATE if world > 1 else SLACK
-    for rank, peaks in enumerate(on_ranks(world, peak_bytes, pipe, tensor, flags, gpt, bf16)):
+    dropout = DROPOUT if case.startswith("dropout") else {}
+    for rank, peaks in enumerate(on_ranks(world, peak_bytes, pipe, tensor, flags, gpt, bf16, dropout)):
         stage = rank // (world // pipe)
-        one = micro_batch_bytes(gpt, parallel, WINDOWS * SEQ, 2 if bf16 else 4, gpt.num_layers // pipe, stage)
+        sizes = (WINDOWS * SEQ, 2 if bf16 else 4, gpt.num_layers // pipe, stage)
+        one = micro_batch_bytes(gpt, parallel, *sizes, TrainingConfig(**dropout))
         for update, (few, many) in peaks.items():
             alternating = update == "alternating"
             before, after = (
@@ -175,6 +178,11 @@ LAYOUTS = {
     "ZeRO 2, offloaded": (1, 1, 1, {"zero_stage": 2, "cpu_offload": True}, True, "main"),
     "ZeRO 3, offloaded": (1, 2, 1, {"zero_stage": 3, "cpu_offload": True}, True, "main"),
     "ZeRO 3": (1, 2, 1, {"zero_stage": 3}, True, "main"),
+    "dropout": (1, 1, 1, {}, False, "main"),
+    "dropout, bfloat16, proxy": (1, 1, 1, {"zero_stage": 1}, True, "proxy"),
+    "dropout, selective": (1, 1, 1, {"recompute_granularity": "selective"}, False, "main"),
+    "dropout, recomputed, proxy": (1, 1, 1, {"recompute_granularity": "full"}, False, "proxy"),
+    "dropout, TP 2, sequence parallel": (1, 1, 2, {"sequence_parallel": True}, False, "main"),
 }
 
 
@@ -191,13 +199,14 @@ def test_all_that_a_rank_holds(case, shape):
     (pipe, replicas, tensor, flags, bf16, phase), gpt = LAYOUTS[case], SHAPES[shape]
     parallel, topology = {"loss_chunk_tokens": 128, **flags}, Topology(pipe, replicas, tensor)
     data = {"phase": phase, "seq_length": SEQ, "micro_batch_size": 4, "global_batch_size": 4 * 4 * replicas}
-    plan = make_plan(make_config(topology, data, parallel, bf16=bf16), topology, gpt, ("text",), (1,), np.ones(1))
-    planned = stage_memories(plan, phase == "proxy", None)
-    peaks = on_ranks(pipe * replicas * tensor, peak_of_a_run, pipe, tensor, gpt, data, parallel, {}, bf16)
+    dropout = DROPOUT if case.startswith("dropout") else {}
+    config = make_config(topology, data, parallel, training=dropout, bf16=bf16)
+    planned = stage_memories(make_plan(config, topology, gpt, ("text",), (1,), np.ones(1)), phase == "proxy", None)
+    peaks = on_ranks(pipe * replicas * tensor, peak_of_a_run, pipe, tensor, gpt, data, parallel, {}, bf16, dropout)
     for rank, peak in enumerate(peaks):
         stage = rank // (replicas * tensor)
         # On a CPU the device is the host.
-        on_host = host_bytes_per_parameter(plan.config, replicas) * parameters_by_stage(gpt, tensor, pipe)[stage]
+        on_host = host_bytes_per_parameter(config, replicas) * parameters_by_stage(gpt, tensor, pipe)[stage]
         total = planned[stage].total + on_host
         print(f"{case}, {shape}, rank {rank}: {peak / 2**20:.1f} MiB, planned {total / 2**20:.1f}")
         assert 0.9 * peak < total < 1.1 * peak
