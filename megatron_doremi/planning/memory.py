@@ -102,8 +102,8 @@ def block_bytes_per_token(
 def dropout_bytes_per_token(
     gpt: GPTConfig, parallel: ParallelConfig, element: int, training: TrainingConfig = PLAIN
 ) -> float:
-    """Bytes at work per token while the masks of a block's dropout are computed, beyond what it holds later: the forward
-    pass of a stage's last block, or with recomputation of the one that is computed again."""
+    """Bytes at work per token while the masks of a block's dropout are computed, beyond what it holds later: in a
+    stage's last block, or with recomputation in the one that is computed again."""
     tensor, hidden = parallel.tensor_model_parallel_size, gpt.hidden_size
     residual = hidden / tensor if parallel.sequence_parallel else hidden
     # Four arrays of int64.
@@ -350,15 +350,16 @@ def _stage_memory(
         held_parameters = -(-(parameters - whole) // data_size) + whole
         weights = float(held_parameters * element)
     held = held_micro_batches(alternating, plan.micro_batches, stages, stage, parallel.zero_stage)
-    training = config.training
-    activations = held * micro_batch_bytes(plan.gpt, parallel, tokens, element, blocks, stage, training)
+    # A model with learned positions may have more of them than a window has.
+    gpt, training = replace(plan.gpt, max_positions=plan.batch_shape[1]), config.training
+    activations = held * micro_batch_bytes(gpt, parallel, tokens, element, blocks, stage, training)
     lasting, beside_loss, beside_backward, at_the_end = buffer_bytes(config, parameters, data_size)
     if config.optimizer.optimizer == "muon" and parallel.zero_stage:
         # Every replica joins the momentum of all matrices.
         at_the_end = max(at_the_end, 4.0 * parameters)
     beside_backward += tokens * max(
-        block_backward_bytes_per_token(plan.gpt, parallel, element, training),
-        dropout_bytes_per_token(plan.gpt, parallel, element, training),
+        block_backward_bytes_per_token(gpt, parallel, element, training),
+        dropout_bytes_per_token(gpt, parallel, element, training),
     )
     most = max(activations + max(loss + beside_loss, beside_backward), at_the_end)
     working = lasting + most - activations - loss

@@ -72,6 +72,14 @@ def test_zero_3_holds_a_bucket_and_a_shard():
     assert stage_memories(small, False, None)[0].working == 4 * SMALL
 
 
+def test_a_mask_is_as_long_as_the_window():
+    """Of a model of 4,096 learned positions that is trained on 1,024: 2 x 1,024 bytes a token."""
+    plan = plan_of("main --model-size 280m --zero-stage 1 --micro-batch-size 2")
+    with_mask = replace(plan.gpt, max_positions=4096, reset_attention_mask=True)
+    without, found = (stage_memories(replace(plan, shape=each), False, None)[0] for each in (plan.gpt, with_mask))
+    assert found.activations - without.activations == 2048 * 2 * 1024
+
+
 def test_full_recomputation_holds_one_block_again():
     flags = "main --model-size 8b --zero-stage 1 --recompute-granularity full --micro-batch-size 2"
     first, _ = stage_memories(plan_of(flags, pipe=2), False, None)
