@@ -33,7 +33,8 @@ from megatron_doremi.settings import EVALUATE, PHASES, PROXY, SCORE, UNIMAX, fla
 def find_faults(config: Config, world_size: int) -> list[Fault]:
     """All faults of the settings by themselves, before any file is opened."""
     model_faults = _model_faults(config.model, config.parallel) if _reads_shape(config) else []
-    faults = [*_required(config), *_ranges(config), *_profile_faults(config, world_size), *model_faults]
+    faults = [*_required(config), *_ranges(config), *_schedule_faults(config)]
+    faults += [*_profile_faults(config, world_size), *model_faults]
     if not config.run.suggest_layout:
         return [*faults, *layout_faults(config, world_size), *zero_faults(config), *dry_run_faults(config)]
     if not faults and _reads_shape(config):
@@ -199,6 +200,22 @@ def _ranges(config: Config) -> list[Fault]:
         check(
             warmup <= steps, "lr_warmup_iters", warmup, f"at most --train-iters {steps}, else the peak is never reached"
         )
+    return faults
+
+
+def _schedule_faults(config: Config) -> list[Fault]:
+    """Faults of flags that another optimizer or decay reads, and of a decay that the run has no room for."""
+    optim, steps, faults = config.optimizer, config.data.train_iters, []
+    if "muon_momentum" in config.given and optim.optimizer != "muon":
+        faults.append(_without_effect("--muon-momentum", "--optimizer muon reads it"))
+    if optim.lr_decay_style != "WSD":
+        names = [name for name in ("lr_wsd_decay_fraction", "lr_wsd_decay_iters") if name in config.given]
+        return faults + [_without_effect(flag_of(name), "--lr-decay-style WSD reads it") for name in names]
+    warmup, decay = optim.warmup_steps(steps), optim.lr_wsd_decay_iters
+    if 0 < steps < warmup + decay:
+        rule = f"at most {steps - warmup}: --train-iters {steps} less {warmup} steps of warmup"
+        remedy = "give a value in that range, more steps, or a shorter --lr-warmup-iters"
+        faults.append(Fault("--lr-wsd-decay-iters", str(decay), rule, remedy))
     return faults
 
 

@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from megatron_doremi.cluster.watchdog import Watchdog
 from megatron_doremi.console import say, warn
+from megatron_doremi.engine.step_clock import StepClock
 from megatron_doremi.phases.metrics import StepTimer
 from megatron_doremi.run_settings import RunConfig
 
@@ -35,17 +36,28 @@ class StepProfile:
         if device.type == "cuda":
             self._activities.append(ProfilerActivity.CUDA)
 
+    def note_past(self, iteration: int) -> None:
+        """Says that the step to record is one that an earlier start took without recording it.
+
+        Args:
+            iteration: steps that were taken before this start.
+        """
+        if 0 < self._step <= iteration and not self.path.exists():
+            warn(f"--profile {self._step}: an earlier start took that step, and this one starts after {iteration:,}")
+
     @contextmanager
-    def of_step(self, iteration: int, timer: StepTimer, watchdog: Watchdog) -> Iterator[None]:
+    def of_step(self, iteration: int, timer: StepTimer, clock: StepClock, watchdog: Watchdog) -> Iterator[None]:
         """Records a `with` block if it takes the step to record, writes the trace and says where it is.
 
         Args:
             iteration: number of the step, from 1.
-            timer: leaves out the time of starting, ending and writing; the step itself is slower than others.
+            timer, clock: leave out the time of starting, ending and writing; the step itself is slower than others.
         """
         if not self._step or iteration != self._step:
             yield
             return
+        # The step begins its parts itself.
+        clock.stop()
         with timer.paused():
             profiler = profile(activities=self._activities)
             profiler.start()

@@ -146,6 +146,7 @@ class Trainer:
     def _train(self, garbage: GarbageCollection) -> bool:
         config, total = self.config, self.config.data.train_iters
         log = open_log(config, self.iteration, self.metrics_bytes, self.lock.lost_to)
+        self.profile.note_past(self.iteration)
         if self.iteration == 0 and self.controller.evaluates_at(0):
             self._evaluate(log, for_controller=True)
         timer, stop, start, began = StepTimer(self.iteration), KEEP_RUNNING, self.iteration, time.monotonic()
@@ -153,7 +154,7 @@ class Trainer:
         for step in () if self._ended() else self._steps():
             self.watchdog.mark(f"in iteration {self.iteration + 1}")
             lr = self.learning_rate.at(self.iteration + 1)
-            with self.profile.of_step(self.iteration + 1, timer, self.watchdog):
+            with self.profile.of_step(self.iteration + 1, timer, self.engine.clock, self.watchdog):
                 flags = self._take_step(step, lr)
             stop, ended = flags.stop, self._ended()
             self._log_step(lr, timer, log, ended)

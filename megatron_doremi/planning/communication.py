@@ -234,9 +234,10 @@ def fewest_on_a_machine(stride: int, size: int, world_size: int, per_node: int) 
     """
     ranks = np.arange(world_size)
     groups = ranks // (stride * size) * stride + ranks % stride
-    places, counts = np.unique(np.stack((groups, ranks // per_node)), axis=1, return_counts=True)
-    leave = np.bincount(places[0]) > 1
-    return int(counts[leave[places[0]]].min()) if leave.any() else 0
+    places, counts = np.unique(groups * world_size + ranks // per_node, return_counts=True)
+    groups = places // world_size
+    leaves = np.bincount(groups) > 1
+    return int(counts[leaves[groups]].min()) if leaves.any() else 0
 
 
 def seconds_to_communicate(plan: RunPlan, alternating: bool, reference: Shape | None) -> float:

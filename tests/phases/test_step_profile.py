@@ -63,10 +63,37 @@ def test_a_trace_that_cannot_be_written_ends_no_run(plain, data, reference, tmp_
 
 
 def test_a_resumed_run_does_not_record_a_step_of_the_past(data, tmp_path):
+    """It says so, but of a step that was recorded."""
     save = tmp_path / "run"
-    train(1, "main", data, save, STEPS, "--exit-interval", "2")
-    train(1, "main", data, save, STEPS, "--load", str(save), "--profile", "2")
-    assert not (save / "profile").exists()
+    train(1, "main", data, save, STEPS, "--exit-interval", "2", "--profile", "1")
+    argv = ["--phase", "main", "--domains", str(data), "--save", str(save), "--train-iters", str(STEPS), *MODEL]
+    argv += ["--load", str(save), "--exit-interval", "3"]
+    assert "--profile" not in on_ranks(1, printing, [*argv, "--profile", "1"])[0]
+    (printed,) = on_ranks(1, printing, [*argv, "--profile", "2"])
+    assert "warning: --profile 2: an earlier start took that step, and this one starts after 3" in printed
+    assert [each.name for each in (save / "profile").iterdir()] == ["step-1-rank-0.json.gz"]
+
+
+def test_the_parts_of_a_step_do_not_have_the_start_of_the_profiler(tmp_path):
+    """By a clock that only the profiler moves, and one that leaves its start and end out of the step."""
+    import torch
+
+    from megatron_doremi.engine.step_clock import DATA, FORWARD, StepClock
+    from megatron_doremi.phases.metrics import StepTimer
+    from megatron_doremi.phases.step_profile import StepProfile
+    from megatron_doremi.run_settings import RunConfig
+
+    class Watched:
+        def mark(self, doing):
+            pass
+
+    clock, timer = StepClock(), StepTimer(0)
+    profile = StepProfile(RunConfig(save=str(tmp_path), profile=1), 0, torch.device("cpu"))
+    clock.enter(DATA)
+    with profile.of_step(1, timer, clock, Watched()):
+        clock.enter(FORWARD)
+        clock.stop()
+    assert sum(clock.lap().values()) <= timer.lap(1)[1]
 
 
 @pytest.mark.parametrize(
