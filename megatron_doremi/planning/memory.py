@@ -119,7 +119,7 @@ def dropout_bytes_per_token(
     if parallel.recompute_granularity == "full":
         return max(at_work, hashes + element * (3 * hidden + queries + 2 * keys))
     # The block does not hold yet, or no longer, what follows attention.
-    after = element * (residual + hidden + mlp)
+    after = element * (2 * residual + mlp)
     if parallel.recompute_granularity == "selective":
         return max(at_work, hashes + element * (2 * hidden + queries + 2 * keys) - after)
     return max(at_work, hashes - (5 + element) * probabilities - after)

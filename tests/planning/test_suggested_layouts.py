@@ -73,8 +73,9 @@ def test_the_8b_model_on_eight_gpus():
     found = suggest("main --model-size 8b", 8)
     assert settings_of(found.fitting[0]) == (2, 1, 4, 1, "none", 8)
     half = 32 * (4097 * 3 * 2048 + 4096 * 2048 + 4097 * 12288 + 12288 * 4096 + 4 * 4096) + 128_000 * 4096 + 4096
-    token = 2 * (32 * (2 * (2048 + 4096) + 4 * 2048 + 2 * 12288) + 2048 + 4096)
-    loss = 2 * 128_000 * 1024 + 2 * 4 * 128_000 * 4096
+    token = 2 * (32 * (4 * 2048 + 4 * 2048 + 2 * 12288) + 2 * 2048)
+    # With the hidden states of all positions.
+    loss = 2 * 128_000 * 1024 + 2 * 4 * 128_000 * 4096 + 2 * 8 * 1024 * 4096
     assert found.fitting[0].memory.total == half * (6 + 12 / 4) + 8 * 1024 * token + loss
     # One window is one chunk, whose logits are held; the output layer's gradient, and a copy.
     one_chunk = 2 * 256_000 * 1024 + 2 * 2 * 256_000 * 4096
