@@ -18,6 +18,8 @@ PAPER_SHAPES: dict[str, tuple[int, int, int, int, int]] = {
     "1b": (16, 32, 64, 2048, 8192),
     "8b": (32, 32, 128, 4096, 24576),
 }
+# Fields of a shape that say whether it depends on where documents end.
+RESETS = ("reset_position_ids", "reset_attention_mask")
 
 
 @dataclass(frozen=True, kw_only=True)

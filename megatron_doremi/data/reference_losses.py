@@ -40,7 +40,11 @@ _SHOWN_FILES = 10
 
 
 class ScoresFile(Schema):
-    """The content of scores.json. Keys with a default are missing in folders of version 0.1, which are still read."""
+    """The content of scores.json. Keys with a default are missing in folders of earlier versions, which are still read.
+
+    Attributes:
+        reset_position_ids, reset_attention_mask: of the reference; None if unknown.
+    """
 
     FORMAT: ClassVar[str] = "megatron-doremi-scores/2"
     OLDER_FORMATS: ClassVar[tuple[str, ...]] = ("megatron-doremi-scores/1",)
@@ -54,6 +58,8 @@ class ScoresFile(Schema):
     precision: Literal["float32", "bfloat16"] | None = None
     reference: Sha256
     reference_iteration: Count
+    reset_position_ids: bool | None = None
+    reset_attention_mask: bool | None = None
 
     @property
     def old(self) -> bool:

@@ -8,9 +8,7 @@ from megatron_doremi.config import Config
 from megatron_doremi.errors import ConfigError, Fault
 from megatron_doremi.phases.run_data import RunData
 from megatron_doremi.settings import flag_of
-from megatron_doremi.shapes import GPTConfig
-
-_RESETS = ("reset_position_ids", "reset_attention_mask")
+from megatron_doremi.shapes import RESETS, GPTConfig
 
 
 def with_documents(gpt: GPTConfig, config: Config, data: RunData) -> GPTConfig:
@@ -19,7 +17,7 @@ def with_documents(gpt: GPTConfig, config: Config, data: RunData) -> GPTConfig:
     Raises:
         ConfigError: the data name no tokenizer that would say which token ends a document.
     """
-    asked = [name for name in _RESETS if getattr(config.training, name)]
+    asked = [name for name in RESETS if getattr(config.training, name)]
     if not asked:
         return gpt
     tokenizer = data.manifest.tokenizer

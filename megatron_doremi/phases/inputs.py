@@ -34,6 +34,7 @@ from megatron_doremi.phases.trained_run import (
     read_loaded,
     read_reference,
     reads_reference_losses,
+    recorded_warnings,
     scores_online,
 )
 from megatron_doremi.plan import RunPlan, make_plan
@@ -138,6 +139,7 @@ def open_inputs(config: Config, topology: Topology) -> Inputs:
         *shape_warnings(config.model, plan.gpt),
         *mixture_warnings(plan, controller),
         *loaded_warnings(config, plan.gpt, reference),
+        *(recorded_warnings(plan.gpt, reference_losses) if reference_losses is not None else []),
         *document_warnings(plan.gpt, data),
     ]
     data = _with_warnings(data, warnings)

@@ -48,6 +48,7 @@ from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.phases.run_data import RunData
 from megatron_doremi.plan import RunPlan
 from megatron_doremi.progress import Progress, stage
+from megatron_doremi.shapes import RESETS, GPTConfig
 from megatron_doremi.storage.files import sha256_of
 
 # Windows whose indices are computed at a time, and chunks whose files a replica checks at a time.
@@ -174,6 +175,8 @@ def score(plan: RunPlan, data: RunData, model: TrainedModel, context: ParallelCo
     def start() -> dict[str, Any]:
         fingerprint = {**data_fingerprint(config, data), "reference": weights_hash(model, watchdog)}
         fingerprint["reference_iteration"] = model.iteration
+        if isinstance(model.shape, GPTConfig):
+            fingerprint |= {name: getattr(model.shape, name) for name in RESETS}
         ReferenceLossFolder(Path(config.run.save), fingerprint)
         return fingerprint
 

@@ -7,19 +7,24 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from megatron_doremi.config import Config, GPTConfig, gpt_config, states_shape
+from megatron_doremi.data.reference_losses import ReferenceLosses
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any
 from megatron_doremi.mixture.controller import MixtureController
 from megatron_doremi.mixture.reference import OnlineReference, TrainedModel
 from megatron_doremi.parallel.context import ParallelContext
 from megatron_doremi.phases.model_checks import read_model
 from megatron_doremi.phases.run_data import RunData
-from megatron_doremi.phases.to_come import INITIAL_MODEL, LOADED_RUN, REFERENCE_RUN
+from megatron_doremi.phases.to_come import INITIAL_MODEL, LOADED_RUN, LOSSES, REFERENCE_RUN
 from megatron_doremi.plan import RunPlan
 from megatron_doremi.settings import EVALUATE, PROXY
-from megatron_doremi.shapes import Shape
+from megatron_doremi.shapes import RESETS, Shape
 
 # Fields of a shape that no model flag states.
-_OF_DOCUMENTS = ("reset_position_ids", "reset_attention_mask", "eod")
+_OF_DOCUMENTS = (*RESETS, "eod")
+_OTHER_RESETS = (
+    "resets positions or attention at other places than the proxy: the excess loss then measures what it sees of "
+    "earlier documents as well"
+)
 # Fields of a shape that a run chooses although it starts from a model.
 _OF_A_NEW_RUN = ("make_vocab_size_divisible_by", "init_method_std")
 
@@ -95,9 +100,17 @@ def _reference_warnings(shape: Shape, reference: TrainedModel, subject: str) -> 
         effect = "the excess loss then measures the difference in size as well"
         lines.append(f"{subject} has another shape than the proxy, {', '.join(differing)}: {effect}")
     if any(getattr(reference.gpt, name) != getattr(shape, name) for name in _OF_DOCUMENTS):
-        effect = "the excess loss then measures what it sees of earlier documents as well"
-        lines.append(f"{subject} resets positions or attention at other places than the proxy: {effect}")
+        lines.append(f"{subject} {_OTHER_RESETS}")
     return lines
+
+
+def recorded_warnings(gpt: GPTConfig, losses: ReferenceLosses) -> list[str]:
+    """A warning if recorded losses are of a reference that resets otherwise than the proxy `gpt`; folders of earlier
+    versions do not say."""
+    resets = [(getattr(losses.scores_file, name), getattr(gpt, name)) for name in RESETS]
+    if all(recorded in (None, own) for recorded, own in resets):
+        return []
+    return [f"the reference of {LOSSES} {losses.folder} {_OTHER_RESETS}"]
 
 
 def read_loaded(config: Config, data: RunData, to_come: Collection[str] = ()) -> TrainedModel:

@@ -54,6 +54,10 @@ def test_every_stage_of_a_pipeline_sees_the_documents(data, tmp_path):
     # Recorded in 16 bits.
     for online, recorded in zip(found[1][0], found[1][1], strict=True):
         assert recorded["domain_excess"] == pytest.approx(online["domain_excess"], abs=2e-3)
+        losses = ["--reference-losses", str(folder / "losses")]
+        for own, count in ((RESETS, 0), (RESETS[:1], 1), ([], 1)):
+            warnings = planned(data, *losses, *own, phase="proxy", model=DEEP).data.manifest.warnings
+            assert sum("resets positions or attention at other places" in line for line in warnings) == count
     (single,), (staged,) = found[0][2], found[1][2]
     assert staged["eval"] == pytest.approx(single["eval"], rel=1e-5)
     plain = train(1, "main", data, tmp_path / "plain", 6, model=DEEP)
@@ -67,8 +71,8 @@ def test_stopped_half_way_it_takes_the_same_steps(data, tmp_path):
         train(1, "main", data, tmp_path / "broken", 6, "--load", str(tmp_path / "broken"), model=DEEP)
 
 
-def planned(data, *flags):
-    argv = ["--phase", "main", "--domains", str(data), "--save", "none", "--train-iters", "8", *MODEL, "--dry-run"]
+def planned(data, *flags, phase="main", model=MODEL):
+    argv = ["--phase", phase, "--domains", str(data), "--save", "none", "--train-iters", "6", *model, "--dry-run"]
     return open_inputs(parse_config([*argv, *flags], 1), Topology())
 
 
