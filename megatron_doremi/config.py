@@ -77,7 +77,9 @@ class DataConfig:
         (), "domains of the manifest to leave out, as A,B or as separate words; names are those of the manifest"
     )
     vocab_size: int = setting(
-        0, "number of token ids; only for a Megatron-LM list, which names no tokenizer", bounds=Bounds(0, 1 << 31)
+        0,
+        "number of token ids; for a Megatron-LM list, which names no tokenizer, and to plan (--dry-run) without data",
+        bounds=Bounds(0, 1 << 31),
     )
     allow_tokenizer_mismatch: bool = setting(
         False, "accept domain weights learned with another tokenizer", phases=NO_EVALUATION

@@ -114,7 +114,7 @@ class RunConfig:
         False,
         "print the run as resolved (settings, model, layout, memory by stage, arithmetic, communication, domains) and "
         "exit; nothing is written. Inputs that an earlier stage has yet to write get stand-ins (score, evaluate: give "
-        "the model flags)",
+        "the model flags), and so do missing data, with --vocab-size",
         phases=PHASES,
     )
     dry_run_world_size: int = setting(

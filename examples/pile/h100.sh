@@ -5,9 +5,10 @@
 #     DRY_RUN=1 GPUS=64 bash examples/slurm/run_all.sh examples/pile/h100.sh     # plans each stage, submits nothing
 #     GPUS=64 bash examples/slurm/run_all.sh examples/pile/h100.sh
 #
-# The dry run refuses a stage that does not fit into 85 % of a GPU, and prints time and communication. docs/planning.md has
-# what it says, and why these layouts. With REFERENCE_SOURCE=online and STAGES="reference proxy main" the proxy runs the
-# reference on each batch, and nothing is recorded. Other variables are those of pile.sh; the site file gives times.
+# The dry run refuses a stage that does not fit into 85 % of a GPU, and prints time and communication; it plans without
+# data as well. docs/planning.md has what it says, and why these layouts. With REFERENCE_SOURCE=online and
+# STAGES="reference proxy main" the proxy runs the reference on each batch, and nothing is recorded. Other variables are
+# those of pile.sh; the site file gives times.
 GPUS=${GPUS:-64}
 # shellcheck source=examples/pile/pile.sh
 source examples/pile/pile.sh
@@ -36,4 +37,9 @@ MAIN_JOB=("${SMALL_JOB[@]}")
 if [ -n "${DRY_RUN:-}" ]; then
     TRAINING+=(--device-memory-gib 80)
     SCORE+=(--device-memory-gib 80)
+    # A plan on a laptop, without The Pile: the paper's vocabulary.
+    if [ ! -e "$DATA/domains.json" ]; then
+        TRAINING+=(--vocab-size 256000)
+        SCORE+=(--vocab-size 256000)
+    fi
 fi

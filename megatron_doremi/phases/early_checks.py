@@ -11,7 +11,7 @@ from megatron_doremi.errors import ConfigError, Fault
 from megatron_doremi.hugging_face.model_config import check_model_config
 from megatron_doremi.mixture.static import resolve_weights
 from megatron_doremi.phases.selected_domains import select_domains
-from megatron_doremi.phases.to_come import INITIAL_MODEL, LOADED_RUN, REFERENCE_RUN, WEIGHTS, inputs_to_come
+from megatron_doremi.phases.to_come import DATA, INITIAL_MODEL, LOADED_RUN, REFERENCE_RUN, WEIGHTS, inputs_to_come
 from megatron_doremi.settings import EVALUATE, NO_EVALUATION, PROXY, SCORE, TRAINING, UNIMAX
 
 
@@ -41,6 +41,8 @@ def reference_faults(config: Config) -> list[Fault]:
 def _data_faults(config: Config) -> list[Fault]:
     faults: list[Fault] = []
     to_come = inputs_to_come(config)
+    if DATA in to_come:
+        return []
     try:
         manifest, weights = select_domains(config, to_come, faults)
     except ConfigError as error:

@@ -26,7 +26,8 @@ from megatron_doremi.phases.resume import planned_resume
 from megatron_doremi.phases.run_data import RunData, open_data
 from megatron_doremi.phases.score import missing_losses, open_reference_losses
 from megatron_doremi.phases.selected_domains import sampling_setting
-from megatron_doremi.phases.to_come import LOSSES, WEIGHTS, inputs_to_come
+from megatron_doremi.phases.stand_in_data import stand_in_data
+from megatron_doremi.phases.to_come import DATA, LOSSES, WEIGHTS, inputs_to_come
 from megatron_doremi.phases.trained_run import (
     initial_shape,
     loaded_warnings,
@@ -92,7 +93,10 @@ def open_inputs(config: Config, topology: Topology) -> Inputs:
             return None
 
     to_come = inputs_to_come(config)
-    opened = collect(lambda: open_data(config, phase != EVALUATE, topology.data_size, to_come))
+    if DATA in to_come:
+        opened = collect(lambda: stand_in_data(config, topology.data_size))
+    else:
+        opened = collect(lambda: open_data(config, phase != EVALUATE, topology.data_size, to_come))
     if opened is None:
         # The reference can be checked without the data.
         raise ConfigError([*faults, *reference_faults(config)])
@@ -140,7 +144,7 @@ def open_inputs(config: Config, topology: Topology) -> Inputs:
         *mixture_warnings(plan, controller),
         *loaded_warnings(config, plan.gpt, reference),
         *(recorded_warnings(plan.gpt, reference_losses) if reference_losses is not None else []),
-        *document_warnings(plan.gpt, data),
+        *(document_warnings(plan.gpt, data) if DATA not in to_come else []),
     ]
     data = _with_warnings(data, warnings)
     return Inputs(

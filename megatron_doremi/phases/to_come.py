@@ -14,7 +14,7 @@ from megatron_doremi.mixture.static import is_weights_file, similar_mixture
 from megatron_doremi.settings import EVALUATE, NO_EVALUATION, PROXY, SCORE, TRAINING
 from megatron_doremi.storage.files import similar_path
 
-WEIGHTS, LOSSES = "--domain-weights", "--reference-losses"
+DATA, WEIGHTS, LOSSES = "--domains", "--domain-weights", "--reference-losses"
 REFERENCE_RUN, LOADED_RUN, INITIAL_MODEL = "--reference-load", "--load", "--init-from"
 
 
@@ -28,6 +28,10 @@ def inputs_to_come(config: Config) -> dict[str, str]:
         return {}
     phase, doremi, weights = config.data.phase, config.doremi, config.data.domain_weights
     stand_ins: dict[str, tuple[str, str]] = {}
+    if phase in NO_EVALUATION and config.data.vocab_size and config.data.train_iters:
+        # Only a list of prefixes has --vocab-size, if the data exist.
+        line = "two domains as long as the run stand in, with --vocab-size; windows, epochs and weights are theirs"
+        stand_ins[DATA] = (config.data.domains, line)
     # Anything that ends in no known suffix is no file that a proxy is to write.
     is_file = is_weights_file(weights) and Path(file_and_row(weights)[0]).suffix.lower() in WEIGHTS_SUFFIXES
     if phase in NO_EVALUATION and is_file and not similar_mixture(weights):

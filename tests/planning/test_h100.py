@@ -35,10 +35,11 @@ def pile(tmp_path_factory):
     return manifest
 
 
-def flags_of(stage: str, gpus: int, source: str = "online") -> list[str]:
-    """The flags that the scripts of examples/slurm give a stage in a dry run."""
+def flags_of(stage: str, gpus: int, data="no-data", source: str = "online") -> list[str]:
+    """The flags that the scripts of examples/slurm give a stage in a dry run, of data in a folder."""
     commands = 'source examples/slurm/common.sh; stage_flags "$1"; printf "%s\\n" "${FLAGS[@]}"'
     environ = {**os.environ, "EXPERIMENT": "examples/pile/h100.sh", "GPUS": str(gpus), "DRY_RUN": "1", "OUT": "to-come"}
+    environ["DATA"] = str(data)
     words = ["bash", "-euo", "pipefail", "-c", commands, "-", stage]
     done = subprocess.run(words, env={**environ, "REFERENCE_SOURCE": source}, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -46,8 +47,8 @@ def flags_of(stage: str, gpus: int, source: str = "online") -> list[str]:
 
 
 def planned(stage: str, gpus: int, pile) -> str:
-    """What the dry run of a stage prints; it finds no fault."""
-    argv = ["--phase", stage, "--domains", str(pile), *flags_of(stage, gpus), "--dry-run"]
+    """What the dry run of a stage prints, with the data or before they exist; it finds no fault."""
+    argv = ["--phase", stage, "--domains", str(pile), *flags_of(stage, gpus, pile.parent), "--dry-run"]
     config = parse_config([*argv, "--dry-run-world-size", str(gpus)], gpus)
     parallel = config.parallel
     tensor, pipe = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
@@ -78,6 +79,24 @@ def test_it_fits_and_takes_what_the_document_says(stage, gpus, pile):
     assert written == cells
 
 
+@pytest.mark.parametrize("stage", ["reference", "proxy", "main"])
+def test_a_plan_needs_no_data(stage, pile, tmp_path):
+    """It says what stands in; memory, arithmetic and communication are the same."""
+    with_data, without = (planned(stage, 64, path) for path in (pile, tmp_path / "domains.json"))
+    assert f"--domains {tmp_path}/domains.json does not exist yet: two domains" in " ".join(without.split())
+    machine = [
+        re.search(r"\nparameters: .*?(?=\n  domain )", text, flags=re.DOTALL)[0] for text in (with_data, without)
+    ]
+    assert machine[0] == machine[1]
+    assert len(machine[0].splitlines()) > 10
+
+
+def test_scoring_is_planned_without_data(tmp_path):
+    """All windows of the run: 200,000 steps of 512, in equal shares, each rounded up by at most one."""
+    text = planned("score", 64, tmp_path / "domains.json")
+    assert f"at most {200_000 * 512 + 2:,}" in " ".join(text.split())
+
+
 def test_the_share_of_reference_and_proxy(pile):
     """GPU-hours at one utilization; the paper counts 8 %."""
     hours = {
@@ -103,7 +122,7 @@ def test_the_dry_run_of_the_chain(pile, tmp_path):
     hours = "4445.8; those before main are 3.0 % of main"
     assert f"GPU-hours of these stages at the stated utilization: {hours}\n" in done.stdout
     assert "\n  layout: tensor 2 x pipeline 1 x data 32 = 64 ranks, ZeRO 1\n" in done.stdout
-    argv = ["--phase", "main", "--domains", str(pile), *flags_of("main", 8), "--dry-run-world-size", "8"]
+    argv = ["--phase", "main", "--domains", str(pile), *flags_of("main", 8, pile.parent), "--dry-run-world-size", "8"]
     command = [sys.executable, "pretrain_doremi.py", *argv, "--dry-run", "--device-memory-gib", "40"]
     small = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert small.returncode == 2
