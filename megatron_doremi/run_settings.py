@@ -132,7 +132,7 @@ class RunConfig:
     device_memory_gib: float = setting(
         0.0,
         "memory of a device in GiB: --dry-run refuses a run that does not fit, --suggest-layout ranks layouts that do "
-        "(default: that of the GPU in this machine)",
+        "(default: that of the GPU in this machine, unless --dry-run-device names another)",
         phases=NO_EVALUATION,
         bounds=Bounds(0.0, 1e6),
     )

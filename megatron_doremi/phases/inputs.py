@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -221,10 +222,16 @@ def _line(text: str) -> list[str]:
 
 
 def device_memory(config: Config) -> float | None:
-    """Bytes of the device of a rank: as stated, or of the GPU here; None on a CPU."""
+    """Bytes of the device of a rank: as stated, or of the GPU here; None on a CPU, and of a plan for another GPU."""
     if config.run.device_memory_gib:
         return config.run.device_memory_gib * 2**30
-    return float(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
+    if not torch.cuda.is_available():
+        return None
+    if config.run.dry_run and "dry_run_device" in config.given:
+        planned, here = config.planning.dry_run_device, torch.cuda.get_device_name(0)
+        if not re.search(rf"\b{planned}\b", here):
+            return None
+    return float(torch.cuda.get_device_properties(0).total_memory)
 
 
 def fitted(inputs: Inputs, device_bytes: float | None) -> Inputs:
@@ -249,7 +256,7 @@ def suggestion(inputs: Inputs) -> str:
     """
     device_bytes = device_memory(inputs.plan.config)
     if device_bytes is None:
-        rule = "the memory of the device that a rank will have; this machine has no GPU that could tell"
+        rule = "the memory of the device that a rank will have; this machine has no such GPU that could tell"
         raise ConfigError(Fault("--device-memory-gib", "not given", rule, "give it, such as --device-memory-gib 80"))
     before_backward = inputs.controller.before_backward
     ranked = suggest_layouts(inputs.plan, before_backward, held_reference(inputs), device_bytes)
