@@ -25,7 +25,7 @@ from deepspeed.runtime.pipe.schedule import (
     SendActivation,
     SendGrad,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_doremi.data.loader import MicroBatch
 from megatron_doremi.engine.reduction import GradientReduction, flat_buckets, loose_buckets
@@ -65,6 +65,7 @@ class TrainingEngine(EngineHooks):
         self.z_loss = z_loss
         self.objective, self.context, self.clip_grad = objective, context, clip_grad
         self.clock = make_clock(context.device)
+        self._reduction = self._make_reduction()
         self._before_step: Callable[[Tensor | None], float | None] = lambda norm: None
 
     def train_step(
@@ -102,9 +103,25 @@ class TrainingEngine(EngineHooks):
         self.clock.enter(OPTIMIZER)
         return known
 
+    def _make_reduction(self) -> GradientReduction | None:
+        """The reduction beside the backward pass; None with one replica, and where ZeRO collects gradients itself."""
+        size = self.context.topology.data_size
+        if size == 1 or self.collects_reduced_gradients():
+            return None
+        tied = frozenset(self.tied_parameters())
+        if wraps_optimizer(self):
+            buckets = [bucket for group in flat_gradients(self) for bucket in flat_buckets(*group, alone=tied)]
+        else:
+            buckets = loose_buckets([parameter for _, parameter in self.module.model_parameters()], alone=tied)
+        return GradientReduction(buckets, self.context.groups.data, size, tied)
+
+    def tied_parameters(self) -> list[nn.Parameter]:
+        """Parameters of which another stage has a copy."""
+        return []
+
     def reduces_gradients(self) -> bool:
-        # With one replica there is nothing to reduce, but a sharded optimizer collects its gradients here.
-        return self.context.topology.data_size > 1 or self.collects_reduced_gradients()
+        # A sharded optimizer collects its gradients here, with one replica too.
+        return self.collects_reduced_gradients()
 
     def _norm_in_time(self) -> Tensor | None:
         """The gradient's global norm; None if the optimizer computes it within its step. Clips the gradient, unless the
@@ -167,11 +184,15 @@ class PipelinedEngine(TrainingEngine, PipelineEngineHooks):
         super().__init__(**arguments)
         self._held: dict[int, tuple[Tensor, Tensor]] = {}
         self._coming: Iterator[MicroBatch] = iter(())
+        self._backward_passes = 0
+
+    def tied_parameters(self) -> list[nn.Parameter]:
+        return self.module.tied_weights()
 
     def _accumulate_and_step(self, micro_batches: Sequence[MicroBatch]) -> None:
         # All copies to the device are issued here; DeepSpeed would issue them one by one and wait for each.
         batches = [batch.to(self.device) for batch in micro_batches]
-        self._coming = iter(batches)
+        self._coming, self._backward_passes = iter(batches), 0
         self.run_schedule(iter([batch.as_pipe_batch() for batch in batches]))
 
     def schedule(self) -> PipeSchedule | None:
@@ -191,6 +212,8 @@ class PipelinedEngine(TrainingEngine, PipelineEngineHooks):
             # They come in order on every stage.
             batch = next(self._coming)
             self.module.tokens, self.module.keys, self.module.documents = batch.tokens, batch.keys, batch.documents
+        if kind is ReduceGrads and self._reduction is not None:
+            self._reduction.finish()
 
     def after_forward(self, buffer_id: int, labels: tuple[Tensor, ...]) -> None:
         output = self.loss
@@ -204,6 +227,9 @@ class PipelinedEngine(TrainingEngine, PipelineEngineHooks):
     def before_backward(self, buffer_id: int) -> None:
         if buffer_id in self._held:
             self.loss = self._loss(*self._held.pop(buffer_id))
+        self._backward_passes += 1
+        if self._reduction is not None and self._backward_passes == self.micro_batches:
+            self._reduction.start()
 
 
 class OneStageEngine(TrainingEngine):
@@ -214,24 +240,6 @@ class OneStageEngine(TrainingEngine):
     therefore scores the batch first, without a graph, and repeats the forward passes for training: 4/3 of the
     arithmetic.
     """
-
-    def __init__(self, **arguments: Any):
-        super().__init__(**arguments)
-        self._reduction = self._make_reduction()
-
-    def _make_reduction(self) -> GradientReduction | None:
-        """The reduction beside the backward pass; None with one replica, and where ZeRO collects gradients itself."""
-        size = self.context.topology.data_size
-        if size == 1 or self.collects_reduced_gradients():
-            return None
-        if wraps_optimizer(self):
-            buckets = [bucket for group in flat_gradients(self) for bucket in flat_buckets(*group)]
-        else:
-            buckets = loose_buckets([parameter for _, parameter in self.module.model_parameters()])
-        return GradientReduction(buckets, self.context.groups.data, size)
-
-    def reduces_gradients(self) -> bool:
-        return super().reduces_gradients() and self._reduction is None
 
     def _accumulate_and_step(self, micro_batches: Sequence[MicroBatch]) -> None:
         batches = [batch.to(self.device) for batch in micro_batches]

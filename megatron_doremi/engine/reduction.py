@@ -2,12 +2,13 @@
 
 A bucket is reduced as soon as the last micro-batch has added to all of its gradients, and those before it are under
 way: in the same order on every rank. The backward pass computes gradients from the last layer to the first, and so go
-the buckets.
+the buckets. Copies of a tied parameter on other stages of a pipeline are summed before replicas are: their buckets come
+last, after the backward pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -32,26 +33,35 @@ class Bucket:
     flat: Tensor | None
 
 
-def loose_buckets(parameters: Sequence[nn.Parameter], elements: int = BUCKET_ELEMENTS) -> list[Bucket]:
-    """Buckets of at least `elements` gradients, but for the last, of parameters given from the first to the last."""
-    return [Bucket(tuple(parameters[a:b]), None) for a, b in _runs([p.numel() for p in parameters], elements)]
+def loose_buckets(
+    parameters: Sequence[nn.Parameter], elements: int = BUCKET_ELEMENTS, alone: Set[nn.Parameter] = frozenset()
+) -> list[Bucket]:
+    """Buckets of at least `elements` gradients, of parameters given from the first to the last; with fewer where they
+    end, or beside one in `alone`, which has a bucket of its own."""
+    return [Bucket(tuple(parameters[a:b]), None) for a, b in _runs(parameters, elements, alone)]
 
 
-def flat_buckets(parameters: Sequence[nn.Parameter], flat: Tensor, elements: int = BUCKET_ELEMENTS) -> list[Bucket]:
+def flat_buckets(
+    parameters: Sequence[nn.Parameter],
+    flat: Tensor,
+    elements: int = BUCKET_ELEMENTS,
+    alone: Set[nn.Parameter] = frozenset(),
+) -> list[Bucket]:
     """As `loose_buckets`, of gradients that lie in `flat`, [at least their number], in the order of `parameters`."""
-    sizes = [p.numel() for p in parameters]
-    starts = [0, *accumulate(sizes)]
-    return [Bucket(tuple(parameters[a:b]), flat[starts[a] : starts[b]]) for a, b in _runs(sizes, elements)]
+    starts = [0, *accumulate(p.numel() for p in parameters)]
+    return [Bucket(tuple(parameters[a:b]), flat[starts[a] : starts[b]]) for a, b in _runs(parameters, elements, alone)]
 
 
-def _runs(sizes: Sequence[int], elements: int) -> list[tuple[int, int]]:
-    """Ranges of indices, from the last to the first, with a sum of at least `elements` each but for the last one."""
+def _runs(parameters: Sequence[nn.Parameter], elements: int, alone: Set[nn.Parameter]) -> list[tuple[int, int]]:
+    """Ranges of indices, from the last to the first; see `loose_buckets`."""
     runs: list[tuple[int, int]] = []
-    stop = len(sizes)
+    stop = len(parameters)
     while stop:
         start = stop - 1
-        while start and sum(sizes[start:stop]) < elements:
+        total = parameters[start].numel()
+        while start and total < elements and not {parameters[start], parameters[start - 1]} & alone:
             start -= 1
+            total += parameters[start].numel()
         runs.append((start, stop))
         stop = start
     return runs
@@ -60,15 +70,22 @@ def _runs(sizes: Sequence[int], elements: int) -> list[tuple[int, int]]:
 class GradientReduction:
     """Reduces the gradients of a step over the replicas, beside the backward pass of its last micro-batch."""
 
-    def __init__(self, buckets: Sequence[Bucket], group: dist.ProcessGroup, size: int):
+    def __init__(
+        self, buckets: Sequence[Bucket], group: dist.ProcessGroup, size: int, tied: Set[nn.Parameter] = frozenset()
+    ):
         """Registers hooks on the parameters, after those that move their gradients.
 
         Args:
             buckets: in the order in which they are reduced; each parameter lies in one.
             size: ranks of the group.
+            tied: parameters with a bucket of their own each, which `finish` reduces.
         """
-        self._buckets, self._group, self._size = buckets, group, size
-        self._bucket_of = {parameter: number for number, each in enumerate(buckets) for parameter in each.parameters}
+        self._group, self._size = group, size
+        self._beside = [each for each in buckets if not tied & set(each.parameters)]
+        self._after = [each for each in buckets if tied & set(each.parameters)]
+        self._bucket_of = {
+            parameter: number for number, each in enumerate(self._beside) for parameter in each.parameters
+        }
         self._missing: list[int] = []
         self._under_way: list[tuple[dist.Work, Tensor]] = []
         for parameter in self._bucket_of:
@@ -76,26 +93,28 @@ class GradientReduction:
 
     def start(self) -> None:
         """Called before the backward pass of a step's last micro-batch."""
-        self._missing, self._under_way = [len(each.parameters) for each in self._buckets], []
+        self._missing, self._under_way = [len(each.parameters) for each in self._beside], []
 
     def _accumulated(self, parameter: nn.Parameter) -> None:
         if not self._missing:
             return
         self._missing[self._bucket_of[parameter]] -= 1
-        while len(self._under_way) < len(self._buckets) and not self._missing[len(self._under_way)]:
-            bucket = self._buckets[len(self._under_way)]
-            tensor = (
-                torch.cat([grad.reshape(-1) for grad in _gradients(bucket)]) if bucket.flat is None else bucket.flat
-            )
-            work = dist.all_reduce(tensor, group=self._group, async_op=True)
-            assert work is not None
-            self._under_way.append((work, tensor))
+        while len(self._under_way) < len(self._beside) and not self._missing[len(self._under_way)]:
+            self._reduce(self._beside[len(self._under_way)])
+
+    def _reduce(self, bucket: Bucket) -> None:
+        tensor = torch.cat([grad.reshape(-1) for grad in _gradients(bucket)]) if bucket.flat is None else bucket.flat
+        work = dist.all_reduce(tensor, group=self._group, async_op=True)
+        assert work is not None
+        self._under_way.append((work, tensor))
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Waits for the reductions; afterwards the gradients are means over the replicas."""
-        assert len(self._under_way) == len(self._buckets), "a parameter got no gradient"
-        for bucket, (work, tensor) in zip(self._buckets, self._under_way, strict=True):
+        """Reduces tied parameters and waits; afterwards the gradients are means over the replicas."""
+        assert len(self._under_way) == len(self._beside), "a parameter got no gradient"
+        for bucket in self._after:
+            self._reduce(bucket)
+        for bucket, (work, tensor) in zip([*self._beside, *self._after], self._under_way, strict=True):
             work.wait()
             tensor.mul_(1.0 / self._size)
             if bucket.flat is None:

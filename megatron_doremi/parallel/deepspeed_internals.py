@@ -208,6 +208,10 @@ class PipelineModuleHooks(PipelineModule):
         layer: nn.Module = self.tied_modules[key]
         return layer
 
+    def tied_weights(self) -> list[nn.Parameter]:
+        """The parameters of this stage of which another stage has a copy."""
+        return [each[0] for each in self.get_tied_weights_and_groups()]
+
     def layer_functions(self) -> list[Callable[..., Tensor]]:
         """The functions that this stage calls in order: layers, and forward functions bound to tied layers."""
         functions: list[Callable[..., Tensor]] = self.forward_funcs

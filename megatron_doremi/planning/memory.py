@@ -303,9 +303,8 @@ def buffer_bytes(config: Config, parameters: int, data_size: int) -> tuple[float
     if stage == 1 and element == 4:
         # A bucket for the backward pass, one for the reduction, and copies of the averaged gradients.
         return 0.0, 0.0, 4.0 * bucket, 16.0 * bucket
-    # The bfloat16 optimizer's gradients are reduced in place, but by a pipeline.
-    copies = data_size > 1 and (stage == 0 or config.parallel.pipeline_model_parallel_size > 1)
-    return 0.0, 0.0, 0.0, 4.0 * bucket if copies else 0.0
+    # The bfloat16 optimizer's gradients are reduced in place, those without ZeRO are copied.
+    return 0.0, 0.0, 0.0, 4.0 * parameters if data_size > 1 and stage == 0 else 0.0
 
 
 def stage_memories(plan: RunPlan, alternating: bool, reference: Shape | None) -> list[StageMemory]:

@@ -63,6 +63,7 @@ NAMES = {
         "_local_start",
         "_local_stop",
         "tied_modules",
+        "get_tied_weights_and_groups",
         "forward_funcs",
     ],
     "runtime/engine.py": ["basic_optimizer", "allreduce_gradients", "_take_model_step", "_global_grad_norm"],

@@ -40,6 +40,8 @@ CASES = {
     "PP 2, alternating": (2, 1, 1, {}, True, "proxy", {}),
     "PP 2, untied": (2, 1, 1, {}, False, "main", BIASED),
     "PP 3": (3, 1, 1, {}, False, "main", {}),
+    "PP 2 x DP 2": (2, 2, 1, {}, False, "main", {}),
+    "PP 2 x DP 2, ZeRO 1": (2, 2, 1, {"zero_stage": 1}, True, "proxy", {}),
     "DP 2": (1, 2, 1, {}, False, "main", {}),
     "DP 2, ZeRO 1": (1, 2, 1, {"zero_stage": 1}, True, "main", {}),
     "DP 2, ZeRO 1, float32": (1, 2, 1, {"zero_stage": 1}, False, "main", {}),

@@ -172,6 +172,8 @@ LAYOUTS = {
     "ZeRO 3 alone": (1, 1, 1, {"zero_stage": 3}, True, "main"),
     "TP 2, sequence parallel": (1, 1, 2, {"sequence_parallel": True}, False, "main"),
     "PP 2": (2, 1, 1, {}, False, "main"),
+    "PP 2 x DP 2": (2, 2, 1, {}, False, "main"),
+    "PP 2 x DP 2, ZeRO 1": (2, 2, 1, {"zero_stage": 1}, True, "main"),
     "ZeRO 1": (1, 2, 1, {"zero_stage": 1}, True, "main"),
     "ZeRO 1, float32": (1, 2, 1, {"zero_stage": 1}, False, "main"),
     "ZeRO 2": (1, 2, 1, {"zero_stage": 2}, True, "main"),
