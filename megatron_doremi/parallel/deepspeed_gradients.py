@@ -1,6 +1,12 @@
-"""The float32 gradients of DeepSpeed's bfloat16 optimizer, by its private names; see deepspeed_internals.py."""
+"""The float32 gradients of DeepSpeed's bfloat16 optimizer, by its private names; see deepspeed_internals.py.
+
+It serves ZeRO 1 in float32 too: its gradients lie in one tensor, which replicas reduce in place beside the backward
+pass. DeepSpeed's own optimizer for that copies them after it, which takes up to 16 bytes a parameter.
+"""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
 
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
@@ -36,6 +42,21 @@ class LeanBF16Optimizer(BF16_Optimizer):
     def clear_hp_grads(self) -> None:
         """Forgets the sums, which the next step's first micro-batch overwrites."""
         self.fp32_groups_has_gradients = [[False] * len(group) for group in self.fp32_groups_gradients]
+
+
+def make_float32_optimizer(engine: DeepSpeedEngine, optimizer: torch.optim.Optimizer) -> BF16_Optimizer:
+    """The bfloat16 optimizer of an engine whose weights are float32, around a torch optimizer: it keeps float32 master
+    weights and gradients, as for any weights."""
+    return BF16_Optimizer(
+        optimizer,
+        engine.param_names,
+        bfloat16_config=SimpleNamespace(enabled=True, immediate_grad_update=True),
+        mpu=engine.mpu,
+        clip_grad=engine.gradient_clipping(),
+        allgather_bucket_size=engine.zero_allgather_bucket_size(),
+        dp_process_group=engine.seq_data_parallel_group,
+        grad_acc_dtype=torch.float32,
+    )
 
 
 def save_passes(engine: DeepSpeedEngine) -> None:

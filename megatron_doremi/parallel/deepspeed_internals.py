@@ -24,6 +24,8 @@ from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass, PipeInstr
 from deepspeed.runtime.zero import stage_1_and_2
 from torch import Tensor, nn
 
+from megatron_doremi.parallel.deepspeed_gradients import make_float32_optimizer
+
 
 def disable_shared_memory_all_reduce() -> None:
     """Keeps DeepSpeed from compiling its shared-memory all-reduce at the first start on a machine; gloo is enough.
@@ -241,6 +243,11 @@ def left_as_it_is(norm: Tensor, device: Any = None, val: float = -1.0) -> None:
 
 class EngineHooks(DeepSpeedEngine):
     """Any of DeepSpeed's engines with public names for the hooks of its step."""
+
+    def _configure_zero_optimizer(self, optimizer: torch.optim.Optimizer) -> Any:
+        if self.zero_optimization_stage() == 1:
+            return make_float32_optimizer(self, optimizer)
+        return super()._configure_zero_optimizer(optimizer)
 
     def before_model_step(self) -> float | None:
         """Called once per step, after the last backward pass and before any parameter is updated.

@@ -300,10 +300,7 @@ def buffer_bytes(config: Config, parameters: int, data_size: int) -> tuple[float
         # The bucket, its tensors flattened, and these in float32.
         full = (2.0 * element + 4.0) * bucket
         return 0.0, 0.0, full if parameters > BUCKET else float(element * bucket), full
-    if stage == 1 and element == 4:
-        # A bucket for the backward pass, one for the reduction, and copies of the averaged gradients.
-        return 0.0, 0.0, 4.0 * bucket, 16.0 * bucket
-    # The bfloat16 optimizer's gradients are reduced in place, those without ZeRO are copied.
+    # Under ZeRO 1 gradients are reduced in place; without ZeRO they are copied.
     return 0.0, 0.0, 0.0, 4.0 * parameters if data_size > 1 and stage == 0 else 0.0
 
 

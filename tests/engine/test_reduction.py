@@ -131,7 +131,7 @@ def a_step(launch, pipe, zero_stage, bf16, tied, phase, by_deepspeed):
         return real(tensor, *arguments, group=group, **options)
 
     def before_step(norm):
-        read = (lambda p: p._hp_grad.view(p.shape)) if bf16 else (lambda p: p.grad)
+        read = (lambda p: p._hp_grad.view(p.shape)) if zero_stage else (lambda p: p.grad)
         gradients.update(read_parameters(engine, read))
 
     def before_instruction(engine, kind, real=engines.PipelinedEngine.before_instruction):
@@ -152,6 +152,8 @@ STEPS = {
     # ranks, stages, ZeRO, bfloat16, tied embeddings, phase
     "DP2": (2, 1, 0, False, True, "main"),
     "DP2, ZeRO 1, bf16": (2, 1, 1, True, True, "main"),
+    "DP2, ZeRO 1": (2, 1, 1, False, True, "proxy"),
+    "PP2 x DP2, ZeRO 1": (4, 2, 1, False, True, "main"),
     "PP2 x DP2": (4, 2, 0, False, True, "main"),
     "PP2 x DP2, untied, alternating": (4, 2, 0, False, False, "proxy"),
     "PP2 x DP2, ZeRO 1, bf16": (4, 2, 1, True, True, "proxy"),

@@ -66,7 +66,13 @@ NAMES = {
         "get_tied_weights_and_groups",
         "forward_funcs",
     ],
-    "runtime/engine.py": ["basic_optimizer", "allreduce_gradients", "_take_model_step", "_global_grad_norm"],
+    "runtime/engine.py": [
+        "basic_optimizer",
+        "allreduce_gradients",
+        "_configure_zero_optimizer",
+        "_take_model_step",
+        "_global_grad_norm",
+    ],
 }
 
 
