@@ -86,11 +86,11 @@ def memory_remedies(plan: RunPlan) -> list[str]:
 
 def compile_text(error: RuntimeError, activity: str) -> str:
     """What torch.compile said, and how to go on."""
-    said = [line for line in str(error).splitlines() if line.strip()][:_LINES]
+    said = [line for line in str(error).splitlines() if line.strip() and not line.startswith("Set TORCHDYNAMO")]
     return "\n".join(
         [
             f"--compile: torch.compile failed, {activity}:",
-            *(f"  {line}" for line in said),
+            *(f"  {line}" for line in said[:_LINES]),
             "  remedy:  leave --compile out: the same losses to rounding, in longer steps",
             "  TORCHDYNAMO_VERBOSE=1 shows where it failed",
         ]

@@ -184,6 +184,14 @@ def test_one_graph_for_any_number_of_documents(monkeypatch):
     assert counter.frame_count == 1
 
 
+RUNS = [
+    (1, []),
+    (2, ["--pipeline-model-parallel-size", "2"]),
+    (2, ["--zero-stage", "3"]),
+    (2, ["--tensor-model-parallel-size", "2", "--sequence-parallel"]),
+]
+
+
 def with_kernel(launch, argv):
     """The program, with the stand-in, and how often it was called."""
     from megatron_doremi.data import loader
@@ -202,7 +210,7 @@ def with_kernel(launch, argv):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [(1, []), (2, ["--pipeline-model-parallel-size", "2"]), (2, ["--zero-stage", "3"])])
+@pytest.mark.parametrize("layout", RUNS)
 def test_whole_runs_are_those_under_the_mask(data, tmp_path, layout):
     """A proxy with an online reference, evaluated; some micro-batches have too many documents and keep the mask."""
     world, flags = layout

@@ -5,13 +5,17 @@ Run alone: python -m pytest tests/phases/test_device_errors.py
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 import torch._dynamo.exc
 from engines import make_config, small_gpt
 from phases.small import MODEL
-from ranks import on_ranks, program
+from ranks import ROOT, on_ranks, program
 
 from megatron_doremi.errors import RunError
 from megatron_doremi.parallel.topology import Topology
@@ -88,6 +92,22 @@ def test_the_compiler_failed():
     assert lines[0] == "--compile: torch.compile failed, in iteration 1:"
     assert any("no kernel" in line for line in lines)
     assert "  remedy:  leave --compile out: the same losses to rounding, in longer steps" in lines
+
+
+@pytest.mark.slow
+def test_a_compiler_that_fails_ends_the_run_in_its_first_step(data, tmp_path):
+    compiler = tmp_path / "cxx"
+    compiler.write_text('#!/bin/sh\ncase "$*" in *--version*) exec g++ "$@";; esac\necho "planted" >&2\nexit 1\n')
+    compiler.chmod(0o755)
+    argv = ["--phase", "main", "--domains", str(data), "--save", str(tmp_path / "run"), "--train-iters", "4", *MODEL]
+    environ = {**os.environ, "CXX": str(compiler), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, str(ROOT / "pretrain_doremi.py"), *argv, "--compile"]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 1, done.stderr
+    assert "error: --compile: torch.compile failed, in iteration 1:\n" in done.stderr
+    assert "  planted\n" in done.stderr
+    assert "remedy:  leave --compile out" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_other_errors_stay_what_they_are():
