@@ -87,6 +87,30 @@ def read_parameters(engine, read=lambda parameter: parameter.detach()):
     return values
 
 
+def read_gradient(engine):
+    """A function that gives a parameter's gradient as the optimizer is given it; a collective call."""
+    import deepspeed
+    import torch
+    import torch.distributed as dist
+
+    from megatron_doremi.parallel.sharded_optimizer import ShardedOptimizer
+
+    optimizer = engine.optimizer
+
+    def read(parameter):
+        if isinstance(optimizer, ShardedOptimizer):
+            full, piece = torch.zeros(parameter.numel()), optimizer.piece_of(parameter)
+            if piece is not None:
+                full[piece.start : piece.start + piece.count] = piece.of(optimizer.gradients()[piece.bucket])
+            dist.all_reduce(full, group=engine.context.groups.data)
+            return full.view(parameter.shape)
+        if engine.zero_optimization_stage() >= 2:
+            return deepspeed.utils.safe_get_full_grad(parameter)
+        return parameter._hp_grad.view(parameter.shape) if hasattr(parameter, "_hp_grad") else parameter.grad
+
+    return read
+
+
 def gather_full(topology, local_parameters):
     """{name: full parameter} from every rank's `read_parameters`; fails if replicas or tied copies differ."""
     import torch

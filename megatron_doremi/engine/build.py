@@ -52,13 +52,14 @@ class Layout:
 
 
 def _optimizer(plan: RunPlan, module: GPT, context: ParallelContext) -> torch.optim.Optimizer:
-    settings = plan.config.optimizer
+    settings, parallel = plan.config.optimizer, plan.config.parallel
     if settings.optimizer == "muon":
         topology, tp = context.topology, context.tensor_parallel.group
-        sharded = plan.config.parallel.zero_stage > 0
+        sharded = parallel.zero_stage > 0
         replicas = TensorGroup(context.groups.data, topology.data_size, topology.data_rank) if sharded else None
         return make_muon(module.model_parameters(), settings, plan.gpt, tp, replicas)
-    return make_optimizer(module.model_parameters(), settings)
+    in_buckets = parallel.zero_stage == 2 and not parallel.cpu_offload
+    return make_optimizer(module.model_parameters(), settings, in_buckets)
 
 
 def make_engine(

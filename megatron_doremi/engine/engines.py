@@ -40,6 +40,7 @@ from megatron_doremi.parallel.deepspeed_internals import (
     is_counted_in_gradient_norm,
     wraps_optimizer,
 )
+from megatron_doremi.parallel.sharded_optimizer import ShardedOptimizer
 
 # Parts of a step by instruction; all others belong to the forward pass. That of the optimizer begins with the norm and
 # the flags, which ranks exchange.
@@ -104,9 +105,9 @@ class TrainingEngine(EngineHooks):
         return known
 
     def _make_reduction(self) -> GradientReduction | None:
-        """The reduction beside the backward pass; None with one replica, and where ZeRO collects gradients itself."""
+        """The reduction beside a step's last backward pass; None with one replica, and where the optimizer reduces."""
         size = self.context.topology.data_size
-        if size == 1 or self.collects_reduced_gradients():
+        if size == 1 or self.collects_reduced_gradients() or isinstance(self.optimizer, ShardedOptimizer):
             return None
         tied = frozenset(self.tied_parameters())
         if wraps_optimizer(self):
@@ -128,22 +129,29 @@ class TrainingEngine(EngineHooks):
         optimizer does so."""
         # Without ZeRO and mixed precision, DeepSpeed reports no norm and would count tied copies and replicated
         # parameters several times; its sharded optimizers report a norm that counts each parameter once.
-        if wraps_optimizer(self):
+        groups = self.context.groups
+        if isinstance(self.optimizer, ShardedOptimizer):
+            counted = self.optimizer.gradient_pieces(is_counted_in_gradient_norm)
+            norm = self._clip(self.optimizer.gradients(), counted, [groups.data, groups.model])
+        elif wraps_optimizer(self):
             return self.optimizer_norm()
-        norm = self._clip_gradients()
+        else:
+            parameters = [p for p in self.module.parameters() if p.grad is not None]
+            counted = [p.grad for p in parameters if is_counted_in_gradient_norm(p)]
+            norm = self._clip([p.grad for p in parameters], counted, [groups.model])
         self.set_grad_norm(norm)
         return norm
 
-    def _clip_gradients(self) -> Tensor:
-        parameters = [p for p in self.module.parameters() if p.grad is not None]
-        counted = [p.grad for p in parameters if is_counted_in_gradient_norm(p)]
+    def _clip(self, gradients: list[Tensor], counted: list[Tensor], groups: list[dist.ProcessGroup]) -> Tensor:
+        """Clips this rank's gradients by the norm of those that are `counted` on all ranks of the groups' product."""
         norms = torch.stack(torch._foreach_norm(counted)).double() if counted else torch.zeros(1).double()
         total = norms.to(self.device).square().sum()
-        dist.all_reduce(total, group=self.context.groups.model)
+        for group in groups:
+            dist.all_reduce(total, group=group)
         norm = total.sqrt()
         if self.clip_grad > 0.0:
             factor = (self.clip_grad / (norm + 1e-6)).clamp(max=1.0).float()
-            torch._foreach_mul_([p.grad for p in parameters], factor)
+            torch._foreach_mul_(gradients, factor)
         return norm
 
     def _token_losses(self, output: Tensor) -> Tensor:
@@ -284,9 +292,15 @@ class OneStageEngine(TrainingEngine):
         """Whether several forward passes may be outstanding."""
         return not self.zero_optimization_partition_weights()
 
+    def _reduction_of_this_pass(self) -> GradientReduction | ShardedOptimizer | None:
+        """What reduces gradients beside the next backward pass: under ZeRO 2 of each micro-batch, else of the last."""
+        if isinstance(self.optimizer, ShardedOptimizer):
+            return self.optimizer
+        return self._reduction if self.is_gradient_accumulation_boundary() else None
+
     def _backpropagate(self, output: Tensor, domains: Tensor) -> None:
         self.clock.enter(BACKWARD)
-        reduction = self._reduction if self.is_gradient_accumulation_boundary() else None
+        reduction = self._reduction_of_this_pass()
         if reduction is not None:
             reduction.start()
         self.backward(self._loss(output, domains))

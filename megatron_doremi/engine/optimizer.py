@@ -11,20 +11,31 @@ import torch
 from torch import nn
 
 from megatron_doremi.config import OptimizerConfig
+from megatron_doremi.engine.reduction import loose_buckets
 from megatron_doremi.parallel.parameters import spec_of
 
 
-def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], optim: OptimizerConfig) -> list[dict[str, Any]]:
-    """AdamW's groups: matrices, and vectors (biases and norm weights), which have no weight decay."""
+def parameter_groups(
+    parameters: Iterable[tuple[str, nn.Parameter]], optim: OptimizerConfig, in_buckets: bool = False
+) -> list[dict[str, Any]]:
+    """AdamW's groups: matrices, and vectors (biases and norm weights), which have no weight decay.
+
+    Args:
+        in_buckets: the groups are buckets of these, in the order in which backward passes fill them.
+    """
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
     for _, parameter in parameters:
         # By the shape in its spec: with ZeRO 3 the parameter's own shape is [0].
         (matrices if len(spec_of(parameter).shape) > 1 else vectors).append(parameter)
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": matrices, "weight_decay": optim.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
+    if in_buckets:
+        groups = [
+            {**group, "params": list(each.parameters)} for group in groups for each in loose_buckets(group["params"])
+        ]
     return [group for group in groups if group["params"]]
 
 
@@ -38,9 +49,11 @@ def adam_settings(optim: OptimizerConfig) -> dict[str, Any]:
     }
 
 
-def make_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], optim: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW of a model's parameters."""
-    return torch.optim.AdamW(parameter_groups(parameters, optim), **adam_settings(optim))
+def make_optimizer(
+    parameters: Iterable[tuple[str, nn.Parameter]], optim: OptimizerConfig, in_buckets: bool = False
+) -> torch.optim.AdamW:
+    """AdamW of a model's parameters; `in_buckets`: see `parameter_groups`."""
+    return torch.optim.AdamW(parameter_groups(parameters, optim, in_buckets), **adam_settings(optim))
 
 
 @dataclass(frozen=True)

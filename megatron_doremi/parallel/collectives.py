@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron_doremi.parallel.groups import TensorGroup
 
 # torch 2.13 renamed these two; the old names still work on 2.11 and warn on 2.13.
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+all_gather_into = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
@@ -55,7 +55,7 @@ def start_gather(x: Tensor, tp_group: TensorGroup) -> Started:
         gather = torch.ops._c10d_functional.all_gather_into_tensor
         return Started(gather(x, tp_group.size, _name(tp_group)), None, x)
     result = x.new_empty(tp_group.size * x.shape[0], *x.shape[1:])
-    return Started(result, _all_gather(result, x, group=tp_group.group, async_op=True), x)
+    return Started(result, all_gather_into(result, x, group=tp_group.group, async_op=True), x)
 
 
 def start_scatter_sum(x: Tensor, tp_group: TensorGroup) -> Started:

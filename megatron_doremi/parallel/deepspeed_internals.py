@@ -15,16 +15,18 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime import bf16_optimizer
 from deepspeed.runtime import utils as runtime_utils
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass, PipeInstruction, PipeSchedule, ReduceGrads
-from deepspeed.runtime.zero import stage_1_and_2
 from torch import Tensor, nn
 
 from megatron_doremi.parallel.deepspeed_gradients import make_float32_optimizer
+from megatron_doremi.parallel.groups import TensorGroup
+from megatron_doremi.parallel.sharded_optimizer import ShardedOptimizer
 
 
 def disable_shared_memory_all_reduce() -> None:
@@ -131,6 +133,8 @@ def flat_partitions(engine: DeepSpeedEngine) -> list[Tensor]:
 
     ZeRO 3, ZeRO 1 and 2, and the bfloat16 optimizer use different names for the partitions of their parameter groups.
     """
+    if isinstance(engine.optimizer, ShardedOptimizer):
+        return engine.optimizer.masters()
     for attribute in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
         if hasattr(engine.optimizer, attribute):
             return list(getattr(engine.optimizer, attribute))
@@ -156,6 +160,9 @@ def owned_piece(
         flats: the engine's `flat_partitions`.
     """
     optimizer = engine.optimizer
+    if isinstance(optimizer, ShardedOptimizer):
+        mine = optimizer.piece_of(parameter)
+        return None if mine is None else OwnedPiece(mine.start, mine.count, flats[mine.bucket], mine.offset, True)
     if is_partitioned(parameter):
         group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
         start = data_rank * size
@@ -245,8 +252,11 @@ class EngineHooks(DeepSpeedEngine):
     """Any of DeepSpeed's engines with public names for the hooks of its step."""
 
     def _configure_zero_optimizer(self, optimizer: torch.optim.Optimizer) -> Any:
-        if self.zero_optimization_stage() == 1:
+        stage, group = self.zero_optimization_stage(), self.seq_data_parallel_group
+        if stage == 1:
             return make_float32_optimizer(self, optimizer)
+        if stage == 2 and not self.zero_cpu_offload():
+            return ShardedOptimizer(optimizer, TensorGroup(group, dist.get_world_size(group), dist.get_rank(group)))
         return super()._configure_zero_optimizer(optimizer)
 
     def before_model_step(self) -> float | None:
@@ -274,9 +284,6 @@ class EngineHooks(DeepSpeedEngine):
             with replaced(runtime_utils, "mask_nan_or_inf_with_val_inplace", left_as_it_is):
                 gradients = optimizer.get_grads_for_norm()[0]
                 norm = bf16_optimizer.get_global_norm_of_tensors(gradients, optimizer.norm_type, optimizer.mpu)
-        elif isinstance(optimizer, stage_1_and_2.DeepSpeedZeroOptimizer) and not optimizer.cpu_offload:
-            with replaced(stage_1_and_2, "mask_nan_or_inf_with_val_inplace", left_as_it_is):
-                norm = optimizer.scaled_global_norm()
         return norm
 
     @contextmanager
@@ -285,12 +292,6 @@ class EngineHooks(DeepSpeedEngine):
         optimizer, known = self.optimizer, torch.tensor(norm, dtype=torch.float32)
         if isinstance(optimizer, bf16_optimizer.BF16_Optimizer):
             with replaced(bf16_optimizer, "get_global_norm_of_tensors", lambda *args, **kwargs: known):
-                yield
-        elif isinstance(optimizer, stage_1_and_2.DeepSpeedZeroOptimizer):
-            with (
-                replaced(optimizer, "scaled_global_norm", lambda: known),
-                replaced(optimizer, "check_grad_overflow", False),
-            ):
                 yield
         else:
             yield
@@ -309,9 +310,9 @@ class EngineHooks(DeepSpeedEngine):
         return True
 
     def collects_reduced_gradients(self) -> bool:
-        """Whether the optimizer collects its gradients in the reduction, as ZeRO does; the bfloat16 optimizer does
-        so earlier."""
-        return wraps_optimizer(self) and not isinstance(self.optimizer, bf16_optimizer.BF16_Optimizer)
+        """Whether the optimizer collects its gradients in DeepSpeed's reduction after a backward pass."""
+        collect_earlier = (bf16_optimizer.BF16_Optimizer, ShardedOptimizer)
+        return wraps_optimizer(self) and not isinstance(self.optimizer, collect_earlier)
 
     def last_grad_norm(self) -> Tensor | float:
         """The gradient norm of the last step, as computed by the optimizer or given to `set_grad_norm`."""

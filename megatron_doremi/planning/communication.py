@@ -13,6 +13,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from megatron_doremi.engine.reduction import BUCKET_ELEMENTS
 from megatron_doremi.parallel.topology import stage_bounds
 from megatron_doremi.plan import RunPlan
 from megatron_doremi.planning.compute import matrices_of_a_block
@@ -169,12 +170,16 @@ def _gradients_and_weights(plan: RunPlan, stage: int, scored_first: bool) -> Ite
         yield Traffic(DATA, REDUCE_SCATTER, replicas, 4.0 * counts[stage] * count, count * buckets)
         yield Traffic(DATA, ALL_GATHER, replicas, float(gathered), passes * math.ceil(counts[stage] / PREFETCHED))
         return
-    # ZeRO 2 reduces the gradient of each micro-batch.
+    # ZeRO 2 reduces the gradient of each micro-batch: our own to the shards, DeepSpeed's, which offloads, in full.
+    own = not plan.config.parallel.cpu_offload
+    buckets = math.ceil(counts[stage] / BUCKET_ELEMENTS) if own else buckets
     reductions = count if zero == 2 else 1
-    yield Traffic(DATA, ALL_REDUCE, replicas, 4.0 * counts[stage] * reductions, buckets * reductions)
+    operation = REDUCE_SCATTER if zero == 2 and own else ALL_REDUCE
+    yield Traffic(DATA, operation, replicas, 4.0 * counts[stage] * reductions, buckets * reductions)
     if zero:
-        # Of matrices and of vectors.
-        yield Traffic(DATA, ALL_GATHER, replicas, float(element * counts[stage]), 2)
+        # Of matrices and of vectors; of buckets.
+        gathers = buckets if zero == 2 and own else 2
+        yield Traffic(DATA, ALL_GATHER, replicas, float(element * counts[stage]), gathers)
 
 
 def _matrices_of_muon(plan: RunPlan, blocks: int) -> Iterator[Traffic]:

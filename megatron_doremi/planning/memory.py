@@ -13,6 +13,7 @@ from functools import lru_cache
 from itertools import pairwise
 
 from megatron_doremi.config import Config, GPTConfig, ParallelConfig, TrainingConfig
+from megatron_doremi.engine.reduction import BUCKET_ELEMENTS
 from megatron_doremi.model.pipeline import layer_names
 from megatron_doremi.model.sizes import parameter_specs, parameters_by_layer
 from megatron_doremi.parallel.topology import stage_bounds
@@ -278,11 +279,12 @@ def loss_bytes(shape: Shape, parallel: ParallelConfig, tokens: int, element: int
     return max(forward, backward, rounded + gradient + summed, 2 * gradient) + gathered
 
 
-def buffer_bytes(config: Config, parameters: int, data_size: int) -> tuple[float, float, float, float]:
-    """Bytes of DeepSpeed's buffers on a rank (0.19.8), by the moment at which they are held.
+def buffer_bytes(config: Config, parameters: int, data_size: int, largest: int) -> tuple[float, float, float, float]:
+    """Bytes of buffers on a rank, DeepSpeed's (0.19.8) and ours, by the moment at which they are held.
 
     Args:
         parameters: of the rank's part of the model, without ZeRO.
+        largest: numbers in the largest of them.
 
     Returns:
         Those that last; those beside activations and loss; those beside activations once the loss is differentiated;
@@ -296,6 +298,16 @@ def buffer_bytes(config: Config, parameters: int, data_size: int) -> tuple[float
         gathered = element * min(GATHERED, parameters) if data_size > 1 else 0.0
         flushed = copied if parameters > BUCKET else element * min(PREFETCHED, parameters) * (data_size > 1)
         return 4.0 * bucket, gathered, gathered + flushed, gathered + copied
+    if stage == 2 and not config.parallel.cpu_offload:
+        # Gradients fill a bucket and are copied to float32, of which a shard is received. Beside the bucket that is
+        # filled two are under way, one of which may be that of the largest parameter. Of a model that fits one bucket
+        # this comes when no activations are held any more.
+        received = 4.0 + 4.0 / data_size if data_size > 1 else 4.0
+        bucket = min(parameters, max(BUCKET_ELEMENTS, largest))
+        at_the_end = max((element + 4.0) * bucket, received * bucket)
+        if parameters <= BUCKET_ELEMENTS:
+            return 0.0, 0.0, 0.0, at_the_end
+        return 0.0, 0.0, element * BUCKET_ELEMENTS + received * (bucket + BUCKET_ELEMENTS), at_the_end
     if stage == 2:
         # The bucket, its tensors flattened, and these in float32.
         full = (2.0 * element + 4.0) * bucket
@@ -349,7 +361,8 @@ def _stage_memory(
     # A model with learned positions may have more of them than a window has.
     gpt, training = replace(plan.gpt, max_positions=plan.batch_shape[1]), config.training
     activations = held * micro_batch_bytes(gpt, parallel, tokens, element, blocks, stage, training)
-    lasting, beside_loss, beside_backward, at_the_end = buffer_bytes(config, parameters, data_size)
+    largest = gpt.padded_vocab_size(plan.topology.tensor_size) // plan.topology.tensor_size * gpt.hidden_size
+    lasting, beside_loss, beside_backward, at_the_end = buffer_bytes(config, parameters, data_size, largest)
     if config.optimizer.optimizer == "muon" and parallel.zero_stage:
         # Every replica joins the momentum of all matrices.
         at_the_end = max(at_the_end, 4.0 * parameters)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from engines import build_engine, gather_full, layout, make_config, read_parameters, small_gpt
+from engines import build_engine, gather_full, layout, make_config, read_gradient, read_parameters, small_gpt
 from ranks import on_ranks
 
 from megatron_doremi.data.loader import MicroBatch
@@ -40,8 +40,6 @@ def build(launch, zero_stage, bf16, pipe=1, chunk=1024):
 
 def sums_and_parts(launch, zero_stage):
     """The gradient passed to the optimizer, and the float64 sum of all micro-batches' and ranks' bfloat16 gradients."""
-    import deepspeed
-
     from megatron_doremi.parallel.exchange import gather_json
 
     topology, engine, mine = build(launch, zero_stage, bf16=True)
@@ -51,13 +49,8 @@ def sums_and_parts(launch, zero_stage):
         for name, parameter in engine.module.model_parameters()
     ]
 
-    def gradient(parameter):
-        if zero_stage >= 2:
-            return deepspeed.utils.safe_get_full_grad(parameter)
-        return parameter._hp_grad.view(parameter.shape)
-
     reduced = {}
-    engine._take_model_step = lambda *a, **k: reduced.update(read_parameters(engine, gradient))
+    engine._take_model_step = lambda *a, **k: reduced.update(read_parameters(engine, read_gradient(engine)))
     engine.train_step(mine)
     assert len(hooks) == len(parts_by_name)
     expected = {}

@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from engines import build_engine, gather_full, layout, make_config, read_parameters, small_gpt
+from engines import build_engine, gather_full, layout, make_config, read_gradient, read_parameters, small_gpt
 from ranks import on_ranks
 
 from megatron_doremi.engine.reduction import flat_buckets, loose_buckets
@@ -131,8 +131,7 @@ def a_step(launch, pipe, zero_stage, bf16, tied, phase, by_deepspeed):
         return real(tensor, *arguments, group=group, **options)
 
     def before_step(norm):
-        read = (lambda p: p._hp_grad.view(p.shape)) if zero_stage else (lambda p: p.grad)
-        gradients.update(read_parameters(engine, read))
+        gradients.update(read_parameters(engine, read_gradient(engine)))
 
     def before_instruction(engine, kind, real=engines.PipelinedEngine.before_instruction):
         real(engine, kind)

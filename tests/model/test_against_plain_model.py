@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from engines import build_engine, gather_full, layout, make_config, read_parameters, small_gpt
+from engines import build_engine, gather_full, layout, make_config, read_gradient, read_parameters, small_gpt
 from model.plain_gpt import token_losses as plain_token_losses
 from model.plain_gpt import z_loss
 from ranks import on_ranks
@@ -106,13 +106,8 @@ def losses_and_gradients(gpt, context, flags, bf16, training, windows):
         keys = KEYS[these] if drops else None
         mine.append(MicroBatch(tokens[these], targets[these], domains[these], domains[these], keys=keys))
 
-    def gradient(parameter):
-        if flags.get("zero_stage", 0) >= 2:
-            return deepspeed.utils.safe_get_full_grad(parameter)
-        return parameter._hp_grad.view(parameter.shape) if bf16 else parameter.grad
-
     weights, gradients = read_parameters(engine), {}
-    engine._take_model_step = lambda *a, **k: gradients.update(read_parameters(engine, gradient))
+    engine._take_model_step = lambda *a, **k: gradients.update(read_parameters(engine, read_gradient(engine)))
     engine.train_step(mine)
     return engine.objective.stats().loss.tolist(), gather_full(topology, weights), gather_full(topology, gradients)
 

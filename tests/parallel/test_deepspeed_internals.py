@@ -21,10 +21,6 @@ NAMES = {
     "runtime/zero/partition_parameters.py": ["ds_id", "ds_numel", "ds_tensor", "GatheredParameters"],
     "runtime/zero/stage3.py": ["fp32_partitioned_groups_flat", "get_param_id", "grad_position"],
     "runtime/zero/stage_1_and_2.py": [
-        "DeepSpeedZeroOptimizer",
-        "check_grad_overflow",
-        "mask_nan_or_inf_with_val_inplace",
-        "scaled_global_norm",
         "single_partition_of_fp32_groups",
     ],
     "runtime/bf16_optimizer.py": [
@@ -42,7 +38,7 @@ NAMES = {
         "see_memory_usage",
     ],
     "utils/tensor_fragment.py": ["_hp_mapping", "hp_fragment_address", "lp_fragment_address", "param_group_index"],
-    "runtime/utils.py": ["model_parallel"],
+    "runtime/utils.py": ["mask_nan_or_inf_with_val_inplace", "model_parallel"],
     "runtime/pipe/engine.py": [
         "pipe_buffers",
         "total_loss",

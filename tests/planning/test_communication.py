@@ -46,6 +46,8 @@ CASES = {
     "DP 2, ZeRO 1": (1, 2, 1, {"zero_stage": 1}, True, "main", {}),
     "DP 2, ZeRO 1, float32": (1, 2, 1, {"zero_stage": 1}, False, "main", {}),
     "DP 2, ZeRO 2": (1, 2, 1, {"zero_stage": 2}, True, "main", {}),
+    "DP 2, ZeRO 2, alternating": (1, 2, 1, {"zero_stage": 2}, False, "proxy", {}),
+    "DP 2, ZeRO 2, offloaded": (1, 2, 1, {"zero_stage": 2, "cpu_offload": True}, True, "main", {}),
     "DP 2, ZeRO 3": (1, 2, 1, {"zero_stage": 3}, True, "main", {}),
     "DP 2, ZeRO 3, alternating": (1, 2, 1, {"zero_stage": 3}, False, "proxy", {}),
     "DP 2, ZeRO 1, Muon": (1, 2, 1, {"zero_stage": 1}, True, "main", {}),

@@ -67,7 +67,7 @@ def test_zero_3_holds_a_bucket_and_a_shard():
     # Later the bucket is copied in the order of the shards, which takes less than the loss.
     assert memory.loss == LARGE_LOSS > 4 * BUCKET
     assert memory.working == 4 * BUCKET + 2e9
-    assert buffer_bytes(plan.config, 10**6, 1)[0] == 4e6
+    assert buffer_bytes(plan.config, 10**6, 1, 10**5)[0] == 4e6
     small = plan_of("main --model-size 280m --zero-stage 3")
     assert stage_memories(small, False, None)[0].working == 4 * SMALL
 
@@ -91,11 +91,19 @@ def test_full_recomputation_holds_one_block_again():
     assert (among_four.activations, among_four.working) == (alone.activations, alone.working)
 
 
-def test_zero_2_reduces_full_buckets_beside_activations():
-    """Bfloat16 bucket, its copy, and that in float32; of a model that fits one bucket, at the end of the pass."""
+def test_zero_2_reduces_buckets_beside_activations():
+    """A bucket is filled in bfloat16, two are in float32 with the shards that are received; DeepSpeed's, which
+    offloads, has a bucket of 500 million in bfloat16, its copy, and that in float32."""
     config = plan_of("main --model-size 280m --zero-stage 2", data=8).config
-    assert buffer_bytes(config, 9 * 10**9, 8) == (0, 0, 8 * BUCKET, 8 * BUCKET)
-    assert buffer_bytes(config, 10**6, 8) == (0, 0, 2e6, 8e6)
+    largest, ours = 10**9, 10 * 2**20
+    beside, at_the_end = 2 * ours + 4.5 * (largest + ours), 6 * largest
+    assert buffer_bytes(config, 9 * 10**9, 8, largest) == (0, 0, beside, at_the_end)
+    assert buffer_bytes(config, 9 * 10**9, 8, 100) == (0, 0, 11 * ours, 6 * ours)
+    # A model that fits one bucket reduces it at the end of the pass.
+    assert buffer_bytes(config, 10**6, 8, 10**5) == (0, 0, 0, 6e6)
+    config = replace(config, parallel=replace(config.parallel, cpu_offload=True))
+    assert buffer_bytes(config, 9 * 10**9, 8, largest) == (0, 0, 8 * BUCKET, 8 * BUCKET)
+    assert buffer_bytes(config, 10**6, 8, 10**5) == (0, 0, 2e6, 8e6)
 
 
 def test_arithmetic_by_hand():

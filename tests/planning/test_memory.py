@@ -177,6 +177,7 @@ LAYOUTS = {
     "ZeRO 1": (1, 2, 1, {"zero_stage": 1}, True, "main"),
     "ZeRO 1, float32": (1, 2, 1, {"zero_stage": 1}, False, "main"),
     "ZeRO 2": (1, 2, 1, {"zero_stage": 2}, True, "main"),
+    "ZeRO 2, float32": (1, 2, 1, {"zero_stage": 2}, False, "main"),
     "ZeRO 2, offloaded": (1, 1, 1, {"zero_stage": 2, "cpu_offload": True}, True, "main"),
     "ZeRO 3, offloaded": (1, 2, 1, {"zero_stage": 3, "cpu_offload": True}, True, "main"),
     "ZeRO 3": (1, 2, 1, {"zero_stage": 3}, True, "main"),
@@ -189,7 +190,7 @@ LAYOUTS = {
 
 
 # Layouts that are measured with every shape; the others with the first.
-OF_EVERY_SHAPE = ("one process", "TP 2, sequence parallel", "ZeRO 1", "ZeRO 3")
+OF_EVERY_SHAPE = ("one process", "TP 2, sequence parallel", "ZeRO 1", "ZeRO 2", "ZeRO 3")
 
 
 @pytest.mark.parametrize(
@@ -210,5 +211,9 @@ def test_all_that_a_rank_holds(case, shape):
         # On a CPU the device is the host.
         on_host = host_bytes_per_parameter(config, replicas) * parameters_by_stage(gpt, tensor, pipe)[stage]
         total = planned[stage].total + on_host
+        if flags.get("zero_stage") == 2 and not on_host:
+            # gloo copies what a reduce-scatter reads, here all gradients at the end of a backward pass.
+            numbers = planned[stage].parameters
+            total = max(total, planned[stage].state + (8.0 + 4.0 / replicas) * numbers)
         print(f"{case}, {shape}, rank {rank}: {peak / 2**20:.1f} MiB, planned {total / 2**20:.1f}")
         assert 0.9 * peak < total < 1.1 * peak

@@ -5,6 +5,7 @@ Run alone: python -m pytest tests/planning/test_suggested_layouts.py
 
 from __future__ import annotations
 
+import math
 import shlex
 
 import numpy as np
@@ -91,12 +92,13 @@ def test_the_8b_model_on_eight_gpus():
     assert found.reasons[index] == f"ZeRO 1: {least / GIB:.1f} GiB"
     sharded = found.fitting[index]
     assert settings_of(sharded)[3:] == (2, "none", 4)
-    # Gradients in float32 of 16 micro-batches twice around a ring of eight, weights in bfloat16 once.
+    # Gradients in float32 of 16 micro-batches and weights in bfloat16, each once around a ring of eight.
     flops = 6 * (32 * (4 * 4096**2 + 2 * 4096 * 24576) + 256_000 * 4096 + 32 * 4096 * 1024)
     computing = 512 * 1024 * flops / (8 * 989e12 * 0.4)
-    seconds = computing + (16 * 2 * 4 + 2) * LARGE * 7 / 8 / 450e9
-    # Each call takes 20 microseconds: 20 buckets of 500 million for each micro-batch.
-    assert sharded.seconds == pytest.approx(seconds + (16 * 20 + 2) * 20e-6)
+    seconds = computing + (16 * 4 + 2) * LARGE * 7 / 8 / 450e9
+    # Each call takes 20 microseconds: buckets of 10 million are reduced for each micro-batch, and gathered.
+    buckets = math.ceil(LARGE / (10 * 2**20))
+    assert sharded.seconds == pytest.approx(seconds + (16 + 1) * buckets * 20e-6)
 
 
 def test_tensor_parallel_only_where_the_model_needs_it():
