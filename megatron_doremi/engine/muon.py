@@ -23,6 +23,8 @@ from megatron_doremi.parallel.groups import TensorGroup
 from megatron_doremi.parallel.parameters import ParameterSpec, shard, spec_of, unshard
 from megatron_doremi.shapes import GPTConfig
 
+# Named all_gather_single from torch 2.13 on.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 # The quintic of Jordan et al.; five steps bring singular values between about 0.7 and 1.2.
 _COEFFICIENTS, _STEPS = (3.4445, -4.7750, 2.0315), 5
 # Root mean square of AdamW's updates in practice (Liu et al. 2025).
@@ -160,7 +162,8 @@ class MuonAndAdamW(torch.optim.AdamW):
         row, start = ahead, 0
         if replicas.size > 1:
             row = ahead.new_empty(replicas.size * len(ahead))
-            dist.all_gather(list(row.chunk(replicas.size)), ahead.contiguous(), group=replicas.group)
+            # A list of outputs would be gathered into a second row first.
+            _all_gather(row, ahead.contiguous(), group=replicas.group)
         for parameter in self._names:
             stop = start + parameter.numel()
             row[start:stop] = self._update(parameter, row[start:stop].view(parameter.shape)).reshape(-1)

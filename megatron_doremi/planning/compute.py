@@ -1,9 +1,11 @@
-"""The arithmetic of a run: floating point operations, the pipeline's bubble, and the time at a stated utilization."""
+"""The arithmetic of a run: floating point operations, the pipeline's bubble, and the time at a stated utilization; what
+Muon's part of it holds; the size of a checkpoint."""
 
 from __future__ import annotations
 
 from itertools import pairwise
 
+from megatron_doremi.config import ParallelConfig
 from megatron_doremi.devices import FLOAT32_TFLOPS, PEAK_TFLOPS
 from megatron_doremi.parallel.topology import stage_bounds
 from megatron_doremi.plan import RunPlan
@@ -122,6 +124,17 @@ def muon_flops(plan: RunPlan) -> float:
 def muon_seconds(plan: RunPlan) -> float:
     """Seconds that `muon_flops` take at least: at the device's float32 peak."""
     return muon_flops(plan) / FLOAT32_TFLOPS[plan.config.planning.dry_run_device] / 1e12
+
+
+def muon_bytes(gpt: GPTConfig, parallel: ParallelConfig, blocks: int, data_size: int) -> float:
+    """Bytes at work in Muon's step of a stage, in float32: under ZeRO 1 the momentum of this replica's range and of all
+    matrices; the largest matrix with its step and four terms of an iteration."""
+    sizes = [rows * columns for rows, columns in matrices_of_a_block(gpt)]
+    iterations = 4.0 * 6 * max(sizes)
+    if not parallel.zero_stage:
+        return iterations
+    numbers = blocks * sum(sizes) / parallel.tensor_model_parallel_size
+    return 4.0 * numbers * ((1.0 if data_size > 1 else 0.0) + 1.0 / data_size) + iterations
 
 
 def bubble(plan: RunPlan) -> float:

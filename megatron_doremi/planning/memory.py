@@ -18,6 +18,7 @@ from megatron_doremi.model.pipeline import layer_names
 from megatron_doremi.model.sizes import parameter_specs, parameters_by_layer
 from megatron_doremi.parallel.topology import stage_bounds
 from megatron_doremi.plan import RunPlan
+from megatron_doremi.planning.compute import muon_bytes
 from megatron_doremi.settings import TRAINING
 from megatron_doremi.shapes import Shape, TransformersShape
 
@@ -363,9 +364,8 @@ def _stage_memory(
     activations = held * micro_batch_bytes(gpt, parallel, tokens, element, blocks, stage, training)
     largest = gpt.padded_vocab_size(plan.topology.tensor_size) // plan.topology.tensor_size * gpt.hidden_size
     lasting, beside_loss, beside_backward, at_the_end = buffer_bytes(config, parameters, data_size, largest)
-    if config.optimizer.optimizer == "muon" and parallel.zero_stage:
-        # Every replica joins the momentum of all matrices.
-        at_the_end = max(at_the_end, 4.0 * parameters)
+    if config.optimizer.optimizer == "muon":
+        at_the_end = max(at_the_end, muon_bytes(gpt, parallel, blocks, data_size))
     beside_backward += tokens * max(
         block_backward_bytes_per_token(gpt, parallel, element, training),
         dropout_bytes_per_token(gpt, parallel, element, training),

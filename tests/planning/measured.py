@@ -36,14 +36,16 @@ def micro_batches(windows, seq, count, drops=False):
     return [MicroBatch(ids, ids, ids[:, 0], ids[:, 0], losses, keys) for _ in range(count)]
 
 
-def peak_of_a_run(launch, pipe, tensor, gpt, data, parallel, doremi, bf16, training=None):
+def peak_of_a_run(launch, pipe, tensor, gpt, data, parallel, doremi, bf16, training=None, optimizer="adam"):
     """This rank's peak of allocated bytes in its second step, with all that was allocated since before the model."""
     import torch
     from torch.profiler import ProfilerActivity, profile, record_function
 
     context = layout(launch, pipe, tensor, parallel.get("sequence_parallel", False))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded, waits_for_gloo():
-        engine, batches, targets = engine_and_batches(context, gpt, data, parallel, doremi, bf16, training)
+        engine, batches, targets = engine_and_batches(
+            context, gpt, data, parallel, doremi, bf16, training, optimizer=optimizer
+        )
         torch.distributed.barrier()
         with record_function("the second step"):
             engine.train_step(batches, targets)

@@ -22,7 +22,7 @@ from megatron_doremi.model.sizes import parameter_specs
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.plan import make_plan
 from megatron_doremi.planning.communication import DATA, PIPELINE, TENSOR, fewest_on_a_machine, link_of
-from megatron_doremi.planning.compute import bubble, muon_flops, run_flops_per_token
+from megatron_doremi.planning.compute import bubble, muon_bytes, muon_flops, run_flops_per_token
 from megatron_doremi.planning.machine_plan import machine_lines, memory_faults
 from megatron_doremi.planning.memory import BUCKET, buffer_bytes, stage_memories
 from megatron_doremi.planning.shape_checks import shape_warnings
@@ -144,6 +144,9 @@ def test_muon_computes_on_every_rank():
     line = f"beside that, Muon: {flops} on each rank, in float32, {seconds} at all of H100's 67 TFLOP/s"
     assert line in machine_lines(plan, False, None)
     assert muon_flops(plan_of(flags, pipe=3)) == 11 * of_block
+    # Half of all matrices, an eighth of that half, and six of 4,096 x 24,576.
+    half = 4 * 32 * (4 * 4096 * 4096 + 2 * 4096 * 24576) // 2
+    assert muon_bytes(plan.gpt, plan.config.parallel, 32, 8) == half + half / 8 + 4 * 6 * 4096 * 24576
     assert muon_flops(plan_of("main --model-size 8b --zero-stage 1")) == 0
     small = (
         "--num-layers 1 --hidden-size 64 --num-attention-heads 4 --num-query-groups 2 --swiglu --disable-bias-linear"

@@ -16,6 +16,7 @@ from ranks import on_ranks
 from megatron_doremi.config import ParallelConfig, TrainingConfig
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.plan import make_plan
+from megatron_doremi.planning.compute import matrices_of_a_block, muon_bytes
 from megatron_doremi.planning.memory import (
     held_micro_batches,
     host_bytes_per_parameter,
@@ -181,6 +182,8 @@ LAYOUTS = {
     "ZeRO 2, offloaded": (1, 1, 1, {"zero_stage": 2, "cpu_offload": True}, True, "main"),
     "ZeRO 3, offloaded": (1, 2, 1, {"zero_stage": 3, "cpu_offload": True}, True, "main"),
     "ZeRO 3": (1, 2, 1, {"zero_stage": 3}, True, "main"),
+    "Muon": (1, 1, 1, {}, False, "main"),
+    "Muon, ZeRO 1": (1, 2, 1, {"zero_stage": 1}, True, "main"),
     "dropout": (1, 1, 1, {}, False, "main"),
     "dropout, bfloat16, proxy": (1, 1, 1, {"zero_stage": 1}, True, "proxy"),
     "dropout, selective": (1, 1, 1, {"recompute_granularity": "selective"}, False, "main"),
@@ -190,7 +193,7 @@ LAYOUTS = {
 
 
 # Layouts that are measured with every shape; the others with the first.
-OF_EVERY_SHAPE = ("one process", "TP 2, sequence parallel", "ZeRO 1", "ZeRO 2", "ZeRO 3")
+OF_EVERY_SHAPE = ("Muon, ZeRO 1", "one process", "TP 2, sequence parallel", "ZeRO 1", "ZeRO 2", "ZeRO 3")
 
 
 @pytest.mark.parametrize(
@@ -203,9 +206,11 @@ def test_all_that_a_rank_holds(case, shape):
     parallel, topology = {"loss_chunk_tokens": 128, **flags}, Topology(pipe, replicas, tensor)
     data = {"phase": phase, "seq_length": SEQ, "micro_batch_size": 4, "global_batch_size": 4 * 4 * replicas}
     dropout = DROPOUT if case.startswith("dropout") else {}
-    config = make_config(topology, data, parallel, training=dropout, bf16=bf16)
+    optimizer = "muon" if case.startswith("Muon") else "adam"
+    config = make_config(topology, data, parallel, training=dropout, bf16=bf16, optimizer=optimizer)
     planned = stage_memories(make_plan(config, topology, gpt, ("text",), (1,), np.ones(1)), phase == "proxy", None)
-    peaks = on_ranks(pipe * replicas * tensor, peak_of_a_run, pipe, tensor, gpt, data, parallel, {}, bf16, dropout)
+    arguments = (pipe, tensor, gpt, data, parallel, {}, bf16, dropout, optimizer)
+    peaks = on_ranks(pipe * replicas * tensor, peak_of_a_run, *arguments)
     for rank, peak in enumerate(peaks):
         stage = rank // (replicas * tensor)
         # On a CPU the device is the host.
@@ -215,5 +220,10 @@ def test_all_that_a_rank_holds(case, shape):
             # gloo copies what a reduce-scatter reads, here all gradients at the end of a backward pass.
             numbers = planned[stage].parameters
             total = max(total, planned[stage].state + (8.0 + 4.0 / replicas) * numbers)
+        if case == "Muon, ZeRO 1":
+            # gloo gathers into a copy.
+            copy = 4 * gpt.num_layers * sum(rows * columns for rows, columns in matrices_of_a_block(gpt))
+            joined = muon_bytes(gpt, config.parallel, gpt.num_layers, replicas)
+            total = max(total, planned[stage].state + joined + copy)
         print(f"{case}, {shape}, rank {rank}: {peak / 2**20:.1f} MiB, planned {total / 2**20:.1f}")
         assert 0.9 * peak < total < 1.1 * peak
