@@ -136,8 +136,9 @@ def timed_round(
     for step in range(steps):
         agreed: list[StepFlags] = []
 
-        def before_step(norm: Tensor | None, agreed: list[StepFlags] = agreed) -> None:
+        def before_step(norm: Tensor | None, agreed: list[StepFlags] = agreed) -> float | None:
             agreed.append(reduce_flags(engine.objective.current.stats.stack(), norm, 0, *checkpointer.progress()))
+            return agreed[0].norm
 
         engine.train_step(batches, before_step=before_step)
         if not agreed[0].writing:

@@ -18,6 +18,7 @@ import math
 import os
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 if not __package__:
@@ -54,6 +55,7 @@ from megatron_doremi.tokenization.tokenizer import Tokenizer
 from megatron_doremi.version import version_text
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_HASHED_AT_ONCE = 4
 _TIES = (
     "its tokenizer.json chooses otherwise than tokenizer.model between equally likely splits, as of runs of spaces, "
     "in some of the text on which it was tried (docs/huggingface.md)"
@@ -148,10 +150,14 @@ def _argument_faults(args: argparse.Namespace, source: Path) -> list[Fault]:
 
 def _damage(opened: OpenedModel) -> list[Fault]:
     """Faults of weights files that have changed since the run wrote them."""
-    with Progress(f"verifying {opened.folder}", len(opened.checksums), "file") as progress:
+    files = sorted(opened.checksums)
+    with (
+        Progress(f"verifying {opened.folder}", len(files), "file") as progress,
+        ThreadPoolExecutor(_HASHED_AT_ONCE) as pool,
+    ):
         faults = []
-        for path, value in sorted(opened.checksums.items()):
-            if sha256_of(path) != value:
+        for path, value in zip(files, pool.map(sha256_of, files), strict=True):
+            if value != opened.checksums[path]:
                 faults.append(changed_file(path, "copy the checkpoint again, or give another step"))
             progress.update(1)
     return faults
@@ -223,6 +229,14 @@ def _summary(args: argparse.Namespace, opened: OpenedModel, architecture: Archit
     lines = [f"wrote {args.out}: {model}, {total:,} parameters in {dtype}, from {opened.folder}{step}"]
     if not any((args.out / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         lines.append("it has no tokenizer")
+    resets = {"--reset-attention-mask": opened.gpt.reset_attention_mask}
+    resets |= {"--reset-position-ids": opened.gpt.reset_position_ids}
+    if architecture is not None and any(resets.values()):
+        flags = " and ".join(flag for flag, given in resets.items() if given)
+        lines.append(
+            f"it was trained with {flags}, which Transformers does not know: give it one document at a time, or it "
+            "attends across documents"
+        )
     if architecture is not None:
         lines.append(f'open it with AutoModelForCausalLM.from_pretrained("{args.out}")')
     else:

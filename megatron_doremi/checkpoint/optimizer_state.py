@@ -11,6 +11,8 @@ index records where each piece is. A reader takes the pieces that cover what it 
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import json
 import math
 from collections import defaultdict
@@ -135,6 +137,10 @@ class _Piece(NamedTuple):
     length: int
 
 
+def _place(piece: _Piece) -> tuple[int, int]:
+    return piece.tensor_rank, piece.start
+
+
 class _ParameterEntry(ShardingEntry):
     """A parameter in index.json: how it was sharded, and where the pieces of its state are."""
 
@@ -189,8 +195,10 @@ class OptimizerFolder(ShardedFolder):
         index = read_checked(folder / "index.json", f"{self._subject}: index.json", OptimizerIndex, _REMEDY)
         self.keys = frozenset(index.keys)
         self._sharding = dict(index.parameters)
+        # In the order of tensor ranks and, within each, of their starts.
         self._pieces = {
-            name: [_Piece(*piece) for piece in parameter.pieces] for name, parameter in index.parameters.items()
+            name: sorted((_Piece(*piece) for piece in parameter.pieces), key=lambda p: (*_place(p), p.length))
+            for name, parameter in index.parameters.items()
         }
 
     def check_files(self, part: int = 0, parts: int = 1) -> None:
@@ -241,7 +249,12 @@ class OptimizerFolder(ShardedFolder):
     def _read(self, name: str, key: str, tensor_rank: int, start: int, count: int) -> Tensor:
         """Joins the pieces of one tensor rank of the writing layout that cover a range of its flattened shard."""
         result, covered = torch.empty(count), 0
-        for piece in self._pieces[name]:
+        pieces = self._pieces[name]
+        # The last that begins at `start` or before, and those after it.
+        first = bisect.bisect_right(pieces, (tensor_rank, start), key=_place) - 1
+        for piece in itertools.islice(pieces, max(0, first), None):
+            if _place(piece) >= (tensor_rank, start + count):
+                break
             low, high = max(start, piece.start), min(start + count, piece.start + piece.length)
             if piece.tensor_rank != tensor_rank or low >= high:
                 continue

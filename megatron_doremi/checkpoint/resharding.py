@@ -26,7 +26,7 @@ from megatron_doremi.storage.tensor_reader import BLOCK, UNREADABLE_TENSORS, Ten
 # Reads (tensor rank, start, count): a range of the flattened shard that a rank of the writing layout held.
 ReadShard = Callable[[int, int, int], Tensor]
 # Numbers of a row that are read on their own; fewer are read with what lies between them and those of the next row.
-_LONG_ROW = 1 << 15
+_LONG_ROW = 1 << 11
 
 
 class ShardingEntry(Schema):

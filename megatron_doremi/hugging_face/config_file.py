@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_doremi.checkpoint.run_config import GPTEntry
-from megatron_doremi.errors import ConfigError, Fault
+from megatron_doremi.errors import ConfigError, Fault, raise_if_any
 from megatron_doremi.hugging_face.architectures import ARCHITECTURES, Architecture, activation_names, flag_for
-from megatron_doremi.hugging_face.faults import CONVERT_ANOTHER, not_ours, own_class
+from megatron_doremi.hugging_face.faults import CONVERT_ANOTHER, not_ours, number_faults, own_class
 from megatron_doremi.hugging_face.rope_entries import rotary_base
 from megatron_doremi.shapes import GPTConfig
 from megatron_doremi.storage.files import read_json_object
@@ -63,6 +63,7 @@ def read_config(folder: Path, flag: str, seq_length: int = 0) -> tuple[Architect
     """
     subject = f"{flag} {folder}: config.json"
     entry = read_json_object(folder / "config.json", subject, "give a Hugging Face folder with its config.json")
+    raise_if_any(number_faults(entry, subject))
     architecture = _architecture(entry, subject)
     values = {**architecture.defaults, **entry}
     shape: dict[str, Any] = {ours: values[theirs] for theirs, ours in architecture.sizes.items() if theirs in values}
@@ -148,6 +149,18 @@ def _complete(shape: dict[str, Any]) -> dict[str, Any]:
         shape["ffn_hidden_size"] = 4 * hidden
     # Padding is not part of the model, and there is none in a Hugging Face folder.
     return {**shape, "make_vocab_size_divisible_by": GPTConfig.make_vocab_size_divisible_by}
+
+
+def sliding_window(folder: Path, flag: str) -> int | None:
+    """The tokens that attention covers in a Hugging Face folder that `read_config` takes; None if it covers all.
+
+    Args:
+        flag: the flag or argument that names the folder, for messages.
+    """
+    entry = read_json_object(folder / "config.json", f"{flag} {folder}: config.json")
+    architecture = ARCHITECTURES[entry["model_type"]]
+    values = {**architecture.defaults, **entry}
+    return values.get("sliding_window") if "sliding_window" in architecture.requires else None
 
 
 def choose_architecture(gpt: GPTConfig, model_type: str = "") -> Architecture:

@@ -19,7 +19,7 @@ from megatron_doremi.parallel.context import unsharded
 def load_model(gpt: GPTConfig, weights: Weights, device: torch.device, dtype: torch.dtype) -> GPTModel:
     """A model with its weights, for forward passes only."""
     context = unsharded(device)
-    module = GPTModel(gpt, context, seed=None).to(device, dtype)
+    module = GPTModel(gpt, context, seed=None, dtype=dtype)
     copy_weights(module, weights, context)
     return module.requires_grad_(False).eval()
 

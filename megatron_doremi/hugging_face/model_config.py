@@ -28,6 +28,9 @@ class ModelEntry(Schema):
     # Class of Transformers from which the model was converted, and to which it is converted back.
     model_type: Name
     eod: Count | None = None
+    # Tokens that attention covers in that class; our model covers all, so that it is the same in windows of at most so
+    # many tokens. None: all.
+    sliding_window: Count | None = None
     source: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")

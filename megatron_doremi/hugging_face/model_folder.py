@@ -22,12 +22,13 @@ from megatron_doremi.checkpoint.source import Weights
 from megatron_doremi.checkpoint.weights import WeightsFolder
 from megatron_doremi.config import GPTConfig
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any
-from megatron_doremi.hugging_face.config_file import read_config
+from megatron_doremi.hugging_face.config_file import read_config, sliding_window
 from megatron_doremi.hugging_face.model_config import (
     HUGGING_FACE,
     MODEL,
     MODEL_FORMAT,
     RUN,
+    ModelEntry,
     kind_of_model,
     read_model_entry,
 )
@@ -61,6 +62,7 @@ class OpenedModel:
         iteration: step of the checkpoint; 0 without a run.
         model_type: class of Transformers that the model comes from; "" for a run.
         eod: id of the end-of-document token, if config.json states it.
+        sliding_window: see `ModelEntry`.
         run: config.json of the run.
         checksums: SHA-256 of each weights file, if the model's format records it: a run's does.
     """
@@ -72,6 +74,7 @@ class OpenedModel:
     iteration: int = 0
     model_type: str = ""
     eod: int | None = None
+    sliding_window: int | None = None
     run: RunConfigFile | None = None
     checksums: Mapping[Path, str] = field(default_factory=dict)
 
@@ -96,12 +99,19 @@ def open_model(folder: Path, flag: str, step: int | None = None, seq_length: int
         architecture, gpt = read_config(folder, flag, seq_length)
         weights = HuggingFaceWeights(folder, architecture, gpt, flag)
         eod = end_of_text(folder, flag, gpt.vocab_size)
-        return OpenedModel(kind, folder, gpt, weights, model_type=architecture.model_type, eod=eod)
+        window = sliding_window(folder, flag)
+        return OpenedModel(
+            kind, folder, gpt, weights, model_type=architecture.model_type, eod=eod, sliding_window=window
+        )
     if kind == MODEL:
         entry = read_model_entry(folder, flag)
+        raise_if_any(_window_faults(entry, seq_length, f"{flag} {folder}: config.json"))
         stored = WeightsFolder(folder / WEIGHTS)
         raise_if_any(_shape_faults(stored, entry.gpt.gpt(), f"{flag} {folder}: config.json"))
-        return OpenedModel(kind, folder, entry.gpt.gpt(), stored, model_type=entry.model_type, eod=entry.eod)
+        window = entry.sliding_window
+        return OpenedModel(
+            kind, folder, entry.gpt.gpt(), stored, model_type=entry.model_type, eod=entry.eod, sliding_window=window
+        )
     run = read_run_config(folder, flag)
     checkpoint = newest_checkpoint(folder) if step is None else checkpoint_at(folder, step, flag)
     if checkpoint is None:
@@ -120,6 +130,15 @@ def open_model(folder: Path, flag: str, step: int | None = None, seq_length: int
     raise_if_any(faults or _shape_faults(stored, gpt, subject))
     checksums = {checkpoint / name: value for name, value in state.checksums.items() if name.startswith(f"{WEIGHTS}/")}
     return OpenedModel(kind, folder, gpt, stored, state.iteration, run=run, checksums=checksums)
+
+
+def _window_faults(entry: ModelEntry, seq_length: int, subject: str) -> list[Fault]:
+    """A fault of a model that was converted from one with a sliding window, in windows that are longer."""
+    if entry.sliding_window is None or entry.sliding_window >= seq_length:
+        return []
+    rule = f"a sliding window of at least --seq-length {seq_length}: this program's model attends to all tokens"
+    remedy = f"give --seq-length {entry.sliding_window} or less"
+    return [Fault(subject, f"sliding_window: {entry.sliding_window}", rule, remedy)]
 
 
 def _shape_faults(weights: WeightsFolder, gpt: GPTConfig, subject: str) -> list[Fault]:
@@ -161,6 +180,7 @@ def model_entry(opened: OpenedModel, source: dict[str, Any]) -> dict[str, Any]:
         "gpt": asdict(opened.gpt),
         "model_type": opened.model_type,
         "eod": opened.eod,
+        "sliding_window": opened.sliding_window,
         "source": source,
     }
 

@@ -23,8 +23,8 @@ from megatron_doremi.storage.tensor_file import DTYPES
 
 # Whatever is wrong with a file's content.
 UNREADABLE_TENSORS = (SafetensorError, OSError, RuntimeError, *MALFORMED)
-# Numbers of a tensor that are read at a time.
-BLOCK = 1 << 21
+# Numbers of a tensor that are read at a time. Each thread's allocator keeps several such blocks.
+BLOCK = 1 << 19
 # Files that a folder's readers keep open; they open others for each read.
 _KEPT_OPEN = 256
 

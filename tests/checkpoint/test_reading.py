@@ -25,7 +25,7 @@ from megatron_doremi.checkpoint.resharding import read_reshaped, spec_entry
 from megatron_doremi.checkpoint.weights import WeightsFolder
 from megatron_doremi.config import PAPER_SHAPES, GPTConfig
 from megatron_doremi.model.sizes import parameter_specs
-from megatron_doremi.parallel.parameters import ParameterSpec, shard
+from megatron_doremi.parallel.parameters import ParameterSpec, fill_initial_shard, shard
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.storage import tensor_reader
 from megatron_doremi.storage.tensor_reader import BLOCK
@@ -154,6 +154,15 @@ def test_a_rank_of_8b_reads_its_shard_and_holds_a_block(written, replicas, size,
             else:
                 assert reads.total == count * itemsize, name
     assert seen.bytes <= 4 * BLOCK
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_a_rank_draws_the_initial_values_of_8b_and_holds_a_block(dim):
+    """Of a matrix of 403 MB in float32."""
+    spec, seen = ParameterSpec((24576, 4096)[:: -1 if dim else 1], dim=dim, std=0.02), LargestTensor()
+    with seen:
+        fill_initial_shard(torch.empty(spec.local_shape(8), device="meta"), spec, "name", 1, 8, 7)
+    assert 0 < seen.bytes <= 2 << 20
 
 
 def load_shared(launch, folder, fails):

@@ -8,6 +8,7 @@ Run alone: python -m pytest tests/hugging_face/test_config_fields.py
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 
@@ -18,8 +19,9 @@ from safetensors.torch import load_file, save_file
 from megatron_doremi.errors import ConfigError
 from megatron_doremi.hugging_face.architectures import ARCHITECTURES
 from megatron_doremi.hugging_face.config_file import NotExpressible, read_config
+from megatron_doremi.hugging_face.conversion import write_native
 from megatron_doremi.hugging_face.inference import load_model
-from megatron_doremi.hugging_face.model_folder import open_model
+from megatron_doremi.hugging_face.model_folder import model_entry, open_model
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -240,6 +242,42 @@ def test_the_entry_is_named(model_type, changes, said, tmp_path):
     assert said in " ".join(str(error.value).split())
 
 
+NUMBERS = (
+    ("llama", {"rope_theta": math.nan}, "rope_theta: nan rule: a finite number"),
+    ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": math.inf}}, "rope_parameters.rope_theta: inf"),
+    ("llama", {"rope_theta": 0}, "rope_theta: 0 rule: a base above 0"),
+    ("llama", {"rms_norm_eps": math.nan}, "rms_norm_eps: nan"),
+    ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers: 1,000,000,000 rule: at most 10,000"),
+    # Of classes that our model cannot express, too.
+    ("olmo2", {"num_hidden_layers": 10**9}, "num_hidden_layers: 1,000,000,000"),
+    ("olmo2", {"rope_theta": -5.0}, "rope_theta: -5.0"),
+    ("olmo2", {"initializer_range": math.nan}, "initializer_range: nan"),
+    ("mixtral", {"num_local_experts": 10**9}, "num_local_experts: 1,000,000,000"),
+    ("gemma3", {"text_config": {"num_hidden_layers": 10**9}}, "text_config.num_hidden_layers: 1,000,000,000"),
+    ("unheard", {"scales": [1.0, math.nan]}, "scales: nan"),
+)
+
+
+@pytest.mark.parametrize(("model_type", "changes", "said"), NUMBERS)
+def test_a_number_with_which_no_class_computes_is_refused(model_type, changes, said, tmp_path):
+    """NaN passed as a base that contradicts itself, so that Transformers would run it; 10^9 layers were built."""
+    base = BASES.get(model_type, BASES["llama"])
+    entry = {"model_type": model_type, **base, "rope_parameters": ROPE, **changes}
+    (tmp_path / "config.json").write_text(json.dumps(entry))
+    with pytest.raises(ConfigError) as error:
+        read_config(tmp_path, "--load")
+    assert not isinstance(error.value, NotExpressible)
+    assert said in " ".join(str(error.value).split())
+
+
+def test_a_range_without_an_end_is_none_of_them(tmp_path):
+    """Mamba2's folders have one; Transformers runs them."""
+    entry = {"model_type": "mamba2", "time_step_limit": [0.0, math.inf]}
+    (tmp_path / "config.json").write_text(json.dumps(entry))
+    with pytest.raises(NotExpressible, match="it has no attention"):
+        read_config(tmp_path, "--load")
+
+
 def test_an_output_layer_under_two_names_is_refused(tmp_path):
     """Transformers reads one of them, we read the other."""
     save(tmp_path, "gpt_neox", BASES["gpt_neox"])
@@ -262,3 +300,11 @@ def test_a_sliding_window_covers_what_is_read(tmp_path):
     assert differences[1].abs().max() > 1e-2
     with pytest.raises(NotExpressible, match="sliding_window: 48"):
         open_model(tmp_path, "--load", seq_length=49)
+    # A converted model keeps the window, which our model does not have.
+    native = tmp_path / "native"
+    (native / "weights").mkdir(parents=True)
+    write_native(native / "weights", opened.weights, opened.gpt, None, lambda: None)
+    (native / "config.json").write_text(json.dumps(model_entry(opened, {})))
+    assert open_model(native, "--load", seq_length=48).sliding_window == 48
+    with pytest.raises(ConfigError, match="sliding_window: 48"):
+        open_model(native, "--load", seq_length=49)

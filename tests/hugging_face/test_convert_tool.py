@@ -290,3 +290,18 @@ def test_out_is_a_link_or_holds_what_a_killed_conversion_left(run, tmp_path, mon
     assert (run[1] / "config.json").exists()
     monkeypatch.chdir(tmp_path)
     assert "the current one" in fault_of(monkeypatch, "--to", "hf", run[1], ".")
+
+
+def test_an_export_says_that_transformers_attends_across_documents(run, tmp_path):
+    from argparse import Namespace
+    from dataclasses import replace
+
+    from megatron_doremi.hugging_face.architectures import ARCHITECTURES
+    from megatron_doremi.hugging_face.model_folder import open_model
+
+    opened, args = open_model(run[1], "SOURCE"), Namespace(out=tmp_path, dtype=None)
+    resets = replace(opened, gpt=replace(opened.gpt, reset_attention_mask=True, eod=0))
+    architecture = ARCHITECTURES["llama"]
+    lines = [" ".join(convert_checkpoint._summary(args, each, architecture)) for each in (opened, resets)]
+    assert "one document at a time" not in lines[0]
+    assert "trained with --reset-attention-mask, which Transformers does not know: give it one document" in lines[1]
