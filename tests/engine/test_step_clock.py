@@ -109,7 +109,13 @@ END = [R, "flags", S, R, ""]
 STEPS = {
     "plain": (1, "main", 0, 1, None, [[F, B, F, B, *END]]),
     "two replicas": (2, "main", 0, 1, None, [[F, B, F, B, *END]] * 2),
-    "ZeRO 1": (1, "main", 1, 1, None, [[F, B, R, F, B, *END]]),
+    "ZeRO 1": (2, "main", 1, 1, None, [[F, B, F, B, *END]] * 2),
+    # It reduces the gradients of each micro-batch.
+    "ZeRO 2": (2, "main", 2, 1, None, [[F, B, R, F, B, *END]] * 2),
+    "pipeline, two replicas": (
+        *(4, "main", 1, 2, None),
+        [[F, P, F, P, B, P, B, *END]] * 2 + [[F, P, F, B, P, F, B, P, *END]] * 2,
+    ),
     "proxy": (1, "proxy", 0, 1, {}, [[F, R, B, *END]]),
     "proxy, ZeRO 3 scores first": (1, "proxy", 3, 1, {}, [[F, R, F, B, R, F, B, *END]]),
     "proxy, simultaneous": (1, "proxy", 0, 1, {"doremi_update": "simultaneous"}, [[F, B, F, B, *END]]),

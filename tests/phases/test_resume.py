@@ -19,6 +19,7 @@ LAYOUTS = {
     "PP2": (2, ["--pipeline-model-parallel-size", "2"]),
     "TP2": (2, ["--tensor-model-parallel-size", "2"]),
     "DP2 ZeRO1": (2, ["--zero-stage", "1"]),
+    "PP2 x DP2 ZeRO1": (4, ["--pipeline-model-parallel-size", "2", "--zero-stage", "1"]),
     "PP2 bf16": (2, ["--pipeline-model-parallel-size", "2", "--bf16", "--zero-stage", "1"]),
     "DP2 ZeRO2 offloaded": (2, ["--zero-stage", "2", "--cpu-offload"]),
     "DP2 ZeRO2 bf16": (2, ["--zero-stage", "2", "--bf16"]),
