@@ -5,8 +5,8 @@
 
 A layout is TENSOR,PIPE,DATA,ZERO; training is in bfloat16. Each stage runs in processes of its own: a run that draws
 its initial values and saves; one that resumes at the same layout; one at --load-at; one that takes the weights alone
-there. For each part it prints the seconds of the slowest rank, and the largest resident memory of a rank beyond what
-the rank held once everything was imported. `shard` is what a rank holds: weights, and its state of the optimizer.
+there. For each part it prints the seconds and the CPU time of the slowest rank, and the largest resident memory of a
+rank beyond what it held once everything was imported. `shard` is what a rank holds: weights and optimizer state.
 
 With --sparse files without content stand in for the checkpoint, and one process reads what rank 0 of --load-at reads,
 one parameter after the other.
@@ -101,19 +101,20 @@ class Meter:
     """Seconds and peak memory of each part of one rank's work.
 
     Attributes:
-        parts: {part: (seconds, bytes beyond those at the start)}.
+        parts: {part: (seconds, seconds of CPU time, bytes beyond those at the start)}.
     """
 
     def __init__(self) -> None:
-        self.parts: dict[str, tuple[float, int]] = {}
+        self.parts: dict[str, tuple[float, float, int]] = {}
         self._base = _reset_peak()
 
     def __call__(self, part: str, work: Callable[[], object]) -> None:
         """Does and measures `work`."""
         _reset_peak()
-        began = time.perf_counter()
+        began, worked = time.perf_counter(), time.process_time()
         work()
-        self.parts[part] = time.perf_counter() - began, _status("VmHWM") - self._base
+        seconds = time.perf_counter() - began, time.process_time() - worked
+        self.parts[part] = *seconds, _status("VmHWM") - self._base
 
 
 def _status(entry: str) -> int:
@@ -172,18 +173,24 @@ def build(args: argparse.Namespace, context: ParallelContext, zero: int, to_be_l
     return make_engine(plan, make_objective(plan, make_controller(plan), context), context, to_be_loaded)
 
 
-def report(parts: dict[str, tuple[float, int]], weights: int, owned: int) -> None:
+def report(parts: dict[str, tuple[float, float, int]], weights: int, owned: int) -> None:
     """Prints, on rank 0, the largest figures of all ranks."""
     names = list(parts)
     figures = torch.tensor([*(number for name in names for number in parts[name]), weights, owned]).double()
     dist.all_reduce(figures, dist.ReduceOp.MAX)
     if dist.get_rank() == 0:
-        gib = [value / 2**30 for value in figures.tolist()]
-        print(f"    shard: {gib[-2]:.2f} GiB of weights, {gib[-1]:.2f} GiB of the optimizer's state")
+        *values, weights, owned = figures.tolist()
+        print(f"    shard: {weights / 2**30:.2f} GiB of weights, {owned / 2**30:.2f} GiB of the optimizer's state")
         for number, name in enumerate(names):
-            print(f"    {name:<24}{figures[2 * number]:8.2f} s, peak {gib[2 * number + 1]:6.2f} GiB", flush=True)
+            print_part(name, *values[3 * number : 3 * number + 3])
     dist.barrier()
     dist.destroy_process_group()
+
+
+def print_part(name: str, seconds: float, worked: float, peak: float) -> None:
+    """Prints the figures of a part."""
+    text = f"    {name:<24}{seconds:8.2f} s, {worked:8.2f} s of CPU time, peak {peak / 2**30:6.2f} GiB"
+    print(text, flush=True)
 
 
 def start_ranks(args: argparse.Namespace, stage: str, at: tuple[int, ...]) -> None:
@@ -260,8 +267,8 @@ def read_sparse(folder: Path, gpt: GPTConfig, at: tuple[int, ...]) -> None:
     owned = 12 * total / replicas / 2**30
     print(f"    shard: {2 * total / 2**30:.2f} GiB of weights, {owned:.2f} GiB of the optimizer's state", end="; ")
     print(f"the largest parameter's: {2 * largest / 2**30:.2f} GiB of weights, {4 * largest / 2**30:.2f} of a moment")
-    for name, (seconds, peak) in meter.parts.items():
-        print(f"    {name:<24}{seconds:8.2f} s, peak {peak / 2**30:6.2f} GiB", flush=True)
+    for name, figures in meter.parts.items():
+        print_part(name, *figures)
 
 
 def main() -> None:
