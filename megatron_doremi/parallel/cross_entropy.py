@@ -145,12 +145,16 @@ class _TokenLosses(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, grad: Tensor, more: Tensor | None
+        ctx: Any, grad: Tensor | None, more: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, None, None, None, None, None]:
         hidden, weight, local, normalizers, losses, *held = ctx.saved_tensors
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        if grad is None:
+            # Of the normalizers alone.
+            grad = torch.zeros_like(losses)
         scaled_softmax = _compiled(_scaled_softmax) if ctx.compiled else _scaled_softmax
-        gathering = start_gather(hidden, ctx.tp_group) if ctx.sequence_parallel else None
+        needs_rows = wants_weight or not held
+        gathering = start_gather(hidden, ctx.tp_group) if ctx.sequence_parallel and needs_rows else None
         # Logits that are held need no rows before the weight's product.
         all_rows = None if held else _rows(hidden, gathering)
         hidden_grad = hidden.new_empty(len(local), hidden.shape[-1]) if wants_hidden else None

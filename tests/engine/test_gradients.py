@@ -115,6 +115,8 @@ ENGINES = {
     "DP2, ZeRO 1": (2, 1, 1, False),
     "DP2, ZeRO 2": (2, 1, 2, False),
     "DP2, ZeRO 3": (2, 1, 3, False),
+    "PP2, DP2, ZeRO 1": (4, 2, 1, False),
+    "DP3, ZeRO 2": (3, 1, 2, False),
     "PP2, bf16": (2, 2, 1, True),
     "DP2, bf16, ZeRO 2": (2, 1, 2, True),
     "DP2, bf16, ZeRO 3": (2, 1, 3, True),

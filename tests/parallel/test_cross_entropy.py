@@ -74,6 +74,18 @@ def test_losses_and_gradients(world, padded, z_loss):
     assert row_gradient[VOCAB:].abs().max() == 0 if padded > VOCAB else True
 
 
+@pytest.mark.parametrize("chunk", [0, 3])
+def test_a_gradient_of_the_normalizers_alone(chunk):
+    """That of the logarithm of the sum of exponentials is the softmax."""
+    hidden, rows, targets, _ = example()
+    probabilities = (hidden @ rows.T).softmax(-1)
+    hidden.requires_grad_()
+    execution = Execution(loss_chunk_tokens=chunk)
+    _, normalizers = losses_and_normalizers(hidden, rows, targets, VOCAB, TensorGroup(None, 1, 0), execution)
+    normalizers.sum().backward()
+    torch.testing.assert_close(hidden.grad, probabilities @ rows)
+
+
 @pytest.mark.parametrize(("world", "padded", "chunk"), [(1, 32, 0), (1, 32, 3), (2, 32, 3), (3, 48, 3), (3, 48, 0)])
 def test_padding_does_not_enter_the_softmax_in_bfloat16(world, padded, chunk):
     """In bfloat16 the product includes the padding rows; in some of these cases a rank holds only padding."""
