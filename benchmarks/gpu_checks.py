@@ -56,10 +56,9 @@ def versions(place: Place, report: Report) -> bool:
         gpu = torch.cuda.get_device_properties(0)
         report(gpu=gpu.name, memory_gib=round(gpu.total_memory / 2**30, 1), gpus=torch.cuda.device_count())
         report(capability=f"{gpu.major}.{gpu.minor}", cudnn=torch.backends.cudnn.version())
-    context = single(place)
-    groups, device = context.groups, context.device
+    device = single(place).device
     value = torch.ones(3).to(device)
-    dist.all_reduce(value, group=groups.data)
+    dist.all_reduce(value)
     report(device=str(device), backend=dist.get_backend(), reduced=value.tolist())
     if not place.cpu:
         from megatron_doremi.phases.metrics import peak_tflops

@@ -102,7 +102,8 @@ def read_gradient(engine):
             full, piece = torch.zeros(parameter.numel()), optimizer.piece_of(parameter)
             if piece is not None:
                 full[piece.start : piece.start + piece.count] = piece.of(optimizer.gradients()[piece.bucket])
-            dist.all_reduce(full, group=engine.context.groups.data)
+            if engine.context.topology.data_size > 1:
+                dist.all_reduce(full, group=engine.context.groups.data)
             return full.view(parameter.shape)
         if engine.zero_optimization_stage() >= 2:
             return deepspeed.utils.safe_get_full_grad(parameter)

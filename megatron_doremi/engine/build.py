@@ -21,19 +21,24 @@ from megatron_doremi.model.pipeline import GPTPipeline
 from megatron_doremi.model.sizes import parameters_by_layer
 from megatron_doremi.model.unpipelined import GPT, make_gpt
 from megatron_doremi.parallel.context import ParallelContext
-from megatron_doremi.parallel.deepspeed_internals import silence_memory_reports
+from megatron_doremi.parallel.deepspeed_internals import new_groups_replaced, pipeline_mpu, silence_memory_reports
 from megatron_doremi.parallel.groups import TensorGroup
 from megatron_doremi.plan import RunPlan
 
 
+def data_group(context: ParallelContext) -> dist.ProcessGroup:
+    """The data group; that of a single replica has one rank."""
+    return context.groups.data if context.topology.data_size > 1 else context.groups.alone()
+
+
 @dataclass(frozen=True)
 class Layout:
-    """DeepSpeed's `mpu` for a layout without a pipeline; the names of its methods are Megatron-LM's."""
+    """DeepSpeed's `mpu` for a layout with tensor parallelism and no pipeline; its methods have Megatron-LM's names."""
 
     context: ParallelContext
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
-        return self.context.groups.data
+        return data_group(self.context)
 
     def get_data_parallel_world_size(self) -> int:
         return self.context.topology.data_size
@@ -55,8 +60,10 @@ def _optimizer(plan: RunPlan, module: GPT, context: ParallelContext) -> torch.op
     settings, parallel = plan.config.optimizer, plan.config.parallel
     if settings.optimizer == "muon":
         topology, tp = context.topology, context.tensor_parallel.group
-        sharded = parallel.zero_stage > 0
-        replicas = TensorGroup(context.groups.data, topology.data_size, topology.data_rank) if sharded else None
+        replicas = None
+        if parallel.zero_stage > 0:
+            group = context.groups.data if topology.data_size > 1 else None
+            replicas = TensorGroup(group, topology.data_size, topology.data_rank)
         return make_muon(module.model_parameters(), settings, plan.gpt, tp, replicas)
     in_buckets = parallel.zero_stage == 2 and not parallel.cpu_offload
     return make_optimizer(module.model_parameters(), settings, in_buckets)
@@ -77,10 +84,11 @@ def make_engine(
     parameters = sum(parameters_by_layer(gpt, context.topology.tensor_size))
     entry = deepspeed_config(plan, parameters)
     kind: type[TrainingEngine] = PipelinedEngine if context.topology.pipe_size > 1 else OneStageEngine
+    # Without one DeepSpeed knows the data group only: all ranks.
+    mpu = Layout(context) if context.topology.tensor_size > 1 else None
 
     def partition(layer: nn.Module) -> None:
-        group = context.groups.data
-        deepspeed.zero.Init(layer, group, config_dict_or_path=entry, dtype=plan.dtype, mpu=Layout(context))
+        deepspeed.zero.Init(layer, data_group(context), config_dict_or_path=entry, dtype=plan.dtype, mpu=mpu)
 
     module = make_gpt(
         gpt,
@@ -90,17 +98,19 @@ def make_engine(
         partition if parallel.zero_stage == 3 else None,
         plan.dtype,
     )
-    mpu = module.mpu() if isinstance(module, GPTPipeline) else Layout(context)
-    return kind(
-        objective=objective,
-        context=context,
-        clip_grad=config.optimizer.clip_grad,
-        z_loss=config.training.z_loss,
-        args=None,
-        model=module,
-        optimizer=_optimizer(plan, module, context),
-        mpu=mpu,
-        dist_init_required=False,
-        config=entry,
-        config_class=DeepSpeedConfig(entry, mpu),
-    )
+    if isinstance(module, GPTPipeline):
+        mpu = pipeline_mpu(module, data_group(context))
+    with new_groups_replaced(context.groups.instead_of_new_group):
+        return kind(
+            objective=objective,
+            context=context,
+            clip_grad=config.optimizer.clip_grad,
+            z_loss=config.training.z_loss,
+            args=None,
+            model=module,
+            optimizer=_optimizer(plan, module, context),
+            mpu=mpu,
+            dist_init_required=False,
+            config=entry,
+            config_class=DeepSpeedConfig(entry, mpu),
+        )

@@ -129,16 +129,18 @@ class TrainingEngine(EngineHooks):
         optimizer does so."""
         # Without ZeRO and mixed precision, DeepSpeed reports no norm and would count tied copies and replicated
         # parameters several times; its sharded optimizers report a norm that counts each parameter once.
-        groups = self.context.groups
+        topology, groups = self.context.topology, self.context.groups
+        across = [groups.model] if topology.replica_size > 1 else []
         if isinstance(self.optimizer, ShardedOptimizer):
             counted = self.optimizer.gradient_pieces(is_counted_in_gradient_norm)
-            norm = self._clip(self.optimizer.gradients(), counted, [groups.data, groups.model])
+            across += [groups.data] if topology.data_size > 1 else []
+            norm = self._clip(self.optimizer.gradients(), counted, across)
         elif wraps_optimizer(self):
             return self.optimizer_norm()
         else:
             parameters = [p for p in self.module.parameters() if p.grad is not None]
             counted = [p.grad for p in parameters if is_counted_in_gradient_norm(p)]
-            norm = self._clip([p.grad for p in parameters], counted, [groups.model])
+            norm = self._clip([p.grad for p in parameters], counted, across)
         self.set_grad_norm(norm)
         return norm
 

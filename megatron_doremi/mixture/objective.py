@@ -46,7 +46,7 @@ def reduce_sums(total: Tensor, context: ParallelContext) -> Tensor:
     topology, groups = context.topology, context.groups
     if topology.data_size > 1 and topology.is_last_stage and topology.tensor_rank == 0:
         dist.all_reduce(total, group=groups.data)
-    if topology.pipe_size * topology.tensor_size > 1:
+    if topology.replica_size > 1:
         dist.broadcast(total, src=topology.loss_rank(), group=groups.model)
     return total
 

@@ -25,7 +25,12 @@ from megatron_doremi.model.gpt import Block
 from megatron_doremi.model.positions import Positions, Window
 from megatron_doremi.parallel.context import ParallelContext
 from megatron_doremi.parallel.cross_entropy import losses_and_normalizers
-from megatron_doremi.parallel.deepspeed_internals import PipelineModuleHooks, count_in_gradient_norm, is_tied_copy
+from megatron_doremi.parallel.deepspeed_internals import (
+    PipelineModuleHooks,
+    count_in_gradient_norm,
+    is_tied_copy,
+    new_groups_replaced,
+)
 from megatron_doremi.parallel.layers import LearnedPositions, Norm, TensorParallel, VocabParallelEmbedding
 from megatron_doremi.parallel.parameters import initialize, spec_of
 from megatron_doremi.parallel.topology import Topology, stage_bounds
@@ -185,7 +190,8 @@ class GPTPipeline(NamedLayers, PipelineModuleHooks):
             dims=[topology.pipe_size, topology.data_size, topology.tensor_size],
         )
         # Suppresses DeepSpeed's tables of topology and stages; ours are in config.json and the dry run.
-        with contextlib.redirect_stdout(io.StringIO()):
+        groups = new_groups_replaced(context.groups.instead_of_new_group)
+        with contextlib.redirect_stdout(io.StringIO()), groups:
             super().__init__(
                 layers=layer_specs(gpt, tp, execution),
                 topology=axes,

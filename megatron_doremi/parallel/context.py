@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_doremi.parallel.groups import ProcessGroups, TensorGroup, make_groups
+from megatron_doremi.parallel.groups import ProcessGroups
 from megatron_doremi.parallel.layers import TensorParallel
 from megatron_doremi.parallel.topology import Topology
 
@@ -30,12 +30,10 @@ class ParallelContext:
 
 def make_context(topology: Topology, device: torch.device, sequence_parallel: bool = False) -> ParallelContext:
     """Creates the process groups of this rank; a collective call, after torch.distributed is initialized."""
-    groups = make_groups(topology)
+    groups = ProcessGroups(topology)
     return ParallelContext(topology, groups, device, TensorParallel(groups.tp_group, sequence_parallel))
 
 
 def unsharded(device: torch.device) -> ParallelContext:
     """The context of a process that holds a full model and communicates with no other."""
-    # None in place of a group would be the default group; without torch.distributed nothing asks for it.
-    groups = ProcessGroups(TensorGroup(), data=None, model=None)  # type: ignore[arg-type]
-    return ParallelContext(Topology(), groups, device, TensorParallel())
+    return ParallelContext(Topology(), ProcessGroups(Topology()), device, TensorParallel())

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from megatron_doremi.parallel.deepspeed_gradients import make_float32_optimizer
 from megatron_doremi.parallel.groups import TensorGroup
+from megatron_doremi.parallel.replacement import replaced
 from megatron_doremi.parallel.sharded_optimizer import ShardedOptimizer
 
 
@@ -179,6 +180,22 @@ def owned_piece(
     return OwnedPiece(piece.lp_fragment_address.start, address.numel, flat, address.start, is_master=True)
 
 
+# Process groups.
+
+
+def new_groups_replaced(new_group: Callable[[Iterable[int]], Any]) -> AbstractContextManager[None]:
+    """Within it DeepSpeed gets its process groups from `new_group`. Its grid would make all groups of all ranks, on
+    every rank, also those of single ranks."""
+    return replaced(deepspeed.comm, "new_group", new_group)
+
+
+def pipeline_mpu(module: PipelineModule, data_group: Any) -> Any:
+    """The `mpu` of a pipeline, its grid, with a data group also where that has one rank."""
+    grid = module.mpu()
+    grid.dp_proc_group = data_group
+    return grid
+
+
 # The pipeline module.
 
 
@@ -228,20 +245,6 @@ class PipelineModuleHooks(PipelineModule):
 
 
 # The engines.
-
-
-@contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Gives an attribute of a module or of an object another value within a `with` block."""
-    was_own, before = name in vars(owner), getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if was_own:
-            setattr(owner, name, before)
-        else:
-            delattr(owner, name)
 
 
 def left_as_it_is(norm: Tensor, device: Any = None, val: float = -1.0) -> None:

@@ -31,6 +31,11 @@ class Topology:
         return self.pipe_size * self.data_size * self.tensor_size
 
     @property
+    def replica_size(self) -> int:
+        """Ranks of a replica."""
+        return self.pipe_size * self.tensor_size
+
+    @property
     def tensor_rank(self) -> int:
         return self.rank % self.tensor_size
 

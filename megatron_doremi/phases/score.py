@@ -263,7 +263,8 @@ class _Replica:
             if self.folder is not None:
                 self.watchdog.mark("checking which windows are recorded")
                 group = self._report_failure(lambda: self._next_group(mine))
-            group = broadcast_json(group, self.topology.loss_rank(), self.context.groups.model)
+            if self.topology.replica_size > 1:
+                group = broadcast_json(group, self.topology.loss_rank(), self.context.groups.model)
             if group is None:
                 return
             yield group[0], group[1]
@@ -337,7 +338,8 @@ class _Replica:
         elif self._asked_to_stop(stop):
             status = _STOP
         flag = torch.tensor([status], device=next(self.module.parameters()).device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.context.groups.model)
+        if self.topology.replica_size > 1:
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.context.groups.model)
         if flag.item() == _FAILED:
             raise error_from_json(self.store.get("error").decode())
         return bool(flag.item())

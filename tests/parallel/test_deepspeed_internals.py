@@ -37,6 +37,7 @@ NAMES = {
         "get_grads_for_norm",
         "see_memory_usage",
     ],
+    "runtime/pipe/topology.py": ["dp_proc_group"],
     "utils/tensor_fragment.py": ["_hp_mapping", "hp_fragment_address", "lp_fragment_address", "param_group_index"],
     "runtime/utils.py": ["mask_nan_or_inf_with_val_inplace", "model_parallel"],
     "runtime/pipe/engine.py": [
