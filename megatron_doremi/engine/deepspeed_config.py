@@ -50,8 +50,9 @@ def deepspeed_config(plan: RunPlan, parameters: int) -> dict[str, Any]:
 def _zero(config: Config, hidden_size: int, parameters: int) -> dict[str, Any]:
     # The "memory efficient" linear layer replaces torch's in the entire process, including the reference model.
     result: dict[str, Any] = {"stage": config.parallel.zero_stage, "memory_efficient_linear": False}
-    if config.parallel.zero_stage >= 1:
-        # ZeRO allocates the full bucket; DeepSpeed's default is 500 million elements, 2 GB, for a model of any size.
+    if config.parallel.zero_stage >= 2:
+        # DeepSpeed's ZeRO 2 and 3 allocate the full bucket, by default 500 million elements, 2 GB, for a model of any
+        # size.
         result["reduce_bucket_size"] = min(500_000_000, parameters)
     if config.parallel.zero_stage == 3:
         # Matrices are partitioned and vectors are not, for models of any size (with DeepSpeed's default, 100,000

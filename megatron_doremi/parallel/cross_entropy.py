@@ -173,8 +173,8 @@ class _TokenLosses(torch.autograd.Function):
                 torch.mm(logits_grad, weight[: logits_grad.shape[1]], out=hidden_grad[part])
                 if start == 0 and ctx.tp_group.size > 1:
                     # Beside the last product below.
-                    whole = hidden_grad.view(-1, *hidden.shape[1:])
-                    summing = start_input_sum(whole, ctx.tp_group, ctx.sequence_parallel)
+                    by_window = hidden_grad.view(-1, *hidden.shape[1:])
+                    summing = start_input_sum(by_window, ctx.tp_group, ctx.sequence_parallel)
             if wants_weight:
                 rows = (_rows(hidden, gathering) if all_rows is None else all_rows)[part]
                 single = len(rows) == len(local)

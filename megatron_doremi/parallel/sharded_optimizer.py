@@ -20,7 +20,7 @@ from megatron_doremi.parallel.collectives import Started, all_gather_into, finis
 from megatron_doremi.parallel.groups import TensorGroup
 
 # Buckets whose reduction may be under way while another one is filled.
-_MOST_UNDER_WAY = 1
+_MAX_UNDER_WAY = 1
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class ShardedOptimizer:
             self._started += 1
 
     def _reduce(self, bucket: _Bucket) -> None:
-        while len(self._under_way) > _MOST_UNDER_WAY:
+        while len(self._under_way) > _MAX_UNDER_WAY:
             self._add_oldest()
         flat = torch.empty_like(bucket.weights, dtype=torch.float32)
         gradients = [parameter.grad.reshape(-1) for parameter in bucket.parameters if parameter.grad is not None]

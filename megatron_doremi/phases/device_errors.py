@@ -53,12 +53,12 @@ def out_of_memory_text(
     """What lacked memory, what was planned, and which flags need less."""
     planned = rank_memory(plan, alternating, reference)
     # Without the number of the GPU: ranks that fail alike have one message.
-    found = [
+    matches = [
         re.search(pattern, str(error)) for pattern in (r"Tried to allocate [\d.]+ \w+", r"total capacity of [\d.]+ \w+")
     ]
-    said = ", ".join(each.group(0) for each in found if each) or str(error)[:200]
+    request = ", ".join(each.group(0) for each in matches if each) or str(error)[:200]
     return (
-        f"out of GPU memory, {activity}: {said}\n"
+        f"out of GPU memory, {activity}: {request}\n"
         f"  planned: {planned.total / 2**30:.1f} GiB on the fullest rank (docs/memory.md: what is not counted)\n"
         f"  remedy:  {', or '.join(memory_remedies(plan))}; --dry-run --device-memory-gib N --suggest-layout ranks "
         "layouts that fit\n"
@@ -70,27 +70,32 @@ def memory_remedies(plan: RunPlan) -> list[str]:
     """Flags of this run that can take less memory, those that cost least first."""
     parallel, windows = plan.config.parallel, plan.batch_shape[0]
     trains = plan.config.data.phase in TRAINING
-    found = []
+    remedies = []
     if not parallel.loss_chunk_tokens:
-        found.append("--loss-chunk-tokens 1024")
+        remedies.append("--loss-chunk-tokens 1024")
     if trains and not parallel.zero_stage and plan.topology.data_size > 1:
-        found.append("--zero-stage 1")
+        remedies.append("--zero-stage 1")
     if windows > 1:
-        found.append(f"--micro-batch-size {windows // 2} instead of {windows}")
+        # A divisor: the global batch remains a multiple of it.
+        smaller = max(size for size in range(1, windows) if windows % size == 0)
+        remedies.append(f"--micro-batch-size {smaller} instead of {windows}")
     if trains and parallel.recompute_granularity != "full":
-        found.append("--recompute-granularity full")
-    if trains and parallel.zero_stage in (1, 2) and plan.topology.pipe_size == 1 and plan.topology.data_size > 1:
-        found.append(f"--zero-stage {parallel.zero_stage + 1}")
-    return [*found, "more ranks to a model (--tensor-model-parallel-size, --pipeline-model-parallel-size)"]
+        remedies.append("--recompute-granularity full")
+    # See zero_faults (layout_rules.py).
+    muon, pipelined = plan.config.optimizer.optimizer == "muon", plan.topology.pipe_size > 1
+    highest = 1 if muon or pipelined else 2 if parallel.compile else 3
+    if trains and 1 <= parallel.zero_stage < highest and plan.topology.data_size > 1:
+        remedies.append(f"--zero-stage {parallel.zero_stage + 1}")
+    return [*remedies, "more ranks to a model (--tensor-model-parallel-size, --pipeline-model-parallel-size)"]
 
 
 def compile_text(error: RuntimeError, activity: str) -> str:
     """What torch.compile said, and how to go on."""
-    said = [line for line in str(error).splitlines() if line.strip() and not line.startswith("Set TORCHDYNAMO")]
+    lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith("Set TORCHDYNAMO")]
     return "\n".join(
         [
             f"--compile: torch.compile failed, {activity}:",
-            *(f"  {line}" for line in said[:_LINES]),
+            *(f"  {line}" for line in lines[:_LINES]),
             "  remedy:  leave --compile out: the same losses to rounding, in longer steps",
             "  TORCHDYNAMO_VERBOSE=1 shows where it failed",
         ]

@@ -29,16 +29,16 @@ LACK = (
 )
 
 
-def make(data_size=1, micro_batch_size=8, phase="main", **parallel):
+def make(data_size=1, micro_batch_size=8, phase="main", optimizer="adam", **parallel):
     topology = Topology(1, data_size, 1, 0)
     data = {
         "phase": phase,
         "seq_length": 32,
         "micro_batch_size": micro_batch_size,
         "train_iters": 1,
-        "global_batch_size": 64,
+        "global_batch_size": 8 * micro_batch_size,
     }
-    config = make_config(topology, data, parallel)
+    config = make_config(topology, data, parallel, optimizer=optimizer)
     return make_plan(config, topology, small_gpt(), ("a",), (100,), np.ones(1))
 
 
@@ -76,6 +76,10 @@ def test_no_memory_in_another_device_or_while_a_kernel_is_compiled():
         (make(micro_batch_size=1), "--recompute-granularity full", "--micro-batch-size"),
         (make(data_size=2, zero_stage=2), "--micro-batch-size 4 instead of 8", "--zero-stage 1"),
         (make(micro_batch_size=1, recompute_granularity="full"), "more ranks to a model", "--recompute"),
+        (make(micro_batch_size=9), "--micro-batch-size 3 instead of 9", "--micro-batch-size 4"),
+        # What the rules refuse is no remedy.
+        (make(data_size=2, zero_stage=1, optimizer="muon"), "--micro-batch-size 4", "--zero-stage"),
+        (make(data_size=2, zero_stage=2, compile=True), "--micro-batch-size 4", "--zero-stage"),
         (make(micro_batch_size=2, phase="score"), "--micro-batch-size 1 instead of 2", "--recompute"),
     ],
 )
