@@ -120,8 +120,10 @@ def _layers(
     # Full recomputation ends where the last layer of a block has its input, before its sum.
     again = blocks * (backward and parallel.recompute_granularity == "full")
     if parallel.sequence_parallel:
-        # A layer that is sharded by columns gathers its input once more in the backward pass, and so does the output.
-        gathered = blocks * 2 * (1 + 2 * backward) + 2 * again + first * backward + last * (1 + backward)
+        # A layer that is sharded by columns gathers its input once more in the backward pass, and so does the output;
+        # a compiled block keeps what it has gathered.
+        repeated = 2 * backward * (not parallel.compile)
+        gathered = blocks * (2 * (1 + backward) + repeated) + 2 * again + first * backward + last * (1 + backward)
         scattered = blocks * 2 * (1 + backward) + again + first + last * backward
         yield Traffic(TENSOR, ALL_GATHER, tensor, hidden * gathered, count * gathered)
         yield Traffic(TENSOR, REDUCE_SCATTER, tensor, hidden * scattered, count * scattered)

@@ -84,8 +84,9 @@ def block_bytes_per_token(
         return element * residual
     queries = gpt.num_attention_heads * gpt.kv_channels / tensor
     keys = gpt.num_query_groups * gpt.kv_channels / tensor
-    # Both norms' inputs and outputs: with sequence parallelism this rank's positions, since they are gathered again.
-    norms = 4 * residual
+    # Both norms' inputs and outputs: with sequence parallelism this rank's positions, since the outputs are gathered
+    # again; a compiled block keeps them as gathered.
+    norms = 2 * (residual + (hidden if parallel.compile else residual))
     # Queries, keys and values as the attention reads them, and its output.
     attention = queries + 2 * keys + queries
     if gpt.qk_layernorm and parallel.recompute_granularity == "none":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import numpy as np
@@ -112,6 +113,24 @@ def collectives_of_a_step(launch, pipe, tensor, gpt, data, parallel, doremi, bf1
     context = layout(launch, pipe, tensor, parallel.get("sequence_parallel", False))
     engine, batches, targets = engine_and_batches(context, gpt, data, parallel, doremi, bf16, optimizer=optimizer)
     return recorded(lambda: engine.train_step(batches, targets))
+
+
+def gathered_by_a_compiled_step(launch, tensor, gpt, data, parallel):
+    """[numbers] that each all-gather of the second step fills, with --compile. Graphs are divided into a forward and a
+    backward part as by Inductor, which would take minutes."""
+    import functools
+
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.compile = functools.partial(torch.compile, backend="aot_eager_decomp_partition")
+    context = layout(launch, 1, tensor, parallel["sequence_parallel"])
+    engine, batches, targets = engine_and_batches(context, gpt, data, {**parallel, "compile": True}, {}, False)
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as found:
+        engine.train_step(batches, targets)
+    # In graphs the shape is that of a rank's part.
+    ranks = {"c10d::_allgather_base_": 1, "_c10d_functional::all_gather_into_tensor": tensor}
+    return [ranks[e.name] * math.prod(e.input_shapes[0]) for e in found.events() if e.name in ranks]
 
 
 def collectives_of_a_reference(launch, pipe, tensor, gpt, shape, count, sequence_parallel, loss_chunk_tokens):

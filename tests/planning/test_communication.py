@@ -10,7 +10,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from engines import make_config, small_gpt
-from planning.measured import collectives_of_a_reference, collectives_of_a_step
+from planning.measured import collectives_of_a_reference, collectives_of_a_step, gathered_by_a_compiled_step
 from ranks import on_ranks
 
 from megatron_doremi.parallel.topology import Topology
@@ -89,6 +89,20 @@ def test_bytes_of_a_step(case):
         if replicas == 1:
             counted = sum(number > SMALLEST and name != "recv_" for name, number, _ in calls)
             assert sum(each.calls for each in traffic) == counted
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_gathers_of_a_compiled_step(recompute):
+    """A graph keeps the gathered input of a layer for the backward pass instead of gathering it again."""
+    gpt, topology = small_gpt(**{**GPT, "vocab_size": 192, "max_positions": SEQ}), Topology(1, 1, 2)
+    data = {"phase": "main", "seq_length": SEQ, "micro_batch_size": WINDOWS, "global_batch_size": 2 * WINDOWS}
+    parallel = {"loss_chunk_tokens": 48, "sequence_parallel": True, "recompute_granularity": recompute}
+    config = make_config(topology, data, {**parallel, "compile": True})
+    plan = make_plan(config, topology, gpt, ("text",), (1,), np.ones(1))
+    gathers = [each for each in stage_traffic(plan, False, None, 0) if each.operation == ALL_GATHER]
+    for found in on_ranks(2, gathered_by_a_compiled_step, 2, gpt, data, parallel):
+        large = [4 * numbers for numbers in found if numbers > SMALLEST]
+        assert (len(large), sum(large)) == (sum(e.calls for e in gathers), sum(e.payload for e in gathers))
 
 
 def collectives_with_small_limits(launch, *arguments):
