@@ -132,7 +132,8 @@ def wraps_optimizer(engine: DeepSpeedEngine) -> bool:
 def flat_partitions(engine: DeepSpeedEngine) -> list[Tensor]:
     """The tensors that the torch optimizer updates: flat float32 partitions under ZeRO, else the parameters.
 
-    ZeRO 3, ZeRO 1 and 2, and the bfloat16 optimizer use different names for the partitions of their parameter groups.
+    ZeRO 3, offloaded ZeRO 2, and the bfloat16 optimizer, which is also that of ZeRO 1 in float32, use different names
+    for the partitions of their parameter groups.
     """
     if isinstance(engine.optimizer, ShardedOptimizer):
         return engine.optimizer.masters()
@@ -154,7 +155,7 @@ def owned_piece(
     """Locates the piece of a parameter's state that this rank owns; None if it owns none.
 
     ZeRO 3 splits every parameter into equal pieces, in rank order, and records the position of each in its group's
-    partition (`grad_position`). ZeRO 1 and 2 and the bfloat16 optimizer partition the concatenated parameters of a
+    partition (`grad_position`). Offloaded ZeRO 2 and the bfloat16 optimizer partition the concatenated parameters of a
     group, and `_hp_mapping` records the part of a parameter that lies in this rank's partition.
 
     Args:
