@@ -154,6 +154,7 @@ def run(
         signals = Signals(os.environ)
         signals.install()
     rendezvous = rendezvous or join_rendezvous(config, launch, None)
+    import deepspeed.comm
     import torch.distributed as dist
 
     from megatron_doremi.cluster.watchdog import Watchdog
@@ -163,7 +164,8 @@ def run(
         stopped = run_phase(config, topology, rendezvous, signals, watchdog, held)
         dist.barrier()
         signals.finish(EXIT_STOPPED if stopped else 0)
-    dist.destroy_process_group()
+    # DeepSpeed forgets the groups too; another run in this process has its own.
+    deepspeed.comm.destroy_process_group()
     return EXIT_STOPPED if stopped else 0
 
 

@@ -107,7 +107,8 @@ def test_hashing_a_large_file_reports_progress(tmp_path, monkeypatch):
     content = bytes(range(256)) * 20
     (folder / "a.safetensors").write_bytes(content)
     checksum = hashlib.sha256(content).hexdigest()
-    state = CheckpointState.model_construct(checksums={"weights/a.safetensors": checksum})
+    name = "weights/a.safetensors"
+    state = CheckpointState.model_construct(files={name: len(content)}, checksums={name: checksum})
     marks = []
     assert changed_files(tmp_path, state, progress=lambda: marks.append(1)) == []
     assert len(marks) >= 6
