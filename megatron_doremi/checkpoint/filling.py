@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from megatron_doremi.errors import ConfigError, error_from_json, error_to_json
+from megatron_doremi.parallel.collectives import all_gather_into
 from megatron_doremi.parallel.context import ParallelContext
 from megatron_doremi.parallel.deepspeed_internals import is_partitioned, local_piece
-from megatron_doremi.parallel.exchange import gather_json
+from megatron_doremi.parallel.exchange import on_all_ranks
 
 # Reads of one rank at a time; a parallel file system gives one reader a part of its bandwidth.
 THREADS = 8
@@ -76,7 +76,9 @@ def fill_parameters(
         for low, count in _shares(len(flat), topology.data_size, topology.data_rank):
             part = flat[low : low + count]
             jobs.append(lambda part=part, low=low, read=read: fill(part, low, read))  # type: ignore[misc]
-    _run_everywhere([*jobs, *others], context, progress)
+    read_all = partial(run_jobs, [*jobs, *others], progress)
+    # Ranks that exchange what they have read first agree that all have.
+    read_all() if topology.data_size == 1 else on_all_ranks(read_all)
     for flat in shared:
         progress()
         _gather(flat, context)
@@ -88,21 +90,6 @@ def _shares(count: int, replicas: int, replica: int) -> Iterator[tuple[int, int]
     yield from ((low, n) for low, n in ((replica * share, share), (replicas * share, count % replicas)) if n)
 
 
-def _run_everywhere(jobs: Sequence[Job], context: ParallelContext, progress: Callable[[], None]) -> None:
-    """`run_jobs`; where ranks exchange what they have read, they first agree that all have."""
-    if context.topology.data_size == 1:
-        run_jobs(jobs, progress)
-        return
-    failure = None
-    try:
-        run_jobs(jobs, progress)
-    except ConfigError as error:
-        failure = error_to_json(error)
-    failures = [text for text in gather_json(failure) if text is not None]
-    if failures:
-        raise error_from_json(failures[0])
-
-
 @torch.no_grad()
 def _gather(flat: Tensor, context: ParallelContext) -> None:
     """Completes a flattened parameter with the shares that the other replicas have read."""
@@ -111,4 +98,4 @@ def _gather(flat: Tensor, context: ParallelContext) -> None:
     if share:
         # As bytes: no backend has to know the type.
         own = flat[replica * share : (replica + 1) * share].clone().view(torch.uint8)
-        dist.all_gather_into_tensor(flat[: replicas * share].view(torch.uint8), own, group=context.groups.data)
+        all_gather_into(flat[: replicas * share].view(torch.uint8), own, group=context.groups.data)

@@ -27,6 +27,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from pydantic import Strict, model_validator
 from torch import Tensor, nn
 
+from megatron_doremi.checkpoint.filling import fill
 from megatron_doremi.checkpoint.resharding import (
     ShardedFolder,
     ShardingEntry,
@@ -235,8 +236,7 @@ class OptimizerFolder(ShardedFolder):
             ConfigError: the parameter, or a part of the range, is missing.
         """
         result = torch.empty(count)
-        for first, values in self.blocks(name, key, spec, topology, start, count):
-            result[first - start : first - start + len(values)] = values
+        fill(result, start, partial(self.blocks, name, key, spec, topology))
         return result
 
     def blocks(

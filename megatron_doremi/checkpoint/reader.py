@@ -15,11 +15,10 @@ from megatron_doremi.checkpoint.optimizer_state import MASTER, OptimizerFolder, 
 from megatron_doremi.checkpoint.source import Weights
 from megatron_doremi.checkpoint.weights import WeightsFolder
 from megatron_doremi.config import GPTConfig
-from megatron_doremi.errors import ConfigError, error_from_json, error_to_json
 from megatron_doremi.execution import DEFAULT, Execution
 from megatron_doremi.model.unpipelined import GPT, make_gpt
 from megatron_doremi.parallel.context import ParallelContext
-from megatron_doremi.parallel.exchange import gather_json
+from megatron_doremi.parallel.exchange import on_all_ranks
 from megatron_doremi.parallel.parameters import ParameterSpec, spec_of
 from megatron_doremi.parallel.topology import Topology
 
@@ -30,17 +29,12 @@ def check_files(checkpoint: Path, rank: int = 0, world_size: int = 1) -> None:
     Raises:
         ConfigError: on every rank, if a header reveals damage.
     """
-    failure = None
-    try:
+
+    def check() -> None:
         WeightsFolder(checkpoint / "weights")
         OptimizerFolder(checkpoint / "optimizer").check_files(rank, world_size)
-    except ConfigError as error:
-        if world_size == 1:
-            raise
-        failure = error_to_json(error)
-    failures = [text for text in gather_json(failure) if text is not None] if world_size > 1 else []
-    if failures:
-        raise error_from_json(failures[0])
+
+    check() if world_size == 1 else on_all_ranks(check)
 
 
 @torch.no_grad()

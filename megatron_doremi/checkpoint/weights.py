@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_doremi.checkpoint.filling import fill
 from megatron_doremi.checkpoint.resharding import (
     ShardedFolder,
     ShardingEntry,
@@ -114,8 +115,7 @@ class WeightsFolder(ShardedFolder):
         """This rank's shard of a parameter. Raises ConfigError if the parameter is missing or of another shape."""
         shape = spec.local_shape(topology.tensor_size)
         result = torch.empty(math.prod(shape), dtype=self.dtype(name) if name in self._dtypes else None)
-        for start, values in self.blocks(name, spec, topology, 0, len(result)):
-            result[start : start + len(values)] = values
+        fill(result, 0, partial(self.blocks, name, spec, topology))
         return result.view(shape)
 
     def blocks(

@@ -19,12 +19,11 @@ from torch import Tensor, nn
 
 from megatron_doremi.config import OptimizerConfig
 from megatron_doremi.engine.optimizer import adam_settings, parameter_groups
+from megatron_doremi.parallel.collectives import all_gather_into
 from megatron_doremi.parallel.groups import TensorGroup
 from megatron_doremi.parallel.parameters import ParameterSpec, shard, spec_of, unshard
 from megatron_doremi.shapes import GPTConfig
 
-# Named all_gather_single from torch 2.13 on.
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 # The quintic of Jordan et al.; five steps bring singular values between about 0.7 and 1.2.
 _COEFFICIENTS, _STEPS = (3.4445, -4.7750, 2.0315), 5
 # Root mean square of AdamW's updates in practice (Liu et al. 2025).
@@ -163,7 +162,7 @@ class MuonAndAdamW(torch.optim.AdamW):
         if replicas.size > 1:
             row = ahead.new_empty(replicas.size * len(ahead))
             # A list of outputs would be gathered into a second row first.
-            _all_gather(row, ahead.contiguous(), group=replicas.group)
+            all_gather_into(row, ahead.contiguous(), group=replicas.group)
         for parameter in self._names:
             stop = start + parameter.numel()
             row[start:stop] = self._update(parameter, row[start:stop].view(parameter.shape)).reshape(-1)

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_doremi.parallel.bucket_order import BucketOrder
+
 # 40 MiB in float32: large enough for a network's bandwidth, small enough that the last one is soon reduced.
 BUCKET_ELEMENTS = 10 * 2**20
 
@@ -73,8 +75,7 @@ class GradientReduction:
     def __init__(
         self, buckets: Sequence[Bucket], group: dist.ProcessGroup, size: int, tied: Set[nn.Parameter] = frozenset()
     ):
-        """Registers hooks on the parameters, after those that move their gradients.
-
+        """
         Args:
             buckets: in the order in which they are reduced; each parameter lies in one.
             size: ranks of the group.
@@ -83,24 +84,12 @@ class GradientReduction:
         self._group, self._size = group, size
         self._beside = [each for each in buckets if not tied & set(each.parameters)]
         self._after = [each for each in buckets if tied & set(each.parameters)]
-        self._bucket_of = {
-            parameter: number for number, each in enumerate(self._beside) for parameter in each.parameters
-        }
-        self._missing: list[int] = []
+        self._order = BucketOrder([each.parameters for each in self._beside], lambda n: self._reduce(self._beside[n]))
         self._under_way: list[tuple[dist.Work, Tensor]] = []
-        for parameter in self._bucket_of:
-            parameter.register_post_accumulate_grad_hook(self._accumulated)
 
     def start(self) -> None:
         """Called before the backward pass of a step's last micro-batch."""
-        self._missing, self._under_way = [len(each.parameters) for each in self._beside], []
-
-    def _accumulated(self, parameter: nn.Parameter) -> None:
-        if not self._missing:
-            return
-        self._missing[self._bucket_of[parameter]] -= 1
-        while len(self._under_way) < len(self._beside) and not self._missing[len(self._under_way)]:
-            self._reduce(self._beside[len(self._under_way)])
+        self._order.start()
 
     def _reduce(self, bucket: Bucket) -> None:
         tensor = torch.cat([grad.reshape(-1) for grad in _gradients(bucket)]) if bucket.flat is None else bucket.flat
@@ -111,7 +100,7 @@ class GradientReduction:
     @torch.no_grad()
     def finish(self) -> None:
         """Reduces tied parameters and waits; afterwards the gradients are means over the replicas."""
-        assert len(self._under_way) == len(self._beside), "a parameter got no gradient"
+        self._order.finish()
         for bucket in self._after:
             self._reduce(bucket)
         for bucket, (work, tensor) in zip([*self._beside, *self._after], self._under_way, strict=True):
@@ -121,7 +110,7 @@ class GradientReduction:
                 grads = _gradients(bucket)
                 for grad, mean in zip(grads, tensor.split([grad.numel() for grad in grads]), strict=True):
                     grad.copy_(mean.view_as(grad))
-        self._missing, self._under_way = [], []
+        self._under_way = []
 
 
 def _gradients(bucket: Bucket) -> list[Tensor]:

@@ -13,6 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from megatron_doremi.checkpoint.filling import fill
 from megatron_doremi.checkpoint.resharding import ranges, read_reshaped
 from megatron_doremi.config import GPTConfig
 from megatron_doremi.errors import ConfigError, Fault, raise_if_any
@@ -195,8 +196,7 @@ class HuggingFaceWeights:
             full = stored.join([self._rows(theirs, 1, 0) for theirs in stored.names])
             return shard(full, spec, size, topology.tensor_rank)
         result = torch.empty(spec.local_shape(size), dtype=self.dtype(name))
-        for start, values in self.blocks(name, spec, topology, 0, result.numel()):
-            result.view(-1)[start : start + len(values)] = values
+        fill(result.view(-1), 0, functools.partial(self.blocks, name, spec, topology))
         return result
 
     def blocks(

@@ -80,6 +80,22 @@ def from_rank_0(work: Callable[[], Any]) -> Any:
     return result
 
 
+def on_all_ranks(work: Callable[[], None]) -> None:
+    """Calls `work` on every rank; a collective call.
+
+    Raises:
+        ConfigError: on every rank, that of the first rank whose `work` raises one.
+    """
+    failure = None
+    try:
+        work()
+    except ConfigError as error:
+        failure = error_to_json(error)
+    failures = [each for each in gather_json(failure) if each is not None]
+    if failures:
+        raise error_from_json(failures[0])
+
+
 def _encode(value: Any) -> Tensor:
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron_doremi.parallel.bucket_order import BucketOrder
 from megatron_doremi.parallel.collectives import Started, all_gather_into, finished, start_scatter_sum
 from megatron_doremi.parallel.groups import TensorGroup
 
@@ -103,12 +104,8 @@ class ShardedOptimizer:
             self._buckets.append(_Bucket(group["params"], replicas))
             group["params"] = [self._buckets[-1].master]
         self._pieces = [piece for number, each in enumerate(self._buckets) for piece in each.pieces(number)]
-        self._bucket_of = {p: number for number, each in enumerate(self._buckets) for p in each.parameters}
-        self._missing: list[int] = []
-        self._started = 0
+        self._order = BucketOrder([each.parameters for each in self._buckets], lambda n: self._reduce(self._buckets[n]))
         self._under_way: list[tuple[_Bucket, Started]] = []
-        for parameter in self._bucket_of:
-            parameter.register_post_accumulate_grad_hook(self._accumulated)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -126,15 +123,9 @@ class ShardedOptimizer:
     def start(self) -> None:
         """Called before each backward pass."""
         assert not self._under_way
-        self._missing, self._started = [len(each.parameters) for each in self._buckets], 0
+        self._order.start()
 
     @torch.no_grad()
-    def _accumulated(self, parameter: nn.Parameter) -> None:
-        self._missing[self._bucket_of[parameter]] -= 1
-        while self._started < len(self._buckets) and not self._missing[self._started]:
-            self._reduce(self._buckets[self._started])
-            self._started += 1
-
     def _reduce(self, bucket: _Bucket) -> None:
         while len(self._under_way) > _MAX_UNDER_WAY:
             self._add_oldest()
@@ -161,7 +152,7 @@ class ShardedOptimizer:
     @torch.no_grad()
     def finish(self) -> None:
         """Called after each backward pass: waits for its reductions."""
-        assert self._started == len(self._buckets), "a parameter got no gradient"
+        self._order.finish()
         while self._under_way:
             self._add_oldest()
 

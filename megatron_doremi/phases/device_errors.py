@@ -90,7 +90,7 @@ def memory_remedies(plan: RunPlan) -> list[str]:
 
 
 def compile_text(error: RuntimeError, activity: str) -> str:
-    """What torch.compile said, and how to go on."""
+    """What torch.compile said, and the remedy."""
     lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith("Set TORCHDYNAMO")]
     return "\n".join(
         [
