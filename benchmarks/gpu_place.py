@@ -83,8 +83,13 @@ def make(
     recompute: str = "none",
     compiled: bool = False,
     context: Any = None,
+    model: dict[str, Any] | None = None,
+    **parallel: Any,
 ) -> tuple[Any, Any, Sequence[Any]]:
-    """(engine, shape, micro-batches) in bfloat16 with ZeRO 1; `batch` is (micro-batches, windows in each, length)."""
+    """(engine, shape, micro-batches) in bfloat16 with ZeRO 1; `batch` is (micro-batches, windows in each, length).
+
+    `model` and `parallel` are more fields of the configurations of these names.
+    """
     from megatron_doremi.config import (
         Config,
         DataConfig,
@@ -103,21 +108,21 @@ def make(
     context = context or single(place)
     if place.cpu:
         vocab, batch = 500, (batch[0], 2, 64)
-        model = ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, swiglu=True)
+        shape = ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, swiglu=True)
     else:
-        model = ModelConfig(model_size=size, swiglu=True, disable_bias_linear=True)
+        shape = ModelConfig(**{"model_size": size, "swiglu": True, "disable_bias_linear": True, **(model or {})})
     count, windows, seq = batch
     config = Config(
         DataConfig(
             phase=phase, seq_length=seq, micro_batch_size=windows, global_batch_size=windows * count, train_iters=100
         ),
-        model,
-        ParallelConfig(zero_stage=1, recompute_granularity=recompute, compile=compiled),
+        shape,
+        ParallelConfig(zero_stage=1, recompute_granularity=recompute, compile=compiled, **parallel),
         DoReMiConfig(),
         OptimizerConfig(bf16=True),
         RunConfig(),
     )
-    gpt = gpt_config(model, seq, vocab)
+    gpt = gpt_config(shape, seq, vocab)
     names = tuple(f"domain {number}" for number in range(8))
     plan = make_plan(config, context.topology, gpt, names, (1,) * 8, np.full(8, 1 / 8))
     engine = make_engine(plan, make_objective(plan, make_controller(plan), context), context)

@@ -67,18 +67,23 @@ def one_billion(place: Place, report: Report) -> bool:
     engine, gpt, batches = make(place, "1b", 50257, (2, 8, 2048))
     good = attempt(report, "step", lambda: speed(place, engine, gpt, batches, 4))
 
-    def kernels() -> list[list[Any]]:
-        from torch.profiler import ProfilerActivity, profile
+    return good & attempt(report, "top_25_ms", partial(longest_kernels, place, step_of(engine, batches)))
 
-        activities = [ProfilerActivity.CPU] if place.cpu else [ProfilerActivity.CPU, ProfilerActivity.CUDA]
-        with profile(activities=activities) as profiler:
-            step_of(engine, batches)()
-            place.wait()
-        key = "self_cpu_time_total" if place.cpu else "self_device_time_total"
-        rows = sorted(profiler.key_averages(), key=lambda row: -getattr(row, key))[:25]
-        return [[row.key[:70], round(getattr(row, key) / 1e3, 2), row.count] for row in rows]
 
-    return good & attempt(report, "top_25_ms", kernels)
+def longest_kernels(place: Place, step: Callable[[], None]) -> list[list[Any]]:
+    """Name, milliseconds and calls of the 25 kernels that take longest in a step, and of all together."""
+    from torch.profiler import ProfilerActivity, profile
+
+    activities = [ProfilerActivity.CPU] if place.cpu else [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    with profile(activities=activities) as profiler:
+        step()
+        place.wait()
+    key = "self_cpu_time_total" if place.cpu else "self_device_time_total"
+    # Beside kernels, on a GPU, there are the operations that start them.
+    rows = [row for row in profiler.key_averages() if place.cpu or row.device_type == torch.autograd.DeviceType.CUDA]
+    rows.sort(key=lambda row: -getattr(row, key))
+    shown = [[row.key[:90], round(getattr(row, key) / 1e3, 2), row.count] for row in rows[:25]]
+    return [["all", round(sum(getattr(row, key) for row in rows) / 1e3, 2), sum(row.count for row in rows)], *shown]
 
 
 def one_billion_compiled(place: Place, report: Report) -> bool:
@@ -88,7 +93,37 @@ def one_billion_compiled(place: Place, report: Report) -> bool:
     step_of(engine, batches)()
     place.wait()
     report(first_step_s=round(time.perf_counter() - began, 1))
-    return attempt(report, "step", lambda: speed(place, engine, gpt, batches, 4))
+    good = attempt(report, "step", lambda: speed(place, engine, gpt, batches, 4))
+    return good & attempt(report, "top_25_ms", partial(longest_kernels, place, step_of(engine, batches)))
+
+
+def one_billion_settings(place: Place, report: Report) -> bool:
+    """The same at 8 micro-batches a step, and what else a user may set: micro-batches of 16, chunks of the losses,
+    heads of 128 channels."""
+    context, good = single(place), []
+    held: dict[str, Any] = {"loss_chunk_tokens": 0}
+    for name, batch, more in (
+        ("8_micro_batches", (8, 8, 2048), {}),
+        ("logits_held", (4, 8, 2048), held),
+        ("chunks_of_4096", (4, 8, 2048), {"loss_chunk_tokens": 4096}),
+        ("windows_16", (4, 16, 2048), {}),
+        ("heads_of_128", (4, 8, 2048), {"model": {"num_attention_heads": 16, "kv_channels": 128}}),
+    ):
+
+        def measure(batch: tuple[int, int, int] = batch, more: dict[str, Any] = more) -> dict[str, Any]:
+            made = make(place, "1b", 50257, batch, compiled=True, context=context, **more)
+            return speed(place, *made, 3)
+
+        good.append(attempt(report, name, measure))
+        release(place)
+    return all(good)
+
+
+def release(place: Place) -> None:
+    """Frees an engine that nothing holds any more."""
+    gc.collect()
+    if not place.cpu:
+        torch.cuda.empty_cache()
 
 
 def kernels(place: Place, report: Report) -> bool:
@@ -265,9 +300,7 @@ def proxy_280m(place: Place, report: Report) -> bool:
             return speed(place, *made, 3)
 
         good.append(attempt(report, name, measure))
-        gc.collect()
-        if not place.cpu:
-            torch.cuda.empty_cache()
+        release(place)
     return all(good)
 
 

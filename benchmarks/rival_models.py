@@ -17,25 +17,26 @@ from megatron_doremi.config import GPTConfig
 class TransformersLoss(nn.Module):
     """Transformers' Llama and the mean loss of a micro-batch."""
 
-    def __init__(self, gpt: GPTConfig):
+    def __init__(self, gpt: GPTConfig, device: torch.device):
         super().__init__()
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        self.model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=gpt.padded_vocab_size(1),
-                hidden_size=gpt.hidden_size,
-                intermediate_size=gpt.ffn_hidden_size,
-                num_hidden_layers=gpt.num_layers,
-                num_attention_heads=gpt.num_attention_heads,
-                num_key_value_heads=gpt.num_query_groups,
-                head_dim=gpt.kv_channels,
-                rms_norm_eps=gpt.norm_epsilon,
-                max_position_embeddings=gpt.max_positions,
-                tie_word_embeddings=gpt.tied_embeddings,
-                use_cache=False,
+        with device:
+            self.model = LlamaForCausalLM(
+                LlamaConfig(
+                    vocab_size=gpt.padded_vocab_size(1),
+                    hidden_size=gpt.hidden_size,
+                    intermediate_size=gpt.ffn_hidden_size,
+                    num_hidden_layers=gpt.num_layers,
+                    num_attention_heads=gpt.num_attention_heads,
+                    num_key_value_heads=gpt.num_query_groups,
+                    head_dim=gpt.kv_channels,
+                    rms_norm_eps=gpt.norm_epsilon,
+                    max_position_embeddings=gpt.max_positions,
+                    tie_word_embeddings=gpt.tied_embeddings,
+                    use_cache=False,
+                )
             )
-        )
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """[batch, seq] ids and targets -> the mean loss in nats."""

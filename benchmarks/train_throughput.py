@@ -3,18 +3,20 @@
     python benchmarks/train_throughput.py --layers 4 --hidden 256 --seq 256
     python -m torch.distributed.run --standalone --nproc-per-node 2 benchmarks/train_throughput.py
 
-Variants take steps in turn, so that other load on the machine affects all of them equally: ours (the engine of a run,
-reading a batch as the training loop does), the same module in a bare loop, and Transformers' model in the same loop,
-each also compiled with --compile; in one process Megatron Core's GPT too, where it is installed (`pip install --no-deps
-megatron-core`). All have the same shape, batches, precision, AdamW and gradient clipping; with several processes the
-loops average gradients by DistributedDataParallel. On a CPU the figure is the process's CPU time and a ratio is the
-median over turns; on a GPU it is time, with tokens a second and model FLOPs utilization.
+Variants take steps in turn, so that other load on the machine affects all of them equally; on a GPU one variant follows
+the other, since each needs the memory. They are ours (the engine of a run, reading a batch as the training loop does),
+the same module in a bare loop, and Transformers' model in the same loop, each also compiled with --compile; in one
+process Megatron Core's GPT too, where it is installed (`pip install --no-deps megatron-core`). All have the same shape,
+batches, precision, AdamW and gradient clipping; with several processes the loops average gradients by
+DistributedDataParallel. On a CPU the figure is the process's CPU time and a ratio is the median over turns; on a GPU it
+is time, with tokens a second and model FLOPs utilization.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import os
 import statistics
 import sys
@@ -185,8 +187,8 @@ def plain_loop(
 
 def variants(
     args: argparse.Namespace, config: Config, gpt: GPTConfig, context: ParallelContext, batches: list[MicroBatch]
-) -> dict[str, Step]:
-    """The steps to time, by name."""
+) -> dict[str, Callable[[], Step]]:
+    """What makes the steps to time, by name."""
 
     def plan(compiled: bool) -> RunPlan:
         parallel = replace(config.parallel, compile=compiled)
@@ -208,14 +210,14 @@ def variants(
     for compiled in (False, True) if args.compile else (False,):
         suffix = " compiled" if compiled else ""
         makers |= {
-            f"transformers{suffix}": partial(lambda c: loop(TransformersLoss(gpt), c), compiled),
+            f"transformers{suffix}": partial(lambda c: loop(TransformersLoss(gpt, context.device), c), compiled),
             f"ours{suffix}": partial(lambda c: ours(plan(c), context, batches), compiled),
             f"ours{suffix} in a bare loop": partial(lambda c: loop(our_module(c), False), compiled),
         }
     if megatron_core_installed() and context.topology.world_size == 1:
         makers["megatron core"] = lambda: loop(MegatronCoreLoss(gpt, context.device), False)
     chosen = args.only.split(",") if args.only else list(makers)
-    return {name: makers[name]() for name in chosen}
+    return {name: makers[name] for name in chosen}
 
 
 def clock(device: torch.device) -> float:
@@ -234,20 +236,32 @@ def main() -> None:
     if context.device.type == "cpu":
         torch.set_num_threads(1)
     gpt = gpt_config(config.model, args.seq, args.vocab)
-    steps = variants(args, config, gpt, context, batches_of(args, context.device, launch.rank))
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(args.steps + WARM_UP):
+    makers = variants(args, config, gpt, context, batches_of(args, context.device, launch.rank))
+    seconds: dict[str, list[float]] = {name: [] for name in makers}
+    # A GPU has no other load, and may not have memory for all at once.
+    for together in [[name] for name in makers] if context.device.type == "cuda" else [list(makers)]:
+        time_in_turns({name: makers[name]() for name in together}, args.steps, context, seconds)
+        gc.collect()
+        if context.device.type == "cuda":
+            torch.cuda.empty_cache()
+    if launch.rank == 0:
+        report(args, config, gpt, context, seconds)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def time_in_turns(
+    steps: dict[str, Step], count: int, context: ParallelContext, seconds: dict[str, list[float]]
+) -> None:
+    """Takes `count` steps of each after those that warm up, and appends what they took."""
+    for turn in range(count + WARM_UP):
         for name, step in steps.items():
-            if launch.world_size > 1:
+            if context.topology.world_size > 1:
                 dist.barrier()
             began = clock(context.device)
             step()
             if turn >= WARM_UP:
                 seconds[name].append(clock(context.device) - began)
-    if launch.rank == 0:
-        report(args, config, gpt, context, seconds)
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def report(
