@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 Report = Callable[..., None]
+# On average, where micro-batches have documents.
+TOKENS_A_DOCUMENT = 600
 
 
 @dataclass(frozen=True)
@@ -83,12 +86,13 @@ def make(
     recompute: str = "none",
     compiled: bool = False,
     context: Any = None,
-    model: dict[str, Any] | None = None,
+    shape: dict[str, Any] | None = None,
     **parallel: Any,
 ) -> tuple[Any, Any, Sequence[Any]]:
     """(engine, shape, micro-batches) in bfloat16 with ZeRO 1; `batch` is (micro-batches, windows in each, length).
 
-    `model` and `parallel` are more fields of the configurations of these names.
+    `shape` has more fields of the GPT's shape; with `eod` micro-batches have documents. `parallel` has more fields of
+    ParallelConfig.
     """
     from megatron_doremi.config import (
         Config,
@@ -100,7 +104,7 @@ def make(
         RunConfig,
         gpt_config,
     )
-    from megatron_doremi.data.loader import MicroBatch
+    from megatron_doremi.data.loader import MicroBatch, document_bounds
     from megatron_doremi.engine.build import make_engine
     from megatron_doremi.mixture.controllers import make_controller, make_objective
     from megatron_doremi.plan import make_plan
@@ -108,30 +112,36 @@ def make(
     context = context or single(place)
     if place.cpu:
         vocab, batch = 500, (batch[0], 2, 64)
-        shape = ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, swiglu=True)
+        model = ModelConfig(num_layers=2, hidden_size=64, num_attention_heads=4, swiglu=True)
     else:
-        shape = ModelConfig(**{"model_size": size, "swiglu": True, "disable_bias_linear": True, **(model or {})})
+        model = ModelConfig(model_size=size, swiglu=True, disable_bias_linear=True)
     count, windows, seq = batch
     config = Config(
         DataConfig(
             phase=phase, seq_length=seq, micro_batch_size=windows, global_batch_size=windows * count, train_iters=100
         ),
-        shape,
+        model,
         ParallelConfig(zero_stage=1, recompute_granularity=recompute, compile=compiled, **parallel),
         DoReMiConfig(),
         OptimizerConfig(bf16=True),
         RunConfig(),
     )
-    gpt = gpt_config(shape, seq, vocab)
+    gpt = replace(gpt_config(model, seq, vocab), **(shape or {}))
     names = tuple(f"domain {number}" for number in range(8))
     plan = make_plan(config, context.topology, gpt, names, (1,) * 8, np.full(8, 1 / 8))
     engine = make_engine(plan, make_objective(plan, make_controller(plan), context), context)
     generator = torch.Generator().manual_seed(1)
     batches = []
     for number in range(count):
-        ids = torch.randint(0, vocab, (windows, seq + 1), generator=generator)
+        ids = torch.randint(1, vocab, (windows, seq + 1), generator=generator)
+        documents = None
+        if gpt.eod == 0:
+            ids[torch.rand(ids.shape, generator=generator) < 1 / TOKENS_A_DOCUMENT] = 0
+            documents = document_bounds(ids[:, :-1].numpy(), 0, np.ones(windows, dtype=bool))
         domains = (torch.arange(windows) + number) % 8
-        each = MicroBatch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), domains, torch.arange(windows))
+        each = MicroBatch(
+            ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), domains, torch.arange(windows), documents=documents
+        )
         if phase == "proxy":
             each = replace(each, reference=torch.full((windows, seq), 3.0))
         batches.append(each if place.cpu else each.pinned())
@@ -148,3 +158,14 @@ def step_of(engine: Any, batches: Sequence[Any]) -> Callable[[], None]:
         return reduce_flags(engine.objective.current.stats.stack(), norm, 0, False, False).norm
 
     return lambda: engine.train_step(batches, targets, before_step)
+
+
+def release(place: Place, engine: Any) -> None:
+    """Frees an engine's memory: hooks of DeepSpeed's optimizers hold it otherwise."""
+    engine.destroy()
+    for parameter in engine.module.parameters():
+        parameter.data = parameter.data.new_empty(0)
+    del engine
+    gc.collect()
+    if not place.cpu:
+        torch.cuda.empty_cache()

@@ -177,10 +177,10 @@ class _TokenLosses(torch.autograd.Function):
                     summing = start_input_sum(by_window, ctx.tp_group, ctx.sequence_parallel)
             if wants_weight:
                 rows = (_rows(hidden, gathering) if all_rows is None else all_rows)[part]
-                single = len(rows) == len(local)
-                summand = logits_grad.t().mm(rows) if single else _float32_product(logits_grad.t(), rows)
-                weight_grad = summand if weight_grad is None else weight_grad.add_(summand)
-                del summand
+                if len(rows) == len(local):
+                    weight_grad = logits_grad.t().mm(rows)
+                else:
+                    weight_grad = _plus_float32_product(weight_grad, logits_grad.t(), rows)
             # It is as large as the next chunk's logits, or larger.
             del logits_grad
         if weight_grad is not None:
@@ -195,12 +195,19 @@ def _rows(hidden: Tensor, gathering: Started | None) -> Tensor:
     return (hidden if gathering is None else finished(gathering)).flatten(0, 1)
 
 
-def _float32_product(a: Tensor, b: Tensor) -> Tensor:
-    """The product of [n, m] and [m, p] in float32, whatever the precision of the factors."""
-    if a.dtype == torch.float32:
-        return a.mm(b)
-    # Only GPUs multiply 16-bit matrices with a float32 result.
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float().mm(b.float())
+def _plus_float32_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """Adds the product of [n, m] and [m, p], in float32 whatever the precision of the factors, to [n, p], in place.
+
+    Args:
+        total: None: 0.
+    """
+    if a.is_cuda and a.dtype != torch.float32:
+        # Only GPUs multiply 16-bit matrices with a float32 result, and add it in the same kernel.
+        if total is None:
+            return torch.mm(a, b, out_dtype=torch.float32)
+        return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    product = a.float().mm(b.float())
+    return product if total is None else total.add_(product)
 
 
 def losses_and_normalizers(
