@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -126,7 +127,12 @@ def read_command_line(argv: Sequence[str], world_size: int | None) -> tuple[Conf
     smallest = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
     ranks = planned_world_size(config.run, smallest if world_size is None else world_size)
     setting_faults = find_faults(config, ranks) if readable else []
-    return config, faults + [fault for fault in setting_faults if fault.subject not in unreadable]
+    return config, faults + [fault for fault in setting_faults if not unreadable & _flags_in(fault)]
+
+
+def _flags_in(fault: Fault) -> set[str]:
+    """The flags from whose values a fault follows."""
+    return set(re.findall(r"--[a-z][a-z0-9-]*", f"{fault.subject} {fault.value} {fault.rule}"))
 
 
 def _read(field: dataclasses.Field[Any], text: Any) -> tuple[Any, list[Fault]]:

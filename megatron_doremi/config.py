@@ -173,7 +173,9 @@ class ModelConfig:
     openai_gelu: bool = setting(False, "GELU by its tanh approximation, as in GPT-2")
     qk_layernorm: bool = setting(False, "normalize the queries and keys of each head before they are rotated")
     position_embedding_type: str = setting("rope", "position embedding", ("rope", "learned_absolute"))
-    rotary_base: float = setting(10000.0, "base of the rotary frequencies", bounds=Bounds(0.0, 1e12, above_low=True))
+    rotary_base: float = setting(
+        10000.0, "rope: base of the rotary frequencies", bounds=Bounds(0.0, 1e12, above_low=True)
+    )
     untie_embeddings_and_output_weights: bool = setting(False, "give the output layer its own weights")
     disable_bias_linear: bool = setting(False, "omit biases in linear layers")
     make_vocab_size_divisible_by: int = setting(
@@ -195,7 +197,8 @@ class ParallelConfig:
     tensor_model_parallel_size: int = setting(1, "ranks that each layer is sharded over", bounds=RANKS)
     pipeline_model_parallel_size: int = setting(1, "pipeline stages", bounds=RANKS)
     sequence_parallel: bool = setting(
-        False, "shard norms and the residual stream over the tensor parallel group, by position"
+        False,
+        "shard norms and the residual stream over the tensor parallel group, by position; needs two ranks in it",
     )
     recompute_granularity: str = setting(
         "none",

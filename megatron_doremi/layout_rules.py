@@ -109,6 +109,15 @@ def layout_faults(config: Config, world_size: int) -> list[Fault]:
         )
     elif data.global_batch_size > 0 and data.micro_batch_size > 0:
         faults += _batch_faults(data.global_batch_size, data.micro_batch_size, data_parallel_size(parallel, world_size))
+    if parallel.sequence_parallel and tensor == 1:
+        faults.append(
+            Fault(
+                "--sequence-parallel",
+                "with --tensor-model-parallel-size 1",
+                "a tensor parallel group of two ranks or more, over which it shards norms and residual stream",
+                "leave it out, or give a --tensor-model-parallel-size above 1",
+            )
+        )
     if parallel.sequence_parallel and data.seq_length % tensor:
         faults.append(
             Fault(

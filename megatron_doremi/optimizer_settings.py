@@ -22,12 +22,14 @@ class OptimizerConfig:
     )
     muon_momentum: float = setting(0.95, "decay rate of Muon's momentum", bounds=DECAY)
     lr: float = setting(1e-3, "peak learning rate", bounds=POSITIVE_RATE)
-    min_lr: float = setting(1e-4, "learning rate at the end of the decay", bounds=RATE)
+    min_lr: float = setting(1e-4, "learning rate at the end of the decay; a constant rate has none", bounds=RATE)
     lr_decay_style: str = setting(
         "exponential", "shape of the learning rate's decay", ("constant", "linear", "cosine", "exponential", "WSD")
     )
     lr_warmup_fraction: float = setting(0.06, "fraction of the run with linear warmup", bounds=SHARE)
-    lr_warmup_iters: int = setting(0, "steps of linear warmup; overrides --lr-warmup-fraction", bounds=STEPS)
+    lr_warmup_iters: int = setting(
+        0, "steps of linear warmup; overrides --lr-warmup-fraction (0: not given)", bounds=STEPS
+    )
     lr_wsd_decay_fraction: float = setting(
         0.1,
         "WSD (warmup, stable, decay): fraction of the run, at its end, in which the learning rate decays",

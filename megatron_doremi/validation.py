@@ -99,7 +99,7 @@ def _required(config: Config) -> list[Fault]:
     if data.phase == SCORE and data.train_iters:
         need("global_batch_size", data.global_batch_size, "--train-iters counts steps of the proxies' global batch")
     if data.phase == PROXY:
-        faults += _reference_faults(config.doremi)
+        faults += [*_reference_faults(config.doremi), *_resampling_faults(config)]
     holds_run = bool(run.save) and _holds_run(Path(run.save))
     if data.phase != EVALUATE and holds_run and not run.load:
         faults.append(
@@ -152,6 +152,19 @@ def _reference_faults(doremi: DoReMiConfig) -> list[Fault]:
     return []
 
 
+def _resampling_faults(config: Config) -> list[Fault]:
+    """Faults of flags of a proxy that samples by the weights that it learns, and so weighs no loss."""
+    if config.doremi.doremi_weighting != "resample":
+        return []
+    rules = {
+        "doremi_update": "--doremi-weighting resample samples the next batch by the weights, after this one's update",
+        "doremi_normalization": "--doremi-weighting resample has a plain loss: the mean over all tokens",
+        "domain_weights": "--doremi-weighting resample samples by the weights that it learns, from uniform ones; "
+        "--exclude-domains leaves domains out",
+    }
+    return [_without_effect(flag_of(name), rule) for name, rule in rules.items() if name in config.given]
+
+
 def phase_faults(phase: str, given: Collection[str]) -> list[Fault]:
     """Faults of flags that the phase does not read: they would be ignored silently.
 
@@ -192,7 +205,8 @@ def _ranges(config: Config) -> list[Fault]:
             check(rule is None, field.name, value, rule or "")
     doremi, optim, steps = config.doremi, config.optimizer, config.data.train_iters
     check(doremi.shard < max(1, doremi.num_shards), "shard", doremi.shard, "from 0 to --num-shards - 1")
-    check(optim.min_lr <= optim.lr, "min_lr", optim.min_lr, f"between 0 and --lr {optim.lr}")
+    if optim.lr_decay_style != "constant":
+        check(optim.min_lr <= optim.lr, "min_lr", optim.min_lr, f"between 0 and --lr {optim.lr}")
     if optim.lr_decay_style == "exponential":
         check(optim.min_lr > 0, "min_lr", optim.min_lr, "above 0 where the decay is exponential")
     if steps > 0:
@@ -208,6 +222,11 @@ def _schedule_faults(config: Config) -> list[Fault]:
     optim, steps, faults = config.optimizer, config.data.train_iters, []
     if "muon_momentum" in config.given and optim.optimizer != "muon":
         faults.append(_without_effect("--muon-momentum", "--optimizer muon reads it"))
+    if "min_lr" in config.given and optim.lr_decay_style == "constant":
+        faults.append(_without_effect("--min-lr", "--lr-decay-style constant stays at --lr"))
+    if {"lr_warmup_iters", "lr_warmup_fraction"} & config.given == {"lr_warmup_iters"} and not optim.lr_warmup_iters:
+        rule = f"at least 1 step: 0 stands for not given, and --lr-warmup-fraction is {optim.lr_warmup_fraction}"
+        faults.append(Fault("--lr-warmup-iters", "0", rule, "for no warmup give --lr-warmup-fraction 0"))
     if optim.lr_decay_style != "WSD":
         names = [name for name in ("lr_wsd_decay_fraction", "lr_wsd_decay_iters") if name in config.given]
         return faults + [_without_effect(flag_of(name), "--lr-decay-style WSD reads it") for name in names]
@@ -266,6 +285,8 @@ def _model_faults(model: ModelConfig, parallel: ParallelConfig) -> list[Fault]:
         return faults
     if model.swiglu and model.openai_gelu:
         faults.append(_without_effect("--openai-gelu", "--swiglu replaces GELU"))
+    if model.position_embedding_type != "rope" and model.rotary_base != ModelConfig.rotary_base:
+        faults.append(_without_effect("--rotary-base", "--position-embedding-type rope reads it"))
     return [*faults, *_shape_faults(gpt_config(model, seq_length=1, vocab_size=1), model, parallel)]
 
 

@@ -133,6 +133,13 @@ WRONG = {
     "--lr-wsd-decay-iters 3": "--lr-decay-style WSD reads it",
     "--lr-decay-style cosine --lr-wsd-decay-fraction 0.2": "--lr-decay-style WSD reads it",
     "--lr-decay-style WSD --lr-warmup-iters 4 --lr-wsd-decay-iters 7": "at most 6: --train-iters 10 less 4 steps",
+    "--lr-decay-style constant --min-lr 1e-4": "--min-lr: has no effect",
+    "--lr-warmup-iters 0": "for no warmup give --lr-warmup-fraction 0",
+    "--position-embedding-type learned_absolute --rotary-base 500000": "--rotary-base: has no effect",
+    "--sequence-parallel": "with --tensor-model-parallel-size 1",
+    "--phase proxy --reference-load r --doremi-weighting resample --doremi-update alternating": "--doremi-update: has",
+    "--phase proxy --reference-load r --doremi-weighting resample --doremi-normalization batch": "a plain loss",
+    "--phase proxy --reference-load r --doremi-weighting resample --domain-weights natural": "from uniform ones",
     "--seed 9223372036854775808": "at most 9,223,372,036,854,775,807",
     "--load elsewhere": "give the same folder to --load and --save",
     "--sequence-parallel --tensor-model-parallel-size 2 --seq-length 5": "a multiple of --tensor-model-parallel-size 2",
@@ -148,6 +155,28 @@ def test_wrong_flags(extra):
         assert fault.subject
         assert fault.rule
         assert fault.remedy
+
+
+# One flag's value makes the other one meaningless, or not given is not wrong.
+RIGHT = (
+    "--lr 1e-5 --lr-decay-style constant",
+    "--lr-warmup-iters 0 --lr-warmup-fraction 0",
+    "--rotary-base 500000",
+    "--dry-run --suggest-layout --sequence-parallel --device-memory-gib 80",
+    "--phase proxy --reference-load r --doremi-weighting resample --doremi-step-size 0.1",
+)
+
+
+@pytest.mark.parametrize("extra", RIGHT)
+def test_what_is_no_fault(extra):
+    assert parse(extra).data.seq_length == 1024
+
+
+@pytest.mark.parametrize("extra", ["--tensor-model-parallel-size two --sequence-parallel", "--zero-stage 4 --bf16"])
+def test_a_value_that_cannot_be_read_has_no_fault_of_its_default(extra):
+    with pytest.raises(ConfigError) as caught:
+        parse(extra)
+    assert [fault.subject for fault in caught.value.faults] == [extra.split()[0]]
 
 
 def test_all_faults_in_one_message():

@@ -139,6 +139,7 @@ def differences(
         the faults, and the names of entries that differ and are allowed to.
     """
     faults, overridden = [], []
+    before, now = _without_unread(before), _without_unread(now)
     other_domains = "domains" in before and "domains" in now and before["domains"] != now["domains"]
     if other_domains:
         faults.append(_domains_fault(before["domains"], now["domains"], subject))
@@ -157,6 +158,17 @@ def differences(
         given = f"{name} was {was}, and is {now_is} in this start"
         faults.append(Fault(subject, given, f"one {name} from a run's first step to its last", remedy))
     return faults, overridden
+
+
+def _without_unread(identity: Mapping[str, Any]) -> Identity:
+    """An identity without what no step reads: the end of a rate that stays constant, the rotary base of learned
+    positions. Version 0.1 took flags for them."""
+    read = dict(identity)
+    if read.get("lr_decay_style") == "constant":
+        read.pop("min_lr", None)
+    if read.get("gpt", {}).get("position_embedding_type") == "learned_absolute":
+        read["gpt"] = {name: value for name, value in read["gpt"].items() if name != "rotary_base"}
+    return read
 
 
 def _domains_fault(before: Sequence[str], now: Sequence[str], subject: str) -> Fault:

@@ -153,6 +153,19 @@ def test_differences_and_overrides():
     assert identity_hash(before) == identity_hash(dict(reversed(before.items()))) != identity_hash(now)
 
 
+def test_what_no_step_reads_may_differ():
+    def rate(style, end):
+        return {"lr_decay_style": style, "min_lr": end}
+
+    def positions(kind, base):
+        return {"gpt": {"position_embedding_type": kind, "rotary_base": base}}
+
+    assert differences(rate("constant", 0.1), rate("constant", 0.2), "run", ()) == ([], [])
+    assert differences(positions("learned_absolute", 1.0), positions("learned_absolute", 2.0), "run", ()) == ([], [])
+    for before, now in ((rate("linear", 0.1), rate("linear", 0.2)), (positions("rope", 1.0), positions("rope", 2.0))):
+        assert len(differences(before, now, "run", ())[0]) == 1
+
+
 def test_weights_are_shown_with_as_many_digits_as_tell_them_apart():
     before, now = {"A": 0.3333333, "B": 0.6666667, "C": 0.0}, {"A": 1 / 3, "B": 0.5, "C": 0.0}
     assert for_message(before, now) == {"A": 0.3333333, "B": 0.666667}
