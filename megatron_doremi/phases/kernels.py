@@ -60,11 +60,9 @@ def kernel_report(
         if not isinstance(shape, GPTConfig):
             continue
         attention = attention_shape(plan, shape, trained)
-        if (
-            attention.masked
-            and not plan.config.training.attention_dropout
-            and takes_documents(attention, device, checks)
-        ):
+        # A reference drops nothing.
+        drops = trained and plan.config.training.attention_dropout > 0.0
+        if attention.masked and not drops and takes_documents(attention, device, checks):
             parts.append(f"{subject}{FLASH}, document by document")
             continue
         choice = choose_kernel(attention, order, device, checks)

@@ -158,6 +158,9 @@ def test_a_run_names_its_kernels():
     assert report(**masked).line == "attention kernel: flash, document by document"
     assert report(kv_channels=264, **masked).line == "attention kernel: memory-efficient"
     assert report(training={"attention_dropout": 0.1}, **masked).line.startswith("attention kernel: cuDNN; plain")
+    # A reference drops nothing, whatever the proxy does.
+    both = report(small_gpt(**masked), training={"attention_dropout": 0.1}, phase="proxy", **masked).line
+    assert both.startswith("attention kernel: cuDNN, the reference's flash, document by document; plain operations in")
     dropped = report(training={"attention_dropout": 0.1}).line
     assert dropped == "attention kernel: cuDNN; plain operations in training, for --attention-dropout"
     # 2 windows, 4 heads on 2 ranks, 1024 x 1024 scores of 4 bytes.
