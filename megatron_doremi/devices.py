@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import re
 
-# Dense bfloat16 peak of a GPU in TFLOP/s, from the vendors' data sheets, by a part of its name. The longest matching
-# part counts: "NVIDIA H100 PCIe" has its own, "NVIDIA H100 80GB HBM3" is the SXM model.
+# Dense bfloat16 peak of a GPU in TFLOP/s by a part of its name: half of what data sheets state with sparsity. The
+# longest matching part counts: "NVIDIA H100 PCIe" has its own, "NVIDIA H100 80GB HBM3" is the SXM model.
+#
+# From NVIDIA's data sheets of A100 (nvidia-a100-datasheet-us-nvidia-1758950-r4), L40S (362.05 without sparsity), H100
+# (with sparsity SXM 1,979 and PCIe 1,513), H200 (SXM as H100) and Blackwell (with sparsity HGX B200 4,500 and GB200
+# NVL72 5,000 a GPU), read in copies of their tables. Of three no copy was found: GH200 has the multiprocessors and
+# the clock of H100; 835 of H100 NVL is what others take from NVIDIA's page on the H100, and H200 NVL has the same.
 PEAK_TFLOPS = {
     "H100 PCIe": 756.0,
     "H100 NVL": 835.0,
@@ -18,7 +23,10 @@ PEAK_TFLOPS = {
     "A100": 312.0,
     "L40S": 362.0,
 }
-# The same in float32, without TF32, which this program does not turn on.
+# The same in float32, without TF32, which this program does not turn on; from the same data sheets (the brief on
+# Blackwell's architecture, which came before its data sheet, had 80 for B200 and 90 for GB200). Of the NVL models no
+# source was found: 60 is 132 multiprocessors x 128 lanes x 2 operations x 1.785 GHz; some lists give H100 NVL the 67
+# of the SXM model.
 FLOAT32_TFLOPS = {
     "H100 PCIe": 51.0,
     "H100 NVL": 60.0,
