@@ -18,7 +18,8 @@ from megatron_doremi.data.reference_losses import ReferenceLosses
 from megatron_doremi.data.token_stream import TokenStream
 from megatron_doremi.parallel.topology import Topology
 
-_TOKENS_A_DOCUMENT = 32
+# Fewest on average in a micro-batch whose documents a kernel takes.
+TOKENS_A_DOCUMENT = 32
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def document_bounds(tokens: NDArray[np.int64], eod: int, is_text: NDArray[np.boo
     starts = np.ones(tokens.shape, dtype=bool)
     starts[:, 1:] = (tokens[:, :-1] == eod) & is_text[:, None]
     bounds = np.append(np.flatnonzero(starts), tokens.size).astype(np.int32)
-    few = max(len(tokens), tokens.size // _TOKENS_A_DOCUMENT)
+    few = max(len(tokens), tokens.size // TOKENS_A_DOCUMENT)
     return torch.from_numpy(bounds) if len(bounds) - 1 <= few else None
 
 

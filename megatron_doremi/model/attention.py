@@ -179,6 +179,11 @@ def takes_documents(shape: AttentionShape, device: torch.device, checks: Mapping
     return checks[FLASH](_params(replace(shape, masked=False), device))
 
 
+def flash_takes(width: int) -> bool:
+    """Whether FlashAttention takes heads of this many channels, in half precision on a GPU that has it."""
+    return width <= _WIDEST and width % _WIDTHS == 0
+
+
 def attend_documents(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> Tensor:
     """Causal attention within documents.
 

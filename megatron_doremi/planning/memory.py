@@ -19,6 +19,7 @@ from megatron_doremi.model.sizes import parameter_specs, parameters_by_layer
 from megatron_doremi.parallel.topology import stage_bounds
 from megatron_doremi.plan import RunPlan
 from megatron_doremi.planning.compute import muon_bytes
+from megatron_doremi.planning.document_memory import document_backward_bytes_per_token, document_bytes_per_token
 from megatron_doremi.settings import TRAINING
 from megatron_doremi.shapes import Shape, TransformersShape
 
@@ -132,12 +133,14 @@ def block_backward_bytes_per_token(
     gpt: GPTConfig, parallel: ParallelConfig, element: int, training: TrainingConfig = PLAIN
 ) -> float:
     """Bytes at work in the backward pass of a block per token: gradients of the residual stream and of the feed-forward
-    layer's inner parts; with full recomputation also all that the block holds otherwise."""
-    inner = (3 if gpt.swiglu else 2) * gpt.ffn_hidden_size / parallel.tensor_model_parallel_size
+    layer's inner parts, or later those of attention by document; with full recomputation also all that the block holds
+    otherwise."""
+    inner = element * (3 if gpt.swiglu else 2) * gpt.ffn_hidden_size / parallel.tensor_model_parallel_size
+    inner = max(inner, document_backward_bytes_per_token(gpt, parallel, element, training))
     again = 0.0
     if parallel.recompute_granularity == "full":
         again = block_bytes_per_token(gpt, replace(parallel, recompute_granularity="none"), element, training)
-    return element * (2 * gpt.hidden_size + inner) + again
+    return element * 2 * gpt.hidden_size + inner + again
 
 
 def micro_batch_bytes(
@@ -166,9 +169,7 @@ def micro_batch_bytes(
     if training.hidden_dropout and stage == 0:
         # The mask of the embeddings.
         per_token += residual
-    if gpt.reset_attention_mask:
-        # All blocks share the mask.
-        per_token += element * gpt.max_positions
+    per_token += document_bytes_per_token(gpt, element, training)
     if last:
         # The final norm, the output layer's input, and its logits unless they are recomputed.
         per_token += element * 2 * residual

@@ -91,7 +91,7 @@ def kernel(request, monkeypatch):
     """Of each signature that torch has had. Small micro-batches may have many documents."""
     monkeypatch.setattr(attention, "document_kernel", attention.adapted(request.param))
     monkeypatch.setattr(pipeline, "takes_documents", lambda shape, device: True)
-    monkeypatch.setattr("megatron_doremi.data.loader._TOKENS_A_DOCUMENT", 1)
+    monkeypatch.setattr("megatron_doremi.data.loader.TOKENS_A_DOCUMENT", 1)
 
 
 SHAPES = {
@@ -142,7 +142,7 @@ def test_too_many_documents_are_left_to_the_mask():
 def test_a_model_that_takes_no_documents_ignores_them(monkeypatch):
     """They were read for another model; with attention dropout, too, a mask is made."""
     monkeypatch.setattr(attention, "document_kernel", None)
-    monkeypatch.setattr("megatron_doremi.data.loader._TOKENS_A_DOCUMENT", 1)
+    monkeypatch.setattr("megatron_doremi.data.loader.TOKENS_A_DOCUMENT", 1)
     for gpt, execution in ((GPT, Execution()), (GPT, Execution(attention_dropout=0.1))):
         found, _ = losses_and_gradients(gpt, ([4], [2]), execution, False)
         with_bounds, _ = losses_and_gradients(gpt, ([4], [2]), execution, True)
@@ -169,7 +169,7 @@ def test_one_graph_for_any_number_of_documents(monkeypatch):
 
     monkeypatch.setattr(attention, "document_kernel", attention.adapted(masked))
     monkeypatch.setattr(pipeline, "takes_documents", lambda shape, device: True)
-    monkeypatch.setattr("megatron_doremi.data.loader._TOKENS_A_DOCUMENT", 1)
+    monkeypatch.setattr("megatron_doremi.data.loader.TOKENS_A_DOCUMENT", 1)
     gpt = replace(GPT, num_layers=1)
     model = GPTModel(gpt, unsharded(torch.device("cpu")), 3)
     counter = CompileCounterWithBackend("aot_eager")
@@ -202,7 +202,7 @@ def with_kernel(launch, argv):
         calls.append(len(bounds))
         return masked(q, k, v, bounds, bounds, longest, longest, enable_gqa=True)
 
-    loader._TOKENS_A_DOCUMENT = 4
+    loader.TOKENS_A_DOCUMENT = 4
     attention.document_kernel = kernel
     pipeline.takes_documents = lambda shape, device: True
     program(launch, argv)

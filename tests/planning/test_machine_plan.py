@@ -15,7 +15,7 @@ from planning.test_suggested_layouts import BASE, LARGE, LARGE_BLOCK, LARGE_LOSS
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_doremi.arguments import parse_config
-from megatron_doremi.config import gpt_config
+from megatron_doremi.config import ParallelConfig, TrainingConfig, gpt_config
 from megatron_doremi.devices import FLOAT32_TFLOPS, PEAK_TFLOPS
 from megatron_doremi.engine.muon import update_of
 from megatron_doremi.model.sizes import parameter_specs
@@ -24,7 +24,7 @@ from megatron_doremi.plan import make_plan
 from megatron_doremi.planning.communication import DATA, PIPELINE, TENSOR, fewest_on_a_machine, link_of
 from megatron_doremi.planning.compute import bubble, muon_bytes, muon_flops, run_flops_per_token
 from megatron_doremi.planning.machine_plan import machine_lines, memory_faults
-from megatron_doremi.planning.memory import BUCKET, buffer_bytes, stage_memories
+from megatron_doremi.planning.memory import BUCKET, block_backward_bytes_per_token, buffer_bytes, stage_memories
 from megatron_doremi.planning.shape_checks import shape_warnings
 
 GIB = 2**30
@@ -72,12 +72,51 @@ def test_zero_3_holds_a_bucket_and_a_shard():
     assert stage_memories(small, False, None)[0].working == 4 * SMALL
 
 
-def test_a_mask_is_as_long_as_the_window():
-    """Of a model of 4,096 learned positions that is trained on 1,024: 2 x 1,024 bytes a token."""
+MASKS = {
+    # A kernel takes documents: at most 4 bytes of bounds for 32 tokens.
+    "bfloat16": ({}, {}, 1 / 8),
+    "as wide as the kernel takes": ({}, {"kv_channels": 256}, 1 / 8),
+    "wider than the kernel takes": ({}, {"kv_channels": 264}, 2 * 1024),
+    "attention dropout": ({"attention_dropout": 0.1}, {}, 2 * 1024),
+}
+
+
+@pytest.mark.parametrize("case", MASKS)
+def test_a_mask_is_as_long_as_the_window(case):
+    """Of a model of 4,096 learned positions that is trained on 1,024: 2 x 1,024 bytes a token in bfloat16."""
+    training, changes, per_token = MASKS[case]
     plan = plan_of("main --model-size 280m --zero-stage 1 --micro-batch-size 2")
-    with_mask = replace(plan.gpt, max_positions=4096, reset_attention_mask=True)
-    without, found = (stage_memories(replace(plan, shape=each), False, None)[0] for each in (plan.gpt, with_mask))
-    assert found.activations - without.activations == 2048 * 2 * 1024
+    plan = replace(plan, config=replace(plan.config, training=TrainingConfig(**training)))
+    across = replace(plan.gpt, max_positions=4096, **changes)
+    within = replace(across, reset_attention_mask=True)
+    without, found = (stage_memories(replace(plan, shape=each), False, None)[0] for each in (across, within))
+    assert found.activations - without.activations == 2048 * per_token
+    # In float32 there is always a mask.
+    single = replace(plan, config=replace(plan.config, optimizer=replace(plan.config.optimizer, bf16=False)))
+    without, found = (stage_memories(replace(single, shape=each), False, None)[0] for each in (across, within))
+    assert found.activations - without.activations == 2048 * 4 * 1024
+
+
+def test_attention_by_document_adds_rows_to_its_sum():
+    """Per token, with a document in 32 tokens: 5 rows of float32 for 32 heads of 64 channels, and the gradients of the
+    output, queries, keys and values, where the feed-forward layer's backward pass has the gradients of its 2 x 2,048
+    inner numbers; its inputs are not held any more."""
+    parallel, inner = ParallelConfig(), 2 * 2048
+    gpt = replace(plan_of("main --model-size 1b --zero-stage 1").gpt, ffn_hidden_size=2048, reset_attention_mask=True)
+    plain = block_backward_bytes_per_token(replace(gpt, reset_attention_mask=False), parallel, 2)
+    assert plain == 2 * (2 * 2048 + inner)
+    by_document = 5 * 4 * 32 * 64 + 2 * (4 * 32 * 64 - inner)
+    assert block_backward_bytes_per_token(gpt, parallel, 2) == 2 * 2 * 2048 + by_document
+    # Half of the heads and of the inner numbers on each of two tensor ranks.
+    assert block_backward_bytes_per_token(gpt, ParallelConfig(2), 2) == 2 * 2 * 2048 + by_document / 2
+    # 8 groups of keys and values; 72 channels that are rounded up to 96.
+    grouped = replace(gpt, num_query_groups=8, kv_channels=72)
+    summed, gradients = 5 * 4 * 32 * 96, 2 * (2 * 32 + 2 * 8 + 2 * 32) * 72
+    assert block_backward_bytes_per_token(grouped, parallel, 2) == 2 * 2 * 2048 + summed + gradients - 2 * inner
+    # In float32 there is no such kernel, and wide feed-forward layers take more.
+    assert block_backward_bytes_per_token(gpt, parallel, 4) == 4 * (2 * 2048 + inner)
+    wide = replace(gpt, ffn_hidden_size=8192)
+    assert block_backward_bytes_per_token(wide, parallel, 2) == 2 * (2 * 2048 + 2 * 8192)
 
 
 def test_full_recomputation_holds_one_block_again():
