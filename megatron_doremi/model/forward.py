@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -57,7 +58,8 @@ def forward_only(
 ) -> list[Tensor]:
     """Passes micro-batches through the pipeline in evaluation mode.
 
-    A stage computes micro-batch m + 1 while the next computes m. A collective call of all ranks of a replica.
+    A stage computes micro-batch m + 1 while the next computes m, and holds at most two that it sends. A collective call
+    of all ranks of a replica.
 
     Args:
         module: this rank's stage.
@@ -72,7 +74,7 @@ def forward_only(
     module.train(False)
     parameter = next(module.parameters())
     losses: list[Tensor] = []
-    sending: list[tuple[dist.Work, Tensor]] = []
+    sending: deque[tuple[dist.Work, Tensor]] = deque()
     for number in range(count):
         tokens = documents = None
         if module.every_stage_reads:
@@ -91,6 +93,9 @@ def forward_only(
             work = dist.isend(x, topology.neighbor(1))
             assert work is not None
             sending.append((work, x))
+            if len(sending) > 1:
+                # The next stage has taken it by now, or is the slower one, for which this one can as well wait here.
+                sending.popleft()[0].wait()
     for work, _ in sending:
         work.wait()
     module.train(was_training)
