@@ -160,12 +160,18 @@ def step_of(engine: Any, batches: Sequence[Any]) -> Callable[[], None]:
     return lambda: engine.train_step(batches, targets, before_step)
 
 
-def release(place: Place, engine: Any) -> None:
-    """Frees an engine's memory: hooks of DeepSpeed's optimizers hold it otherwise."""
+def destroy(engine: Any) -> None:
+    """Lets go of what hooks of DeepSpeed's optimizers hold of an engine; `collect` frees it when no name is left."""
     engine.destroy()
     for parameter in engine.module.parameters():
         parameter.data = parameter.data.new_empty(0)
-    del engine
+        for name in ("_hp_grad", "_hp_mapping"):
+            if hasattr(parameter, name):
+                delattr(parameter, name)
+
+
+def collect() -> None:
+    """Frees what nothing holds any more."""
     gc.collect()
-    if not place.cpu:
+    if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import os
 import statistics
 import sys
@@ -26,6 +25,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 warnings.filterwarnings("ignore", category=FutureWarning)
@@ -34,7 +34,7 @@ os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
 import numpy as np
 import torch
 import torch.distributed as dist
-from gpu_place import step_of
+from gpu_place import collect, destroy, step_of
 from rival_models import MegatronCoreLoss, TransformersLoss, megatron_core_installed
 from torch import Tensor, nn
 
@@ -131,10 +131,10 @@ def batches_of(args: argparse.Namespace, device: torch.device, rank: int) -> lis
     return result
 
 
-def ours(plan: RunPlan, context: ParallelContext, batches: list[MicroBatch]) -> Step:
-    """A step of the training loop's engine."""
-    engine = make_engine(plan, make_objective(plan, make_controller(plan), context), context)
-    return step_of(engine, batches)
+def ours(plan: RunPlan, context: ParallelContext, batches: list[MicroBatch], engines: list[Any]) -> Step:
+    """A step of the training loop's engine, which is appended to `engines`."""
+    engines.append(make_engine(plan, make_objective(plan, make_controller(plan), context), context))
+    return step_of(engines[-1], batches)
 
 
 class OurLoss(nn.Module):
@@ -186,7 +186,12 @@ def plain_loop(
 
 
 def variants(
-    args: argparse.Namespace, config: Config, gpt: GPTConfig, context: ParallelContext, batches: list[MicroBatch]
+    args: argparse.Namespace,
+    config: Config,
+    gpt: GPTConfig,
+    context: ParallelContext,
+    batches: list[MicroBatch],
+    engines: list[Any],
 ) -> dict[str, Callable[[], Step]]:
     """What makes the steps to time, by name."""
 
@@ -211,7 +216,7 @@ def variants(
         suffix = " compiled" if compiled else ""
         makers |= {
             f"transformers{suffix}": partial(lambda c: loop(TransformersLoss(gpt, context.device), c), compiled),
-            f"ours{suffix}": partial(lambda c: ours(plan(c), context, batches), compiled),
+            f"ours{suffix}": partial(lambda c: ours(plan(c), context, batches, engines), compiled),
             f"ours{suffix} in a bare loop": partial(lambda c: loop(our_module(c), False), compiled),
         }
     if megatron_core_installed() and context.topology.world_size == 1:
@@ -236,14 +241,15 @@ def main() -> None:
     if context.device.type == "cpu":
         torch.set_num_threads(1)
     gpt = gpt_config(config.model, args.seq, args.vocab)
-    makers = variants(args, config, gpt, context, batches_of(args, context.device, launch.rank))
+    engines: list[Any] = []
+    makers = variants(args, config, gpt, context, batches_of(args, context.device, launch.rank), engines)
     seconds: dict[str, list[float]] = {name: [] for name in makers}
     # A GPU has no other load, and may not have memory for all at once.
     for together in [[name] for name in makers] if context.device.type == "cuda" else [list(makers)]:
         time_in_turns({name: makers[name]() for name in together}, args.steps, context, seconds)
-        gc.collect()
-        if context.device.type == "cuda":
-            torch.cuda.empty_cache()
+        while engines:
+            destroy(engines.pop())
+        collect()
     if launch.rank == 0:
         report(args, config, gpt, context, seconds)
     if dist.is_initialized():

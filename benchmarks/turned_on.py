@@ -47,7 +47,7 @@ def main() -> None:
         if settings.training.drops:
             batches = [replace(each, keys=torch.arange(len(each.tokens))) for each in batches]
         plan = make_plan(settings, context.topology, shape, plain.DOMAINS, (1,) * len(plain.DOMAINS), shares)
-        steps[name] = plain.ours(plan, context, batches)
+        steps[name] = plain.ours(plan, context, batches, [])
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(plain.WARM_UP + args.steps):
         for name, step in steps.items():

@@ -184,7 +184,9 @@ class _TokenLosses(torch.autograd.Function):
             # It is as large as the next chunk's logits, or larger.
             del logits_grad
         if weight_grad is not None:
-            weight_grad = F.pad(weight_grad.to(weight.dtype), (0, 0, 0, len(weight) - len(weight_grad)))
+            weight_grad = weight_grad.to(weight.dtype)
+            if len(weight_grad) < len(weight):
+                weight_grad = F.pad(weight_grad, (0, 0, 0, len(weight) - len(weight_grad)))
         if summing is not None:
             hidden_grad = finished(summing)
         return None if hidden_grad is None else hidden_grad.view_as(hidden), weight_grad, None, None, None, None, None

@@ -45,7 +45,7 @@ from megatron_doremi.planning.epochs import check_repetition
 from megatron_doremi.planning.layouts import suggest_layouts, suggestion_text
 from megatron_doremi.planning.machine_plan import memory_faults
 from megatron_doremi.planning.mixture_checks import mixture_faults, mixture_warnings
-from megatron_doremi.planning.recomputation import with_recomputation
+from megatron_doremi.planning.recomputation import with_held_logits, with_recomputation
 from megatron_doremi.planning.shape_checks import shape_warnings
 from megatron_doremi.settings import EVALUATE, TRAINING
 from megatron_doremi.shapes import Shape
@@ -67,7 +67,7 @@ class Inputs:
         reference_losses: of a proxy that reads them from disk; else None.
         to_come: see `inputs_to_come`; empty unless the run is a dry run.
         resumes: of a dry run, what the run would say about its resume; empty if it would start.
-        recomputes: a line on activations that `fitted` chose to recompute; "" if it chose nothing.
+        fitting: lines on what `fitted` chose.
     """
 
     data: RunData
@@ -79,7 +79,7 @@ class Inputs:
     reference_losses: ReferenceLosses | None
     to_come: Mapping[str, str]
     resumes: tuple[str, ...] = ()
-    recomputes: str = ""
+    fitting: tuple[str, ...] = ()
 
 
 def open_inputs(config: Config, topology: Topology) -> Inputs:
@@ -187,7 +187,7 @@ def plan_text(inputs: Inputs) -> str:
     limit = plan.config.data.eval_iters * (evaluated or plan).global_batch_size
     counts = data.held_out_counts(plan.config.data.seq_length)
     held_out = [min(count, limit) if limit else count for count in counts]
-    lines = [*_origin(inputs), *_line(inputs.recomputes), *to_come.values(), *inputs.resumes]
+    lines = [*_origin(inputs), *inputs.fitting, *to_come.values(), *inputs.resumes]
     return describe_plan(plan, inputs.controller, setting, held_out, held_reference(inputs), lines)
 
 
@@ -208,7 +208,7 @@ def start_text(inputs: Inputs, device: str, kernels: str = "") -> str:
     setting = sampling_setting(inputs.plan.config, inputs.data.manifest)
     plan, reference = inputs.plan, held_reference(inputs)
     lines = start_lines(plan, inputs.controller, setting, reference, device, inputs.repeated)
-    others = [*_origin(inputs), *_line(inputs.recomputes), *_line(kernels)]
+    others = [*_origin(inputs), *inputs.fitting, *_line(kernels)]
     return "\n".join([*lines, *(f"  {line}" for line in others)])
 
 
@@ -235,12 +235,14 @@ def device_memory(config: Config) -> float | None:
 
 
 def fitted(inputs: Inputs, device_bytes: float | None) -> Inputs:
-    """The inputs with a plan that fits the device, if recomputation can bring that about; see `with_recomputation`."""
+    """The inputs with a plan that fits the device, if recomputation can bring that about, and that leaves none of its
+    memory to computing again what it could hold; see planning/recomputation.py."""
     if device_bytes is None or inputs.plan.config.run.suggest_layout:
         return inputs
     alternating, reference = inputs.controller.before_backward, held_reference(inputs)
-    plan, recomputes = with_recomputation(inputs.plan, alternating, reference, device_bytes)
-    return replace(inputs, plan=plan, recomputes=recomputes)
+    plan, blocks = with_recomputation(inputs.plan, alternating, reference, device_bytes)
+    plan, logits = with_held_logits(plan, alternating, reference, device_bytes)
+    return replace(inputs, plan=plan, fitting=(*_line(blocks), *_line(logits)))
 
 
 def held_reference(inputs: Inputs) -> Shape | None:

@@ -18,8 +18,14 @@ from megatron_doremi.model.pipeline import layer_names
 from megatron_doremi.model.sizes import parameter_specs, parameters_by_layer
 from megatron_doremi.parallel.topology import stage_bounds
 from megatron_doremi.plan import RunPlan
+from megatron_doremi.planning.block_memory import (
+    PLAIN,
+    block_backward_bytes_per_token,
+    block_bytes_per_token,
+    dropout_bytes_per_token,
+)
 from megatron_doremi.planning.compute import muon_bytes
-from megatron_doremi.planning.document_memory import document_backward_bytes_per_token, document_bytes_per_token
+from megatron_doremi.planning.document_memory import document_bytes_per_token
 from megatron_doremi.settings import TRAINING
 from megatron_doremi.shapes import Shape, TransformersShape
 
@@ -28,8 +34,6 @@ from megatron_doremi.shapes import Shape, TransformersShape
 BUCKET = 500_000_000
 GATHERED = 1_000_000_000
 PREFETCHED = 50_000_000
-# Without dropout.
-PLAIN = TrainingConfig()
 
 
 @dataclass(frozen=True)
@@ -67,80 +71,6 @@ class StageMemory:
     @property
     def total(self) -> float:
         return self.state + self.activations + self.reference + self.loss + self.working
-
-
-def block_bytes_per_token(
-    gpt: GPTConfig, parallel: ParallelConfig, element: int, training: TrainingConfig = PLAIN
-) -> float:
-    """Bytes that one transformer block holds per token of a micro-batch on one rank.
-
-    Args:
-        element: bytes of an activation, 2 in bfloat16, else 4.
-        training: its dropout.
-    """
-    tensor, hidden = parallel.tensor_model_parallel_size, gpt.hidden_size
-    # The residual stream is sharded by position over the tensor parallel group, or replicated on each of its ranks.
-    residual = hidden / tensor if parallel.sequence_parallel else hidden
-    if parallel.recompute_granularity == "full":
-        return element * residual
-    queries = gpt.num_attention_heads * gpt.kv_channels / tensor
-    keys = gpt.num_query_groups * gpt.kv_channels / tensor
-    # Both norms' inputs and outputs: with sequence parallelism this rank's positions, since the outputs are gathered
-    # again; a compiled block keeps them as gathered.
-    norms = 2 * (residual + (hidden if parallel.compile else residual))
-    # Queries, keys and values as the attention reads them, and its output.
-    attention = queries + 2 * keys + queries
-    if gpt.qk_layernorm and parallel.recompute_granularity == "none":
-        # Their norms hold their inputs.
-        attention += queries + keys
-    mlp = (3 if gpt.swiglu else 2) * gpt.ffn_hidden_size / tensor
-    # One byte for each number of a mask.
-    dropped = 2 * residual if training.hidden_dropout else 0.0
-    if training.attention_dropout and parallel.recompute_granularity == "none":
-        # Probabilities in float32, their masks, and what is left of them; keys and values of each query.
-        attention += 2 * (queries - keys)
-        dropped += (5 + element) * gpt.num_attention_heads * gpt.max_positions / tensor
-    return element * (norms + attention + mlp) + dropped
-
-
-def dropout_bytes_per_token(
-    gpt: GPTConfig, parallel: ParallelConfig, element: int, training: TrainingConfig = PLAIN
-) -> float:
-    """Bytes at work per token while the masks of a block's dropout are computed, beyond what it holds later: in a
-    stage's last block, or with recomputation in the one that is computed again."""
-    tensor, hidden = parallel.tensor_model_parallel_size, gpt.hidden_size
-    residual = hidden / tensor if parallel.sequence_parallel else hidden
-    # Four arrays of int64.
-    at_work = 32.0 * residual if training.hidden_dropout else 0.0
-    if not training.attention_dropout:
-        return at_work
-    probabilities = gpt.num_attention_heads * gpt.max_positions / tensor
-    queries = gpt.num_attention_heads * gpt.kv_channels / tensor
-    keys = gpt.num_query_groups * gpt.kv_channels / tensor
-    mlp = (3 if gpt.swiglu else 2) * gpt.ffn_hidden_size / tensor
-    # Beside the probabilities in float32.
-    hashes = 36.0 * probabilities
-    if parallel.recompute_granularity == "full":
-        return max(at_work, hashes + element * (3 * hidden + queries + 2 * keys))
-    # The block does not hold yet, or no longer, what follows attention.
-    after = element * (2 * residual + mlp)
-    if parallel.recompute_granularity == "selective":
-        return max(at_work, hashes + element * (2 * hidden + queries + 2 * keys) - after)
-    return max(at_work, hashes - (5 + element) * probabilities - after)
-
-
-def block_backward_bytes_per_token(
-    gpt: GPTConfig, parallel: ParallelConfig, element: int, training: TrainingConfig = PLAIN
-) -> float:
-    """Bytes at work in the backward pass of a block per token: gradients of the residual stream and of the feed-forward
-    layer's inner parts, or later those of attention by document; with full recomputation also all that the block holds
-    otherwise."""
-    inner = element * (3 if gpt.swiglu else 2) * gpt.ffn_hidden_size / parallel.tensor_model_parallel_size
-    inner = max(inner, document_backward_bytes_per_token(gpt, parallel, element, training))
-    again = 0.0
-    if parallel.recompute_granularity == "full":
-        again = block_bytes_per_token(gpt, replace(parallel, recompute_granularity="none"), element, training)
-    return element * 2 * gpt.hidden_size + inner + again
 
 
 def micro_batch_bytes(
@@ -251,9 +181,10 @@ def loss_bytes(shape: Shape, parallel: ParallelConfig, tokens: int, element: int
     """Bytes at work while the loss of a micro-batch is computed, beside logits that are held for the backward pass.
 
     The forward pass holds logits and log-softmax in float32; the backward pass overwrites logits by their gradient. In
-    bfloat16 the product that gives the logits, and their rounded gradient, come on top. With chunks the sum of the
-    output layer's gradient is float32: it is held beside a chunk's logits; beside their gradient and a summand; and at
-    the end beside its copies in the precision of the weights.
+    bfloat16 the product that gives the logits, and their rounded gradient, come on top. A compiled pass holds the
+    product and the gradient only; with tensor parallelism the forward pass is not compiled. With chunks the sum of the
+    output layer's gradient is float32: it is held beside a chunk's logits; beside their gradient and, in float32, a
+    summand; and at the end beside its copy in bfloat16, or in float32 one with the rows of the vocabulary's padding.
 
     Args:
         tokens: of a micro-batch.
@@ -261,25 +192,32 @@ def loss_bytes(shape: Shape, parallel: ParallelConfig, tokens: int, element: int
         trains: whether there is a backward pass.
     """
     tensor, chunk = parallel.tensor_model_parallel_size, parallel.loss_chunk_tokens
-    rows = shape.padded_vocab_size(tensor) / tensor
+    padded = shape.padded_vocab_size(tensor)
+    rows, single, float32 = padded / tensor, not chunk or tokens <= chunk, element == 4
     logits = 4 * rows * min(chunk or tokens, tokens)
-    rounded = logits * element / 4
-    separate = rounded if element < 4 else 0.0
+    product = logits * element / 4
+    separate = 0.0 if float32 else product
     # With sequence parallelism all positions are gathered for this time.
     gathered = 0.0
     if isinstance(shape, GPTConfig) and parallel.sequence_parallel and tensor > 1:
         gathered = float(element * tokens * shape.hidden_size)
+    compiled = parallel.compile and isinstance(shape, GPTConfig)
+    in_float32 = logits if float32 or not compiled else 0.0
+    forward = separate + (in_float32 if compiled and tensor == 1 else 2 * logits)
     if not trains:
-        return 2 * logits + separate + gathered
+        return forward + gathered
     assert isinstance(shape, GPTConfig), shape
-    gradient = 4 * rows * shape.hidden_size
+    gradient = element * rows * shape.hidden_size
+    total = gradient if single else 4 * rows * shape.hidden_size
+    padding = float32 and padded > shape.vocab_size
+    copied = gradient if padding or not (float32 or single) else 0.0
+    backward = in_float32 + 2 * separate
     if not chunk:
-        # Beside the held product.
-        forward, backward = (2 * logits, logits + rounded) if element < 4 else (logits, 0.0)
-        return max(forward, backward, 2 * gradient * element / 4) + gathered
-    summed = gradient if tokens > chunk else 0.0
-    forward, backward = 2 * logits + separate, logits + 2 * separate + summed
-    return max(forward, backward, rounded + gradient + summed, 2 * gradient) + gathered
+        # The held product is counted already.
+        return max(forward - product, backward - product, total + copied) + gathered
+    summed = 0.0 if single else total
+    summand = product + total + (summed if float32 else 0.0)
+    return max(forward, backward + summed, summand, total + copied) + gathered
 
 
 def buffer_bytes(config: Config, parameters: int, data_size: int, largest: int) -> tuple[float, float, float, float]:

@@ -19,7 +19,7 @@ from slurm.accepting import path_with_sbatch
 from megatron_doremi.arguments import parse_config
 from megatron_doremi.config import data_parallel_size
 from megatron_doremi.parallel.topology import Topology
-from megatron_doremi.phases.inputs import open_inputs, plan_text, planned_faults
+from megatron_doremi.phases.inputs import device_memory, fitted, open_inputs, plan_text, planned_faults
 
 STAGES = ("reference", "score", "proxy", "main")
 DOCUMENT = (ROOT / "docs" / "planning.md").read_text()
@@ -53,6 +53,7 @@ def planned(stage: str, gpus: int, pile) -> str:
     parallel = config.parallel
     tensor, pipe = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     inputs = open_inputs(config, Topology(pipe, data_parallel_size(parallel, gpus), tensor))
+    inputs = fitted(inputs, device_memory(config))
     assert planned_faults(inputs) == []
     return plan_text(inputs)
 
@@ -126,8 +127,8 @@ def test_the_dry_run_of_the_chain(pile, tmp_path):
     command = [sys.executable, "pretrain_doremi.py", *argv, "--dry-run", "--device-memory-gib", "40"]
     small = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert small.returncode == 2
-    assert "137% of 40 GiB" in small.stdout
-    assert "memory: 54.6 GiB on a rank of stage 0" in small.stderr
+    assert "138% of 40 GiB" in small.stdout
+    assert "memory: 55.4 GiB on a rank of stage 0" in small.stderr
 
 
 def test_another_number_of_gpus_is_refused():

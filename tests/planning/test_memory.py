@@ -115,8 +115,16 @@ def test_what_twelve_more_micro_batches_take(case):
             assert (after > before) == (alternating and parallel.zero_stage < 3)
 
 
-@pytest.mark.parametrize(("hidden", "chunk"), [(128, 64), (1024, 64), (128, 256), (1024, 256)])
-def test_what_the_loss_takes(hidden, chunk):
+@pytest.mark.parametrize(
+    ("hidden", "chunk", "compiled"),
+    [
+        *((hidden, chunk, False) for hidden in (128, 1024) for chunk in (64, 256)),
+        (128, 256, True),
+        (128, 64, True),
+        (64, 0, True),
+    ],
+)
+def test_what_the_loss_takes(hidden, chunk, compiled):
     """The allocator's peak while a micro-batch of 256 tokens has its loss computed and differentiated."""
     import torch
     from torch.profiler import ProfilerActivity, profile
@@ -128,12 +136,21 @@ def test_what_the_loss_takes(hidden, chunk):
     gpt = small_gpt(hidden_size=hidden, vocab_size=8192)
     states, weight = (torch.randn(*shape, requires_grad=True) for shape in ((1, 256, hidden), (8192, hidden)))
     targets = torch.zeros(1, 256, dtype=torch.int64)
+    execution = Execution(loss_chunk_tokens=chunk, compiled=compiled)
+    inputs = states, weight, targets, 8192, TensorGroup(None, 1, 0)
+    if compiled:
+        token_losses(*inputs, execution).sum().backward()
+        states.grad = weight.grad = None
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        execution = Execution(loss_chunk_tokens=chunk)
-        token_losses(states, weight, targets, 8192, TensorGroup(None, 1, 0), execution).sum().backward()
+        token_losses(*inputs, execution).sum().backward()
     peak = peak_of(recorded.profiler.kineto_results.events())
-    expected = loss_bytes(gpt, ParallelConfig(loss_chunk_tokens=chunk), 256, element=4, trains=True)
-    print(f"hidden {hidden}, chunk {chunk}: {peak / 2**20:.1f} MiB, formula {expected / 2**20:.1f}")
+    parallel = ParallelConfig(loss_chunk_tokens=chunk, compile=compiled)
+    expected = loss_bytes(gpt, parallel, 256, element=4, trains=True)
+    # All logits are held beside it.
+    expected += 0 if chunk else 4 * 8192 * 256
+    print(
+        f"hidden {hidden}, chunk {chunk}, compiled {compiled}: {peak / 2**20:.1f} MiB, formula {expected / 2**20:.1f}"
+    )
     # The gradients of the hidden states come on top.
     assert expected <= peak < 1.02 * expected + 2 * 256 * hidden * 4
 

@@ -1,4 +1,4 @@
-"""All activations are kept while they fit, else blocks are computed again: at gpu.md's proxy of 280m, by hand.
+"""All activations, and the logits, are kept while they fit, else computed again: at the paper's 280m, by hand.
 
 Run alone: python -m pytest tests/planning/test_recomputation.py
 """
@@ -13,7 +13,7 @@ from planning.test_suggested_layouts import GIB, SMALL, SMALL_LOSS, SMALL_TOKEN,
 from megatron_doremi.phases.inputs import device_memory
 from megatron_doremi.planning.layouts import MARGIN
 from megatron_doremi.planning.memory import rank_memory
-from megatron_doremi.planning.recomputation import with_recomputation
+from megatron_doremi.planning.recomputation import with_held_logits, with_recomputation
 
 # Micro-batches of 8 x 1024 tokens; state in bfloat16 with ZeRO 1, and the reference's weights.
 TOKENS, STATE = 8 * 1024, SMALL * (18 + 2)
@@ -70,3 +70,42 @@ def test_a_device_that_is_too_small_either_way():
 def test_a_device_that_holds_it_all_recomputes_nothing():
     plan = proxy(64)
     assert with_recomputation(plan, True, plan.shape, 1000 * GIB) == (plan, "")
+
+
+def bytes_with_logits(chunk: int) -> int:
+    """Of a step of a micro-batch whose logits are computed by chunks, or held (0); eager, bfloat16."""
+    held, columns = SMALL * 18 + TOKENS * SMALL_TOKEN, 256_000
+    if not chunk:
+        # The product is held; logits and log-softmax in float32.
+        return held + (2 + 2 * 4) * TOKENS * columns
+    # Logits and log-softmax and the product; or logits, product, its gradient and the sum of the weights' gradient.
+    gradient = 4 * columns * 768
+    return held + max((2 * 4 + 2) * chunk * columns, (4 + 2 * 2) * chunk * columns + gradient)
+
+
+@pytest.mark.parametrize(("tokens", "room"), [(0, 1.0), (4096, 0.99), (1024, 0.99)])
+def test_logits_are_held_or_computed_for_more_tokens_where_a_device_has_room(tokens, room):
+    """Each with memory that just suffices, and with a hundredth less than the next larger one needs."""
+    plan = plan_of("main --model-size 280m --zero-stage 1 --micro-batch-size 8 --global-batch-size 64", 1)
+    needed = bytes_with_logits({0: 0, 4096: 0, 1024: 4096}[tokens])
+    chosen, line = with_held_logits(plan, False, None, room * needed / (1 - MARGIN) + 1)
+    assert chosen.config.parallel.loss_chunk_tokens == tokens
+    assert rank_memory(chosen, False, None).total == bytes_with_logits(tokens)
+    if tokens == 1024:
+        assert (chosen, line) == (plan, "")
+    else:
+        assert f"({bytes_with_logits(tokens) / GIB:.1f} GiB a rank); --loss-chunk-tokens decides" in line
+        assert ("all held" in line) == (tokens == 0)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "main --model-size 280m --loss-chunk-tokens 1024 --micro-batch-size 8",
+        # Their only chunk is held in any case.
+        "main --model-size 280m --micro-batch-size 1",
+    ],
+)
+def test_logits_that_are_stated_or_held_stay(flags):
+    plan = plan_of(f"{flags} --zero-stage 1", 1)
+    assert with_held_logits(plan, False, None, 1000 * GIB) == (plan, "")

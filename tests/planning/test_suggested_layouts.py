@@ -32,8 +32,9 @@ SMALL_LOSS = (4 + 2 * 2) * 256_000 * 1024 + 4 * 256_000 * 768
 LARGE_BLOCK = (4096 + 1) * 3 * 4096 + (4096 + 1) * 4096 + (4096 + 1) * 24576 + (24576 + 1) * 4096 + 2 * 4096
 LARGE = 256_000 * 4096 + 32 * LARGE_BLOCK + 4096
 LARGE_TOKEN = 2 * (32 * (4 * 4096 + 4 * 4096 + 2 * 24576) + 2 * 4096)
-# The logits' gradient in bfloat16, the gradient of the output layer, and the same of a chunk.
-LARGE_LOSS = 2 * 256_000 * 1024 + 2 * 4 * 256_000 * 4096
+# The gradient of the output layer in float32, and its copy in bfloat16; as much as a chunk's logits beside the former.
+LARGE_LOSS = (4 + 2) * 256_000 * 4096
+assert LARGE_LOSS == (4 + 2 * 2) * 256_000 * 1024 + 4 * 256_000 * 4096
 
 
 def plan_of(flags: str, world_size: int):
@@ -76,10 +77,10 @@ def test_the_8b_model_on_eight_gpus():
     half = 32 * (4097 * 3 * 2048 + 4096 * 2048 + 4097 * 12288 + 12288 * 4096 + 4 * 4096) + 128_000 * 4096 + 4096
     token = 2 * (32 * (4 * 2048 + 4 * 2048 + 2 * 12288) + 2 * 2048)
     # With the hidden states of all positions.
-    loss = 2 * 128_000 * 1024 + 2 * 4 * 128_000 * 4096 + 2 * 8 * 1024 * 4096
+    loss = LARGE_LOSS / 2 + 2 * 8 * 1024 * 4096
     assert found.fitting[0].memory.total == half * (6 + 12 / 4) + 8 * 1024 * token + loss
-    # One window is one chunk, whose logits are held; the output layer's gradient, and a copy.
-    one_chunk = 2 * 256_000 * 1024 + 2 * 2 * 256_000 * 4096
+    # One window is one chunk, whose logits are held; the output layer's gradient.
+    one_chunk = 2 * 256_000 * 1024 + 2 * 256_000 * 4096
     stages = next(each for each in found.fitting if settings_of(each)[:3] == (1, 2, 4))
     # The last of two stages has the output layer beside half of the blocks.
     block, output = 2 * (4 * 4096**2 + 2 * 4096 * 24576 + 4096 * 1024), 2 * 256_000 * 4096

@@ -1,0 +1,97 @@
+"""Bytes that a transformer block holds for the backward pass, and works with there, per token; see memory.py."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from megatron_doremi.config import GPTConfig, ParallelConfig, TrainingConfig
+from megatron_doremi.planning.document_memory import document_backward_bytes_per_token
+
+# Without dropout.
+PLAIN = TrainingConfig()
+
+
+def block_bytes_per_token(
+    gpt: GPTConfig, parallel: ParallelConfig, element: int, training: TrainingConfig = PLAIN
+) -> float:
+    """Bytes that one transformer block holds per token of a micro-batch on one rank.
+
+    Args:
+        element: bytes of an activation, 2 in bfloat16, else 4.
+        training: its dropout.
+    """
+    tensor, hidden = parallel.tensor_model_parallel_size, gpt.hidden_size
+    # The residual stream is sharded by position over the tensor parallel group, or replicated on each of its ranks.
+    residual = hidden / tensor if parallel.sequence_parallel else hidden
+    if parallel.recompute_granularity == "full":
+        return element * residual
+    queries = gpt.num_attention_heads * gpt.kv_channels / tensor
+    keys = gpt.num_query_groups * gpt.kv_channels / tensor
+    # Both norms' inputs and outputs: with sequence parallelism this rank's positions, since the outputs are gathered
+    # again; a compiled block keeps them as gathered.
+    norms = 2 * (residual + (hidden if parallel.compile else residual))
+    attention = _attention_numbers(gpt, parallel, queries, keys)
+    mlp = (3 if gpt.swiglu else 2) * gpt.ffn_hidden_size / tensor
+    # One byte for each number of a mask.
+    dropped = 2 * residual if training.hidden_dropout else 0.0
+    if training.attention_dropout and parallel.recompute_granularity == "none":
+        # Probabilities in float32, their masks, and what is left of them; keys and values of each query.
+        attention += 2 * (queries - keys)
+        dropped += (5 + element) * gpt.num_attention_heads * gpt.max_positions / tensor
+    return element * (norms + attention + mlp) + dropped
+
+
+def _attention_numbers(gpt: GPTConfig, parallel: ParallelConfig, queries: float, keys: float) -> float:
+    """Numbers per token that a block holds between the projections of its attention."""
+    fused, output = queries + 2 * keys, queries
+    recomputes, rotates = parallel.recompute_granularity == "selective", gpt.position_embedding_type == "rope"
+    if not parallel.compile:
+        # Queries, keys and values as the attention reads them; norms of queries and keys hold their inputs.
+        return fused + output + (queries + keys if gpt.qk_layernorm and not recomputes else 0.0)
+    # In a compiled block values are a view of the fused projection, all of which is held; so are queries and keys that
+    # nothing changes, but for queries of groups, which are copied.
+    if recomputes:
+        return fused
+    if rotates or gpt.qk_layernorm:
+        return fused + queries + keys + output
+    return fused + output + (queries if gpt.num_query_groups < gpt.num_attention_heads else 0.0)
+
+
+def dropout_bytes_per_token(
+    gpt: GPTConfig, parallel: ParallelConfig, element: int, training: TrainingConfig = PLAIN
+) -> float:
+    """Bytes at work per token while the masks of a block's dropout are computed, beyond what it holds later: in a
+    stage's last block, or with recomputation in the one that is computed again."""
+    tensor, hidden = parallel.tensor_model_parallel_size, gpt.hidden_size
+    residual = hidden / tensor if parallel.sequence_parallel else hidden
+    # Four arrays of int64.
+    at_work = 32.0 * residual if training.hidden_dropout else 0.0
+    if not training.attention_dropout:
+        return at_work
+    probabilities = gpt.num_attention_heads * gpt.max_positions / tensor
+    queries = gpt.num_attention_heads * gpt.kv_channels / tensor
+    keys = gpt.num_query_groups * gpt.kv_channels / tensor
+    mlp = (3 if gpt.swiglu else 2) * gpt.ffn_hidden_size / tensor
+    # Beside the probabilities in float32.
+    hashes = 36.0 * probabilities
+    if parallel.recompute_granularity == "full":
+        return max(at_work, hashes + element * (3 * hidden + queries + 2 * keys))
+    # The block does not hold yet, or no longer, what follows attention.
+    after = element * (2 * residual + mlp)
+    if parallel.recompute_granularity == "selective":
+        return max(at_work, hashes + element * (2 * hidden + queries + 2 * keys) - after)
+    return max(at_work, hashes - (5 + element) * probabilities - after)
+
+
+def block_backward_bytes_per_token(
+    gpt: GPTConfig, parallel: ParallelConfig, element: int, training: TrainingConfig = PLAIN
+) -> float:
+    """Bytes at work in the backward pass of a block per token: gradients of the residual stream and of the feed-forward
+    layer's inner parts, or later those of attention by document; with full recomputation also all that the block holds
+    otherwise."""
+    inner = element * (3 if gpt.swiglu else 2) * gpt.ffn_hidden_size / parallel.tensor_model_parallel_size
+    inner = max(inner, document_backward_bytes_per_token(gpt, parallel, element, training))
+    again = 0.0
+    if parallel.recompute_granularity == "full":
+        again = block_bytes_per_token(gpt, replace(parallel, recompute_granularity="none"), element, training)
+    return element * 2 * gpt.hidden_size + inner + again
