@@ -36,19 +36,21 @@ class _ColumnLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tp_group: TensorGroup, sequence_parallel: bool
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.has_bias, ctx.tp_group, ctx.sequence_parallel = bias is not None, tp_group, sequence_parallel
+        ctx.tp_group, ctx.sequence_parallel = tp_group, sequence_parallel
         return F.linear(finished(start_gather(x, tp_group)) if sequence_parallel else x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
-        gathering = start_gather(x, ctx.tp_group) if ctx.sequence_parallel else None
-        summing = start_input_sum(grad.matmul(weight), ctx.tp_group, ctx.sequence_parallel)
+        # The same on all ranks, which hold parts of one layer.
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        gathering = start_gather(x, ctx.tp_group) if ctx.sequence_parallel and wants_weight else None
+        summing = start_input_sum(grad.matmul(weight), ctx.tp_group, ctx.sequence_parallel) if wants_x else None
         full = x if gathering is None else finished(gathering)
         rows = grad.flatten(0, 1)
-        weight_grad = rows.t().mm(full.flatten(0, 1))
-        bias_grad = rows.sum(0) if ctx.has_bias else None
-        return finished(summing), weight_grad, bias_grad, None, None
+        weight_grad = rows.t().mm(full.flatten(0, 1)) if wants_weight else None
+        bias_grad = rows.sum(0) if wants_bias else None
+        return None if summing is None else finished(summing), weight_grad, bias_grad, None, None
 
 
 def column_linear(
@@ -76,10 +78,11 @@ class _RankMajorLinear(torch.autograd.Function):
         return F.linear(rank_major(x, shards), weight)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
-        weight_grad = grad.flatten(0, 1).t().mm(rank_major(x, ctx.shards).flatten(0, 1))
-        return batch_first(grad.matmul(weight), ctx.shards), weight_grad, None
+        wants_x, wants_weight, _ = ctx.needs_input_grad
+        weight_grad = grad.flatten(0, 1).t().mm(rank_major(x, ctx.shards).flatten(0, 1)) if wants_weight else None
+        return batch_first(grad.matmul(weight), ctx.shards) if wants_x else None, weight_grad, None
 
 
 def rank_major_linear(x: Tensor, weight: Tensor, shards: int) -> Tensor:

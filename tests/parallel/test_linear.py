@@ -133,3 +133,58 @@ def test_collectives_run_beside_products(sequence_parallel, compiled):
     for *_, log in found:
         # Before them come the products of the layer by rows, which need all of what it gathers.
         assert log[-len(BESIDE[sequence_parallel]) :] == BESIDE[sequence_parallel]
+
+
+FROZEN = {
+    # Of both layers and the bias: what needs no gradient, and what runs in the backward pass; with sequence parallelism
+    # the result's gradient is gathered first.
+    "input": (["x"], ["product", "product", "product"], ["gather", "product", "product", "gather", "product"]),
+    "weights": (
+        ["columns", "rows", "bias"],
+        ["product", "product", "sum"],
+        ["gather", "product", "product", "scatter"],
+    ),
+    "all but the bias": (["x", "columns", "rows"], ["product"], ["gather", "product"]),
+}
+
+
+def operations(launch, frozen, sequence_parallel):
+    """What runs in the backward pass of the two layers, in order, and which inputs have a gradient."""
+    import torch.distributed as dist
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from megatron_doremi.cluster.process_group import join
+    from megatron_doremi.parallel import linear
+    from megatron_doremi.parallel.groups import TensorGroup
+    from megatron_doremi.parallel.layers import TensorParallel
+
+    join(launch)
+    size, rank, log = launch.world_size, launch.rank, []
+    tp = TensorParallel(TensorGroup(dist.group.WORLD, size, rank), sequence_parallel)
+    x, first, second, bias, grad = example()
+    x, grad = (each.chunk(size, dim=1)[rank].clone() if sequence_parallel else each for each in (x, grad))
+    parts = {"x": x, "columns": first.chunk(size)[rank], "rows": second.chunk(size, dim=1)[rank]}
+    parts = {name: each.clone() for name, each in {**parts, "bias": bias.chunk(size)[rank]}.items()}
+    for name, each in parts.items():
+        each.requires_grad_(name not in frozen)
+
+    class Recorded(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            log.append(name_of(func))
+            return func(*args, **(kwargs or {}))
+
+    inner = linear.column_linear(parts["x"], parts["columns"], parts["bias"], tp.group, sequence_parallel)
+    inner = batch_first(inner, tp.sequence_shards)
+    result = tp.leave(linear.rank_major_linear(inner, parts["rows"], tp.sequence_shards))
+    with Recorded():
+        result.backward(grad)
+    return [each for each in log if each], sorted(name for name, each in parts.items() if each.grad is None)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("case", FROZEN)
+def test_what_needs_no_gradient_has_no_product(case, sequence_parallel):
+    frozen, *expected = FROZEN[case]
+    for log, without in on_ranks(2, operations, frozen, sequence_parallel):
+        assert log == expected[sequence_parallel]
+        assert without == sorted(frozen)
