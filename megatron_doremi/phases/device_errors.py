@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from megatron_doremi.config import ParallelConfig
 from megatron_doremi.errors import RunError
 from megatron_doremi.plan import RunPlan
 from megatron_doremi.planning.memory import rank_memory
@@ -71,8 +72,9 @@ def memory_remedies(plan: RunPlan) -> list[str]:
     parallel, windows = plan.config.parallel, plan.batch_shape[0]
     trains = plan.config.data.phase in TRAINING
     remedies = []
-    if not parallel.loss_chunk_tokens:
-        remedies.append("--loss-chunk-tokens 1024")
+    few = ParallelConfig().loss_chunk_tokens
+    if not parallel.loss_chunk_tokens or parallel.loss_chunk_tokens > few:
+        remedies.append(f"--loss-chunk-tokens {few}")
     if trains and not parallel.zero_stage and plan.topology.data_size > 1:
         remedies.append("--zero-stage 1")
     if windows > 1:

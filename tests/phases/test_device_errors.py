@@ -72,6 +72,7 @@ def test_no_memory_in_another_device_or_while_a_kernel_is_compiled():
     ("plan", "first", "absent"),
     [
         (make(loss_chunk_tokens=0), "--loss-chunk-tokens 1024", "--zero-stage"),
+        (make(loss_chunk_tokens=4096), "--loss-chunk-tokens 1024", "--zero-stage"),
         (make(data_size=2), "--zero-stage 1", "--loss-chunk-tokens"),
         (make(micro_batch_size=1), "--recompute-granularity full", "--micro-batch-size"),
         (make(data_size=2, zero_stage=2), "--micro-batch-size 4 instead of 8", "--zero-stage 1"),
