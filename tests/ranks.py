@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -120,27 +120,62 @@ def run_program(world_size: int, argv: list[str], timeout: float = 240.0) -> Non
     on_ranks(world_size, program, argv, timeout=timeout)
 
 
+class Script:
+    """A script that runs as `python PATH WORDS` would, in a process that has imported what it needs: it is forked from
+    the server with `environ` and the working directory `cwd`, and its output comes through file descriptors.
+
+    Its methods are those of subprocess.Popen, and so is the sign of its exit code.
+
+    Args:
+        stdout, stderr: files to write; may be the same.
+    """
+
+    def __init__(
+        self, path: Path, words: Sequence[str], stdout: Path, stderr: Path, environ: Mapping[str, str], cwd: Path
+    ):
+        arguments = (str(path), list(words), [str(stdout), str(stderr)], dict(environ), str(cwd))
+        self._process = _CONTEXT.Process(target=_script, args=arguments)
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid: int = self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise AssertionError(f"process {self.pid} did not end within {timeout} s")
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+
 def run_tool(path: Path, words: Sequence[str], timeout: float = 120.0) -> subprocess.CompletedProcess[str]:
-    """Runs a script as `python PATH WORDS` would, in a process that has imported what it needs: it is forked from the
-    server with this process's environment and working directory, and its output comes through file descriptors."""
+    """Runs a script to its end, with this process's environment and working directory."""
     with tempfile.TemporaryDirectory() as folder:
-        arguments = (str(path), list(words), folder, dict(os.environ), os.getcwd())
-        process = _CONTEXT.Process(target=_script, args=arguments)
-        process.start()
-        process.join(timeout)
-        if process.exitcode is None:
-            process.kill()
-            raise AssertionError(f"{path} did not end within {timeout} s")
-        outputs = [Path(folder, name).read_text(errors="surrogateescape") for name in ("stdout", "stderr")]
-    return subprocess.CompletedProcess([str(path), *words], process.exitcode, *outputs)
+        outputs = [Path(folder, name) for name in ("stdout", "stderr")]
+        script = Script(path, words, *outputs, os.environ, Path.cwd())
+        try:
+            code = script.wait(timeout)
+        except AssertionError:
+            script.kill()
+            raise
+        texts = [output.read_text(errors="surrogateescape") for output in outputs]
+    return subprocess.CompletedProcess([str(path), *words], code, *texts)
 
 
-def _script(path: str, words: list[str], folder: str, environ: dict[str, str], cwd: str) -> None:
+def _script(path: str, words: list[str], outputs: list[str], environ: dict[str, str], cwd: str) -> None:
     os.environ.clear()
     os.environ.update(environ)
     os.chdir(cwd)
-    for number, name in enumerate(("stdout", "stderr"), 1):
-        with open(f"{folder}/{name}", "wb") as file:
+    for number, (name, output) in enumerate(zip(("stdout", "stderr"), outputs, strict=True), 1):
+        with open(output, "ab") as file:
             os.dup2(file.fileno(), number)
         setattr(sys, name, open(number, "w", closefd=False))  # noqa: SIM115
     sys.argv[:] = [path, *words]

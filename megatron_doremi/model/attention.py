@@ -24,7 +24,6 @@ from torch.backends.cuda import (
     can_use_flash_attention,
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.varlen import varlen_attn
 
 Check = Callable[[SDPAParams], bool]
 # (queries, keys, values, bounds, longest): see `adapted`.
@@ -199,4 +198,15 @@ def attend_documents(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> Tensor:
     return out.unflatten(0, (batch, seq))
 
 
-document_kernel = adapted(varlen_attn)
+def _torchs_kernel() -> DocumentKernel:
+    """torch's kernel. Its import brings in torch's compiler, a second that nothing without a GPU has to wait for."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return adapted(varlen_attn)
+
+
+def _refused(*_: object) -> Tensor:
+    raise RuntimeError("torch's kernel for sequences of variable length needs a GPU (see `takes_documents`)")
+
+
+document_kernel: DocumentKernel = _torchs_kernel() if torch.cuda.is_available() else _refused

@@ -8,19 +8,17 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from cluster.test_survival import free_port, lines_in, wait_for
 from phases.small import MODEL
+from ranks import ROOT, Script
 
 from megatron_doremi.cluster.heartbeat import Heartbeat
 from megatron_doremi.cluster.watchdog import _Peers, next_ranks
 
-ROOT = Path(__file__).resolve().parents[2]
 # Of silence, in place of 60 s; the timeout of a run without progress stays at 8 minutes.
 LIMIT = 6
 
@@ -29,14 +27,13 @@ def start(tmp_path, data, hosts, doing="nothing", seconds=0.0, rank=0, iters=8):
     """A run of a rank for each letter of `hosts`; see watched.py. Gives the processes and their logs."""
     port = str(free_port())
     argv = ["--phase", "main", "--domains", str(data), "--save", str(tmp_path / "run"), "--train-iters", str(iters)]
-    script = [str(Path(__file__).with_name("watched.py")), str(LIMIT), doing, str(seconds), str(rank), hosts]
-    command = [sys.executable, *script, *argv, *MODEL, "--global-batch-size", "12", "--log-interval", "1"]
+    words = [str(LIMIT), doing, str(seconds), str(rank), hosts, *argv, *MODEL]
+    words += ["--global-batch-size", "12", "--log-interval", "1"]
     ranks, logs = [], [tmp_path / f"log.{number}" for number in range(len(hosts))]
     for number, log in enumerate(logs):
         launch = {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(len(hosts)), "MASTER_PORT": port}
         variables = {**os.environ, **launch, "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-        with log.open("w") as file:
-            ranks.append(subprocess.Popen(command, env=variables, stdout=file, stderr=file, cwd=ROOT))
+        ranks.append(Script(Path(__file__).with_name("watched.py"), words, log, log, variables, ROOT))
     return ranks, logs
 
 
@@ -72,20 +69,32 @@ def test_survivors_end_and_name_the_silent_rank(number, hosts, data, tmp_path):
         end_all(ranks)
 
 
+BUSY = ("python", "released", "held")
+
+
+@pytest.fixture(scope="module")
+def busy_runs(data, tmp_path_factory):
+    """{what rank 2 does: folder, ranks and logs}: runs that start together, because they sleep most of the time."""
+    folders = {doing: tmp_path_factory.mktemp(doing) for doing in BUSY}
+    runs = {
+        doing: (folder, *start(folder, data, "abb", doing, 2.5 * LIMIT, rank=2)) for doing, folder in folders.items()
+    }
+    yield runs
+    for _, ranks, _ in runs.values():
+        end_all(ranks)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("doing", ["python", "released", "held"])
-def test_a_busy_rank_is_not_taken_for_dead(doing, data, tmp_path):
+@pytest.mark.parametrize("doing", BUSY)
+def test_a_busy_rank_is_not_taken_for_dead(doing, busy_runs):
     """Rank 2 is busy for more than twice the limit; rank 1, on its machine, vouches for it where it has to, and rank 0
     on another one believes it."""
-    ranks, logs = start(tmp_path, data, "abb", doing, 2.5 * LIMIT, rank=2)
-    try:
-        codes = [process.wait(120) for process in ranks]
-        text = "".join(log.read_text() for log in logs)
-        assert codes == [0, 0, 0], text
-        assert "no longer busy" in logs[2].read_text()
-        assert lines_in(tmp_path / "run") >= 8
-    finally:
-        end_all(ranks)
+    folder, ranks, logs = busy_runs[doing]
+    codes = [process.wait(120) for process in ranks]
+    text = "".join(log.read_text() for log in logs)
+    assert codes == [0, 0, 0], text
+    assert "no longer busy" in logs[2].read_text()
+    assert lines_in(folder / "run") >= 8
 
 
 def test_a_circle_of_ranks():

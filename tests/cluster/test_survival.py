@@ -11,8 +11,6 @@ import random
 import re
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -20,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from phases.small import MODEL, full_weights, metrics, train, training_lines, unseal, write_data
-from ranks import on_ranks, program, start_ranks
+from ranks import ROOT, Script, on_ranks, program, start_ranks
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -28,7 +26,6 @@ from megatron_doremi.checkpoint.folder import checkpoints, newest_checkpoint
 from megatron_doremi.errors import RunError
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).resolve().parents[2]
 TP2_PP2 = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"]
 
 
@@ -53,15 +50,14 @@ class Run:
         environ: Mapping[str, str] | None = None,
     ):
         argv = ["--phase", phase, "--domains", str(data), "--save", str(save), "--load", str(save)]
-        command = [sys.executable, str(ROOT / "pretrain_doremi.py"), *argv, "--train-iters", str(iters), *MODEL, *flags]
+        argv += ["--train-iters", str(iters), *MODEL, *flags]
         port = str(free_port())
         self.logs = [log.with_suffix(f".{rank}") for rank in range(world)]
         self.ranks = []
         for rank, path in enumerate(self.logs):
             launch = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_PORT": port}
             variables = {**os.environ, **(environ or {}), **launch, "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-            with path.open("w") as file:
-                self.ranks.append(subprocess.Popen(command, env=variables, stdout=file, stderr=file, cwd=ROOT))
+            self.ranks.append(Script(ROOT / "pretrain_doremi.py", argv, path, path, variables, ROOT))
 
     def kill(self) -> None:
         for process in self.ranks:

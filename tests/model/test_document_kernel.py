@@ -5,6 +5,9 @@ Run alone: python -m pytest tests/model/test_document_kernel.py
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -137,6 +140,21 @@ def test_too_many_documents_are_left_to_the_mask():
     tokens[0, 40] = 7
     assert document_bounds(tokens, 7, np.ones(1, bool)) is None
     assert document_bounds(np.full((3, 4), 1), 7, np.ones(3, bool)).tolist() == [0, 4, 8, 12]
+
+
+def test_the_kernel_of_this_torch_is_adapted_and_waits_for_a_gpu():
+    """A dry run imports what knows it, and not the compiler, which it would bring along."""
+    attend = attention._torchs_kernel()
+    # On a CPU it refuses the tensors, not the arguments' names.
+    rows = torch.zeros(SEQ, 2, 8, dtype=torch.bfloat16)
+    with pytest.raises(NotImplementedError, match="CPU"):
+        attend(rows, rows, rows, torch.tensor([0, SEQ], dtype=torch.int32), SEQ)
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="needs a GPU"):
+            attention.attend_documents(rows[None], rows[None], rows[None], torch.tensor([0, SEQ], dtype=torch.int32))
+    code = "import sys, megatron_doremi.phases.inputs; sys.exit('torch._dynamo' in sys.modules)"
+    environ = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([sys.executable, "-c", code], env=environ, check=True, capture_output=True)
 
 
 def test_a_model_that_takes_no_documents_ignores_them(monkeypatch):
