@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,16 @@ def reference(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("reference")
     train(1, "reference", data, folder, 12)
     return ["--reference-load", str(folder)]
+
+
+@pytest.fixture(scope="session")
+def ready_python():
+    """The path of a Python that has imported what scripts need; see `ready_python.py`."""
+    import ready_python
+
+    # A socket's address has no room for pytest's folders.
+    with tempfile.TemporaryDirectory() as folder, ready_python.program(Path(folder)) as path:
+        yield path
 
 
 # The files that take longest, longest first: the last one to start decides when the suite ends.

@@ -120,6 +120,13 @@ def run_program(world_size: int, argv: list[str], timeout: float = 240.0) -> Non
     on_ranks(world_size, program, argv, timeout=timeout)
 
 
+def forked(function: Callable[..., Any], *arguments: Any) -> BaseProcess:
+    """Starts function(*arguments) in a process that has imported what ranks need."""
+    process = _CONTEXT.Process(target=function, args=arguments)
+    process.start()
+    return process
+
+
 class Script:
     """A script that runs as `python PATH WORDS` would, in a process that has imported what it needs: it is forked from
     the server with `environ` and the working directory `cwd`, and its output comes through file descriptors.
@@ -134,8 +141,7 @@ class Script:
         self, path: Path, words: Sequence[str], stdout: Path, stderr: Path, environ: Mapping[str, str], cwd: Path
     ):
         arguments = (str(path), list(words), [str(stdout), str(stderr)], dict(environ), str(cwd))
-        self._process = _CONTEXT.Process(target=_script, args=arguments)
-        self._process.start()
+        self._process = forked(_script, *arguments)
         assert self._process.pid is not None
         self.pid: int = self._process.pid
 

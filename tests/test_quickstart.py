@@ -41,14 +41,15 @@ def corpus(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_whole_of_doremi_on_ones_own_files(corpus, tmp_path):
+def test_the_whole_of_doremi_on_ones_own_files(corpus, ready_python, tmp_path):
+    """Up to the first run by Python itself; the runs start in processes that have imported what they need."""
     out = tmp_path / "out"
     # A mistake that the dry run finds does not hold the folder: nothing was trained there yet.
     wrong = quickstart(out, corpus, LR="fast")
     assert wrong.returncode == 2
     assert "--lr: fast" in wrong.stderr
     small = {"SEEDS": 2, "TRAIN_ITERS": 6, "SEQ_LENGTH": 16, "HIDDEN": 16, "LAYERS": 1, "GLOBAL_BATCH_SIZE": 6}
-    done = quickstart(out, corpus, **small)
+    done = quickstart(out, corpus, **small, PYTHON=ready_python)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Over 2 paired seeds" in done.stdout
     printed = [line for line in done.stdout.splitlines() if str(tmp_path) not in line]

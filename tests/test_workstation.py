@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from ranks import ROOT
@@ -32,8 +33,8 @@ def workstation(data, tmp_path):
     experiment = tmp_path / "experiment.sh"
     experiment.write_text(EXPERIMENT.format(data=data.parent, out=tmp_path / "run"))
 
-    def start(**variables: str) -> subprocess.CompletedProcess:
-        environment = {**os.environ, "PYTHON": sys.executable, "DEVICE": "cpu", "OMP_NUM_THREADS": "1", **variables}
+    def start(python: Path | str = sys.executable, **variables: str) -> subprocess.CompletedProcess:
+        environment = {**os.environ, "PYTHON": str(python), "DEVICE": "cpu", "OMP_NUM_THREADS": "1", **variables}
         command = ["bash", str(ROOT / "examples/workstation/run_all.sh"), str(experiment)]
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
@@ -41,8 +42,8 @@ def workstation(data, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_chain_on_two_processes(workstation, tmp_path):
-    done = workstation(NPROC="2", STAGES="reference proxy main")
+def test_the_chain_on_two_processes(workstation, ready_python, tmp_path):
+    done = workstation(ready_python, NPROC="2", STAGES="reference proxy main")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "tensor 1 x pipeline 1 x data 2" in done.stdout
     run = tmp_path / "run"

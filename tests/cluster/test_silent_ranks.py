@@ -59,9 +59,10 @@ def test_survivors_end_and_name_the_silent_rank(number, hosts, data, tmp_path):
         took = time.monotonic() - began
         text = "".join(log.read_text() for log in logs[:2])
         assert codes == [1, 1], text
-        # The limit, and time for the last one to follow; on another machine's rank they wait for all of the limit.
+        # The limit, and time for the last one to follow. On another machine's rank they wait for all of the limit, or
+        # where their connections break, for three of its heartbeats, of which the limit has twelve (watched.py).
         assert took < LIMIT + 25
-        assert took > LIMIT / 2 or hosts == "aaa"
+        assert took > LIMIT / (2 if number == signal.SIGSTOP else 4) or hosts == "aaa"
         # Ranks whose connections break may find it together.
         assert set(re.findall(r"no heartbeat: (.*?) on ", text)) == {"rank 2"}
         assert "Traceback" not in text

@@ -9,7 +9,6 @@ import json
 import os
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -32,9 +31,15 @@ MAIN_MODEL=(--num-layers 4 --hidden-size 64 --num-attention-heads 4 --tensor-mod
 """
 
 
+@pytest.fixture(autouse=True)
+def python(ready_python, monkeypatch):
+    """Of all scripts here; test_fakes.py and planning/test_h100.py run them under Python itself."""
+    monkeypatch.setenv("PYTHON", str(ready_python))
+
+
 def script(name: str, *words: str, **environ: object) -> subprocess.CompletedProcess:
     """Runs a script with a job's variables."""
-    variables = {**os.environ, "PYTHON": sys.executable, "SLURM_SUBMIT_DIR": str(ROOT)}
+    variables = {**os.environ, "SLURM_SUBMIT_DIR": str(ROOT)}
     variables |= {key: str(value) for key, value in environ.items()}
     words = ("bash", str(SCRIPTS / name), *words)
     return subprocess.run(words, env=variables, cwd=ROOT, capture_output=True, text=True, timeout=120)
