@@ -156,21 +156,26 @@ class Watchdog:
         """Stops watching. Replaces an error of a collective that a dead rank has caused by a RunError."""
         # torch.distributed raises a plain RuntimeError when a peer is gone.
         failed = isinstance(error, RuntimeError) and self.world_size > 1
-        dead_peers = self._describe_dead_peers() if failed else None
+        dead_peers = reported = None
+        try:
+            dead_peers = self._describe_dead_peers() if failed else None
+        except ReportedElsewhere as elsewhere:
+            reported = elsewhere
         self._stopped.set()
         self._thread.join(6 * self._interval)
-        last_activity, self._activity = self._activity, EXITED
         with contextlib.suppress(*_STORE_ERRORS):
-            call_with_timeout(self._send_heartbeat, 2.0)
+            call_with_timeout(self._send_last_heartbeat, 2.0)
             if error is not None:
                 # For ranks that would wait for this one.
                 code = EXIT_USER_ERROR if isinstance(error, ConfigError) else EXIT_HUNG
                 announcement = json.dumps({"rank": self.rank, "code": code})
                 call_with_timeout(lambda: self._store.compare_set("exit", "", announcement), 2.0)
+        if reported is not None:
+            raise reported from error
         if dead_peers:
             assert error is not None
             reason = str(error).strip().splitlines()[0]
-            raise RunError(f"rank {self.rank}, {last_activity}: {dead_peers} ({reason})") from error
+            raise RunError(f"rank {self.rank}, {self._activity}: {dead_peers} ({reason})") from error
 
     def announce_exit(self, code: int) -> None:
         """Tells the other ranks that this process exits with this code, so that they do, too.
@@ -197,6 +202,9 @@ class Watchdog:
                 time.sleep(self._interval)
                 announcement = self._query(self._announced_exit)
                 if announcement is not None:
+                    if announcement["code"] != EXIT_STOPPED and not self.rank and not self.launch.hosted:
+                        # That rank needs the store until it has reported.
+                        time.sleep(_SECONDS_TO_FOLLOW)
                     raise ReportedElsewhere(announcement["code"])
             now = self._query(self._read_all)
         except _STORE_ERRORS as error:
@@ -284,6 +292,11 @@ class Watchdog:
         heartbeat = current_heartbeat(self._beat, self._progress, self._activity)
         self._store.set(f"heartbeat/{self.rank}", heartbeat.to_json())
 
+    def _send_last_heartbeat(self) -> None:
+        """Says that this process exits because the run ends, so that nobody takes it for the one that has failed."""
+        heartbeat = current_heartbeat(self._beat + 1, self._progress, EXITED)
+        self._store.set(f"heartbeat/{self.rank}", heartbeat.to_json())
+
     def _read_all(self) -> dict[int, Heartbeat]:
         return read_heartbeats(self._store, range(self.world_size))
 
@@ -302,6 +315,7 @@ class Watchdog:
         if announcement["code"] != EXIT_STOPPED and self._stopped.wait(_SECONDS_TO_FOLLOW):
             return
         with contextlib.suppress(*_STORE_ERRORS):
+            call_with_timeout(self._send_last_heartbeat, 2.0)
             call_with_timeout(lambda: self._store.add("exit_followed", 1), 2.0)
         os._exit(announcement["code"])
 
@@ -311,6 +325,8 @@ class Watchdog:
         try:
             first = call_with_timeout(lambda: self._store.compare_set("exit", "", announcement), 2 * self._interval)
             reports = json.loads(first)["rank"] == self.rank
+            with contextlib.suppress(*_STORE_ERRORS):
+                call_with_timeout(self._send_last_heartbeat, 2.0)
         except _STORE_ERRORS:
             # The ranks cannot reach each other: rank 0 and 1 and a machine's first rank report at once, others later.
             reports = True

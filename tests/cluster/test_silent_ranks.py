@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -23,12 +24,12 @@ from megatron_doremi.cluster.watchdog import _Peers, next_ranks
 LIMIT = 6
 
 
-def start(tmp_path, data, hosts, doing="nothing", seconds=0.0, rank=0, iters=8):
+def start(tmp_path, data, hosts, doing="nothing", seconds=0.0, rank=0, iters=8, flags=()):
     """A run of a rank for each letter of `hosts`; see watched.py. Gives the processes and their logs."""
     port = str(free_port())
     argv = ["--phase", "main", "--domains", str(data), "--save", str(tmp_path / "run"), "--train-iters", str(iters)]
     words = [str(LIMIT), doing, str(seconds), str(rank), hosts, *argv, *MODEL]
-    words += ["--global-batch-size", "12", "--log-interval", "1"]
+    words += ["--global-batch-size", "12", "--log-interval", "1", *flags]
     ranks, logs = [], [tmp_path / f"log.{number}" for number in range(len(hosts))]
     for number, log in enumerate(logs):
         launch = {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(len(hosts)), "MASTER_PORT": port}
@@ -66,6 +67,20 @@ def test_survivors_end_and_name_the_silent_rank(number, hosts, data, tmp_path):
         # Ranks whose connections break may find it together.
         assert set(re.findall(r"no heartbeat: (.*?) on ", text)) == {"rank 2"}
         assert "Traceback" not in text
+    finally:
+        end_all(ranks)
+
+
+@pytest.mark.slow
+def test_ranks_that_end_with_a_failed_one_are_not_named(data, tmp_path):
+    """The last stage fails; the middle one ends because it did, which breaks the first one's connection."""
+    stages = ["--pipeline-model-parallel-size", "3", "--num-layers", "3"]
+    ranks, logs = start(tmp_path, data, "aaa", "fails", rank=2, flags=stages)
+    try:
+        codes = [process.wait(60) for process in ranks]
+        text = "".join(log.read_text() for log in logs)
+        assert codes == [1, 1, 1], text
+        assert re.findall(r"error: .*", text) == [f"error: rank 2 on {socket.gethostname()}: this rank has failed"]
     finally:
         end_all(ranks)
 
