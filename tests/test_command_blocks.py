@@ -40,6 +40,7 @@ REDUCED = (
     (r" runs/[a-z]+-3\b", ""),
     (r"tools/embedded_corpus\.py(?!.*--domain-bytes)", r"\g<0> --domain-bytes 40000 --valid-fraction 0.3"),
 )
+PYTHON = Path(sys.executable)
 SECONDS = 600.0  # of a document's script; about a minute on a quiet machine
 MARKER = re.compile(r"<!-- (test|not run): (.+) -->")
 SCRIPT = re.compile(r"[\w./-]+\.(?:py|sh|sbatch)\b")
@@ -154,10 +155,10 @@ def copy_repository(to: Path) -> Path:
     return to
 
 
-def run_blocks(blocks: list[Block], folder: Path) -> list[str]:
+def run_blocks(blocks: list[Block], folder: Path, python: Path = PYTHON) -> list[str]:
     """Runs blocks as one script in `folder`, which is changed; returns what each of them printed.
 
-    Variables that they set are kept in `folder`.variables, which the script of a later document reads.
+    `python` is what the blocks call by that name. Variables that they set are kept in `folder`.variables, which the script of a later document reads.
 
     Raises:
         AssertionError: a block failed, or the script did not end in time.
@@ -170,8 +171,8 @@ def run_blocks(blocks: list[Block], folder: Path) -> list[str]:
         script += [reduced(block.commands), f"echo '{separator}'"]
     script.append(f"declare -p {' '.join(names)} > '{variables}' 2> /dev/null || true")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    python = Path(sys.executable)
-    environment |= {"PATH": f"{python.parent}:{os.environ['PATH']}", "PYTHON": str(python), "OMP_NUM_THREADS": "1"}
+    search = f"{python.parent}:{PYTHON.parent}:{os.environ['PATH']}"
+    environment |= {"PATH": search, "PYTHON": str(python), "OMP_NUM_THREADS": "1"}
     output = folder.with_name(folder.name + ".output")
     with output.open("w") as log:
         process = subprocess.Popen(
@@ -218,12 +219,12 @@ def check_outputs(blocks: list[Block], printed: list[str]) -> None:
 
 
 @pytest.fixture(scope="module")
-def scripts(tmp_path_factory):
-    """{path of a document: its folder, and a future of what its blocks print}. README.md and the documents that do not
-    need it run two at a time."""
+def scripts(tmp_path_factory, ready_python):
+    """{path of a document: its folder, and a future of what its blocks print}. README.md, by Python itself, and the
+    documents that do not need it, by one that has imported what it needs, run two at a time."""
 
     def run(path: Path, folder: Path) -> list[str]:
-        return run_blocks(runnable(path), copy_repository(folder))
+        return run_blocks(runnable(path), copy_repository(folder), PYTHON if path == README else ready_python)
 
     with ThreadPoolExecutor(2) as pool:
         futures = {}
@@ -284,7 +285,7 @@ def test_every_block_is_marked(path):
 @pytest.mark.parametrize(
     "path", [path for path in documents() if runnable(path)], ids=lambda path: str(path.relative_to(ROOT))
 )
-def test_the_blocks_of_a_document(path, tmp_path, scripts):
+def test_the_blocks_of_a_document(path, tmp_path, scripts, ready_python):
     blocks = runnable(path)
     if path in scripts:
         printed = scripts[path][1].result()
@@ -294,5 +295,5 @@ def test_the_blocks_of_a_document(path, tmp_path, scripts):
         folder = tmp_path / "repository"
         shutil.copytree(before, folder, symlinks=True)
         shutil.copy2(f"{before}.variables", f"{folder}.variables")
-        printed = run_blocks(blocks, folder)
+        printed = run_blocks(blocks, folder, ready_python)
     check_outputs(blocks, printed)
