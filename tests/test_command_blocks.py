@@ -158,7 +158,8 @@ def copy_repository(to: Path) -> Path:
 def run_blocks(blocks: list[Block], folder: Path, python: Path = PYTHON) -> list[str]:
     """Runs blocks as one script in `folder`, which is changed; returns what each of them printed.
 
-    `python` is what the blocks call by that name. Variables that they set are kept in `folder`.variables, which the script of a later document reads.
+    `python` is what the blocks call by that name. Variables that they set are kept in `folder`.variables, which the
+    script of a later document reads.
 
     Raises:
         AssertionError: a block failed, or the script did not end in time.
