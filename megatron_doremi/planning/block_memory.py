@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from megatron_doremi.config import GPTConfig, ParallelConfig, TrainingConfig
-from megatron_doremi.planning.document_memory import document_backward_bytes_per_token
+from megatron_doremi.planning.document_memory import document_backward_bytes_per_token, repeated_bytes_per_token
 
 # Without dropout.
 PLAIN = TrainingConfig()
@@ -38,7 +38,8 @@ def block_bytes_per_token(
         # Probabilities in float32, their masks, and what is left of them; keys and values of each query.
         attention += 2 * (queries - keys)
         dropped += (5 + element) * gpt.num_attention_heads * gpt.max_positions / tensor
-    return element * (norms + attention + mlp) + dropped
+    repeated = repeated_bytes_per_token(gpt, parallel, element, training)
+    return element * (norms + attention + mlp) + dropped + repeated
 
 
 def _attention_numbers(gpt: GPTConfig, parallel: ParallelConfig, queries: float, keys: float) -> float:

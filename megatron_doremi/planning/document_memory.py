@@ -7,6 +7,8 @@ the blocks share a mask; so they do in bfloat16 on a CPU, of which a plan does n
 
 from __future__ import annotations
 
+import torch
+
 from megatron_doremi.config import GPTConfig, ParallelConfig, TrainingConfig
 from megatron_doremi.data.loader import TOKENS_A_DOCUMENT
 from megatron_doremi.model.attention import flash_takes
@@ -14,6 +16,8 @@ from megatron_doremi.model.attention import flash_takes
 # Rows that the kernel's backward pass adds for each document to the sum of the queries' gradient, which is float32 and
 # whose heads have a multiple of so many channels (FlashAttention 2 in torch 2.11, mha_varlen_bwd).
 _ROWS, _CHANNELS = 128, 32
+# Whether this torch's kernel takes fewer heads of keys and values; else they are repeated (`adapted`).
+KERNEL_KNOWS_GROUPS = torch.__version__ >= "2.12"
 
 
 def by_kernel(gpt: GPTConfig, element: int, training: TrainingConfig) -> bool:
@@ -32,6 +36,15 @@ def document_bytes_per_token(gpt: GPTConfig, element: int, training: TrainingCon
     if not gpt.reset_attention_mask:
         return 0.0
     return 4.0 / TOKENS_A_DOCUMENT if by_kernel(gpt, element, training) else float(element * gpt.max_positions)
+
+
+def repeated_bytes_per_token(gpt: GPTConfig, parallel: ParallelConfig, element: int, training: TrainingConfig) -> float:
+    """Bytes per token that a block holds of keys and values that are repeated for each query of a group, because the
+    kernel of this torch (2.11) knows no groups; beyond the keys and values. With recomputation they are not held."""
+    if KERNEL_KNOWS_GROUPS or parallel.recompute_granularity != "none" or not by_kernel(gpt, element, training):
+        return 0.0
+    repeated = gpt.num_attention_heads - gpt.num_query_groups
+    return 2.0 * element * repeated * gpt.kv_channels / parallel.tensor_model_parallel_size
 
 
 def document_backward_bytes_per_token(

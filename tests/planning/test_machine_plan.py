@@ -21,10 +21,17 @@ from megatron_doremi.engine.muon import update_of
 from megatron_doremi.model.sizes import parameter_specs
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.plan import make_plan
+from megatron_doremi.planning import document_memory
 from megatron_doremi.planning.communication import DATA, PIPELINE, TENSOR, fewest_on_a_machine, link_of
 from megatron_doremi.planning.compute import bubble, muon_bytes, muon_flops, run_flops_per_token
 from megatron_doremi.planning.machine_plan import machine_lines, memory_faults
-from megatron_doremi.planning.memory import BUCKET, block_backward_bytes_per_token, buffer_bytes, stage_memories
+from megatron_doremi.planning.memory import (
+    BUCKET,
+    block_backward_bytes_per_token,
+    block_bytes_per_token,
+    buffer_bytes,
+    stage_memories,
+)
 from megatron_doremi.planning.shape_checks import shape_warnings
 
 GIB = 2**30
@@ -117,6 +124,19 @@ def test_attention_by_document_adds_rows_to_its_sum():
     assert block_backward_bytes_per_token(gpt, parallel, 4) == 4 * (2 * 2048 + inner)
     wide = replace(gpt, ffn_hidden_size=8192)
     assert block_backward_bytes_per_token(wide, parallel, 2) == 2 * (2 * 2048 + 2 * 8192)
+
+
+@pytest.mark.parametrize(("knows_groups", "recompute"), [(False, "none"), (True, "none"), (False, "selective")])
+def test_a_kernel_without_groups_holds_their_keys_for_each_query(knows_groups, recompute, monkeypatch):
+    """torch 2.11's: keys and values of 24 more heads of 64 channels, in bfloat16."""
+    monkeypatch.setattr(document_memory, "KERNEL_KNOWS_GROUPS", knows_groups)
+    across = replace(plan_of("main --model-size 1b --zero-stage 1").gpt, num_query_groups=8)
+    parallel, held = ParallelConfig(recompute_granularity=recompute), {}
+    for masked in (False, True):
+        gpt = replace(across, reset_attention_mask=masked)
+        held[masked] = [block_bytes_per_token(gpt, parallel, element) for element in (2, 4)]
+    more = 0 if knows_groups or recompute == "selective" else 2 * 2 * 24 * 64
+    assert held[True] == [held[False][0] + more, held[False][1]]
 
 
 def test_full_recomputation_holds_one_block_again():
