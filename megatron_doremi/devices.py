@@ -8,9 +8,10 @@ import re
 # longest matching part counts: "NVIDIA H100 PCIe" has its own, "NVIDIA H100 80GB HBM3" is the SXM model.
 #
 # From NVIDIA's data sheets of A100 (nvidia-a100-datasheet-us-nvidia-1758950-r4), L40S (362.05 without sparsity), H100
-# (with sparsity SXM 1,979 and PCIe 1,513), H200 (SXM as H100) and Blackwell (with sparsity HGX B200 4,500 and GB200
-# NVL72 5,000 a GPU), read in copies of their tables. Of three no copy was found: GH200 has the multiprocessors and
-# the clock of H100; 835 of H100 NVL is what others take from NVIDIA's page on the H100, and H200 NVL has the same.
+# (with sparsity SXM 1,979 and PCIe 1,513) and Blackwell (with sparsity HGX B200 4,500 and GB200 NVL72 5,000 a GPU),
+# read in copies of their tables. Of the others no copy was found: lists of others have 989 for H200 (SXM), as H100;
+# GH200 has the multiprocessors and the clock of H100; 835 of H100 NVL is what others take from NVIDIA's page on the
+# H100, and H200 NVL has the same.
 PEAK_TFLOPS = {
     "H100 PCIe": 756.0,
     "H100 NVL": 835.0,

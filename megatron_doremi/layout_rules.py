@@ -146,12 +146,11 @@ def zero_faults(config: Config) -> list[Fault]:
                 "give --zero-stage 1, or --pipeline-model-parallel-size 1",
             )
         )
-    if config.optimizer.optimizer == "muon" and (chosen or parallel.zero_stage >= 2):
-        stage = "--suggest-layout, which chooses a ZeRO stage" if chosen else f"--zero-stage {parallel.zero_stage}"
+    if config.optimizer.optimizer == "muon" and parallel.zero_stage >= 2:
         faults.append(
             Fault(
                 "--optimizer",
-                f"muon with {stage}",
+                f"muon with --zero-stage {parallel.zero_stage}",
                 "Muon moves whole matrices, which are joined under ZeRO 0 and 1 only",
                 "give --zero-stage 0 or 1, or --optimizer adam",
             )

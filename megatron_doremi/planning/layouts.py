@@ -146,6 +146,8 @@ def _candidates(plan: RunPlan, split: Split, alternating: bool, reference: Shape
     granularity = config.parallel.recompute_granularity
     granularities = GRANULARITIES if trains and "recompute_granularity" not in config.given else (granularity,)
     sequence_parallel = split.tensor > 1 and config.data.seq_length % split.tensor == 0
+    if config.parallel.sequence_parallel and "sequence_parallel" in config.given and not sequence_parallel:
+        return
     topology = Topology(split.pipe, split.data, split.tensor)
     for micro_batch in _micro_batch_sizes(config, split.data):
         for zero_stage in _zero_stages(config, split) if trains else (0,):
@@ -186,7 +188,9 @@ def _zero_stages(config: Config, split: Split) -> tuple[int, ...]:
     else:
         least = 1 if config.optimizer.bf16 else 0
         stages = tuple(range(least, 4)) if split.data > 1 else (least,)
-    return tuple(stage for stage in stages if stage < 2 or split.pipe == 1)
+    # See zero_faults (layout_rules.py).
+    highest = 1 if split.pipe > 1 or config.optimizer.optimizer == "muon" else 2 if config.parallel.compile else 3
+    return tuple(stage for stage in stages if stage <= highest)
 
 
 def arithmetic(plan: RunPlan, alternating: bool) -> float:

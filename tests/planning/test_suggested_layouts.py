@@ -5,6 +5,7 @@ Run alone: python -m pytest tests/planning/test_suggested_layouts.py
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shlex
 
@@ -202,3 +203,23 @@ def test_flags_of_a_suggestion(flags, words):
     base = BASE.replace("--dry-run", "--save s --zero-stage 1")
     with pytest.raises(ConfigError, match=words):
         parse_config(shlex.split(f"{base} main --model-size 280m {flags}"), 1)
+
+
+@pytest.mark.parametrize(("flags", "highest"), [("", 3), ("--compile", 2), ("--optimizer muon", 1)])
+def test_no_zero_stage_that_the_run_would_refuse(flags, highest):
+    """The 8b model on eight ranks without tensor or pipeline parallelism, by the memory of a device."""
+    fixed = "--tensor-model-parallel-size 1 --pipeline-model-parallel-size 1"
+    found = set()
+    for gib in (40, 64, 80, 100, 200):
+        with contextlib.suppress(ConfigError):
+            found.add(settings_of(suggest(f"main --model-size 8b {fixed} {flags}", 8, gib).fitting[0])[3])
+    assert max(found) == highest
+
+
+def test_sequence_parallelism_that_is_given_is_kept():
+    """Without it one rank to a model is best."""
+    assert settings_of(suggest("main --model-size 280m", 8).fitting[0])[0] == 1
+    found = suggest("main --model-size 280m --sequence-parallel", 8)
+    assert {each.split.tensor for each in found.fitting} == {2, 4}
+    parsed = parse_config(shlex.split(f"{BASE} main --model-size 280m --sequence-parallel {' '.join(found.flags)}"), 8)
+    assert parsed.parallel.sequence_parallel
