@@ -27,6 +27,7 @@ from megatron_doremi.settings import (
     PROXY,
     RANKS,
     RATE,
+    RESAMPLE,
     SCORE,
     STEPS,
     TRAINING,
@@ -257,7 +258,7 @@ class DoReMiConfig:
     doremi_weighting: str = setting(
         "reweight",
         "apply the weights to the loss, with fixed sampling, or to the sampling of the next batch, with a plain loss",
-        ("reweight", "resample"),
+        ("reweight", RESAMPLE),
     )
     doremi_objective: str = setting(
         "excess",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,8 @@ TRAINING = (REFERENCE, PROXY, MAIN)
 NO_EVALUATION = (*TRAINING, SCORE)
 # The value of --domain-weights that needs a budget.
 UNIMAX = "unimax"
+# The value of --doremi-weighting that samples by the weights.
+RESAMPLE = "resample"
 MAX_LAYERS, MAX_WIDTH = 10_000, 1 << 20
 
 
@@ -84,3 +87,18 @@ def flag_of(name: str) -> str:
 def phases_of(section: type, field: dataclasses.Field[Any]) -> tuple[str, ...]:
     """The phases that read a setting of a section."""
     return field.metadata["phases"] or section.default_phases  # type: ignore[attr-defined]
+
+
+# With these values nothing reads the settings beside them. Earlier versions took flags for them.
+_UNREAD = (
+    ("lr_decay_style", "constant", ("min_lr",)),
+    ("position_embedding_type", "learned_absolute", ("rotary_base",)),
+    ("doremi_weighting", RESAMPLE, ("doremi_update", "doremi_normalization")),
+)
+
+
+def without_unread(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by name without those that nothing reads: the end of a rate that stays constant, the rotary base of
+    learned positions, and of a proxy that samples by its weights the order and the weighing of its loss."""
+    unread = {each for name, value, names in _UNREAD if values.get(name) == value for each in names}
+    return {name: value for name, value in values.items() if name not in unread}

@@ -27,7 +27,7 @@ from megatron_doremi.layout_rules import (
     split_faults,
     zero_faults,
 )
-from megatron_doremi.settings import EVALUATE, PHASES, PROXY, SCORE, UNIMAX, flag_of, phases_of
+from megatron_doremi.settings import EVALUATE, PHASES, PROXY, RESAMPLE, SCORE, UNIMAX, flag_of, phases_of
 
 
 def find_faults(config: Config, world_size: int) -> list[Fault]:
@@ -154,7 +154,7 @@ def _reference_faults(doremi: DoReMiConfig) -> list[Fault]:
 
 def _resampling_faults(config: Config) -> list[Fault]:
     """Faults of flags of a proxy that samples by the weights that it learns, and so weighs no loss."""
-    if config.doremi.doremi_weighting != "resample":
+    if config.doremi.doremi_weighting != RESAMPLE:
         return []
     rules = {
         "doremi_update": "--doremi-weighting resample samples the next batch by the weights, after this one's update",

@@ -25,7 +25,7 @@ from megatron_doremi.mixture.controller import MixtureController
 from megatron_doremi.parallel.exchange import gather_json
 from megatron_doremi.phases.run_data import RunData
 from megatron_doremi.plan import RunPlan
-from megatron_doremi.settings import PROXY, flag_of
+from megatron_doremi.settings import PROXY, RESAMPLE, flag_of, without_unread
 from megatron_doremi.storage.files import atomic_write_text, make_folder
 from megatron_doremi.version import versions
 
@@ -139,7 +139,7 @@ def differences(
         the faults, and the names of entries that differ and are allowed to.
     """
     faults, overridden = [], []
-    before, now = _without_unread(before), _without_unread(now)
+    before, now = compared_entries(before), compared_entries(now)
     other_domains = "domains" in before and "domains" in now and before["domains"] != now["domains"]
     if other_domains:
         faults.append(_domains_fault(before["domains"], now["domains"], subject))
@@ -160,14 +160,14 @@ def differences(
     return faults, overridden
 
 
-def _without_unread(identity: Mapping[str, Any]) -> Identity:
-    """An identity without what no step reads: the end of a rate that stays constant, the rotary base of learned
-    positions. Version 0.1 took flags for them."""
-    read = dict(identity)
-    if read.get("lr_decay_style") == "constant":
-        read.pop("min_lr", None)
-    if read.get("gpt", {}).get("position_embedding_type") == "learned_absolute":
-        read["gpt"] = {name: value for name, value in read["gpt"].items() if name != "rotary_base"}
+def compared_entries(identity: Mapping[str, Any]) -> Identity:
+    """An identity without what no step reads: see `without_unread`; a proxy that samples by its weights starts from
+    uniform ones, whatever the weights of --domain-weights."""
+    read = without_unread(identity)
+    if "gpt" in read:
+        read["gpt"] = without_unread(read["gpt"])
+    if read.get("doremi_weighting") == RESAMPLE:
+        read.pop("sampling_weights", None)
     return read
 
 
@@ -264,7 +264,7 @@ def check_ranks_start_alike(config: Config, read: Mapping[str, Any]) -> None:
     """Checks that all ranks have the same settings, files and versions; a collective call.
 
     Args:
-        read: hashes of the files that this rank sees; of `what_is_read` in inputs.py.
+        read: hashes of the files that this rank sees; of `compared_entries` in inputs.py.
 
     Raises:
         ConfigError: on every rank, naming the ranks that differ from the majority, and the differences.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from megatron_doremi.checkpoint.folder import checkpoint_at, newest_checkpoint, read_state
 from megatron_doremi.checkpoint.run_config import RunConfigFile, read_run_config
@@ -25,7 +26,7 @@ from megatron_doremi.hugging_face.transformers_model import read_transformers_sh
 from megatron_doremi.layout_rules import misfits
 from megatron_doremi.mixture.reference import TrainedModel
 from megatron_doremi.phases.run_data import RunData
-from megatron_doremi.settings import PROXY
+from megatron_doremi.settings import PROXY, without_unread
 from megatron_doremi.shapes import Shape, TransformersShape
 from megatron_doremi.tokenization.tokenizer import Tokenizer, dataset_tokenizer
 
@@ -96,8 +97,8 @@ def _read_run(
     # config.json can be edited; the checkpoint records what was trained.
     recorded = state.recorded_identity()
     stated = {"domains": run_config.domains, "tokenizer_sha256": run_config.tokenizer_sha256, **asdict(gpt)}
-    trained = {name: recorded[name] for name in ("domains", "tokenizer_sha256") if name in recorded}
-    trained |= recorded.get("gpt", {})
+    trained: dict[str, Any] = {name: recorded[name] for name in ("domains", "tokenizer_sha256") if name in recorded}
+    trained |= without_unread(recorded.get("gpt", {}))
     names = [name for name, value in trained.items() if stated[name] != value]
     if names:
         value = ", ".join(f"{name} {stated.get(name)!r}" for name in names)

@@ -23,6 +23,7 @@ from megatron_doremi.mixture.controller import ControllerState, MixtureControlle
 from megatron_doremi.parallel.exchange import from_rank_0
 from megatron_doremi.phases.identity import (
     Identity,
+    compared_entries,
     differences,
     for_message,
     free_in_the_stable_phase,
@@ -86,7 +87,8 @@ def resume_point(
     before = state.recorded_identity()
     check_files(checkpoint, topology.rank, topology.world_size)
     check_contents(checkpoint, state, topology.rank, topology.world_size, progress)
-    changed = [name for name in identity if name in before and before[name] != identity[name]]
+    was_read, is_read = compared_entries(before), compared_entries(identity)
+    changed = [name for name, value in is_read.items() if name in was_read and was_read[name] != value]
     branch = branch_entry(config.run, checkpoint, state.iteration)
     overrides = [
         *state.overrides,

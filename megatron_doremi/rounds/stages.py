@@ -11,7 +11,7 @@ from megatron_doremi.config import SECTIONS, Config
 from megatron_doremi.errors import Fault
 from megatron_doremi.planning_settings import PlanningConfig
 from megatron_doremi.rounds.folder import RoundsFolder
-from megatron_doremi.settings import PROXY, REFERENCE, SCORE, flag_of, phases_of
+from megatron_doremi.settings import PROXY, REFERENCE, SCORE, flag_of, phases_of, without_unread
 
 SCORES = "scores"
 # What the rounds set themselves, and flags that would end a run early or mix the logs of all runs.
@@ -131,7 +131,8 @@ def fixed_settings(reference: Config, proxy: Config) -> dict[str, Any]:
 
 
 def changed_settings(recorded: Mapping[str, Any], now: Mapping[str, Any], path: str) -> list[Fault]:
-    """Faults of settings that differ from those of the rounds in a folder."""
+    """Faults of settings that differ from those of the rounds in a folder, where runs read them."""
+    recorded, now = without_unread(recorded), without_unread(now)
     return [
         Fault(
             flag_of(name),

@@ -11,7 +11,7 @@ import json
 import shutil
 
 import pytest
-from phases.small import MODEL, metrics, train, training_lines, write_data
+from phases.small import MODEL, metrics, train, training_lines, unseal, write_data
 from ranks import on_ranks, program
 
 from megatron_doremi.config import OptimizerConfig
@@ -162,8 +162,52 @@ def test_what_no_step_reads_may_differ():
 
     assert differences(rate("constant", 0.1), rate("constant", 0.2), "run", ()) == ([], [])
     assert differences(positions("learned_absolute", 1.0), positions("learned_absolute", 2.0), "run", ()) == ([], [])
+    loss = {"doremi_update": "alternating", "doremi_normalization": "domain", "sampling_weights": {"A": 1.0}}
+    other = {"doremi_update": "simultaneous", "doremi_normalization": "batch", "sampling_weights": {"A": 0.5}}
+    resample, reweight = {"doremi_weighting": "resample"}, {"doremi_weighting": "reweight"}
+    assert differences(resample | loss, resample | other, "run", ()) == ([], [])
+    assert len(differences(reweight | loss, reweight | other, "run", ())[0]) == 3
     for before, now in ((rate("linear", 0.1), rate("linear", 0.2)), (positions("rope", 1.0), positions("rope", 2.0))):
         assert len(differences(before, now, "run", ())[0]) == 1
+
+
+MODEL_WITHOUT_END = [word for word in MODEL if word not in ("--min-lr", "1e-3")]
+NATURAL = {"domain 0": 1 / 6, "domain 1": 1 / 3, "domain 2": 1 / 2}
+
+
+@pytest.mark.parametrize(
+    ("phase", "flags", "began_with"),
+    [
+        ("main", ["--lr-decay-style", "constant"], {"min_lr": 1e-5}),
+        ("main", ["--position-embedding-type", "learned_absolute"], {"gpt": {"rotary_base": 5e5}}),
+        (
+            "proxy",
+            ["--doremi-weighting", "resample"],
+            {"doremi_update": "simultaneous", "doremi_normalization": "batch", "sampling_weights": NATURAL},
+        ),
+    ],
+    ids=["min_lr", "rotary_base", "resample"],
+)
+def test_a_run_resumes_without_flags_that_nothing_reads(phase, flags, began_with, data, reference, tmp_path):
+    """An earlier version took them; no change is recorded, and the model that the run trained can be used."""
+    flags = [*flags, *(reference if phase == "proxy" else []), "--log-interval", "1"]
+    undisturbed = train(1, phase, data, tmp_path / "undisturbed", 6, *flags, model=MODEL_WITHOUT_END)
+    save = tmp_path / "run"
+    train(1, phase, data, save, 6, *flags, "--exit-interval", "3", model=MODEL_WITHOUT_END)
+    path = save / "checkpoints" / "iter_0000003" / "state.json"
+    state = json.loads(path.read_text())
+    for name, value in began_with.items():
+        before = state["identity"][name]
+        assert before != value
+        state["identity"][name] = {**before, **value} if name == "gpt" else value
+    path.write_text(json.dumps(state))
+    unseal(save)
+    lines = train(1, phase, data, save, 6, *flags, "--load", str(save), model=MODEL_WITHOUT_END)
+    assert training_lines(lines) == training_lines(undisturbed)
+    assert json.loads((save / "config.json").read_text())["overrides"] == []
+    # config.json holds what this start was given, the checkpoint what the run began with.
+    argv = ["--phase", "evaluate", "--domains", str(data), "--load", f"{save}@3", "--save", str(tmp_path / "evaluated")]
+    on_ranks(1, with_messages, [*argv, "--seq-length", "16"])
 
 
 def test_weights_are_shown_with_as_many_digits_as_tell_them_apart():

@@ -10,7 +10,7 @@ import json
 
 import numpy as np
 import pytest
-from phases.small import MODEL, metrics, training_lines, write_data
+from phases.small import MODEL, metrics, training_lines, unseal, write_data
 from ranks import run_program
 
 from megatron_doremi.cluster.signals import Signals
@@ -282,3 +282,40 @@ def test_two_rounds_of_training_stopped_before_each_run_and_resumed(tmp_path, ca
     options, given = doremi_rounds.parse([*words, "--lr", "1e-3"])
     with pytest.raises(ConfigError, match=r"--lr: 0\.001"):
         doremi_rounds.run_rounds(folder, rule, options, given, launch)
+
+
+@pytest.mark.slow
+def test_rounds_go_on_without_flags_that_nothing_reads(tmp_path):
+    """An earlier version took them; reference and proxy stop half way, and their files then name other values."""
+    data, model = write_data(tmp_path), [word for word in MODEL if word not in ("--min-lr", "1e-3")]
+    words = ["--domains", str(data), *model, "--train-iters", "4", "--max-rounds", "1", "--lr-decay-style", "constant"]
+    words += ["--position-embedding-type", "learned_absolute", "--doremi-weighting", "resample", "--log-interval", "1"]
+    began_with = {"min_lr": 1e-5, "doremi_update": "simultaneous", "doremi_normalization": "batch"}
+    rule, stops = StopRule(1e-3, 1, 1), []
+
+    def whole(stage, ranks):
+        run_program(ranks, list(stage.argv))
+        return 0
+
+    def launch(stage, ranks):
+        stops.append(not (stops and stops[-1]))
+        run_program(ranks, [*stage.argv, *(["--exit-interval", "2"] if stops[-1] else [])])
+        return 3 if stops[-1] else 0
+
+    learned = []
+    for name, run in (("undisturbed", whole), ("rounds", launch)):
+        folder = RoundsFolder(tmp_path / name)
+        options, given = doremi_rounds.parse([*words, "--save", str(folder.path)])
+        while doremi_rounds.run_rounds(folder, rule, options, given, run):
+            recorded = json.loads((folder.path / "rounds.json").read_text())
+            recorded["settings"] |= {**began_with, "rotary_base": 5e5}
+            (folder.path / "rounds.json").write_text(json.dumps(recorded))
+            for path in folder.path.rglob("iter_0000002/state.json"):
+                state = json.loads(path.read_text())
+                state["identity"] |= {key: value for key, value in began_with.items() if key in state["identity"]}
+                state["identity"]["gpt"]["rotary_base"] = 5e5
+                path.write_text(json.dumps(state))
+            unseal(folder.path)
+        learned.append(weights_of(folder.domain_weights))
+    assert stops == [True, False, True, False]
+    assert learned[0] == learned[1]

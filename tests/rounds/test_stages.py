@@ -84,3 +84,23 @@ def test_settings_of_earlier_rounds_do_not_change():
     changed = (parse_config(s.argv, 1) for s in runs_of(FLAGS.replace("1e-3", "2e-3") + " --micro-batch-size 4", 1))
     faults = changed_settings(settings, fixed_settings(*changed), "out/rounds.json")
     assert [(fault.subject, fault.value) for fault in faults] == [("--lr", "0.002")]
+
+
+@pytest.mark.parametrize(
+    ("read_with", "unread"),
+    [
+        ({"lr_decay_style": "constant"}, {"min_lr": 1e-5}),
+        ({"position_embedding_type": "learned_absolute"}, {"rotary_base": 5e5}),
+        ({"doremi_weighting": "resample"}, {"doremi_update": "simultaneous", "doremi_normalization": "batch"}),
+    ],
+)
+def test_rounds_that_began_with_flags_that_nothing_reads_go_on_without_them(read_with, unread):
+    flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in read_with.items())
+    now = fixed_settings(*(parse_config(stage.argv, 1) for stage in runs_of(f"{FLAGS} {flags}", 1)))
+    assert now.items() >= read_with.items()
+    assert changed_settings({**now, **unread}, now, "out/rounds.json") == []
+    # The references sample by --domain-weights whatever the proxies do.
+    assert len(changed_settings({**now, "domain_weights": "uniform"}, now, "out/rounds.json")) == 1
+    name = next(iter(read_with))
+    faults = changed_settings({**now, **unread, name: "another"}, now, "out/rounds.json")
+    assert [fault.subject for fault in faults] == [f"--{name.replace('_', '-')}"]
