@@ -125,7 +125,7 @@ class Watchdog:
         self._store = rendezvous.new_connection()
         self._store.set_timeout(timedelta(seconds=4 * self._interval))
         self._progress, self._activity, self._beat = 0, "starting", 0
-        self._stopped = threading.Event()
+        self._stopped, self._exits, self._sending = threading.Event(), False, threading.Lock()
         self._last_seen = {rank: heartbeat for rank, heartbeat in rendezvous.heartbeats.items() if rank != self.rank}
         self._watched = next_ranks(self.rank, range(self.world_size))
         # Those whose processes this rank sees, and for which it vouches while they are busy.
@@ -288,14 +288,16 @@ class Watchdog:
         return self._store_thread.submit(query).result(6 * self._interval)
 
     def _send_heartbeat(self) -> None:
-        self._beat += 1
-        heartbeat = current_heartbeat(self._beat, self._progress, self._activity)
-        self._store.set(f"heartbeat/{self.rank}", heartbeat.to_json())
+        # One at a time: a heartbeat that waited for a slow store would replace the last one.
+        with self._sending:
+            self._beat += 1
+            heartbeat = current_heartbeat(self._beat, self._progress, EXITED if self._exits else self._activity)
+            self._store.set(f"heartbeat/{self.rank}", heartbeat.to_json())
 
     def _send_last_heartbeat(self) -> None:
         """Says that this process exits because the run ends, so that nobody takes it for the one that has failed."""
-        heartbeat = current_heartbeat(self._beat + 1, self._progress, EXITED)
-        self._store.set(f"heartbeat/{self.rank}", heartbeat.to_json())
+        self._exits = True
+        self._send_heartbeat()
 
     def _read_all(self) -> dict[int, Heartbeat]:
         return read_heartbeats(self._store, range(self.world_size))

@@ -9,15 +9,20 @@ import os
 import re
 import signal
 import socket
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch.distributed as dist
 from cluster.test_survival import free_port, lines_in, wait_for
 from phases.small import MODEL
 from ranks import ROOT, Script
 
-from megatron_doremi.cluster.heartbeat import Heartbeat
+from megatron_doremi.cluster import watchdog
+from megatron_doremi.cluster.heartbeat import Heartbeat, current_heartbeat
+from megatron_doremi.cluster.launch import Launch
 from megatron_doremi.cluster.watchdog import _Peers, next_ranks
 
 # Of silence, in place of 60 s; the timeout of a run without progress stays at 8 minutes.
@@ -111,6 +116,33 @@ def test_a_busy_rank_is_not_taken_for_dead(doing, busy_runs):
     assert codes == [0, 0, 0], text
     assert "no longer busy" in logs[2].read_text()
     assert lines_in(folder / "run") >= 8
+
+
+@pytest.mark.parametrize("queued", [True, False], ids=["a heartbeat that waits", "a heartbeat on its way"])
+def test_the_last_heartbeat_stays_the_last(queued, monkeypatch):
+    """The store answers late: what waited for it while the rank left does not undo that it has left."""
+    monkeypatch.setattr(watchdog, "_HEARTBEAT_SECONDS", 0.05)
+    store, answers, asked = dist.HashStore(), threading.Event(), threading.Event()
+    rendezvous = SimpleNamespace(launch=Launch(0, 1, 0, ""), new_connection=lambda: store, heartbeats={})
+    watched = watchdog.Watchdog(rendezvous, 60.0)
+
+    def late(*arguments):
+        asked.set()
+        assert answers.wait(60)
+        return current_heartbeat(*arguments)
+
+    with watched:
+        if queued:
+            watched._store_thread.submit(answers.wait)
+            watched._store_thread.submit(watched._send_heartbeat)
+        else:
+            monkeypatch.setattr(watchdog, "current_heartbeat", late)
+            assert asked.wait(60)
+            # While the main thread waits for its own last heartbeat.
+            threading.Timer(1.0, answers.set).start()
+    answers.set()
+    watched._store_thread.submit(int).result(60)
+    assert Heartbeat.from_json(store.get("heartbeat/0")).activity == "exited"
 
 
 def test_a_circle_of_ranks():
