@@ -188,7 +188,7 @@ def run_phase(
     from megatron_doremi.parallel.exchange import from_rank_0
     from megatron_doremi.phases.evaluate import evaluate_run
     from megatron_doremi.phases.identity import check_ranks_start_alike
-    from megatron_doremi.phases.inputs import device_memory, fitted, open_inputs, start_text, what_is_read
+    from megatron_doremi.phases.inputs import fitted, least_device_memory, open_inputs, start_text, what_is_read
     from megatron_doremi.phases.output_checks import check_outputs, removed_if_unused
     from megatron_doremi.phases.score import check_reference_losses, model_hash, reference_hash, score
     from megatron_doremi.settings import EVALUATE, SCORE, TRAINING
@@ -214,7 +214,7 @@ def run_phase(
     with stage("joining the process group", topology.rank == 0):
         device = join_group(rendezvous, minutes)
     check_ranks_start_alike(config, what_is_read(inputs))
-    inputs = fitted(inputs, from_rank_0(lambda: device_memory(config)))
+    inputs = fitted(inputs, least_device_memory(config))
     context = make_context(topology, device, config.parallel.sequence_parallel)
     model_hashes: tuple[str | None, str | None] = (None, None)
     if phase in TRAINING:

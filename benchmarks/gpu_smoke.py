@@ -59,7 +59,15 @@ def parse() -> argparse.Namespace:
     unknown = set(filter(None, options.only.split(","))) - set(LIMITS)
     if unknown:
         parser.error(f"--only {', '.join(sorted(unknown))}: must be of {', '.join(LIMITS)}")
+    if not options.cpu and not options.check and not has_gpu():
+        parser.error("torch sees no GPU here; --cpu runs the checks with tiny models")
     return options
+
+
+def has_gpu() -> bool:
+    """Whether torch sees a GPU; in a process of its own, which lets go of it."""
+    code = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+    return subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def main() -> int:

@@ -74,7 +74,8 @@ def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field[Any]) -> 
     metavar = "{" + ",".join(map(str, choices)) + "}" if choices else _METAVARS.get(field.name, _METAVARS[field.type])
     # A 0 whose meaning the help text does not give is no value, but stands for "not given".
     shown = field.default or (0 if field.default == 0 and (choices or "0:" in text) else "")
-    default = "" if shown in ("", ()) or "(default: " in text else f" (default: {shown})"
+    stated = "(default: " in text or "ot given:" in text
+    default = "" if shown in ("", ()) or stated else f" (default: {shown})"
     group.add_argument(name, metavar=metavar, help=text + default)
 
 

@@ -210,9 +210,8 @@ class ParallelConfig:
     )
     loss_chunk_tokens: int = setting(
         1024,
-        "tokens whose logits are held at a time; the backward pass recomputes them, unless they are all of a step's "
-        "one held micro-batch. 0: compute the logits of each micro-batch once and hold them. Not given: 0 while they "
-        "fit the GPU, else 4096 while these do",
+        "tokens whose logits are computed at a time, and again in the backward pass. 0: compute the logits of each "
+        "micro-batch once and hold them. Not given: 0 while they fit the GPU, else 4096 while these do, else 1024",
         bounds=Bounds(0, 1 << 30),
     )
     compile: bool = setting(

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megatron_doremi.config import Config
+from megatron_doremi.config import Config, ParallelConfig
 from megatron_doremi.data.blend import Blend
 from megatron_doremi.execution import Execution
 from megatron_doremi.parallel.topology import Topology
@@ -67,9 +67,11 @@ class RunPlan:
 
     @property
     def frozen_execution(self) -> Execution:
-        """How a frozen model computes."""
+        """How a frozen model computes: it gains nothing from logits that are held."""
         parallel = self.config.parallel
-        return Execution("none", parallel.loss_chunk_tokens, parallel.compile)
+        given = "loss_chunk_tokens" in self.config.given
+        chunk = parallel.loss_chunk_tokens if given else ParallelConfig().loss_chunk_tokens
+        return Execution("none", chunk, parallel.compile)
 
     def execution(self, alternating: bool) -> Execution:
         """How the trained model computes.

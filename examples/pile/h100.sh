@@ -31,7 +31,7 @@ MAIN_MODEL=(--model-size 8b --micro-batch-size 4 --tensor-model-parallel-size "$
 if [ "${MAIN_SIZE:-8b}" != 8b ]; then
     MAIN_MODEL=(--model-size "$MAIN_SIZE" --micro-batch-size "$small_windows")
 fi
-# One H100 takes 0.74 of the time for a step of 1b, and half of it for a 280m proxy (docs/gpu.md).
+# One H100 takes 0.78 of the time for a step of 1b, and half of it for a 280m proxy (docs/gpu.md).
 TRAINING+=(--compile)
 # The last value of an option counts.
 SMALL_JOB+=(--nodes=$((GPUS / 8)) --ntasks-per-node=8 --gpus-per-node=8)

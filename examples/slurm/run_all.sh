@@ -81,10 +81,11 @@ check_plan() {
         bash "examples/slurm/$1.sbatch" 2>&1) || code=$?
     if [ "$code" -eq 0 ]; then
         printf '%s, %s ranks:\n%s\n' "$1" "$3" "$(sed -n '/^layout/,$s/^/  /p' <<< "$plan" | with_final_paths)"
-        # Lines of the plan are wrapped.
         hours=$(sed -n 's/.* \([0-9,.]*\) GPU-hours$/\1/p' <<< "$plan" | tr -d ,)
         [ -z "$hours" ] || gpu_hours+=("$1 $hours")
-        if [[ $out == "$OUT" && $(tr -s '[:space:]' ' ' <<< "$plan") =~ (--[a-z-]+ [^:]+)" does not exist yet" ]]; then
+        # Lines of the plan are wrapped.
+        plan=$(sed -e ':all' -e 'N' -e '$!b all' -e 's/\n  */ /g' <<< "$plan")
+        if [[ $out == "$OUT" && $plan =~ (--[a-z-]+ [^:$'\n']+)" does not exist yet" ]]; then
             awaited+=("$1: ${BASH_REMATCH[1]}")
         fi
     elif [ ! -e "$DATA/domains.json" ] && [[ $plan == *"error: 1 fault in the input:"*"domains.json"* ]]; then

@@ -38,7 +38,9 @@ def _logits(product: Tensor, used: int) -> Tensor:
     logits = product.float() if product.dtype.itemsize <= 2 else product
     if used >= product.shape[1]:
         return logits
-    return logits.masked_fill(torch.arange(product.shape[1], device=product.device) >= used, float("-inf"))
+    padding = torch.arange(product.shape[1], device=product.device) >= used
+    # The product may be held for the backward pass.
+    return (logits.masked_fill if logits is product else logits.masked_fill_)(padding, float("-inf"))
 
 
 def _row_losses(product: Tensor, targets: Tensor, used: int) -> tuple[Tensor, Tensor]:

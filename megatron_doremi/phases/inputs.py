@@ -17,6 +17,7 @@ from megatron_doremi.errors import ConfigError, Fault, raise_if_any
 from megatron_doremi.mixture.controller import MixtureController
 from megatron_doremi.mixture.controllers import make_controller
 from megatron_doremi.mixture.reference import TrainedModel
+from megatron_doremi.parallel.exchange import gather_json
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.phases.document_ends import document_warnings, with_documents
 from megatron_doremi.phases.early_checks import reference_faults
@@ -222,21 +223,30 @@ def _line(text: str) -> list[str]:
 
 
 def device_memory(config: Config) -> float | None:
-    """Bytes of the device of a rank: as stated, or of the GPU here; None on a CPU, and of a plan for another GPU."""
+    """Bytes of the device of a rank: as stated; of a run what its GPU has free; of a dry run all that the GPU here has.
+    None on a CPU, and of a plan for another GPU."""
     if config.run.device_memory_gib:
         return config.run.device_memory_gib * 2**30
     if not torch.cuda.is_available():
         return None
-    if config.run.dry_run and "dry_run_device" in config.given:
+    if not config.run.dry_run:
+        free, _ = torch.cuda.mem_get_info()
+        return float(free + torch.cuda.memory_reserved())
+    if "dry_run_device" in config.given:
         planned, here = config.planning.dry_run_device, torch.cuda.get_device_name(0)
         if not re.search(rf"\b{planned}\b", here):
             return None
     return float(torch.cuda.get_device_properties(0).total_memory)
 
 
+def least_device_memory(config: Config) -> float | None:
+    """The least `device_memory` of all ranks; a collective call."""
+    return min((each for each in gather_json(device_memory(config)) if each is not None), default=None)
+
+
 def fitted(inputs: Inputs, device_bytes: float | None) -> Inputs:
-    """The inputs with a plan that fits the device, if recomputation can bring that about, and that leaves none of its
-    memory to computing again what it could hold; see planning/recomputation.py."""
+    """The inputs with a plan that recomputes what a device cannot hold, and holds what it can; see
+    planning/recomputation.py."""
     if device_bytes is None or inputs.plan.config.run.suggest_layout:
         return inputs
     alternating, reference = inputs.controller.before_backward, held_reference(inputs)

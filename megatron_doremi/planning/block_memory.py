@@ -35,7 +35,8 @@ def block_bytes_per_token(
     # One byte for each number of a mask.
     dropped = 2 * residual if training.hidden_dropout else 0.0
     if training.attention_dropout and parallel.recompute_granularity == "none":
-        # Probabilities in float32, their masks, and what is left of them; keys and values of each query.
+        # Probabilities in float32, their masks, and what is left of them (compiled at most these, by torch's choice);
+        # keys and values of each query.
         attention += 2 * (queries - keys)
         dropped += (5 + element) * gpt.num_attention_heads * gpt.max_positions / tensor
     repeated = repeated_bytes_per_token(gpt, parallel, element, training)
@@ -49,8 +50,8 @@ def _attention_numbers(gpt: GPTConfig, parallel: ParallelConfig, queries: float,
     if not parallel.compile:
         # Queries, keys and values as the attention reads them; norms of queries and keys hold their inputs.
         return fused + output + (queries + keys if gpt.qk_layernorm and not recomputes else 0.0)
-    # In a compiled block values are a view of the fused projection, all of which is held; so are queries and keys that
-    # nothing changes, but for queries of groups, which are copied.
+    # In a compiled block values are a view of the fused projection, so all of it is held. Queries and keys are copies
+    # if they are rotated or normalized; else views as well, except queries of several to a group.
     if recomputes:
         return fused
     if rotates or gpt.qk_layernorm:

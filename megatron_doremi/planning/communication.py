@@ -75,7 +75,7 @@ def stage_traffic(plan: RunPlan, alternating: bool, reference: Shape | None, sta
     if scored_first:
         found += _passes(plan, plan.shape, stage, micro_batches, True, chunk)
     if isinstance(reference, GPTConfig):
-        chunk = plan.config.parallel.loss_chunk_tokens
+        chunk = plan.frozen_execution.loss_chunk_tokens
         found += _passes(plan, reference, stage, micro_batches, True, chunk)
     if trains:
         found += _gradients_and_weights(plan, stage, scored_first)

@@ -165,7 +165,9 @@ def _candidates(plan: RunPlan, split: Split, alternating: bool, reference: Shape
                 run = make_plan(resolved, topology, plan.shape, plan.names, plan.window_counts, plan.sampling_weights)
                 memory = rank_memory(run, alternating, reference)
                 extra = arithmetic(run, alternating)
-                computing = run.step_tokens * run_flops_per_token(run, reference) / flops_per_second(run) * extra
+                # Of the reference nothing is computed again.
+                flops = run_flops_per_token(run, reference) + (extra - 1) * run_flops_per_token(run, None)
+                computing = run.step_tokens * flops / flops_per_second(run)
                 beside = muon_seconds(run) + seconds_to_communicate(run, alternating, reference)
                 yield Candidate(run, memory, extra, computing + beside)
 
@@ -295,7 +297,9 @@ def suggestion_text(suggestion: Suggestion, device_bytes: float) -> str:
                 "(buffers of collectives, operations at work, what the allocator cannot use, the device's context).",
                 f"Seconds: a step's arithmetic at {planning.dry_run_mfu:.0%} of {planning.dry_run_device}'s peak and "
                 f"communication that nothing overlaps{muon} (docs/planning.md).",
-                "Arithmetic: recomputation, the slowest stage and the bubble, relative to none.",
+                "Arithmetic: recomputation, the slowest stage and the bubble, relative to none. Within 3 % of the "
+                "seconds the simplest layout comes first. GiB: logits by chunks of 1,024 tokens unless "
+                "--loss-chunk-tokens is given; a run with room holds more of them.",
                 *(row + reason for row, reason in zip(table(columns), reasons, strict=False)),
                 *([f"  and {left:,} more that fit"] if left else []),
                 *(["rejected:", *(f"  {line}" for line in suggestion.rejected)] if suggestion.rejected else []),

@@ -88,6 +88,8 @@ def _memory_table(plan: RunPlan, memories: Sequence[StageMemory]) -> list[str]:
     gib, most = plan.config.run.device_memory_gib, f"fullest: stage {fullest.stage}, {fullest.total / unit:,.2f} {name}"
     if gib:
         most += f", {fullest.total / gib / 2**30:.0%} of {gib:g} GiB"
+    elif plan.config.run.dry_run:
+        most += ", which no device is compared with (--device-memory-gib)"
     held = f"; activations of {fullest.held:,} micro-batch{'es' if fullest.held > 1 else ''}" if fullest.held else ""
     return [
         f"memory of a rank by stage, {name}:",

@@ -213,8 +213,9 @@ def loss_bytes(shape: Shape, parallel: ParallelConfig, tokens: int, element: int
     copied = gradient if padding or not (float32 or single) else 0.0
     backward = in_float32 + 2 * separate
     if not chunk:
-        # The held product is counted already.
-        return max(forward - product, backward - product, total + copied) + gathered
+        # The held product is counted already. In 16 bits it stays beside its gradient until all are computed.
+        last = total if float32 else product + total
+        return max(forward - product, backward - product, last, total + copied) + gathered
     summed = 0.0 if single else total
     summand = product + total + (summed if float32 else 0.0)
     return max(forward, backward + summed, summand, total + copied) + gathered

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from megatron_doremi.plan import RunPlan
-from megatron_doremi.planning.layouts import MARGIN
+from megatron_doremi.planning.machine_plan import MARGIN
 from megatron_doremi.planning.memory import rank_memory
 from megatron_doremi.settings import TRAINING
 from megatron_doremi.shapes import Shape
 
 # Tokens of a chunk of logits where a device has room for them, but not for all.
 MORE_TOKENS = 4096
+# Logits of a micro-batch on a rank from which on none are held: kernels count in 32 bits up to there.
+LARGEST = 2**31
 
 
 def with_recomputation(
@@ -48,18 +51,24 @@ def with_recomputation(
 def with_held_logits(
     plan: RunPlan, alternating: bool, reference: Shape | None, device_bytes: float
 ) -> tuple[RunPlan, str]:
-    """The plan with the logits held for the backward pass, if so its rank that holds most fits, else computed for more
-    tokens at a time; and what to say about it.
+    """The plan that holds the logits for the backward pass, or else computes those of more tokens at a time, if its
+    rank that holds most fits so; and what to say about it.
 
     On an H100 a step of 1b takes 0.96 of the time with logits held, and 0.985 with 4,096 at a time (docs/gpu.md). A
     plan that states --loss-chunk-tokens, does not train, or holds the logits already stays as it is; the arguments are
     those of `with_recomputation`.
     """
-    chunk = plan.execution(alternating).loss_chunk_tokens
+    chunk, tokens = plan.execution(alternating).loss_chunk_tokens, math.prod(plan.batch_shape)
     if plan.config.data.phase not in TRAINING or "loss_chunk_tokens" in plan.config.given or not chunk:
         return plan, ""
-    for tokens, what in ((0, "all held"), (MORE_TOKENS, f"of {MORE_TOKENS:,} tokens at a time")):
-        parallel = replace(plan.config.parallel, loss_chunk_tokens=tokens)
+    size = plan.topology.tensor_size
+    choices = []
+    if tokens * plan.gpt.padded_vocab_size(size) // size < LARGEST:
+        choices.append((0, "all held"))
+    if tokens > chunk:
+        choices.append((MORE_TOKENS, f"of {min(MORE_TOKENS, tokens):,} tokens at a time"))
+    for number, what in choices:
+        parallel = replace(plan.config.parallel, loss_chunk_tokens=number)
         changed = replace(plan, config=replace(plan.config, parallel=parallel))
         total = rank_memory(changed, alternating, reference).total
         if total <= (1 - MARGIN) * device_bytes:

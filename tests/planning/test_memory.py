@@ -115,16 +115,31 @@ def test_what_twelve_more_micro_batches_take(case):
             assert (after > before) == (alternating and parallel.zero_stage < 3)
 
 
-@pytest.mark.parametrize(
-    ("hidden", "chunk", "compiled"),
-    [
-        *((hidden, chunk, False) for hidden in (128, 1024) for chunk in (64, 256)),
-        (128, 256, True),
-        (128, 64, True),
-        (64, 0, True),
-    ],
-)
-def test_what_the_loss_takes(hidden, chunk, compiled):
+LOSSES = {
+    # hidden size, tokens of a chunk (0: all, held), flags
+    "chunks, narrow": (128, 64, ""),
+    "chunks, wide": (1024, 64, ""),
+    "one chunk, narrow": (128, 256, ""),
+    "one chunk, wide": (1024, 256, ""),
+    "held": (128, 0, ""),
+    "padded chunks": (1024, 64, "padded"),
+    "padded, one chunk": (1024, 256, "padded"),
+    "padded, held": (1024, 0, "padded"),
+    "chunks, compiled": (128, 64, "compiled"),
+    "one chunk, compiled": (128, 256, "compiled"),
+    "held, compiled": (64, 0, "compiled"),
+    # Not of chunks, nor of one that is compiled: a CPU multiplies them in float32 for the gradient of the weights.
+    "one chunk, bfloat16": (128, 256, "bfloat16"),
+    "held, narrow, bfloat16": (128, 0, "bfloat16"),
+    "held, wide, bfloat16": (2048, 0, "bfloat16"),
+    "padded, one chunk, bfloat16": (128, 256, "bfloat16 padded"),
+    "padded, held, bfloat16": (2048, 0, "bfloat16 padded"),
+    "held, compiled, bfloat16": (512, 0, "bfloat16 compiled"),
+}
+
+
+@pytest.mark.parametrize("case", LOSSES)
+def test_what_the_loss_takes(case):
     """The allocator's peak while a micro-batch of 256 tokens has its loss computed and differentiated."""
     import torch
     from torch.profiler import ProfilerActivity, profile
@@ -133,11 +148,16 @@ def test_what_the_loss_takes(hidden, chunk, compiled):
     from megatron_doremi.parallel.cross_entropy import token_losses
     from megatron_doremi.parallel.groups import TensorGroup
 
-    gpt = small_gpt(hidden_size=hidden, vocab_size=8192)
-    states, weight = (torch.randn(*shape, requires_grad=True) for shape in ((1, 256, hidden), (8192, hidden)))
+    hidden, chunk, flags = LOSSES[case]
+    compiled, dtype = "compiled" in flags, torch.bfloat16 if "bfloat16" in flags else torch.float32
+    vocab = 8100 if "padded" in flags else 8192
+    gpt = small_gpt(hidden_size=hidden, vocab_size=vocab, make_vocab_size_divisible_by=128)
+    assert gpt.padded_vocab_size(1) == 8192
+    states = torch.randn(1, 256, hidden, dtype=dtype, requires_grad=True)
+    weight = torch.randn(8192, hidden, dtype=dtype, requires_grad=True)
     targets = torch.zeros(1, 256, dtype=torch.int64)
     execution = Execution(loss_chunk_tokens=chunk, compiled=compiled)
-    inputs = states, weight, targets, 8192, TensorGroup(None, 1, 0)
+    inputs = states, weight, targets, vocab, TensorGroup(None, 1, 0)
     if compiled:
         token_losses(*inputs, execution).sum().backward()
         states.grad = weight.grad = None
@@ -145,14 +165,12 @@ def test_what_the_loss_takes(hidden, chunk, compiled):
         token_losses(*inputs, execution).sum().backward()
     peak = peak_of(recorded.profiler.kineto_results.events())
     parallel = ParallelConfig(loss_chunk_tokens=chunk, compile=compiled)
-    expected = loss_bytes(gpt, parallel, 256, element=4, trains=True)
+    expected = loss_bytes(gpt, parallel, 256, element=dtype.itemsize, trains=True)
     # All logits are held beside it.
-    expected += 0 if chunk else 4 * 8192 * 256
-    print(
-        f"hidden {hidden}, chunk {chunk}, compiled {compiled}: {peak / 2**20:.1f} MiB, formula {expected / 2**20:.1f}"
-    )
+    expected += 0 if chunk else dtype.itemsize * 8192 * 256
+    print(f"{case}: {peak / 2**20:.1f} MiB, formula {expected / 2**20:.1f}")
     # The gradients of the hidden states come on top.
-    assert expected <= peak < 1.02 * expected + 2 * 256 * hidden * 4
+    assert 0.99 * expected <= peak < 1.02 * expected + 2 * 256 * hidden * 4
 
 
 # Of one run each: what decides the peak is activations, the loss and the state, in this order.
