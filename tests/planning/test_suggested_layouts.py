@@ -80,8 +80,8 @@ def test_the_8b_model_on_eight_gpus():
     # With the hidden states of all positions.
     loss = LARGE_LOSS / 2 + 2 * 8 * 1024 * 4096
     assert found.fitting[0].memory.total == half * (6 + 12 / 4) + 8 * 1024 * token + loss
-    # One window is one chunk, whose logits are held; the output layer's gradient.
-    one_chunk = 2 * 256_000 * 1024 + 2 * 256_000 * 4096
+    # One window is one chunk, whose logits are held; beside their gradient that of the output layer.
+    one_chunk = 2 * 2 * 256_000 * 1024 + 2 * 256_000 * 4096
     stages = next(each for each in found.fitting if settings_of(each)[:3] == (1, 2, 4))
     # The last of two stages has the output layer beside half of the blocks.
     block, output = 2 * (4 * 4096**2 + 2 * 4096 * 24576 + 4096 * 1024), 2 * 256_000 * 4096
