@@ -3,7 +3,8 @@ need, which saves each start two to three seconds of imports.
 
 `program(folder)` gives the path to hand to a shell script as PYTHON. Called with the path of a script, the program
 sends words, variables, working directory and open files to the server, waits, passes signals on and exits as the script
-does; with `-c` or `-m` it is Python itself. Ranks that the script starts with sys.executable start in the same way.
+does; a kill of the program ends the script. With `-c` or `-m` it is Python itself. Ranks that the script starts with
+sys.executable start in the same way. Modules are those of the working tree, also for a script in a copy of it.
 
 Run alone: python -m pytest tests/test_ready_python.py
 """
@@ -15,6 +16,8 @@ import contextlib
 import fcntl
 import json
 import os
+import select
+import signal
 import socket
 import sys
 import threading
@@ -100,12 +103,22 @@ def _answer(connection: socket.socket, python: str) -> None:
         request += connection.recv(1 << 20)
     pid = os.fork()
     if pid == 0:
+        os.setpgid(0, 0)
         _run(json.loads(request), files, connection, python)
     for file in files:
         os.close(file)
-    connection.sendall(b"%d\n" % pid)
+    with contextlib.suppress(OSError):
+        # The script may have done so itself.
+        os.setpgid(pid, pid)
+    with contextlib.suppress(OSError):
+        connection.sendall(b"%d\n" % pid)
+    ended = os.pidfd_open(pid)
+    if ended not in select.select([connection, ended], [], [])[0]:
+        # The program was killed: the script, which is no child of it, ends with all that it has started.
+        os.killpg(pid, signal.SIGKILL)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    connection.sendall(b"%d\n" % (code if code >= 0 else 128 - code))
+    with contextlib.suppress(OSError):
+        connection.sendall(b"%d\n" % (code if code >= 0 else 128 - code))
 
 
 def _run(request: list[Any], files: list[int], connection: socket.socket, python: str) -> NoReturn:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -81,3 +82,25 @@ def test_signals_are_passed_on_and_other_words_go_to_python(ready_python, tmp_pa
     code = "import sys; print(sys.executable, 'torch' in sys.modules)"
     printed = subprocess.run([ready_python, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed == f"{sys.executable} False\n"
+
+
+def test_a_script_ends_with_the_program(ready_python, tmp_path):
+    """A kill, which the program cannot pass on, ends the script and what it has started: all that write to the pipe."""
+    (tmp_path / "script.py").write_text(
+        "import subprocess, time\nsubprocess.Popen(['sleep', '300'])\nprint('ready', flush=True)\ntime.sleep(300)\n"
+    )
+    process = subprocess.Popen([ready_python, tmp_path / "script.py"], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"ready\n"
+    process.kill()
+    assert process.wait(60) == -signal.SIGKILL
+    assert select.select([process.stdout], [], [], 30)[0]
+    assert process.stdout.read() == b""
+    process.stdout.close()
+
+
+def test_what_a_script_leaves_running_goes_on(ready_python, tmp_path):
+    (tmp_path / "script.py").write_text(
+        "import subprocess\nsubprocess.Popen('sleep 1; echo still here', shell=True)\nprint('ended', flush=True)\n"
+    )
+    done = subprocess.run([ready_python, tmp_path / "script.py"], stdout=subprocess.PIPE, check=True, timeout=60)
+    assert done.stdout == b"ended\nstill here\n"
