@@ -5,6 +5,7 @@ Run alone: python -m pytest tests/planning/test_recomputation.py
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -55,6 +56,37 @@ def test_a_plan_for_another_gpu_does_not_take_the_memory_of_the_one_here(monkeyp
     assert [device_memory(plan_of(f"{base} {each}", 1).config) for each in flags] == [8 * GIB, None, None, 80 * GIB]
     monkeypatch.setattr("torch.cuda.get_device_name", lambda index: "NVIDIA H100 80GB HBM3")
     assert device_memory(plan_of(f"{base} --dry-run-device H100", 1).config) == 8 * GIB
+
+
+def test_a_run_counts_what_its_gpu_has_free(monkeypatch):
+    """Another process holds 60 of 80 GiB; this one has 2 already."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (18 * GIB, 80 * GIB))
+    monkeypatch.setattr("torch.cuda.memory_reserved", lambda: 2 * GIB)
+    config = plan_of("main --model-size 280m --zero-stage 1", 1).config
+    run = replace(config.run, dry_run=False)
+    assert device_memory(replace(config, run=run)) == 20 * GIB
+    assert device_memory(replace(config, run=replace(run, device_memory_gib=40.0))) == 40 * GIB
+
+
+def test_no_logits_are_held_that_32_bits_cannot_count():
+    """16 windows of 1,024 tokens have 4.2 billion."""
+    windows = "main --model-size 280m --zero-stage 1 --global-batch-size 64 --micro-batch-size"
+    chosen = [
+        with_held_logits(plan_of(f"{windows} {each}", 1), False, None, 1000 * GIB)[0].config.parallel.loss_chunk_tokens
+        for each in (16, 8, 4)
+    ]
+    assert 8 * 1024 * 256_000 < 2**31 < 16 * 1024 * 256_000
+    assert chosen == [4096, 0, 0]
+
+
+def test_a_frozen_model_holds_no_logits():
+    plan = plan_of("proxy --reference-load r --model-size 280m --zero-stage 1 --micro-batch-size 2", 1)
+    chosen, _ = with_held_logits(plan, True, plan.shape, 1000 * GIB)
+    assert chosen.execution(True).loss_chunk_tokens == 0
+    assert chosen.frozen_execution.loss_chunk_tokens == 1024
+    stated = plan_of("proxy --reference-load r --model-size 280m --zero-stage 1 --loss-chunk-tokens 256", 1)
+    assert stated.frozen_execution.loss_chunk_tokens == 256
 
 
 def test_what_is_stated_stays():
