@@ -66,6 +66,8 @@ def possible_splits(config: Config, shapes: Sequence[Shape], world_size: int) ->
             continue
         sized = replace(parallel, tensor_model_parallel_size=tensor, pipeline_model_parallel_size=1)
         broken = [f"{name} {value} {rule}" for shape in shapes for name, value, rule in misfits(shape, sized)]
+        if parallel.sequence_parallel and tensor == 1:
+            broken.append("--sequence-parallel needs a tensor parallel group of two ranks or more")
         if parallel.sequence_parallel and data.seq_length % tensor:
             broken.append(f"--seq-length {data.seq_length} {sequence_rule(tensor)}")
         if broken:
@@ -83,6 +85,14 @@ def possible_splits(config: Config, shapes: Sequence[Shape], world_size: int) ->
             else:
                 splits.append(split)
     return splits, excluded
+
+
+def remedy_without_sequence(config: Config, shapes: Sequence[Shape], world_size: int) -> str:
+    """The remedy where `possible_splits` finds none with --sequence-parallel and one without; else ""."""
+    without = replace(config, parallel=replace(config.parallel, sequence_parallel=False))
+    if not config.parallel.sequence_parallel or not possible_splits(without, shapes, world_size)[0]:
+        return ""
+    return "leave --sequence-parallel out, or give ranks for a tensor parallel group whose size divides --seq-length"
 
 
 def sequence_rule(tensor: int) -> str:
@@ -130,6 +140,13 @@ def layout_faults(config: Config, world_size: int) -> list[Fault]:
     return faults
 
 
+def highest_zero_stage(config: Config, stages: int) -> int:
+    """The highest ZeRO stage that the optimizer, --compile and a number of pipeline stages allow; see `zero_faults`."""
+    if stages > 1 or config.optimizer.optimizer == "muon":
+        return 1
+    return 2 if config.parallel.compile else 3
+
+
 def zero_faults(config: Config) -> list[Fault]:
     """Faults of the ZeRO stage with pipeline, precision and offload.
 
@@ -164,9 +181,21 @@ def zero_faults(config: Config) -> list[Fault]:
                 "give --zero-stage 2 or lower, or leave it out",
             )
         )
+    stages = parallel.pipeline_model_parallel_size
+    offloads = parallel.cpu_offload and highest_zero_stage(config, stages) >= 2
+    if parallel.cpu_offload and not offloads:
+        muon = config.optimizer.optimizer == "muon"
+        faults.append(
+            Fault(
+                "--cpu-offload",
+                "with --optimizer muon" if muon else f"with --pipeline-model-parallel-size {stages}",
+                "DeepSpeed offloads only what ZeRO 2 and 3 shard, and here ZeRO 1 is the highest",
+                f"leave it out, or give {'--optimizer adam' if muon else '--pipeline-model-parallel-size 1'}",
+            )
+        )
     if chosen:
         return faults
-    if parallel.cpu_offload and parallel.zero_stage < 2:
+    if offloads and parallel.zero_stage < 2:
         faults.append(
             Fault(
                 "--cpu-offload",
@@ -207,11 +236,19 @@ def split_faults(config: Config, gpt: GPTConfig, world_size: int) -> list[Fault]
         return []
     tensor, stages = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
     if world_size % (tensor * stages):
-        return layout_faults(config, world_size)
+        return [fault for fault in layout_faults(config, world_size) if fault.subject == "world size"]
     replicas = world_size // (tensor * stages)
     remedy = f"give --global-batch-size {_multiples_near(config.data.global_batch_size, replicas)}"
     remedy += f", or start {_listed(divisors(config.data.global_batch_size))} processes"
-    return [Fault("--suggest-layout", f"no layout of {world_size:,} ranks", "; ".join(excluded), remedy)]
+    remedy = remedy_without_sequence(config, [gpt], world_size) or remedy
+    return [
+        Fault(
+            "--suggest-layout",
+            f"no layout of {world_size:,} rank{'s' if world_size > 1 else ''}",
+            "; ".join(excluded),
+            remedy,
+        )
+    ]
 
 
 def _batch_faults(global_batch: int, micro_batch: int, replicas: int) -> list[Fault]:

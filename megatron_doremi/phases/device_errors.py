@@ -11,6 +11,7 @@ import torch
 
 from megatron_doremi.config import ParallelConfig
 from megatron_doremi.errors import RunError
+from megatron_doremi.layout_rules import highest_zero_stage
 from megatron_doremi.plan import RunPlan
 from megatron_doremi.planning.memory import rank_memory
 from megatron_doremi.settings import TRAINING
@@ -83,9 +84,7 @@ def memory_remedies(plan: RunPlan) -> list[str]:
         remedies.append(f"--micro-batch-size {smaller} instead of {windows}")
     if trains and parallel.recompute_granularity != "full":
         remedies.append("--recompute-granularity full")
-    # See zero_faults (layout_rules.py).
-    muon, pipelined = plan.config.optimizer.optimizer == "muon", plan.topology.pipe_size > 1
-    highest = 1 if muon or pipelined else 2 if parallel.compile else 3
+    highest = highest_zero_stage(plan.config, plan.topology.pipe_size)
     if trains and 1 <= parallel.zero_stage < highest and plan.topology.data_size > 1:
         remedies.append(f"--zero-stage {parallel.zero_stage + 1}")
     return [*remedies, "more ranks to a model (--tensor-model-parallel-size, --pipeline-model-parallel-size)"]

@@ -15,7 +15,13 @@ from dataclasses import dataclass, replace
 from megatron_doremi.config import Config
 from megatron_doremi.console import command_lines, wrapped_lines
 from megatron_doremi.errors import ConfigError, Fault
-from megatron_doremi.layout_rules import Split, divisors, possible_splits
+from megatron_doremi.layout_rules import (
+    Split,
+    divisors,
+    highest_zero_stage,
+    possible_splits,
+    remedy_without_sequence,
+)
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.plan import RunPlan, make_plan
 from megatron_doremi.planning.communication import seconds_to_communicate
@@ -23,7 +29,7 @@ from megatron_doremi.planning.compute import flops_per_second, muon_seconds, run
 from megatron_doremi.planning.describe import table
 from megatron_doremi.planning.machine_plan import MARGIN
 from megatron_doremi.planning.memory import StageMemory, rank_memory
-from megatron_doremi.settings import TRAINING
+from megatron_doremi.settings import TRAINING, flag_of
 from megatron_doremi.shapes import Shape
 
 # Larger micro-batches make the products of a GPU no faster; they are not suggested.
@@ -116,11 +122,21 @@ def suggest_layouts(plan: RunPlan, alternating: bool, reference: Shape | None, d
         ConfigError: nothing fits.
     """
     limit, world_size = (1 - MARGIN) * device_bytes, plan.topology.world_size
-    splits, rejected = possible_splits(plan.config, [plan.shape, *([reference] if reference else [])], world_size)
+    shapes = [plan.shape, *([reference] if reference else [])]
+    splits, rejected = possible_splits(plan.config, shapes, world_size)
     if not splits:
         # The model alone has one, or its flags were refused.
-        remedy = "give another --global-batch-size, or the recorded losses of the reference: --reference-losses DIR"
-        fault = Fault("--suggest-layout", f"no layout of {world_size:,} ranks", "; ".join(rejected), remedy)
+        remedy = remedy_without_sequence(plan.config, shapes, world_size)
+        remedy = (
+            remedy
+            or "give another --global-batch-size, or the recorded losses of the reference: --reference-losses DIR"
+        )
+        fault = Fault(
+            "--suggest-layout",
+            f"no layout of {world_size:,} rank{'s' if world_size > 1 else ''}",
+            "; ".join(rejected),
+            remedy,
+        )
         raise ConfigError(fault)
     best: list[tuple[Candidate, str]] = []
     smallest: list[Candidate] = []
@@ -131,6 +147,8 @@ def suggest_layouts(plan: RunPlan, alternating: bool, reference: Shape | None, d
             best.append((candidates[index], _reason(candidates[index], candidates[:index])))
         elif candidates:
             smallest.append(min(candidates, key=lambda each: each.memory.total))
+    if not best and not smallest:
+        raise ConfigError(_no_stage(plan, rejected))
     if not best:
         raise ConfigError(_nothing_fits(plan, smallest, limit, device_bytes, alternating))
     best.sort(key=lambda pair: pair[0].order)
@@ -146,8 +164,6 @@ def _candidates(plan: RunPlan, split: Split, alternating: bool, reference: Shape
     granularity = config.parallel.recompute_granularity
     granularities = GRANULARITIES if trains and "recompute_granularity" not in config.given else (granularity,)
     sequence_parallel = split.tensor > 1 and config.data.seq_length % split.tensor == 0
-    if config.parallel.sequence_parallel and "sequence_parallel" in config.given and not sequence_parallel:
-        return
     topology = Topology(split.pipe, split.data, split.tensor)
     for micro_batch in _micro_batch_sizes(config, split.data):
         for zero_stage in _zero_stages(config, split) if trains else (0,):
@@ -190,8 +206,7 @@ def _zero_stages(config: Config, split: Split) -> tuple[int, ...]:
     else:
         least = 1 if config.optimizer.bf16 else 0
         stages = tuple(range(least, 4)) if split.data > 1 else (least,)
-    # See zero_faults (layout_rules.py).
-    highest = 1 if split.pipe > 1 or config.optimizer.optimizer == "muon" else 2 if config.parallel.compile else 3
+    highest = highest_zero_stage(config, split.pipe)
     return tuple(stage for stage in stages if stage <= highest)
 
 
@@ -228,6 +243,14 @@ def _reason(chosen: Candidate, earlier: Sequence[Candidate]) -> str:
     return "fits as it is"
 
 
+def _no_stage(plan: RunPlan, rejected: Sequence[str]) -> Fault:
+    """The fault where each possible split has a pipeline, and the command line asks for ZeRO 2 or 3."""
+    flags = " and ".join(flag_of(name) for name in ("zero_stage", "cpu_offload") if name in plan.config.given)
+    value = f"no layout of {plan.topology.world_size:,} ranks with {flags}"
+    rule = "; ".join(["one pipeline stage with ZeRO 2 and 3", *rejected])
+    return Fault("--suggest-layout", value, rule, f"leave {flags} out, or give another --global-batch-size")
+
+
 def _nothing_fits(
     plan: RunPlan, smallest: list[Candidate], limit: float, device_bytes: float, alternating: bool
 ) -> Fault:
@@ -236,10 +259,7 @@ def _nothing_fits(
     where = f"each of {ranks:,} ranks" if ranks > 1 else "one rank"
     rule = f"at most {limit / 2**30:.1f} of {device_bytes / 2**30:.1f} GiB on {where}"
     remedies = ["more ranks", "devices with more memory", "a smaller model or vocabulary"]
-    least = min(smallest, key=lambda each: each.memory.total, default=None)
-    if least is None:
-        value = f"--zero-stage {parallel.zero_stage} allows no layout of these ranks"
-        return Fault("--suggest-layout", value, rule, "leave --zero-stage and --cpu-offload out")
+    least = min(smallest, key=lambda each: each.memory.total)
     memory = least.memory
     if memory.activations > memory.state:
         remedies.insert(0, "a shorter --seq-length")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import shlex
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from phases.small import MODEL, read_by
 from megatron_doremi.arguments import parse_config
 from megatron_doremi.config import gpt_config
 from megatron_doremi.errors import ConfigError
+from megatron_doremi.layout_rules import highest_zero_stage, zero_faults
 from megatron_doremi.parallel.topology import Topology
 from megatron_doremi.phases.inputs import open_inputs, plan_text
 from megatron_doremi.plan import make_plan
@@ -223,3 +225,72 @@ def test_sequence_parallelism_that_is_given_is_kept():
     assert {each.split.tensor for each in found.fitting} == {2, 4}
     parsed = parse_config(shlex.split(f"{BASE} main --model-size 280m --sequence-parallel {' '.join(found.flags)}"), 8)
     assert parsed.parallel.sequence_parallel
+
+
+SEQUENCE = "main --model-size 280m --sequence-parallel"
+TWO_RANKS = "tensor 1: --sequence-parallel needs a tensor parallel group of two ranks or more"
+
+
+@pytest.mark.parametrize(
+    ("flags", "ranks", "reason"),
+    [
+        (SEQUENCE, 1, TWO_RANKS),
+        (f"{SEQUENCE} --tensor-model-parallel-size 1", 8, TWO_RANKS),
+        (f"{SEQUENCE} --seq-length 1023", 4, "--seq-length 1023 with --sequence-parallel a multiple of"),
+    ],
+)
+def test_sequence_parallelism_without_a_layout_is_named(flags, ranks, reason):
+    with pytest.raises(ConfigError) as caught:
+        suggest(flags, ranks)
+    (fault,) = caught.value.faults
+    assert fault.value == ("no layout of 1 rank" if ranks == 1 else f"no layout of {ranks} ranks")
+    assert reason in fault.rule
+    assert fault.remedy.startswith("leave --sequence-parallel out")
+    # Flags that were not given.
+    assert "--zero-stage" not in str(fault)
+    assert "--cpu-offload" not in str(fault)
+    assert suggest(flags.replace("--sequence-parallel", ""), ranks).fitting
+
+
+def test_splits_without_sequence_parallelism_are_rejected_with_their_reason():
+    assert TWO_RANKS in suggest(SEQUENCE, 8).rejected
+    # Three is no number of ranks of two stages; the size of the tensor parallel group was not given.
+    with pytest.raises(ConfigError) as caught:
+        suggest(f"{SEQUENCE} --pipeline-model-parallel-size 2", 3)
+    assert [fault.subject for fault in caught.value.faults] == ["world size"]
+
+
+def test_pipelines_and_a_zero_stage_that_they_do_not_take():
+    """One stage would take eight replicas, which do not divide twelve windows."""
+    flags = "main --model-size 280m --tensor-model-parallel-size 1 --global-batch-size 12"
+    for given, named in (("--zero-stage 2", "--zero-stage"), ("--cpu-offload", "--cpu-offload")):
+        with pytest.raises(ConfigError) as caught:
+            suggest(f"{flags} {given}", 8)
+        (fault,) = caught.value.faults
+        assert fault.value == f"no layout of 8 ranks with {named}"
+        assert "one pipeline stage with ZeRO 2 and 3; tensor 1 x pipeline 1 x data 8: --global-batch-size" in fault.rule
+        assert fault.remedy == f"leave {named} out, or give another --global-batch-size"
+
+
+@pytest.mark.parametrize("suggests", ["", "--suggest-layout"])
+@pytest.mark.parametrize("flags", ["--optimizer muon", "--pipeline-model-parallel-size 2"])
+def test_offload_where_zero_1_is_the_highest(flags, suggests):
+    words = f"{BASE} main --model-size 280m --cpu-offload {flags} {suggests}"
+    with pytest.raises(ConfigError) as caught:
+        parse_config(shlex.split(words if suggests else f"{words} --zero-stage 1"), 4)
+    (fault,) = caught.value.faults
+    assert (fault.subject, fault.value) == ("--cpu-offload", f"with {flags}")
+    assert "--zero-stage" not in str(fault)
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+@pytest.mark.parametrize("flags", ["", "--compile", "--optimizer muon", "--optimizer muon --compile"])
+def test_the_highest_zero_stage_is_the_highest_without_a_fault(flags, stages):
+    words = shlex.split(f"{BASE} main --model-size 280m {flags} --pipeline-model-parallel-size {stages}")
+    config = parse_config([*words, "--zero-stage", "1"], 4)
+    taken = [
+        stage
+        for stage in (1, 2, 3)
+        if not zero_faults(replace(config, parallel=replace(config.parallel, zero_stage=stage)))
+    ]
+    assert taken == [*range(1, highest_zero_stage(config, stages) + 1)]
