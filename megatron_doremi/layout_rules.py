@@ -237,10 +237,13 @@ def split_faults(config: Config, gpt: GPTConfig, world_size: int) -> list[Fault]
     tensor, stages = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
     if world_size % (tensor * stages):
         return [fault for fault in layout_faults(config, world_size) if fault.subject == "world size"]
-    replicas = world_size // (tensor * stages)
-    remedy = f"give --global-batch-size {_multiples_near(config.data.global_batch_size, replicas)}"
-    remedy += f", or start {_listed(divisors(config.data.global_batch_size))} processes"
-    remedy = remedy_without_sequence(config, [gpt], world_size) or remedy
+    remedy = remedy_without_sequence(config, [gpt], world_size)
+    any_batch = replace(config, data=replace(config.data, global_batch_size=0))
+    if not remedy and possible_splits(any_batch, [gpt], world_size)[0]:
+        replicas = world_size // (tensor * stages)
+        remedy = f"give --global-batch-size {_multiples_near(config.data.global_batch_size, replicas)}"
+        remedy += f", or start {_listed(divisors(config.data.global_batch_size))} processes"
+    remedy = remedy or "change one of these sizes, or start another number of processes"
     return [
         Fault(
             "--suggest-layout",

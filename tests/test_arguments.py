@@ -112,6 +112,8 @@ WRONG = {
     "--zero-stage 2 --pipeline-model-parallel-size 2": "ZeRO 0 and 1 only",
     "--zero-stage 3 --pipeline-model-parallel-size 2": "ZeRO 0 and 1 only",
     "--bf16": "give --zero-stage 1",
+    # Without --global-batch-size, which follows from the layout.
+    "--dry-run --suggest-layout --sequence-parallel --device-memory-gib 80": "leave --sequence-parallel out",
     "--cpu-offload": "give --zero-stage 2 or 3",
     "--cpu-offload --zero-stage 1": "give --zero-stage 2 or 3",
     "--doremi-smoothing 0.1": "--doremi-smoothing: no effect in this phase",
@@ -162,7 +164,7 @@ RIGHT = (
     "--lr 1e-5 --lr-decay-style constant",
     "--lr-warmup-iters 0 --lr-warmup-fraction 0",
     "--rotary-base 500000",
-    "--dry-run --suggest-layout --sequence-parallel --device-memory-gib 80",
+    "--dry-run --suggest-layout --sequence-parallel --device-memory-gib 80 --dry-run-world-size 2",
     "--phase proxy --reference-load r --doremi-weighting resample --doremi-step-size 0.1",
 )
 

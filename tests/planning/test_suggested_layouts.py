@@ -260,6 +260,13 @@ def test_splits_without_sequence_parallelism_are_rejected_with_their_reason():
     assert [fault.subject for fault in caught.value.faults] == ["world size"]
 
 
+def test_neither_sequence_parallelism_nor_the_batch_alone_is_the_cause():
+    with pytest.raises(ConfigError) as caught:
+        suggest(f"{SEQUENCE} --global-batch-size 12", 13)
+    (fault,) = caught.value.faults
+    assert fault.remedy == "change one of these sizes, or start another number of processes"
+
+
 def test_pipelines_and_a_zero_stage_that_they_do_not_take():
     """One stage would take eight replicas, which do not divide twelve windows."""
     flags = "main --model-size 280m --tensor-model-parallel-size 1 --global-batch-size 12"
