@@ -12,6 +12,7 @@ from megatron_doremi.config import OPTIMIZER_NAMES
 from megatron_doremi.data.manifest import similar_names
 from megatron_doremi.reporting.evaluations import Unit
 from megatron_doremi.reporting.runs import Run, find_number, flatten
+from megatron_doremi.settings import without_unread
 from megatron_doremi.shapes import with_defaults
 
 SEED, TOKENIZER, HELD_OUT = "seed", "tokenizer", "held-out text"
@@ -165,7 +166,8 @@ def similar_names_note(names: Sequence[str]) -> str | None:
 
 
 def properties(run: Run) -> dict[str, Any]:
-    """The compared properties of a run as config.json records them; the model's shape takes its missing defaults."""
+    """The compared properties of a run as config.json records them, without those that nothing reads; the model's shape
+    takes its missing defaults."""
     shape = run.config.get("gpt")
     config = {**run.config, "gpt": with_defaults(shape)} if isinstance(shape, dict) else run.config
     flat = flatten(config)
@@ -175,7 +177,7 @@ def properties(run: Run) -> dict[str, Any]:
         name = PROPERTIES.get(key.rsplit(".", 1)[-1])
         if name is not None:
             recorded[name] = _without_own_folder(flat[key]) if name == OVERRIDES else flat[key]
-    return recorded
+    return without_unread(recorded)
 
 
 def _without_own_folder(overrides: Any) -> Any:

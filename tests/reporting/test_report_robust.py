@@ -104,6 +104,15 @@ def test_what_an_older_run_did_not_record_is_no_difference(write_run):
         assert differing == ({"normalization": values} if values else {})
 
 
+@pytest.mark.parametrize(("style", "names"), [("constant", set()), ("linear", {"min_lr"})])
+def test_what_nothing_reads_is_no_difference(style, names, write_run):
+    runs = {}
+    for end in (1e-5, 1e-4):
+        settings = {**config()["settings"], "optimizer": {"lr_decay_style": style, "min_lr": end}}
+        runs[f"to {end}"] = read_run(write_run(f"to {end}", [evaluated(2)], config=config(settings=settings)))
+    assert {each.name for each in differences(runs)} == names
+
+
 def test_similar_names_are_reported():
     assert similar_names_note(["Code", "code", "web", "w eb", "law"]) == (
         "Domain names that differ only by case or spaces: 'Code', 'code', 'web', 'w eb'."
