@@ -264,7 +264,7 @@ def check_ranks_start_alike(config: Config, read: Mapping[str, Any]) -> None:
     """Checks that all ranks have the same settings, files and versions; a collective call.
 
     Args:
-        read: hashes of the files that this rank sees; of `compared_entries` in inputs.py.
+        read: hashes of the files that this rank sees; of `what_is_read` in inputs.py.
 
     Raises:
         ConfigError: on every rank, naming the ranks that differ from the majority, and the differences.
