@@ -154,7 +154,11 @@ def differences(
         remedy = _REMEDIES.get(name, _REMEDY)
         if name not in FIXED and name not in _REMEDIES:
             remedy += f", or give --override-resume {name} to change it on purpose"
-        was, now_is = for_message(before[name], value), for_message(value, before[name])
+        old = before[name]
+        if name == "gpt":
+            # What is unread under one of the two shapes, such as the base of its rotation, is no difference.
+            old, value = ({key: each[key] for key in each if key in old and key in value} for each in (old, value))
+        was, now_is = for_message(old, value), for_message(value, old)
         given = f"{name} was {was}, and is {now_is} in this start"
         faults.append(Fault(subject, given, f"one {name} from a run's first step to its last", remedy))
     return faults, overridden
