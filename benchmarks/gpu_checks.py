@@ -354,6 +354,7 @@ CHECKS: dict[str, Callable[[Place, Report], bool]] = {
     "sync": gpu_timings.sync,
     "1b": gpu_timings.one_billion,
     "1b_compiled": gpu_timings.one_billion_compiled,
+    "rivals": gpu_timings.rivals,
     "1b_settings": gpu_timings.one_billion_settings,
     "kernels": gpu_timings.kernels,
     "compiled": gpu_timings.compiled,

@@ -33,6 +33,7 @@ LIMITS = {
     "flags": 90,
     "1b": 80,
     "1b_compiled": 120,
+    "rivals": 240,
     "1b_settings": 150,
     "kernels": 60,
     "compiled": 90,

@@ -6,6 +6,9 @@ Only documented interfaces of torch 2.11 and later are used.
 from __future__ import annotations
 
 import itertools
+import shlex
+import subprocess
+import sys
 import time
 import warnings
 from collections import Counter
@@ -334,3 +337,27 @@ def checkpoint(place: Place, report: Report) -> bool:
             yield {"gib": round(size / 2**30, 2), "ms": round(1e3 * seconds, 1), "gb_a_second": size / seconds / 1e9}
 
     return attempt(report, "copies", lambda: list(copies()))
+
+
+def rivals(place: Place, report: Report) -> bool:
+    """A step of 1b beside Transformers' Llama, one variant after the other, and what a proxy's step takes over a plain
+    one of 280m: the output of the benchmarks that measure them."""
+    size = place.pick(
+        "--model-size 1b --seq 2048 --vocab 50257 --micro-batch-size 8", "--layers 2 --hidden 64 --seq 64"
+    )
+    step = f"train_throughput.py --bf16 --compile {size} --micro-batches 4 --steps {place.pick(5, 1)} --only"
+    proxy = place.pick("--layers 12 --hidden 768 --vocab 50257 --seq 1024 --micro-batch-size 8", "--layers 2 --seq 64")
+    overhead = f"doremi_overhead.py --pipe 1 --bf16 --micro-batches 8 --steps {place.pick(10, 1)} {proxy}"
+    commands = {name: [*shlex.split(step), name] for name in ("ours compiled", "transformers compiled", "transformers")}
+    commands["proxy"] = shlex.split(overhead)
+
+    def output(words: list[str]) -> list[str]:
+        path = Path(__file__).with_name(words[0])
+        done = subprocess.run(
+            [sys.executable, path, *words[1:]], capture_output=True, text=True, timeout=110, check=False
+        )
+        assert done.returncode == 0, done.stderr[-500:]
+        return done.stdout.splitlines()[-8:]
+
+    good = [attempt(report, name, partial(output, words)) for name, words in commands.items()]
+    return all(good)
