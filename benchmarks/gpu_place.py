@@ -164,10 +164,9 @@ def destroy(engine: Any) -> None:
     """Lets go of what hooks of DeepSpeed's optimizers hold of an engine; `collect` frees it when no name is left."""
     engine.destroy()
     for parameter in engine.module.parameters():
+        # Hooks hold the parameter itself: its numbers, and what DeepSpeed's optimizer has added to it.
         parameter.data = parameter.data.new_empty(0)
-        for name in ("_hp_grad", "_hp_mapping"):
-            if hasattr(parameter, name):
-                delattr(parameter, name)
+        parameter.__dict__.clear()
 
 
 def collect() -> None:

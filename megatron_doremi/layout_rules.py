@@ -244,14 +244,13 @@ def split_faults(config: Config, gpt: GPTConfig, world_size: int) -> list[Fault]
         remedy = f"give --global-batch-size {_multiples_near(config.data.global_batch_size, replicas)}"
         remedy += f", or start {_listed(divisors(config.data.global_batch_size))} processes"
     remedy = remedy or "change one of these sizes, or start another number of processes"
-    return [
-        Fault(
-            "--suggest-layout",
-            f"no layout of {world_size:,} rank{'s' if world_size > 1 else ''}",
-            "; ".join(excluded),
-            remedy,
-        )
-    ]
+    return [no_layout(world_size, excluded, remedy)]
+
+
+def no_layout(world_size: int, excluded: Sequence[str], remedy: str) -> Fault:
+    """The fault of --suggest-layout where no layout divides models, batch and ranks."""
+    ranks = f"{world_size:,} rank{'s' if world_size > 1 else ''}"
+    return Fault("--suggest-layout", f"no layout of {ranks}", "; ".join(excluded), remedy)
 
 
 def _batch_faults(global_batch: int, micro_batch: int, replicas: int) -> list[Fault]:

@@ -94,7 +94,7 @@ def forward_only(
             assert work is not None
             sending.append((work, x))
             if len(sending) > 1:
-                # The next stage has taken it by now, or is the slower one, for which this one can as well wait here.
+                # The next stage has taken it by now, unless it is slower: then this one would wait for it later.
                 sending.popleft()[0].wait()
     for work, _ in sending:
         work.wait()

@@ -3,12 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 from megatron_doremi.config import GPTConfig, ParallelConfig, TrainingConfig
 from megatron_doremi.planning.document_memory import document_backward_bytes_per_token, repeated_bytes_per_token
 
 # Without dropout.
 PLAIN = TrainingConfig()
+
+
+class _Widths(NamedTuple):
+    """Numbers per token on a rank: of the residual stream, sharded by position over the tensor parallel group or
+    replicated on each of its ranks; of the queries; of the keys, or the values; of the feed-forward layer's inside."""
+
+    residual: float
+    queries: float
+    keys: float
+    mlp: float
+
+
+def _widths(gpt: GPTConfig, parallel: ParallelConfig) -> _Widths:
+    tensor = parallel.tensor_model_parallel_size
+    return _Widths(
+        gpt.hidden_size / tensor if parallel.sequence_parallel else gpt.hidden_size,
+        gpt.num_attention_heads * gpt.kv_channels / tensor,
+        gpt.num_query_groups * gpt.kv_channels / tensor,
+        (3 if gpt.swiglu else 2) * gpt.ffn_hidden_size / tensor,
+    )
 
 
 def block_bytes_per_token(
@@ -21,17 +42,13 @@ def block_bytes_per_token(
         training: its dropout.
     """
     tensor, hidden = parallel.tensor_model_parallel_size, gpt.hidden_size
-    # The residual stream is sharded by position over the tensor parallel group, or replicated on each of its ranks.
-    residual = hidden / tensor if parallel.sequence_parallel else hidden
+    residual, queries, keys, mlp = _widths(gpt, parallel)
     if parallel.recompute_granularity == "full":
         return element * residual
-    queries = gpt.num_attention_heads * gpt.kv_channels / tensor
-    keys = gpt.num_query_groups * gpt.kv_channels / tensor
     # Both norms' inputs and outputs: with sequence parallelism this rank's positions, since the outputs are gathered
     # again; a compiled block keeps them as gathered.
     norms = 2 * (residual + (hidden if parallel.compile else residual))
     attention = _attention_numbers(gpt, parallel, queries, keys)
-    mlp = (3 if gpt.swiglu else 2) * gpt.ffn_hidden_size / tensor
     # One byte for each number of a mask.
     dropped = 2 * residual if training.hidden_dropout else 0.0
     if training.attention_dropout and parallel.recompute_granularity == "none":
@@ -64,16 +81,12 @@ def dropout_bytes_per_token(
 ) -> float:
     """Bytes at work per token while the masks of a block's dropout are computed, beyond what it holds later: in a
     stage's last block, or with recomputation in the one that is computed again."""
-    tensor, hidden = parallel.tensor_model_parallel_size, gpt.hidden_size
-    residual = hidden / tensor if parallel.sequence_parallel else hidden
+    hidden, (residual, queries, keys, mlp) = gpt.hidden_size, _widths(gpt, parallel)
     # Four arrays of int64.
     at_work = 32.0 * residual if training.hidden_dropout else 0.0
     if not training.attention_dropout:
         return at_work
-    probabilities = gpt.num_attention_heads * gpt.max_positions / tensor
-    queries = gpt.num_attention_heads * gpt.kv_channels / tensor
-    keys = gpt.num_query_groups * gpt.kv_channels / tensor
-    mlp = (3 if gpt.swiglu else 2) * gpt.ffn_hidden_size / tensor
+    probabilities = gpt.num_attention_heads * gpt.max_positions / parallel.tensor_model_parallel_size
     # Beside the probabilities in float32.
     hashes = 36.0 * probabilities
     if parallel.recompute_granularity == "full":
@@ -91,7 +104,7 @@ def block_backward_bytes_per_token(
     """Bytes at work in the backward pass of a block per token: gradients of the residual stream and of the feed-forward
     layer's inner parts, or later those of attention by document; with full recomputation also all that the block holds
     otherwise."""
-    inner = element * (3 if gpt.swiglu else 2) * gpt.ffn_hidden_size / parallel.tensor_model_parallel_size
+    inner = element * _widths(gpt, parallel).mlp
     inner = max(inner, document_backward_bytes_per_token(gpt, parallel, element, training))
     again = 0.0
     if parallel.recompute_granularity == "full":

@@ -19,6 +19,7 @@ from megatron_doremi.layout_rules import (
     Split,
     divisors,
     highest_zero_stage,
+    no_layout,
     possible_splits,
     remedy_without_sequence,
 )
@@ -126,18 +127,9 @@ def suggest_layouts(plan: RunPlan, alternating: bool, reference: Shape | None, d
     splits, rejected = possible_splits(plan.config, shapes, world_size)
     if not splits:
         # The model alone has one, or its flags were refused.
-        remedy = remedy_without_sequence(plan.config, shapes, world_size)
-        remedy = (
-            remedy
-            or "give another --global-batch-size, or the recorded losses of the reference: --reference-losses DIR"
-        )
-        fault = Fault(
-            "--suggest-layout",
-            f"no layout of {world_size:,} rank{'s' if world_size > 1 else ''}",
-            "; ".join(rejected),
-            remedy,
-        )
-        raise ConfigError(fault)
+        remedy = "give another --global-batch-size, or the recorded losses of the reference: --reference-losses DIR"
+        remedy = remedy_without_sequence(plan.config, shapes, world_size) or remedy
+        raise ConfigError(no_layout(world_size, rejected, remedy))
     best: list[tuple[Candidate, str]] = []
     smallest: list[Candidate] = []
     for split in splits:

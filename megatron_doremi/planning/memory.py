@@ -192,10 +192,11 @@ def loss_bytes(shape: Shape, parallel: ParallelConfig, tokens: int, element: int
         trains: whether there is a backward pass.
     """
     tensor, chunk = parallel.tensor_model_parallel_size, parallel.loss_chunk_tokens
-    padded = shape.padded_vocab_size(tensor)
-    rows, single, float32 = padded / tensor, not chunk or tokens <= chunk, element == 4
+    padded, float32 = shape.padded_vocab_size(tensor), element == 4
+    rows, one_chunk = padded / tensor, not chunk or tokens <= chunk
     logits = 4 * rows * min(chunk or tokens, tokens)
     product = logits * element / 4
+    # Of 16 bits the product, and later its gradient, is another tensor than the logits in float32.
     separate = 0.0 if float32 else product
     # With sequence parallelism all positions are gathered for this time.
     gathered = 0.0
@@ -207,18 +208,20 @@ def loss_bytes(shape: Shape, parallel: ParallelConfig, tokens: int, element: int
     if not trains:
         return forward + gathered
     assert isinstance(shape, GPTConfig), shape
-    gradient = element * rows * shape.hidden_size
-    total = gradient if single else 4 * rows * shape.hidden_size
-    padding = float32 and padded > shape.vocab_size
-    copied = gradient if padding or not (float32 or single) else 0.0
     backward = in_float32 + 2 * separate
+    weight_gradient = element * rows * shape.hidden_size
+    running_sum = 0.0 if one_chunk else 4 * rows * shape.hidden_size
+    if float32:
+        final_copy = weight_gradient if padded > shape.vocab_size else 0.0
+    else:
+        final_copy = 0.0 if one_chunk else weight_gradient
+    end = (running_sum or weight_gradient) + final_copy
     if not chunk:
         # The held product is counted already. In 16 bits it stays beside its gradient until all are computed.
-        last = total if float32 else product + total
-        return max(forward - product, backward - product, last, total + copied) + gathered
-    summed = 0.0 if single else total
-    summand = product + total + (summed if float32 else 0.0)
-    return max(forward, backward + summed, summand, total + copied) + gathered
+        return max(forward - product, backward - product, separate + weight_gradient, end) + gathered
+    # A summand in float32 lies beside the sum; one chunk has no other.
+    summand = weight_gradient if float32 or one_chunk else 0.0
+    return max(forward, backward + running_sum, product + running_sum + summand, end) + gathered
 
 
 def buffer_bytes(config: Config, parameters: int, data_size: int, largest: int) -> tuple[float, float, float, float]:

@@ -254,7 +254,7 @@ def test_sequence_parallelism_without_a_layout_is_named(flags, ranks, reason):
 
 def test_splits_without_sequence_parallelism_are_rejected_with_their_reason():
     assert TWO_RANKS in suggest(SEQUENCE, 8).rejected
-    # Three is no number of ranks of two stages; the size of the tensor parallel group was not given.
+    # Two stages cannot share three ranks; the size of the tensor parallel group was not given.
     with pytest.raises(ConfigError) as caught:
         suggest(f"{SEQUENCE} --pipeline-model-parallel-size 2", 3)
     assert [fault.subject for fault in caught.value.faults] == ["world size"]
